@@ -1,0 +1,4749 @@
+#!/usr/bin/env python3
+"""bgjobs: background jobs for a Python app, in this one file and one SQLite file.
+
+    import bgjobs
+
+    def export(table):                            # any importable function is a job
+        job = bgjobs.current_job()                # works, as a no-op, outside a job too
+        for row in job.each(read(table)):         # progress, ETA, stop checkpoint, resume: one line
+            write(row)
+        job.log.info("exported %s", table)
+
+    bgjobs.start("app.db", max_workers=4)         # picks up what the last run left behind
+    bgjobs.serve()                                # http://127.0.0.1:8765/
+    job = bgjobs.submit(export, "users")
+    job.stop(); job.resume(); job.result(timeout=60)
+
+Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A job
+submitted from inside another is its *child*; one without a parent is a *root*; a root with all its
+descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a thread. A
+*runner* owns the workers of one process. The *store* is the only code that touches SQLite. A *checkpoint* is
+a point where the function may be stopped and may save its *state*, from which the next attempt goes on.
+
+Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
+descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
+next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. TRANSITIONS below is the table.
+
+Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
+kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
+Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
+been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
+
+How it hangs together. A thread that wants to write (submit, checkpoint, an operation, a worker with an outcome)
+hands a function to the store. One of the threads that wait leads: it opens one transaction, runs what
+all of them brought, lets the runner record the outcomes of ended attempts and claim the next jobs in it, and
+commits. So the batches grow with the load and a caller alone pays no hand-over. Claimed jobs go to the pool,
+whose workers execute them. A service thread looks after what comes by the clock or from other processes.
+
+Contents:  1 Words and rules   2 Values   3 Functions and options   4 Fair shares and pace   5 Transactions
+           6 Store   7 Worker pool   8 Inside a job   9 The handle   10 Runner   11 The default runner
+           12 Status page   13 Command line
+
+MIT License. Copyright (c) 2026 the bgjobs developers.
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without
+limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
+Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions
+of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO
+THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
+DEALINGS IN THE SOFTWARE.
+"""
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import contextvars
+import heapq
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections import OrderedDict, deque
+from concurrent.futures import Executor, Future
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
+from typing import Any, Callable, Iterable, Iterator
+
+__version__ = "0.1.0"
+__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "StoreError",
+           "Submitter", "close", "current_job", "drain", "get", "job", "jobs", "options", "serve", "shutdown",
+           "start", "submit", "submit_many", "wsgi"]
+
+_log = logging.getLogger("bgjobs")
+
+
+# ---- 1 Words and rules ---------------------------------------------------------------------------------------
+
+PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
+RUNNING = "running"        # an attempt executes, or has returned and waits for children. A crash: pending again.
+STOPPING = "stopping"      # asked to stop, no checkpoint reached yet. A crash: stopped.
+STOPPED = "stopped"        # halted; can be resumed or cancelled.
+FINISHED = "finished"      # the function returned and all descendants are over.
+FAILED = "failed"          # the function raised.
+CANCELLED = "cancelled"    # discarded for good.
+
+STATUSES = (PENDING, RUNNING, STOPPING, STOPPED, FINISHED, FAILED, CANCELLED)
+ACTIVE = (RUNNING, STOPPING)
+OVER = (FINISHED, FAILED, CANCELLED)
+_NOT_OVER = (PENDING, RUNNING, STOPPING, STOPPED)
+
+# operation -> {status it is allowed in: status that follows}. What refines it is said in Transaction.operate.
+TRANSITIONS: dict[str, dict[str, str]] = {
+    "stop": {PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
+    "resume": {STOPPED: PENDING, FAILED: PENDING},
+    "force_stop": {STOPPING: STOPPED},
+    "cancel": {PENDING: CANCELLED, STOPPED: CANCELLED},
+    "restart": {FINISHED: PENDING, FAILED: PENDING},
+    "set_low_priority": {status: status for status in _NOT_OVER},
+    "remove_low_priority": {status: status for status in _NOT_OVER},
+}
+
+
+class BgjobsError(Exception):
+    """What all errors of this module derive from, but for plain misuse (TypeError, ValueError)."""
+
+
+class InvalidOperation(BgjobsError):
+    """The job's status does not allow the operation; the text says which ones it allows."""
+
+
+class StoreError(BgjobsError):
+    """The job file cannot be used; the text names it and the remedy."""
+
+
+class JobFailed(BgjobsError):
+    """A job failed in another process, or long ago. `type`, `text` and `traceback` are what its function raised."""
+
+    def __init__(self, job: str, type: str, text: str, traceback: str) -> None:
+        super().__init__(f"{job} failed with {type}: {text}")
+        self.type, self.text, self.traceback = type, text, traceback
+
+
+class JobStopped(BaseException):
+    """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
+
+
+def allowed_operations(status: str, options: dict[str, Any], system: bool = False) -> list[str]:
+    """Return the operations that a job with this status and these options allows now."""
+    repeated = "stop" if status in (STOPPING, STOPPED) else None      # it repeats silently; there is no use in offering it
+    return [name for name, moves in TRANSITIONS.items()
+            if status in moves and name != repeated and not objection(name, options, system)]
+
+
+def objection(operation: str, options: dict[str, Any], system: bool) -> str:
+    """Return why a job refuses an operation in any status, or ""."""
+    if operation == "stop" and system and not options.get("stoppable", False):
+        return "it is a system job"
+    if operation == "restart" and not options.get("restartable", True):
+        return "it was declared restartable=False"
+    return ""
+
+
+_VERBS = {"stop": "stopped", "resume": "resumed", "force_stop": "force-stopped", "cancel": "cancelled",
+          "restart": "restarted", "set_low_priority": "set to low priority",
+          "remove_low_priority": "taken off low priority"}
+
+
+def refusal(job: str, status: str, operation: str, allowed: list[str], why: str = "") -> InvalidOperation:
+    """Return the error for an operation that is not allowed: what is so, what would be allowed, what is not."""
+    can = " or ".join(_VERBS[name] for name in allowed if "priority" not in name)
+    text = f"it can be {can}, not {_VERBS[operation]}" if can else f"it cannot be {_VERBS[operation]}"
+    return InvalidOperation(f"{job} is {status}; {text}{f' ({why})' if why else ''}")
+
+
+# ---- 2 Values ------------------------------------------------------------------------------------------------
+#
+# Arguments, state and results are JSON. What JSON lacks is an object with one key, the name of its type: {"$date":
+# "2026-01-31"}. A dict of the user's with such a key is stored as {"$dict": [[key, value], ...]}.
+
+VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
+TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+_dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
+def encode(value: Any, what: str = "the value") -> str:
+    """Return `value` as JSON text. TypeError: it cannot be stored; the text names `what` and the remedy."""
+    try:
+        text = _dump(_jsonable(value))
+    except RecursionError:
+        raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value") from None
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{what} cannot be stored: {error}") from None
+    if len(text) > VALUE_LIMIT:
+        raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than the {VALUE_LIMIT:,} "
+                        "allowed; keep it in a file or a table and pass its name")
+    return text
+
+
+def decode(text: str | None) -> Any:
+    """Return the value that `encode` made `text` from."""
+    if text is None:
+        return None
+    return json.loads(text, object_hook=_untagged) if '{"$' in text else json.loads(text)
+
+
+def _jsonable(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is list or kind is tuple:
+        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
+    if kind is dict:
+        for key in value:
+            if type(key) is not str:
+                raise TypeError(f"the key {_short(key)} is no string; use {_short(str(key))}, or a list of pairs")
+        plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
+        return {"$dict": [list(pair) for pair in plain.items()]} if any(key[:1] == "$" for key in plain) else plain
+    return _tagged(value, kind)
+
+
+def _tagged(value: Any, kind: type) -> dict[str, Any]:
+    """Encode the types beyond JSON. Their modules are looked up, not imported: no value has a type not loaded."""
+    module = kind.__module__
+    if kind is bytes:
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
+    if kind is set:
+        if any(type(item) is tuple for item in value):
+            raise TypeError("a set of tuples would come back as lists; pass a list")
+        return {"$set": [_jsonable(item) for item in sorted(value, key=repr)]}
+    if module == "datetime" and kind.__name__ in ("datetime", "time"):
+        return {"$" + kind.__name__: [value.replace(tzinfo=None).isoformat(), value.fold, _zone(value)]}
+    if module == "datetime" and kind.__name__ == "date":
+        return {"$date": value.isoformat()}
+    if module == "datetime" and kind.__name__ == "timedelta":
+        return {"$timedelta": [value.days, value.seconds, value.microseconds]}
+    if module == "decimal" and kind.__name__ == "Decimal":
+        return {"$decimal": str(value)}
+    if module == "uuid" and kind.__name__ == "UUID":
+        return {"$uuid": value.hex}
+    if module.partition(".")[0] == "pathlib" and hasattr(value, "__fspath__"):
+        return {"$path": str(value)}
+    raise TypeError(f"{_short(value)} is of type {kind.__qualname__}; pass JSON values, dates, Decimal, UUID, bytes, "
+                    "set or Path, or an id to load it by")
+
+
+def _zone(value: Any) -> Any:
+    zone = value.tzinfo
+    if zone is None:
+        return None
+    if type(zone).__module__.partition(".")[0] == "zoneinfo" and zone.key:
+        return zone.key
+    if type(zone).__module__ == "datetime":
+        return zone.utcoffset(None).total_seconds()
+    raise TypeError(f"the time zone {zone!r} is not of datetime or zoneinfo; convert it with astimezone()")
+
+
+def _clock_value(kind: str, text: str, fold: int, zone: Any) -> Any:
+    import datetime
+    value = getattr(datetime, kind).fromisoformat(text).replace(fold=fold)
+    if isinstance(zone, str):
+        import zoneinfo
+        return value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+    if zone is not None:
+        return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=zone)))
+    return value
+
+
+def _untagged(found: dict[str, Any]) -> Any:
+    if len(found) != 1:
+        return found
+    (tag, value), = found.items()
+    if tag == "$dict":
+        return dict(value)
+    if tag == "$bytes":
+        return base64.b64decode(value)
+    if tag == "$set":
+        return set(value)
+    if tag in ("$datetime", "$time"):
+        return _clock_value(tag[1:], *value)
+    if tag == "$date":
+        import datetime
+        return datetime.date.fromisoformat(value)
+    if tag == "$timedelta":
+        import datetime
+        return datetime.timedelta(*value)
+    if tag == "$decimal":
+        import decimal
+        return decimal.Decimal(value)
+    if tag == "$uuid":
+        import uuid
+        return uuid.UUID(value)
+    if tag == "$path":
+        import pathlib
+        return pathlib.Path(value)
+    return found
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    """Return repr(value), cut, whatever the object's own __repr__ does."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__qualname__} that cannot be printed>"
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
+    """Return `value` as text that SQLite can hold: cut, lone surrogates written out. Never raises."""
+    try:
+        text = str(value)
+    except BaseException:
+        text = f"<{type(value).__qualname__} that cannot be printed>"
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
+# ---- 3 Functions and options ---------------------------------------------------------------------------------
+
+class _Registry:
+    """The functions this process knows by name: declared with @job, or submitted. Filled at import, so global."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Callable[..., Any]] = {}
+        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}
+        self.names: dict[Callable[..., Any], str] = {}
+
+    def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        if "name" in options:
+            known = self.by_name.setdefault(options["name"], function)
+            if _origin(known) != _origin(function):
+                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; choose another")
+            self.by_name[options["name"]] = function      # a reloaded module's newer one
+        self.declared[function] = options
+
+    def name_of(self, function: Callable[..., Any]) -> str:
+        """Return the function's stable name, and remember the function by it. TypeError: it cannot be a job."""
+        try:
+            return self.names[function]
+        except (KeyError, TypeError):
+            name = self.declared.get(function, {}).get("name") if callable(function) else None
+            path = import_path(function)
+            self.names[function] = name = name or path
+            self.by_name[name] = function
+            return name
+
+    def find(self, name: str) -> Callable[..., Any] | None:
+        """Return the function of this name, or None. A name is data: nothing is imported, see _defined_in."""
+        return self.by_name.get(name) or _defined_in_loaded_module(name)
+
+
+_registry = _Registry()
+
+
+def _origin(function: Callable[..., Any]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
+
+
+def _module_name(module: str) -> str:
+    """Return the name under which another process can import `module`: that of the script for __main__."""
+    if module != "__main__":
+        return module
+    main = sys.modules["__main__"]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    if spec is not None:
+        return spec.name.removesuffix(".__main__")
+    return os.path.splitext(os.path.basename(file))[0] if file else module
+
+
+def import_path(function: Callable[..., Any]) -> str:
+    """Return "package.module.function". TypeError: it cannot be imported again; the text says what to do."""
+    if not callable(function):
+        raise TypeError(f"{_short(function)} cannot be a job: it is not callable")
+    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if isinstance(module, str) and isinstance(qualname, str):
+        if "<lambda>" in qualname:
+            raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
+                            "define it with def at the top level of a module")
+        if "<locals>" in qualname:
+            raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its module")
+        found: Any = sys.modules.get(module)
+        for attribute in qualname.split("."):
+            found = getattr(found, attribute, None)
+        if found == function:
+            return f"{_module_name(module)}.{qualname}"
+        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this function; "
+                        "submit what the module holds under that name")
+    raise TypeError(f"{_short(function)} cannot be a job: {type(function).__qualname__} objects have no import path; "
+                    "submit the function itself and pass it its arguments")
+
+
+def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
+    """Find a function that a loaded module defines itself, never one of the standard library or one it imported."""
+    parts = name.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        module_name, qualname = ".".join(parts[:split]), ".".join(parts[split:])
+        module = sys.modules.get("__main__") if module_name == _module_name("__main__") else sys.modules.get(module_name)
+        if module is None:
+            continue
+        if parts[0] in sys.stdlib_module_names:
+            return None
+        found: Any = vars(module).get(parts[split])
+        for attribute in parts[split + 1:]:
+            found = getattr(found, attribute, None) if isinstance(found, type) else None
+        defined = getattr(found, "__module__", None) == module.__name__ and getattr(found, "__qualname__", None) == qualname
+        return found if defined and callable(found) else None
+    return None
+
+
+# Option -> (check, what it must be). Defaults are said in DESIGN's table and in `options`.
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: isinstance(v, str) and v != "", "a text"),
+    "label": (lambda v: isinstance(v, str), "a text"),
+    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
+    "low_priority": (lambda v: isinstance(v, bool), "True or False"),
+    "system": (lambda v: isinstance(v, bool), "True or False"),
+    "key": (lambda v: isinstance(v, str) and v != "", "a text"),
+    "delay": (lambda v: type(v) in (int, float) and math.isfinite(v) and v >= 0, "seconds, 0 or more"),
+    "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
+    "stoppable": (lambda v: isinstance(v, bool), "True or False"),
+    "restartable": (lambda v: isinstance(v, bool), "True or False"),
+    "recover": (lambda v: isinstance(v, bool), "True or False"),
+    "secret": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "argument names"),
+    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
+}
+_KEPT = ("stoppable", "restartable", "recover", "secret")     # kept with the job, as JSON; the others are columns
+
+
+def _unix(value: Any) -> float | None:
+    if type(value) in (int, float):
+        return float(value) if math.isfinite(value) else None
+    aware = hasattr(value, "timestamp") and getattr(value, "tzinfo", None) is not None
+    return value.timestamp() if aware else None
+
+
+def check_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return `given`. TypeError: an unknown option; ValueError: a value that does not fit."""
+    for name, value in given.items():
+        if name not in _OPTIONS:
+            raise TypeError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
+        check, must_be = _OPTIONS[name]
+        try:
+            fits = check(value)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} must be {must_be}, got {_short(value)}")
+    if "delay" in given and "run_at" in given:
+        raise ValueError("give delay or run_at, not both")
+    return given
+
+
+def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function with default options for its jobs (those of `options`); it is returned unchanged.
+
+        @bgjobs.job(name="export", low_priority=True)
+        def export(table): ...
+    """
+    check_options(options)
+    if "parent" in options:
+        raise TypeError("parent is an option of one submit, not of a function")
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        _registry.declare(function, options)
+        return function
+    return declare
+
+
+def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
+    """Return the names in `secret` and the positions at which they may be passed. ValueError: no such argument."""
+    import inspect
+    parameters = list(inspect.signature(function).parameters.values())
+    places: list[str | int] = []
+    for name in secret:
+        position = next((i for i, p in enumerate(parameters) if p.name == name), None)
+        if position is None and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
+        places += [name] if position is None else [name, position]
+    return places
+
+
+# ---- 4 Fair shares and pace ----------------------------------------------------------------------------------
+#
+# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time: the microseconds its
+# tree has run. The next place goes to the ready root with the least. The queue's virtual time is the start tag
+# of the newest claim; a root that becomes ready starts at it, or at its own if that is later, so idling earns no
+# credit. A claim charges an estimate at once, since a root with running attempts is not idle; the end corrects it.
+
+UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
+
+
+def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable[[Any], int]
+               ) -> Iterator[tuple[int, Any, int, int]]:
+    """Yield (root, job, start tag, charge) in the order in which places are to be given.
+
+    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds. Taking the
+    next pair from the iterator means that the last one was claimed.
+    """
+    heap = list(roots)
+    heapq.heapify(heap)
+    while heap:
+        tag, root, waiting = heap[0]
+        head = next(waiting, None)
+        if head is None:
+            heapq.heappop(heap)
+            continue
+        cost = charge(head)
+        yield root, head, tag, cost
+        heapq.heapreplace(heap, (tag + cost, root, waiting))
+
+
+def entry_tag(own: int, clock: int) -> int:
+    """Return the virtual time at which a root that becomes ready starts: no credit for having been idle."""
+    return max(own, clock)
+
+
+class Costs:
+    """The recent mean run time of each function, in seconds; a newer run weighs a fifth."""
+
+    def __init__(self, means: dict[str, float] | None = None) -> None:
+        self.means = means or {}
+        self.changed: set[str] = set()
+
+    def record(self, name: str, seconds: float) -> None:
+        mean = self.means.get(name)
+        self.means[name] = seconds if mean is None else mean + (seconds - mean) / 5
+        self.changed.add(name)
+
+    def charge(self, name: str) -> int:
+        """Return the microseconds to charge for a claim of this function."""
+        return max(1, int(self.means.get(name, UNKNOWN_COST) * 1e6))
+
+
+AHEAD_SECONDS = 0.010      # the work that may wait, claimed, for each worker
+AHEAD_LIMIT = 256          # claimed jobs that may wait in a process
+_OVERHEAD = 50e-6          # seconds a job costs besides its function
+
+
+def may_run_ahead(name: str, costs: Costs, planned: float, workers: int) -> bool:
+    """Tell whether one more job may be claimed before a worker is free; `planned` seconds of work wait already."""
+    mean = costs.means.get(name)
+    return mean is not None and planned + mean + _OVERHEAD <= AHEAD_SECONDS * workers
+
+
+def pace_after(pace: float | None, gained: float, seconds: float, elapsed: float) -> float | None:
+    """Return the progress per second after `gained` more of it in `seconds`, `elapsed` seconds into the work.
+
+    An exponential average over the last half of the elapsed time, so the recent rate weighs more, an early
+    hiccup is forgotten, and one late sample cannot make the estimate jump.
+    """
+    if seconds <= 0:
+        return pace
+    if pace is None:
+        return gained / seconds if gained > 0 else None
+    return pace + (1 - math.exp(-seconds / max(elapsed / 2, 1.0))) * (gained / seconds - pace)
+
+
+def time_left(progress: float | None, pace: float | None, age: float) -> float | None:
+    """Return the seconds until progress is 1, from a `pace` that was measured `age` seconds ago."""
+    if progress is None or not pace or pace <= 0:
+        return None
+    return max(0.0, (1 - min(progress, 1.0)) / pace - min(max(age, 0.0), 5.0))
+
+
+# ---- 5 Transactions ------------------------------------------------------------------------------------------
+#
+# `queue` of a job is its lane while it is ready to be claimed (0 normal, 1 low priority), else NULL. `lane` of a root is
+# the best queue in its tree, so that (lane, vtime) finds the next root and (root_id, queue, id) its oldest ready child.
+# Each job carries counts over its descendants (total, done, failed, running; `open` is its direct children that
+# are not over), which the transaction adds up and writes once for each ancestor, however many children it touched.
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = ((
+    """CREATE TABLE bgjobs_jobs (
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
+        parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
+        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
+        deaths INTEGER NOT NULL DEFAULT 0, own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
+        total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+        running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+        created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
+        duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, pace REAL,
+        tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_pace REAL,
+        phase TEXT, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
+        args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
+    "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
+    "CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL",
+    "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status) WHERE status <> 'pending'",
+    "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
+    "CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'",
+    "CREATE INDEX bgjobs_parked ON bgjobs_jobs(name) WHERE phase = 'unknown function'",
+    """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
+        AND status IN ('pending', 'running', 'stopping', 'stopped')""",
+    "CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL",
+    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
+        level INTEGER NOT NULL, message TEXT NOT NULL)""",
+    "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
+    # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again.
+    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL)",
+    "INSERT INTO bgjobs_clock VALUES (0, 0)",
+    """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL)""",
+    "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID",
+),)
+
+_SUBMITTED = ("id, name, status, queue, lane, vtime, created_at, run_at, submitter, parent_id, root_id, low_priority, system, "
+              "label, run_by, key, options, args, kwargs")
+NEXT_ID = "SELECT max((SELECT last_id FROM bgjobs_clock), ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"
+INSERT_ROOT = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), ?, 'pending', ?, ?,
+    (SELECT vtime FROM bgjobs_clock), ?, ?, ?, NULL, NULL, ?, ?, ?, ?, ?, ?, ?, ?)"""
+INSERT_CHILD = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), ?, 'pending', ?, NULL, 0, ?, ?, ?, ?, ?, ?,
+    ?, ?, ?, ?, ?, ?, ?)"""
+INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL,
+    ?, ?, NULL)"""
+CLOCK = "SELECT vtime FROM bgjobs_clock"
+ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
+ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL AND parent_id IS NULL
+    AND status IN ('pending', 'running', 'stopping', 'stopped')"""
+CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key AND key IS NOT NULL
+    AND parent_id IS NOT NULL"""
+PARENT_OF = "SELECT parent_id FROM bgjobs_jobs WHERE id = :id"
+STANDING = "SELECT status, attempt, parent_id, root_id, options FROM bgjobs_jobs WHERE id = :id"
+
+_CLAIMED = ("id, parent_id, root_id, name, attempt, args, kwargs, state, positions, options, run_by, low_priority, total, "
+            "progress, vtime, queue")
+READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
+    (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
+READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
+    AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
+CLAIM_SINGLE = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, lane = NULL,
+    vtime = vtime + ?1, charge = ?1, owner = ?2, since = ?3, started_at = ifnull(started_at, ?3), phase = NULL WHERE id = ?4"""
+CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
+    charge = ?1, owner = ?2, since = ?3, started_at = ifnull(started_at, ?3), phase = NULL WHERE id = ?4"""
+FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?1, duration = duration + ?2, result = ?3,
+    vtime = vtime + ?4, charge = 0, owner = NULL, since = NULL, state = NULL, positions = NULL
+    WHERE id = ?5 AND attempt = ?6 AND open = 0 AND status IN ('running', 'stopping')"""
+STILL_ACTIVE = "SELECT status FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"
+END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
+    duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
+    state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
+    started_at = CASE WHEN attempt = :unspent THEN NULL ELSE started_at END,
+    queue = :queue, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
+SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
+    WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
+SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :now, pace = :pace, message = :message
+    WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
+ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
+    WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
+
+TREE_ROW = """SELECT status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
+    tree_pace, duration, since, lane, vtime, progress FROM bgjobs_jobs WHERE id = :id"""
+BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
+    FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
+SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
+    tree_pace = ?, lane = ?, vtime = ? WHERE id = ?"""
+CLOSE_PARENT = """UPDATE bgjobs_jobs SET status = :status, finished_at = :now, duration = :duration, since = NULL, phase = NULL
+    WHERE id = :id"""
+
+SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id
+    AND j.parent_id IS NOT NULL)
+    SELECT j.id, j.parent_id, j.root_id, j.name, j.status, j.returned, j.options, j.system, j.low_priority, j.queue,
+    j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge
+    FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
+MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, phase = :phase, finished_at = :finished_at, since = :since,
+    duration = duration + :ran, charge = :charge, owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END
+    WHERE id = :id"""
+SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, pace = NULL, message = NULL,
+    result = NULL, error = NULL, own_errors = 0, returned = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
+    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_pace = NULL,
+    created_at = created_at WHERE id = :id"""
+REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
+DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
+DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
+NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
+INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
+
+DUE = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
+    AND queue IS NULL AND status = 'pending' AND phase IS NOT 'unknown function' LIMIT 1000"""
+NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'"
+PARKED_NAMES = "SELECT DISTINCT name FROM bgjobs_jobs WHERE phase = 'unknown function'"
+PARKED = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE phase = 'unknown function' AND name = :name
+    AND status = 'pending' LIMIT 1000"""
+MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, phase = NULL, run_at = run_at WHERE id = :id"
+
+ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at) VALUES (:pid, :host, :workers, :now,
+    :now)"""
+HEARTBEAT = "UPDATE bgjobs_runners SET heartbeat_at = :now WHERE id = :id"
+REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
+OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options FROM bgjobs_jobs
+    WHERE status IN ('running', 'stopping') AND owner = :owner"""
+ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
+    AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
+COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
+SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?)"
+
+
+class Submission:
+    """One job that is to be stored: its columns, encoded, and who it comes from."""
+
+    __slots__ = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "key", "run_at",
+                 "submitter", "parent_id", "attempt")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.args: str | None = None
+        self.kwargs: str | None = None
+        self.options: str | None = None
+        self.label: str | None = None
+        self.run_by: str | None = None
+        self.low_priority = 0
+        self.system = 0
+        self.key: str | None = None
+        self.run_at: float | None = None
+        self.submitter: int | None = None
+        self.parent_id: int | None = None
+        self.attempt: int | None = None       # the parent's, when the parent itself submits: a superseded one may not
+
+    def row_after_name(self, created_at: float, queue: int | None) -> tuple[Any, ...]:
+        """Return what INSERT_ROOT takes after the name."""
+        return (queue, queue, created_at, self.run_at, self.submitter, self.low_priority, self.system, self.label,
+                self.run_by, self.key, self.options, self.args, self.kwargs)
+
+
+class _Change:
+    """What one transaction adds up for one job that has descendants, or for one root."""
+
+    __slots__ = ("open", "total", "done", "failed", "running", "progress", "charge", "wake", "relane")
+
+    def __init__(self) -> None:
+        self.open = self.total = self.done = self.failed = self.running = self.charge = 0
+        self.progress = 0.0
+        self.wake: int | None = None       # a job became ready in this lane
+        self.relane = False                # ready jobs went away: look the best lane up
+
+
+def _contribution(status: str, progress: float | None) -> tuple[int, int, int, float]:
+    """Return what a job in `status` adds to done, failed, running and progress of its ancestors."""
+    over = status in OVER
+    return over, status == FAILED, status in ACTIVE, 1.0 if over else progress or 0.0
+
+
+class Transaction:
+    """What a write may do, between one BEGIN IMMEDIATE and its COMMIT. Made and run by the store."""
+
+    def __init__(self, db: sqlite3.Connection, lineages: dict[int, tuple[int, ...]], now: float) -> None:
+        self.execute, self.executemany, self.now = db.execute, db.executemany, now
+        self._lineages = lineages                       # parent id -> it and its ancestors, up to the root
+        self._changes: dict[int, _Change] = {}
+        self.over: list[int] = []                       # jobs that became over
+        self.after_commit: list[Callable[[], None]] = []
+
+    def _change(self, job_id: int) -> _Change:
+        change = self._changes.get(job_id)
+        if change is None:
+            change = self._changes[job_id] = _Change()
+        return change
+
+    def _lineage(self, parent_id: int | None) -> tuple[int, ...]:
+        """Return the ids from a job's parent up to its root; they never change."""
+        if parent_id is None:
+            return ()
+        line = self._lineages.get(parent_id)
+        if line is None:
+            row = self.execute(PARENT_OF, {"id": parent_id}).fetchone()
+            line = (parent_id, *(self._lineage(row[0]) if row else ()))
+            if len(self._lineages) > 10_000:
+                self._lineages.clear()
+            self._lineages[parent_id] = line
+        return line
+
+    # submit
+
+    def submit(self, new: Submission) -> int:
+        """Store one job and return its id; with a key, that of the job which has it already."""
+        root_id = self._admit(new) if new.parent_id is not None else None
+        if new.key is not None:
+            found = self.execute(ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY,
+                                 {"key": new.key, "parent": new.parent_id}).fetchone()
+            if found:
+                return found[0]
+        queue = new.low_priority if new.run_at is None or new.run_at <= self.now else None
+        if root_id is None:
+            return self.execute(INSERT_ROOT, (new.name, *new.row_after_name(self.now, queue))).lastrowid
+        row = new.row_after_name(self.now, queue)
+        job_id = self.execute(INSERT_CHILD, (new.name, queue, *row[2:5], new.parent_id, root_id, *row[5:])).lastrowid
+        self._adopt(new.parent_id, 1, queue)
+        return job_id
+
+    def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
+        """Store one job for each of the encoded argument lists and return their ids."""
+        root_id = self._admit(new) if new.parent_id is not None else None
+        queue = new.low_priority if new.run_at is None or new.run_at <= self.now else None
+        first = self.execute(NEXT_ID).fetchone()[0]
+        ids = range(first, first + len(arguments))
+        lane, vtime = (queue, self.execute(CLOCK).fetchone()[0]) if root_id is None else (None, 0)
+        head = (new.name, queue, lane, vtime, self.now, new.run_at, new.submitter, new.parent_id, root_id, new.low_priority,
+                new.system, new.label, new.run_by, new.options)
+        self.executemany(INSERT_MANY, ((job_id, *head, args) for job_id, args in zip(ids, arguments)))
+        if root_id is not None:
+            self._adopt(new.parent_id, len(arguments), queue)
+        return ids
+
+    def _admit(self, new: Submission) -> int:
+        """Return the root's id, if the parent may have children now."""
+        row = self.execute(STANDING, {"id": new.parent_id}).fetchone()
+        if row is None:
+            raise InvalidOperation(f"job {new.parent_id} does not exist any more; it takes no children")
+        status, attempt, _, root_id, _ = row
+        if new.attempt is not None and (attempt != new.attempt or status not in ACTIVE):
+            raise JobStopped(f"attempt {new.attempt} of job {new.parent_id} has been superseded")
+        if status in OVER:
+            raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no more children")
+        return root_id or new.parent_id
+
+    def _adopt(self, parent_id: int, count: int, queue: int | None) -> None:
+        """Count new children for all their ancestors, and wake the root."""
+        line = self._lineage(parent_id)
+        for ancestor in line:
+            self._change(ancestor).total += count
+        self._change(parent_id).open += count
+        if queue is not None:
+            self._wake(line[-1], queue)
+
+    def _wake(self, root_id: int, queue: int) -> None:
+        change = self._change(root_id)
+        change.wake = queue if change.wake is None else min(change.wake, queue)
+
+    # claim
+
+    def claim(self, owner: int, free: int, low_free: int, ahead: int, planned: float, workers: int, costs: Costs
+              ) -> list[tuple[Any, ...]]:
+        """Claim jobs for `free` places in fair order, and up to `ahead` more that are short, where `planned` seconds
+        of work wait already. Low-priority jobs get at most `low_free` places and only what normal ones leave.
+        Returns rows of _CLAIMED, each with its charge appended."""
+        self.apply()                                    # what this transaction submitted counts
+        claims = self._claim_lane(0, owner, free, ahead, planned, workers, costs) if free + ahead > 0 else []
+        low_free = min(low_free, free - len(claims))
+        if low_free > 0:
+            claims += self._claim_lane(1, owner, low_free, 0, 0.0, workers, costs)
+        return claims
+
+    def _claim_lane(self, lane: int, owner: int, free: int, ahead: int, planned: float, workers: int, costs: Costs
+                    ) -> list[tuple[Any, ...]]:
+        roots = self.execute(READY_ROOTS, {"lane": lane, "limit": free + ahead}).fetchall()
+        if not roots:
+            return []
+        chunk = max(4, (free + ahead) // len(roots) + 1)
+        claims, singles, others, tag = [], [], [], 0
+        streams = [(row[14], row[0], self._ready_jobs(row, lane, chunk)) for row in roots]
+        for root, row, tag_here, charge in fair_order(streams, lambda row: costs.charge(row[3])):
+            if len(claims) >= free:
+                if len(claims) >= free + ahead or not may_run_ahead(row[3], costs, planned, workers) or \
+                        row[9] is not None and '"recover":false' in row[9]:
+                    break
+                planned += charge / 1e6 + _OVERHEAD
+            tag = max(tag, tag_here)
+            claims.append((*row, charge))
+            if row[1] is None and row[12] == 0:
+                singles.append((charge, owner, self.now, row[0]))
+                continue
+            others.append((charge, owner, self.now, row[0]))
+            for ancestor in self._lineage(row[1]):
+                self._change(ancestor).running += 1
+            change = self._change(root)
+            change.charge += charge
+            change.relane = True
+        if singles:
+            self.executemany(CLAIM_SINGLE, singles)
+        if others:
+            self.executemany(CLAIM, others)
+        if tag:
+            self.execute(ADVANCE_CLOCK, {"tag": tag})
+        return claims
+
+    def _ready_jobs(self, root: tuple[Any, ...], lane: int, chunk: int) -> Iterator[tuple[Any, ...]]:
+        """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
+        if root[15] == lane:
+            yield root
+        after = 0
+        while root[12]:
+            rows = self.execute(READY_CHILDREN, {"root": root[0], "lane": lane, "after": after, "limit": chunk}).fetchall()
+            yield from rows
+            if len(rows) < chunk:
+                return
+            after = rows[-1][0]
+
+    # the end of attempts
+
+    def finish(self, attempts: list[Attempt]) -> None:
+        """Record the outcomes of attempts. One that was superseded is left out; its `recorded` stays False."""
+        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children]
+        if plain:
+            rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
+            if self.executemany(FINISH, rows).rowcount == len(rows):
+                for attempt in plain:
+                    self._ended(attempt)
+            else:                                       # some were superseded or got a child from outside: one by one
+                for attempt, row in zip(plain, rows):
+                    if self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone():
+                        self._end(attempt)
+                    elif self.execute("SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ?",
+                                      (attempt.id, attempt.number, self.now)).fetchone():
+                        self._ended(attempt)
+        for attempt in attempts:
+            if attempt.outcome != RETURNED or attempt.has_children:
+                self._end(attempt)
+
+    def _ended(self, attempt: Attempt) -> None:
+        """Count a leaf that FINISH has written."""
+        self.over.append(attempt.id)
+        if attempt.parent_id is None:
+            return
+        line = self._lineage(attempt.parent_id)
+        gained = 1.0 - (attempt.saved_progress or 0.0)
+        for ancestor in line:
+            change = self._change(ancestor)
+            change.done += 1
+            change.running -= 1
+            change.progress += gained
+        self._change(attempt.parent_id).open -= 1
+        self._change(line[-1]).charge += attempt.correction
+
+    def _end(self, attempt: Attempt) -> None:
+        """Record any outcome, unless the attempt has been superseded."""
+        self.apply()                                    # the counts must be true before they decide
+        found = self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone()
+        if found is None:
+            return
+        progress = attempt.saved_progress
+        if attempt.unsaved_progress is not None:
+            self.save_progress(attempt, *attempt.unsaved_progress)
+            progress = attempt.unsaved_progress[0]
+        row = self._row(attempt.id)
+        outcome, over = attempt.outcome, row["open"] == 0
+        end: dict[str, Any] = {"id": attempt.id, "ran": attempt.ran, "result": None, "error": None, "errors": 0, "queue": None,
+                               "returned": 0, "state": None, "positions": attempt.unsaved_positions(),
+                               "phase": None, "unspent": 0, "since": None, "finished_at": None}
+        if outcome == RETURNED:
+            status = FINISHED if over else STOPPED if found[0] == STOPPING else RUNNING
+            end.update(result=attempt.result, returned=1)
+        elif outcome == RAISED:
+            status = FAILED if over else STOPPED if found[0] == STOPPING else RUNNING
+            end.update(error=attempt.error, errors=1, returned=1)
+        elif outcome == HALTED:
+            status = STOPPED
+        else:                                           # given back: RELEASED, UNSPENT or UNKNOWN
+            status = STOPPED if found[0] == STOPPING else PENDING
+            end["unspent"] = int(outcome != RELEASED)
+            if status == PENDING:
+                end["queue"] = attempt.low_priority if outcome != UNKNOWN else None
+                end["phase"] = {RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
+        if status in OVER:
+            end["finished_at"] = self.now
+        if status == RUNNING:
+            end["since"] = self.now
+        self.execute(END_ATTEMPT, {**end, "status": status})
+        root_id = attempt.root_id or attempt.id
+        self._change(root_id).charge += attempt.correction
+        self._moved(attempt.id, attempt.parent_id, root_id, found[0], status, progress)
+        if end["queue"] is not None:
+            self._wake(root_id, end["queue"])
+
+    def _moved(self, job_id: int, parent_id: int | None, root_id: int, old: str, new: str, progress: float | None) -> None:
+        """Count a change of status for the ancestors."""
+        if new in OVER and old not in OVER:
+            self.over.append(job_id)
+        if parent_id is None or old == new:
+            return
+        before, after = _contribution(old, progress), _contribution(new, progress)
+        for ancestor in self._lineage(parent_id):
+            change = self._change(ancestor)
+            change.done += after[0] - before[0]
+            change.failed += after[1] - before[1]
+            change.running += after[2] - before[2]
+            change.progress += after[3] - before[3]
+        self._change(parent_id).open += before[0] - after[0]
+
+    def _row(self, job_id: int) -> dict[str, Any]:
+        cursor = self.execute(TREE_ROW, {"id": job_id})
+        return dict(zip((column[0] for column in cursor.description), cursor.fetchone()))
+
+    # what is added up
+
+    def apply(self) -> None:
+        """Write the counts of ancestors and the virtual times of roots; close parents whose last child is over."""
+        while self._changes:
+            changes, self._changes = self._changes, {}
+            for job_id, change in changes.items():
+                row = self.execute(TREE_ROW, {"id": job_id}).fetchone()
+                if row is not None:
+                    self._apply(job_id, change, row)
+
+    def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
+        (status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_pace,
+         duration, since, lane, vtime, progress) = row
+        open_ += change.open
+        total += change.total
+        if change.progress:
+            elapsed = duration + max(0.0, self.now - since if since else 0.0)
+            gap = max(0.0, self.now - tree_at) if tree_at else elapsed
+            tree_pace = pace_after(tree_pace, change.progress / max(total, 1), gap, elapsed)
+            tree_at = self.now
+            tree_progress += change.progress
+        vtime += change.charge
+        if change.relane:
+            lane = self.execute(BEST_LANE, {"root": job_id}).fetchone()[0]
+        if change.wake is not None:
+            if lane is None:
+                vtime = entry_tag(vtime, self.execute(CLOCK).fetchone()[0])
+            lane = change.wake if lane is None else min(lane, change.wake)
+        self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
+                                 tree_at, tree_pace, lane, vtime, job_id))
+        if open_ == 0 and returned and status == RUNNING:
+            self._close(job_id, parent_id, root_id or job_id, status, error, duration, since, progress)
+
+    def _close(self, job_id: int, parent_id: int | None, root_id: int, status: str, error: str | None, duration: float,
+               since: float | None, progress: float | None) -> None:
+        """End a job whose function has returned and whose last child is over."""
+        end = FAILED if error is not None else FINISHED
+        self.execute(CLOSE_PARENT, {"id": job_id, "status": end, "now": self.now,
+                                    "duration": duration + max(0.0, self.now - (since or self.now))})
+        self._moved(job_id, parent_id, root_id, status, end, progress)
+
+    # operations
+
+    def operate(self, operation: str, job_id: int, by: str | None) -> list[int]:
+        """Apply an operation to a job and those descendants that allow it; return the ids it was applied to.
+
+        KeyError: no such job; InvalidOperation: the job's status does not allow it.
+        """
+        self.apply()
+        cursor = self.execute(SUBTREE, {"id": job_id})
+        columns = [column[0] for column in cursor.description]
+        tree = [dict(zip(columns, row)) for row in cursor.fetchall()]
+        if not tree:
+            raise KeyError(job_id)
+        top = tree[0]
+        self._check_operation(operation, top, tree)
+        if operation == "restart":
+            self._forget_descendants(top, tree[1:])
+            tree = tree[:1]
+        moved = [row["id"] for row in tree if self._operate_on(operation, row, top)]
+        if moved:
+            text = f"{operation.replace('_', ' ')}{f' by {by}' if by else ''}"
+            self.log(job_id, logging.INFO, f"{text} ({len(moved):,} jobs of the tree)" if len(moved) > 1 else text)
+        self.apply()
+        return moved
+
+    def _check_operation(self, operation: str, top: dict[str, Any], tree: list[dict[str, Any]]) -> None:
+        options, job = decode(top["options"]) or {}, f"job {top['id']}"
+        allowed = allowed_operations(top["status"], options, bool(top["system"]))
+        why = objection(operation, options, bool(top["system"]))
+        if why or top["status"] not in TRANSITIONS[operation]:
+            raise refusal(job, top["status"], operation, allowed, why if top["status"] in TRANSITIONS[operation] else "")
+        active = next((row["id"] for row in tree if row["status"] in ACTIVE and row is not top), None)
+        if operation == "cancel" and active is not None:
+            raise refusal(job, top["status"], operation, [], f"its descendant job {active} is still running; stop it first")
+        if top["key"] and top["status"] in OVER and top["parent_id"] is None:
+            holder = self.execute(ROOT_WITH_KEY, {"key": top["key"]}).fetchone()
+            if holder:
+                raise refusal(job, top["status"], operation, [], f"job {holder[0]} has its key {top['key']!r} now")
+
+    def _operate_on(self, operation: str, row: dict[str, Any], top: dict[str, Any]) -> bool:
+        """Apply an operation to one job of the tree, if its status allows it."""
+        status, options = row["status"], decode(row["options"]) or {}
+        new = TRANSITIONS[operation].get(status)
+        if new is None or row is not top and (operation == "resume" and status == FAILED and top["status"] != FAILED
+                                              or operation == "restart"):
+            return False
+        if operation == "stop":
+            if status in (STOPPING, STOPPED):
+                return row is top
+            if objection(operation, options, bool(row["system"])):
+                return False
+        if operation.endswith("low_priority"):
+            return self._set_low_priority(row, int(operation == "set_low_priority"))
+        since, ran, root_id = None, 0.0, row["root_id"] or row["id"]
+        if status in ACTIVE:
+            ran = max(0.0, self.now - (row["since"] or self.now))
+            since = row["since"]
+            if new == STOPPING and row["returned"]:     # nothing executes: there is no checkpoint to wait for
+                new = STOPPED
+            if new == STOPPED:
+                since = None
+        if operation == "resume" and row["returned"] and status == STOPPED:
+            new, since = RUNNING, self.now              # waits for its children again
+        elif operation == "resume" and row["returned"]:
+            self.execute(REOPEN, {"id": row["id"]})
+        if operation == "restart":
+            self.execute(RESET, {"id": row["id"]})
+            row["progress"] = None
+        later = row["run_at"] is not None and row["run_at"] > self.now
+        queue = row["low_priority"] if new == PENDING and not later else None
+        self.execute(MOVE, {"id": row["id"], "status": new, "queue": queue, "phase": None, "since": since,
+                            "finished_at": self.now if new in OVER else None, "charge": row["charge"] if new in ACTIVE else 0,
+                            "ran": ran if new == STOPPED else 0.0})
+        self._moved(row["id"], row["parent_id"], root_id, status, new, row["progress"])
+        change = self._change(root_id)
+        change.relane = True
+        if new == RUNNING:
+            self._change(row["id"])                     # its last child may be over already: apply() looks
+        if queue is not None:
+            self._wake(root_id, queue)
+        return True
+
+    def _set_low_priority(self, row: dict[str, Any], low: int) -> bool:
+        if row["low_priority"] != low:
+            ready = row["queue"] is not None
+            self.execute(SET_LOW_PRIORITY, {"id": row["id"], "low": low, "queue": low if ready else None})
+            self._change(row["root_id"] or row["id"]).relane = True
+        return True
+
+    def _forget_descendants(self, top: dict[str, Any], descendants: list[dict[str, Any]]) -> None:
+        """Delete a job's descendants, with their logs, and take them out of its ancestors' counts."""
+        if not descendants:
+            return
+        ids = [(row["id"],) for row in descendants]
+        self.executemany(DELETE_JOB, ids)
+        self.executemany(DELETE_LOGS, ids)
+        self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
+        for ancestor in self._lineage(top["parent_id"]):
+            change = self._change(ancestor)
+            change.total -= top["total"]
+            change.done -= top["done"]
+            change.failed -= top["failed"]
+            change.running -= top["running"]
+            change.progress -= top["tree_progress"]
+
+    # by the clock, and after a crash
+
+    def wake_due(self) -> bool:
+        """Make the jobs ready whose time has come."""
+        return self._make_ready(self.execute(DUE, {"now": self.now}).fetchall())
+
+    def unpark(self, name: str) -> bool:
+        """Make the jobs ready that waited for a process that knows this function."""
+        return self._make_ready(self.execute(PARKED, {"name": name}).fetchall())
+
+    def _make_ready(self, rows: list[tuple[Any, ...]]) -> bool:
+        for job_id, parent_id, root_id, low in rows:
+            self.execute(MAKE_READY, {"id": job_id, "queue": low})
+            self._wake(root_id or job_id, low)
+        return bool(rows)
+
+    def recover(self, owner: int) -> int:
+        """Take the jobs of a runner whose process died back: running to pending, stopping to stopped."""
+        rows = self.execute(OWNED, {"owner": owner}).fetchall()
+        for job_id, parent_id, root_id, status, number, low, since, charge, options in rows:
+            self._take_back(job_id, parent_id, root_id, status, low, since, charge, decode(options) or {})
+            self.execute(COUNT_DEATH, {"id": job_id})
+        self.execute(REMOVE_RUNNER, {"id": owner})
+        return len(rows)
+
+    def _take_back(self, job_id: int, parent_id: int | None, root_id: int | None, status: str, low: int, since: float | None,
+                   charge: int, options: dict[str, Any], why: str = "its process died") -> None:
+        self.apply()
+        row = self._row(job_id)
+        new, error = (STOPPED if status == STOPPING else PENDING), None
+        if new == PENDING and not options.get("recover", True):
+            error = dump_error("Interrupted", f"{why} while it ran, and it was declared recover=False", "")
+            new = FAILED if row["open"] == 0 else RUNNING
+        ran = max(0.0, self.now - (since or self.now))
+        queue = low if new == PENDING else None
+        self.execute(END_ATTEMPT, {
+            "id": job_id, "status": new, "returned": int(error is not None), "finished_at": self.now if new == FAILED else None,
+            "since": self.now if new == RUNNING else None, "ran": ran, "result": None, "error": error,
+            "errors": int(error is not None), "state": None, "positions": None, "unspent": 0, "queue": queue,
+            "phase": "interrupted" if new == PENDING else None})
+        root = root_id or job_id
+        self._change(root).charge += int(ran * 1e6) - charge
+        self._moved(job_id, parent_id, root, status, new, row["progress"])
+        if queue is not None:
+            self._wake(root, queue)
+        self.log(job_id, logging.WARNING, f"{why}; {new} now")
+
+    def log(self, job_id: int, level: int, message: str) -> None:
+        """Add one line to a job's log."""
+        self.execute(INSERT_LOG, (job_id, self.now, level, _text(message)))
+
+    # what attempts report
+
+    def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
+        """Store an attempt's state; False when it has been superseded."""
+        return self.execute(SAVE_STATE, {"id": attempt.id, "attempt": attempt.number, "state": state,
+                                         "positions": positions}).rowcount == 1
+
+    def save_progress(self, attempt: Attempt, progress: float | None, pace: float | None, message: str | None) -> None:
+        """Store an attempt's progress, and add it to its ancestors'."""
+        saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "now": self.now,
+                                             "progress": progress, "pace": pace, "message": message})
+        if saved.rowcount == 1:
+            gained = (progress or 0.0) - (attempt.saved_progress or 0.0)
+            for ancestor in self._lineage(attempt.parent_id) if gained else ():
+                self._change(ancestor).progress += gained
+            self.after_commit.append(lambda: attempt.note_saved_progress(progress))
+
+    def add_charge(self, attempt: Attempt, more: int) -> None:
+        """Charge an attempt that runs longer than estimated for what it has run by now."""
+        if self.execute(ADD_CHARGE, {"id": attempt.id, "attempt": attempt.number, "more": more}).rowcount == 1:
+            self._change(attempt.root_id or attempt.id).charge += more
+            self.after_commit.append(lambda: attempt.note_charged(more))
+
+
+def dump_error(type: str, text: str, trace: str) -> str:
+    """Return the `error` column: what a function raised."""
+    return json.dumps({"type": _text(type), "text": _text(text), "traceback": _text(trace, 64 * 1024)})
+
+
+# ---- 6 Store -------------------------------------------------------------------------------------------------
+
+JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
+STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
+OUTCOME_OF = "SELECT status, name, result, error FROM bgjobs_jobs WHERE id = :id"
+MEANS = "SELECT name, seconds FROM bgjobs_functions"
+RUNNERS = "SELECT id FROM bgjobs_runners"
+STOP_REQUESTS = "SELECT id, status FROM bgjobs_jobs WHERE status = 'stopping' AND owner = :owner"
+# Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
+UNFINISHED = """SELECT id FROM bgjobs_jobs j WHERE {status} AND (submitter = :submitter OR
+    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter) AND id >= :after ORDER BY id LIMIT 1"""
+UNFINISHED_QUERIES = tuple(UNFINISHED.format(status=s) for s in (
+    "status = 'running' AND owner IS NOT NULL", "status = 'stopping' AND owner IS NOT NULL",
+    "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id IS NOT NULL",
+    "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
+MY_PENDING = """SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND (submitter = :submitter OR
+    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after ORDER BY id LIMIT 500"""
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id = :id AND id > :after AND level >= :level
+    AND at >= :since AND at <= :until ORDER BY id {order} LIMIT :limit"""
+
+COUNT_LIMIT = 10_001               # where counting for people ends
+SCHEMA_VERSION = len(MIGRATIONS)
+
+
+class _Ticket:
+    """A write that waits for its transaction; `wake` is released when it is done, or is to lead."""
+
+    __slots__ = ("run", "value", "error", "done", "gone", "wake")
+
+    def __init__(self, run: Callable[[Transaction], Any]) -> None:
+        self.run = run
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.done = self.gone = False
+        self.wake: Any = None
+
+
+class Store:
+    """One SQLite file: a connection that writes, led by one thread at a time, and connections that read.
+
+    Readers never wait for writers (WAL). `rider(transaction)` is called in every transaction before its commit, so
+    that what else waits (outcomes, claims, logs) shares it; `backlog()` when more is waiting and nobody leads.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], durability: str, clock: Callable[[], float]) -> None:
+        if sqlite3.sqlite_version_info < (3, 31):
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
+        self.path, self.clock = os.path.abspath(path), clock
+        self.rider: Callable[[Transaction], None] | None = None
+        self.backlog: Callable[[], None] = lambda: None
+        self._synchronous = {"process": "NORMAL", "power": "FULL"}[durability]
+        self._readers: deque[sqlite3.Connection] = deque()
+        self._lineages: dict[int, tuple[int, ...]] = {}
+        # `_lock` guards _waiting, _leading and _again; no SQL and no user code runs under it.
+        self._lock = threading.Lock()
+        self._waiting: deque[_Ticket] = deque()
+        self._leading = self._again = self.closed = False
+        self._check_path(os.fspath(path))
+        try:
+            self._writer = self._connect()
+            self._prepare()
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
+
+    # opening
+
+    def _check_path(self, path: str) -> None:
+        folder = os.path.dirname(self.path)
+        if path == "" or path.startswith(":memory:"):
+            raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
+        if os.path.isdir(self.path):
+            raise StoreError(f"cannot use {self.path} as a job file: it is a folder; give the path of a file in it")
+        if not os.path.isdir(folder):
+            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not exist; create it first")
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+        db.execute(f"PRAGMA synchronous = {self._synchronous}")
+        db.execute("PRAGMA temp_store = MEMORY")
+        return db
+
+    def _prepare(self) -> None:
+        """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self._migrate()
+                mode = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+                if mode != "wal":
+                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r}, WAL is needed; "
+                                     "put the file on a local disk")
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(random.uniform(0.01, 0.05))
+        self._writer.execute("PRAGMA journal_size_limit = 67108864")
+        self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+
+    def _migrate(self) -> None:
+        db = self._writer
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        known = db.execute("SELECT name FROM sqlite_master WHERE name = 'bgjobs_schema'").fetchone()
+        version = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0] if known else 0
+        self._check_version(version)
+        if version == SCHEMA_VERSION:
+            return
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            db.execute("CREATE TABLE IF NOT EXISTS bgjobs_schema (version INTEGER NOT NULL)")
+            row = db.execute("SELECT version FROM bgjobs_schema").fetchone()
+            if row is None:
+                db.execute("INSERT INTO bgjobs_schema VALUES (0)")
+            version = row[0] if row else 0
+            self._check_version(version)
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    db.execute(statement)
+            db.execute("UPDATE bgjobs_schema SET version = :version", {"version": SCHEMA_VERSION})
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+    def _check_version(self, version: int) -> None:
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{self.path} has schema version {version}, and this bgjobs {__version__} knows up to "
+                             f"{SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
+
+    def close(self) -> None:
+        """Close the connections. Waits for the transaction under way; writes after it raise StoreError."""
+        def last(tx: Transaction) -> None:
+            tx.after_commit.append(lambda: setattr(self, "closed", True))
+        if not self.closed:
+            self.write(last)
+            self._writer.close()
+            while self._readers:
+                self._readers.pop().close()
+
+    # writing
+
+    def write(self, run: Callable[[Transaction], Any]) -> Any:
+        """Call `run(transaction)` in the next transaction and return its value, after the commit.
+
+        `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
+        transaction. What it raises is raised here, and nothing of it is stored.
+        """
+        ticket = _Ticket(run)
+        with self._lock:
+            self._waiting.append(ticket)
+            leads = not self._leading
+            if leads:
+                self._leading = True
+            else:
+                ticket.wake = threading.Lock()
+                ticket.wake.acquire()
+        if not leads:
+            try:
+                ticket.wake.acquire()                   # the leader commits this write too, or hands the lead on
+            except BaseException:
+                self._leave(ticket)
+                raise
+        if not ticket.done:
+            self._lead()
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.value
+
+    def kick(self) -> None:
+        """Lead transactions until nothing waits for one; return at once if another thread leads already."""
+        with self._lock:
+            if self._leading:
+                self._again = True                      # whoever leads sees to it
+                return
+            self._leading = True
+        self._lead(until_done=True)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """An exception (Ctrl-C) hit the waiting thread: do not count on it to lead."""
+        with self._lock:
+            ticket.gone = True
+            handed_over = not ticket.done and ticket.wake.acquire(blocking=False)
+        if handed_over:
+            self._lead()
+
+    def _lead(self, until_done: bool = False) -> None:
+        """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
+        batch: list[_Ticket] = []
+        try:
+            while True:
+                with self._lock:
+                    batch = list(self._waiting)
+                    self._waiting.clear()
+                    self._again = False
+                self._commit(batch)
+                self._release(batch)
+                if not until_done or not self._again or self._waiting:
+                    break
+        except BaseException:                           # Ctrl-C in the leader: the next one runs what was rolled back
+            with self._lock:
+                self._waiting.extendleft(ticket for ticket in batch if not ticket.done and ticket.wake is not None)
+            self._release(batch)
+            raise
+        finally:
+            with self._lock:
+                heir = next((ticket for ticket in self._waiting if not ticket.gone), None)
+                self._leading = heir is not None
+                left = self._again and heir is None
+            if heir is not None:
+                heir.wake.release()
+        if left:
+            self.backlog()
+
+    @staticmethod
+    def _release(batch: list[_Ticket]) -> None:
+        for ticket in batch:
+            if ticket.wake is not None and ticket.done:
+                with contextlib.suppress(RuntimeError):         # it was this thread's own
+                    ticket.wake.release()
+        batch.clear()
+
+    def _commit(self, batch: list[_Ticket], ride: bool = True) -> None:
+        """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails."""
+        try:
+            self._transact(batch, ride)
+        except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
+            if ride and batch:
+                for ticket in batch:
+                    self._commit([ticket], ride=False)
+                self._again = True
+            elif batch:
+                batch[0].error, batch[0].done = self._explained(error), True
+            elif not self.closed:
+                _log.error("cannot record outcomes in %s: %s; trying again", self.path, self._explained(error))
+                time.sleep(0.2)
+                self._again = True
+
+    def _transact(self, batch: list[_Ticket], ride: bool) -> None:
+        if self.closed:
+            raise StoreError(f"the runner on {self.path} is shut down")
+        db = self._writer
+        if db.in_transaction:                           # an exception hit the last leader at an unlucky moment
+            db.execute("ROLLBACK")
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            tx = Transaction(db, self._lineages, self.clock())
+            for ticket in batch:
+                ticket.value = ticket.run(tx)
+            if ride and self.rider is not None:
+                self.rider(tx)
+            tx.apply()
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            self._lineages.clear()
+            raise
+        for ticket in batch:
+            ticket.done = True
+        for callback in tx.after_commit:
+            callback()
+
+    def _explained(self, error: BaseException) -> BaseException:
+        if isinstance(error, sqlite3.Error):
+            explained = StoreError(f"cannot write to {self.path}: {error}; {_remedy(error)}")
+            explained.__cause__ = error
+            return explained
+        return error
+
+    # reading
+
+    def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
+        """Return all rows of a query, on a connection of its own."""
+        try:
+            db = self._readers.pop()
+        except IndexError:
+            db = self._connect()
+            db.row_factory = sqlite3.Row
+        try:
+            rows = db.execute(sql, parameters or {}).fetchall()
+        except sqlite3.Error as error:
+            db.close()
+            raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+        if len(self._readers) < 8 and not self.closed:
+            self._readers.append(db)
+        else:
+            db.close()
+        return rows
+
+    def row(self, job_id: int) -> sqlite3.Row:
+        """Return a job's row. KeyError: there is none."""
+        rows = self.read(JOB_ROW, {"id": job_id})
+        if not rows:
+            raise KeyError(job_id)
+        return rows[0]
+
+    def find(self, filters: dict[str, Any], limit: int, before: int | None = None) -> list[sqlite3.Row]:
+        """Return the rows that pass the filters (see `Filters`), newest first, ids below `before`."""
+        where, parameters = conditions(filters)
+        if before is not None:
+            where, parameters = [*where, "id < :before"], {**parameters, "before": before}
+        sql = f"SELECT * FROM bgjobs_jobs WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT :limit"
+        return self.read(sql, {**parameters, "limit": limit})
+
+    def counts(self, filters: dict[str, Any]) -> dict[str, int]:
+        """Return how many jobs of each status pass the other filters, each capped at COUNT_LIMIT."""
+        where, parameters = conditions({name: value for name, value in filters.items() if name != "status"})
+        condition = " AND ".join(["status = :status", *where])
+        counts = {}
+        for status in STATUSES:
+            known = "" if status == PENDING else "AND status <> 'pending'"
+            sql = f"SELECT count(*) FROM (SELECT 1 FROM bgjobs_jobs WHERE {condition} {known} LIMIT {COUNT_LIMIT})"
+            counts[status] = self.read(sql, {**parameters, "status": status})[0][0]
+        return counts
+
+    def logs(self, job_id: int, *, level: int, text: str | None, since: float, until: float, after: int, limit: int | None,
+             newest: bool) -> list[dict[str, Any]]:
+        """Return a job's log lines, oldest first: the newest `limit` of them, or those that follow `after`."""
+        rows = self.read(LOG_LINES.format(order="DESC" if newest else "ASC"),
+                         {"id": job_id, "after": after, "level": level, "since": since, "until": until,
+                          "limit": -1 if limit is None or text else limit})
+        lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in rows]
+        if text:
+            lines = [line for line in lines if text.lower() in line["message"].lower()][:limit]
+        return lines[::-1] if newest else lines
+
+
+def _remedy(error: sqlite3.Error) -> str:
+    """Return what a person can do about an error of SQLite."""
+    text = str(error)
+    for sign, remedy in (("locked", "another program holds its lock: end it, or wait"),
+                         ("readonly", "make the file and its folder writable"),
+                         ("full", "make room on the disk"),
+                         ("not a database", "give the path of a new file, or of a job file"),
+                         ("malformed", "restore it from a backup"),
+                         ("unable to open", "check that the folder exists and is writable")):
+        if sign in text:
+            return remedy
+    return "see the error of SQLite above"
+
+
+FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
+
+
+def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions and their parameters for the filters that are given. ValueError: a bad one.
+
+    status, name, run_by: equal. errors, low_priority: True or False. q: an id, or text in the name, label, arguments,
+    message or run_by. parent: an id or a Job; None for roots only. system: True adds the system jobs. created_from,
+    created_to: Unix seconds.
+    """
+    where, parameters = [], {}
+    for name, value in filters.items():
+        if name not in FILTERS:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
+    if "status" in filters:
+        statuses = [filters["status"]] if isinstance(filters["status"], str) else list(filters["status"])
+        for status in statuses:
+            if status not in STATUSES:
+                raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
+        names = [f"'{status}'" for status in statuses]
+        where.append(f"status = {names[0]}" if len(names) == 1 else f"status IN ({', '.join(names)})")
+        if PENDING not in statuses:
+            where.append("status <> 'pending'")
+    for name in ("name", "run_by"):
+        if filters.get(name) is not None:
+            where.append(f"{name} = :{name}")
+            parameters[name] = filters[name]
+    if filters.get("errors") is not None:
+        where.append("own_errors + failed > 0" if filters["errors"] else "own_errors + failed = 0")
+    if filters.get("low_priority") is not None:
+        where.append(f"low_priority = {int(bool(filters['low_priority']))}")
+    if "parent" in filters:
+        parent = filters["parent"]
+        where.append("parent_id IS NULL" if parent is None else "parent_id = :parent AND parent_id IS NOT NULL")
+        parameters["parent"] = getattr(parent, "id", parent)
+    if not filters.get("system"):
+        where.append("system = 0")
+    for name, sign in (("created_from", ">="), ("created_to", "<=")):
+        if filters.get(name) is not None:
+            where.append(f"created_at {sign} :{name}")
+            parameters[name] = float(filters[name])
+    if filters.get("q"):
+        where.append("(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(args, '') || ' ' || "
+                     "ifnull(kwargs, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q) > 0)")
+        text = _text(filters["q"])
+        parameters.update(q=text.lower(), number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
+    return where, parameters
+
+
+# ---- what people see of a job
+
+MASK = "\u2022\u2022\u2022"
+COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
+                "attempt", "message")
+
+
+def describe(row: sqlite3.Row, now: float, means: dict[str, float]) -> dict[str, Any]:
+    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds."""
+    options = json.loads(row["options"]) if row["options"] else {}
+    status = row["status"]
+    active = status in ACTIVE
+    due = max(row["created_at"], row["run_at"] or 0.0)
+    started = row["started_at"]
+    duration = row["duration"] + (max(0.0, now - row["since"]) if active and row["since"] else 0.0)
+    error = json.loads(row["error"]) if row["error"] else None
+    waits_until = now if status == PENDING else row["finished_at"] or due
+    info = {name: row[name] for name in COLUMNS_SEEN}
+    info.update(
+        phase=phase_of(row, now), waiting=max(0.0, (started if started is not None else waits_until) - due), duration=duration,
+        errors=row["own_errors"] + row["failed"], low_priority=bool(row["low_priority"]), system=bool(row["system"]),
+        progress=progress_of(row), eta=eta_of(row, now, duration, means.get(row["name"])),
+        children={name: row[name] for name in ("total", "done", "failed", "running")},
+        root_id=row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
+        state=json.loads(row["state"]) if row["state"] else None, result=json.loads(row["result"]) if row["result"] else None,
+        error=error and (error["traceback"] or f"{error['type']}: {error['text']}"),
+        operations=allowed_operations(status, options, bool(row["system"])))
+    return info
+
+
+def phase_of(row: sqlite3.Row, now: float) -> str:
+    """Return what refines the status, for people."""
+    if row["status"] == RUNNING:
+        return "waiting for children" if row["returned"] else ""
+    if row["status"] != PENDING:
+        return ""
+    if row["phase"] == "unknown function":
+        return row["phase"]
+    if row["run_at"] is not None and row["queue"] is None:
+        return "scheduled"
+    return row["phase"] or ("waiting for low load" if row["low_priority"] else "")
+
+
+def progress_of(row: sqlite3.Row) -> float | None:
+    """Return 0 to 1, or None: the mean over the descendants, and the job itself where it reports progress of its own."""
+    if row["status"] == FINISHED:
+        return 1.0
+    if not row["total"]:
+        return row["progress"]
+    own = row["progress"]
+    parts, done = row["total"], row["tree_progress"]
+    if own is not None:
+        parts, done = parts + 1, done + (1.0 if row["returned"] else own)
+    return min(1.0, max(0.0, done / parts))
+
+
+def eta_of(row: sqlite3.Row, now: float, duration: float, mean: float | None) -> float | None:
+    """Return the seconds left: from the tree's rate, the attempt's, or earlier runs of the same function."""
+    if row["status"] not in ACTIVE:
+        return None
+    if row["total"]:
+        return time_left(progress_of(row), row["tree_pace"], now - (row["tree_at"] or now))
+    if row["progress"] is not None and row["pace"]:
+        return time_left(row["progress"], row["pace"], now - (row["progress_at"] or now))
+    return max(0.0, mean - duration) if mean is not None else None
+
+
+def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
+    """Return args and kwargs as JSON values, with the secret ones masked."""
+    args = json.loads(row["args"]) if row["args"] else []
+    kwargs = json.loads(row["kwargs"]) if row["kwargs"] else {}
+    for place in secret:
+        if isinstance(place, int) and place < len(args):
+            args[place] = MASK
+        elif place in kwargs:
+            kwargs[place] = MASK
+    return {"args": args, "kwargs": kwargs}
+
+
+# ---- 7 Worker pool -------------------------------------------------------------------------------------------
+
+class Pool:
+    """`size` places in which attempts execute, and the threads for them, made when needed and reused.
+
+    An attempt that waits for another job gives its place away; when it goes on, it takes the next place that gets
+    free, before any claimed job. So waiting never deadlocks, and never do more than `size` attempts execute.
+    """
+
+    def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], None],
+                 claim: Callable[[], None]) -> None:
+        self.size = size
+        self._execute = execute
+        self._settle, self._claim = settle, claim         # called when a place is free again: after an attempt, or meanwhile
+        # `_changed` guards everything below; no user code and no SQL runs under it.
+        self._changed = threading.Condition()
+        self._queue: deque[Attempt] = deque()
+        self._returning: deque[threading.Event] = deque()
+        self._busy = self._low_busy = self._idle = self._threads = self._away = 0
+        self.abandoned = 0                                # force-stopped attempts whose threads live on
+        self._closed = False
+
+    def room(self) -> tuple[int, int, int]:
+        """Return the free places, those that low-priority jobs may take, and how many claimed jobs wait."""
+        with self._changed:
+            waiting = len(self._queue)
+            free = self.size - self._busy - len(self._returning) - waiting
+            reserve = 1 if self.size > 1 else 0
+            low_waiting = sum(attempt.low_priority for attempt in self._queue) if self._queue else 0
+            return free, self.size - reserve - self._low_busy - low_waiting, waiting
+
+    @property
+    def is_empty(self) -> bool:
+        """Tell whether no claimed job waits for a worker."""
+        return not self._queue
+
+    def put(self, attempts: list[Attempt]) -> None:
+        """Have claimed attempts executed, in this order."""
+        with self._changed:
+            self._queue.extend(attempts)
+            starting = self._wake()
+        self._start_threads(starting)
+
+    def _start_threads(self, count: int) -> None:
+        for _ in range(count):
+            threading.Thread(target=self._work, name="bgjobs-worker", daemon=True).start()
+
+    def _wake(self) -> int:
+        """Wake as many idle threads as there is work for; return how many more are to be started."""
+        wanted = min(len(self._queue), self.size - self._busy - len(self._returning))
+        if wanted <= 0:
+            return 0
+        self._changed.notify(wanted)
+        starting = max(0, min(wanted - self._idle, self.size + self._away + self.abandoned - self._threads))
+        self._threads += starting
+        return starting
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue or self._busy + len(self._returning) >= self.size:
+                    if self._closed:
+                        self._threads -= 1
+                        return
+                    self._idle += 1
+                    self._changed.wait()
+                    self._idle -= 1
+                attempt = self._queue.popleft()
+                self._busy += 1
+                self._low_busy += attempt.low_priority
+            attempt.has_place = True
+            self._execute(attempt)
+            if self._give_up_place(attempt):
+                self._settle(attempt)
+            if attempt.abandoned:
+                with self._changed:
+                    self.abandoned -= 1
+                    self._threads -= 1
+                return                                    # another thread has taken this one's part
+            del attempt                                   # an idle worker keeps nothing alive
+
+    def _give_up_place(self, attempt: Attempt) -> bool:
+        """Free the place of an attempt, for one that returns or for a claimed one. False: it had been abandoned."""
+        with self._changed:
+            if attempt.abandoned and not attempt.has_place:
+                return False
+            attempt.has_place = False
+            self._busy -= 1
+            self._low_busy -= attempt.low_priority
+            starting = 0
+            if self._returning:
+                self._returning.popleft().set()
+                self._busy += 1
+            else:
+                starting = self._wake()
+        self._start_threads(starting)
+        return not attempt.abandoned
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Take the place of a force-stopped attempt away. Its thread ends with it; another takes its part."""
+        with self._changed:
+            if attempt.abandoned or attempt.begun == 0.0:
+                return
+            attempt.abandoned = True
+            self.abandoned += 1
+        if attempt.has_place:
+            self._give_up_place(attempt)
+        self._claim()
+
+    @contextlib.contextmanager
+    def away(self, attempt: Attempt) -> Iterator[None]:
+        """Give the place of a waiting attempt away, and wait for one at the end."""
+        with self._changed:
+            self._away += 1
+        self._give_up_place(attempt)
+        self._claim()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._away -= 1
+                self._low_busy += attempt.low_priority
+                attempt.has_place = True
+                if self._busy < self.size:
+                    self._busy += 1
+                    place = None
+                else:
+                    place = threading.Event()
+                    self._returning.append(place)
+            if place is not None:
+                place.wait()
+
+    def take_back(self) -> list[Attempt]:
+        """Take out the claimed attempts that no worker has begun."""
+        with self._changed:
+            attempts = list(self._queue)
+            self._queue.clear()
+        return attempts
+
+    def close(self) -> None:
+        """Let the threads end as they become idle."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+# ---- 8 Inside a job ------------------------------------------------------------------------------------------
+
+_UNSET: Any = object()
+_current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjobs_current", default=None)
+
+
+class JobContext:
+    """What `current_job()` returns. Outside a job, as here, all of it works and does nothing."""
+
+    id: int | None = None
+    name: str | None = None
+    run_by: str | None = None
+    attempt: int = 0
+    state: Any = None
+    stop_requested: bool = False
+
+    @property
+    def log(self) -> logging.Logger:
+        """A logger of the standard library; inside a job its records go to the job's log, too."""
+        return _log
+
+    def checkpoint(self, state: Any = _UNSET) -> None:
+        """Be stopped here, if that was asked for; with `state`, save it first (JSON values; returns after the commit).
+
+        The next attempt finds it as `current_job().state`. Costs next to nothing without state: call it in every turn
+        of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
+        """
+
+    def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Tell how far the job is: `done` of `total` units. Shown within a second. Never a checkpoint."""
+
+    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+        """Yield the items, with progress and a checkpoint between them.
+
+        A resumed attempt goes on after the last item whose turn was completed: the iterable must then give the same
+        items in the same order. `total`: how many there are, where the iterable has no length.
+        """
+        yield from iterable
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, and be stopped at once if that is asked for. Raises JobStopped."""
+        time.sleep(seconds)
+
+
+_outside = JobContext()
+
+RETURNED, RAISED, HALTED = "returned", "raised", "halted"           # outcomes of an attempt's function;
+RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one that is given back: begun, not begun, unknown here
+
+
+class Attempt(JobContext):
+    """One execution of a job's function by this process."""
+
+    def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
+        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions,
+         options, self.run_by, self.low_priority, total, self.saved_progress, _, _, self.charge) = claim
+        self.number = self.attempt = number + 1
+        self.runner = runner
+        self.options: dict[str, Any] = json.loads(options) if options else {}
+        self.has_children = total > 0
+        self.begun = self.ran = self.worked = 0.0         # monotonic; seconds: in all, and without waiting for others
+        self.waited = 0.0
+        self.outcome = UNSPENT
+        self.result: str | None = None
+        self.error: str | None = None
+        self.exception: BaseException | None = None
+        self.thread: int | None = None
+        self.has_place = self.abandoned = False           # guarded by the pool
+        self.reason = HALTED                              # the outcome, when it stops
+        self.unsaved_progress: tuple[float | None, float | None, str | None] | None = None
+        self._loops = 0
+        self._loop_positions: list[int] = []
+        self._saved_at = 0.0
+        self._wake: Any = None                            # what a stop request sets
+        self._progress: tuple[float | None, str | None] | None = None     # what is not saved yet
+        self._pace: float | None = None
+        self._pace_from = (0.0, 0.0)
+        self._logger: logging.Logger | None = None
+
+    @property
+    def correction(self) -> int:
+        """The microseconds by which the claim charged too little."""
+        return int(self.worked * 1e6) - self.charge
+
+    # stopping
+
+    def request_stop(self, reason: str = HALTED) -> None:
+        """Have JobStopped raised at the next checkpoint; `reason` is the outcome then. From any thread."""
+        if reason == HALTED and not self.options.get("stoppable", True):
+            return
+        self.reason = reason
+        self.stop_requested = True
+        wake = self._wake
+        if wake is not None:
+            wake.set()
+
+    def raise_if_stopped(self) -> None:
+        if self.stop_requested:
+            raise JobStopped(f"job {self.id} was asked to stop")
+
+    def checkpoint(self, state: Any = _UNSET) -> None:
+        if state is not _UNSET:
+            self._save(encode(state, f"the state of job {self.id}"))
+        if self.stop_requested:
+            raise JobStopped(f"job {self.id} was asked to stop")
+
+    def sleep(self, seconds: float) -> None:
+        wake = threading.Event()
+        with self.woken_by_stop(wake):
+            wake.wait(seconds)
+        self.raise_if_stopped()
+
+    @contextlib.contextmanager
+    def woken_by_stop(self, wake: Any) -> Iterator[None]:
+        """Have a stop request call `wake.set()` during the block."""
+        self._wake = wake
+        try:
+            if self.stop_requested:                       # it came before `_wake` was there
+                wake.set()
+            yield
+        finally:
+            self._wake = None
+
+    # state
+
+    @property
+    def state(self) -> Any:
+        """What the last checkpoint saved, or None. A copy: only checkpoint(state=...) changes what is saved."""
+        return decode(self._state)
+
+    def _save(self, state: str | None) -> None:
+        positions = self.unsaved_positions()
+        if not self.runner._store.write(lambda tx: tx.save_state(self, state, positions)):
+            self.request_stop()
+            raise JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
+        if state is not None:
+            self._state = state
+        self._saved_at = time.monotonic()
+
+    def unsaved_positions(self) -> str | None:
+        return json.dumps(self._loop_positions) if self._loop_positions else None
+
+    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+        positions, loop = self._resumed_positions(), self._loops
+        self._loops += 1
+        if loop == len(positions):
+            positions.append(0)
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)
+        done = positions[loop]
+        for item in itertools.islice(iterable, done, None) if done else iterable:
+            self.progress(done, total)
+            if self.stop_requested:
+                raise JobStopped(f"job {self.id} was asked to stop")
+            yield item
+            positions[loop] = done = done + 1
+            if time.monotonic() - self._saved_at > 0.1:
+                self._save(None)
+        self.progress(done, total)
+        self.raise_if_stopped()
+
+    def _resumed_positions(self) -> list[int]:
+        if not self._loop_positions and self._positions:
+            self._loop_positions = json.loads(self._positions)
+        return self._loop_positions
+
+    # progress and log
+
+    def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        fraction = min(1.0, max(0.0, done / total)) if total else None
+        if message is None and not total:
+            message = f"{done:,} done"
+        self._progress = (fraction, message)
+
+    def progress_to_save(self) -> tuple[float | None, float | None, str | None] | None:
+        """Return (progress, pace, message) if they changed since the last call."""
+        if self._progress is None:
+            return None
+        (fraction, message), self._progress = self._progress, None
+        now = time.monotonic() - self.begun
+        if fraction is not None:
+            before, at = self._pace_from
+            if self._pace is None and at == 0.0:
+                before = self.saved_progress or 0.0       # what an earlier attempt did took no time of this one
+            self._pace = pace_after(self._pace, fraction - before, now - at, now)
+            self._pace_from = (fraction, now)
+        return fraction, self._pace, message and _text(message, 500)
+
+    def note_saved_progress(self, progress: float | None) -> None:
+        self.saved_progress = progress
+
+    def note_charged(self, more: int) -> None:
+        self.charge += more
+
+    @property
+    def log(self) -> logging.Logger:
+        if self._logger is None:
+            self._logger = _JobLogger(self)
+        return self._logger
+
+
+class _JobLogger(logging.Logger):
+    """A job's own logger: its records go to the job's log, and on to the app's handlers as those of "bgjobs.job" would."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__("bgjobs.job", logging.DEBUG)
+        self.parent = logging.getLogger("bgjobs.job")
+        self._attempt = attempt
+
+    def callHandlers(self, record: logging.LogRecord) -> None:
+        self._attempt.runner._keep_log_line(self._attempt.id, record)
+        if self.parent.isEnabledFor(record.levelno):
+            self.parent.callHandlers(record)
+
+
+def _capture_log_records() -> None:
+    """Have the records that any logger emits inside a job land in the job's log, too.
+
+    A record factory, since a handler on the root logger would disable logging.basicConfig and the last-resort handler.
+    """
+    make_record = logging.getLogRecordFactory()
+    if getattr(make_record, "_bgjobs", False):
+        return
+
+    def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        attempt = _current.get()
+        if attempt is not None and record.name != "bgjobs.job":
+            attempt.runner._keep_log_line(attempt.id, record)
+        return record
+    make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_and_keep)
+
+
+def current_job() -> JobContext:
+    """Return the context of the job that this code runs in; outside of one, a context that does nothing."""
+    return _current.get() or _outside
+
+
+# ---- 9 The handle --------------------------------------------------------------------------------------------
+
+def _live(name: str, what: str) -> Any:
+    return property(lambda self: self.info()[name], doc=what + " Read from the store at each access.")
+
+
+class _Waiters(list):                                     # type: ignore[type-arg]
+    """A Future's list of waiters. `wait` and `as_completed` append theirs before they wait on its event; inside a job
+    that wait gives the worker's place away."""
+
+    def append(self, waiter: Any) -> None:
+        attempt = _current.get()
+        if attempt is not None and type(waiter.event) is threading.Event:
+            waiter.event = _PlaceGivingEvent(attempt)
+        super().append(waiter)
+
+
+class _PlaceGivingEvent(threading.Event):
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__()
+        self._attempt = attempt
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.is_set():
+            return True
+        return self._attempt.runner._wait_in_job(self._attempt, super().wait, timeout)
+
+
+class _Notifier:
+    """Has the looks of an event to a stop request: setting it wakes who waits on the condition."""
+
+    def __init__(self, condition: threading.Condition) -> None:
+        self._condition = condition
+
+    def set(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+
+class Job(Future):                                        # type: ignore[type-arg]
+    """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked.
+
+    `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and `resume` of a failed
+    job, return a new handle. Attributes raise KeyError when the job has been removed.
+    """
+
+    def __init__(self, runner: Runner, job_id: int) -> None:
+        # What Future.__init__ sets, but for the condition, which is made when somebody first waits: see _condition.
+        self._runner, self.id = runner, job_id
+        self._state = "PENDING"
+        self._result: Any = None
+        self._exception: BaseException | None = None
+        self._waiters = _Waiters()
+        self._done_callbacks: list[Callable[[Future[Any]], Any]] = []
+        self._lazy_condition: threading.Condition | None = None
+
+    @property
+    def _condition(self) -> threading.Condition:
+        """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
+        if self._lazy_condition is None:
+            self._made_condition()
+            self._runner._watch(self)
+        return self._made_condition()
+
+    def _made_condition(self) -> threading.Condition:
+        if self._lazy_condition is None:
+            with self._runner._handle_lock:
+                self._lazy_condition = self._lazy_condition or threading.Condition()
+        return self._lazy_condition
+
+    name = _live("name", "The stable name of the function.")
+    label = _live("label", "A title for people, or None.")
+    status = _live("status", "One of the seven statuses.")
+    phase = _live("phase", "What refines the status for people, or \"\".")
+    created_at = _live("created_at", "Unix seconds.")
+    started_at = _live("started_at", "Unix seconds of the first attempt, or None.")
+    finished_at = _live("finished_at", "Unix seconds, or None.")
+    waiting = _live("waiting", "Seconds from creation, or its due time, to the start.")
+    duration = _live("duration", "Seconds it has been running, all attempts.")
+    errors = _live("errors", "Its own failed attempts plus failed descendants.")
+    low_priority = _live("low_priority", "Whether it runs in periods of low load only.")
+    run_by = _live("run_by", "Who asked for it, or None.")
+    progress = _live("progress", "0 to 1, or None.")
+    eta = _live("eta", "Seconds left, or None.")
+    children = _live("children", "{total, done, failed, running} over all descendants.")
+    parent_id = _live("parent_id", "The parent's id, or None.")
+    root_id = _live("root_id", "The id of its tree's root.")
+    attempt = _live("attempt", "The number of the newest attempt, 0 before the first.")
+    error = _live("error", "The traceback of the newest failure, or None.")
+    operations = _live("operations", "The operations its status allows now.")
+
+    @property
+    def args(self) -> list[Any]:
+        """Its positional arguments, secret ones masked. Read from the store at each access."""
+        return decode(json.dumps(self.info()["args"]))
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Its keyword arguments, secret ones masked. Read from the store at each access."""
+        return decode(json.dumps(self.info()["kwargs"]))
+
+    @property
+    def state(self) -> Any:
+        """What its last checkpoint saved, or None. Read from the store at each access."""
+        return decode(json.dumps(self.info()["state"]))
+
+    def info(self) -> dict[str, Any]:
+        """Return all attributes as one dict of JSON values: the JSON interface's."""
+        return self._runner._info(self.id)
+
+    def logs(self, *, level: str | int | None = None, text: str | None = None, since: float | None = None,
+             until: float | None = None, after: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
+
+        level: the least, as a name or number. text: contained, in any case. since, until: Unix seconds. after: a line's
+        id. limit: how many at most; without `after` the newest ones.
+        """
+        return self._runner._logs(self.id, level, text, since, until, after, limit)
+
+    # operations
+
+    def stop(self, *, by: str | None = None) -> Job:
+        """Stop the job and its descendants at their next checkpoint; at once where none executes. Returns at once."""
+        return self._runner._operate("stop", self.id, by, self)
+
+    def resume(self, *, by: str | None = None) -> Job:
+        """Have a stopped or failed job go on from its saved state. Returns a new handle if this one was completed."""
+        return self._runner._operate("resume", self.id, by, self)
+
+    def force_stop(self, *, by: str | None = None) -> Job:
+        """Make a stopping job stopped now; what the abandoned attempt still does changes nothing in the store."""
+        return self._runner._operate("force_stop", self.id, by, self)
+
+    def restart(self, *, by: str | None = None) -> Job:
+        """Run a finished or failed job again from scratch, its former descendants removed. Returns a new handle."""
+        return self._runner._operate("restart", self.id, by, self)
+
+    def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job:
+        """Have the job and its descendants run in periods of low load only, or no longer so."""
+        return self._runner._operate("set_low_priority" if low_priority else "remove_low_priority", self.id, by, self)
+
+    def cancel(self, *, by: str | None = None) -> bool:
+        """Discard a pending or stopped job for good. Returns whether it is cancelled; never raises InvalidOperation."""
+        try:
+            self._runner._operate("cancel", self.id, by, self)
+        except InvalidOperation:
+            return self.cancelled()
+        return True
+
+    # the Future part
+
+    def done(self) -> bool:
+        """Tell whether the job is over."""
+        return self._look() in OVER
+
+    def running(self) -> bool:
+        """Tell whether the job is running or stopping."""
+        return self._look() in ACTIVE
+
+    def cancelled(self) -> bool:
+        """Tell whether the job has been cancelled."""
+        return self._look() == CANCELLED
+
+    def _look(self) -> str:
+        if self._state == CANCELLED_AND_NOTIFIED:
+            return CANCELLED
+        if self._state == FUTURE_FINISHED:
+            return FINISHED if self._exception is None else FAILED
+        status = self._runner._status(self.id)
+        if status in OVER:
+            self._complete()
+        return status
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return what the function returned, once the job and all its descendants are over.
+
+        timeout: seconds, None waits on. In a job this is a checkpoint, and the worker's place is given away meanwhile.
+        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError.
+        """
+        self._await_end(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the function raised, or None, once the job is over. Waits and raises as `result` does."""
+        self._await_end(timeout)
+        return super().exception(0)
+
+    def _await_end(self, timeout: float | None) -> None:
+        if self._state == "PENDING" and not self.done():
+            attempt = _current.get()
+
+            if attempt is None:
+                self._wait(timeout, lambda: self._state != "PENDING")
+                return
+            with attempt.woken_by_stop(_Notifier(self._condition)):
+                self._runner._wait_in_job(attempt, lambda seconds: self._wait(
+                    seconds, lambda: self._state != "PENDING" or attempt.stop_requested), timeout)
+            attempt.raise_if_stopped()
+
+    def _wait(self, timeout: float | None, over: Callable[[], bool]) -> bool:
+        condition = self._condition
+        with condition:
+            return condition.wait_for(over, timeout)
+
+    def __await__(self) -> Any:
+        import asyncio
+        return asyncio.wrap_future(self).__await__()
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
+        """Call `fn(job)` once the job is over, in a thread of the runner's; at once if it is over."""
+        if self._state == "PENDING":
+            self._runner._hold(self)
+        super().add_done_callback(fn)
+        self.done()
+
+    def _complete(self) -> None:
+        """Take the outcome over from the store, once."""
+        try:
+            row = self._runner._store.read(OUTCOME_OF, {"id": self.id})[0]
+        except IndexError:
+            return
+        if row["status"] not in OVER:
+            return
+        condition = self._made_condition()
+        with condition:
+            if self._state != "PENDING":
+                return
+            if row["status"] == CANCELLED:
+                self._state = CANCELLED_AND_NOTIFIED
+                for waiter in self._waiters:
+                    waiter.add_cancelled(self)
+            else:
+                if row["status"] == FINISHED:
+                    self._result = decode(row["result"])
+                else:
+                    self._exception = self._runner._exception_of(self.id, row)
+                self._state = FUTURE_FINISHED
+                for waiter in self._waiters:
+                    waiter.add_exception(self) if self._exception else waiter.add_result(self)
+            condition.notify_all()
+        self._runner._release(self)
+        self._invoke_callbacks()
+
+    def __repr__(self) -> str:
+        try:
+            return f"<Job {self.id} {self.name} {self.status}>"
+        except (KeyError, BgjobsError):
+            return f"<Job {self.id}>"
+
+
+# ---- 10 Runner -----------------------------------------------------------------------------------------------
+
+POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
+FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
+HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
+LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
+MEMORY_OF_EXCEPTIONS = 1_000
+
+
+class Submitter:
+    """Submits with the options it was made with: what `options()` returns. A runner is one, too."""
+
+    def __init__(self, runner: Runner | None, options: dict[str, Any]) -> None:
+        self._of, self._options = runner, check_options(options)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
+        """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit. In a job: a child of it.
+
+        TypeError: the function or the arguments cannot be stored; RuntimeError: the runner is shut down;
+        JobStopped: the job that submits is to stop.
+        """
+        return (self._of or default_runner())._submit(fn, args, kwargs, self._options)
+
+    def submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]]) -> list[int]:
+        """Store a job `fn(*arguments)` for each tuple; return the ids, in order.
+
+        In transactions of at most 10,000; an error in between says how many were stored.
+        """
+        return (self._of or default_runner())._submit_many(fn, argument_tuples, self._options)
+
+    map = Executor.map
+
+    def options(self, **options: Any) -> Submitter:
+        """Return a Submitter with these options added."""
+        return Submitter(self._of, {**self._options, **options})
+
+
+class Runner(Submitter, Executor):
+    """Runs the jobs of one file on threads of this process; a complete concurrent.futures.Executor.
+
+    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute
+    at once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start().
+    durability: "process" survives the death of the process, "power" a power cut, too. modules: names of modules to
+    import, whose functions jobs may name. clock: returns Unix seconds.
+    Raises ValueError for a bad value, StoreError for a file that cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
+                 durability: str = "process", modules: Iterable[str] = (), clock: Callable[[], float] = time.time) -> None:
+        if max_workers is None:
+            max_workers = min(32, (os.cpu_count() or 1) + 4)
+        if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers <= 0:
+            raise ValueError(f"max_workers must be greater than 0, got {_short(max_workers)}")
+        if durability not in ("process", "power"):
+            raise ValueError(f'durability must be "process" or "power", got {_short(durability)}')
+        Submitter.__init__(self, self, {})
+        self.max_workers = self._max_workers = max_workers
+        self._clock = clock
+        for module in modules:
+            __import__(module)
+        self._store = Store(os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path, durability, clock)
+        self.path = self._store.path
+        self._costs = Costs({row["name"]: row["seconds"] for row in self._store.read(MEANS)})
+        self._pool = Pool(max_workers, self._execute, self._settle, self._store.kick)
+        self._id = self._register()
+        # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
+        self._handle_lock = threading.Lock()
+        self._watched: dict[int, list[weakref.ref[Job]]] = {}
+        self._held: set[Job] = set()                     # handles with callbacks live until these were called
+        self._exceptions: OrderedDict[int, BaseException] = OrderedDict()
+        # What rides along in the next transaction. Only the leading thread takes from these.
+        self._ended: deque[Attempt] = deque()
+        self._ended_at = 0.0
+        self._settling: list[Attempt] = []
+        self._lines: deque[tuple[int, float, int, str]] = deque()
+        self._lines_dropped = 0
+        self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
+        self._started = self._shut = self._pausing = self._inline = False
+        self._unknown: set[str] = set()
+        self._first_submitted: int | None = None
+        self._over = threading.Condition()               # notified whenever jobs are over; guards nothing
+        self._service: _Service | None = None
+        self._servers: list[Any] = []                    # of the status page
+        self._store.rider = self._ride
+        self._store.backlog = self._nudge_service
+        _at_exit(self)
+        if start:
+            self.start()
+
+    def _register(self) -> int:
+        import socket
+        presence = _presence()
+        row = {"pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers}
+        runner_id = self._store.write(lambda tx: tx.execute(ADD_RUNNER, {**row, "now": tx.now}).lastrowid)
+        presence.appear(self._store.path, runner_id)
+        return runner_id
+
+    # the hot path: submit, claim, execute, finish
+
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Job:
+        new = self._submission(fn, options)
+        if args:
+            new.args = encode(args, f"the arguments of {new.name}")
+        if kwargs:
+            new.kwargs = encode(kwargs, f"the arguments of {new.name}")
+        job_id = self._store.write(lambda tx: tx.submit(new))
+        if self._first_submitted is None:
+            self._first_submitted = job_id
+        return Job(self, job_id)
+
+    def _submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]], options: dict[str, Any]
+                     ) -> list[int]:
+        new = self._submission(fn, options)
+        if new.key is not None:
+            raise ValueError("a key names one job; it cannot be an option of submit_many")
+        ids: list[int] = []
+        what = f"the arguments of {new.name}"
+        tuples = iter(argument_tuples)
+        try:
+            while True:
+                batch = [encode(args if isinstance(args, tuple) else _not_a_tuple(args), what) if args != () else None
+                         for args in itertools.islice(tuples, 10_000)]
+                if not batch:
+                    return ids
+                ids += self._store.write(lambda tx: tx.submit_many(new, batch))
+                if self._first_submitted is None:
+                    self._first_submitted = ids[0]
+        except Exception as error:
+            raise type(error)(f"{error} ({len(ids):,} jobs were stored before)") from error
+
+    def _submission(self, fn: Callable[..., Any], options: dict[str, Any]) -> Submission:
+        """Return the row for a job of this function, but for its arguments."""
+        new = Submission(_registry.name_of(fn))
+        declared = _registry.declared.get(fn)
+        given = {**declared, **options} if declared else options
+        attempt = _current.get()
+        if attempt is not None and attempt.runner is not self:
+            attempt = None
+        if self._shut and attempt is None:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        new.submitter = self._id
+        if given:
+            self._apply_options(new, fn, given)
+        if "parent" not in given and attempt is not None:
+            attempt.raise_if_stopped()
+            attempt.has_children = True
+            new.parent_id, new.attempt = attempt.id, attempt.number
+            if "run_by" not in given:
+                new.run_by = attempt.run_by
+            if "low_priority" not in given:
+                new.low_priority = attempt.low_priority
+        return new
+
+    def _apply_options(self, new: Submission, fn: Callable[..., Any], given: dict[str, Any]) -> None:
+        new.name = given.get("name", new.name)
+        if "name" in given:
+            _registry.by_name.setdefault(new.name, fn)
+        for name in ("label", "run_by", "key"):
+            value = given.get(name)
+            setattr(new, name, None if value is None else _text(value, 500))
+        new.low_priority, new.system = int(given.get("low_priority", False)), int(given.get("system", False))
+        if "run_at" in given:
+            new.run_at = _unix(given["run_at"])
+        elif given.get("delay"):
+            new.run_at = self._clock() + given["delay"]
+        if new.run_at is not None and self._service is not None:
+            self._service.expect(new.run_at)
+        kept = {name: given[name] for name in _KEPT if name in given}
+        if kept.get("secret"):
+            kept["secret"] = _secret_places(fn, kept["secret"])
+        if kept:
+            new.options = json.dumps(kept, separators=(",", ":"))
+        parent = given.get("parent")
+        if parent is not None:
+            info = parent.info()
+            new.parent_id = parent.id
+            new.run_by = given.get("run_by", info["run_by"])
+            new.low_priority = int(given.get("low_priority", info["low_priority"]))
+            running = self._attempts.get(parent.id)
+            if running is not None:
+                running.has_children = True
+
+    def _ride(self, tx: Transaction) -> None:
+        """Take what waits into a transaction: outcomes of attempts, log lines, and claims for free places."""
+        ended = self._settling = self._settling + [self._ended.popleft() for _ in range(len(self._ended))]
+        if ended:
+            tx.finish(ended)
+        lines = list(itertools.islice(self._lines, 2_000)) if self._lines else []
+        if lines:
+            tx.executemany(INSERT_LOG, lines)
+        claims: list[Attempt] = []
+        if self._started and not self._shut_claims:
+            claims = self._claim(tx)
+        if ended or lines or claims or tx.over:
+            tx.after_commit.append(lambda: self._committed(tx, len(lines), claims))
+
+    _shut_claims = False
+
+    def _claim(self, tx: Transaction) -> list[Attempt]:
+        """Claim jobs for the free places, and some ahead of free workers while they are known to be short."""
+        free, low_free, waiting = self._pool.room()
+        ahead = AHEAD_LIMIT - waiting if free + waiting > 0 else 0
+        free = max(0, free)
+        planned = 0.0
+        if waiting:
+            planned = sum(self._costs.means.get(a.name, 0.0) + _OVERHEAD for a in list(self._pool._queue))
+        if free + ahead <= 0 or (free == 0 and waiting > AHEAD_LIMIT // 2):
+            return []
+        rows = tx.claim(self._id, free, low_free, ahead, planned, self.max_workers, self._costs)
+        return [Attempt(self, row) for row in rows]
+
+    def _committed(self, tx: Transaction, lines: int, claims: list[Attempt]) -> None:
+        """After a commit: hand the claims out and tell who waits. Runs in the leading thread."""
+        for attempt in self._settling:
+            if self._attempts.get(attempt.id) is attempt:
+                del self._attempts[attempt.id]
+        self._settling = []
+        for _ in range(lines):
+            self._lines.popleft()
+        if claims:
+            for attempt in claims:
+                self._attempts[attempt.id] = attempt
+            self._pool.put(claims)
+        if tx.over and self._watched:
+            self._complete_handles(tx.over)
+        if tx.over and self._waiting_for_over:
+            with self._over:
+                self._over.notify_all()
+
+    _waiting_for_over = 0
+
+    def _execute(self, attempt: Attempt) -> None:
+        """Run one attempt's function in this thread. Never raises."""
+        if attempt.stop_requested:
+            attempt.outcome = UNSPENT
+            return
+        function = _registry.find(attempt.name)
+        if function is None:
+            attempt.outcome = UNKNOWN
+            return
+        attempt.begun = time.monotonic()
+        attempt.thread = threading.get_ident()
+        try:
+            value = contextvars.Context().run(self._call, attempt, function)
+        except JobStopped:
+            attempt.outcome = attempt.reason
+        except BaseException as error:
+            attempt.outcome, attempt.exception = RAISED, error
+            attempt.error = dump_error(type(error).__qualname__, _text(error), _traceback_of(error))
+        else:
+            try:
+                attempt.result = None if value is None else encode(value, "the result")
+                attempt.outcome = RETURNED
+            except TypeError as error:
+                attempt.outcome, attempt.exception = RAISED, TypeError(f"{attempt.name} returned, but {error}")
+                attempt.error = dump_error("TypeError", _text(attempt.exception), "")
+        attempt.thread = None
+        attempt.ran = time.monotonic() - attempt.begun
+        attempt.worked = max(0.0, attempt.ran - attempt.waited)
+        self._costs.record(attempt.name, attempt.worked)
+
+    @staticmethod
+    def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
+        _current.set(attempt)
+        value = function(*(decode(attempt.args) if attempt.args else ()), **(decode(attempt.kwargs) if attempt.kwargs else {}))
+        if isinstance(value, types.CoroutineType):
+            import asyncio
+            return asyncio.run(value)
+        return value
+
+    def _settle(self, attempt: Attempt) -> None:
+        """Have an ended attempt recorded: at once if somebody waits or no work does, else with those that follow."""
+        if attempt.exception is not None:
+            self._remember_exception(attempt)
+        attempt.unsaved_progress = attempt.progress_to_save() if attempt.outcome != RETURNED else None
+        now = time.monotonic()
+        if not self._ended:
+            self._ended_at = now
+        self._ended.append(attempt)
+        if self._pool.is_empty or attempt.id in self._watched or attempt.has_children or now - self._ended_at > 0.002:
+            self._store.kick()
+
+    def _remember_exception(self, attempt: Attempt) -> None:
+        error = attempt.exception
+        traceback.clear_frames(error.__traceback__)       # keeps the lines, not what the function held
+        self._exceptions[attempt.id] = error
+        if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
+            self._exceptions.popitem(last=False)
+
+    def _keep_log_line(self, job_id: int, record: logging.LogRecord) -> None:
+        """Take a log record into the job's log; written with the next transaction, within a second."""
+        if len(self._lines) >= LOG_BUFFER:
+            self._lines_dropped += 1
+            return
+        try:
+            message = record.getMessage()
+            if record.exc_info and record.exc_info[1] is not None:
+                message += "\n" + _traceback_of(record.exc_info[1])
+        except Exception as error:
+            message = f"{record.msg!r} could not be formatted: {_text(error)}"
+        self._lines.append((job_id, record.created, record.levelno, _text(message)))
+
+    # reading and operating
+
+    def get(self, job_id: int) -> Job:
+        """Return the handle of a job. KeyError: there is none with this id."""
+        if isinstance(job_id, bool) or not isinstance(job_id, int):
+            raise TypeError(f"a job id is an int, got {_short(job_id)}")
+        self._status(job_id)
+        return Job(self, job_id)
+
+    def jobs(self, *, limit: int = 100, before: int | None = None, **filters: Any) -> list[Job]:
+        """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
+        created_from= created_to= (see `conditions`), with ids below `before`. ValueError: a bad filter value."""
+        return [Job(self, row["id"]) for row in self._store.find(filters, limit, before)]
+
+    def _status(self, job_id: int) -> str:
+        rows = self._store.read(STATUS_OF, {"id": job_id})
+        if not rows:
+            raise KeyError(f"there is no job {job_id} in {self.path}")
+        return rows[0][0]
+
+    def _info(self, job_id: int) -> dict[str, Any]:
+        try:
+            return describe(self._store.row(job_id), self._clock(), self._costs.means)
+        except KeyError:
+            raise KeyError(f"there is no job {job_id} in {self.path}") from None
+
+    def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
+              after: int, limit: int | None) -> list[dict[str, Any]]:
+        if isinstance(level, str):
+            number = logging.getLevelName(level.upper())
+            if not isinstance(number, int):
+                raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
+            level = number
+        if self._lines and not self._store.closed:
+            self._store.kick()                            # who asks sees what was logged by now
+        return self._store.logs(job_id, level=level or 0, text=text, since=since or 0.0, until=until or math.inf, after=after,
+                                limit=limit, newest=limit is not None and not after)
+
+    def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
+        by = None if by is None else _text(by, 200)
+        try:
+            moved = self._store.write(lambda tx: tx.operate(operation, job_id, by))
+        except KeyError:
+            raise KeyError(f"there is no job {job_id} in {self.path}") from None
+        if operation in ("stop", "force_stop"):
+            for moved_id in moved:
+                attempt = self._attempts.get(moved_id)
+                if attempt is not None:
+                    attempt.request_stop()
+                    if operation == "force_stop":
+                        self._abandon(attempt)
+        if operation == "restart" or handle is None or operation == "resume" and handle._state != "PENDING":
+            return Job(self, job_id)
+        return handle
+
+    def _abandon(self, attempt: Attempt) -> None:
+        if self._attempts.get(attempt.id) is attempt:
+            del self._attempts[attempt.id]
+        self._pool.abandon(attempt)
+
+    # waiting
+
+    def _watch(self, handle: Job) -> None:
+        """Complete this handle when its job is over, whichever process runs it."""
+        with self._handle_lock:
+            self._watched.setdefault(handle.id, []).append(weakref.ref(handle))
+        self._ensure_service()
+        with contextlib.suppress(KeyError):
+            handle._look()                                # it may have ended before it was watched
+
+    def _hold(self, handle: Job) -> None:
+        with self._handle_lock:
+            self._held.add(handle)
+
+    def _release(self, handle: Job) -> None:
+        with self._handle_lock:
+            self._held.discard(handle)
+
+    def _complete_handles(self, job_ids: Iterable[int]) -> None:
+        for job_id in job_ids:
+            with self._handle_lock:
+                references = self._watched.pop(job_id, ())
+            for reference in references:
+                handle = reference()
+                if handle is not None:
+                    handle._complete()
+
+    def _look_after_watched(self) -> None:
+        """Complete the handles whose jobs other processes have ended; forget those that nobody has any more."""
+        with self._handle_lock:
+            for job_id in [i for i, references in self._watched.items() if all(r() is None for r in references)]:
+                del self._watched[job_id]
+            watched = list(self._watched)
+        for start in range(0, len(watched), 500):
+            some = ",".join(map(str, watched[start:start + 500]))
+            over = self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({some}) AND status IN "
+                                    f"('finished', 'failed', 'cancelled')")
+            self._complete_handles([row[0] for row in over])
+
+    def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+        """Wait in a job of this runner, its worker's place given away. In `drain` the jobs waited for run here."""
+        begun = time.monotonic()
+        try:
+            if not self._inline:
+                with self._pool.away(attempt):
+                    return wait(timeout)
+            while not wait(0):
+                if timeout is not None and time.monotonic() - begun >= timeout:
+                    return False
+                if not self._run_one():
+                    wait(0.01)
+            return True
+        finally:
+            attempt.waited += time.monotonic() - begun
+
+    def _exception_of(self, job_id: int, row: sqlite3.Row) -> BaseException:
+        own = self._exceptions.get(job_id)
+        if own is not None:
+            return own
+        error = json.loads(row["error"]) if row["error"] else {"type": "", "text": "", "traceback": ""}
+        return JobFailed(f"job {job_id} ({row['name']})", error["type"], error["text"], error["traceback"])
+
+    # starting and going down
+
+    def start(self) -> Runner:
+        """Take back what a dead process left behind, and begin to run jobs. Returns the runner."""
+        if self._shut:
+            raise RuntimeError(f"the runner on {self.path} is shut down; make a new one")
+        if not self._started:
+            _capture_log_records()
+            self._recover_dead()
+            self._started = True
+            self._ensure_service()
+            self._store.kick()
+        return self
+
+    def drain(self) -> int:
+        """Run what is ready in this thread until nothing is; return how many attempts ran. For the tests of an app.
+
+        RuntimeError: the runner has been started.
+        """
+        if self._started:
+            raise RuntimeError("drain() is for a runner that was made with start=False; this one runs its jobs itself")
+        _capture_log_records()
+        self._recover_dead()
+        self._inline, ran = True, 0
+        try:
+            while self._run_one():
+                ran += 1
+        finally:
+            self._inline = False
+        return ran
+
+    def _run_one(self) -> bool:
+        def claim(tx: Transaction) -> list[tuple[Any, ...]]:
+            tx.wake_due()
+            return tx.claim(self._id, 1, 1, 0, 0.0, 1, self._costs)
+        rows = self._store.write(claim)
+        for row in rows:
+            attempt = self._attempts[row[0]] = Attempt(self, row)
+            self._execute(attempt)
+            self._settle(attempt)
+            self._flush_progress()
+        return bool(rows)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more jobs. wait=True: return when no job submitted through this runner, nor a descendant of one, is
+        ready or running; then close. cancel_futures: cancel those that are pending."""
+        with contextlib.suppress(StoreError):
+            self._shut = True
+            if cancel_futures:
+                self._cancel_pending()
+            if not self._started:
+                self.close()
+            elif wait:
+                self._wait_for_own()
+                self.close()
+            else:
+                threading.Thread(target=lambda: self.shutdown(), name="bgjobs-shutdown", daemon=True).start()
+
+    def _cancel_pending(self) -> None:
+        after = 0
+        while True:
+            rows = self._store.read(MY_PENDING, {"submitter": self._id, "after": after})
+            for row in rows:
+                with contextlib.suppress(InvalidOperation, KeyError):
+                    self._operate("cancel", row["id"], None)
+            if len(rows) < 500:
+                return
+            after = rows[-1]["id"]
+
+    def _wait_for_own(self) -> None:
+        """Wait until nothing that was submitted through this runner is ready or running."""
+        self._waiting_for_over += 1
+        try:
+            after = self._first_submitted or 0
+            while self._first_submitted is not None:
+                parameters = {"submitter": self._id, "after": after}
+                found = [row["id"] for sql in UNFINISHED_QUERIES for row in self._store.read(sql, parameters)]
+                if not found and after == self._first_submitted:
+                    return
+                if found:
+                    after = min(found)
+                    with self._over:
+                        self._over.wait(0.05)
+                else:
+                    after = self._first_submitted         # once more from the start: an older one may have been resumed
+        finally:
+            self._waiting_for_over -= 1
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Go down: running jobs are asked to pause at their next checkpoint and go back to pending with their state.
+
+        They continue at the next start. timeout: seconds until those that reached none are given back, too; what they
+        still do then changes nothing in the file.
+        """
+        if self._store.closed:
+            return
+        self._shut = self._shut_claims = True
+        for attempt in self._pool.take_back():
+            self._ended.append(attempt)
+        for attempt in list(self._attempts.values()):
+            attempt.request_stop(RELEASED)
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(StoreError):
+            self._store.kick()
+            self._waiting_for_over += 1
+            while self._attempts and time.monotonic() < deadline:
+                time.sleep(0.005)
+            self._flush_progress()
+            self._give_back(list(self._attempts.values()))
+            self._store.write(lambda tx: tx.executemany(SAVE_COST, [(n, self._costs.means[n]) for n in self._costs.changed]))
+            self._store.write(lambda tx: tx.execute(REMOVE_RUNNER, {"id": self._id}))
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._pool.close()
+        _presence().vanish(self.path, self._id)
+        self._store.close()
+
+    def _give_back(self, attempts: list[Attempt]) -> None:
+        """Supersede attempts that go on: their jobs are pending again, for another process."""
+        def release(tx: Transaction) -> None:
+            for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
+                tx._take_back(*row[:4], *row[5:8], decode(row[8]) or {}, "its process was closed")
+        if attempts:
+            self._store.write(release)
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.shutdown(wait=True)
+
+    # what comes by the clock, or from other processes: called by the service thread
+
+    def _ensure_service(self) -> None:
+        if self._service is None or not self._service.alive:
+            self._service = _Service(self)
+
+    def _nudge_service(self) -> None:
+        if self._service is not None:
+            self._service.nudge()
+
+    def _heed_operations(self) -> None:
+        """Tell attempts of this process what other processes did to their jobs."""
+        attempts = list(self._attempts.values())
+        if not attempts:
+            return
+        owned = {row["id"]: row for row in self._store.read(OWNED, {"owner": self._id})}
+        for attempt in attempts:
+            row = owned.get(attempt.id)
+            if row is None or row["attempt"] != attempt.number:
+                if self._attempts.get(attempt.id) is attempt and attempt not in self._ended and attempt not in self._settling \
+                        and attempt.thread is not None:
+                    attempt.request_stop()
+                    self._abandon(attempt)
+            elif row["status"] == STOPPING:
+                attempt.request_stop()
+
+    def _flush_progress(self) -> None:
+        changed = [(attempt, new) for attempt in list(self._attempts.values()) if attempt.thread is not None
+                   for new in [attempt.progress_to_save()] if new is not None]
+        if changed or self._lines:
+            def save(tx: Transaction) -> None:
+                for attempt, new in changed:
+                    tx.save_progress(attempt, *new)
+            self._store.write(save)
+        if self._lines_dropped:
+            _log.warning("%d log lines of jobs were dropped: they came faster than the disk takes them", self._lines_dropped)
+            self._lines_dropped = 0
+
+    def _charge_long_ones(self) -> None:
+        """Charge attempts that run longer than estimated, so that their roots do not look idle."""
+        now, more = time.monotonic(), []
+        for attempt in list(self._attempts.values()):
+            if attempt.thread is not None:
+                excess = int((now - attempt.begun - attempt.waited) * 1e6) - attempt.charge
+                if excess > 100_000:
+                    more.append((attempt, excess))
+        if more:
+            self._store.write(lambda tx: [tx.add_charge(attempt, excess) for attempt, excess in more])
+
+    def _recover_dead(self) -> None:
+        """Take the jobs of dead processes back."""
+        presence = _presence()
+        known = {row["id"] for row in self._store.read(RUNNERS)}
+        dead = [runner for runner in known if runner != self._id and presence.is_dead(self.path, runner)]
+        dead += [row["owner"] for row in self._store.read(ORPHANED) if row["owner"] != self._id]
+        for runner in dead:
+            taken = self._store.write(lambda tx: tx.recover(runner))
+            if taken:
+                _log.warning("took back %d jobs of a process that died", taken)
+
+    def _release_lost_claims(self) -> None:
+        """Give back what was claimed but never reached the pool (Ctrl-C right after a commit)."""
+        def release(tx: Transaction) -> None:
+            for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
+                if row[0] not in self._attempts:
+                    tx._take_back(*row[:4], *row[5:8], decode(row[8]) or {}, "its claim was lost")
+        if any(row["id"] not in self._attempts for row in self._store.read(OWNED, {"owner": self._id})):
+            self._store.write(release)
+
+    def _return_stuck_claims(self) -> None:
+        """Give claimed jobs back that wait behind attempts which turned out long."""
+        stuck = self._pool.take_back()
+        if stuck:
+            self._ended.extend(stuck)
+            self._store.kick()
+
+    def _unpark_known(self) -> None:
+        for row in self._store.read(PARKED_NAMES):
+            if _registry.find(row["name"]) is not None:
+                self._store.write(lambda tx: tx.unpark(row["name"]))
+
+    # the page
+
+    def serve(self, host: str = "127.0.0.1", port: int = 8765, *, read_only: bool = False) -> str:
+        """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
+
+        ValueError: a host other than loopback. A port that is taken is a warning, and "" is returned: jobs go on.
+        """
+        return serve_page(Page(self, read_only=read_only), host, port)
+
+    def wsgi(self, *, read_only: bool = False, hosts: Iterable[str] = ()) -> Page:
+        """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
+
+        hosts: the Host names it answers to, besides those of loopback ("example.org"). Who may see it is up to the app.
+        """
+        return Page(self, read_only=read_only, hosts=hosts)
+
+
+def _not_a_tuple(args: Any) -> tuple[Any, ...]:
+    raise TypeError(f"submit_many takes tuples of arguments, got {_short(args)}; write (value,) for a single argument")
+
+
+def _traceback_of(error: BaseException) -> str:
+    """Return the traceback as text, whatever the exception's own __str__ does; our own frames are left out."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
+        frames = frames.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    except BaseException:
+        return f"{type(error).__qualname__} (its traceback cannot be printed)"
+
+
+class _Service:
+    """The thread that looks after what no caller brings: due times, other processes, log lines, progress, recovery."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._event = threading.Event()
+        self._due_at: float | None = None
+        self._look_at_due = self._nudged = True
+        self._seconds = 0
+        self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def nudge(self) -> None:
+        """Have the thread lead a transaction now."""
+        self._nudged = True
+        self._event.set()
+
+    def expect(self, run_at: float) -> None:
+        """Tell of a job that is about to be stored with this due time."""
+        self._look_at_due = True
+
+    def _run(self) -> None:
+        runner, store = self._runner, self._runner._store
+        version, last_flush, last_second = -1, 0.0, 0.0
+        db = store._connect()
+        try:
+            while not store.closed or runner._watched:
+                self._event.wait(POLL_SECONDS)
+                self._event.clear()
+                try:
+                    now, newest = time.monotonic(), db.execute("PRAGMA data_version").fetchone()[0]
+                    changed, version = newest != version, newest
+                    if changed:
+                        self._look_at_due = True
+                        if runner._watched:
+                            runner._look_after_watched()
+                    if store.closed:
+                        continue
+                    if changed:
+                        runner._heed_operations()
+                    if self._nudged or changed and runner._started or runner._ended:
+                        self._nudged = False
+                        store.kick()
+                    if runner._started:
+                        self._wake_due()
+                    if now - last_flush >= FLUSH_SECONDS:
+                        last_flush = now
+                        runner._flush_progress()
+                    if now - last_second >= 1.0:
+                        last_second = now
+                        self._every_second()
+                except Exception as error:
+                    if not store.closed:
+                        _log.error("bgjobs on %s: %s; trying again", store.path, error)
+                        time.sleep(0.2)
+        finally:
+            db.close()
+
+    def _wake_due(self) -> None:
+        runner = self._runner
+        if self._look_at_due:
+            self._look_at_due = False
+            self._due_at = runner._store.read(NEXT_DUE)[0][0]
+        if self._due_at is not None and self._due_at <= runner._clock():
+            runner._store.write(lambda tx: tx.wake_due())
+            self._look_at_due = True
+
+    def _every_second(self) -> None:
+        runner = self._runner
+        if not runner._started:
+            return
+        self._seconds += 1
+        if self._seconds % HEARTBEAT_SECONDS == 0:
+            runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now}))
+        changed, runner._costs.changed = runner._costs.changed, set()
+        if changed:
+            means = [(name, runner._costs.means[name]) for name in changed]
+            runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
+        runner._charge_long_ones()
+        runner._recover_dead()
+        runner._release_lost_claims()
+        runner._unpark_known()
+
+
+class _Presence:
+    """Tells which runners live, by locks of the operating system that die with their process.
+
+    Byte N of PATH-bgjobs-lock is locked by the process of runner N. A process never asks for its own bytes: with POSIX
+    locks it would get them, and closing the file would drop them all. So there is one descriptor for each file and
+    process, shared by all copies of this module through sys.modules.
+    """
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._lock = threading.Lock()                     # guards _files
+        self._files: dict[str, tuple[int, set[int]]] = {}
+
+    def _file(self, path: str) -> tuple[int, set[int]]:
+        key = os.path.realpath(path)
+        if key not in self._files:
+            self._files[key] = (os.open(key + "-bgjobs-lock", os.O_RDWR | os.O_CREAT, 0o644), set())
+        return self._files[key]
+
+    def appear(self, path: str, runner: int) -> None:
+        """Take the lock of a runner of this process."""
+        with self._lock:
+            descriptor, own = self._file(path)
+            own.add(runner)
+            _lock_byte(descriptor, runner)
+
+    def vanish(self, path: str, runner: int) -> None:
+        """Give the lock of a runner of this process back."""
+        with self._lock:
+            descriptor, own = self._file(path)
+            own.discard(runner)
+            _unlock_byte(descriptor, runner)
+
+    def is_dead(self, path: str, runner: int) -> bool:
+        """Tell whether no process holds the lock of this runner."""
+        with self._lock:
+            descriptor, own = self._file(path)
+            if runner in own or not _lock_byte(descriptor, runner):
+                return False
+            _unlock_byte(descriptor, runner)
+            return True
+
+
+def _lock_byte(descriptor: int, byte: int) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(descriptor, byte, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except OSError:
+        return False
+    return True
+
+
+def _unlock_byte(descriptor: int, byte: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+        os.lseek(descriptor, byte, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)        # type: ignore[attr-defined]
+    else:
+        import fcntl
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, byte)
+
+
+def _presence() -> _Presence:
+    found: Any = sys.modules.get("_bgjobs_presence")
+    if found is None or found.pid != os.getpid():             # a forked child has none of its parent's locks
+        found = _Presence()
+        sys.modules["_bgjobs_presence"] = found
+    return found
+
+
+def _at_exit(runner: Runner) -> None:
+    """Close the runner when the interpreter exits, if it lives then."""
+    reference = weakref.ref(runner)
+
+    def close_it() -> None:
+        living = reference()
+        if living is not None:
+            living.close()
+    atexit.register(close_it)
+
+
+# ---- 11 The default runner -----------------------------------------------------------------------------------
+
+_default: Runner | None = None
+_default_lock = threading.Lock()                              # guards _default
+
+
+def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
+    """Make the default runner and start it; see Runner for the options. RuntimeError: there is one on another file."""
+    global _default
+    with _default_lock:
+        if _default is not None and not _default._store.closed:
+            if path is not None and os.path.abspath(path) != _default.path:
+                raise RuntimeError(f"the default runner is on {_default.path} already; close() it, or make a Runner of your own")
+            if options:
+                raise RuntimeError("the default runner has been made already; call start() with its options before the first submit")
+            return _default.start()
+        _default = Runner(path, **options)
+        return _default
+
+
+def default_runner() -> Runner:
+    """Return the runner whose job this is called in, else the default one, started when first needed."""
+    attempt = _current.get()
+    if attempt is not None:
+        return attempt.runner
+    runner = _default
+    return runner if runner is not None and not runner._store.closed else start()
+
+
+def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
+    """Runner.submit on the default runner; inside a job, a child of it."""
+    return default_runner()._submit(fn, args, kwargs, {})
+
+
+def submit_many(fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]]) -> list[int]:
+    """Runner.submit_many on the default runner."""
+    return default_runner()._submit_many(fn, argument_tuples, {})
+
+
+def options(**options: Any) -> Submitter:
+    """Return a Submitter for the default runner: `options(label="Nightly export").submit(export, "users")`.
+
+    name: stable identity of the function, its import path by default. label: a title for people. run_by: who asked for
+    it; a child has its parent's. low_priority: run in periods of low load; a child as its parent. system: hidden by
+    default. key: at the root, while a job with this key is not over, submit returns that job; in a child, unique within
+    the parent for good. delay: seconds, or run_at: Unix seconds or an aware datetime. stoppable=False: stays stopping
+    until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of running
+    again. secret: argument names that people do not get to see. parent: a Job to become its child, None for a root.
+    """
+    return Submitter(None, options)
+
+
+def get(job_id: int) -> Job:
+    """Runner.get on the default runner."""
+    return default_runner().get(job_id)
+
+
+def jobs(**filters: Any) -> list[Job]:
+    """Runner.jobs on the default runner."""
+    return default_runner().jobs(**filters)
+
+
+def drain() -> int:
+    """Runner.drain on the default runner."""
+    return default_runner().drain()
+
+
+def serve(host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
+    """Runner.serve on the default runner."""
+    return default_runner().serve(host, port, **options)
+
+
+def wsgi(**options: Any) -> Page:
+    """Runner.wsgi on the default runner."""
+    return default_runner().wsgi(**options)
+
+
+def close(timeout: float = 5.0) -> None:
+    """Runner.close on the default runner, if there is one."""
+    if _default is not None:
+        _default.close(timeout)
+
+
+def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
+    """Runner.shutdown on the default runner, if there is one."""
+    if _default is not None:
+        _default.shutdown(wait, cancel_futures=cancel_futures)
+
+
+# ---- 12 Status page ------------------------------------------------------------------------------------------
+#
+# Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are answered
+# (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token that only
+# a page of this origin can read.
+
+PAGE_HTML = r'''<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>bgjobs</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
+<link rel="stylesheet" href="page.css">
+<script src="page.js" defer></script>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header>
+  <strong>bgjobs</strong>
+  <nav id="views" aria-label="Views"></nav>
+</header>
+<p id="banner" role="status"></p>
+<main id="main" tabindex="-1">
+  <noscript>This page needs JavaScript. The same facts are under <code>api/jobs</code> as JSON.</noscript>
+</main>
+<footer id="dock">
+  <p id="answer" role="status"></p>
+  <div id="bulk"></div>
+</footer>
+<dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
+  <h2 id="confirm-title"></h2>
+  <p id="confirm-text"></p>
+  <p class="buttons">
+    <button type="button" id="confirm-no" autofocus>Go back</button>
+    <button type="button" id="confirm-yes" class="grave"></button>
+  </p>
+</dialog>
+</body>
+</html>
+'''
+
+PAGE_CSS = r''':root {
+  color-scheme: light dark;
+  --back: #ffffff; --raised: #f5f6f8; --text: #1c2026; --quiet: #5a6270; --line: #e1e4e9; --edge: #7d8591;
+  --accent: #2456c7; --on-accent: #ffffff; --chosen: #eaf0fd;
+  --good: #1a7a3c; --bad: #b3261e; --warn: #8a5a00;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #15181c; --raised: #1e2227; --text: #e4e7eb; --quiet: #a0a8b4; --line: #2d333b; --edge: #79828f;
+    --accent: #8ab0ff; --on-accent: #10131a; --chosen: #1d2a45;
+    --good: #5cc47e; --bad: #ff8a80; --warn: #e3b341;
+  }
+}
+
+* { box-sizing: border-box; }
+html { scroll-padding: 1rem 0 5rem; accent-color: var(--accent); }
+body {
+  margin: 0; min-height: 100vh; display: flex; flex-direction: column;
+  background: var(--back); color: var(--text);
+  font: 0.875rem/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word;
+}
+header, main, #banner, #dock { padding: 0 1.25rem; }
+main { flex: 1; padding-bottom: 2rem; }
+main[aria-busy] { opacity: 0.6; transition: opacity 0s 0.4s; }
+h1 { font-size: 1.375rem; line-height: 1.25; margin: 1rem 0 0.75rem; }
+h2 { font-size: 0.9375rem; margin: 1.5rem 0 0.375rem; }
+p { margin: 0 0 0.5rem; }
+a { color: var(--accent); text-underline-offset: 0.15em; }
+small { color: var(--quiet); font-size: 0.8125rem; font-weight: normal; }
+code, pre, #log { font: 0.8125rem/1.5 ui-monospace, monospace; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+h1:focus, main:focus { outline: none; }
+.bad { color: var(--bad); }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { position: static; padding: 0.5rem 1.25rem; }
+
+header { display: flex; align-items: center; gap: 1.5rem; border-bottom: 1px solid var(--line); background: var(--raised); }
+nav { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+header a { padding: 0.625rem 0; color: inherit; text-decoration: none; }
+header a[aria-current] { box-shadow: inset 0 -2px var(--accent); }
+header a:hover, .tabs a:hover, th a:hover { text-decoration: underline; }
+#banner:not(:empty) { margin: 0; padding-block: 0.5rem; color: var(--warn); background: var(--raised); border-bottom: 1px solid var(--line); }
+.path { margin-top: 0.5rem; gap: 0.375rem; }
+.path + h1 { margin-top: 0.25rem; }
+.pages { margin-top: 1rem; }
+.pages a, .path a { padding: 0.25rem 0; }
+
+.tabs { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
+.tabs a { display: block; padding: 0.1875rem 0.625rem; border-radius: 1rem; color: inherit; text-decoration: none; }
+.tabs a[aria-current] { background: var(--accent); color: var(--on-accent); }
+.tabs a[aria-current] small { color: inherit; }
+
+form, .filters { display: flex; flex-wrap: wrap; align-items: end; gap: 0.5rem 0.75rem; margin-bottom: 1rem; }
+form label, .filters label { display: grid; color: var(--quiet); font-size: 0.8125rem; }
+.flags { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+label.flag { display: flex; align-items: center; gap: 0.375rem; min-height: 2rem; }
+label.flag, form > a { color: var(--text); }
+form > a { line-height: 2rem; }
+summary { padding: 0.25rem 0; width: fit-content; }
+input, select, button { font: inherit; color: inherit; }
+input:not([type=checkbox]), select {
+  height: 2rem; padding: 0 0.5rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px;
+}
+input[type=search] { width: 11rem; }
+input[type=checkbox] { width: 1rem; height: 1rem; margin: 0; }
+button { min-height: 2rem; padding: 0 0.75rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px; cursor: pointer; }
+button:hover:enabled { border-color: var(--accent); color: var(--accent); }
+button:disabled { color: var(--quiet); border-color: var(--line); cursor: default; }
+button.grave { background: var(--bad); border-color: var(--bad); color: var(--back); }
+button.grave:hover:enabled { color: var(--back); border-color: var(--text); }
+.buttons, #bulk { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; }
+.buttons { margin: 0.75rem 0; }
+
+table { width: 100%; border-collapse: collapse; font-size: 0.8125rem; }
+th, td { padding: 0.25rem 0.4375rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
+thead th { color: var(--quiet); font-weight: 600; font-size: 0.8125rem; white-space: nowrap; }
+tbody tr:hover { background: var(--raised); }
+tbody tr.selected { background: var(--chosen); }
+td[data-label=Waiting], td[data-label=Duration] { white-space: nowrap; }
+td[data-label="Run by"] { min-width: 5rem; overflow-wrap: anywhere; }
+td[data-label=Children] { min-width: 7rem; }
+td > small { display: block; }
+td progress { flex: none; width: 6.5rem; }
+.pick { width: 2rem; padding: 0; }
+.pick label { display: grid; place-items: center; min-width: 1.75rem; min-height: 1.75rem; }
+tbody th { padding-left: 0; font-weight: 500; }
+.job { display: flex; align-items: center; min-height: 1.75rem; min-width: 12rem; max-width: 22rem; overflow-wrap: anywhere; }
+.job a { display: inline-block; padding: 0.1875rem 0; text-decoration: none; }
+.indent { flex: 0 0 1.25rem; }
+.twist { flex: 0 0 1.75rem; min-height: 1.75rem; padding: 0; border: 0; background: none; color: var(--quiet); }
+thead .pick + th { padding-left: 1.75rem; }
+.more { padding-left: 4rem; }
+
+.status { white-space: nowrap; }
+.status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 0.4em; border: 1.5px solid; border-radius: 50%; }
+.status:not([data-status=pending], [data-status=cancelled])::before { background: currentColor; }
+[data-status=running] { color: var(--accent); }
+[data-status=finished] { color: var(--good); }
+[data-status=failed], [data-level=ERROR] b, [data-level=CRITICAL] b { color: var(--bad); }
+[data-status=stopping], [data-status=stopped], [data-level=WARNING] b { color: var(--warn); }
+[data-status=pending], [data-status=cancelled], [data-level=DEBUG] { color: var(--quiet); }
+.progress { display: flex; align-items: center; gap: 0 0.5rem; white-space: nowrap; }
+td .progress { flex-direction: column; align-items: start; }
+progress { appearance: none; flex: 0 1 26rem; min-width: 4rem; height: 0.375rem; border: 0; border-radius: 1rem; background: var(--line); overflow: hidden; }
+progress::-webkit-progress-bar { background: var(--line); }
+progress::-webkit-progress-value { background: var(--accent); }
+progress::-moz-progress-bar { background: var(--accent); }
+progress[value="1"]::-webkit-progress-value { background: var(--edge); }
+progress[value="1"]::-moz-progress-bar { background: var(--edge); }
+
+pre, #log { margin: 0; padding: 0.625rem 0.75rem; max-height: 26rem; overflow: auto; background: var(--raised); border: 1px solid var(--line); border-radius: 4px; white-space: pre-wrap; }
+pre.error { border-left: 3px solid var(--bad); }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 0.75rem 1.25rem; margin: 1.25rem 0; }
+dt { color: var(--quiet); font-size: 0.8125rem; }
+dd { margin: 0; }
+.values { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.25rem; align-items: start; }
+#log { list-style: none; }
+#log:empty::before { content: "No lines"; color: var(--quiet); }
+#log time, #log [data-level=INFO] b { color: var(--quiet); font-weight: normal; }
+.empty { margin: 2rem 0; }
+.empty pre { width: fit-content; max-width: 100%; }
+
+#dock { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1rem; background: var(--raised); }
+#dock:has(:not(:empty)) { padding-block: 0.625rem; border-top: 1px solid var(--line); }
+#answer { order: 1; margin: 0; }
+dialog { max-width: min(30rem, calc(100% - 2rem)); padding: 1.25rem; background: var(--back); color: var(--text); border: 1px solid var(--edge); border-radius: 6px; }
+dialog h2 { margin-top: 0; }
+dialog .buttons { justify-content: flex-end; margin-bottom: 0; }
+::backdrop { background: rgb(0 0 0 / 0.45); }
+
+@media (min-width: 80rem) { summary { display: none; } }
+@media (max-width: 79.99rem) {         /* a row is job and status, then the rest, small, each under its name */
+  header, main, #banner, #dock { padding-inline: 0.75rem; }
+  #bulk button:disabled, thead th:not(.pick), td:empty, .twist:empty { display: none; }
+  table, tbody, thead { display: block; }
+  tr { display: flex; flex-wrap: wrap; align-items: center; gap: 0 0.875rem; position: relative; padding: 0.25rem 0 0.375rem 2.25rem; border-bottom: 1px solid var(--line); }
+  th, td { border: 0; padding: 0; }
+  .pick { position: absolute; left: 0; top: 0.375rem; }
+  thead tr { min-height: 2.5rem; }
+  thead tr::after { content: "Select all"; color: var(--quiet); }
+  tbody th { flex: 1 1 calc(100% - 8.875rem); }
+  .job { min-width: 0; max-width: none; }
+  td[data-label] { order: 2; }
+  .job, td[data-label=Status] { font-size: 0.875rem; }
+  td[data-label]:not([data-label=Status], [data-label=Progress])::before { content: attr(data-label) " "; color: var(--quiet); }
+  td[data-label=Status] { order: 1; flex: 0 0 8rem; text-align: right; white-space: normal; }
+  td[data-label=Progress] { order: 1; flex: 1 1 100%; }
+  td .progress { flex-direction: row; align-items: center; }
+  td progress { flex: 0 1 20rem; }
+}
+'''
+
+PAGE_JS = r'''"use strict";
+
+/* The page shows what the JSON interface says and keeps no truth of its own. A view loads data and builds
+   elements from it; morph() makes the document look like them. The same happens after every poll and
+   once a second, so nothing that draws has to know what was there before. */
+
+const POLL_MS = 1500, TIMEOUT_MS = 20000, PAGE = 50, MOST = 200, LOG_PAGE = 500, LOG_LINES = 5000;
+const BASE = location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");   // wherever the app has mounted us
+
+const STATUSES = ["pending", "running", "stopping", "stopped", "finished", "failed", "cancelled"];
+
+const OPERATIONS = {       // the button, the word in the answer, and what to say before doing it
+  stop: ["Stop", "stopped"],
+  resume: ["Resume", "resumed"],
+  force_stop: ["Force stop", "force-stopped", "This does not wait for a checkpoint. What has been done since the "
+    + "last one is done again after a resume."],
+  cancel: ["Cancel", "cancelled", "A cancelled job never runs, and nothing brings it back. Its pending and "
+    + "stopped children are cancelled with it."],
+  restart: ["Restart", "restarted", "A restarted job runs from scratch: its saved state, progress and error "
+    + "count are cleared, and its former children are removed."],
+  set_low_priority: ["Low priority", "set to low priority"],
+  remove_low_priority: ["Normal priority", "set to normal priority"],
+};
+
+const WHY = {              // what a phase, or else a status, means for someone who waits
+  "scheduled": "It starts at the time it was submitted for.",
+  "retrying": "An attempt failed; the next one comes at the time below.",
+  "interrupted": "The process that ran it ended. It goes on from its saved state when a worker is free.",
+  "waiting for low load": "It is of low priority and starts when nothing normal is ready.",
+  "limit reached": "As many jobs of this name are running as its max_running allows.",
+  "unknown function": "No running process knows this function: import its module in the app, or name it in "
+    + "start(modules=[\u2026]).",
+  "waiting for children": "Its function has returned; it is over when all its children are.",
+  "pending": "It starts when a worker is free and its turn has come.",
+  "stopping": "It was asked to stop and will at its next checkpoint.",
+  "stopped": "It can be resumed from its saved state, or cancelled.",
+};
+
+// Elements ------------------------------------------------------------------------------------------------
+
+/* Build an element. A prop is an attribute; ".name" is a property that morph() keeps current; "key" tells
+   siblings apart. Children are elements or text, in arrays if need be; null, false and "" are left out. */
+function el(tag, props, ...children) {
+  const node = document.createElement(tag);
+  node.props = props ?? {};
+  for (const name in node.props) setProp(node, name, node.props[name]);
+  node.append(...children.flat(Infinity).filter(isThere));
+  return node;
+}
+
+function setProp(node, name, value) {
+  const property = name[0] === "." ? name.slice(1) : name === "key" && name;
+  if (property) node[property] !== value && (node[property] = value);
+  else if (value === "" || isThere(value)) node.setAttribute(name, value === true ? "" : value);
+  else node.removeAttribute(name);
+}
+
+const isThere = value => value !== undefined && value !== null && value !== false && value !== "";
+const flag = (label, props) => el("label", { class: "flag" }, el("input", { type: "checkbox", ...props }), label);
+const button = (label, onclick, props) => el("button", { type: "button", ".onclick": onclick, ...props }, label);
+const link = (path, ...text) => el("a", { href: BASE + path }, ...text);
+const byId = id => document.getElementById(id);
+
+/* Make `old` look like `fresh` by changing only what differs, so that focus, scroll, selected text and
+   what someone is typing survive. With ".own" the children are somebody else's business. */
+function morph(old, fresh) {
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== fresh.data) old.data = fresh.data;
+    return;
+  }
+  for (const name in old.props) if (!(name in fresh.props)) setProp(old, name, null);
+  for (const name in fresh.props) {    // people change properties, but only we change attributes
+    if (name[0] === "." || old.props[name] !== fresh.props[name]) setProp(old, name, fresh.props[name]);
+  }
+  old.props = fresh.props;
+  if (!fresh.own && (old.firstChild || fresh.firstChild)) morphChildren(old, [...fresh.childNodes]);
+}
+
+const alike = (old, fresh) => old && old.key === fresh.key && old.nodeName === fresh.nodeName;
+
+function morphChildren(parent, children) {
+  const olds = [...parent.childNodes];
+  if (olds.length === children.length && olds.every((old, i) => alike(old, children[i]))) {
+    return olds.forEach((old, i) => morph(old, children[i]));          // nearly always: as quick as it gets
+  }
+  // What is gone goes first: to move a node takes the focus away from it, so nothing may be in its place.
+  const wanted = new Set(children.map(child => child.key)), keyed = new Map();
+  for (const old of olds) wanted.has(old.key) ? keyed.set(old.key, old) : old.remove();
+  let next = parent.firstChild;
+  for (const child of children) {
+    const old = child.key === undefined ? next : keyed.get(child.key);
+    if (alike(old, child)) {
+      if (old === next) next = next.nextSibling;
+      else parent.insertBefore(old, next);
+      morph(old, child);
+    } else {
+      parent.insertBefore(child, next);
+    }
+  }
+  for (const rest of [...parent.childNodes].slice(children.length)) rest.remove();
+}
+
+// The JSON interface --------------------------------------------------------------------------------------
+
+/* Path -> [ETag, body]. The browser's cache could do this, but would not say that a body is an old one,
+   and what counts up from it would jump back at each poll. */
+const answers = new Map();
+let token = null;
+
+async function get(path, signal) {
+  const [known, kept] = answers.get(path) ?? [];
+  const headers = known ? { "If-None-Match": known } : {};
+  const response = await fetch(BASE + path, { signal, headers, cache: "no-store" });
+  if (response.status === 304) return kept;
+  const body = await bodyOf(response), etag = response.headers.get("ETag");
+  for (const each of body.jobs ?? [body]) each.at = Date.now();
+  if (answers.size > 200) answers.clear();
+  if (etag) answers.set(path, [etag, body]);
+  return body;
+}
+
+/* Throws an Error with a `status` when the app has answered, but not with what was asked for. */
+async function bodyOf(response) {
+  const body = await response.json().catch(() => ({})), { status } = response;
+  if (response.ok || body.refused) return body;
+  throw Object.assign(new Error(body.error ?? `The app answered with status ${status}.`), { status });
+}
+
+async function post(path, body, again = true) {
+  token ??= (await fetch(BASE + "api/session", { cache: "no-store" }).then(bodyOf)).token;
+  const headers = { "Content-Type": "application/json", "X-Bgjobs-Token": token };
+  const response = await fetch(BASE + path, { method: "POST", headers, body: JSON.stringify(body) });
+  if (response.status === 403 && again) {                // the app was started again since we asked
+    token = null;
+    return post(path, body, false);
+  }
+  return bodyOf(response);
+}
+
+// Words ---------------------------------------------------------------------------------------------------
+
+const two = number => String(number).padStart(2, "0");
+const grouped = new Intl.NumberFormat("en");
+const count = number => number > 10000 ? "10,000+" : grouped.format(number);
+const percent = progress => Math.floor(progress * 100) + "%";
+const nameOf = job => job.label || job.name;
+
+function when(seconds, inFull) {
+  if (seconds === null) return null;
+  const date = new Date(seconds * 1000);
+  if (isNaN(date)) return String(seconds);
+  const day = [date.getFullYear(), two(date.getMonth() + 1), two(date.getDate())].join("-");
+  const clock = date.toTimeString().slice(0, 8);
+  const isToday = date.toDateString() === new Date().toDateString();
+  const text = inFull ? `${day} ${clock}` : isToday ? clock : `${day} ${clock.slice(0, 5)}`;
+  return el("time", { datetime: date.toISOString(), title: date.toISOString() }, text);
+}
+
+function span(seconds) {
+  if (seconds < 10) return (seconds && seconds.toFixed(seconds < 1 ? 2 : 1)) + " s";
+  const [days, hours, minutes] = [seconds / 86400, seconds / 3600, seconds / 60].map(Math.floor);
+  if (days) return `${days} d ${two(hours % 24)} h`;
+  if (hours) return `${hours} h ${two(minutes % 60)} min`;
+  return minutes ? `${minutes} min ${two(Math.floor(seconds % 60))} s` : `${Math.floor(seconds)} s`;
+}
+
+/* Seconds since the app said so: what grows in the app grows here between two polls. */
+const age = (job, since = 0) => Math.max(0, (Date.now() - Math.max(job.at, since * 1000)) / 1000);
+const runs = job => job.status === "running" || job.status === "stopping";
+const waiting = job => span(job.waiting + (job.status === "pending" ? age(job, job.run_at ?? 0) : 0));
+const duration = job => job.started_at === null ? null : span(job.duration + (runs(job) ? age(job) : 0));
+
+function eta(job) {
+  if (job.eta === null || !runs(job)) return null;
+  const left = Math.max(1, Math.round(job.eta - age(job)));
+  if (left < 60) return `${left} s left`;
+  return left < 3600 ? `${Math.round(left / 60)} min left` : `${span(left)} left`;
+}
+
+function childrenOf({ children: { total, done, failed, running } }) {
+  return total > 0 && [`${count(done)} of ${count(total)} done`, running && `${count(running)} running`,
+    failed && `${count(failed)} failed`].filter(Boolean).join(", ");
+}
+
+const status = job => el("span", { class: "status", "data-status": job.status }, job.status);
+
+const progress = job => job.progress === null ? eta(job) : el("div", { class: "progress", title: job.message },
+  el("progress", { max: 1, value: job.progress, "aria-label": `Progress of job ${job.id}` }),
+  el("small", null, [percent(job.progress), eta(job)].filter(Boolean).join(", ")));
+
+// The table of jobs ---------------------------------------------------------------------------------------
+
+const COLUMNS = [
+  ["Create date", job => when(job.created_at)],
+  ["Waiting", waiting],
+  ["Start date", job => when(job.started_at)],
+  ["Duration", duration],
+  ["Status", job => [status(job), job.phase && el("small", null, job.phase)]],
+  ["Errors", job => job.errors > 0 && el("b", { class: "bad" }, count(job.errors))],
+  ["Low priority", job => job.low_priority && "yes"],
+  ["Run by", job => job.run_by],
+  ["Progress", progress],
+  ["Children", childrenOf],
+];
+
+const opened = new Map();              // path of a row ("7", "7/9") -> how many of its children to show
+const selected = new Set();            // ids
+let shown = new Map();                 // id -> job, for every row on the page
+
+/* Fetch the children of every row that is open, however deep. */
+async function loadOpened(jobs, prefix, signal) {
+  await Promise.all(jobs.map(async job => {
+    const limit = opened.get(prefix + job.id);
+    const kids = limit ? await get(`api/jobs?parent=${job.id}&system=true&limit=${limit}`, signal) : null;
+    if (kids) await loadOpened(kids.jobs, prefix + job.id + "/", signal);
+    job.kids = kids;
+  }));
+}
+
+function jobTable(jobs, prefix = "", more = null) {
+  const ids = jobs.map(job => job.id), chosen = ids.filter(id => selected.has(id)).length;
+  const pickAll = event => pick(ids, event.target.checked);
+  return el("table", { key: "table" },
+    el("thead", null, el("tr", null,
+      el("th", { class: "pick" }, checkbox("Select all", chosen > 0 && chosen === ids.length, pickAll)),
+      ["Job", ...COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
+    el("tbody", null, jobs.map(job => jobRows(job, prefix, 0)), more));
+}
+
+function jobRows(job, prefix, depth) {
+  shown.set(job.id, job);
+  const path = prefix + job.id, kids = opened.has(path) && job.kids;
+  const row = el("tr", { key: path, class: selected.has(job.id) && "selected" },
+    el("td", { class: "pick" },
+      checkbox(`Select job ${job.id}`, selected.has(job.id), event => pick([job.id], event.target.checked))),
+    el("th", { scope: "row" }, el("div", { class: "job" },
+      Array.from({ length: Math.min(depth, 8) }, () => el("span", { class: "indent" })),
+      job.children.total > 0 ? disclosure(job, path) : el("span", { class: "twist" }),
+      el("span", null, link(`jobs/${job.id}`, nameOf(job)), " ", el("small", null, `#${job.id}`)))),
+    COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(job))));
+  return [row, kids && kids.jobs.map(kid => jobRows(kid, path + "/", depth + 1)), kids && moreRow(job, path, kids)];
+}
+
+const checkbox = (label, checked, onchange) => el("label", null,
+  el("input", { type: "checkbox", "aria-label": label, ".checked": checked, ".onchange": onchange }));
+
+function disclosure(job, path) {
+  const open = opened.has(path);
+  const toggle = () => (open ? opened.delete(path) : opened.set(path, PAGE), poll());
+  return button(open ? "\u25be" : "\u25b8", toggle,
+    { class: "twist", "aria-expanded": String(open), "aria-label": `Children of job ${job.id}` });
+}
+
+/* The way to the children that are not shown; beyond MOST of them, a list of their own. */
+function moreRow(job, path, { jobs, next }) {
+  if (next === null) return null;
+  const way = jobs.length < MOST
+    ? button("More children", () => (opened.set(path, Math.min(MOST, jobs.length + PAGE)), poll()))
+    : link(`?parent=${job.id}`, "All children as a list");
+  return el("tr", { key: path + "/more" }, el("td", { class: "more", colspan: COLUMNS.length + 2 }, way));
+}
+
+function pick(ids, on) {
+  for (const id of ids) on ? selected.add(id) : selected.delete(id);
+  draw();
+}
+
+// Operations ----------------------------------------------------------------------------------------------
+
+function bulkBar() {
+  const ids = [...selected];
+  if (!ids.length) return byId("answer").textContent ? [button("Close", () => (say(""), draw()))] : [];
+  const allowed = new Set(ids.flatMap(id => shown.get(id).operations));
+  return [
+    el("b", null, `${ids.length} selected`),
+    Object.keys(OPERATIONS).map(name => operationButton(name, ids, { disabled: !allowed.has(name) })),
+    button("Clear selection", () => (say(""), selected.clear(), draw())),
+  ];
+}
+
+const operationButton = (name, ids, props) =>
+  button(OPERATIONS[name][0], () => operate(name, ids), { key: name, ...props });
+
+async function operate(operation, ids) {
+  const [label, , warning] = OPERATIONS[operation];
+  const whom = ids.length === 1 ? `job ${ids[0]} (${nameOf(shown.get(ids[0]))})` : `${ids.length} jobs`;
+  if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
+  try {
+    say(describe(operation, await post("api/jobs/" + operation, { ids })));
+  } catch (error) {
+    say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
+  }
+  poll();
+}
+
+function describe(operation, { done, refused }) {
+  const reasons = [...new Set(refused.map(({ why }) => why))];
+  const rest = reasons.length > 3 ? `, and ${reasons.length - 3} other reasons` : "";
+  return [
+    (done.length || !refused.length) && `${done.length} ${OPERATIONS[operation][1]}`,
+    refused.length && `${refused.length} refused: ${reasons.slice(0, 3).join(". ")}${rest}`,
+  ].filter(Boolean).join(", ");
+}
+
+const say = text => byId("answer").textContent = text;
+
+function confirmed(title, text, yes) {
+  const dialog = byId("confirm");
+  byId("confirm-title").textContent = title;
+  byId("confirm-text").textContent = text;
+  byId("confirm-yes").textContent = yes;
+  byId("confirm-yes").onclick = () => dialog.close("yes");
+  byId("confirm-no").onclick = () => dialog.close("no");
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise(resolve => dialog.onclose = () => resolve(dialog.returnValue === "yes"));
+}
+
+// The list ------------------------------------------------------------------------------------------------
+
+const TEXTS = [["q", "Text", "search"], ["name", "Name", "search"], ["run_by", "Run by", "search"],
+  ["created_from", "Created from", "datetime-local"], ["created_to", "Created to", "datetime-local"]];
+const FLAGS = [["errors", "With errors"], ["low_priority", "Low priority"], ["system", "System jobs"],
+  ["children", "Children too"]];
+const wide = matchMedia("(min-width: 80rem)");
+let filtersOpen = false;               // where the window is narrow
+
+/* The page's query string is the interface's, but for local times and for children, who are left out. */
+function listPath(query) {
+  const asked = new URLSearchParams(query);
+  for (const name of ["created_from", "created_to"]) {
+    if (asked.has(name)) asked.set(name, new Date(asked.get(name)) / 1000);
+  }
+  if (!asked.has("children") && !asked.has("parent")) asked.set("parent", "none");
+  asked.delete("children");
+  asked.set("limit", PAGE);
+  return "api/jobs?" + asked;
+}
+
+const withParam = (query, changes) => {
+  const params = new URLSearchParams(query);
+  params.delete("before");
+  for (const [name, value] of Object.entries(changes)) value ? params.set(name, value) : params.delete(name);
+  return String(params) && "?" + params;
+};
+
+const loadList = async ({ query }, signal) => {
+  const answer = await get(listPath(query), signal);
+  await loadOpened(answer.jobs, "", signal);
+  return answer;
+};
+
+function drawList({ query, data: { jobs, next, counts } }) {
+  const filtered = [...query.keys()].length > 0, parent = query.get("parent");
+  const busy = ["running", "failed"].filter(name => counts[name]).map(name => `${count(counts[name])} ${name}`);
+  document.title = `${busy.join(", ") || "Jobs"} - bgjobs`;
+  const nothingMatches = el("p", { key: "empty", class: "empty" },
+    "No job matches the filters. ", link("", "Show all jobs"));
+  return [
+    el("h1", { tabindex: -1 }, parent ? ["Children of ", link(`jobs/${parent}`, `job ${parent}`)] : "Jobs"),
+    tabs(query, counts),
+    filterForm(query),
+    jobs.length ? jobTable(jobs) : filtered ? nothingMatches : firstSteps(),
+    el("nav", { key: "pages", "aria-label": "Pages", class: "pages" },
+      query.has("before") && link(withParam(query, {}), "Newest"),
+      next !== null && link(withParam(query, { before: next }), "Older")),
+  ];
+}
+
+function tabs(query, counts) {
+  const all = Object.values(counts).reduce((sum, number) => sum + number, 0);
+  const tab = (name, number) => el("li", null, el("a", {
+    href: BASE + withParam(query, { status: name }),
+    "aria-current": (query.get("status") ?? "") === name && "true",
+  }, name || "all", " ", el("small", null, count(number))));
+  return el("nav", { key: "tabs", "aria-label": "Status" },
+    el("ul", { class: "tabs" }, tab("", all), STATUSES.map(name => tab(name, counts[name] ?? 0))));
+}
+
+function filterForm(query) {
+  const active = [...TEXTS, ...FLAGS].filter(([name]) => query.has(name)).length;
+  const toggle = () => { filtersOpen = !filtersOpen; };
+  return el("details", { key: "filters", open: wide.matches || filtersOpen },
+    el("summary", { ".onclick": toggle }, active ? `Filters (${active})` : "Filters"),
+    el("form", { id: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
+      TEXTS.map(([name, label, type]) => el("label", null, label, el("input", { name, type, value: query.get(name) }))),
+      el("div", { class: "flags" }, FLAGS.map(([name, label]) =>
+        flag(label, { name, value: "true", checked: query.has(name) }))),
+      active > 0 && link(withParam("", { status: query.get("status") }), "Clear filters")));
+}
+
+let typing;
+function filterSoon() {
+  clearTimeout(typing);
+  typing = setTimeout(filterNow, 300);
+}
+
+function filterNow(event) {
+  event?.preventDefault();
+  clearTimeout(typing);
+  if (!byId("filters")) return;        // gone to another view meanwhile
+  const entered = new FormData(byId("filters"));
+  const changes = Object.fromEntries([...TEXTS, ...FLAGS].map(([name]) => [name, entered.get(name)]));
+  history.replaceState(null, "", BASE + withParam(location.search, changes));
+  visit({ typed: true });
+}
+
+const firstSteps = () => el("section", { key: "empty", class: "empty" },
+  el("p", null, "There are no jobs yet. Any importable function is one:"),
+  el("pre", null, `import bgjobs
+
+def export(table):
+    job = bgjobs.current_job()
+    for row in job.each(read(table)):    # progress, ETA and a place to stop
+        write(row)
+
+bgjobs.submit(export, "users")`));
+
+// One job -------------------------------------------------------------------------------------------------
+
+const FIELDS = [
+  ["Create date", job => when(job.created_at, true)],
+  ["To start at", job => when(job.run_at, true)],
+  ["Start date", job => when(job.started_at, true)],
+  ["End date", job => when(job.finished_at, true)],
+  ["Waiting", waiting],
+  ["Duration", duration],
+  ["Attempt", job => job.attempt],
+  ["Errors", job => count(job.errors)],
+  ["Run by", job => job.run_by],
+  ["Low priority", job => job.low_priority ? "yes" : "no"],
+  ["System job", job => job.system && "yes"],
+  ["Children", childrenOf],
+  ["Function", job => el("code", null, job.name)],
+];
+const BLOCKS = [["args", "Arguments"], ["kwargs", "Keyword arguments"], ["state", "Saved state"], ["result", "Result"]];
+const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
+
+async function loadJob(here, signal) {
+  const [id] = here.args, root = "job/" + id;
+  if (!opened.has(root)) opened.set(root, PAGE);
+  const log = here.log ??= { level: "", text: "", tree: "", after: "", follow: true, fresh: [] };
+  const asked = new URLSearchParams({ limit: LOG_PAGE });
+  for (const name of ["after", "level", "text", "tree"]) if (log[name]) asked.set(name, log[name]);
+  try {
+    const [job, { logs }] = await Promise.all(
+      [get("api/jobs/" + id, signal), get(`api/jobs/${id}/logs?${asked}`, signal)]);
+    await loadOpened([job], "job/", signal);
+    log.fresh.push(...logs);
+    log.after = logs.at(-1)?.id ?? log.after;
+    return { job };
+  } catch (error) {
+    if (error.status === 404) return { missing: error.message };
+    throw error;
+  }
+}
+
+function drawJob({ data: { job, missing }, log }) {
+  if (missing) return [el("h1", { tabindex: -1 }, "No such job"), el("p", null, missing, " ", link("", "All jobs"))];
+  shown.set(job.id, job);
+  const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
+  document.title = `${job.status}${percentage} - ${nameOf(job)} - bgjobs`;
+  const { id, root_id: root, parent_id: parent, kids } = job, path = `job/${id}`;
+  return [
+    el("nav", { key: "path", class: "path", "aria-label": "Path" }, link("", "Jobs"),
+      root !== id && [" / ", link(`jobs/${root}`, `root job ${root}`)],
+      parent !== null && parent !== root && [" / ", link(`jobs/${parent}`, `parent job ${parent}`)]),
+    el("h1", { tabindex: -1 }, nameOf(job), " ", el("small", null, `#${id}`)),
+    el("p", { key: "status" }, status(job), job.phase && `, ${job.phase}`, " ",
+      el("small", null, WHY[job.phase] ?? WHY[job.status])),
+    el("p", { key: "operations", class: "buttons" }, job.operations.map(name => operationButton(name, [id]))),
+    el("div", { key: "progress" }, progress(job), el("small", null, job.message)),
+    job.error && section("Error", el("pre", { class: "error", tabindex: 0 }, job.error)),
+    el("dl", { key: "fields" }, FIELDS.map(([title, field]) => [title, field(job)]).map(([title, value]) =>
+      isThere(value) && el("div", { key: title }, el("dt", null, title), el("dd", null, value)))),
+    el("div", { key: "values", class: "values" }, BLOCKS.map(([name, title]) => !isEmpty(job[name])
+      && section(title, el("pre", { tabindex: 0 }, JSON.stringify(job[name], null, 2))))),
+    kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path, kids))),
+    logSection(log),
+  ];
+}
+
+const section = (title, ...content) => el("section", { key: title }, el("h2", null, title), ...content);
+const isEmpty = value => value === null || typeof value === "object" && Object.keys(value).length === 0;
+
+/* The lines are appended by drawLines(); another filter is another log, so it starts with an empty list. */
+function logSection(log) {
+  const refilter = name => event => {
+    const { value, checked, type } = event.target;
+    here.log = { ...here.log, [name]: type === "checkbox" ? checked : value, after: "", fresh: [] };
+    poll();
+  };
+  const follow = on => { log.follow = on; draw(); drawLines(here, on); };
+  const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) =>
+    log.follow && scrollTop + clientHeight < scrollHeight - 40 && follow(false);
+  return section("Log",
+    el("p", { class: "filters" },
+      el("label", null, "Level", el("select", { ".value": log.level, ".onchange": refilter("level") },
+        el("option", { value: "" }, "all"), LEVELS.map(name => el("option", { value: name }, `${name} and above`)))),
+      el("label", null, "Text", el("input", { type: "search", ".value": log.text, ".oninput": refilter("text") })),
+      flag("Children too", { ".checked": Boolean(log.tree), ".onchange": refilter("tree") }),
+      flag("Follow", { ".checked": log.follow, ".onchange": event => follow(event.target.checked) })),
+    el("ol", { id: "log", key: log, ".own": true, ".onscroll": scrolled, tabindex: 0, "aria-label": "Log lines" }));
+}
+
+function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
+  if (data.missing) return;
+  const list = byId("log");
+  list.append(...log.fresh.splice(0).map(({ job_id, at, level, message }) => el("li", { "data-level": level },
+    when(at), " ", log.tree && [link(`jobs/${job_id}`, `#${job_id}`), " "], el("b", null, level), " ", message)));
+  while (list.childElementCount > LOG_LINES) list.firstChild.remove();
+  if (log.follow && toTheEnd) list.scrollTop = list.scrollHeight;
+}
+
+// Where we are, and keeping it current --------------------------------------------------------------------
+
+/* A view: where it is below BASE, what it is under in the navigation, load(here, signal) -> data,
+   draw(here) -> elements, and drawn(here) for what it does to the document itself. */
+const VIEWS = [
+  { route: /^$/, under: "Jobs", load: loadList, draw: drawList },
+  { route: /^jobs\/(\d+)$/, under: "Jobs", load: loadJob, draw: drawJob, drawn: drawLines },
+];
+const NAVIGATION = [["Jobs", ""]];
+
+let here = null;                       // { view, args, query, data } of the address in the bar
+let polling = null, timer = null;
+
+function routeOf(pathname) {
+  const path = pathname.startsWith(BASE) ? pathname.slice(BASE.length) : null;
+  const view = VIEWS.find(({ route }) => path !== null && route.test(path));
+  return view && { view, args: view.route.exec(path).slice(1) };
+}
+
+/* Show what the address says. `typed`: it was the filter form that changed it, so leave that alone. */
+function visit({ typed = false, scroll = 0 } = {}) {
+  const first = here === null;
+  here = { ...routeOf(location.pathname) ?? routeOf(BASE), query: new URLSearchParams(location.search), data: null };
+  if (!typed) selected.clear(), say("");
+  byId("main").setAttribute("aria-busy", "true");
+  here.arrive = () => {
+    byId("main").removeAttribute("aria-busy");
+    if (typed || first) return;
+    byId("filters")?.reset();          // to the values of the address
+    byId("main").querySelector("h1").focus({ preventScroll: true });
+    scrollTo(0, scroll);
+  };
+  poll();
+}
+
+async function poll() {
+  clearTimeout(timer);
+  polling?.abort();
+  const mine = polling = new AbortController(), late = setTimeout(() => mine.abort(), TIMEOUT_MS);
+  let trouble = "";
+  try {
+    const data = await here.view.load(here, mine.signal);
+    if (mine === polling) here.data = data;
+  } catch (error) {
+    trouble = error.status ? error.message : "The connection to the app is lost. Trying again.";
+  }
+  clearTimeout(late);
+  if (mine !== polling) return;        // somebody could not wait for the next poll
+  byId("banner").textContent = trouble;
+  if (!document.hidden) timer = setTimeout(poll, POLL_MS);
+  draw();
+}
+
+function draw() {
+  if (!here.data) return;
+  const focused = document.activeElement;
+  shown = new Map();
+  const content = here.view.draw(here);
+  for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
+  fill("main", content);
+  fill("bulk", bulkBar());
+  fill("views", NAVIGATION.map(([title, path]) =>
+    el("a", { href: BASE + path, "aria-current": here.view.under === title && "true" }, title)));
+  here.view.drawn?.(here);
+  if (!focused.isConnected) byId("main").focus({ preventScroll: true });
+  here.arrive?.();
+  here.arrive = null;
+}
+
+const fill = (id, content) => morphChildren(byId(id), content.flat(Infinity).filter(isThere));
+
+document.addEventListener("click", event => {
+  const a = event.target.closest("a[href]");
+  if (!a || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
+  if (a.origin !== location.origin || a.hash || !routeOf(a.pathname)) return;
+  event.preventDefault();
+  history.replaceState({ scroll: scrollY }, "");
+  history.pushState(null, "", a.href);
+  visit();
+});
+addEventListener("popstate", event => visit(event.state ?? {}));
+document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : poll());
+setInterval(() => document.hidden || draw(), 1000);
+
+visit();
+'''
+
+BODY_LIMIT = 1024 * 1024
+LIST_LIMIT = 500
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_SECURITY_HEADERS = [
+    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
+     "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache")]
+_REASONS = {200: "OK", 304: "Not Modified", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+            409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
+            421: "Misdirected Request", 500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+class _Refused(Exception):
+    """A request that is answered with an error: its HTTP status, and the text for people."""
+
+    def __init__(self, status: int, text: str, body: Any = None) -> None:
+        super().__init__(text)
+        self.status, self.body = status, body if body is not None else {"error": text}
+
+
+class Page:
+    """The status page of a runner, as a WSGI app. `hosts`: the Host names it answers to besides loopback ones."""
+
+    def __init__(self, runner: Runner, *, read_only: bool = False, hosts: Iterable[str] = ()) -> None:
+        import secrets
+        self._runner, self._read_only = runner, read_only
+        self._hosts = {host.lower() for host in hosts}
+        self._port: int | None = None                     # of our own server: then the Host header must name it
+        self._token = secrets.token_urlsafe(32)
+        self._boot = secrets.token_hex(4)
+        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_db: sqlite3.Connection | None = None
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        headers: list[tuple[str, str]] = []
+        try:
+            status, kind, body = self._answer(environ, headers)
+        except _Refused as refused:
+            status, kind, body = refused.status, "application/json", _json_bytes(refused.body)
+        except Exception:
+            _log.exception("the status page failed on %s", environ.get("PATH_INFO", "")[:200])
+            status, kind, body = 500, "application/json", _json_bytes({"error": "internal error; see the app's log"})
+        start_response(f"{status} {_REASONS[status]}", [("Content-Type", f"{kind}; charset=utf-8"),
+                       ("Content-Length", str(len(body))), *headers, *_SECURITY_HEADERS])
+        return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else body]
+
+    def _answer(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes]:
+        """Return status, content type and body. Raises _Refused."""
+        origin = self._check_host(environ)
+        path = environ.get("PATH_INFO", "").lstrip("/")
+        method = environ.get("REQUEST_METHOD", "GET")
+        if path.startswith("api/"):
+            self._check_origin(environ, origin)
+            parts = path.split("/")[1:]
+            if method == "POST":
+                self._check_token(environ, origin)
+                return 200, "application/json", _json_bytes(self._post(parts, _read_json(environ), "web"))
+        if method not in ("GET", "HEAD"):
+            raise _Refused(405, f"{method} is not allowed here")
+        if path.startswith("api/"):
+            return self._api(parts, environ, headers)
+        if path == "healthz":
+            self._runner._store.read("SELECT 1")
+            return 200, "text/plain", b"ok\n"
+        asset = path.removeprefix("jobs/")
+        if asset == "page.css":
+            return 200, "text/css", PAGE_CSS.encode()
+        if asset == "page.js":
+            return 200, "text/javascript", PAGE_JS.encode()
+        if path == "" or path != asset and asset.isascii() and asset.isdigit():
+            return 200, "text/html", PAGE_HTML.encode()
+        raise _Refused(404, "there is no such page")
+
+    # who may ask
+
+    def _check_host(self, environ: dict[str, Any]) -> str:
+        """Return the origin that is ours by the Host header. _Refused: it is missing, doubled, or a stranger's."""
+        host = environ.get("HTTP_HOST", "").lower()
+        name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdigit() else (host, "", "")
+        ours = name in _LOOPBACK and (self._port is None or port == str(self._port)) or host in self._hosts or name in self._hosts
+        if not ours:
+            raise _Refused(421, "this host name is not answered; an app that mounts the page under its own name passes "
+                                "hosts=[name] to wsgi()")
+        return f"{environ.get('wsgi.url_scheme', 'http')}://{host}"
+
+    def _check_origin(self, environ: dict[str, Any], origin: str) -> None:
+        if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
+            raise _Refused(403, "requests from other sites are refused")
+        if environ.get("HTTP_ORIGIN", origin) != origin:
+            raise _Refused(403, "requests from other origins are refused")
+
+    def _check_token(self, environ: dict[str, Any], origin: str) -> None:
+        import hmac
+        if self._read_only:
+            raise _Refused(403, "this page is read-only")
+        if environ.get("HTTP_ORIGIN") != origin:
+            raise _Refused(403, "an operation needs the Origin header of this page")
+        token = environ.get("HTTP_X_BGJOBS_TOKEN", "")
+        if not hmac.compare_digest(token.encode("latin-1", "replace"), self._token.encode()):
+            raise _Refused(403, "an operation needs the X-Bgjobs-Token that api/session hands out")
+        if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
+            raise _Refused(415, "the body must be application/json")
+
+    # reading
+
+    def _api(self, parts: list[str], environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes]:
+        if parts == ["session"]:
+            return 200, "application/json", _json_bytes({"token": self._token, "read_only": self._read_only,
+                                                         "version": __version__})
+        tag = f'W/"{self._boot}-{self._data_version()}"'
+        headers.append(("ETag", tag))
+        if environ.get("HTTP_IF_NONE_MATCH") == tag:
+            return 304, "application/json", b""
+        query = _query(environ.get("QUERY_STRING", ""))
+        if parts == ["jobs"]:
+            return 200, "application/json", _json_bytes(self._list(query))
+        if parts[0] == "jobs" and len(parts) in (2, 3) and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 19:
+            job_id = int(parts[1])
+            try:
+                info = self._runner._info(job_id)
+            except KeyError:
+                raise _Refused(404, f"there is no job {job_id}") from None
+            if len(parts) == 2:
+                return 200, "application/json", _json_bytes(info)
+            if parts[2] == "logs":
+                return 200, "application/json", _json_bytes({"logs": self._log_lines(job_id, query)})
+            if parts[2] == "stack":
+                return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
+        raise _Refused(404, "there is no such resource")
+
+    def _data_version(self) -> int:
+        """Return a number that differs when anything has been committed since."""
+        with self._version_lock:
+            if self._version_db is None:
+                self._version_db = self._runner._store._connect()
+            return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+
+    def _list(self, query: dict[str, str]) -> dict[str, Any]:
+        runner, filters = self._runner, _filters(query)
+        limit = min(_number(query, "limit", 50), LIST_LIMIT)
+        before = _number(query, "before", 0) or None
+        try:
+            rows = runner._store.find(filters, limit + 1, before)
+            counts = runner._store.counts(filters)
+        except (TypeError, ValueError) as error:
+            raise _Refused(400, str(error)) from None
+        now = runner._clock()
+        infos = [describe(row, now, runner._costs.means) for row in rows[:limit]]
+        return {"jobs": infos, "next": infos[-1]["id"] if len(rows) > limit else None, "counts": counts}
+
+    def _log_lines(self, job_id: int, query: dict[str, str]) -> list[dict[str, Any]]:
+        unknown = set(query) - {"level", "text", "since", "until", "after", "limit"}
+        if unknown:
+            raise _Refused(400, f"unknown filter {sorted(unknown)[0]!r}")
+        try:
+            return self._runner._logs(job_id, query.get("level") or None, query.get("text") or None,
+                                      float(query.get("since") or 0), float(query.get("until") or math.inf),
+                                      _number(query, "after", 0), min(_number(query, "limit", 200), 2_000))
+        except ValueError as error:
+            raise _Refused(400, str(error)) from None
+
+    def _stack(self, job_id: int) -> str | None:
+        """Return where a job's thread in this process is now."""
+        attempt = self._runner._attempts.get(job_id)
+        frame = sys._current_frames().get(attempt.thread) if attempt is not None and attempt.thread else None
+        return None if frame is None else "".join(traceback.format_stack(frame))
+
+    # operating
+
+    def _post(self, parts: list[str], body: Any, by: str) -> dict[str, Any]:
+        operation = parts[1] if len(parts) == 2 and parts[0] == "jobs" else ""
+        if operation not in TRANSITIONS:
+            raise _Refused(404, f"there is no such operation; there are {', '.join(TRANSITIONS)}")
+        if not isinstance(body, dict) or len(body) != 1 or not set(body) <= {"ids", "filter"}:
+            raise _Refused(400, 'the body must be {"ids": [...]} or {"filter": {...}}')
+        if "ids" in body:
+            ids = body["ids"]
+            if not isinstance(ids, list) or not all(type(i) is int and 0 < i < 1 << 63 for i in ids):
+                raise _Refused(400, "ids must be a list of job ids")
+        else:
+            ids = self._matching(body["filter"])
+        done, refused = [], []
+        for job_id in ids:
+            try:
+                self._runner._operate(operation, job_id, by)
+                done.append(job_id)
+            except InvalidOperation as error:
+                refused.append({"id": job_id, "why": str(error)})
+            except KeyError:
+                refused.append({"id": job_id, "why": f"there is no job {job_id}"})
+        answer = {"done": done, "refused": refused}
+        if "ids" in body and len(ids) == 1 and refused:
+            raise _Refused(409, refused[0]["why"], answer)
+        return answer
+
+    def _matching(self, given: Any) -> Iterator[int]:
+        """Yield the ids that pass a filter, newest first, a page at a time."""
+        if not isinstance(given, dict) or not all(isinstance(v, (str, int, float, bool, type(None))) for v in given.values()):
+            raise _Refused(400, "filter must be an object like the parameters of api/jobs")
+        filters = _filters({name: str(value).lower() if isinstance(value, bool) else str(value)
+                            for name, value in given.items() if value is not None})
+        before = None
+        while True:
+            try:
+                rows = self._runner._store.find(filters, 500, before)
+            except (TypeError, ValueError) as error:
+                raise _Refused(400, str(error)) from None
+            yield from [row["id"] for row in rows]
+            if len(rows) < 500:
+                return
+            before = rows[-1]["id"]
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _read_json(environ: dict[str, Any]) -> Any:
+    length = environ.get("CONTENT_LENGTH") or ""
+    if not (length.isascii() and length.isdigit()):
+        raise _Refused(411, "an operation needs a Content-Length")
+    if int(length[:20]) > BODY_LIMIT:
+        raise _Refused(413, f"the body is larger than {BODY_LIMIT:,} bytes")
+    body = environ["wsgi.input"].read(int(length))
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise _Refused(400, "the body is not JSON") from None
+
+
+def _query(text: str) -> dict[str, str]:
+    from urllib.parse import parse_qsl
+    try:
+        return dict(parse_qsl(text, max_num_fields=50))
+    except ValueError:
+        raise _Refused(400, "the query string has too many fields") from None
+
+
+def _number(query: dict[str, str], name: str, default: int) -> int:
+    text = query.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise _Refused(400, f"{name} must be a whole number, got {_short(text)}")
+    return int(text)
+
+
+def _filters(query: dict[str, str]) -> dict[str, Any]:
+    """Return the filters of `conditions` from a query string's fields."""
+    filters: dict[str, Any] = {}
+    for name, text in query.items():
+        if name in ("before", "limit") or text == "":
+            continue
+        if name not in FILTERS:
+            raise _Refused(400, f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
+        if name in ("errors", "low_priority", "system"):
+            if text not in ("true", "false", "1", "0"):
+                raise _Refused(400, f"{name} must be true or false, got {_short(text)}")
+            filters[name] = text in ("true", "1")
+        elif name == "parent":
+            filters[name] = None if text == "none" else _number(query, name, 0)
+        elif name in ("created_from", "created_to"):
+            try:
+                filters[name] = float(text)
+            except ValueError:
+                raise _Refused(400, f"{name} must be Unix seconds, got {_short(text)}") from None
+        else:
+            filters[name] = text
+    return filters
+
+
+REQUEST_SECONDS = 10.0             # from the first byte of a request to the last of its answer
+CONNECTION_LIMIT = 64
+
+
+def serve_page(page: Page, host: str, port: int) -> str:
+    """Serve a page with http.server on a daemon thread; return its URL, or "" when the port is taken."""
+    import io
+    import socket
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
+
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(f"host must be a loopback address, got {host!r}: the page has no password yet; mount wsgi() behind "
+                         "your app's own authentication instead")
+
+    class DeadlineReader(io.RawIOBase):
+        """Reads a socket until an absolute deadline, which one byte now and then cannot push away."""
+
+        def __init__(self, connection: socket.socket) -> None:
+            self._connection, self._deadline = connection, time.monotonic() + REQUEST_SECONDS
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self._connection.settimeout(max(0.001, self._deadline - time.monotonic()))
+            return self._connection.recv_into(buffer)
+
+    class Handler(WSGIRequestHandler):
+        """One request for each connection: what a refused one leaves unread is never taken for the next."""
+
+        server_version, sys_version = "bgjobs", ""
+
+        def setup(self) -> None:
+            super().setup()
+            self.rfile = io.BufferedReader(DeadlineReader(self.connection))      # type: ignore[assignment]
+
+        def handle(self) -> None:
+            try:
+                self.raw_requestline = self.rfile.readline(65537)
+                if len(self.raw_requestline) > 65536:
+                    self.send_error(414)
+                elif self.raw_requestline and self.parse_request():
+                    self.connection.settimeout(REQUEST_SECONDS)
+                    handler = ServerHandler(self.rfile, self.wfile, io.StringIO(), self.get_environ(), multithread=True)
+                    handler.request_handler = self                               # type: ignore[attr-defined]
+                    handler.run(self.server.get_app())                           # type: ignore[attr-defined]
+            except OSError:
+                pass                                      # the client went away, or was too slow
+
+        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+            body = _json_bytes({"error": self.responses.get(code, ("bad request",))[0]})
+            lines = [f"HTTP/1.0 {int(code)} Refused", "Content-Type: application/json", f"Content-Length: {len(body)}",
+                     *(f"{name}: {value}" for name, value in _SECURITY_HEADERS)]
+            self.wfile.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            _log.debug("page: " + format, *args)
+
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads, allow_reuse_address, request_queue_size = True, os.name != "nt", 64
+        address_family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+        free = threading.BoundedSemaphore(CONNECTION_LIMIT)
+
+        def server_bind(self) -> None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
+            self.socket.bind(self.server_address)
+            self.server_address = self.socket.getsockname()
+            self.server_name, self.server_port = host, self.server_address[1]    # without a look-up in the DNS
+            self.setup_environ()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if self.free.acquire(blocking=False):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                self.free.release()
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            _log.debug("page: a request failed", exc_info=True)
+
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        _log.warning("the status page is not served: port %s of %s cannot be used (%s); jobs go on", port, host, error)
+        return ""
+    page._port = server.server_port
+    server.set_app(page)
+    threading.Thread(target=server.serve_forever, name="bgjobs-page", daemon=True).start()
+    page._runner._servers.append(server)
+    name = "[::1]" if host == "::1" else host
+    return f"http://{name}:{server.server_port}/"
+
+
+# ---- 13 Command line -----------------------------------------------------------------------------------------
+
+def fingerprint(folder: str) -> dict[str, Any]:
+    """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""
+    context = current_job()
+    parts, unreadable, files = [], 0, 0
+    for path, size, names, unknown in _folders(folder):
+        unreadable += unknown
+        files += len(names)
+        parts += [(size, path, names[i:i + 1_000]) for i in range(0, len(names), 1_000)]
+        context.checkpoint()
+        context.progress(0, message=f"looking: {files:,} files in {len(parts):,} folders")
+    context.progress(0, 1, f"{files:,} files in {len(parts):,} folders")
+    largest = max(parts, default=(0, "", []))[1]
+    children = [options(key=f"{path}\n{names[0]}", label=path, low_priority=path == largest).submit(fingerprint_files, path, names)
+                for _, path, names in parts]
+    found: dict[str, list[Any]] = {}
+    scanned = 0
+    for child in children:
+        result = child.result()
+        unreadable += result["unreadable"]
+        for name, size, digest in result["files"]:
+            scanned += size
+            found.setdefault(digest, [size]).append(os.path.join(result["folder"], name))
+        context.checkpoint()
+    groups = sorted(((size * (len(paths) - 1), digest, size, paths) for digest, (size, *paths) in found.items()
+                     if len(paths) > 1 and size), reverse=True)
+    context.progress(1, 1, f"{len(groups):,} groups of duplicates")
+    return {"folder": folder, "folders": len({path for _, path, _ in parts}), "files": files, "bytes": scanned,
+            "unreadable": unreadable, "duplicate_groups": len(groups), "wasted_bytes": sum(group[0] for group in groups),
+            "largest_groups": [{"sha256": digest, "size": size, "copies": len(paths), "paths": sorted(paths)[:5]}
+                               for _, digest, size, paths in groups[:20]]}
+
+
+def _folders(folder: str) -> Iterator[tuple[str, int, list[str], int]]:
+    """Yield (folder, bytes, names of its regular files, how many entries could not be looked at) for it and all below."""
+    errors: list[OSError] = []
+    for path, _, entries in os.walk(folder, onerror=errors.append):
+        size, names = 0, []
+        for name in entries:
+            try:
+                status = os.lstat(os.path.join(path, name))
+            except OSError as error:
+                errors.append(error)
+                continue
+            if status.st_mode & 0o170000 == 0o100000:
+                size += status.st_size
+                names.append(name)
+        if names or errors:
+            yield path, size, names, len(errors)
+            errors.clear()
+    if errors:
+        yield folder, 0, [], len(errors)
+
+
+def fingerprint_files(folder: str, names: list[str]) -> dict[str, Any]:
+    """Return the SHA-256 of files in one folder: a child of `fingerprint`."""
+    import hashlib
+    context = current_job()
+    files, unreadable = [], 0
+    for name in context.each(names):
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    size += len(block)
+                    context.checkpoint()
+            files.append([name, size, digest.hexdigest()])
+        except OSError as error:
+            unreadable += 1
+            context.log.warning("%s cannot be read: %s", _text(name), error.strerror)
+    return {"folder": folder, "files": files, "unreadable": unreadable}
+
+
+def _follow(job: Job, out: Any) -> dict[str, Any]:
+    """Draw a progress bar on a terminal until the job is over or stopped; return its info."""
+    info = job.info()
+    while info["status"] not in OVER and info["status"] != STOPPED:
+        if out.isatty():
+            width = os.get_terminal_size(out.fileno()).columns
+            out.write("\r\x1b[K" + progress_line(info, width))
+            out.flush()
+        try:
+            job.exception(timeout=0.2)
+        except (TimeoutError, BgjobsError):
+            pass
+        except BaseException as error:
+            if type(error).__name__ not in ("TimeoutError", "CancelledError"):
+                raise
+        info = job.info()
+    if out.isatty():
+        out.write("\r\x1b[K")
+    return info
+
+
+def progress_line(info: dict[str, Any], width: int) -> str:
+    """Return one line of at most `width` characters: bar, percent, children, time left, message."""
+    progress, children = info["progress"], info["children"]
+    filled = int(24 * (progress or 0))
+    parts = [f"[{'#' * filled}{'-' * (24 - filled)}]", "  ..." if progress is None else f"{progress:5.1%}"]
+    if children["total"]:
+        parts.append(f"{children['done']:,} of {children['total']:,} children")
+    if info["eta"] is not None:
+        parts.append(f"{for_people(info['eta'])} left")
+    parts += [text for text in (info["phase"], info["message"]) if text]
+    line = "  ".join(parts)
+    return "".join(c if c.isprintable() else "?" for c in line)[:max(20, width - 1)]
+
+
+def for_people(seconds: float) -> str:
+    """Return a duration like "1 h 5 min", "2 min 10 s" or "3.2 s"."""
+    whole = int(seconds + 0.5)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+
+
+def _demo(args: Any) -> int:
+    folder = os.path.abspath(args.folder)
+    if not os.path.isdir(folder):
+        raise BgjobsError(f"{folder} is not a folder")
+    with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
+        url = runner.serve(port=args.port) or runner.serve(port=0)
+        print(f"Status page: {url}\nJob file:    {runner.path}", flush=True)
+        job = runner.options(key=f"demo {folder}", label=f"Duplicate files below {folder}", run_by="demo").submit(fingerprint, folder)
+        info = _follow(job, sys.stderr)
+        if info["status"] != FINISHED:
+            print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
+            return 1
+        _print_report(job.result(), info["duration"])
+        if sys.stdout.isatty() and not args.once:
+            print("The status page stays up until Ctrl-C.")
+            while True:
+                time.sleep(3600)
+    return 0
+
+
+def _print_report(report: dict[str, Any], seconds: float) -> None:
+    print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, in {for_people(seconds)}; "
+          f"{report['unreadable']:,} could not be read\n{report['duplicate_groups']:,} groups of duplicates waste "
+          f"{report['wasted_bytes'] / 1e6:,.1f} MB; the largest:")
+    for group in report["largest_groups"][:5]:
+        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}")
+        for path in group["paths"][:3]:
+            print("    " + path.encode("utf-8", "backslashreplace").decode())
+
+
+def _run(args: Any) -> int:
+    module, colon, name = args.function.partition(":")
+    if not colon:
+        raise BgjobsError(f"{args.function!r} names no function; write module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function: Any = __import__(module, fromlist=["_"])
+        for attribute in name.split("."):
+            function = getattr(function, attribute)
+    except (ImportError, AttributeError) as error:
+        raise BgjobsError(f"cannot find {args.function}: {error}") from None
+    with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
+        job = runner.submit(function, *(_argument(text) for text in args.args))
+        info = _follow(job, sys.stderr)
+    if info["status"] != FINISHED:
+        print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
+        return 1
+    print(json.dumps(info["result"], indent=2))
+    return 0
+
+
+def _argument(text: str) -> Any:
+    """Return a command line argument as JSON, where it is, else as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _nothing() -> None:
+    """Do nothing: the job of `bench`."""
+
+
+def _bench(args: Any) -> int:
+    """Print what bgjobs reaches beside bare sqlite3 on this machine, in one run."""
+    import statistics
+    import tempfile
+    print(f"bgjobs {__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} cores; "
+          f"medians of {args.repeat} runs, side by side")
+    print(f"{'':34}{'bgjobs':>14}{'bare sqlite3':>14}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        for title, unit, ours, bare in _BENCHES:
+            figures = [(ours(os.path.join(folder, f"{title}-{i}.db")), bare and bare(os.path.join(folder, f"{title}-{i}-bare.db")))
+                       for i in range(args.repeat)]
+            mine = statistics.median(figure[0] for figure in figures)
+            theirs = statistics.median(figure[1] for figure in figures) if bare else None
+            print(f"{title:34}{mine:>14,.1f}" + (f"{theirs:>14,.1f}{mine / theirs:>8.2f}" if theirs else " " * 22) + f"  {unit}", flush=True)
+    return 0
+
+
+def _rate(count: int, work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - begun)
+
+
+def _bare_db(path: str, rows: int) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)
+    for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL",
+                      "CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0)",
+                      "CREATE INDEX queued ON jobs(id) WHERE status = 0"):
+        db.execute(statement)
+    db.executemany("INSERT INTO jobs (fn, args) VALUES (?, ?)", [("nothing", "[]")] * rows)
+    return db
+
+
+def _bench_submit(path: str) -> float:
+    with contextlib.closing(Runner(path, start=False)) as runner:
+        return _rate(3_000, lambda: [runner.submit(_nothing) for _ in range(3_000)])
+
+
+def _bare_submit(path: str) -> float:
+    with contextlib.closing(_bare_db(path, 0)) as db:
+        return _rate(3_000, lambda: [db.execute("INSERT INTO jobs (fn, args) VALUES (?, ?)", ("nothing", "[]")) for _ in range(3_000)])
+
+
+def _bench_submit_many(path: str) -> float:
+    with contextlib.closing(Runner(path, start=False)) as runner:
+        return _rate(50_000, lambda: runner.submit_many(_nothing, (() for _ in range(50_000))))
+
+
+def _bare_submit_many(path: str) -> float:
+    with contextlib.closing(_bare_db(path, 0)) as db:
+        rows = [("nothing", "[]")] * 10_000
+
+        def insert() -> None:
+            for _ in range(5):
+                db.execute("BEGIN IMMEDIATE")
+                db.executemany("INSERT INTO jobs (fn, args) VALUES (?, ?)", rows)
+                db.execute("COMMIT")
+        return _rate(50_000, insert)
+
+
+def _bench_drain(path: str) -> float:
+    runner = Runner(path, start=False, max_workers=8)
+    ids = runner.submit_many(_nothing, (() for _ in range(5_000)))
+
+    def drain() -> None:
+        runner.start()
+        runner.shutdown()
+    rate = _rate(len(ids), drain)
+    assert runner.get(ids[-1]).status == FINISHED
+    return rate
+
+
+def _bare_drain(path: str) -> float:
+    with contextlib.closing(_bare_db(path, 5_000)) as db:
+        def drain() -> None:
+            while rows := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
+                for status in (1, 2):
+                    db.execute("BEGIN IMMEDIATE")
+                    db.executemany("UPDATE jobs SET status = ? WHERE id = ?", [(status, row[0]) for row in rows])
+                    db.execute("COMMIT")
+        return _rate(5_000, drain)
+
+
+def _bench_latency(path: str) -> float:
+    """Return the median milliseconds from submit to result on an idle runner."""
+    laps = []
+    with contextlib.closing(Runner(path)) as runner:
+        for _ in range(100):
+            time.sleep(0.005)
+            begun = time.perf_counter()
+            runner.submit(_nothing).result(10)
+            laps.append((time.perf_counter() - begun) * 1e3)
+    return sorted(laps)[50]
+
+
+def _checkpoints() -> float:
+    checkpoint = current_job().checkpoint
+    begun = time.perf_counter()
+    for _ in range(100_000):
+        checkpoint()
+    return (time.perf_counter() - begun) * 1e4
+
+
+def _bench_checkpoint(path: str) -> float:
+    with contextlib.closing(Runner(path)) as runner:
+        return runner.submit(_checkpoints).result(30)
+
+
+_BENCHES: tuple[tuple[str, str, Callable[[str], float], Callable[[str], float] | None], ...] = (
+    ("submit, one by one", "jobs/s", _bench_submit, _bare_submit),
+    ("submit_many", "jobs/s", _bench_submit_many, _bare_submit_many),
+    ("run 5,000 jobs, 8 workers", "jobs/s", _bench_drain, _bare_drain),
+    ("submit to result, idle", "ms", _bench_latency, None),
+    ("checkpoint()", "ns", _bench_checkpoint, None),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, 1 a job did not finish, 2 misuse or a file that cannot be used."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
+    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable[[Any], int], help: str) -> Any:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(function_of_command=function)
+        return sub
+
+    def with_runner(sub: Any) -> None:
+        sub.add_argument("--db", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")
+        sub.add_argument("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")
+
+    demo = command("demo", _demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status page.")
+    demo.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one")
+    demo.add_argument("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)")
+    demo.add_argument("--once", action="store_true", help="end with the job; do not keep the page up")
+    with_runner(demo)
+    run = command("run", _run, "Run a function as a job and print its result as JSON.")
+    run.add_argument("function", metavar="MODULE:FUNCTION")
+    run.add_argument("args", nargs="*", metavar="ARG", help="JSON, or else text")
+    with_runner(run)
+    bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
+    bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        return args.function_of_command(args)
+    except (BgjobsError, ValueError, TypeError) as error:
+        print(f"bgjobs: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbgjobs: interrupted; unfinished jobs wait in the file and go on with the next start", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.modules.setdefault("bgjobs", sys.modules["__main__"])      # `import bgjobs` in a job's module is this very file
+    sys.exit(main())
