@@ -687,9 +687,9 @@ ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, hear
 HEARTBEAT = "UPDATE bgjobs_runners SET heartbeat_at = :now WHERE id = :id"
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
 OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options FROM bgjobs_jobs
-    WHERE status IN ('running', 'stopping') AND owner = :owner"""
+    WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
-    AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
+    AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
 SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?)"
 
@@ -1213,12 +1213,12 @@ STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
 OUTCOME_OF = "SELECT status, name, result, error FROM bgjobs_jobs WHERE id = :id"
 MEANS = "SELECT name, seconds FROM bgjobs_functions"
 RUNNERS = "SELECT id FROM bgjobs_runners"
-STOP_REQUESTS = "SELECT id, status FROM bgjobs_jobs WHERE status = 'stopping' AND owner = :owner"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
 UNFINISHED = """SELECT id FROM bgjobs_jobs j WHERE {status} AND (submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter) AND id >= :after ORDER BY id LIMIT 1"""
 UNFINISHED_QUERIES = tuple(UNFINISHED.format(status=s) for s in (
-    "status = 'running' AND owner IS NOT NULL", "status = 'stopping' AND owner IS NOT NULL",
+    "status = 'running' AND status <> 'pending' AND owner IS NOT NULL",
+    "status = 'stopping' AND status <> 'pending' AND owner IS NOT NULL",
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id IS NOT NULL",
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 MY_PENDING = """SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND (submitter = :submitter OR
@@ -2654,6 +2654,8 @@ class Runner(Submitter, Executor):
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
         by = None if by is None else _text(by, 200)
+        if handle is not None and operation in ("resume", "restart"):
+            handle.done()                                 # a handle whose job was over keeps that outcome
         try:
             moved = self._store.write(lambda tx: tx.operate(operation, job_id, by))
         except KeyError:

@@ -92,9 +92,14 @@ def consistent(runner):
         db.row_factory = sqlite3.Row
         assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         jobs = {row["id"]: row for row in db.execute("SELECT * FROM bgjobs_jobs")}
+    below_of, children_of = {i: [] for i in jobs}, {i: [] for i in jobs}
     for job in jobs.values():
-        below = [j for j in jobs.values() if job["id"] in lineage(jobs, j)]
-        direct = [j for j in jobs.values() if j["parent_id"] == job["id"]]
+        for ancestor in lineage(jobs, job):
+            below_of[ancestor].append(job)
+        if job["parent_id"] is not None:
+            children_of[job["parent_id"]].append(job)
+    for job in jobs.values():
+        below, direct = below_of[job["id"]], children_of[job["id"]]
         over = [j for j in below if j["status"] in bgjobs.OVER]
         assert job["total"] == len(below)
         assert job["done"] == len(over)
@@ -178,8 +183,8 @@ def stoppable(name="stoppable"):
         job.sleep(5)
 
 
-def children(count, function=None, *arguments):
-    return [bgjobs.submit(function or add, *(arguments or (i, i))).id for i in range(count)]
+def children(count, function="add", *arguments):
+    return [bgjobs.submit(globals()[function], *(arguments or (i, i))).id for i in range(count)]
 
 
 def sum_of_children(count):
@@ -500,3 +505,1591 @@ class TestFunctions:
         """
         assert finish(python(code, cwd=tmp_path)) == (0, "[] 1\n", "")
         assert list(tmp_path.iterdir()) == []
+
+
+# ---- 4 Fair shares and pace ----------------------------------------------------------------------------------------------
+
+def jain(shares):
+    return sum(shares) ** 2 / (len(shares) * sum(share ** 2 for share in shares))
+
+
+def simulate(roots, workers, seconds, arrivals=()):
+    """Run the queue's arithmetic on simulated time; return what each root had of the workers' time.
+
+    roots: {name: endless iterator of job lengths in seconds}. arrivals: [(time, name, lengths)] of roots that come later.
+    """
+    streams, vtime, got, costs = {}, {}, {}, bgjobs.Costs()
+    running, arrivals, serial, clock, now = [], list(arrivals), itertools.count(), 0, 0.0
+
+    def arrive(name, lengths):
+        streams[name] = ((name, length) for length in lengths)
+        vtime[name], got[name] = bgjobs.entry_tag(vtime.get(name, 0), clock), got.get(name, 0.0)
+    for name, lengths in roots.items():
+        arrive(name, lengths)
+    while now < seconds:
+        while len(running) < workers:
+            _, (name, length), tag, charge = next(bgjobs.fair_order(
+                [(vtime[name], i, stream) for i, (name, stream) in enumerate(streams.items())], lambda job: costs.charge(job[0])))
+            clock = max(clock, tag)
+            vtime[name] += charge
+            running.append((now + length, next(serial), name, length, charge))
+        running.sort()
+        if arrivals and arrivals[0][0] <= running[0][0]:
+            now, *late = arrivals.pop(0)
+            arrive(*late)
+            continue
+        now, _, name, length, charge = running.pop(0)
+        got[name] += length
+        costs.record(name, length)
+        vtime[name] += int(length * 1e6) - charge
+    return got
+
+
+class TestFairShares:
+    def test_the_next_place_goes_to_the_root_with_the_least_virtual_time(self):
+        roots = [(30, 1, iter("a")), (10, 2, iter("bcd")), (10, 3, iter("e"))]
+        assert [(job, tag) for _, job, tag, _ in bgjobs.fair_order(roots, lambda job: 10)] == \
+            [("b", 10), ("e", 10), ("c", 20), ("a", 30), ("d", 30)]
+
+    def test_roots_with_jobs_of_unequal_length_get_equal_time(self):
+        got = simulate({i: itertools.repeat(0.005 * 2 ** i) for i in range(5)}, workers=3, seconds=60)
+        assert jain(list(got.values())) > 0.999
+
+    def test_one_function_with_random_lengths_is_shared_equally(self):
+        chance = random.Random(1)
+        got = simulate({i: iter(lambda: chance.expovariate(1 / (0.01 * (i + 1))), None) for i in range(5)}, workers=4, seconds=200)
+        assert jain(list(got.values())) > 0.999
+
+    def test_a_root_that_was_idle_has_no_credit(self):
+        got = simulate({"busy": itertools.repeat(0.01)}, workers=1, seconds=20, arrivals=[(10, "late", itertools.repeat(0.01))])
+        assert got["late"] == pytest.approx(5, rel=0.02)
+
+    def test_a_single_job_behind_a_burst_starts_in_the_time_of_a_few_attempts(self):
+        got = simulate({"burst": itertools.repeat(0.01)}, workers=1, seconds=1.05, arrivals=[(1, "single", itertools.repeat(0.01))])
+        assert got["single"] >= 0.02
+
+    def test_a_million_roots_are_picked_from_in_no_time(self):
+        roots = [(i, i, iter((i,))) for i in range(1_000_000)]
+        order = bgjobs.fair_order(roots, lambda job: 5)
+        assert [job for _, job, _, _ in itertools.islice(order, 100)] == list(range(100))
+
+    def test_costs_follow_the_recent_runs_and_are_never_nothing(self):
+        costs = bgjobs.Costs()
+        assert costs.charge("new") == bgjobs.UNKNOWN_COST * 1e6
+        for seconds in (1.0, *[0.0] * 60):
+            costs.record("f", seconds)
+        assert costs.charge("f") == 1
+
+    def test_only_known_short_jobs_are_claimed_ahead(self):
+        costs = bgjobs.Costs({"short": 0.001, "long": 1.0})
+        assert bgjobs.may_run_ahead("short", costs, 0.0, 1)
+        assert not bgjobs.may_run_ahead("short", costs, bgjobs.AHEAD_SECONDS, 1)
+        assert not bgjobs.may_run_ahead("long", costs, 0.0, 8)
+        assert not bgjobs.may_run_ahead("never seen", costs, 0.0, 8)
+
+
+class TestPace:
+    def test_a_steady_rate_is_known_from_the_first_tenth_on(self):
+        pace = None
+        for step in range(1, 100):
+            pace = bgjobs.pace_after(pace, 0.01, 0.5, step * 0.5)
+            left = bgjobs.time_left(step * 0.01, pace, 0.0)
+            assert step < 10 or left == pytest.approx((100 - step) * 0.5, rel=0.1)
+
+    def test_the_recent_rate_weighs_more(self):
+        pace = None
+        for step in range(1, 101):
+            pace = bgjobs.pace_after(pace, 0.005 if step <= 50 else 0.001, 1.0, step)
+        assert 0.001 < pace < 0.0025
+
+    def test_without_progress_or_rate_nothing_is_claimed(self):
+        assert bgjobs.time_left(None, 1.0, 0) is None and bgjobs.time_left(0.5, None, 0) is None
+        assert bgjobs.time_left(1.2, 0.1, 0) == 0.0
+
+
+class TestFairRunning:
+    """The arithmetic on the real thing."""
+
+    def test_equally_hungry_roots_get_equal_time_whatever_the_length_of_their_jobs(self, make):
+        runner = make(max_workers=4, start=False)
+        roots = [runner.submit(add, i) for i in range(5)]
+        for i, root in enumerate(roots):
+            runner.options(parent=root).submit_many(nap, [(0.005 * 2 ** i,)] * 400)
+        runner.start()
+        time.sleep(3)
+        runner.close()
+        spent = [rows(runner, "SELECT sum(duration) FROM bgjobs_jobs WHERE root_id = ?", root.id)[0][0] for root in roots]
+        assert jain(spent) > 0.97, spent         # 0.99 and more over ten seconds, on a quiet machine
+        consistent(runner)
+
+    def test_single_jobs_do_not_wait_for_ten_thousand_children(self, make):
+        runner = make(max_workers=4, start=False)
+        big = runner.submit(add, 1)
+        runner.options(parent=big).submit_many(nap, [(0.002,)] * 3_000)
+        singles = [runner.submit(add, 1) for _ in range(20)]
+        runner.start()
+        wait_for(lambda: all(job.done() for job in singles))
+        assert big.children["done"] < 1_000
+
+    def test_two_runners_on_one_file_share_it_and_run_nothing_twice(self, make):
+        runners = [make(max_workers=2, start=False) for _ in range(2)]
+        ids = runners[0].submit_many(note, [(i,) for i in range(500)])
+        seen.clear()
+        for runner in runners:
+            runner.start()
+        wait_for(lambda: len(seen) >= 500 and not rows(runners[0], "SELECT 1 FROM bgjobs_jobs WHERE status <> 'finished'"))
+        assert sorted(seen) == list(range(500)) and len(ids) == 500
+        consistent(runners[0])
+
+    def test_within_a_root_the_oldest_goes_first(self, idle):
+        root = idle.submit(add, 1)
+        idle.options(parent=root).submit_many(note, [(i,) for i in range(50)])
+        seen.clear()
+        idle.drain()
+        assert seen == list(range(50))
+
+    def test_low_priority_runs_only_when_nothing_normal_is_ready(self, idle):
+        seen.clear()
+        idle.options(low_priority=True).submit_many(note, [("low",)] * 3)
+        idle.submit_many(note, [("normal",)] * 3)
+        idle.drain()
+        assert seen == ["normal"] * 3 + ["low"] * 3
+
+    def test_low_priority_never_holds_the_last_worker(self, make):
+        runner = make(max_workers=2)
+        runner.options(low_priority=True).submit_many(hold, [("low",)] * 4)
+        wait_for(lambda: len(runner.jobs(status="running")) == 1)
+        assert runner.submit(add, 1, 2).result(5) == 3
+        assert len(runner.jobs(status="running")) == 1
+        waiting = runner.jobs(status="pending")
+        assert {job.phase for job in waiting} == {"waiting for low load"}
+
+    def test_a_function_that_turns_out_long_does_not_hold_others_that_were_claimed_ahead(self, make):
+        runner = make(max_workers=2)
+        for _ in range(10):
+            runner.submit(hold_if, None).result(5)
+        runner.submit(hold_if, "ahead"), runner.submit(hold_if, "ahead")
+        ids = runner.submit_many(hold_if, [(None,)] * 20)
+        other = make(max_workers=1)
+        wait_for(lambda: all(other.get(i).done() for i in ids), 5)
+        consistent(runner)
+
+
+def hold_if(name):
+    if name:
+        hold(name)
+
+
+# ---- 5 Transactions and 6 Store ---------------------------------------------------------------------------------------------
+
+class TestStore:
+    HOT = {
+        "READY_ROOTS": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
+                        "SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_ready_roots (lane=?)"],
+        "READY_CHILDREN": ["SEARCH bgjobs_jobs USING INDEX bgjobs_ready_children (root_id=? AND queue=? AND rowid>?)"],
+        "BEST_LANE": None,
+        "CLAIM": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
+        "CLAIM_SINGLE": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
+        "FINISH": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
+        "TREE_ROW": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
+        "SAVE_TREE": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
+        "ROOT_WITH_KEY": ["SEARCH bgjobs_jobs USING INDEX bgjobs_root_key (key=?)"],
+        "CHILD_WITH_KEY": ["SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_child_key (parent_id=? AND key=?)"],
+        "NEXT_DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>?)"],
+        "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
+        "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
+        "LOG_LINES": ["SEARCH bgjobs_logs USING INDEX bgjobs_logs_of_job (job_id=? AND rowid>?)"],
+    }
+
+    @pytest.mark.parametrize("name", HOT)
+    def test_each_hot_statement_is_an_index_search(self, idle, name):
+        sql = getattr(bgjobs, name).format(order="ASC")
+        with contextlib.closing(sqlite3.connect(idle.path)) as db:
+            named = {**dict.fromkeys(re.findall(r":(\w+)", sql), 1)}
+            unnamed = [1] * (max(map(int, re.findall(r"\?(\d+)", sql)), default=0) or sql.count("?"))
+            plan = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + sql, named or unnamed)]
+        assert not [step for step in plan if step.startswith("SCAN bgjobs") or "TEMP B-TREE" in step], plan
+        if self.HOT[name]:
+            assert plan == self.HOT[name]
+
+    def test_the_cost_of_a_claim_does_not_depend_on_the_backlog(self, idle):
+        """Counted in SQLite's own steps, not in time."""
+        def steps(backlog):
+            with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+                for statement in bgjobs.MIGRATIONS[0]:
+                    db.execute(statement)
+                db.execute("WITH RECURSIVE k(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM k WHERE i < ?) INSERT INTO bgjobs_jobs "
+                           "(name, status, queue, lane, created_at) SELECT 'f', 'pending', 0, 0, 0 FROM k", [backlog])
+                count = itertools.count()
+                db.set_progress_handler(lambda: next(count) and 0, 10)
+                tx = bgjobs.Transaction(db, {}, 1.0)
+                assert len(tx.claim(1, 8, 8, 0, 0.0, 8, bgjobs.Costs())) == 8
+                return next(count)
+        assert steps(100_000) <= steps(100) * 1.2
+
+    def test_a_submit_that_returned_survives_a_kill(self, path):
+        code = """
+            import os, sys, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], start=False)
+            print(runner.submit(test_bgjobs.add, 1, 2).id, flush=True)
+            os._exit(9)
+        """
+        assert finish(python(code, path))[:2] == (9, "1\n")
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            assert runner.drain() == 1 and runner.get(1).result() == 3
+
+    def test_after_kill_9_the_next_start_runs_what_was_running_and_what_was_queued(self, path):
+        code = """
+            import sys, time, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=3)
+            runner.submit_many(test_bgjobs.hold, [("kill",)] * 3)
+            runner.submit_many(test_bgjobs.add, [(i, i) for i in range(20)])
+            while len(test_bgjobs.seen) < 3:
+                time.sleep(0.01)
+            print("ready", flush=True)
+            time.sleep(60)
+        """
+        process = python(code, path)
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        process.communicate()
+        with contextlib.closing(bgjobs.Runner(path, max_workers=3)) as runner:
+            wait_for(lambda: all(runner.get(i).attempt == 2 and runner.get(i).status == "running" for i in (1, 2, 3)))
+            assert "its process died; pending now" in runner.get(1).logs()[0]["message"]
+            gate("kill").set()
+            wait_for(lambda: len(runner.jobs(status="finished")) == 23)
+            consistent(runner)
+
+    def test_a_living_process_takes_a_dead_ones_jobs_back_within_a_moment(self, make, path):
+        code = """
+            import sys, time, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.submit(test_bgjobs.hold_if, "dead")
+            while not test_bgjobs.seen:
+                time.sleep(0.01)
+            print("ready", flush=True)
+            time.sleep(60)
+        """
+        process = python(code, path)
+        assert process.stdout.readline() == "ready\n"
+        runner = make(max_workers=1)
+        time.sleep(1.2)
+        assert runner.get(1).attempt == 1        # its owner lives: nobody touches it, however long it takes
+        process.kill()
+        process.communicate()
+        wait_for(lambda: runner.get(1).attempt == 2, 3)
+
+    def test_recover_false_fails_instead_of_running_again(self, path):
+        code = """
+            import os, sys, time, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.options(recover=False).submit(test_bgjobs.hold, "once")
+            while not test_bgjobs.seen:
+                time.sleep(0.01)
+            os._exit(9)
+        """
+        assert finish(python(code, path))[0] == 9
+        with contextlib.closing(bgjobs.Runner(path)) as runner:
+            assert (runner.get(1).status, runner.get(1).attempt, runner.get(1).errors) == ("failed", 1, 1)
+            with pytest.raises(bgjobs.JobFailed, match="recover=False"):
+                runner.get(1).result(5)
+
+    @pytest.mark.parametrize("content,reason", [(b"text " * 500, "not a database"), (b"\x00" * 5000, "not a database")])
+    def test_a_file_that_is_no_database_is_refused_and_left_alone(self, tmp_path, content, reason):
+        file = tmp_path / "notes.txt"
+        file.write_bytes(content)
+        with pytest.raises(bgjobs.StoreError, match=f"{file}.*{reason}.*give the path of a new file"):
+            bgjobs.Runner(file)
+        assert file.read_bytes() == content
+
+    def test_a_folder_a_missing_folder_and_memory_are_refused_with_the_remedy(self, tmp_path):
+        with pytest.raises(bgjobs.StoreError, match="it is a folder; give the path of a file in it"):
+            bgjobs.Runner(tmp_path)
+        with pytest.raises(bgjobs.StoreError, match="the folder .*nowhere does not exist; create it first"):
+            bgjobs.Runner(tmp_path / "nowhere" / "jobs.db")
+        for bad in (":memory:", ""):
+            with pytest.raises(ValueError, match="path must name a file"):
+                bgjobs.Runner(bad)
+
+    def test_an_empty_file_is_taken(self, tmp_path):
+        (tmp_path / "empty.db").touch()
+        with contextlib.closing(bgjobs.Runner(tmp_path / "empty.db", start=False)) as runner:
+            assert runner.submit(add, 1).id == 1
+
+    def test_a_newer_schema_is_refused_naming_both_versions(self, idle):
+        idle.close()
+        with contextlib.closing(sqlite3.connect(idle.path)) as db:
+            db.execute("UPDATE bgjobs_schema SET version = 99")
+            db.commit()
+        before = pathlib.Path(idle.path).read_bytes()
+        with pytest.raises(bgjobs.StoreError, match=r"schema version 99, and this bgjobs .* knows up to \d+; copy a newer"):
+            bgjobs.Runner(idle.path)
+        assert pathlib.Path(idle.path).read_bytes() == before
+
+    def test_sqlite_too_old_is_refused_by_version(self, path, monkeypatch):
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 30, 9))
+        with pytest.raises(bgjobs.StoreError, match="is too old; bgjobs needs 3.31"):
+            bgjobs.Runner(path)
+
+    def test_the_file_may_be_the_apps_own_database(self, path):
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE users (name)")
+            db.execute("INSERT INTO users VALUES ('ann')")
+            db.commit()
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            runner.submit(add, 1)
+            assert rows(runner, "SELECT name FROM users") == [("ann",)]
+            tables = {name for name, in rows(runner, "SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
+            assert {name for name in tables if not name.startswith("bgjobs_")} == {"users"}
+
+    def test_eight_processes_open_a_fresh_path_at_once(self, path):
+        code = """
+            import sys, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], start=False)
+            for i in range(20):
+                runner.submit(test_bgjobs.add, i)
+            runner.close()
+        """
+        processes = [python(code, path) for _ in range(8)]
+        assert [finish(process)[::2] for process in processes] == [(0, "")] * 8
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            assert runner._store.counts({})["pending"] == 160
+            consistent(runner)
+
+    def test_a_bad_write_in_a_batch_fails_alone(self, idle):
+        """Eight threads write at once; half of them ask for a parent that does not exist."""
+        barrier, outcomes = threading.Barrier(8), []
+
+        def work(bad):
+            barrier.wait()
+            for i in range(50):
+                try:
+                    outcomes.append(idle._store.write(lambda tx: tx.submit(submission(-1 if bad else None))))
+                except bgjobs.InvalidOperation:
+                    outcomes.append(None)
+
+        def submission(parent):
+            new = bgjobs.Submission("test_bgjobs.add")
+            new.parent_id = parent
+            return new
+        threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes.count(None) == 200
+        assert sorted(i for i in outcomes if i) == list(range(1, 201))
+
+    def test_readers_do_not_wait_for_a_writer(self, runner):
+        job = runner.submit(add, 1)
+        job.result(10)
+        with contextlib.closing(sqlite3.connect(runner.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            assert job.status == "finished" and runner.jobs(status="finished")
+            assert time.monotonic() - begun < 5
+            other.execute("ROLLBACK")
+
+    def test_a_write_waits_for_another_programs_lock(self, idle):
+        with contextlib.closing(sqlite3.connect(idle.path, isolation_level=None, check_same_thread=False)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            threading.Timer(0.3, lambda: other.execute("ROLLBACK")).start()
+            assert idle.submit(add, 1).id == 1
+
+    def test_ids_of_removed_jobs_are_not_given_out_again(self, idle):
+        parent = idle.submit(children, 3)
+        idle.drain()
+        assert [job.id for job in idle.jobs()] == [4, 3, 2, 1]
+        parent.restart()
+        assert [job.id for job in idle.jobs()] == [1]
+        assert idle.submit(add, 1).id == 5
+        assert idle.submit_many(add, [(1,)]) == [6]
+
+    def test_durability_power_and_bad_options(self, make, path):
+        runner = make(durability="power")
+        assert runner.submit(add, 1, 2).result(10) == 3
+        assert runner._store._writer.execute("PRAGMA synchronous").fetchone()[0] == 2
+        with pytest.raises(ValueError, match="durability must be"):
+            bgjobs.Runner(path, durability="none")
+
+    def test_filters_combine_and_bad_ones_are_named(self, idle):
+        ann = idle.options(run_by="ann", label="100% of_it", low_priority=True).submit(add, 1, 2)
+        bob = idle.options(run_by="bob").submit(fail, "needle")
+        hidden = idle.options(system=True).submit(add, 1)
+        idle.drain()
+
+        def ids(**filters):
+            return [job.id for job in idle.jobs(**filters)]
+        assert ids() == [bob.id, ann.id] and ids(system=True) == [hidden.id, bob.id, ann.id]
+        assert ids(run_by="ann") == [ann.id] and ids(low_priority=True) == [ann.id] and ids(errors=True) == [bob.id]
+        assert ids(status="failed") == [bob.id] == ids(q="NEEDLE") == ids(name="test_bgjobs.fail")
+        assert bob.id in ids(q=str(bob.id)) and ids(q="100% of_") == [ann.id] and ids(q="100%_of") == []
+        assert ids(status="failed", run_by="ann") == [] and ids(limit=1) == [bob.id]
+        assert ids(created_from=ann.created_at, created_to=ann.created_at) == [ann.id]
+        with pytest.raises(ValueError, match="status must be one of"):
+            ids(status="done")
+        with pytest.raises(TypeError, match="unknown filter 'colour'"):
+            ids(colour=1)
+
+
+# ---- 7 Worker pool and 8 Inside a job -----------------------------------------------------------------------------------------
+
+class TestInsideAJob:
+    def test_outside_a_job_everything_works_and_does_nothing(self):
+        job = bgjobs.current_job()
+        job.checkpoint(state=1)
+        job.progress(1, 2)
+        job.sleep(0)
+        job.log.debug("nothing")
+        assert list(job.each([1, 2])) == [1, 2]
+        assert (job.id, job.state, job.stop_requested, job.attempt) == (None, None, False, 0)
+
+    def test_the_context_tells_who_and_what(self, runner):
+        job = runner.options(run_by="ann").submit(context_seen)
+        assert job.result(10) == [job.id, "test_bgjobs.context_seen", "ann", 1, False]
+
+    def test_coroutines_run_to_completion_in_their_context(self, runner):
+        job = runner.submit(coroutine, 7)
+        assert job.result(10) == [7, job.id]
+
+    def test_progress_and_messages_show_within_a_second(self, runner):
+        job = runner.submit(report_progress)
+        wait_for(lambda: job.progress == 0.25 and job.info()["message"] == "a quarter", 2)
+        gate("progress").set()
+        assert job.result(10) is None and job.progress == 1.0
+
+    def test_log_lines_of_the_job_and_of_the_apps_loggers_land_in_its_log(self, runner):
+        job = runner.submit(write_logs)
+        job.result(10)
+        lines = [(line["level"], line["message"]) for line in job.logs()]
+        assert lines[:2] == [("INFO", "from the job 1"), ("WARNING", "from the app")]
+        assert lines[2][0] == "ERROR" and "ZeroDivisionError" in lines[2][1]
+        assert "could not be formatted" in lines[3][1]
+        assert [line["message"] for line in job.logs(level="warning", text="APP")] == ["from the app"]
+        assert [line["message"] for line in job.logs(limit=2)] == [lines[2][1], lines[3][1]]
+        assert job.logs(after=job.logs()[-1]["id"]) == []
+
+    def test_the_last_resort_handler_and_basic_config_still_work_with_a_runner(self, path):
+        code = """
+            import logging, sys, bgjobs
+            runner = bgjobs.Runner(sys.argv[1])
+            logging.getLogger("app").warning("seen by the last resort")
+            logging.basicConfig(format="basic %(message)s")
+            logging.getLogger("app").warning("seen")
+            runner.close()
+        """
+        assert finish(python(code, path))[2].splitlines() == ["seen by the last resort", "basic seen"]
+
+    def test_a_stop_reaches_a_sleep_at_once_and_state_is_kept(self, runner):
+        job = runner.submit(count_with_state)
+        wait_for(lambda: job.state and job.state["n"] >= 3)
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
+        kept = job.state["n"]
+        assert not job.done() and job.phase == ""
+        gate("count").set()
+        assert job.resume() is job
+        assert job.result(10) == [kept, 2]
+
+    def test_each_goes_on_after_the_last_item_that_was_done(self, runner):
+        seen.clear()
+        gate("again").set()
+        job = runner.submit(each_item, 300, "again")
+        wait_for(lambda: len(seen) > 50)
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
+        job.resume()
+        assert job.result(10) == 300
+        items = [item for _, _, item in seen]
+        assert sorted(set(items)) == list(range(300)) and len(items) <= 301
+        assert {attempt for _, attempt, _ in seen} == {1, 2}
+
+    def test_stoppable_false_stays_stopping_until_it_ends(self, make):
+        runner = make(max_workers=1)
+        job = runner.options(stoppable=False).submit(each_item, 300, "unstoppable")
+        gate("unstoppable").set()
+        wait_for(lambda: job.status == "running")
+        job.stop()
+        assert job.result(10) == 300 and job.attempt == 1
+
+    def test_a_job_that_returns_before_a_checkpoint_is_finished(self, runner):
+        job = runner.submit(hold, "returns")
+        wait_for(lambda: job.status == "running" and "returns" in seen)
+        assert job.stop().status == "stopping"
+        gate("returns").set()
+        wait_for(lambda: job.status == "finished")
+
+    def test_force_stop_gives_stopped_at_once_and_the_abandoned_attempt_changes_nothing(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(hold, "abandoned")
+        wait_for(lambda: job.status == "running" and "abandoned" in seen)
+        job.stop()
+        assert job.force_stop().status == "stopped"
+        assert runner.submit(add, 1, 2).result(5) == 3           # the worker's place is usable
+        gate("abandoned").set()
+        wait_for(lambda: runner._pool.abandoned == 0)
+        assert job.status == "stopped" and job.info()["result"] is None
+        consistent(runner)
+
+    def test_any_exception_ends_only_that_attempt(self, make):
+        runner = make(max_workers=1)
+        for kind in (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, Unprintable, asyncio.CancelledError):
+            job = runner.submit(raise_it, kind.__name__)
+            assert type(job.exception(10)).__name__ == kind.__name__
+            assert job.status == "failed" and kind.__name__ in job.error
+        assert runner.submit(add, 1, 2).result(5) == 3
+
+    def test_context_variables_do_not_leak_from_job_to_job(self, make):
+        runner = make(max_workers=1)
+        assert [runner.submit(leak).result(10) for _ in range(3)] == [None] * 3
+
+    def test_a_checkpoint_with_a_state_that_cannot_be_stored_raises_there(self, runner):
+        job = runner.submit(bad_state)
+        assert job.result(10) == f"the state of job {job.id} cannot be stored: the key 1 is no string; use '1', or a list of pairs"
+
+
+leaking = contextvars.ContextVar("leaking", default=None)
+
+
+def leak():
+    before = leaking.get()
+    leaking.set(1)
+    return before
+
+
+def bad_state():
+    try:
+        bgjobs.current_job().checkpoint(state={1: 2})
+    except TypeError as error:
+        return str(error)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+    __repr__ = __str__
+
+
+def raise_it(name):
+    raise {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError}.get(name) or vars(__import__("builtins"))[name]
+
+
+def report_progress():
+    bgjobs.current_job().progress(25, 100, "a quarter")
+    gate("progress").wait(20)
+
+
+def write_logs():
+    bgjobs.current_job().log.info("from the job %d", 1)
+    logging.getLogger("app.module").warning("from the app")
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        logging.getLogger("app").exception("failed")
+    logging.raiseExceptions = False
+    bgjobs.current_job().log.info("%d", "no number")
+    logging.raiseExceptions = True
+
+
+def count_with_state():
+    job = bgjobs.current_job()
+    n = begun = (job.state or {"n": 0})["n"]
+    while not gate("count").is_set():
+        n += 1
+        job.checkpoint(state={"n": n})
+        job.sleep(0.001)
+    return [begun, job.attempt]
+
+
+class TestTrees:
+    def test_a_parent_is_over_after_its_last_descendant(self, runner):
+        job = runner.submit(children, 5, "hold", "child")
+        wait_for(lambda: job.phase == "waiting for children")
+        assert (job.status, job.done(), job.children["total"]) == ("running", False, 5)
+        gate("child").set()
+        assert len(job.result(10)) == 5
+        assert job.children == {"total": 5, "done": 5, "failed": 0, "running": 0} and job.progress == 1.0
+        consistent(runner)
+
+    def test_a_failed_child_counts_for_its_ancestors_and_fails_none(self, runner):
+        job = runner.submit(children, 2, "fail", "boom")
+        assert len(job.result(10)) == 2
+        assert (job.status, job.errors, job.children["failed"]) == ("finished", 2, 2)
+        consistent(runner)
+
+    def test_a_parent_that_lets_a_childs_exception_out_fails_when_its_descendants_are_over(self, runner):
+        job = runner.submit(fail_by_child)
+        wait_for(lambda: job.errors == 2)
+        assert (job.status, job.phase) == ("running", "waiting for children")
+        gate("sibling").set()
+        with pytest.raises(ValueError, match="boom"):
+            job.result(10)
+        assert job.status == "failed"
+        consistent(runner)
+
+    def test_children_inherit_who_asked_and_the_priority(self, idle):
+        parent = idle.options(run_by="ann", low_priority=True).submit(children, 1)
+        idle.drain()
+        child = idle.get(2)
+        assert (child.run_by, child.low_priority, child.parent_id, child.root_id) == ("ann", True, parent.id, parent.id)
+
+    def test_parent_none_makes_a_root_from_inside_a_job(self, idle):
+        job = idle.submit(submit_root)
+        idle.drain()
+        assert idle.get(job.result()).parent_id is None
+
+    def test_a_job_takes_children_from_outside_until_it_is_over(self, idle):
+        parent = idle.submit(add, 1)
+        child = idle.options(parent=parent).submit(add, 2)
+        assert child.parent_id == parent.id and parent.children["total"] == 1
+        idle.drain()
+        with pytest.raises(bgjobs.InvalidOperation, match="is finished; it takes no more children"):
+            idle.options(parent=parent).submit(add, 3)
+        consistent(idle)
+
+    def test_max_workers_1_and_a_recursion_50_deep(self, make):
+        runner = make(max_workers=1)
+        assert runner.submit(nested, 50).result(30) == 50
+        consistent(runner)
+
+    def test_as_many_parents_as_workers_wait_for_3_children_4_deep(self, make):
+        runner = make(max_workers=3)
+        jobs = [runner.submit(tree, 3, 4) for _ in range(3)]
+        assert [job.result(60) for job in jobs] == [81] * 3
+        consistent(runner)
+
+    @pytest.mark.parametrize("waiting", ["as_completed", "wait", "map"])
+    def test_the_ways_to_wait_inside_a_job_give_the_place_away(self, make, waiting):
+        runner = make(max_workers=1)
+        assert runner.submit(wait_inside, waiting).result(20) == 20
+
+    def test_never_more_attempts_execute_than_there_are_workers(self, make):
+        runner = make(max_workers=3)
+        seen.clear()
+        runner.submit(fan_out, 3).result(30)
+        assert max(seen) <= 3
+
+    def test_drain_runs_children_that_a_job_waits_for(self, idle):
+        job = idle.submit(nested, 5)
+        idle.drain()
+        assert job.result() == 5
+
+    def test_stopping_a_tree_stops_all_of_it_and_resume_reopens_it(self, make):
+        runner = make(max_workers=2)
+        job = runner.submit(sum_after_gate, 6)
+        wait_for(lambda: runner.jobs(status="running", name="test_bgjobs.gated"))
+        job.stop(by="ann")
+        wait_for(lambda: job.status == "stopped" and not runner.jobs(status="stopping"))
+        assert "stop by ann" in job.logs()[0]["message"]
+        consistent(runner)
+        gate("sum").set()
+        assert job.resume().result(20) == 15
+        consistent(runner)
+
+    def test_keyed_children_of_a_parent_that_runs_again_give_back_their_results(self, runner):
+        seen.clear()
+        job = runner.submit(keyed_parent)
+        wait_for(lambda: job.state == "submitted")
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
+        gate("keyed").set()
+        job.resume()
+        assert job.result(10) == [0, 2, 4] and job.children["total"] == 3
+
+    def test_a_key_gives_back_the_job_that_is_not_over(self, idle):
+        first = idle.options(key="k").submit(add, 1)
+        assert idle.options(key="k").submit(add, 2).id == first.id
+        idle.drain()
+        second = idle.options(key="k").submit(add, 2)
+        assert second.id != first.id
+        with pytest.raises(bgjobs.InvalidOperation, match=f"job {second.id} has its key 'k' now"):
+            first.restart()
+
+    def test_cancel_is_refused_while_a_descendant_runs_and_else_takes_the_tree(self, idle):
+        root = idle.submit(add, 1)
+        kids = [idle.options(parent=root).submit(add, i) for i in range(3)]
+        root.stop()
+        assert [kid.status for kid in kids] == ["stopped"] * 3
+        kids[0].resume()
+        assert root.cancel() is True
+        assert [job.status for job in (root, *kids)] == ["cancelled"] * 4
+        consistent(idle)
+
+    def test_restart_runs_from_scratch_without_the_former_descendants(self, idle):
+        root = idle.submit(children, 3, "fail", "boom")
+        idle.drain()
+        assert root.errors == 3
+        again = root.restart()
+        assert again is not root and root.done() and not again.done()
+        assert (again.status, again.errors, again.children["total"], again.started_at) == ("pending", 0, 0, None)
+        idle.drain()
+        assert again.children["total"] == 3
+        consistent(idle)
+
+    def test_ten_thousand_children_cost_the_store_no_more_each_than_a_hundred(self, idle):
+        def writes(count):
+            root = idle.submit(add, 1)
+            idle.options(parent=root).submit_many(add, [(1,)] * count)
+            calls = itertools.count()
+            idle._store._writer.set_trace_callback(lambda sql: next(calls))
+            idle._store.write(lambda tx: [tx._change(root.id), tx.apply()])
+            idle._store._writer.set_trace_callback(None)
+            return next(calls)
+        assert writes(10_000) == writes(100)
+
+
+def fail_by_child():
+    bgjobs.submit(hold, "sibling")
+    bgjobs.submit(fail).result()
+
+
+def submit_root():
+    return bgjobs.options(parent=None).submit(add, 1).id
+
+
+def wait_inside(how):
+    jobs = [bgjobs.submit(add, i, i) for i in range(5)]
+    if how == "map":
+        return sum(bgjobs.options().map(add, range(5), range(5)))
+    ready = concurrent.futures.as_completed(jobs) if how == "as_completed" else concurrent.futures.wait(jobs).done
+    return sum(job.result() for job in ready)
+
+
+executing = []
+
+
+def fan_out(depth):
+    executing.append(1)
+    seen.append(len(executing))
+    time.sleep(0.002)
+    executing.pop()
+    if depth:
+        for job in [bgjobs.submit(fan_out, depth - 1) for _ in range(4)]:
+            job.result()
+        executing.append(1)
+        seen.append(len(executing))
+        time.sleep(0.001)
+        executing.pop()
+
+
+def gated(value):
+    job = bgjobs.current_job()
+    while not gate("sum").is_set():
+        job.sleep(0.002)
+    return value
+
+
+def sum_after_gate(count):
+    return sum(job.result() for job in [bgjobs.options(key=str(i)).submit(gated, i) for i in range(count)])
+
+
+def keyed_parent():
+    job = bgjobs.current_job()
+    jobs = [bgjobs.options(key=f"part {i}").submit(add, i, i) for i in range(3)]
+    job.checkpoint(state="submitted")
+    while not gate("keyed").is_set():
+        job.sleep(1)
+    return [job.result() for job in jobs]
+
+
+# ---- 9 The handle and 10 Runner -----------------------------------------------------------------------------------------------
+
+class TestHandle:
+    def test_attributes_are_live(self, idle):
+        job = idle.submit(add, 1, 2)
+        other = idle.get(job.id)
+        assert (job.status, job.waiting >= 0, job.started_at, job.attempt) == ("pending", True, None, 0)
+        idle.drain()
+        assert (job.status, other.status, job.attempt, job.errors) == ("finished", "finished", 1, 0)
+        assert job.created_at <= job.started_at <= job.finished_at and job.duration > 0
+
+    def test_info_is_json_and_has_every_field_of_the_contract(self, idle):
+        info = idle.submit(add, 1, b={"k": [datetime.date(2026, 1, 31)]}).info()
+        assert json.loads(json.dumps(info)) == info
+        assert set(info) >= set("id name label status phase created_at started_at finished_at waiting duration errors low_priority "
+                                "run_by progress eta children parent_id root_id attempt args kwargs state error operations".split())
+        assert info["kwargs"] == {"b": {"k": [{"$date": "2026-01-31"}]}}
+
+    def test_waiting_is_counted_from_the_due_time(self, make):
+        now = [1000.0]
+        runner = make(start=False, clock=lambda: now[0])
+        job = runner.options(delay=60).submit(add, 1)
+        now[0] = 1030.0
+        assert (job.waiting, job.phase, runner.drain()) == (0.0, "scheduled", 0)
+        now[0] = 1070.0
+        assert job.waiting == 10.0 and runner.drain() == 1 and job.waiting == 10.0
+
+    def test_in_the_process_that_ran_it_the_functions_own_exception_is_raised_elsewhere_job_failed(self, runner, path):
+        job = runner.submit(fail, "own")
+        with pytest.raises(ValueError, match="own"):
+            job.result(10)
+        code = """
+            import sys, bgjobs
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                try:
+                    runner.get(1).result(5)
+                except bgjobs.JobFailed as error:
+                    print(error, "|", error.type, error.text, "in fail" in error.traceback)
+        """
+        assert finish(python(code, path))[1] == "job 1 (test_bgjobs.fail) failed with ValueError: own | ValueError own True\n"
+
+    def test_an_unknown_id_is_a_key_error_that_names_it(self, idle):
+        with pytest.raises(KeyError, match="there is no job 7 in"):
+            idle.get(7)
+        with pytest.raises(TypeError, match="a job id is an int"):
+            idle.get("7")
+
+    def test_cancel_keeps_the_futures_manners(self, runner, idle):
+        job = idle.options(delay=1000).submit(add, 1)
+        assert job.cancel() is True and job.cancel() is True and job.cancelled() and job.done()
+        with pytest.raises(concurrent.futures.CancelledError):
+            job.result()
+        done = runner.submit(add, 1)
+        done.result(10)
+        assert done.cancel() is False
+
+    def test_stopped_is_not_done(self, idle):
+        job = idle.submit(add, 1)
+        job.stop()
+        assert not job.done()
+        with pytest.raises(concurrent.futures.TimeoutError):
+            job.result(timeout=0.05)
+
+    def test_running_is_true_in_running_and_stopping(self, runner):
+        job = runner.submit(hold, "running")
+        wait_for(job.running)
+        job.stop()
+        assert job.running() and not job.done()
+        gate("running").set()
+        job.result(10)
+        assert not job.running()
+
+    def test_callbacks_are_called_once_with_the_handle_even_if_it_was_dropped(self, runner):
+        called = []
+        job = runner.submit(hold, "callback")
+        job.add_done_callback(called.append)
+        job_id = job.id
+        del job
+        gc.collect()
+        gate("callback").set()
+        wait_for(lambda: called)
+        assert [j.id for j in called] == [job_id]
+        runner.get(job_id).add_done_callback(called.append)
+        wait_for(lambda: len(called) == 2)
+
+    def test_a_job_that_another_process_ends_completes_the_handle(self, idle, path):
+        job = idle.submit(add, 1, 2)
+        code = """
+            import sys, bgjobs, test_bgjobs
+            bgjobs.Runner(sys.argv[1], start=False).drain()
+        """
+        process = python(code, path)
+        assert job.result(20) == 3
+        assert finish(process)[0] == 0
+
+    def test_a_handle_reads_on_after_the_runner_is_closed(self, make):
+        runner = make()
+        job = runner.submit(add, 1, 2)
+        runner.shutdown()
+        assert job.result() == 3 and job.status == "finished"
+
+    def test_the_future_part_completes_once_and_restart_gives_a_new_handle(self, idle):
+        job = idle.submit(fail)
+        idle.drain()
+        again = job.resume()
+        assert again is not job and job.done() and not again.done()
+        assert isinstance(job.exception(), ValueError) and job.status == "pending"
+
+    def test_asyncio_awaits_jobs_and_runs_them_in_an_executor(self, runner):
+        async def main():
+            loop = asyncio.get_running_loop()
+            one = await asyncio.wait_for(asyncio.wrap_future(runner.submit(add, 1, 2)), 10)
+            two = await runner.submit(add, 3, 4)
+            three = await loop.run_in_executor(runner, add, 5, 6)
+            return [one, two, three, *await asyncio.gather(*(asyncio.wrap_future(runner.submit(echo, i)) for i in range(20)))]
+        assert asyncio.run(main()) == [3, 7, 11, *range(20)]
+
+
+class TestExecutor:
+    def test_it_is_one(self, runner):
+        assert isinstance(runner, concurrent.futures.Executor) and isinstance(runner.submit(add, 1), concurrent.futures.Future)
+
+    @pytest.mark.parametrize("number", [0, -1, 1.5, True, "4"])
+    def test_max_workers_must_be_greater_than_0(self, path, number):
+        with pytest.raises(ValueError, match="max_workers must be greater than 0, got"):
+            bgjobs.Runner(path, max_workers=number)
+        assert not os.path.exists(path)
+
+    def test_map_keeps_the_order_and_raises_in_place(self, runner):
+        assert list(runner.map(add, range(10), range(10))) == [2 * i for i in range(10)]
+        results = runner.map(divmod, [1, 1], [1, 0])
+        assert next(results) == [1, 0]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+    def test_map_gives_up_after_its_timeout(self, make):
+        runner = make(max_workers=1)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            list(runner.map(hold, ["map timeout"], timeout=0.1))
+        gate("map timeout").set()
+
+    def test_wait_tells_done_from_not_done(self, runner):
+        slow, quick, bad = runner.submit(hold, "wait"), runner.submit(add, 1), runner.submit(fail)
+        done, pending = concurrent.futures.wait([slow, quick], return_when="FIRST_COMPLETED")
+        assert (done, pending) == ({quick}, {slow})
+        assert bad in concurrent.futures.wait([slow, bad], return_when="FIRST_EXCEPTION").done
+        assert concurrent.futures.wait([slow], timeout=0.05).not_done == {slow}
+        gate("wait").set()
+        assert concurrent.futures.wait([slow, quick, bad], timeout=10).not_done == set()
+
+    def test_as_completed_gives_each_job_once_also_those_that_were_over(self, runner):
+        over, cancelled = runner.submit(add, 1), runner.options(delay=1000).submit(add, 1)
+        over.result(10), cancelled.cancel()
+        fresh = runner.submit(add, 2)
+        found = list(concurrent.futures.as_completed([over, fresh, over, cancelled], timeout=10))
+        assert len(found) == 3 and set(found) == {over, fresh, cancelled}
+
+    def test_shutdown_waits_for_what_was_submitted_and_for_its_children(self, make):
+        runner = make(max_workers=2)
+        parent = runner.submit(children, 20, "nap", 0.005)
+        ids = runner.submit_many(nap, [(0.002,)] * 50)
+        later = runner.options(delay=1000).submit(add, 1)
+        runner.shutdown()
+        assert parent.status == "finished" and all(runner.get(i).status == "finished" for i in ids)
+        assert later.status == "pending"
+        with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+            runner.submit(add, 1)
+
+    def test_a_running_job_may_submit_after_shutdown(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(submit_after, "after shutdown")
+        wait_for(lambda: job.running() and "after shutdown" in seen)
+        runner.shutdown(wait=False)
+        gate("after shutdown").set()
+        assert job.result(10) == 3
+
+    def test_cancel_futures_cancels_those_pending_only(self, make):
+        runner = make(max_workers=1)
+        running = runner.submit(hold, "cancel futures")
+        wait_for(lambda: running.running() and "cancel futures" in seen)
+        pending = [runner.submit(add, i) for i in range(5)]
+        threading.Timer(0.2, gate("cancel futures").set).start()
+        runner.shutdown(cancel_futures=True)
+        assert all(job.cancelled() for job in pending) and running.status == "finished"
+
+    def test_shutdown_does_not_wait_for_jobs_of_others(self, make):
+        other = make(start=False)
+        backlog = other.options(parent=other.submit(add, 1)).submit_many(nap, [(0.2,)] * 500)
+        with make(max_workers=2) as runner:
+            mine = runner.submit(add, 1)
+        assert mine.status == "finished" and other.get(backlog[-1]).status == "pending"
+        consistent(other)
+
+    def test_a_with_block_waits(self, path):
+        with bgjobs.Runner(path) as runner:
+            jobs = [runner.submit(nap, 0.01) for _ in range(10)]
+        assert all(job.done() for job in jobs)
+
+
+def submit_after(name):
+    hold(name)
+    return bgjobs.submit(add, 1, 2).result()
+
+
+class TestRunner:
+    def test_submit_many_stores_all_in_order_and_says_how_many_at_an_error(self, idle):
+        ids = idle.submit_many(echo, ((i,) for i in range(25_000)))
+        assert ids == list(range(1, 25_001))
+        assert idle.get(20_001).args == [20_000]
+        bad = itertools.chain(((1,) for _ in range(10_000)), [(object(),)])
+        with pytest.raises(TypeError, match=r"is of type object.*\(10,000 jobs were stored before\)"):
+            idle.submit_many(echo, bad)
+        with pytest.raises(TypeError, match=r"write \(value,\) for a single argument"):
+            idle.submit_many(echo, [1])
+        assert idle._store.counts({})["pending"] == bgjobs.COUNT_LIMIT
+
+    def test_submit_many_inside_a_job_makes_children(self, idle):
+        job = idle.submit(many_children)
+        idle.drain()
+        assert job.children == {"total": 30, "done": 30, "failed": 0, "running": 0}
+        consistent(idle)
+
+    def test_a_runner_made_with_start_false_runs_nothing_until_started(self, make):
+        runner = make(start=False)
+        job = runner.submit(add, 1, 2)
+        time.sleep(0.15)
+        assert job.status == "pending"
+        runner.start()
+        assert job.result(10) == 3
+        with pytest.raises(RuntimeError, match="drain"):
+            runner.drain()
+
+    def test_a_delayed_job_starts_when_it_is_due_and_not_before(self, runner):
+        begun = time.time()
+        job = runner.options(delay=0.3).submit(time.time)
+        early = runner.options(run_at=datetime.datetime.now(UTC)).submit(add, 1)
+        assert job.phase == "scheduled" and early.result(10) == 1
+        assert begun + 0.29 <= job.result(10) < begun + 2
+
+    def test_a_submit_from_another_process_is_noticed(self, runner, path):
+        code = """
+            import sys, bgjobs, test_bgjobs
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                job = runner.submit(test_bgjobs.add, 20, 22)
+                print(job.result(10))
+        """
+        assert finish(python(code, path))[1] == "42\n"
+
+    def test_a_stop_from_another_process_reaches_the_attempt(self, runner, path):
+        job = runner.submit(stoppable, "from outside")
+        wait_for(lambda: job.running() and ("from outside", 1) in seen)
+        code = """
+            import sys, bgjobs
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                runner.get(1).stop(by="outside")
+        """
+        assert finish(python(code, path))[0] == 0
+        wait_for(lambda: job.status == "stopped", 2)
+
+    def test_close_gives_running_jobs_back_with_their_state(self, make):
+        runner = make(max_workers=2)
+        job = runner.submit(count_with_state)
+        queued = runner.submit_many(hold, [("close",)] * 3)
+        wait_for(lambda: job.state and job.state["n"] >= 2 and "close" in seen)
+        runner.close(timeout=0.3)
+        assert (job.status, job.phase) == ("pending", "interrupted") and job.state["n"] >= 2
+        assert [runner.get(i).status for i in queued] == ["pending"] * 3
+        assert rows(runner, "SELECT * FROM bgjobs_runners") == []
+        consistent(runner)
+        gate("count").set(), gate("close").set()
+        with contextlib.closing(bgjobs.Runner(runner.path, max_workers=2)) as again:
+            assert again.get(job.id).result(10)[1] == 2
+            wait_for(lambda: again.get(queued[-1]).done())
+
+    def test_what_was_claimed_but_not_begun_is_given_back_unspent(self, make):
+        runner = make(max_workers=1)
+        for _ in range(5):
+            runner.submit(hold_if, None).result(10)
+        runner.submit_many(hold_if, [("unspent",), *[(None,)] * 30])
+        wait_for(lambda: "unspent" in seen)
+        runner.close(timeout=0.1)
+        waiting = runner.jobs(status="pending", limit=30)
+        assert {(job.attempt, job.started_at) for job in waiting} == {(0, None)}
+        consistent(runner)
+
+    @pytest.mark.parametrize("ending,code", [("pass", 0), ("sys.exit(3)", 3), ("raise ValueError", 1),
+                                             ("os.kill(os.getpid(), signal.SIGINT)", None)])
+    def test_the_interpreter_exits_on_time_and_leaves_the_jobs_in_the_file(self, path, ending, code):
+        script = f"""
+            import os, signal, sys, time, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.submit(test_bgjobs.stoppable)
+            runner.submit_many(test_bgjobs.add, [(1,)] * 5)
+            while not test_bgjobs.seen:
+                time.sleep(0.01)
+            {ending}
+        """
+        process = python(script, path)
+        got, out, err = finish(process, 15)
+        assert (got == code or code is None and got != 0) and "bgjobs.py" not in err, err
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            assert runner._store.counts({})["pending"] == 6
+            consistent(runner)
+
+    def test_starting_and_closing_leaves_no_thread_and_no_descriptor(self, path):
+        def descriptors():
+            return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+
+        def once():
+            with bgjobs.Runner(path, max_workers=2) as runner:
+                runner.submit(add, 1).result(10)
+        once()
+        wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("bgjobs")])
+        before = descriptors()
+        for _ in range(10):
+            once()
+        wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("bgjobs")])
+        gc.collect()
+        assert descriptors() <= before + 1
+
+    def test_operations_from_many_threads_against_completing_jobs_have_one_outcome_each(self, make):
+        runner = make(max_workers=4)
+        ids = runner.submit_many(nap, [(0.001,)] * 400)
+
+        def harass(operation):
+            for job_id in ids:
+                with contextlib.suppress(bgjobs.InvalidOperation):
+                    runner._operate(operation, job_id, "test")
+        threads = [threading.Thread(target=harass, args=(operation,)) for operation in ("stop", "force_stop", "resume", "stop")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_for(lambda: not rows(runner, "SELECT 1 FROM bgjobs_jobs WHERE status IN ('running', 'stopping', 'pending')"), 20)
+        consistent(runner)
+        assert {job.status for job in runner.jobs(limit=1000)} <= {"finished", "stopped"}
+
+    def test_the_default_runner_starts_with_the_first_submit(self, tmp_path):
+        code = """
+            import bgjobs, test_bgjobs
+            job = bgjobs.submit(test_bgjobs.sum_of_children, 4)
+            print(job.result(10), [j.status for j in bgjobs.jobs(parent=job)], bgjobs.get(job.id).children["total"])
+            try:
+                bgjobs.start("other.db")
+            except RuntimeError as error:
+                print(error)
+            bgjobs.close()
+        """
+        code, out, err = finish(python(code, cwd=tmp_path, BGJOBS_DB=str(tmp_path / "env.db")))
+        assert out.startswith("12 ['finished', 'finished', 'finished', 'finished'] 4\nthe default runner is on"), (out, err)
+        assert (tmp_path / "env.db").exists()
+
+    def test_a_submit_inside_a_job_to_another_runner_is_no_child(self, make, tmp_path):
+        one, two = make(max_workers=1), make(str(tmp_path / "two.db"), max_workers=1)
+        others.append(two)
+        job = one.submit(submit_elsewhere)
+        assert job.result(10) is None and job.children["total"] == 0
+        assert two.get(1).parent_id is None and two.get(1).result(10) == 3
+
+    def test_a_crash_between_commit_and_hand_over_loses_no_claim(self, make):
+        """What Ctrl-C in the leading thread can do: claims are committed, but never reach the pool."""
+        runner = make(start=False)
+        job = runner.submit(add, 1, 2)
+        runner._store.write(lambda tx: tx.claim(runner._id, 1, 1, 0, 0.0, 1, runner._costs))
+        assert job.status == "running"
+        runner.start()
+        assert job.result(10) == 3
+        consistent(runner)
+
+
+others = []
+
+
+def submit_elsewhere():
+    others[-1].submit(add, 1, 2)
+
+
+def many_children():
+    bgjobs.submit_many(add, [(i,) for i in range(30)])
+
+
+# ---- 12 Status page ---------------------------------------------------------------------------------------------------------
+
+class Visitor:
+    """A browser's manners towards a page, without the browser."""
+
+    def __init__(self, url):
+        self.url, self.host = url, url.split("/")[2]
+        self.token = self.get("api/session")["token"]
+
+    def request(self, method, path, body=None, headers=()):
+        connection = http.client.HTTPConnection(self.host, timeout=10)
+        connection.request(method, "/" + path, body, {"Host": self.host, **dict(headers)})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        return answer.status, answer.headers, content
+
+    def get(self, path, status=200):
+        got, _, content = self.request("GET", path)
+        assert got == status, content
+        return json.loads(content)
+
+    def post(self, path, body, status=200, **headers):
+        full = {"Content-Type": "application/json", "Origin": f"http://{self.host}", "X-Bgjobs-Token": self.token,
+                **{name.replace("_", "-"): value for name, value in headers.items()}}
+        got, _, content = self.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(),
+                                       {name: value for name, value in full.items() if value is not None})
+        assert got == status, content
+        return json.loads(content)
+
+
+@pytest.fixture
+def visitor(runner):
+    return Visitor(runner.serve(port=0))
+
+
+def raw(visitor, data, seconds=12):
+    """Send bytes, return all that comes back."""
+    host, port = visitor.host.split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(data)
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while block := connection.recv(65536):
+                got += block
+        return got
+
+
+class TestPage:
+    def test_the_list_has_what_the_contract_says(self, runner, visitor):
+        job = runner.options(label="<script>alert(1)</script>", run_by="ann").submit(sum_of_children, 3)
+        job.result(10)
+        answer = visitor.get("api/jobs")
+        assert set(answer) == {"jobs", "next", "counts"} and answer["next"] is None
+        assert answer["counts"] == {"pending": 0, "running": 0, "stopping": 0, "stopped": 0, "finished": 4, "failed": 0, "cancelled": 0}
+        assert [info["id"] for info in answer["jobs"]] == [4, 3, 2, 1]
+        assert visitor.get("api/jobs/1") == job.info() == answer["jobs"][3]
+        assert [info["id"] for info in visitor.get("api/jobs?parent=none")["jobs"]] == [1]
+        assert [info["id"] for info in visitor.get("api/jobs?parent=1")["jobs"]] == [4, 3, 2]
+        assert visitor.get("api/jobs?run_by=ann&status=failed")["jobs"] == []
+
+    def test_pages_of_the_list_follow_each_other(self, runner, visitor):
+        ids = runner.options(delay=1000).submit_many(add, [(i,) for i in range(25)])
+        got, cursor = [], ""
+        while cursor is not None:
+            answer = visitor.get(f"api/jobs?limit=10&before={cursor}")
+            got += [info["id"] for info in answer["jobs"]]
+            cursor = answer["next"]
+        assert got == ids[::-1]
+
+    def test_logs_and_stack_of_a_job(self, runner, visitor):
+        job = runner.submit(hold_and_log, "logs")
+        wait_for(lambda: "logs" in seen)
+        assert "in hold" in visitor.get(f"api/jobs/{job.id}/stack")["stack"]
+        gate("logs").set()
+        job.result(10)
+        lines = visitor.get(f"api/jobs/{job.id}/logs")["logs"]
+        assert [(line["level"], line["message"]) for line in lines] == [("INFO", "one"), ("WARNING", "two")]
+        assert set(lines[0]) == {"id", "job_id", "at", "level", "message"}
+        assert visitor.get(f"api/jobs/{job.id}/logs?after={lines[0]['id']}&level=WARNING&text=TWO")["logs"] == lines[1:]
+        assert visitor.get(f"api/jobs/{job.id}/stack") == {"stack": None}
+
+    @pytest.mark.parametrize("address", ["api/jobs?status=done", "api/jobs?colour=1", "api/jobs?limit=x", "api/jobs?parent=-1",
+                                      "api/jobs?created_from=soon", "api/jobs?errors=perhaps", "api/jobs/1/logs?level=loud",
+                                      "api/jobs/1/logs?since=x", "api/jobs/1/logs?regex=x"])
+    def test_bad_parameters_are_named(self, runner, visitor, address):
+        runner.submit(add, 1)
+        assert len(visitor.get(address, 400)["error"]) > 10
+
+    @pytest.mark.parametrize("address", ["api/jobs/99", "api/jobs/abc", "api/nothing", "nothing", "jobs/x", "..%2fetc/passwd",
+                                      "api/jobs/" + "9" * 40])
+    def test_what_does_not_exist_is_404(self, visitor, address):
+        assert "error" in visitor.get(address, 404)
+
+    def test_operations_say_what_was_done_and_what_was_refused(self, runner, visitor):
+        later = [runner.options(delay=1000).submit(add, i) for i in range(3)]
+        over = runner.submit(add, 1)
+        over.result(10)
+        answer = visitor.post("api/jobs/stop", {"ids": [later[0].id, over.id, 99]})
+        assert answer["done"] == [later[0].id]
+        assert answer["refused"][0] == {"id": over.id, "why": f"job {over.id} is finished; it can be restarted, not stopped"}
+        assert later[0].status == "stopped" and "stop by web" in later[0].logs()[0]["message"]
+        assert visitor.post("api/jobs/stop", {"ids": [over.id]}, 409)["refused"][0]["id"] == over.id
+        assert visitor.post("api/jobs/cancel", {"filter": {"status": "pending"}})["done"] == [later[2].id, later[1].id]
+        assert visitor.post("api/jobs/resume", {"ids": [later[0].id]}) == {"done": [later[0].id], "refused": []}
+        assert later[0].phase == "scheduled"
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"ids": 1}', b'{"ids": ["1"]}', b'{"ids": [true]}', b'{"ids": [], "x": 1}',
+                                      b'{"filter": []}', b'{"filter": {"colour": 1}}', b'{"ids": [' + b"9" * 30 + b"]}",
+                                      b"[" * 100_000])
+    def test_a_bad_body_is_400(self, visitor, body):
+        assert "error" in visitor.post("api/jobs/stop", body, 400)
+
+    @pytest.mark.parametrize("headers,status", [
+        ({"X_Bgjobs_Token": None}, 403), ({"X_Bgjobs_Token": "wrong"}, 403), ({"X_Bgjobs_Token": "\xe9"}, 403),
+        ({"Origin": None}, 403), ({"Origin": "http://evil.example"}, 403), ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403), ({"Content_Type": "text/plain"}, 415), ({"Content_Type": None}, 415),
+        ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1:1"}, 421), ({"Sec_Fetch_Site": "same-site"}, 403),
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+    ])
+    def test_strangers_cannot_operate(self, runner, visitor, headers, status):
+        job = runner.options(delay=1000).submit(add, 1)
+        visitor.post("api/jobs/stop", {"ids": [job.id]}, status, **headers)
+        assert job.status == "pending"
+
+    @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"])
+    def test_other_methods_change_nothing(self, runner, visitor, method):
+        job = runner.options(delay=1000).submit(add, 1)
+        status, _, _ = visitor.request(method, "api/jobs/stop", json.dumps({"ids": [job.id]}), {"X-Bgjobs-Token": visitor.token})
+        assert status in (404, 405) and job.status == "pending"
+
+    @pytest.mark.parametrize("host", [b"", b"Host: evil.example\r\n", b"Host: 127.0.0.1\r\nHost: 127.0.0.1\r\n",
+                                      b"Host: localhost:99999\r\n", b"Host: 127.0.0.1.evil.example\r\n"])
+    def test_other_host_headers_are_not_answered(self, visitor, host):
+        assert raw(visitor, b"GET /api/jobs HTTP/1.0\r\n" + host + b"\r\n").split(b"\r\n")[0].split()[1] == b"421"
+
+    @pytest.mark.parametrize("data", [
+        b"GET /\r\n", b"\x00\xff\xfe\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /api/jobs/stop HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.0\r\n\r\n", b"GET / HTTP/1.0\r\n" + b"X: y\r\n" * 500 + b"\r\n",
+        b"GET /%0d%0aX-Evil:1 HTTP/1.0\r\n\r\n", b"GET /%00 HTTP/1.0\r\n\r\n",
+        b"POST /api/jobs/stop HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+        b"POST /x HTTP/1.1\r\nContent-Length: 40\r\n\r\nGET /api/session HTTP/1.1\r\nHost: 127.0.0.1",
+    ])
+    def test_broken_requests_get_one_answer_or_none_and_the_page_lives(self, visitor, data, monkeypatch):
+        monkeypatch.setattr(bgjobs, "REQUEST_SECONDS", 1.0)
+        answer = raw(visitor, data)
+        assert answer.count(b"HTTP/1.0 ") <= 1 and b"X-Evil" not in answer and b"token" not in answer
+        assert visitor.get("api/session")["token"] == visitor.token
+
+    def test_slow_requests_end_at_a_deadline_and_hold_nobody_up(self, visitor, monkeypatch):
+        monkeypatch.setattr(bgjobs, "REQUEST_SECONDS", 0.5)
+        host, port = visitor.host.split(":")
+        slow = [socket.create_connection((host, int(port))) for _ in range(20)]
+        for connection in slow:
+            connection.sendall(b"GET / HT")
+        assert visitor.get("api/jobs")["jobs"] == []
+        begun = time.monotonic()
+        for connection in slow:
+            connection.settimeout(5)
+            assert connection.recv(100) == b""
+            connection.close()
+        assert time.monotonic() - begun < 4
+
+    def test_unchanged_lists_cost_a_304(self, runner, visitor):
+        runner.submit(add, 1).result(10)
+        _, headers, _ = visitor.request("GET", "api/jobs")
+        unchanged = visitor.request("GET", "api/jobs", headers={"If-None-Match": headers["ETag"]})
+        assert unchanged[0] == 304 and unchanged[2] == b""
+        runner.options(delay=1000).submit(add, 1)
+        assert visitor.request("GET", "api/jobs", headers={"If-None-Match": headers["ETag"]})[0] == 200
+
+    def test_the_page_and_its_assets_are_valid_alone(self, visitor):
+        for path, kind in (("", "text/html"), ("jobs/1", "text/html"), ("page.css", "text/css"), ("jobs/page.js", "text/javascript")):
+            status, headers, content = visitor.request("GET", path)
+            assert status == 200 and headers["Content-Type"].startswith(kind) and len(content) > 500
+        assert "innerHTML" not in bgjobs.PAGE_JS and "<script>" not in bgjobs.PAGE_HTML and "style=" not in bgjobs.PAGE_HTML
+        assert "http" not in re.sub(r"http://www.w3.org/2000/svg", "", bgjobs.PAGE_HTML + bgjobs.PAGE_CSS)
+
+    def test_it_mounts_under_a_prefix_of_a_wsgi_app(self, runner):
+        page = runner.wsgi()
+        job = runner.options(delay=1000).submit(add, 1)
+
+        def call(path, **environ):
+            started = []
+            body = b"".join(page({"REQUEST_METHOD": "GET", "SCRIPT_NAME": "/admin/jobs", "PATH_INFO": path, "wsgi.url_scheme": "http",
+                                  "HTTP_HOST": "localhost:5000", **environ}, lambda status, headers: started.append(status)))
+            return started[0], body
+        assert call("/")[0] == "200 OK" and call("/page.js")[0] == "200 OK"
+        assert json.loads(call(f"/api/jobs/{job.id}")[1])["id"] == job.id
+        assert call("/", HTTP_HOST="app.example")[0].startswith("421")
+        page = runner.wsgi(hosts=["app.example"])
+        assert call("/", HTTP_HOST="app.example")[0] == "200 OK"
+
+    def test_read_only_refuses_operations(self, runner):
+        visitor = Visitor(runner.serve(port=0, read_only=True))
+        job = runner.options(delay=1000).submit(add, 1)
+        assert "read-only" in visitor.post("api/jobs/stop", {"ids": [job.id]}, 403)["error"]
+
+    def test_other_addresses_are_refused_and_a_taken_port_is_a_warning(self, runner, visitor, caplog):
+        for host in ("0.0.0.0", "192.168.1.1", "example.org", ""):
+            with pytest.raises(ValueError, match="host must be a loopback address"):
+                runner.serve(host)
+        with caplog.at_level("WARNING", "bgjobs"):
+            assert runner.serve(port=int(visitor.host.split(":")[1])) == ""
+        assert "jobs go on" in caplog.text and runner.submit(add, 1, 2).result(10) == 3
+
+    def test_two_runners_pages_do_not_share_a_token(self, make, visitor, tmp_path):
+        other = Visitor(make(str(tmp_path / "other.db"), start=False).serve(port=0))
+        other.post("api/jobs/stop", {"ids": [1]}, 403, X_Bgjobs_Token=visitor.token)
+
+    def test_a_page_of_a_hundred_thousand_jobs_is_searched_by_index(self, idle, visitor):
+        with contextlib.closing(sqlite3.connect(idle.path)) as db:
+            for filters in ({"status": "failed"}, {"parent": None}, {"parent": 1}, {}):
+                where, parameters = bgjobs.conditions(filters)
+                plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN SELECT * FROM bgjobs_jobs WHERE {' AND '.join(where)} "
+                                                     "ORDER BY id DESC LIMIT 50", parameters)]
+                assert not any("TEMP B-TREE" in step for step in plan), plan
+
+
+def hold_and_log(name):
+    bgjobs.current_job().log.info("one")
+    bgjobs.current_job().log.warning("two")
+    hold(name)
+
+
+class Browser:
+    """A headless Chromium over the WebDriver protocol."""
+
+    def __init__(self, driver, chromium, profile):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}/session"
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                     "--disable-component-update", "--disable-sync", "--window-size=1300,900", f"--user-data-dir={profile}"]
+        wait_for(self._ready)
+        answer = self.call("POST", "", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"binary": chromium, "args": arguments},
+                                                                         "goog:loggingPrefs": {"browser": "ALL"}}}})
+        self.url += "/" + answer["sessionId"]
+
+    def _ready(self):
+        with contextlib.suppress(OSError):
+            return self.call("GET", "/../status")["ready"]
+
+    def call(self, method, path, body=None):
+        url = self.url.replace("/session", "") + path[3:] if path.startswith("/..") else self.url + path
+        request = urllib.request.Request(url, method=method, data=None if body is None else json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script, *arguments):
+        return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+
+    def open(self, url):
+        self.call("POST", "/url", {"url": url})
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def click(self, text, within="button, a, label"):
+        """Click the first visible, enabled element with this text."""
+        wait_for(lambda: self.run("""const it = [...document.querySelectorAll(arguments[1])].find(each =>
+            each.innerText.trim() === arguments[0] && each.checkVisibility() && !each.disabled);
+            if (it) it.click(); return !!it""", text, within))
+
+    def complaints(self):
+        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.call("DELETE", "")
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        if os.environ.get("CI"):
+            pytest.fail("chromium and chromedriver are needed where CI is set: apt-get install chromium chromium-driver")
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(driver, chromium, profile)
+        yield browser
+        browser.close()
+
+
+class TestInTheBrowser:
+    def test_a_job_is_seen_stopped_resumed_and_read(self, runner, browser):
+        url = runner.serve(port=0)
+        browser.open(url)
+        wait_for(lambda: "bgjobs.submit" in browser.text())                     # the empty state says how to begin
+        job = runner.options(label="<script>document.title = 'hacked'</script>", run_by="ann").submit(count_with_state)
+        wait_for(lambda: "<script>" in browser.text() and "running" in browser.text())
+        browser.click("<script>document.title = 'hacked'</script>", "a")
+        wait_for(lambda: browser.run("return location.pathname") == f"/jobs/{job.id}")
+        browser.click("Stop")
+        wait_for(lambda: job.status == "stopped" and "stop by web" in browser.text())
+        gate("count").set()
+        browser.click("Resume")
+        wait_for(lambda: job.status == "finished" and "finished" in browser.text())
+        browser.run("history.back()")
+        wait_for(lambda: "Create date" in browser.text())
+        assert browser.run("return document.title") != "hacked"
+        assert not browser.complaints()
+
+    def test_the_list_has_the_contracts_columns_and_expands_children(self, runner, browser):
+        runner.options(label="family").submit(children, 3).result(10)
+        browser.open(runner.serve(port=0))
+        wait_for(lambda: "family" in browser.text())
+        heads = [head for head in browser.run("return [...document.querySelectorAll('thead th')].map(th => th.innerText.trim())") if head]
+        assert heads == ["Job", "Create date", "Waiting", "Start date", "Duration", "Status", "Errors", "Low priority", "Run by",
+                         "Progress", "Children"]
+        assert "test_bgjobs.add" not in browser.text()
+        browser.run("document.querySelector('[aria-expanded]').click()")
+        wait_for(lambda: browser.text().count("test_bgjobs.add") == 3)
+
+    def test_bulk_operations_ask_first_and_say_what_was_done(self, runner, browser):
+        runner.submit(add, 1).result(10)
+        later = [runner.options(delay=1000).submit(add, i) for i in range(2)]
+        browser.open(runner.serve(port=0))
+        wait_for(lambda: browser.run("return document.querySelectorAll('tbody input[type=checkbox]').length") == 3)
+        browser.run("document.querySelectorAll('tbody input[type=checkbox]').forEach(box => box.click())")
+        browser.click("Cancel")
+        browser.click("Cancel", "dialog button") if browser.run("return !!document.querySelector('#confirm-yes')") is None else \
+            wait_for(lambda: browser.run("const yes = document.getElementById('confirm-yes'); "
+                                         "if (document.getElementById('confirm').open) { yes.click(); return true }"))
+        wait_for(lambda: all(job.status == "cancelled" for job in later))
+        wait_for(lambda: "2 cancelled, 1 refused" in browser.text())
+
+    def test_on_a_phone_nothing_scrolls_sideways(self, runner, browser):
+        runner.options(label="x" * 200, run_by="y" * 100).submit(add, 1).result(10)
+        url = runner.serve(port=0)
+        browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": {
+            "width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}})
+        try:
+            for page in ("", "jobs/1"):
+                browser.open(url + page)
+                wait_for(lambda: "xxx" in browser.text())
+                assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        finally:
+            browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
+
+
+# ---- 13 Command line -----------------------------------------------------------------------------------------------------------
+
+def bgjobs_command(*arguments, cwd=None, **environment):
+    return subprocess.run([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, **environment})
+
+
+class TestCommandLine:
+    def test_demo_fingerprints_odd_names_and_reports_duplicates(self, tmp_path):
+        folder = tmp_path / "files"
+        (folder / "sub" / "deep").mkdir(parents=True)
+        (folder / "a").write_bytes(b"same" * 100)
+        (folder / "sub" / "b \n\u00e9").write_bytes(b"same" * 100)
+        (folder / "sub" / "deep" / "c").write_bytes(b"other")
+        with open(os.path.join(os.fsencode(folder), b"odd \xff name"), "wb") as file:
+            file.write(b"same" * 100)
+        os.symlink("nowhere", folder / "dangling")
+        os.mkfifo(folder / "fifo")
+        done = bgjobs_command("demo", folder, "--port", 0, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "4 files in 3 folders" in done.stdout and "1 groups of duplicates" in done.stdout and "3 copies of 400 bytes" in done.stdout
+        assert re.search(r"Status page: http://127\.0\.0\.1:\d+/", done.stdout) and (tmp_path / "bgjobs.db").exists()
+
+    def test_run_prints_the_result_as_json(self, tmp_path):
+        (tmp_path / "tasks.py").write_text("import bgjobs\ndef work(a, b):\n    return [a, b, bgjobs.current_job().id]\n"
+                                           "def bad():\n    raise ValueError('boom')\n")
+        done = bgjobs_command("run", "tasks:work", "1", "text", cwd=tmp_path)
+        assert (done.returncode, json.loads(done.stdout)) == (0, [1, "text", 1]), done.stderr
+        done = bgjobs_command("run", "tasks:bad", cwd=tmp_path)
+        assert done.returncode == 1 and "ValueError: boom" in done.stderr
+
+    @pytest.mark.parametrize("arguments,text", [
+        (["run", "tasks"], "write module:function"), (["run", "nowhere:f"], "cannot find nowhere:f"), (["run", "os:nothing"], "cannot find"),
+        (["demo", "/nowhere"], "is not a folder"), (["demo", ".", "--workers", "0"], "max_workers must be greater than 0"),
+        (["run", "os:getpid", "--db", "/nowhere/x.db"], "does not exist; create it first"), ([], "COMMAND"), (["fly"], "invalid choice")])
+    def test_misuse_is_one_clear_line_and_exit_code_2(self, tmp_path, arguments, text):
+        done = bgjobs_command(*arguments, cwd=tmp_path)
+        assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
+
+    def test_the_progress_line_fits_the_terminal_and_is_inert(self):
+        info = {"progress": 0.5, "eta": 75.0, "children": {"total": 10, "done": 4}, "phase": "", "message": "\x1b[31mred\u2028" + "x" * 200}
+        line = bgjobs.progress_line(info, 80)
+        assert len(line) == 79 and line.startswith("[############------------]  50.0%  4 of 10 children  1 min 15 s left")
+        assert "\x1b" not in line
+
+    def test_durations_for_people(self):
+        assert [bgjobs.for_people(s) for s in (0.04, 9.96, 59.4, 60, 3661)] == ["0.0 s", "10.0 s", "59 s", "1 min 0 s", "1 h 1 min"]
+
+    def test_bench_prints_ratios(self, tmp_path):
+        done = bgjobs_command("bench", "--repeat", 1, cwd=tmp_path)
+        assert done.returncode == 0 and "submit_many" in done.stdout and "checkpoint()" in done.stdout and list(tmp_path.iterdir()) == []
+
+
+# ---- README ---------------------------------------------------------------------------------------------------------------------
+
+class TestReadme:
+    BLOCKS = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+
+    @pytest.mark.parametrize("number", range(len(BLOCKS)))
+    def test_its_code_runs(self, number, tmp_path):
+        (tmp_path / "app.py").write_text(self.BLOCKS[number])
+        if "def test_" in self.BLOCKS[number]:
+            shutil.copy(HERE / "bgjobs.py", tmp_path)
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "app.py"]
+        else:
+            command = [sys.executable, "app.py"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(HERE)})
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    def test_the_first_example_of_the_docstring_is_that_of_the_readme(self):
+        example = textwrap.dedent(bgjobs.__doc__.split("\n\n", 1)[1].split("\n\nWords.")[0])
+        assert "def export(table):" in example and "job.each(read(table))" in self.BLOCKS[0]
