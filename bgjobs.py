@@ -12,7 +12,7 @@
     bgjobs.start("app.db", max_workers=4)         # picks up what the last run left behind
     bgjobs.serve()                                # http://127.0.0.1:8765/
     job = bgjobs.submit(export, "users")
-    job.stop(); job.resume(); job.result(timeout=60)
+    print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
 
 Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A job
 submitted from inside another is its *child*; one without a parent is a *root*; a root with all its
@@ -627,12 +627,12 @@ READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
 CLAIM_SINGLE = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, lane = NULL,
-    vtime = vtime + ?1, charge = ?1, owner = ?2, since = ?3, started_at = ifnull(started_at, ?3), phase = NULL WHERE id = ?4"""
+    charge = ?, owner = ?, since = ?, started_at = ifnull(started_at, ?), vtime = vtime + ?, phase = NULL WHERE id = ?"""
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
-    charge = ?1, owner = ?2, since = ?3, started_at = ifnull(started_at, ?3), phase = NULL WHERE id = ?4"""
-FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?1, duration = duration + ?2, result = ?3,
-    vtime = vtime + ?4, charge = 0, owner = NULL, since = NULL, state = NULL, positions = NULL
-    WHERE id = ?5 AND attempt = ?6 AND open = 0 AND status IN ('running', 'stopping')"""
+    charge = ?, owner = ?, since = ?, started_at = ifnull(started_at, ?), phase = NULL WHERE id = ?"""
+FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
+    vtime = vtime + ?, charge = 0, owner = NULL, since = NULL, state = NULL, positions = NULL
+    WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
 STILL_ACTIVE = "SELECT status FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"
 END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
     duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
@@ -856,9 +856,9 @@ class Transaction:
             tag = max(tag, tag_here)
             claims.append((*row, charge))
             if row[1] is None and row[12] == 0:
-                singles.append((charge, owner, self.now, row[0]))
+                singles.append((charge, owner, self.now, self.now, charge, row[0]))
                 continue
-            others.append((charge, owner, self.now, row[0]))
+            others.append((charge, owner, self.now, self.now, row[0]))
             for ancestor in self._lineage(row[1]):
                 self._change(ancestor).running += 1
             change = self._change(root)
@@ -4402,7 +4402,7 @@ def serve_page(page: Page, host: str, port: int) -> str:
         return ""
     page._port = server.server_port
     server.set_app(page)
-    threading.Thread(target=server.serve_forever, name="bgjobs-page", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="bgjobs-page", daemon=True).start()
     page._runner._servers.append(server)
     name = "[::1]" if host == "::1" else host
     return f"http://{name}:{server.server_port}/"

@@ -705,8 +705,8 @@ class TestStore:
     def test_each_hot_statement_is_an_index_search(self, idle, name):
         sql = getattr(bgjobs, name).format(order="ASC")
         with contextlib.closing(sqlite3.connect(idle.path)) as db:
-            named = {**dict.fromkeys(re.findall(r":(\w+)", sql), 1)}
-            unnamed = [1] * (max(map(int, re.findall(r"\?(\d+)", sql)), default=0) or sql.count("?"))
+            named = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
+            unnamed = [1] * sql.count("?")
             plan = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + sql, named or unnamed)]
         assert not [step for step in plan if step.startswith("SCAN bgjobs") or "TEMP B-TREE" in step], plan
         if self.HOT[name]:
