@@ -67,6 +67,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import sqlite3
 import sys
@@ -526,6 +527,11 @@ class Costs:
         self.means[name] = seconds if mean is None else mean + (seconds - mean) / 5
         self.changed.add(name)
 
+    def take_changed(self) -> list[tuple[str, float]]:
+        """Return the means that changed since the last call."""
+        changed, self.changed = self.changed, set()
+        return [(name, self.means[name]) for name in changed]
+
     def charge(self, name: str) -> int:
         """Return the microseconds to charge for a claim of this function."""
         return max(1, int(self.means.get(name, UNKNOWN_COST) * 1e6))
@@ -829,8 +835,8 @@ class Transaction:
 
     def claim(self, owner: int, free: int, low_free: int, ahead: int, planned: float, workers: int, costs: Costs
               ) -> list[tuple[Any, ...]]:
-        """Claim jobs for `free` places in fair order, and up to `ahead` more that are short, where `planned` seconds
-        of work wait already. Low-priority jobs get at most `low_free` places and only what normal ones leave.
+        """Claim jobs for `free` places in fair order, and up to `ahead` more that are short, for `workers` that will be free
+        soon, where `planned` seconds of work wait already. Low-priority jobs get at most `low_free` places and only what normal ones leave.
         Returns rows of _CLAIMED, each with its charge appended."""
         self.apply()                                    # what this transaction submitted counts
         claims = self._claim_lane(0, owner, free, ahead, planned, workers, costs) if free + ahead > 0 else []
@@ -1210,7 +1216,7 @@ def dump_error(type: str, text: str, trace: str) -> str:
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
-OUTCOME_OF = "SELECT status, name, result, error FROM bgjobs_jobs WHERE id = :id"
+OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE id = :id"
 MEANS = "SELECT name, seconds FROM bgjobs_functions"
 RUNNERS = "SELECT id FROM bgjobs_runners"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
@@ -1228,6 +1234,7 @@ LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 SCHEMA_VERSION = len(MIGRATIONS)
+_CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _Ticket:
@@ -1258,15 +1265,23 @@ class Store:
         self.backlog: Callable[[], None] = lambda: None
         self._synchronous = {"process": "NORMAL", "power": "FULL"}[durability]
         self._readers: deque[sqlite3.Connection] = deque()
+        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_db: sqlite3.Connection | None = None
         self._lineages: dict[int, tuple[int, ...]] = {}
         # `_lock` guards _waiting, _leading and _again; no SQL and no user code runs under it.
-        self._lock = threading.Lock()
+        # Reentrant, since a garbage collection under it may call a finalizer that writes.
+        self._lock = threading.RLock()
+        self._leader = 0                                  # the leading thread's ident
         self._waiting: deque[_Ticket] = deque()
         self._leading = self._again = self.closed = False
         self._check_path(os.fspath(path))
         try:
-            self._writer = self._connect()
-            self._prepare()
+            self._writer = sqlite3.connect(self.path, **_CONNECT)
+            try:
+                self._prepare()
+            except BaseException:
+                self._writer.close()
+                raise
         except sqlite3.Error as error:
             raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
 
@@ -1281,11 +1296,9 @@ class Store:
         if not os.path.isdir(folder):
             raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not exist; create it first")
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-        db.execute(f"PRAGMA synchronous = {self._synchronous}")
-        db.execute("PRAGMA temp_store = MEMORY")
-        return db
+    def connect(self) -> sqlite3.Connection:
+        """Return a new connection for reading. The caller closes it."""
+        return sqlite3.connect(self.path, **_CONNECT)
 
     def _prepare(self) -> None:
         """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
@@ -1302,6 +1315,7 @@ class Store:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(random.uniform(0.01, 0.05))
+        self._writer.execute(f"PRAGMA synchronous = {self._synchronous}")
         self._writer.execute("PRAGMA journal_size_limit = 67108864")
         self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
 
@@ -1344,6 +1358,9 @@ class Store:
         if not self.closed:
             self.write(last)
             self._writer.close()
+            with self._version_lock:
+                if self._version_db is not None:
+                    self._version_db.close()
             while self._readers:
                 self._readers.pop().close()
 
@@ -1355,6 +1372,9 @@ class Store:
         `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
         transaction. What it raises is raised here, and nothing of it is stored.
         """
+        if self._leading and self._leader == threading.get_ident():
+            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
+                               "have it set a flag or start a thread instead")
         ticket = _Ticket(run)
         with self._lock:
             self._waiting.append(ticket)
@@ -1370,7 +1390,7 @@ class Store:
             except BaseException:
                 self._leave(ticket)
                 raise
-        if not ticket.done:
+        if leads or not ticket.done:
             self._lead()
         if ticket.error is not None:
             raise ticket.error
@@ -1396,6 +1416,7 @@ class Store:
     def _lead(self, until_done: bool = False) -> None:
         """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
         batch: list[_Ticket] = []
+        self._leader = threading.get_ident()
         try:
             while True:
                 with self._lock:
@@ -1412,6 +1433,7 @@ class Store:
             self._release(batch)
             raise
         finally:
+            self._leader = 0
             with self._lock:
                 heir = next((ticket for ticket in self._waiting if not ticket.gone), None)
                 self._leading = heir is not None
@@ -1484,7 +1506,7 @@ class Store:
         try:
             db = self._readers.pop()
         except IndexError:
-            db = self._connect()
+            db = self.connect()
             db.row_factory = sqlite3.Row
         try:
             rows = db.execute(sql, parameters or {}).fetchall()
@@ -1496,6 +1518,13 @@ class Store:
         else:
             db.close()
         return rows
+
+    def version(self) -> int:
+        """Return a number that differs when another connection has committed since: any write, of any process."""
+        with self._version_lock:
+            if self._version_db is None:
+                self._version_db = self.connect()
+            return self._version_db.execute("PRAGMA data_version").fetchone()[0]
 
     def row(self, job_id: int) -> sqlite3.Row:
         """Return a job's row. KeyError: there is none."""
@@ -1682,8 +1711,9 @@ def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, 
 class Pool:
     """`size` places in which attempts execute, and the threads for them, made when needed and reused.
 
-    An attempt that waits for another job gives its place away; when it goes on, it takes the next place that gets
-    free, before any claimed job. So waiting never deadlocks, and never do more than `size` attempts execute.
+    An attempt that waits for another job gives its place away and asks for one when it goes on. Places go to those
+    that return and to claimed jobs in turn, so neither starves, waiting never deadlocks, and never do more than `size`
+    attempts execute.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], None],
@@ -1693,134 +1723,164 @@ class Pool:
         self._settle, self._claim = settle, claim         # called when a place is free again: after an attempt, or meanwhile
         # `_changed` guards everything below; no user code and no SQL runs under it.
         self._changed = threading.Condition()
-        self._queue: deque[Attempt] = deque()
-        self._returning: deque[threading.Event] = deque()
-        self._busy = self._low_busy = self._idle = self._threads = self._away = 0
+        self._queue: deque[Attempt] = deque()             # claimed
+        self._returning: deque[Attempt] = deque()         # they have waited, and go on with the next place
+        self._handed: deque[Attempt] = deque()            # claimed ones that have a place, for the next idle thread
+        self._returning_first = True
+        self._executing: set[Attempt] = set()
+        self._busy = self._low_busy = self._idle = 0      # places taken; those by low priority; threads without work
+        self._threads: set[threading.Thread] = set()
         self.abandoned = 0                                # force-stopped attempts whose threads live on
         self._closed = False
 
-    def room(self) -> tuple[int, int, int]:
-        """Return the free places, those that low-priority jobs may take, and how many claimed jobs wait."""
+    def room(self) -> tuple[int, int, int, list[Attempt]]:
+        """Return the free places, those that low-priority jobs may take, those that are about to get free (whose attempts
+        are still short ones), and the claimed jobs that wait."""
+        long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._changed:
-            waiting = len(self._queue)
-            free = self.size - self._busy - len(self._returning) - waiting
+            waiting = list(self._queue)
             reserve = 1 if self.size > 1 else 0
-            low_waiting = sum(attempt.low_priority for attempt in self._queue) if self._queue else 0
-            return free, self.size - reserve - self._low_busy - low_waiting, waiting
+            low = self._low_busy + sum(attempt.low_priority for attempt in waiting)
+            long = sum(attempt.has_place and 0 < attempt.begun < long_since for attempt in self._executing)
+            free = self.size - self._busy - len(self._returning) - len(waiting)
+            return free, self.size - reserve - low, self.size - long, waiting
+
+    def take_back_stuck(self) -> list[Attempt]:
+        """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
+        with self._changed:
+            stuck = self._queue and time.monotonic() - self._queue[0].claimed_at > 5 * AHEAD_SECONDS
+        return self.take_back() if stuck else []
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether no claimed job waits for a worker."""
+        """Tell whether no claimed job waits for a place."""
         return not self._queue
 
     def put(self, attempts: list[Attempt]) -> None:
         """Have claimed attempts executed, in this order."""
         with self._changed:
             self._queue.extend(attempts)
-            starting = self._wake()
-        self._start_threads(starting)
+            starting = self._give_places()
+        self._start(starting)
 
-    def _start_threads(self, count: int) -> None:
-        for _ in range(count):
-            threading.Thread(target=self._work, name="bgjobs-worker", daemon=True).start()
-
-    def _wake(self) -> int:
-        """Wake as many idle threads as there is work for; return how many more are to be started."""
-        wanted = min(len(self._queue), self.size - self._busy - len(self._returning))
-        if wanted <= 0:
-            return 0
-        self._changed.notify(wanted)
-        starting = max(0, min(wanted - self._idle, self.size + self._away + self.abandoned - self._threads))
-        self._threads += starting
+    def _give_places(self) -> list[threading.Thread]:
+        """Hand the free places out; return the threads to start for them. Called under the lock."""
+        while self._busy < self.size and (self._queue or self._returning):
+            if self._returning and (self._returning_first or not self._queue):
+                attempt = self._returning.popleft()
+                attempt.place.set()
+            else:
+                attempt = self._queue.popleft()
+                self._handed.append(attempt)
+            self._returning_first = not self._returning_first
+            attempt.has_place = True
+            self._busy += 1
+            self._low_busy += attempt.low_priority
+        if not self._handed:
+            return []
+        self._changed.notify(len(self._handed))
+        starting = [threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
+                    for _ in range(len(self._handed) - self._idle)]
+        self._idle += len(starting)
+        self._threads.update(starting)
         return starting
+
+    @staticmethod
+    def _start(threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            thread.start()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queue or self._busy + len(self._returning) >= self.size:
-                    if self._closed:
-                        self._threads -= 1
-                        return
-                    self._idle += 1
+                while not self._handed and not self._closed:
                     self._changed.wait()
-                    self._idle -= 1
-                attempt = self._queue.popleft()
-                self._busy += 1
-                self._low_busy += attempt.low_priority
-            attempt.has_place = True
+                self._idle -= 1
+                if not self._handed:
+                    self._threads.discard(threading.current_thread())
+                    return
+                attempt = self._handed.popleft()
+                self._executing.add(attempt)
             self._execute(attempt)
-            if self._give_up_place(attempt):
-                self._settle(attempt)
-            if attempt.abandoned:
-                with self._changed:
+            with self._changed:
+                self._executing.discard(attempt)
+                abandoned = attempt.abandoned
+                if abandoned:                             # another thread has taken this one's part
                     self.abandoned -= 1
-                    self._threads -= 1
-                return                                    # another thread has taken this one's part
+                    self._threads.discard(threading.current_thread())
+                else:
+                    self._idle += 1
+                    starting = self._free(attempt)
+            if abandoned:
+                return
+            self._start(starting)
+            self._settle(attempt)
             del attempt                                   # an idle worker keeps nothing alive
 
-    def _give_up_place(self, attempt: Attempt) -> bool:
-        """Free the place of an attempt, for one that returns or for a claimed one. False: it had been abandoned."""
-        with self._changed:
-            if attempt.abandoned and not attempt.has_place:
-                return False
-            attempt.has_place = False
-            self._busy -= 1
-            self._low_busy -= attempt.low_priority
-            starting = 0
-            if self._returning:
-                self._returning.popleft().set()
-                self._busy += 1
-            else:
-                starting = self._wake()
-        self._start_threads(starting)
-        return not attempt.abandoned
+    def _free(self, attempt: Attempt) -> list[threading.Thread]:
+        """Take the place of an attempt away and give it to the next. Called under the lock."""
+        attempt.has_place = False
+        self._busy -= 1
+        self._low_busy -= attempt.low_priority
+        return self._give_places()
 
     def abandon(self, attempt: Attempt) -> None:
         """Take the place of a force-stopped attempt away. Its thread ends with it; another takes its part."""
         with self._changed:
-            if attempt.abandoned or attempt.begun == 0.0:
+            if attempt.abandoned or not attempt.begun:
                 return
             attempt.abandoned = True
             self.abandoned += 1
-        if attempt.has_place:
-            self._give_up_place(attempt)
+            if attempt in self._returning:                # it stops without a place
+                self._returning.remove(attempt)
+                attempt.place.set()
+            starting = self._free(attempt) if attempt.has_place else []
+        self._start(starting)
         self._claim()
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the place of a waiting attempt away, and wait for one at the end."""
+        """Give the place of a waiting attempt away, and wait for one at the end. Several of its threads may wait."""
         with self._changed:
-            self._away += 1
-        self._give_up_place(attempt)
-        self._claim()
+            attempt.waits += 1
+            leaves = attempt.waits == 1 and attempt.has_place
+            if leaves:
+                attempt.left_at = time.monotonic()
+            starting = self._free(attempt) if leaves else []
+        self._start(starting)
+        if leaves:
+            self._claim()
         try:
             yield
         finally:
             with self._changed:
-                self._away -= 1
-                self._low_busy += attempt.low_priority
-                attempt.has_place = True
-                if self._busy < self.size:
-                    self._busy += 1
-                    place = None
-                else:
-                    place = threading.Event()
-                    self._returning.append(place)
-            if place is not None:
-                place.wait()
+                attempt.waits -= 1
+                returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
+                if returns:
+                    attempt.place.clear()
+                    self._returning.append(attempt)
+                    starting = self._give_places()
+            if returns:
+                self._start(starting)
+                attempt.place.wait()
+                attempt.waited += time.monotonic() - attempt.left_at
 
     def take_back(self) -> list[Attempt]:
-        """Take out the claimed attempts that no worker has begun."""
+        """Take out the claimed attempts that have no place yet."""
         with self._changed:
             attempts = list(self._queue)
             self._queue.clear()
         return attempts
 
-    def close(self) -> None:
-        """Let the threads end as they become idle."""
+    def close(self, seconds: float) -> None:
+        """Let the threads end as they become idle; wait for that for some seconds."""
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            threads = self._threads - {threading.current_thread()}
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 # ---- 8 Inside a job ------------------------------------------------------------------------------------------
@@ -1883,6 +1943,7 @@ class Attempt(JobContext):
         self.runner = runner
         self.options: dict[str, Any] = json.loads(options) if options else {}
         self.has_children = total > 0
+        self.claimed_at = time.monotonic()
         self.begun = self.ran = self.worked = 0.0         # monotonic; seconds: in all, and without waiting for others
         self.waited = 0.0
         self.outcome = UNSPENT
@@ -1890,13 +1951,14 @@ class Attempt(JobContext):
         self.error: str | None = None
         self.exception: BaseException | None = None
         self.thread: int | None = None
-        self.has_place = self.abandoned = False           # guarded by the pool
+        self.has_place = self.abandoned = False           # these five are the pool's
+        self.waits, self.left_at, self.place = 0, 0.0, threading.Event()
         self.reason = HALTED                              # the outcome, when it stops
         self.unsaved_progress: tuple[float | None, float | None, str | None] | None = None
         self._loops = 0
         self._loop_positions: list[int] = []
         self._saved_at = 0.0
-        self._wake: Any = None                            # what a stop request sets
+        self._wakes: list[Any] = []                       # what a stop request sets
         self._progress: tuple[float | None, str | None] | None = None     # what is not saved yet
         self._pace: float | None = None
         self._pace_from = (0.0, 0.0)
@@ -1915,8 +1977,7 @@ class Attempt(JobContext):
             return
         self.reason = reason
         self.stop_requested = True
-        wake = self._wake
-        if wake is not None:
+        for wake in list(self._wakes):
             wake.set()
 
     def raise_if_stopped(self) -> None:
@@ -1938,13 +1999,13 @@ class Attempt(JobContext):
     @contextlib.contextmanager
     def woken_by_stop(self, wake: Any) -> Iterator[None]:
         """Have a stop request call `wake.set()` during the block."""
-        self._wake = wake
+        self._wakes.append(wake)
         try:
-            if self.stop_requested:                       # it came before `_wake` was there
+            if self.stop_requested:                       # it came before this was in the list
                 wake.set()
             yield
         finally:
-            self._wake = None
+            self._wakes.remove(wake)
 
     # state
 
@@ -2205,9 +2266,11 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def cancel(self, *, by: str | None = None) -> bool:
         """Discard a pending or stopped job for good. Returns whether it is cancelled; never raises InvalidOperation."""
+        if self._state != "PENDING":
+            return self._state == CANCELLED_AND_NOTIFIED
         try:
             self._runner._operate("cancel", self.id, by, self)
-        except InvalidOperation:
+        except (InvalidOperation, StoreError):            # StoreError: the runner is shut down
             return self.cancelled()
         return True
 
@@ -2268,17 +2331,19 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def __await__(self) -> Any:
         import asyncio
-        return asyncio.wrap_future(self).__await__()
+        if _current.get() is None:
+            return asyncio.wrap_future(self).__await__()
+        return asyncio.to_thread(self.result).__await__()     # gives the place away, and is a checkpoint
 
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
-        """Call `fn(job)` once the job is over, in a thread of the runner's; at once if it is over."""
+        """Call `fn(job)` once the job is over, in a thread of the runner's for callbacks; at once if it is over."""
         if self._state == "PENDING":
             self._runner._hold(self)
         super().add_done_callback(fn)
         self.done()
 
     def _complete(self) -> None:
-        """Take the outcome over from the store, once."""
+        """Take the outcome over from the store, once. Wakes who waits; callbacks are called in a thread of their own."""
         try:
             row = self._runner._store.read(OUTCOME_OF, {"id": self.id})[0]
         except IndexError:
@@ -2302,8 +2367,7 @@ class Job(Future):                                        # type: ignore[type-ar
                 for waiter in self._waiters:
                     waiter.add_exception(self) if self._exception else waiter.add_result(self)
             condition.notify_all()
-        self._runner._release(self)
-        self._invoke_callbacks()
+        self._runner._call_back(self)
 
     def __repr__(self) -> str:
         try:
@@ -2342,11 +2406,29 @@ class Submitter:
         """
         return (self._of or default_runner())._submit_many(fn, argument_tuples, self._options)
 
-    map = Executor.map
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+            ) -> Iterator[Any]:
+        """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in order.
+
+        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored. What has
+        not begun is cancelled when the iterator raises or is dropped.
+        """
+        jobs = [self.submit(fn, *arguments) for arguments in zip(*iterables)]
+        return _results(jobs, None if timeout is None else time.monotonic() + timeout)
 
     def options(self, **options: Any) -> Submitter:
         """Return a Submitter with these options added."""
         return Submitter(self._of, {**self._options, **options})
+
+
+def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
+    jobs.reverse()
+    try:
+        while jobs:
+            yield jobs.pop().result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    finally:
+        for job in jobs:                                  # perhaps within a garbage collection: so nothing may be locked here
+            job._runner._to_cancel.put(job)
 
 
 class Runner(Submitter, Executor):
@@ -2362,7 +2444,7 @@ class Runner(Submitter, Executor):
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
                  durability: str = "process", modules: Iterable[str] = (), clock: Callable[[], float] = time.time) -> None:
         if max_workers is None:
-            max_workers = min(32, (os.cpu_count() or 1) + 4)
+            max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
         if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, got {_short(max_workers)}")
         if durability not in ("process", "power"):
@@ -2381,7 +2463,11 @@ class Runner(Submitter, Executor):
         self._handle_lock = threading.Lock()
         self._watched: dict[int, list[weakref.ref[Job]]] = {}
         self._held: set[Job] = set()                     # handles with callbacks live until these were called
-        self._exceptions: OrderedDict[int, BaseException] = OrderedDict()
+        self._callback_thread: threading.Thread | None = None
+        self._callbacks_left = 0                         # guarded by _handle_lock, as the thread is
+        self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()
         # What rides along in the next transaction. Only the leading thread takes from these.
         self._ended: deque[Attempt] = deque()
         self._ended_at = 0.0
@@ -2389,10 +2475,11 @@ class Runner(Submitter, Executor):
         self._lines: deque[tuple[int, float, int, str]] = deque()
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
-        self._started = self._shut = self._pausing = self._inline = False
-        self._unknown: set[str] = set()
+        self._started = self._shut = self._shut_claims = self._inline = False
+        self._close_lock = threading.Lock()              # only one thread closes
         self._first_submitted: int | None = None
-        self._over = threading.Condition()               # notified whenever jobs are over; guards nothing
+        self._over = threading.Condition()               # notified when jobs are over and somebody waits for it
+        self._waiting_for_over = 0
         self._service: _Service | None = None
         self._servers: list[Any] = []                    # of the status page
         self._store.rider = self._ride
@@ -2508,19 +2595,15 @@ class Runner(Submitter, Executor):
         if ended or lines or claims or tx.over:
             tx.after_commit.append(lambda: self._committed(tx, len(lines), claims))
 
-    _shut_claims = False
-
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free places, and some ahead of free workers while they are known to be short."""
-        free, low_free, waiting = self._pool.room()
-        ahead = AHEAD_LIMIT - waiting if free + waiting > 0 else 0
-        free = max(0, free)
-        planned = 0.0
-        if waiting:
-            planned = sum(self._costs.means.get(a.name, 0.0) + _OVERHEAD for a in list(self._pool._queue))
-        if free + ahead <= 0 or (free == 0 and waiting > AHEAD_LIMIT // 2):
+        free, low_free, quick, waiting = self._pool.room()
+        ahead = AHEAD_LIMIT - len(waiting) if quick else 0
+        if free <= 0 and ahead < AHEAD_LIMIT // 2:        # enough waits; claims come in batches
             return []
-        rows = tx.claim(self._id, free, low_free, ahead, planned, self.max_workers, self._costs)
+        free = max(0, free)
+        planned = sum(self._costs.means.get(attempt.name, 0.0) + _OVERHEAD for attempt in waiting)
+        rows = tx.claim(self._id, free, low_free, ahead, planned, quick, self._costs)
         return [Attempt(self, row) for row in rows]
 
     def _committed(self, tx: Transaction, lines: int, claims: list[Attempt]) -> None:
@@ -2540,8 +2623,6 @@ class Runner(Submitter, Executor):
         if tx.over and self._waiting_for_over:
             with self._over:
                 self._over.notify_all()
-
-    _waiting_for_over = 0
 
     def _execute(self, attempt: Attempt) -> None:
         """Run one attempt's function in this thread. Never raises."""
@@ -2597,7 +2678,7 @@ class Runner(Submitter, Executor):
     def _remember_exception(self, attempt: Attempt) -> None:
         error = attempt.exception
         traceback.clear_frames(error.__traceback__)       # keeps the lines, not what the function held
-        self._exceptions[attempt.id] = error
+        self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             self._exceptions.popitem(last=False)
 
@@ -2690,9 +2771,27 @@ class Runner(Submitter, Executor):
         with self._handle_lock:
             self._held.add(handle)
 
-    def _release(self, handle: Job) -> None:
+    def _call_back(self, handle: Job) -> None:
+        """Have the callbacks of a completed handle called, outside of any transaction and any job's context."""
+        if handle._done_callbacks:
+            with self._handle_lock:
+                self._callbacks_left += 1
+                if self._callback_thread is None:
+                    self._callback_thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
+                    self._callback_thread.start()
+            self._to_call_back.put(handle)
         with self._handle_lock:
             self._held.discard(handle)
+
+    def _run_callbacks(self) -> None:
+        while (handle := self._to_call_back.get()) is not None:
+            try:
+                contextvars.Context().run(handle._invoke_callbacks)
+            except BaseException:
+                _log.exception("a callback of job %d failed", handle.id)
+            del handle
+            with self._handle_lock:
+                self._callbacks_left -= 1
 
     def _complete_handles(self, job_ids: Iterable[int]) -> None:
         for job_id in job_ids:
@@ -2717,23 +2816,21 @@ class Runner(Submitter, Executor):
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         """Wait in a job of this runner, its worker's place given away. In `drain` the jobs waited for run here."""
+        if not self._inline:
+            with self._pool.away(attempt):
+                return wait(timeout)
         begun = time.monotonic()
-        try:
-            if not self._inline:
-                with self._pool.away(attempt):
-                    return wait(timeout)
-            while not wait(0):
-                if timeout is not None and time.monotonic() - begun >= timeout:
-                    return False
-                if not self._run_one():
-                    wait(0.01)
-            return True
-        finally:
-            attempt.waited += time.monotonic() - begun
+        while not wait(0):
+            if timeout is not None and time.monotonic() - begun >= timeout:
+                return False
+            if not self._run_one():
+                wait(0.01)
+        attempt.waited += time.monotonic() - begun
+        return True
 
     def _exception_of(self, job_id: int, row: sqlite3.Row) -> BaseException:
-        own = self._exceptions.get(job_id)
-        if own is not None:
+        number, own = self._exceptions.get(job_id, (0, None))
+        if own is not None and number == row["attempt"]:
             return own
         error = json.loads(row["error"]) if row["error"] else {"type": "", "text": "", "traceback": ""}
         return JobFailed(f"job {job_id} ({row['name']})", error["type"], error["text"], error["traceback"])
@@ -2792,6 +2889,8 @@ class Runner(Submitter, Executor):
                 self.close()
             elif wait:
                 self._wait_for_own()
+                while self._callbacks_left and threading.current_thread() is not self._callback_thread:
+                    time.sleep(0.002)
                 self.close()
             else:
                 threading.Thread(target=lambda: self.shutdown(), name="bgjobs-shutdown", daemon=True).start()
@@ -2832,29 +2931,32 @@ class Runner(Submitter, Executor):
         They continue at the next start. timeout: seconds until those that reached none are given back, too; what they
         still do then changes nothing in the file.
         """
-        if self._store.closed:
-            return
+        with self._close_lock:
+            if not self._store.closed:
+                self._close(time.monotonic() + timeout)
+
+    def _close(self, deadline: float) -> None:
         self._shut = self._shut_claims = True
-        for attempt in self._pool.take_back():
-            self._ended.append(attempt)
+        self._ended.extend(self._pool.take_back())
         for attempt in list(self._attempts.values()):
             attempt.request_stop(RELEASED)
-        deadline = time.monotonic() + timeout
         with contextlib.suppress(StoreError):
             self._store.kick()
-            self._waiting_for_over += 1
             while self._attempts and time.monotonic() < deadline:
                 time.sleep(0.005)
             self._flush_progress()
             self._give_back(list(self._attempts.values()))
-            self._store.write(lambda tx: tx.executemany(SAVE_COST, [(n, self._costs.means[n]) for n in self._costs.changed]))
-            self._store.write(lambda tx: tx.execute(REMOVE_RUNNER, {"id": self._id}))
+            self._store.write(lambda tx: (tx.executemany(SAVE_COST, self._costs.take_changed()),
+                                          tx.execute(REMOVE_RUNNER, {"id": self._id})))
         for server in self._servers:
             server.shutdown()
             server.server_close()
-        self._pool.close()
-        _presence().vanish(self.path, self._id)
         self._store.close()
+        _presence().vanish(self.path, self._id)
+        if self._service is not None:
+            self._service.end()
+        self._pool.close(0.2)
+        self._to_call_back.put(None)
 
     def _give_back(self, attempts: list[Attempt]) -> None:
         """Supersede attempts that go on: their jobs are pending again, for another process."""
@@ -2938,7 +3040,7 @@ class Runner(Submitter, Executor):
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
-        stuck = self._pool.take_back()
+        stuck = self._pool.take_back_stuck()
         if stuck:
             self._ended.extend(stuck)
             self._store.kick()
@@ -2996,6 +3098,12 @@ class _Service:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    def end(self) -> None:
+        """Wait until the thread has ended; the store is closed."""
+        self._event.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(1.0)
+
     def nudge(self) -> None:
         """Have the thread lead a transaction now."""
         self._nudged = True
@@ -3008,7 +3116,7 @@ class _Service:
     def _run(self) -> None:
         runner, store = self._runner, self._runner._store
         version, last_flush, last_second = -1, 0.0, 0.0
-        db = store._connect()
+        db = store.connect()
         try:
             while not store.closed or runner._watched:
                 self._event.wait(POLL_SECONDS)
@@ -3024,6 +3132,9 @@ class _Service:
                         continue
                     if changed:
                         runner._heed_operations()
+                    runner._return_stuck_claims()
+                    while not runner._to_cancel.empty():
+                        runner._to_cancel.get().cancel()
                     if self._nudged or changed and runner._started or runner._ended:
                         self._nudged = False
                         store.kick()
@@ -3058,9 +3169,8 @@ class _Service:
         self._seconds += 1
         if self._seconds % HEARTBEAT_SECONDS == 0:
             runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now}))
-        changed, runner._costs.changed = runner._costs.changed, set()
-        if changed:
-            means = [(name, runner._costs.means[name]) for name in changed]
+        if runner._costs.changed:
+            means = runner._costs.take_changed()
             runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
         runner._charge_long_ones()
         runner._recover_dead()
@@ -3099,7 +3209,11 @@ class _Presence:
         with self._lock:
             descriptor, own = self._file(path)
             own.discard(runner)
-            _unlock_byte(descriptor, runner)
+            if own:
+                _unlock_byte(descriptor, runner)
+            else:
+                os.close(descriptor)                      # drops the lock, too
+                del self._files[os.path.realpath(path)]
 
     def is_dead(self, path: str, runner: int) -> bool:
         """Tell whether no process holds the lock of this runner."""
@@ -4070,8 +4184,6 @@ class Page:
         self._port: int | None = None                     # of our own server: then the Host header must name it
         self._token = secrets.token_urlsafe(32)
         self._boot = secrets.token_hex(4)
-        self._version_lock = threading.Lock()             # guards _version_db
-        self._version_db: sqlite3.Connection | None = None
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         headers: list[tuple[str, str]] = []
@@ -4149,7 +4261,7 @@ class Page:
         if parts == ["session"]:
             return 200, "application/json", _json_bytes({"token": self._token, "read_only": self._read_only,
                                                          "version": __version__})
-        tag = f'W/"{self._boot}-{self._data_version()}"'
+        tag = f'W/"{self._boot}-{self._runner._store.version()}"'
         headers.append(("ETag", tag))
         if environ.get("HTTP_IF_NONE_MATCH") == tag:
             return 304, "application/json", b""
@@ -4169,13 +4281,6 @@ class Page:
             if parts[2] == "stack":
                 return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
         raise _Refused(404, "there is no such resource")
-
-    def _data_version(self) -> int:
-        """Return a number that differs when anything has been committed since."""
-        with self._version_lock:
-            if self._version_db is None:
-                self._version_db = self._runner._store._connect()
-            return self._version_db.execute("PRAGMA data_version").fetchone()[0]
 
     def _list(self, query: dict[str, str]) -> dict[str, Any]:
         runner, filters = self._runner, _filters(query)
