@@ -2378,6 +2378,7 @@ class Job(Future):                                        # type: ignore[type-ar
 
 # ---- 10 Runner -----------------------------------------------------------------------------------------------
 
+SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
 HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
@@ -2425,10 +2426,18 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
     jobs.reverse()
     try:
         while jobs:
-            yield jobs.pop().result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    finally:
-        for job in jobs:                                  # perhaps within a garbage collection: so nothing may be locked here
+            result = jobs[-1].result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            jobs.pop()
+            yield result
+            del result
+    except GeneratorExit:
+        for job in jobs:                                  # perhaps within a garbage collection: nothing may be locked here
             job._runner._to_cancel.put(job)
+        raise
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
 
 
 class Runner(Submitter, Executor):
@@ -2472,6 +2481,7 @@ class Runner(Submitter, Executor):
         self._ended: deque[Attempt] = deque()
         self._ended_at = 0.0
         self._settling: list[Attempt] = []
+        self._backlog = True                             # more may be ready than the last claim took
         self._lines: deque[tuple[int, float, int, str]] = deque()
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
@@ -2600,10 +2610,12 @@ class Runner(Submitter, Executor):
         free, low_free, quick, waiting = self._pool.room()
         ahead = AHEAD_LIMIT - len(waiting) if quick else 0
         if free <= 0 and ahead < AHEAD_LIMIT // 2:        # enough waits; claims come in batches
+            self._backlog = True
             return []
         free = max(0, free)
         planned = sum(self._costs.means.get(attempt.name, 0.0) + _OVERHEAD for attempt in waiting)
         rows = tx.claim(self._id, free, low_free, ahead, planned, quick, self._costs)
+        self._backlog = len(rows) >= free or low_free <= 0
         return [Attempt(self, row) for row in rows]
 
     def _committed(self, tx: Transaction, lines: int, claims: list[Attempt]) -> None:
@@ -2664,7 +2676,8 @@ class Runner(Submitter, Executor):
         return value
 
     def _settle(self, attempt: Attempt) -> None:
-        """Have an ended attempt recorded: at once if somebody waits or no work does, else with those that follow."""
+        """Have an ended attempt recorded: at once if somebody waits for it, or its place for a job that is ready; else within
+        SETTLE_SECONDS, with what else is written then."""
         if attempt.exception is not None:
             self._remember_exception(attempt)
         attempt.unsaved_progress = attempt.progress_to_save() if attempt.outcome != RETURNED else None
@@ -2672,8 +2685,11 @@ class Runner(Submitter, Executor):
         if not self._ended:
             self._ended_at = now
         self._ended.append(attempt)
-        if self._pool.is_empty or attempt.id in self._watched or attempt.has_children or now - self._ended_at > 0.002:
+        if attempt.id in self._watched or attempt.has_children or attempt.parent_id is not None and self._watched \
+                or self._backlog and self._pool.is_empty or now - self._ended_at > SETTLE_SECONDS or self._inline:
             self._store.kick()
+        else:
+            self._service.nudge_soon()
 
     def _remember_exception(self, attempt: Attempt) -> None:
         error = attempt.exception
@@ -3090,6 +3106,7 @@ class _Service:
         self._event = threading.Event()
         self._due_at: float | None = None
         self._look_at_due = self._nudged = True
+        self._soon = False
         self._seconds = 0
         self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self._thread.start()
@@ -3109,6 +3126,12 @@ class _Service:
         self._nudged = True
         self._event.set()
 
+    def nudge_soon(self) -> None:
+        """Have the thread lead a transaction in SETTLE_SECONDS."""
+        if not self._soon:
+            self._soon = True
+            self._event.set()
+
     def expect(self, run_at: float) -> None:
         """Tell of a job that is about to be stored with this due time."""
         self._look_at_due = True
@@ -3121,6 +3144,9 @@ class _Service:
             while not store.closed or runner._watched:
                 self._event.wait(POLL_SECONDS)
                 self._event.clear()
+                if self._soon:
+                    time.sleep(SETTLE_SECONDS)
+                    self._soon, self._nudged = False, True
                 try:
                     now, newest = time.monotonic(), db.execute("PRAGMA data_version").fetchone()[0]
                     changed, version = newest != version, newest

@@ -1163,6 +1163,22 @@ class TestTrees:
         runner = make(max_workers=1)
         assert runner.submit(wait_inside, waiting).result(20) == 20
 
+    def test_await_of_a_child_gives_the_place_away(self, make):
+        runner = make(max_workers=1)
+        assert runner.submit(nested_coroutine, 10).result(20) == 10
+
+    def test_several_waiting_threads_of_one_job_give_one_place_away(self, make):
+        runner = make(max_workers=2)
+        seen.clear()
+        for job in [runner.submit(wait_in_threads) for _ in range(3)]:
+            job.result(20)
+        assert max(seen) <= 2
+
+    def test_parents_that_poll_do_not_starve_their_children(self, make):
+        runner = make(max_workers=1)
+        jobs = [runner.submit(poll_children) for _ in range(10)]
+        assert not concurrent.futures.wait(jobs, 20).not_done
+
     def test_never_more_attempts_execute_than_there_are_workers(self, make):
         runner = make(max_workers=3)
         seen.clear()
@@ -1258,18 +1274,34 @@ def wait_inside(how):
 executing = []
 
 
-def fan_out(depth):
+def count_executing(seconds=0.002):
     executing.append(1)
     seen.append(len(executing))
-    time.sleep(0.002)
+    time.sleep(seconds)
     executing.pop()
+
+
+async def nested_coroutine(depth):
+    return 0 if depth == 0 else 1 + await bgjobs.submit(nested_coroutine, depth - 1)
+
+
+async def wait_in_threads():
+    jobs = [bgjobs.submit(count_executing) for _ in range(4)]
+    await asyncio.gather(*(asyncio.to_thread(job.result) for job in jobs))
+
+
+def poll_children():
+    left = {bgjobs.submit(add, i) for i in range(3)}
+    while left:
+        left = concurrent.futures.wait(left, timeout=0.001).not_done
+
+
+def fan_out(depth):
+    count_executing()
     if depth:
         for job in [bgjobs.submit(fan_out, depth - 1) for _ in range(4)]:
             job.result()
-        executing.append(1)
-        seen.append(len(executing))
-        time.sleep(0.001)
-        executing.pop()
+        count_executing(0.001)
 
 
 def gated(value):
@@ -1377,6 +1409,32 @@ class TestHandle:
         runner.get(job_id).add_done_callback(called.append)
         wait_for(lambda: len(called) == 2)
 
+    def test_a_done_callback_may_submit_and_wait_and_sees_no_jobs_context(self, make):
+        runner = make(max_workers=2)
+        got = []
+        for _ in range(5):
+            runner.submit(nap, 0.01).add_done_callback(
+                lambda job: got.append((bgjobs.current_job().id, runner.submit(add, 4, 5).result(5))))
+        wait_for(lambda: len(got) == 5)
+        assert got == [(None, 9)] * 5
+
+    def test_what_a_callback_raises_or_how_long_it_takes_harms_nobody(self, make, caplog):
+        runner = make(max_workers=2)
+        runner.submit(nap, 0.01).add_done_callback(lambda job: raise_it("SystemExit"))
+        runner.submit(nap, 0.01).add_done_callback(lambda job: gate("slow callback").wait(20))
+        assert [runner.submit(add, i).result(5) for i in range(5)] == list(range(5))
+        gate("slow callback").set()
+        wait_for(lambda: runner._callbacks_left == 0)
+        assert "a callback of job" in caplog.text
+
+    def test_each_waiter_gets_the_very_exception(self, runner):
+        for name in ("CancelledError", "SystemExit", "ValueError"):
+            job = runner.submit(raise_it, name)
+            error = job.exception(10)
+            with pytest.raises(type(error)) as caught:
+                runner.get(job.id).result(10)
+            assert caught.value is error and not job.cancelled()
+
     def test_a_job_that_another_process_ends_completes_the_handle(self, idle, path):
         job = idle.submit(add, 1, 2)
         code = """
@@ -1432,6 +1490,75 @@ class TestExecutor:
         with pytest.raises(concurrent.futures.TimeoutError):
             list(runner.map(hold, ["map timeout"], timeout=0.1))
         gate("map timeout").set()
+
+    def test_a_map_outlives_its_runner_and_cancel_never_raises(self, make):
+        runner = make(max_workers=2)
+        results, job = runner.map(add, range(5)), runner.submit(add, 1)
+        runner.shutdown()
+        assert list(results) == list(range(5)) and job.cancel() is False
+        with pytest.raises(RuntimeError, match="cannot schedule new futures"):
+            runner.map(add, [1])
+
+    def test_a_map_that_is_given_up_cancels_what_has_not_begun(self, make):
+        runner = make(max_workers=1)
+        first = runner.submit(hold, "map given up")
+        wait_for(first.running)
+        results = runner.map(note, ["a", "b"], timeout=0)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+        wait_for(lambda: len(runner.jobs(status="cancelled")) >= 1)
+        gate("map given up").set()
+
+    def test_a_half_read_map_may_become_garbage_at_any_moment(self, path):
+        code = """
+            import gc, sys, bgjobs, test_bgjobs
+            gc.set_threshold(50)
+            with bgjobs.Runner(sys.argv[1], max_workers=2) as runner:
+                for _ in range(100):
+                    results = runner.map(test_bgjobs.add, range(5))
+                    next(results)
+                    loop = [results]
+                    loop.append(loop)
+                    del results, loop
+                print(runner.submit(test_bgjobs.add, 1).result(10))
+        """
+        assert finish(python(code, path))[:2] == (0, "1\n")
+
+    def test_a_write_from_inside_a_write_is_refused_not_hung(self, idle):
+        def nested_write(tx):
+            idle.submit(add, 1)
+        with pytest.raises(RuntimeError, match="inside a write of the same thread"):
+            idle._store.write(nested_write)
+        assert idle.submit(add, 1).id == 1
+
+    def test_jobs_and_plain_futures_mix(self, runner):
+        with concurrent.futures.ThreadPoolExecutor(1) as plain:
+            mine, other = runner.submit(hold, "mix"), plain.submit(add, 1)
+            ready = concurrent.futures.as_completed([mine, other, mine], timeout=10)
+            assert next(ready) is other
+            gate("mix").set()
+            assert list(ready) == [mine]
+
+    def test_cancelling_the_asyncio_task_cancels_the_pending_job(self, make):
+        runner = make(max_workers=1)
+
+        async def main():
+            runner.submit(hold, "task")
+            job = runner.submit(add, 1)
+            waiting = asyncio.wrap_future(job)
+            waiting.cancel()
+            await asyncio.sleep(0.05)
+            assert job.status == "cancelled"
+        asyncio.run(main())
+        gate("task").set()
+
+    def test_close_and_shutdown_from_many_threads_at_once_never_raise(self, path):
+        for _ in range(10):
+            runner = bgjobs.Runner(path, max_workers=2)
+            runner.submit(add, 1)
+            with concurrent.futures.ThreadPoolExecutor(3) as plain:
+                for call in [plain.submit(end) for end in (runner.close, runner.shutdown, runner.close)]:
+                    call.result(10)
 
     def test_wait_tells_done_from_not_done(self, runner):
         slow, quick, bad = runner.submit(hold, "wait"), runner.submit(add, 1), runner.submit(fail)
