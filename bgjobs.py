@@ -497,17 +497,17 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable
     `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds. Taking the
     next pair from the iterator means that the last one was claimed.
     """
-    heap = list(roots)
+    heap = [(tag, root, head, waiting) for tag, root, waiting in roots for head in itertools.islice(waiting, 1)]
     heapq.heapify(heap)
     while heap:
-        tag, root, waiting = heap[0]
-        head = next(waiting, None)
-        if head is None:
-            heapq.heappop(heap)
-            continue
+        tag, root, head, waiting = heap[0]
         cost = charge(head)
         yield root, head, tag, cost
-        heapq.heapreplace(heap, (tag + cost, root, waiting))
+        following = next(waiting, None)
+        if following is None:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (tag + cost, root, following, waiting))
 
 
 def entry_tag(own: int, clock: int) -> int:
@@ -852,14 +852,16 @@ class Transaction:
             return []
         chunk = max(4, (free + ahead) // len(roots) + 1)
         claims, singles, others, tag = [], [], [], 0
-        streams = [(row[14], row[0], self._ready_jobs(row, lane, chunk)) for row in roots]
-        for root, row, tag_here, charge in fair_order(streams, lambda row: costs.charge(row[3])):
+        streams = [(row[14], row[0], self._ready_jobs(row, lane, chunk) if row[12] else iter((row,))) for row in roots]
+        charges: dict[str, int] = {}                      # all jobs of a batch and a name are charged alike
+        for root, row, tag_here, charge in fair_order(
+                streams, lambda row: charges.get(row[3]) or charges.setdefault(row[3], costs.charge(row[3]))):
             if len(claims) >= free:
                 if len(claims) >= free + ahead or not may_run_ahead(row[3], costs, planned, workers) or \
                         row[9] is not None and '"recover":false' in row[9]:
                     break
                 planned += charge / 1e6 + _OVERHEAD
-            tag = max(tag, tag_here)
+            tag = tag_here if tag_here > tag else tag
             claims.append((*row, charge))
             if row[1] is None and row[12] == 0:
                 singles.append((charge, owner, self.now, self.now, charge, row[0]))
@@ -883,7 +885,7 @@ class Transaction:
         if root[15] == lane:
             yield root
         after = 0
-        while root[12]:
+        while True:
             rows = self.execute(READY_CHILDREN, {"root": root[0], "lane": lane, "after": after, "limit": chunk}).fetchall()
             yield from rows
             if len(rows) < chunk:
@@ -1229,8 +1231,11 @@ UNFINISHED_QUERIES = tuple(UNFINISHED.format(status=s) for s in (
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 MY_PENDING = """SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND (submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after ORDER BY id LIMIT 500"""
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id = :id AND id > :after AND level >= :level
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id {which} AND id > :after AND level >= :level
     AND at >= :since AND at <= :until ORDER BY id {order} LIMIT :limit"""
+ONE_JOB = "= :id"
+WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
+    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -1553,11 +1558,12 @@ class Store:
         return counts
 
     def logs(self, job_id: int, *, level: int, text: str | None, since: float, until: float, after: int, limit: int | None,
-             newest: bool) -> list[dict[str, Any]]:
-        """Return a job's log lines, oldest first: the newest `limit` of them, or those that follow `after`."""
-        rows = self.read(LOG_LINES.format(order="DESC" if newest else "ASC"),
-                         {"id": job_id, "after": after, "level": level, "since": since, "until": until,
-                          "limit": -1 if limit is None or text else limit})
+             tree: bool) -> list[dict[str, Any]]:
+        """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow `after`."""
+        newest = limit is not None and not after
+        sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
+        rows = self.read(sql, {"id": job_id, "after": after, "level": level, "since": since, "until": until,
+                               "limit": -1 if limit is None or text else limit})
         lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in rows]
         if text:
             lines = [line for line in lines if text.lower() in line["message"].lower()][:limit]
@@ -1716,11 +1722,11 @@ class Pool:
     attempts execute.
     """
 
-    def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], None],
+    def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
                  claim: Callable[[], None]) -> None:
         self.size = size
         self._execute = execute
-        self._settle, self._claim = settle, claim         # called when a place is free again: after an attempt, or meanwhile
+        self._settle, self._claim = settle, claim         # settle tells whether to claim at once
         # `_changed` guards everything below; no user code and no SQL runs under it.
         self._changed = threading.Condition()
         self._queue: deque[Attempt] = deque()             # claimed
@@ -1768,7 +1774,7 @@ class Pool:
         while self._busy < self.size and (self._queue or self._returning):
             if self._returning and (self._returning_first or not self._queue):
                 attempt = self._returning.popleft()
-                attempt.place.set()
+                attempt.place.set()                       # type: ignore[union-attr]
             else:
                 attempt = self._queue.popleft()
                 self._handed.append(attempt)
@@ -1791,31 +1797,50 @@ class Pool:
             thread.start()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._handed and not self._closed:
-                    self._changed.wait()
-                self._idle -= 1
-                if not self._handed:
-                    self._threads.discard(threading.current_thread())
-                    return
-                attempt = self._handed.popleft()
-                self._executing.add(attempt)
+        """What a worker thread does: execute, have the outcome recorded, take the next job over with the place."""
+        attempt = self._next_handed()
+        while attempt is not None:
             self._execute(attempt)
+            lead = self._settle(attempt)
+            starting: list[threading.Thread] = []
             with self._changed:
                 self._executing.discard(attempt)
-                abandoned = attempt.abandoned
-                if abandoned:                             # another thread has taken this one's part
+                if attempt.abandoned:                     # another thread has taken this one's part
                     self.abandoned -= 1
                     self._threads.discard(threading.current_thread())
-                else:
-                    self._idle += 1
+                    return
+                if lead or self._returning or not self._queue:
                     starting = self._free(attempt)
-            if abandoned:
-                return
+                    self._idle += 1
+                    attempt = None                        # an idle worker keeps nothing alive
+                else:
+                    attempt = self._take_over(attempt)
             self._start(starting)
-            self._settle(attempt)
-            del attempt                                   # an idle worker keeps nothing alive
+            if lead:
+                self._claim()
+            if attempt is None:
+                attempt = self._next_handed()
+
+    def _next_handed(self) -> Attempt | None:
+        """Wait for an attempt that has been given a place; None when the pool is closed."""
+        with self._changed:
+            while not self._handed and not self._closed:
+                self._changed.wait()
+            self._idle -= 1
+            if not self._handed:
+                self._threads.discard(threading.current_thread())
+                return None
+            attempt = self._handed.popleft()
+            self._executing.add(attempt)
+            return attempt
+
+    def _take_over(self, ended: Attempt) -> Attempt:
+        """Give the place of an ended attempt to the first claimed one. Called under the lock."""
+        attempt = self._queue.popleft()
+        ended.has_place, attempt.has_place = False, True
+        self._low_busy += attempt.low_priority - ended.low_priority
+        self._executing.add(attempt)
+        return attempt
 
     def _free(self, attempt: Attempt) -> list[threading.Thread]:
         """Take the place of an attempt away and give it to the next. Called under the lock."""
@@ -1833,7 +1858,7 @@ class Pool:
             self.abandoned += 1
             if attempt in self._returning:                # it stops without a place
                 self._returning.remove(attempt)
-                attempt.place.set()
+                attempt.place.set()                       # type: ignore[union-attr]
             starting = self._free(attempt) if attempt.has_place else []
         self._start(starting)
         self._claim()
@@ -1857,7 +1882,7 @@ class Pool:
                 attempt.waits -= 1
                 returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
                 if returns:
-                    attempt.place.clear()
+                    attempt.place = threading.Event()
                     self._returning.append(attempt)
                     starting = self._give_places()
             if returns:
@@ -1936,6 +1961,24 @@ RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one tha
 class Attempt(JobContext):
     """One execution of a job's function by this process."""
 
+    # Defaults that most attempts never change stand here: an attempt is made for each job.
+    begun = ran = worked = waited = left_at = 0.0         # monotonic; seconds: in all, without waiting for others, waiting; monotonic
+    outcome, reason = UNSPENT, HALTED                     # how the function ended; how it ends when it stops
+    result: str | None = None
+    error: str | None = None
+    exception: BaseException | None = None
+    thread: int | None = None                             # while it executes
+    has_place = abandoned = False                         # these four are the pool's
+    waits = 0
+    place: threading.Event | None = None
+    unsaved_progress: tuple[float | None, float | None, str | None] | None = None
+    _progress: tuple[float | None, str | None] | None = None      # the newest, as long as it is not saved
+    _pace: float | None = None
+    _pace_from = (0.0, 0.0)
+    _loops = 0
+    _saved_at = 0.0
+    _logger: logging.Logger | None = None
+
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
         (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions,
          options, self.run_by, self.low_priority, total, self.saved_progress, _, _, self.charge) = claim
@@ -1944,25 +1987,8 @@ class Attempt(JobContext):
         self.options: dict[str, Any] = json.loads(options) if options else {}
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
-        self.begun = self.ran = self.worked = 0.0         # monotonic; seconds: in all, and without waiting for others
-        self.waited = 0.0
-        self.outcome = UNSPENT
-        self.result: str | None = None
-        self.error: str | None = None
-        self.exception: BaseException | None = None
-        self.thread: int | None = None
-        self.has_place = self.abandoned = False           # these five are the pool's
-        self.waits, self.left_at, self.place = 0, 0.0, threading.Event()
-        self.reason = HALTED                              # the outcome, when it stops
-        self.unsaved_progress: tuple[float | None, float | None, str | None] | None = None
-        self._loops = 0
         self._loop_positions: list[int] = []
-        self._saved_at = 0.0
         self._wakes: list[Any] = []                       # what a stop request sets
-        self._progress: tuple[float | None, str | None] | None = None     # what is not saved yet
-        self._pace: float | None = None
-        self._pace_from = (0.0, 0.0)
-        self._logger: logging.Logger | None = None
 
     @property
     def correction(self) -> int:
@@ -2234,13 +2260,13 @@ class Job(Future):                                        # type: ignore[type-ar
         return self._runner._info(self.id)
 
     def logs(self, *, level: str | int | None = None, text: str | None = None, since: float | None = None,
-             until: float | None = None, after: int = 0, limit: int | None = None) -> list[dict[str, Any]]:
+             until: float | None = None, after: int = 0, limit: int | None = None, tree: bool = False) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
         level: the least, as a name or number. text: contained, in any case. since, until: Unix seconds. after: a line's
-        id. limit: how many at most; without `after` the newest ones.
+        id. limit: how many at most; without `after` the newest ones. tree: those of all descendants, too.
         """
-        return self._runner._logs(self.id, level, text, since, until, after, limit)
+        return self._runner._logs(self.id, level, text, since, until, after, limit, tree)
 
     # operations
 
@@ -2675,9 +2701,9 @@ class Runner(Submitter, Executor):
             return asyncio.run(value)
         return value
 
-    def _settle(self, attempt: Attempt) -> None:
-        """Have an ended attempt recorded: at once if somebody waits for it, or its place for a job that is ready; else within
-        SETTLE_SECONDS, with what else is written then."""
+    def _settle(self, attempt: Attempt) -> bool:
+        """Have an ended attempt recorded. True: now, since somebody waits for it, or its place for a job that is ready; else it
+        happens within SETTLE_SECONDS, with what else is written then."""
         if attempt.exception is not None:
             self._remember_exception(attempt)
         attempt.unsaved_progress = attempt.progress_to_save() if attempt.outcome != RETURNED else None
@@ -2686,10 +2712,11 @@ class Runner(Submitter, Executor):
             self._ended_at = now
         self._ended.append(attempt)
         if attempt.id in self._watched or attempt.has_children or attempt.parent_id is not None and self._watched \
-                or self._backlog and self._pool.is_empty or now - self._ended_at > SETTLE_SECONDS or self._inline:
-            self._store.kick()
-        else:
+                or self._backlog and self._pool.is_empty or now - self._ended_at > SETTLE_SECONDS:
+            return True
+        if self._service is not None:
             self._service.nudge_soon()
+        return False
 
     def _remember_exception(self, attempt: Attempt) -> None:
         error = attempt.exception
@@ -2738,7 +2765,7 @@ class Runner(Submitter, Executor):
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
 
     def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
-              after: int, limit: int | None) -> list[dict[str, Any]]:
+              after: int, limit: int | None, tree: bool) -> list[dict[str, Any]]:
         if isinstance(level, str):
             number = logging.getLevelName(level.upper())
             if not isinstance(number, int):
@@ -2747,7 +2774,7 @@ class Runner(Submitter, Executor):
         if self._lines and not self._store.closed:
             self._store.kick()                            # who asks sees what was logged by now
         return self._store.logs(job_id, level=level or 0, text=text, since=since or 0.0, until=until or math.inf, after=after,
-                                limit=limit, newest=limit is not None and not after)
+                                limit=limit, tree=tree)
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
         by = None if by is None else _text(by, 200)
@@ -2891,6 +2918,7 @@ class Runner(Submitter, Executor):
             attempt = self._attempts[row[0]] = Attempt(self, row)
             self._execute(attempt)
             self._settle(attempt)
+            self._store.kick()
             self._flush_progress()
         return bool(rows)
 
@@ -3602,6 +3630,10 @@ const OPERATIONS = {       // the button, the word in the answer, and what to sa
   remove_low_priority: ["Normal priority", "set to normal priority"],
 };
 
+function changesSomething(operation) {       // called with the job as `this`: is there a use in offering it?
+  return operation !== (this.low_priority ? "set_low_priority" : "remove_low_priority");
+}
+
 const WHY = {              // what a phase, or else a status, means for someone who waits
   "scheduled": "It starts at the time it was submitted for.",
   "retrying": "An attempt failed; the next one comes at the time below.",
@@ -3850,7 +3882,7 @@ function pick(ids, on) {
 function bulkBar() {
   const ids = [...selected];
   if (!ids.length) return byId("answer").textContent ? [button("Close", () => (say(""), draw()))] : [];
-  const allowed = new Set(ids.flatMap(id => shown.get(id).operations));
+  const allowed = new Set(ids.flatMap(id => shown.get(id).operations.filter(changesSomething, shown.get(id))));
   return [
     el("b", null, `${ids.length} selected`),
     Object.keys(OPERATIONS).map(name => operationButton(name, ids, { disabled: !allowed.has(name) })),
@@ -4048,7 +4080,8 @@ function drawJob({ data: { job, missing }, log }) {
     el("h1", { tabindex: -1 }, nameOf(job), " ", el("small", null, `#${id}`)),
     el("p", { key: "status" }, status(job), job.phase && `, ${job.phase}`, " ",
       el("small", null, WHY[job.phase] ?? WHY[job.status])),
-    el("p", { key: "operations", class: "buttons" }, job.operations.map(name => operationButton(name, [id]))),
+    el("p", { key: "operations", class: "buttons" }, job.operations.filter(changesSomething, job)
+      .map(name => operationButton(name, [id]))),
     el("div", { key: "progress" }, progress(job), el("small", null, job.message)),
     job.error && section("Error", el("pre", { class: "error", tabindex: 0 }, job.error)),
     el("dl", { key: "fields" }, FIELDS.map(([title, field]) => [title, field(job)]).map(([title, value]) =>
@@ -4187,7 +4220,7 @@ _SECURITY_HEADERS = [
      "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache")]
-_REASONS = {200: "OK", 304: "Not Modified", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+_REASONS = {200: "OK", 304: "Not Modified", 308: "Permanent Redirect", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
             409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
             421: "Misdirected Request", 500: "Internal Server Error", 503: "Service Unavailable"}
 
@@ -4227,6 +4260,10 @@ class Page:
     def _answer(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes]:
         """Return status, content type and body. Raises _Refused."""
         origin = self._check_host(environ)
+        if environ.get("PATH_INFO", "") == "" and environ.get("SCRIPT_NAME"):     # mounted, and asked for without the last slash
+            from urllib.parse import quote
+            headers.append(("Location", quote(environ["SCRIPT_NAME"].rpartition("/")[2]) + "/"))
+            return 308, "text/plain", b""
         path = environ.get("PATH_INFO", "").lstrip("/")
         method = environ.get("REQUEST_METHOD", "GET")
         if path.startswith("api/"):
@@ -4301,7 +4338,7 @@ class Page:
             except KeyError:
                 raise _Refused(404, f"there is no job {job_id}") from None
             if len(parts) == 2:
-                return 200, "application/json", _json_bytes(info)
+                return 200, "application/json", _json_bytes(self._shown(info))
             if parts[2] == "logs":
                 return 200, "application/json", _json_bytes({"logs": self._log_lines(job_id, query)})
             if parts[2] == "stack":
@@ -4318,17 +4355,21 @@ class Page:
         except (TypeError, ValueError) as error:
             raise _Refused(400, str(error)) from None
         now = runner._clock()
-        infos = [describe(row, now, runner._costs.means) for row in rows[:limit]]
+        infos = [self._shown(describe(row, now, runner._costs.means)) for row in rows[:limit]]
         return {"jobs": infos, "next": infos[-1]["id"] if len(rows) > limit else None, "counts": counts}
 
+    def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
+        return {**info, "operations": []} if self._read_only else info
+
     def _log_lines(self, job_id: int, query: dict[str, str]) -> list[dict[str, Any]]:
-        unknown = set(query) - {"level", "text", "since", "until", "after", "limit"}
+        unknown = set(query) - {"level", "text", "since", "until", "after", "limit", "tree"}
         if unknown:
             raise _Refused(400, f"unknown filter {sorted(unknown)[0]!r}")
         try:
             return self._runner._logs(job_id, query.get("level") or None, query.get("text") or None,
                                       float(query.get("since") or 0), float(query.get("until") or math.inf),
-                                      _number(query, "after", 0), min(_number(query, "limit", 200), 2_000))
+                                      _number(query, "after", 0), min(_number(query, "limit", 200), 2_000),
+                                      query.get("tree") in ("true", "1"))
         except ValueError as error:
             raise _Refused(400, str(error)) from None
 

@@ -703,7 +703,7 @@ class TestStore:
 
     @pytest.mark.parametrize("name", HOT)
     def test_each_hot_statement_is_an_index_search(self, idle, name):
-        sql = getattr(bgjobs, name).format(order="ASC")
+        sql = getattr(bgjobs, name).format(order="ASC", which=bgjobs.ONE_JOB)
         with contextlib.closing(sqlite3.connect(idle.path)) as db:
             named = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
             unnamed = [1] * sql.count("?")
@@ -968,6 +968,13 @@ class TestInsideAJob:
         assert [line["message"] for line in job.logs(level="warning", text="APP")] == ["from the app"]
         assert [line["message"] for line in job.logs(limit=2)] == [lines[2][1], lines[3][1]]
         assert job.logs(after=job.logs()[-1]["id"]) == []
+
+    def test_the_log_of_a_tree_has_its_childrens_lines(self, runner):
+        job = runner.submit(children, 2, "hold_and_log", "tree log")
+        gate("tree log").set()
+        job.result(10)
+        assert job.logs() == [] and len(job.logs(tree=True)) == 4
+        assert [line["job_id"] for line in job.logs(tree=True, level="WARNING")] == [2, 3]
 
     def test_the_last_resort_handler_and_basic_config_still_work_with_a_runner(self, path):
         code = """
@@ -1993,10 +2000,12 @@ class TestPage:
         assert call("/", HTTP_HOST="app.example")[0].startswith("421")
         page = runner.wsgi(hosts=["app.example"])
         assert call("/", HTTP_HOST="app.example")[0] == "200 OK"
+        assert call("")[0] == "308 Permanent Redirect"
 
     def test_read_only_refuses_operations(self, runner):
         visitor = Visitor(runner.serve(port=0, read_only=True))
         job = runner.options(delay=1000).submit(add, 1)
+        assert visitor.get(f"api/jobs/{job.id}")["operations"] == [] == visitor.get("api/jobs")["jobs"][0]["operations"]
         assert "read-only" in visitor.post("api/jobs/stop", {"ids": [job.id]}, 403)["error"]
 
     def test_other_addresses_are_refused_and_a_taken_port_is_a_warning(self, runner, visitor, caplog):
