@@ -4585,33 +4585,42 @@ def serve_page(page: Page, host: str, port: int) -> str:
 def fingerprint(folder: str) -> dict[str, Any]:
     """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""
     context = current_job()
-    parts, unreadable, files = [], 0, 0
-    for path, size, names, unknown in _folders(folder):
-        unreadable += unknown
-        files += len(names)
-        parts += [(size, path, names[i:i + 1_000]) for i in range(0, len(names), 1_000)]
-        context.checkpoint()
-        context.progress(0, message=f"looking: {files:,} files in {len(parts):,} folders")
-    context.progress(0, 1, f"{files:,} files in {len(parts):,} folders")
-    largest = max(parts, default=(0, "", []))[1]
-    children = [options(key=f"{path}\n{names[0]}", label=path, low_priority=path == largest).submit(fingerprint_files, path, names)
-                for _, path, names in parts]
-    found: dict[str, list[Any]] = {}
-    scanned = 0
-    for child in children:
+    counts = context.state or _submit_children(folder)      # a resumed attempt finds its children where they are
+    sizes: dict[str, int] = {}
+    copies: dict[str, list[str]] = {}
+    for child in reversed(jobs(parent=context.id, limit=10**9)):
         result = child.result()
-        unreadable += result["unreadable"]
+        counts["unreadable"] += result["unreadable"]
         for name, size, digest in result["files"]:
-            scanned += size
-            found.setdefault(digest, [size]).append(os.path.join(result["folder"], name))
+            sizes[digest] = size
+            copies.setdefault(digest, []).append(os.path.join(result["folder"], name))
         context.checkpoint()
-    groups = sorted(((size * (len(paths) - 1), digest, size, paths) for digest, (size, *paths) in found.items()
-                     if len(paths) > 1 and size), reverse=True)
+    groups = sorted(((sizes[digest] * (len(paths) - 1), digest) for digest, paths in copies.items()
+                     if len(paths) > 1 and sizes[digest]), reverse=True)
     context.progress(1, 1, f"{len(groups):,} groups of duplicates")
-    return {"folder": folder, "folders": len({path for _, path, _ in parts}), "files": files, "bytes": scanned,
-            "unreadable": unreadable, "duplicate_groups": len(groups), "wasted_bytes": sum(group[0] for group in groups),
-            "largest_groups": [{"sha256": digest, "size": size, "copies": len(paths), "paths": sorted(paths)[:5]}
-                               for _, digest, size, paths in groups[:20]]}
+    return {"folder": folder, **counts, "bytes": sum(sizes[digest] * len(paths) for digest, paths in copies.items()),
+            "duplicate_groups": len(groups), "wasted_bytes": sum(wasted for wasted, _ in groups),
+            "largest_groups": [{"sha256": digest, "size": sizes[digest], "copies": len(copies[digest]),
+                                "paths": sorted(copies[digest])[:5]} for _, digest in groups[:20]]}
+
+
+def _submit_children(folder: str) -> dict[str, int]:
+    """Look at all folders, then submit a child for every thousand files in each; return what there is."""
+    context = current_job()
+    parts, counts = [], {"folders": 0, "files": 0, "unreadable": 0}
+    for path, size, names, unreadable in _folders(folder):
+        parts += [(size, path, names[i:i + 1_000]) for i in range(0, len(names), 1_000)]
+        counts["folders"] += bool(names)
+        counts["files"] += len(names)
+        counts["unreadable"] += unreadable
+        context.progress(0, message=f"looking: {counts['files']:,} files in {counts['folders']:,} folders")
+        context.checkpoint()
+    largest = max(parts, default=(0, "", []))[1]
+    submit_many(fingerprint_files, [(path, names) for _, path, names in parts if path != largest])
+    options(low_priority=True).submit_many(fingerprint_files, [(path, names) for _, path, names in parts if path == largest])
+    context.progress(0, 1, f"{counts['files']:,} files in {counts['folders']:,} folders")
+    context.checkpoint(state=counts)
+    return counts
 
 
 def _folders(folder: str) -> Iterator[tuple[str, int, list[str], int]]:
@@ -4657,10 +4666,11 @@ def fingerprint_files(folder: str, names: list[str]) -> dict[str, Any]:
 
 def _follow(job: Job, out: Any) -> dict[str, Any]:
     """Draw a progress bar on a terminal until the job is over or stopped; return its info."""
+    import shutil
     info = job.info()
     while info["status"] not in OVER and info["status"] != STOPPED:
         if out.isatty():
-            width = os.get_terminal_size(out.fileno()).columns
+            width = shutil.get_terminal_size().columns
             out.write("\r\x1b[K" + progress_line(info, width))
             out.flush()
         try:
