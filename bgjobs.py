@@ -643,7 +643,7 @@ STILL_ACTIVE = "SELECT status FROM bgjobs_jobs WHERE id = :id AND attempt = :att
 END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
     duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
     state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
-    started_at = CASE WHEN attempt = :unspent THEN NULL ELSE started_at END,
+    started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
     queue = :queue, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
 SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
     WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
@@ -672,8 +672,8 @@ MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, phase = :phas
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
 RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, pace = NULL, message = NULL,
     result = NULL, error = NULL, own_errors = 0, returned = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
-    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_pace = NULL,
-    created_at = created_at WHERE id = :id"""
+    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_pace = NULL
+    WHERE id = :id"""
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
@@ -682,11 +682,12 @@ INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?,
 
 DUE = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
     AND queue IS NULL AND status = 'pending' AND phase IS NOT 'unknown function' LIMIT 1000"""
-NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'"
+NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending' " \
+    "AND phase IS NOT 'unknown function'"
 PARKED_NAMES = "SELECT DISTINCT name FROM bgjobs_jobs WHERE phase = 'unknown function'"
 PARKED = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE phase = 'unknown function' AND name = :name
     AND status = 'pending' LIMIT 1000"""
-MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, phase = NULL, run_at = run_at WHERE id = :id"
+MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, phase = NULL WHERE id = :id"
 
 ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at) VALUES (:pid, :host, :workers, :now,
     :now)"""
@@ -895,7 +896,8 @@ class Transaction:
     # the end of attempts
 
     def finish(self, attempts: list[Attempt]) -> None:
-        """Record the outcomes of attempts. One that was superseded is left out; its `recorded` stays False."""
+        """Record the outcomes of attempts. One that was superseded is left out."""
+        self.apply()                                    # the children that this transaction submitted count
         plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children]
         if plain:
             rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
@@ -1010,15 +1012,16 @@ class Transaction:
             tree_at = self.now
             tree_progress += change.progress
         vtime += change.charge
+        idle = lane is None
         if change.relane:
             lane = self.execute(BEST_LANE, {"root": job_id}).fetchone()[0]
         if change.wake is not None:
-            if lane is None:
+            if idle:
                 vtime = entry_tag(vtime, self.execute(CLOCK).fetchone()[0])
             lane = change.wake if lane is None else min(lane, change.wake)
         self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
                                  tree_at, tree_pace, lane, vtime, job_id))
-        if open_ == 0 and returned and status == RUNNING:
+        if open_ == 0 and returned and status in (RUNNING, STOPPED):
             self._close(job_id, parent_id, root_id or job_id, status, error, duration, since, progress)
 
     def _close(self, job_id: int, parent_id: int | None, root_id: int, status: str, error: str | None, duration: float,
@@ -1061,7 +1064,7 @@ class Transaction:
         if why or top["status"] not in TRANSITIONS[operation]:
             raise refusal(job, top["status"], operation, allowed, why if top["status"] in TRANSITIONS[operation] else "")
         active = next((row["id"] for row in tree if row["status"] in ACTIVE and row is not top), None)
-        if operation == "cancel" and active is not None:
+        if operation in ("cancel", "restart") and active is not None:
             raise refusal(job, top["status"], operation, [], f"its descendant job {active} is still running; stop it first")
         if top["key"] and top["status"] in OVER and top["parent_id"] is None:
             holder = self.execute(ROOT_WITH_KEY, {"key": top["key"]}).fetchone()
@@ -1090,6 +1093,8 @@ class Transaction:
                 new = STOPPED
             if new == STOPPED:
                 since = None
+                if not row["returned"]:
+                    self._change(root_id).charge += int(ran * 1e6) - row["charge"]
         if operation == "resume" and row["returned"] and status == STOPPED:
             new, since = RUNNING, self.now              # waits for its children again
         elif operation == "resume" and row["returned"]:
@@ -1105,7 +1110,7 @@ class Transaction:
         self._moved(row["id"], row["parent_id"], root_id, status, new, row["progress"])
         change = self._change(root_id)
         change.relane = True
-        if new == RUNNING:
+        if row["returned"]:
             self._change(row["id"])                     # its last child may be over already: apply() looks
         if queue is not None:
             self._wake(root_id, queue)
@@ -1123,6 +1128,7 @@ class Transaction:
         if not descendants:
             return
         ids = [(row["id"],) for row in descendants]
+        self.over += [row["id"] for row in descendants]  # who waits for one of them learns that it is gone
         self.executemany(DELETE_JOB, ids)
         self.executemany(DELETE_LOGS, ids)
         self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
@@ -1495,7 +1501,10 @@ class Store:
         for ticket in batch:
             ticket.done = True
         for callback in tx.after_commit:
-            callback()
+            try:
+                callback()
+            except Exception:                             # it is committed: nothing may make it look failed
+                _log.exception("bgjobs on %s: trouble after a commit", self.path)
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, sqlite3.Error):
@@ -1598,7 +1607,7 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     for name, value in filters.items():
         if name not in FILTERS:
             raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    if "status" in filters:
+    if filters.get("status") is not None:
         statuses = [filters["status"]] if isinstance(filters["status"], str) else list(filters["status"])
         for status in statuses:
             if status not in STATUSES:
@@ -1626,10 +1635,12 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             where.append(f"created_at {sign} :{name}")
             parameters[name] = float(filters[name])
     if filters.get("q"):
-        where.append("(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(args, '') || ' ' || "
-                     "ifnull(kwargs, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q) > 0)")
+        where.append(
+            "(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)"
+            " OR instr(ifnull(options, ''), '\"secret\"') = 0 AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))")
         text = _text(filters["q"])
-        parameters.update(q=text.lower(), number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
+        parameters.update(q=text.lower(), json=_dump(text)[1:-1].lower(),      # arguments are ASCII, the rest is escaped
+                          number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
     return where, parameters
 
 
@@ -1725,6 +1736,7 @@ class Pool:
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
                  claim: Callable[[], None]) -> None:
         self.size = size
+        self._reserve = 1 if size > 1 else 0              # places that low priority never takes
         self._execute = execute
         self._settle, self._claim = settle, claim         # settle tells whether to claim at once
         # `_changed` guards everything below; no user code and no SQL runs under it.
@@ -1745,11 +1757,10 @@ class Pool:
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._changed:
             waiting = list(self._queue)
-            reserve = 1 if self.size > 1 else 0
-            low = self._low_busy + sum(attempt.low_priority for attempt in waiting)
+            low = self._low_busy + sum(attempt.low_priority for attempt in (*waiting, *self._returning))
             long = sum(attempt.has_place and 0 < attempt.begun < long_since for attempt in self._executing)
             free = self.size - self._busy - len(self._returning) - len(waiting)
-            return free, self.size - reserve - low, self.size - long, waiting
+            return free, self.size - self._reserve - low, self.size - long, waiting
 
     def take_back_stuck(self) -> list[Attempt]:
         """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
@@ -1771,10 +1782,15 @@ class Pool:
 
     def _give_places(self) -> list[threading.Thread]:
         """Hand the free places out; return the threads to start for them. Called under the lock."""
-        while self._busy < self.size and (self._queue or self._returning):
-            if self._returning and (self._returning_first or not self._queue):
-                attempt = self._returning.popleft()
+        while self._busy < self.size:
+            full = self._low_busy >= self.size - self._reserve
+            back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
+            if back is not None and (self._returning_first or not self._queue):
+                attempt = back
+                self._returning.remove(attempt)
                 attempt.place.set()                       # type: ignore[union-attr]
+            elif not self._queue:
+                break
             else:
                 attempt = self._queue.popleft()
                 self._handed.append(attempt)
@@ -1791,10 +1807,15 @@ class Pool:
         self._threads.update(starting)
         return starting
 
-    @staticmethod
-    def _start(threads: list[threading.Thread]) -> None:
+    def _start(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:                 # the service thread's put([]) tries again
+                _log.error("bgjobs: %s", error)
+                with self._changed:
+                    self._idle -= 1
+                    self._threads.discard(thread)
 
     def _work(self) -> None:
         """What a worker thread does: execute, have the outcome recorded, take the next job over with the place."""
@@ -1852,7 +1873,7 @@ class Pool:
     def abandon(self, attempt: Attempt) -> None:
         """Take the place of a force-stopped attempt away. Its thread ends with it; another takes its part."""
         with self._changed:
-            if attempt.abandoned or not attempt.begun:
+            if attempt.abandoned or attempt not in self._executing:
                 return
             attempt.abandoned = True
             self.abandoned += 1
@@ -1995,11 +2016,16 @@ class Attempt(JobContext):
         """The microseconds by which the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
 
+    def fail(self, error: BaseException) -> None:
+        """Make this error the attempt's outcome."""
+        self.outcome, self.exception, self.result = RAISED, error, None
+        self.error = dump_error(type(error).__qualname__, _text(error), _traceback_of(error))
+
     # stopping
 
-    def request_stop(self, reason: str = HALTED) -> None:
+    def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
         """Have JobStopped raised at the next checkpoint; `reason` is the outcome then. From any thread."""
-        if reason == HALTED and not self.options.get("stoppable", True):
+        if not force and not self.options.get("stoppable", True):
             return
         self.reason = reason
         self.stop_requested = True
@@ -2065,7 +2091,9 @@ class Attempt(JobContext):
             if self.stop_requested:
                 raise JobStopped(f"job {self.id} was asked to stop")
             yield item
-            positions[loop] = done = done + 1
+            done += 1
+            positions[loop:] = [done]                     # the loops inside this turn are done with: the next turn's are new
+            self._loops = loop + 1
             if time.monotonic() - self._saved_at > 0.1:
                 self._save(None)
         self.progress(done, total)
@@ -2079,16 +2107,17 @@ class Attempt(JobContext):
     # progress and log
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        fraction = min(1.0, max(0.0, done / total)) if total else None
+        fraction = min(1.0, max(0.0, float(done) / float(total))) if total else None
         if message is None and not total:
             message = f"{done:,} done"
         self._progress = (fraction, message)
 
     def progress_to_save(self) -> tuple[float | None, float | None, str | None] | None:
         """Return (progress, pace, message) if they changed since the last call."""
-        if self._progress is None:
+        newest, self._progress = self._progress, None     # two threads may ask: one gets it
+        if newest is None:
             return None
-        (fraction, message), self._progress = self._progress, None
+        fraction, message = newest
         now = time.monotonic() - self.begun
         if fraction is not None:
             before, at = self._pace_from
@@ -2346,7 +2375,7 @@ class Job(Future):                                        # type: ignore[type-ar
                 self._wait(timeout, lambda: self._state != "PENDING")
                 return
             with attempt.woken_by_stop(_Notifier(self._condition)):
-                self._runner._wait_in_job(attempt, lambda seconds: self._wait(
+                attempt.runner._wait_in_job(attempt, lambda seconds: self._wait(
                     seconds, lambda: self._state != "PENDING" or attempt.stop_requested), timeout)
             attempt.raise_if_stopped()
 
@@ -2370,11 +2399,9 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def _complete(self) -> None:
         """Take the outcome over from the store, once. Wakes who waits; callbacks are called in a thread of their own."""
-        try:
-            row = self._runner._store.read(OUTCOME_OF, {"id": self.id})[0]
-        except IndexError:
-            return
-        if row["status"] not in OVER:
+        rows = self._runner._store.read(OUTCOME_OF, {"id": self.id})
+        row = rows[0] if rows else {"status": "removed"}
+        if row["status"] not in (*OVER, "removed"):
             return
         condition = self._made_condition()
         with condition:
@@ -2385,7 +2412,9 @@ class Job(Future):                                        # type: ignore[type-ar
                 for waiter in self._waiters:
                     waiter.add_cancelled(self)
             else:
-                if row["status"] == FINISHED:
+                if row["status"] == "removed":
+                    self._exception = BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
+                elif row["status"] == FINISHED:
                     self._result = decode(row["result"])
                 else:
                     self._exception = self._runner._exception_of(self.id, row)
@@ -2408,6 +2437,7 @@ SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait 
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
 HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
+LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 
@@ -2526,11 +2556,13 @@ class Runner(Submitter, Executor):
 
     def _register(self) -> int:
         import socket
-        presence = _presence()
         row = {"pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers}
-        runner_id = self._store.write(lambda tx: tx.execute(ADD_RUNNER, {**row, "now": tx.now}).lastrowid)
-        presence.appear(self._store.path, runner_id)
-        return runner_id
+
+        def register(tx: Transaction) -> int:
+            runner_id = tx.execute(ADD_RUNNER, {**row, "now": tx.now}).lastrowid
+            _presence().appear(self._store.path, runner_id)       # the lock is held before anybody can see the row
+            return runner_id
+        return self._store.write(register)
 
     # the hot path: submit, claim, execute, finish
 
@@ -2600,8 +2632,6 @@ class Runner(Submitter, Executor):
             new.run_at = _unix(given["run_at"])
         elif given.get("delay"):
             new.run_at = self._clock() + given["delay"]
-        if new.run_at is not None and self._service is not None:
-            self._service.expect(new.run_at)
         kept = {name: given[name] for name in _KEPT if name in given}
         if kept.get("secret"):
             kept["secret"] = _secret_places(fn, kept["secret"])
@@ -2622,7 +2652,7 @@ class Runner(Submitter, Executor):
         ended = self._settling = self._settling + [self._ended.popleft() for _ in range(len(self._ended))]
         if ended:
             tx.finish(ended)
-        lines = list(itertools.islice(self._lines, 2_000)) if self._lines else []
+        lines = list(itertools.islice(self._lines, LINES_A_WRITE)) if self._lines else []
         if lines:
             tx.executemany(INSERT_LOG, lines)
         claims: list[Attempt] = []
@@ -2667,30 +2697,32 @@ class Runner(Submitter, Executor):
         if attempt.stop_requested:
             attempt.outcome = UNSPENT
             return
-        function = _registry.find(attempt.name)
-        if function is None:
-            attempt.outcome = UNKNOWN
-            return
         attempt.begun = time.monotonic()
         attempt.thread = threading.get_ident()
         try:
-            value = contextvars.Context().run(self._call, attempt, function)
+            function = _registry.find(attempt.name)
+            if function is None:
+                attempt.outcome = UNKNOWN
+            else:
+                value = contextvars.Context().run(self._call, attempt, function)
+                attempt.result = None if value is None else self._encoded_result(attempt, value)
+                attempt.outcome = RETURNED
         except JobStopped:
             attempt.outcome = attempt.reason
         except BaseException as error:
-            attempt.outcome, attempt.exception = RAISED, error
-            attempt.error = dump_error(type(error).__qualname__, _text(error), _traceback_of(error))
-        else:
-            try:
-                attempt.result = None if value is None else encode(value, "the result")
-                attempt.outcome = RETURNED
-            except TypeError as error:
-                attempt.outcome, attempt.exception = RAISED, TypeError(f"{attempt.name} returned, but {error}")
-                attempt.error = dump_error("TypeError", _text(attempt.exception), "")
+            attempt.fail(error)
         attempt.thread = None
         attempt.ran = time.monotonic() - attempt.begun
         attempt.worked = max(0.0, attempt.ran - attempt.waited)
-        self._costs.record(attempt.name, attempt.worked)
+        if attempt.outcome != UNKNOWN:
+            self._costs.record(attempt.name, attempt.worked)
+
+    @staticmethod
+    def _encoded_result(attempt: Attempt, value: Any) -> str:
+        try:
+            return encode(value, "the result")
+        except BaseException as error:                    # whatever the value's own methods raise
+            raise TypeError(f"{attempt.name} returned, but {_text(error)}") from None
 
     @staticmethod
     def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
@@ -2744,6 +2776,8 @@ class Runner(Submitter, Executor):
         """Return the handle of a job. KeyError: there is none with this id."""
         if isinstance(job_id, bool) or not isinstance(job_id, int):
             raise TypeError(f"a job id is an int, got {_short(job_id)}")
+        if not 0 < job_id < 1 << 63:
+            raise KeyError(f"there is no job {job_id} in {self.path}")
         self._status(job_id)
         return Job(self, job_id)
 
@@ -2788,7 +2822,7 @@ class Runner(Submitter, Executor):
             for moved_id in moved:
                 attempt = self._attempts.get(moved_id)
                 if attempt is not None:
-                    attempt.request_stop()
+                    attempt.request_stop(force=operation == "force_stop")
                     if operation == "force_stop":
                         self._abandon(attempt)
         if operation == "restart" or handle is None or operation == "resume" and handle._state != "PENDING":
@@ -2835,6 +2869,7 @@ class Runner(Submitter, Executor):
             del handle
             with self._handle_lock:
                 self._callbacks_left -= 1
+        self._callback_thread = None
 
     def _complete_handles(self, job_ids: Iterable[int]) -> None:
         for job_id in job_ids:
@@ -2853,9 +2888,9 @@ class Runner(Submitter, Executor):
             watched = list(self._watched)
         for start in range(0, len(watched), 500):
             some = ",".join(map(str, watched[start:start + 500]))
-            over = self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({some}) AND status IN "
-                                    f"('finished', 'failed', 'cancelled')")
-            self._complete_handles([row[0] for row in over])
+            going_on = {row[0] for row in self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({some}) AND status IN "
+                                                           f"('pending', 'running', 'stopping', 'stopped')")}
+            self._complete_handles([job_id for job_id in watched[start:start + 500] if job_id not in going_on])
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         """Wait in a job of this runner, its worker's place given away. In `drain` the jobs waited for run here."""
@@ -2981,6 +3016,8 @@ class Runner(Submitter, Executor):
 
     def _close(self, deadline: float) -> None:
         self._shut = self._shut_claims = True
+        with contextlib.suppress(StoreError):
+            self._store.write(lambda tx: None)            # who leads now may be claiming still: after this nobody is
         self._ended.extend(self._pool.take_back())
         for attempt in list(self._attempts.values()):
             attempt.request_stop(RELEASED)
@@ -3016,8 +3053,9 @@ class Runner(Submitter, Executor):
     # what comes by the clock, or from other processes: called by the service thread
 
     def _ensure_service(self) -> None:
-        if self._service is None or not self._service.alive:
-            self._service = _Service(self)
+        with self._handle_lock:
+            if self._service is None or not self._service.alive:
+                self._service = _Service(self)
 
     def _nudge_service(self) -> None:
         if self._service is not None:
@@ -3034,7 +3072,7 @@ class Runner(Submitter, Executor):
             if row is None or row["attempt"] != attempt.number:
                 if self._attempts.get(attempt.id) is attempt and attempt not in self._ended and attempt not in self._settling \
                         and attempt.thread is not None:
-                    attempt.request_stop()
+                    attempt.request_stop(force=True)
                     self._abandon(attempt)
             elif row["status"] == STOPPING:
                 attempt.request_stop()
@@ -3047,6 +3085,8 @@ class Runner(Submitter, Executor):
                 for attempt, new in changed:
                     tx.save_progress(attempt, *new)
             self._store.write(save)
+            while len(self._lines) >= LINES_A_WRITE:
+                self._store.write(lambda tx: None)        # they ride along
         if self._lines_dropped:
             _log.warning("%d log lines of jobs were dropped: they came faster than the disk takes them", self._lines_dropped)
             self._lines_dropped = 0
@@ -3065,10 +3105,8 @@ class Runner(Submitter, Executor):
     def _recover_dead(self) -> None:
         """Take the jobs of dead processes back."""
         presence = _presence()
-        known = {row["id"] for row in self._store.read(RUNNERS)}
-        dead = [runner for runner in known if runner != self._id and presence.is_dead(self.path, runner)]
-        dead += [row["owner"] for row in self._store.read(ORPHANED) if row["owner"] != self._id]
-        for runner in dead:
+        known = {row[0] for sql in (RUNNERS, ORPHANED) for row in self._store.read(sql)} - {self._id}
+        for runner in [runner for runner in known if presence.is_dead(self.path, runner)]:
             taken = self._store.write(lambda tx: tx.recover(runner))
             if taken:
                 _log.warning("took back %d jobs of a process that died", taken)
@@ -3160,10 +3198,6 @@ class _Service:
             self._soon = True
             self._event.set()
 
-    def expect(self, run_at: float) -> None:
-        """Tell of a job that is about to be stored with this due time."""
-        self._look_at_due = True
-
     def _run(self) -> None:
         runner, store = self._runner, self._runner._store
         version, last_flush, last_second = -1, 0.0, 0.0
@@ -3226,6 +3260,7 @@ class _Service:
         if runner._costs.changed:
             means = runner._costs.take_changed()
             runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
+        runner._pool.put([])                              # starts threads that could not be started before
         runner._charge_long_ones()
         runner._recover_dead()
         runner._release_lost_claims()
@@ -4347,7 +4382,7 @@ class Page:
 
     def _list(self, query: dict[str, str]) -> dict[str, Any]:
         runner, filters = self._runner, _filters(query)
-        limit = min(_number(query, "limit", 50), LIST_LIMIT)
+        limit = max(1, min(_number(query, "limit", 50), LIST_LIMIT))
         before = _number(query, "before", 0) or None
         try:
             rows = runner._store.find(filters, limit + 1, before)
@@ -4404,15 +4439,17 @@ class Page:
                 refused.append({"id": job_id, "why": f"there is no job {job_id}"})
         answer = {"done": done, "refused": refused}
         if "ids" in body and len(ids) == 1 and refused:
-            raise _Refused(409, refused[0]["why"], answer)
+            raise _Refused(404 if refused[0]["why"].startswith("there is no") else 409, refused[0]["why"], answer)
         return answer
 
     def _matching(self, given: Any) -> Iterator[int]:
         """Yield the ids that pass a filter, newest first, a page at a time."""
         if not isinstance(given, dict) or not all(isinstance(v, (str, int, float, bool, type(None))) for v in given.values()):
             raise _Refused(400, "filter must be an object like the parameters of api/jobs")
-        filters = _filters({name: str(value).lower() if isinstance(value, bool) else str(value)
-                            for name, value in given.items() if value is not None})
+        if {"before", "limit"} & set(given):
+            raise _Refused(400, "an operation applies to all that match: before and limit have no place in its filter")
+        filters = _filters({name: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
+                            for name, value in given.items() if value is not None or name == "parent"})
         before = None
         while True:
             try:
