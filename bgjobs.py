@@ -624,7 +624,7 @@ ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NU
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key AND key IS NOT NULL
     AND parent_id IS NOT NULL"""
 PARENT_OF = "SELECT parent_id FROM bgjobs_jobs WHERE id = :id"
-STANDING = "SELECT status, attempt, parent_id, root_id, options FROM bgjobs_jobs WHERE id = :id"
+STANDING = "SELECT status, attempt, root_id, low_priority, run_by, options FROM bgjobs_jobs WHERE id = :id"
 
 _CLAIMED = ("id, parent_id, root_id, name, attempt, args, kwargs, state, positions, options, run_by, low_priority, total, "
             "progress, vtime, queue")
@@ -653,7 +653,7 @@ ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
     WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
 
 TREE_ROW = """SELECT status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
-    tree_pace, duration, since, lane, vtime, progress FROM bgjobs_jobs WHERE id = :id"""
+    tree_pace, duration, since, lane, vtime, progress, low_priority FROM bgjobs_jobs WHERE id = :id"""
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
 SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
@@ -705,7 +705,7 @@ class Submission:
     """One job that is to be stored: its columns, encoded, and who it comes from."""
 
     __slots__ = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "key", "run_at",
-                 "submitter", "parent_id", "attempt")
+                 "submitter", "parent_id", "author")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -713,19 +713,14 @@ class Submission:
         self.kwargs: str | None = None
         self.options: str | None = None
         self.label: str | None = None
-        self.run_by: str | None = None
-        self.low_priority = 0
+        self.run_by: str | None = None        # None: the parent's
+        self.low_priority: int | None = None  # None: the parent's
         self.system = 0
         self.key: str | None = None
         self.run_at: float | None = None
         self.submitter: int | None = None
         self.parent_id: int | None = None
-        self.attempt: int | None = None       # the parent's, when the parent itself submits: a superseded one may not
-
-    def row_after_name(self, created_at: float, queue: int | None) -> tuple[Any, ...]:
-        """Return what INSERT_ROOT takes after the name."""
-        return (queue, queue, created_at, self.run_at, self.submitter, self.low_priority, self.system, self.label,
-                self.run_by, self.key, self.options, self.args, self.kwargs)
+        self.author: tuple[int, int] | None = None      # job id and attempt, when a job submits: a superseded one may not
 
 
 class _Change:
@@ -753,8 +748,13 @@ class Transaction:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                       # parent id -> it and its ancestors, up to the root
         self._changes: dict[int, _Change] = {}
+        self._reported: dict[int, tuple[float, int]] = {}   # job id -> progress and more charge that this transaction saved
         self.over: list[int] = []                       # jobs that became over
         self.after_commit: list[Callable[[], None]] = []
+
+    def forget_changes(self) -> None:
+        """Drop what is added up and not applied, after a ROLLBACK TO."""
+        self._changes.clear()
 
     def _change(self, job_id: int) -> _Change:
         change = self._changes.get(job_id)
@@ -779,54 +779,66 @@ class Transaction:
 
     def submit(self, new: Submission) -> int:
         """Store one job and return its id; with a key, that of the job which has it already."""
-        root_id = self._admit(new) if new.parent_id is not None else None
+        root_id, low, run_by = self._admit(new)
         if new.key is not None:
             found = self.execute(ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY,
                                  {"key": new.key, "parent": new.parent_id}).fetchone()
             if found:
                 return found[0]
-        queue = new.low_priority if new.run_at is None or new.run_at <= self.now else None
+        queue = low if new.run_at is None or new.run_at <= self.now else None
+        shared = (self.now, new.run_at, new.submitter)
+        rest = (low, new.system, new.label, run_by, new.key, new.options, new.args, new.kwargs)
         if root_id is None:
-            return self.execute(INSERT_ROOT, (new.name, *new.row_after_name(self.now, queue))).lastrowid
-        row = new.row_after_name(self.now, queue)
-        job_id = self.execute(INSERT_CHILD, (new.name, queue, *row[2:5], new.parent_id, root_id, *row[5:])).lastrowid
+            return self.execute(INSERT_ROOT, (new.name, queue, queue, *shared, *rest)).lastrowid
+        job_id = self.execute(INSERT_CHILD, (new.name, queue, *shared, new.parent_id, root_id, *rest)).lastrowid
         self._adopt(new.parent_id, 1, queue)
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
-        root_id = self._admit(new) if new.parent_id is not None else None
-        queue = new.low_priority if new.run_at is None or new.run_at <= self.now else None
+        root_id, low, run_by = self._admit(new)
+        queue = low if new.run_at is None or new.run_at <= self.now else None
         first = self.execute(NEXT_ID).fetchone()[0]
         ids = range(first, first + len(arguments))
         lane, vtime = (queue, self.execute(CLOCK).fetchone()[0]) if root_id is None else (None, 0)
-        head = (new.name, queue, lane, vtime, self.now, new.run_at, new.submitter, new.parent_id, root_id, new.low_priority,
-                new.system, new.label, new.run_by, new.options)
+        head = (new.name, queue, lane, vtime, self.now, new.run_at, new.submitter, new.parent_id, root_id, low,
+                new.system, new.label, run_by, new.options)
         self.executemany(INSERT_MANY, ((job_id, *head, args) for job_id, args in zip(ids, arguments)))
         if root_id is not None:
             self._adopt(new.parent_id, len(arguments), queue)
         return ids
 
-    def _admit(self, new: Submission) -> int:
-        """Return the root's id, if the parent may have children now."""
+    def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
+        """Return the root's id (None: the job is one), low_priority and run_by, if author and parent allow the job now."""
+        if new.author is not None:
+            self.check_author(new.author)
+        if new.parent_id is None:
+            return None, new.low_priority or 0, new.run_by
         row = self.execute(STANDING, {"id": new.parent_id}).fetchone()
         if row is None:
             raise InvalidOperation(f"job {new.parent_id} does not exist any more; it takes no children")
-        status, attempt, _, root_id, _ = row
-        if new.attempt is not None and (attempt != new.attempt or status not in ACTIVE):
-            raise JobStopped(f"attempt {new.attempt} of job {new.parent_id} has been superseded")
-        if status in OVER:
-            raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no more children")
-        return root_id or new.parent_id
+        status, _, root_id, low, run_by, options = row
+        by_itself = new.author is not None and new.author[0] == new.parent_id
+        if by_itself and status == STOPPING and (decode(options) or {}).get("stoppable", True):
+            raise JobStopped(f"job {new.parent_id} was asked to stop")
+        if status in OVER or status in (STOPPING, STOPPED) and not by_itself:
+            raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no {'more ' if status in OVER else ''}children"
+                                   f"{'' if status in OVER else ' before it is resumed'}")
+        return (root_id or new.parent_id, low if new.low_priority is None else new.low_priority,
+                run_by if new.run_by is None else new.run_by)
+
+    def check_author(self, author: tuple[int, int]) -> None:
+        """Refuse what an attempt asks for that has been superseded. Raises JobStopped."""
+        row = self.execute(STANDING, {"id": author[0]}).fetchone()
+        if row is None or row[1] != author[1] or row[0] not in ACTIVE:
+            raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
     def _adopt(self, parent_id: int, count: int, queue: int | None) -> None:
         """Count new children for all their ancestors, and wake the root."""
-        line = self._lineage(parent_id)
-        for ancestor in line:
-            self._change(ancestor).total += count
+        self._count(parent_id, 0, 0, 0, 0.0, count)
         self._change(parent_id).open += count
         if queue is not None:
-            self._wake(line[-1], queue)
+            self._wake(self._lineage(parent_id)[-1], queue)
 
     def _wake(self, root_id: int, queue: int) -> None:
         change = self._change(root_id)
@@ -868,8 +880,7 @@ class Transaction:
                 singles.append((charge, owner, self.now, self.now, charge, row[0]))
                 continue
             others.append((charge, owner, self.now, self.now, row[0]))
-            for ancestor in self._lineage(row[1]):
-                self._change(ancestor).running += 1
+            self._count(row[1], 0, 0, 1, 0.0)
             change = self._change(root)
             change.charge += charge
             change.relane = True
@@ -918,17 +929,11 @@ class Transaction:
     def _ended(self, attempt: Attempt) -> None:
         """Count a leaf that FINISH has written."""
         self.over.append(attempt.id)
-        if attempt.parent_id is None:
-            return
-        line = self._lineage(attempt.parent_id)
-        gained = 1.0 - (attempt.saved_progress or 0.0)
-        for ancestor in line:
-            change = self._change(ancestor)
-            change.done += 1
-            change.running -= 1
-            change.progress += gained
-        self._change(attempt.parent_id).open -= 1
-        self._change(line[-1]).charge += attempt.correction
+        if attempt.parent_id is not None:
+            progress, charged = self._saved(attempt)
+            self._count(attempt.parent_id, 1, 0, -1, 1.0 - progress)
+            self._change(attempt.parent_id).open -= 1
+            self._change(attempt.root_id).charge += attempt.correction - charged
 
     def _end(self, attempt: Attempt) -> None:
         """Record any outcome, unless the attempt has been superseded."""
@@ -936,10 +941,9 @@ class Transaction:
         found = self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone()
         if found is None:
             return
-        progress = attempt.saved_progress
         if attempt.unsaved_progress is not None:
             self.save_progress(attempt, *attempt.unsaved_progress)
-            progress = attempt.unsaved_progress[0]
+        progress, charged = self._saved(attempt)
         row = self._row(attempt.id)
         outcome, over = attempt.outcome, row["open"] == 0
         end: dict[str, Any] = {"id": attempt.id, "ran": attempt.ran, "result": None, "error": None, "errors": 0, "queue": None,
@@ -957,7 +961,7 @@ class Transaction:
             status = STOPPED if found[0] == STOPPING else PENDING
             end["unspent"] = int(outcome != RELEASED)
             if status == PENDING:
-                end["queue"] = attempt.low_priority if outcome != UNKNOWN else None
+                end["queue"] = row["low_priority"] if outcome != UNKNOWN else None
                 end["phase"] = {RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
         if status in OVER:
             end["finished_at"] = self.now
@@ -965,25 +969,31 @@ class Transaction:
             end["since"] = self.now
         self.execute(END_ATTEMPT, {**end, "status": status})
         root_id = attempt.root_id or attempt.id
-        self._change(root_id).charge += attempt.correction
-        self._moved(attempt.id, attempt.parent_id, root_id, found[0], status, progress)
+        self._change(root_id).charge += attempt.correction - charged
+        self._moved(attempt.id, attempt.parent_id, found[0], status, progress)
         if end["queue"] is not None:
             self._wake(root_id, end["queue"])
 
-    def _moved(self, job_id: int, parent_id: int | None, root_id: int, old: str, new: str, progress: float | None) -> None:
+    def _moved(self, job_id: int, parent_id: int | None, old: str, new: str, progress: float | None) -> None:
         """Count a change of status for the ancestors."""
         if new in OVER and old not in OVER:
             self.over.append(job_id)
         if parent_id is None or old == new:
             return
-        before, after = _contribution(old, progress), _contribution(new, progress)
+        over, failed, active, gained = (after - before for after, before in
+                                        zip(_contribution(new, progress), _contribution(old, progress)))
+        self._count(parent_id, over, failed, active, gained)
+        self._change(parent_id).open -= over
+
+    def _count(self, parent_id: int | None, done: int, failed: int, running: int, progress: float, total: int = 0) -> None:
+        """Add to the counts of a job's ancestors, from its parent up."""
         for ancestor in self._lineage(parent_id):
             change = self._change(ancestor)
-            change.done += after[0] - before[0]
-            change.failed += after[1] - before[1]
-            change.running += after[2] - before[2]
-            change.progress += after[3] - before[3]
-        self._change(parent_id).open += before[0] - after[0]
+            change.done += done
+            change.failed += failed
+            change.running += running
+            change.progress += progress
+            change.total += total
 
     def _row(self, job_id: int) -> dict[str, Any]:
         cursor = self.execute(TREE_ROW, {"id": job_id})
@@ -1002,7 +1012,7 @@ class Transaction:
 
     def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
         (status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_pace,
-         duration, since, lane, vtime, progress) = row
+         duration, since, lane, vtime, progress, _) = row
         open_ += change.open
         total += change.total
         if change.progress:
@@ -1022,23 +1032,25 @@ class Transaction:
         self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
                                  tree_at, tree_pace, lane, vtime, job_id))
         if open_ == 0 and returned and status in (RUNNING, STOPPED):
-            self._close(job_id, parent_id, root_id or job_id, status, error, duration, since, progress)
+            self._close(job_id, parent_id, status, error, duration, since, progress)
 
-    def _close(self, job_id: int, parent_id: int | None, root_id: int, status: str, error: str | None, duration: float,
+    def _close(self, job_id: int, parent_id: int | None, status: str, error: str | None, duration: float,
                since: float | None, progress: float | None) -> None:
         """End a job whose function has returned and whose last child is over."""
         end = FAILED if error is not None else FINISHED
         self.execute(CLOSE_PARENT, {"id": job_id, "status": end, "now": self.now,
                                     "duration": duration + max(0.0, self.now - (since or self.now))})
-        self._moved(job_id, parent_id, root_id, status, end, progress)
+        self._moved(job_id, parent_id, status, end, progress)
 
     # operations
 
-    def operate(self, operation: str, job_id: int, by: str | None) -> list[int]:
+    def operate(self, operation: str, job_id: int, by: str | None, author: tuple[int, int] | None = None) -> list[int]:
         """Apply an operation to a job and those descendants that allow it; return the ids it was applied to.
 
         KeyError: no such job; InvalidOperation: the job's status does not allow it.
         """
+        if author is not None:
+            self.check_author(author)
         self.apply()
         cursor = self.execute(SUBTREE, {"id": job_id})
         columns = [column[0] for column in cursor.description]
@@ -1107,7 +1119,7 @@ class Transaction:
         self.execute(MOVE, {"id": row["id"], "status": new, "queue": queue, "phase": None, "since": since,
                             "finished_at": self.now if new in OVER else None, "charge": row["charge"] if new in ACTIVE else 0,
                             "ran": ran if new == STOPPED else 0.0})
-        self._moved(row["id"], row["parent_id"], root_id, status, new, row["progress"])
+        self._moved(row["id"], row["parent_id"], status, new, row["progress"])
         change = self._change(root_id)
         change.relane = True
         if row["returned"]:
@@ -1132,13 +1144,7 @@ class Transaction:
         self.executemany(DELETE_JOB, ids)
         self.executemany(DELETE_LOGS, ids)
         self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
-        for ancestor in self._lineage(top["parent_id"]):
-            change = self._change(ancestor)
-            change.total -= top["total"]
-            change.done -= top["done"]
-            change.failed -= top["failed"]
-            change.running -= top["running"]
-            change.progress -= top["tree_progress"]
+        self._count(top["parent_id"], -top["done"], -top["failed"], -top["running"], -top["tree_progress"], -top["total"])
 
     # by the clock, and after a crash
 
@@ -1159,18 +1165,19 @@ class Transaction:
     def recover(self, owner: int) -> int:
         """Take the jobs of a runner whose process died back: running to pending, stopping to stopped."""
         rows = self.execute(OWNED, {"owner": owner}).fetchall()
-        for job_id, parent_id, root_id, status, number, low, since, charge, options in rows:
-            self._take_back(job_id, parent_id, root_id, status, low, since, charge, decode(options) or {})
-            self.execute(COUNT_DEATH, {"id": job_id})
+        for row in rows:
+            self.take_back(row, "its process died")
+            self.execute(COUNT_DEATH, {"id": row[0]})
         self.execute(REMOVE_RUNNER, {"id": owner})
         return len(rows)
 
-    def _take_back(self, job_id: int, parent_id: int | None, root_id: int | None, status: str, low: int, since: float | None,
-                   charge: int, options: dict[str, Any], why: str = "its process died") -> None:
+    def take_back(self, owned: tuple[Any, ...], why: str) -> None:
+        """Supersede the attempt of a job, a row of OWNED: running to pending, stopping to stopped."""
+        job_id, parent_id, root_id, status, _, low, since, charge, options = owned
         self.apply()
         row = self._row(job_id)
         new, error = (STOPPED if status == STOPPING else PENDING), None
-        if new == PENDING and not options.get("recover", True):
+        if new == PENDING and not (decode(options) or {}).get("recover", True):
             error = dump_error("Interrupted", f"{why} while it ran, and it was declared recover=False", "")
             new = FAILED if row["open"] == 0 else RUNNING
         ran = max(0.0, self.now - (since or self.now))
@@ -1182,7 +1189,7 @@ class Transaction:
             "phase": "interrupted" if new == PENDING else None})
         root = root_id or job_id
         self._change(root).charge += int(ran * 1e6) - charge
-        self._moved(job_id, parent_id, root, status, new, row["progress"])
+        self._moved(job_id, parent_id, status, new, row["progress"])
         if queue is not None:
             self._wake(root, queue)
         self.log(job_id, logging.WARNING, f"{why}; {new} now")
@@ -1203,16 +1210,22 @@ class Transaction:
         saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "now": self.now,
                                              "progress": progress, "pace": pace, "message": message})
         if saved.rowcount == 1:
-            gained = (progress or 0.0) - (attempt.saved_progress or 0.0)
-            for ancestor in self._lineage(attempt.parent_id) if gained else ():
-                self._change(ancestor).progress += gained
-            self.after_commit.append(lambda: attempt.note_saved_progress(progress))
+            before, charged = self._saved(attempt)
+            self._count(attempt.parent_id, 0, 0, 0, (progress or 0.0) - before)
+            self._reported[attempt.id] = progress or 0.0, charged
+            self.after_commit.append(lambda: setattr(attempt, "saved_progress", progress))
 
     def add_charge(self, attempt: Attempt, more: int) -> None:
         """Charge an attempt that runs longer than estimated for what it has run by now."""
         if self.execute(ADD_CHARGE, {"id": attempt.id, "attempt": attempt.number, "more": more}).rowcount == 1:
+            before, charged = self._saved(attempt)
             self._change(attempt.root_id or attempt.id).charge += more
-            self.after_commit.append(lambda: attempt.note_charged(more))
+            self._reported[attempt.id] = before, charged + more
+            self.after_commit.append(lambda: setattr(attempt, "charge", attempt.charge + more))
+
+    def _saved(self, attempt: Attempt) -> tuple[float, int]:
+        """Return the progress that is in the file, and what this transaction has charged beyond attempt.charge."""
+        return self._reported.get(attempt.id) or (attempt.saved_progress or 0.0, 0)
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
@@ -1251,14 +1264,18 @@ _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_
 class _Ticket:
     """A write that waits for its transaction; `wake` is released when it is done, or is to lead."""
 
-    __slots__ = ("run", "value", "error", "done", "gone", "wake")
+    __slots__ = ("run", "value", "error", "done", "gone", "leads", "wake")
 
     def __init__(self, run: Callable[[Transaction], Any]) -> None:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
-        self.done = self.gone = False
+        self.done = self.gone = self.leads = False
         self.wake: Any = None
+
+
+def _do_nothing(tx: Transaction) -> None:
+    """What a transaction without a write of its own runs: what waits rides along."""
 
 
 class Store:
@@ -1387,44 +1404,37 @@ class Store:
             raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
                                "have it set a flag or start a thread instead")
         ticket = _Ticket(run)
-        with self._lock:
-            self._waiting.append(ticket)
-            leads = not self._leading
-            if leads:
-                self._leading = True
-            else:
-                ticket.wake = threading.Lock()
-                ticket.wake.acquire()
-        if not leads:
-            try:
+        try:
+            with self._lock:
+                self._waiting.append(ticket)
+                if self._leading:
+                    ticket.wake = threading.Lock()
+                    ticket.wake.acquire()
+                else:
+                    self._leading = ticket.leads = True
+            if not ticket.leads:
                 ticket.wake.acquire()                   # the leader commits this write too, or hands the lead on
-            except BaseException:
-                self._leave(ticket)
-                raise
-        if leads or not ticket.done:
-            self._lead()
+            if ticket.leads:
+                self._lead(ticket)
+        except BaseException:                           # Ctrl-C: do not count on this thread to lead
+            ticket.gone = True
+            self._hand_over(ticket)
+            raise
         if ticket.error is not None:
             raise ticket.error
         return ticket.value
 
     def kick(self) -> None:
         """Lead transactions until nothing waits for one; return at once if another thread leads already."""
+        ticket = _Ticket(_do_nothing)
         with self._lock:
             if self._leading:
                 self._again = True                      # whoever leads sees to it
                 return
-            self._leading = True
-        self._lead(until_done=True)
+            self._leading = ticket.leads = True
+        self._lead(ticket, until_done=True)
 
-    def _leave(self, ticket: _Ticket) -> None:
-        """An exception (Ctrl-C) hit the waiting thread: do not count on it to lead."""
-        with self._lock:
-            ticket.gone = True
-            handed_over = not ticket.done and ticket.wake.acquire(blocking=False)
-        if handed_over:
-            self._lead()
-
-    def _lead(self, until_done: bool = False) -> None:
+    def _lead(self, ticket: _Ticket, until_done: bool = False) -> None:
         """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
         batch: list[_Ticket] = []
         self._leader = threading.get_ident()
@@ -1440,17 +1450,24 @@ class Store:
                     break
         except BaseException:                           # Ctrl-C in the leader: the next one runs what was rolled back
             with self._lock:
-                self._waiting.extendleft(ticket for ticket in batch if not ticket.done and ticket.wake is not None)
+                self._waiting.extendleft(other for other in batch if not other.done and other is not ticket)
             self._release(batch)
             raise
         finally:
-            self._leader = 0
-            with self._lock:
-                heir = next((ticket for ticket in self._waiting if not ticket.gone), None)
+            self._hand_over(ticket)
+
+    def _hand_over(self, ticket: _Ticket) -> None:
+        """Give the lead, if this ticket has it, to the first waiting thread, or up."""
+        heir, left = None, False
+        with self._lock:
+            if ticket.leads:
+                ticket.leads, self._leader = False, 0
+                heir = next((other for other in self._waiting if not other.gone), None)
                 self._leading = heir is not None
+                if heir is not None:
+                    heir.leads = True
+                    heir.wake.release()
                 left = self._again and heir is None
-            if heir is not None:
-                heir.wake.release()
         if left:
             self.backlog()
 
@@ -2127,12 +2144,6 @@ class Attempt(JobContext):
             self._pace_from = (fraction, now)
         return fraction, self._pace, message and _text(message, 500)
 
-    def note_saved_progress(self, progress: float | None) -> None:
-        self.saved_progress = progress
-
-    def note_charged(self, more: int) -> None:
-        self.charge += more
-
     @property
     def log(self) -> logging.Logger:
         if self._logger is None:
@@ -2149,7 +2160,7 @@ class _JobLogger(logging.Logger):
         self._attempt = attempt
 
     def callHandlers(self, record: logging.LogRecord) -> None:
-        self._attempt.runner._keep_log_line(self._attempt.id, record)
+        self._attempt.runner._keep_log_line(self._attempt, record)
         if self.parent.isEnabledFor(record.levelno):
             self.parent.callHandlers(record)
 
@@ -2167,7 +2178,7 @@ def _capture_log_records() -> None:
         record = make_record(*args, **kwargs)
         attempt = _current.get()
         if attempt is not None and record.name != "bgjobs.job":
-            attempt.runner._keep_log_line(attempt.id, record)
+            attempt.runner._keep_log_line(attempt, record)
         return record
     make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
     logging.setLogRecordFactory(make_and_keep)
@@ -2610,14 +2621,12 @@ class Runner(Submitter, Executor):
         new.submitter = self._id
         if given:
             self._apply_options(new, fn, given)
-        if "parent" not in given and attempt is not None:
+        if attempt is not None:
             attempt.raise_if_stopped()
-            attempt.has_children = True
-            new.parent_id, new.attempt = attempt.id, attempt.number
-            if "run_by" not in given:
-                new.run_by = attempt.run_by
-            if "low_priority" not in given:
-                new.low_priority = attempt.low_priority
+            new.author = attempt.id, attempt.number
+            if "parent" not in given:
+                new.parent_id = attempt.id
+                attempt.has_children = True
         return new
 
     def _apply_options(self, new: Submission, fn: Callable[..., Any], given: dict[str, Any]) -> None:
@@ -2627,7 +2636,8 @@ class Runner(Submitter, Executor):
         for name in ("label", "run_by", "key"):
             value = given.get(name)
             setattr(new, name, None if value is None else _text(value, 500))
-        new.low_priority, new.system = int(given.get("low_priority", False)), int(given.get("system", False))
+        new.low_priority = int(given["low_priority"]) if "low_priority" in given else None
+        new.system = int(given.get("system", False))
         if "run_at" in given:
             new.run_at = _unix(given["run_at"])
         elif given.get("delay"):
@@ -2639,18 +2649,19 @@ class Runner(Submitter, Executor):
             new.options = json.dumps(kept, separators=(",", ":"))
         parent = given.get("parent")
         if parent is not None:
-            info = parent.info()
             new.parent_id = parent.id
-            new.run_by = given.get("run_by", info["run_by"])
-            new.low_priority = int(given.get("low_priority", info["low_priority"]))
             running = self._attempts.get(parent.id)
             if running is not None:
                 running.has_children = True
 
     def _ride(self, tx: Transaction) -> None:
         """Take what waits into a transaction: outcomes of attempts, log lines, and claims for free places."""
-        ended = self._settling = self._settling + [self._ended.popleft() for _ in range(len(self._ended))]
-        if ended:
+        again = self._settling                           # the last transaction failed with these
+        ended = self._settling = again + [self._ended.popleft() for _ in range(len(self._ended))]
+        if again:
+            for attempt in ended:
+                self._finish_with_care(tx, attempt)
+        elif ended:
             tx.finish(ended)
         lines = list(itertools.islice(self._lines, LINES_A_WRITE)) if self._lines else []
         if lines:
@@ -2660,6 +2671,22 @@ class Runner(Submitter, Executor):
             claims = self._claim(tx)
         if ended or lines or claims or tx.over:
             tx.after_commit.append(lambda: self._committed(tx, len(lines), claims))
+
+    def _finish_with_care(self, tx: Transaction, attempt: Attempt) -> None:
+        """Record one outcome; one that cannot be recorded becomes a failure, so that it holds nobody else up."""
+        tx.execute("SAVEPOINT outcome")
+        try:
+            tx.finish([attempt])
+            tx.apply()
+        except sqlite3.OperationalError:                  # the disk's trouble, not the outcome's
+            raise
+        except Exception as error:
+            tx.execute("ROLLBACK TO outcome")
+            tx.forget_changes()
+            attempt.unsaved_progress = None
+            attempt.fail(error)
+            tx.finish([attempt])
+        tx.execute("RELEASE outcome")
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free places, and some ahead of free workers while they are known to be short."""
@@ -2757,8 +2784,10 @@ class Runner(Submitter, Executor):
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             self._exceptions.popitem(last=False)
 
-    def _keep_log_line(self, job_id: int, record: logging.LogRecord) -> None:
+    def _keep_log_line(self, attempt: Attempt, record: logging.LogRecord) -> None:
         """Take a log record into the job's log; written with the next transaction, within a second."""
+        if self._attempts.get(attempt.id) is not attempt:
+            return                                        # superseded
         if len(self._lines) >= LOG_BUFFER:
             self._lines_dropped += 1
             return
@@ -2768,7 +2797,7 @@ class Runner(Submitter, Executor):
                 message += "\n" + _traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{record.msg!r} could not be formatted: {_text(error)}"
-        self._lines.append((job_id, record.created, record.levelno, _text(message)))
+        self._lines.append((attempt.id, record.created, record.levelno, _text(message)))
 
     # reading and operating
 
@@ -2814,17 +2843,19 @@ class Runner(Submitter, Executor):
         by = None if by is None else _text(by, 200)
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
+        attempt = _current.get()
+        author = (attempt.id, attempt.number) if attempt is not None and attempt.runner is self else None
         try:
-            moved = self._store.write(lambda tx: tx.operate(operation, job_id, by))
+            moved = self._store.write(lambda tx: tx.operate(operation, job_id, by, author))
         except KeyError:
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
         if operation in ("stop", "force_stop"):
             for moved_id in moved:
-                attempt = self._attempts.get(moved_id)
-                if attempt is not None:
-                    attempt.request_stop(force=operation == "force_stop")
+                stopped = self._attempts.get(moved_id)
+                if stopped is not None:
+                    stopped.request_stop(force=operation == "force_stop")
                     if operation == "force_stop":
-                        self._abandon(attempt)
+                        self._abandon(stopped)
         if operation == "restart" or handle is None or operation == "resume" and handle._state != "PENDING":
             return Job(self, job_id)
         return handle
@@ -3017,7 +3048,7 @@ class Runner(Submitter, Executor):
     def _close(self, deadline: float) -> None:
         self._shut = self._shut_claims = True
         with contextlib.suppress(StoreError):
-            self._store.write(lambda tx: None)            # who leads now may be claiming still: after this nobody is
+            self._store.write(_do_nothing)            # who leads now may be claiming still: after this nobody is
         self._ended.extend(self._pool.take_back())
         for attempt in list(self._attempts.values()):
             attempt.request_stop(RELEASED)
@@ -3026,7 +3057,7 @@ class Runner(Submitter, Executor):
             while self._attempts and time.monotonic() < deadline:
                 time.sleep(0.005)
             self._flush_progress()
-            self._give_back(list(self._attempts.values()))
+            self._give_back("its process was closed", lambda job_id: False)
             self._store.write(lambda tx: (tx.executemany(SAVE_COST, self._costs.take_changed()),
                                           tx.execute(REMOVE_RUNNER, {"id": self._id})))
         for server in self._servers:
@@ -3039,12 +3070,13 @@ class Runner(Submitter, Executor):
         self._pool.close(0.2)
         self._to_call_back.put(None)
 
-    def _give_back(self, attempts: list[Attempt]) -> None:
-        """Supersede attempts that go on: their jobs are pending again, for another process."""
+    def _give_back(self, why: str, keep: Callable[[int], bool]) -> None:
+        """Make jobs pending again that this runner has claimed, but those to keep; their attempts are superseded."""
         def release(tx: Transaction) -> None:
             for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
-                tx._take_back(*row[:4], *row[5:8], decode(row[8]) or {}, "its process was closed")
-        if attempts:
+                if not keep(row[0]):
+                    tx.take_back(row, why)
+        if any(not keep(row["id"]) for row in self._store.read(OWNED, {"owner": self._id})):
             self._store.write(release)
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -3086,7 +3118,7 @@ class Runner(Submitter, Executor):
                     tx.save_progress(attempt, *new)
             self._store.write(save)
             while len(self._lines) >= LINES_A_WRITE:
-                self._store.write(lambda tx: None)        # they ride along
+                self._store.write(_do_nothing)        # they ride along
         if self._lines_dropped:
             _log.warning("%d log lines of jobs were dropped: they came faster than the disk takes them", self._lines_dropped)
             self._lines_dropped = 0
@@ -3110,15 +3142,6 @@ class Runner(Submitter, Executor):
             taken = self._store.write(lambda tx: tx.recover(runner))
             if taken:
                 _log.warning("took back %d jobs of a process that died", taken)
-
-    def _release_lost_claims(self) -> None:
-        """Give back what was claimed but never reached the pool (Ctrl-C right after a commit)."""
-        def release(tx: Transaction) -> None:
-            for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
-                if row[0] not in self._attempts:
-                    tx._take_back(*row[:4], *row[5:8], decode(row[8]) or {}, "its claim was lost")
-        if any(row["id"] not in self._attempts for row in self._store.read(OWNED, {"owner": self._id})):
-            self._store.write(release)
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
@@ -3263,7 +3286,7 @@ class _Service:
         runner._pool.put([])                              # starts threads that could not be started before
         runner._charge_long_ones()
         runner._recover_dead()
-        runner._release_lost_claims()
+        runner._give_back("its claim was lost", runner._attempts.__contains__)     # by Ctrl-C, right after a commit
         runner._unpark_known()
 
 
