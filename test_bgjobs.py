@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import datetime
 import decimal
+import fractions
 import functools
 import gc
 import http.client
@@ -84,6 +85,12 @@ def idle(make):
 def rows(runner, sql, *parameters):
     with contextlib.closing(sqlite3.connect(runner.path)) as db:
         return db.execute(sql, parameters).fetchall()
+
+
+def claimed(runner, count):
+    """Claim jobs as a runner does, and run nothing."""
+    claims = runner._store.write(lambda tx: tx.claim(runner._id, count, count, 0, 0.0, count, runner._costs))
+    return [bgjobs.Attempt(runner, claim) for claim in claims]
 
 
 def consistent(runner):
@@ -490,6 +497,7 @@ class TestFunctions:
         jobs = [secret.submit(add, 1, 271828), secret.submit(add, 1, b=271828)]
         for job in jobs:
             assert "271828" not in json.dumps(job.info())
+        assert idle.jobs(q="2718") == [] and len(idle.jobs(q="test_bgjobs.add")) == 2
         assert jobs[0].args == [1, bgjobs.MASK] and jobs[1].kwargs == {"b": bgjobs.MASK}
         idle.drain()
         assert jobs[0].result() == 271829
@@ -890,6 +898,62 @@ class TestStore:
             assert time.monotonic() - begun < 5
             other.execute("ROLLBACK")
 
+    def test_runners_that_start_together_never_take_each_other_for_dead(self, path):
+        code = """
+            import sys, time, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            job = runner.submit(test_bgjobs.nap, 1.5)
+            time.sleep(1.3)
+            print(job.attempt <= 1, len(test_bgjobs.rows(runner, "SELECT 1 FROM bgjobs_runners WHERE id = ?", runner._id)))
+            runner.close()
+        """
+        processes = [python(code, path) for _ in range(6)]
+        assert [finish(process)[:2] for process in processes] == [(0, "True 1\n")] * 6
+
+    def test_progress_and_outcome_in_one_transaction_are_counted_once(self, idle):
+        parent = idle.submit(add, 1)
+        idle.options(parent=parent).submit(add, 2)
+        attempts = claimed(idle, 2)
+        child = attempts[1]
+        child.outcome, child.worked = bgjobs.RETURNED, 5.0
+        idle._store.write(lambda tx: (tx.save_progress(child, 0.5, None, None), tx.add_charge(child, 4_000_000), tx.finish([child])))
+        assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
+        consistent(idle)
+
+    def test_a_root_that_is_resumed_has_no_credit(self, idle):
+        job = idle.submit(add, 1)
+        job.stop()
+        idle._store.write(lambda tx: tx.execute(bgjobs.ADVANCE_CLOCK, {"tag": 50}))
+        job.resume()
+        assert rows(idle, "SELECT vtime FROM bgjobs_jobs") == [(50,)]
+
+    def test_an_outcome_that_cannot_be_recorded_becomes_a_failure_and_holds_nobody_up(self, make, monkeypatch):
+        runner = make(max_workers=1)
+        finish = bgjobs.Transaction.finish
+
+        def refuse(tx, attempts):
+            if any(attempt.result == '"poison"' for attempt in attempts):
+                raise ValueError("cannot be recorded")
+            finish(tx, attempts)
+        monkeypatch.setattr(bgjobs.Transaction, "finish", refuse)
+        job, other = runner.submit(echo, "poison"), runner.submit(add, 1, 2)
+        assert other.result(10) == 3
+        assert "cannot be recorded" in str(job.exception(10)) and job.status == "failed"
+
+    def test_trouble_after_a_commit_does_not_repeat_the_write(self, idle, caplog):
+        def trouble(tx):
+            tx.after_commit.append(lambda: 1 / 0)
+            return tx.submit(bgjobs.Submission("test_bgjobs.add"))
+        assert idle._store.write(trouble) == 1
+        assert len(idle.jobs()) == 1 and "trouble after a commit" in caplog.text
+
+    def test_an_exception_in_the_leading_thread_hands_the_lead_on(self, idle):
+        def interrupt(tx):
+            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            idle._store.write(interrupt)
+        assert idle.submit(add, 1).id == 1
+
     def test_a_write_waits_for_another_programs_lock(self, idle):
         with contextlib.closing(sqlite3.connect(idle.path, isolation_level=None, check_same_thread=False)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -926,6 +990,8 @@ class TestStore:
         assert bob.id in ids(q=str(bob.id)) and ids(q="100% of_") == [ann.id] and ids(q="100%_of") == []
         assert ids(status="failed", run_by="ann") == [] and ids(limit=1) == [bob.id]
         assert ids(created_from=ann.created_at, created_to=ann.created_at) == [ann.id]
+        idle.options(run_by="m").submit(echo, 'M\u00fcller "x"')
+        assert [job.run_by for job in idle.jobs(q='m\u00fcller "X')] == ["m"] and ids(status=None, run_by="m")
         with pytest.raises(ValueError, match="status must be one of"):
             ids(status="done")
         with pytest.raises(TypeError, match="unknown filter 'colour'"):
@@ -968,6 +1034,47 @@ class TestInsideAJob:
         assert [line["message"] for line in job.logs(level="warning", text="APP")] == ["from the app"]
         assert [line["message"] for line in job.logs(limit=2)] == [lines[2][1], lines[3][1]]
         assert job.logs(after=job.logs()[-1]["id"]) == []
+
+    def test_odd_numbers_in_progress_and_results_whose_own_methods_raise_fail_only_that_job(self, make):
+        runner = make(max_workers=1)
+        jobs = [runner.submit(odd, what) for what in ("fraction", "decimal", "set", "module")]
+        assert [type(job.exception(10)).__name__ for job in jobs] == ["ValueError", "ValueError", "TypeError", "TypeError"]
+        assert [job.progress for job in jobs[:2]] == [0.5, 0.5]
+        assert runner.submit(add, 1, 2).result(10) == 3
+
+    def test_nested_loops_of_each_skip_nothing_after_a_resume(self, make):
+        runner = make(max_workers=1)
+        seen.clear()
+        job = runner.submit(nested_each)
+        wait_for(lambda: ("b", 1) in seen)
+        job.stop()
+        gate("nested each").set()
+        wait_for(lambda: job.status == "stopped")
+        job.resume()
+        job.result(10)
+        assert set(seen) == {(outer, inner) for outer in "abc" for inner in range(4)}
+
+    def test_what_a_force_stopped_attempt_still_submits_operates_or_logs_changes_nothing(self, make):
+        runner = make(max_workers=1)
+        other = runner.options(delay=1000).submit(add, 1)
+        job = runner.submit(haunt, other.id)
+        wait_for(lambda: "haunt" in seen)
+        job.stop()
+        job.force_stop()
+        gate("haunt").set()
+        wait_for(lambda: "haunted" in seen)
+        assert other.phase == "scheduled" and len(runner.jobs()) == 2
+        assert [line["message"].split(" (")[0] for line in job.logs()] == ["stop", "force stop"]
+
+    def test_force_stop_reaches_the_next_checkpoint_also_of_an_unstoppable_one(self, make):
+        runner = make(max_workers=1)
+        seen.clear()
+        gate("force").set()
+        job = runner.options(stoppable=False).submit(each_item, 10**9, "force")
+        wait_for(lambda: job.running() and seen)
+        job.stop()
+        job.force_stop()
+        wait_for(lambda: runner._pool.abandoned == 0)
 
     def test_the_log_of_a_tree_has_its_childrens_lines(self, runner):
         job = runner.submit(children, 2, "hold_and_log", "tree log")
@@ -1053,6 +1160,42 @@ class TestInsideAJob:
     def test_a_checkpoint_with_a_state_that_cannot_be_stored_raises_there(self, runner):
         job = runner.submit(bad_state)
         assert job.result(10) == f"the state of job {job.id} cannot be stored: the key 1 is no string; use '1', or a list of pairs"
+
+
+class Evil:
+    def __repr__(self):
+        raise RuntimeError("evil")
+    __hash__ = object.__hash__
+
+
+def odd(what):
+    if what in ("fraction", "decimal"):
+        one = fractions.Fraction(1) if what == "fraction" else decimal.Decimal(1)
+        bgjobs.current_job().progress(one, 2 * one)
+        raise ValueError
+    if what == "set":
+        return {Evil()}
+    return type("Odd", (), {"__module__": None})()
+
+
+def nested_each():
+    job = bgjobs.current_job()
+    for outer in job.each("abc"):
+        for inner in job.each(range(4)):
+            seen.append((outer, inner))
+            if (outer, inner) == ("b", 1):
+                gate("nested each").wait(20)
+
+
+def haunt(other):
+    seen.append("haunt")
+    gate("haunt").wait(20)
+    job = bgjobs.current_job()
+    job.log.info("still here")
+    for attempt in (lambda: bgjobs.options(parent=None).submit(add, 1), lambda: bgjobs.get(other).stop(), job.checkpoint):
+        with pytest.raises(bgjobs.JobStopped):
+            attempt()
+    seen.append("haunted")
 
 
 leaking = contextvars.ContextVar("leaking", default=None)
@@ -1153,6 +1296,86 @@ class TestTrees:
         with pytest.raises(bgjobs.InvalidOperation, match="is finished; it takes no more children"):
             idle.options(parent=parent).submit(add, 3)
         consistent(idle)
+
+    def test_a_stopped_tree_takes_no_children(self, idle):
+        root = idle.submit(add, 1)
+        root.stop()
+        with pytest.raises(bgjobs.InvalidOperation, match="is stopped; it takes no children before it is resumed"):
+            idle.options(parent=root).submit(add, 1)
+
+    def test_a_submit_in_a_stopping_tree_raises_even_before_the_attempt_was_told(self, make):
+        runner = make(max_workers=1)
+        seen.clear()
+        job = runner.submit(submit_late)
+        wait_for(lambda: "submit late" in seen)
+        runner._store.write(lambda tx: tx.operate("stop", job.id, None))      # as another process does it
+        gate("submit late").set()
+        wait_for(lambda: job.status == "stopped")
+        assert job.children["total"] == 0
+
+    def test_a_parent_does_not_finish_beside_a_child_that_comes_in_the_same_transaction(self, idle):
+        parent = idle.submit(add, 1)
+        attempt, = claimed(idle, 1)
+        attempt.outcome = bgjobs.RETURNED
+        new = bgjobs.Submission("test_bgjobs.add")
+        new.parent_id = parent.id
+        idle._store.write(lambda tx: (tx.submit(new), tx.finish([attempt])))
+        assert parent.phase == "waiting for children"
+        consistent(idle)
+
+    def test_low_priority_set_on_a_running_parent_holds_for_its_later_children(self, make):
+        runner = make(max_workers=2)
+        seen.clear()
+        job = runner.submit(submit_late)
+        wait_for(lambda: "submit late" in seen)
+        job.set_low_priority()
+        gate("submit late").set()
+        job.result(10)
+        assert runner.get(job.id + 1).low_priority is True
+
+    def test_low_priority_parents_that_return_from_a_wait_leave_one_place(self, make):
+        runner = make(max_workers=2)
+        low = [runner.options(low_priority=True).submit(low_parent) for _ in range(4)]
+        wait_for(lambda: any(job.children["done"] for job in low))
+        assert runner.submit(add, 1, 2).result(5) == 3
+        gate("low parent").set()
+        for job in low:
+            job.result(10)
+
+    def test_waiting_for_a_job_of_another_runner_gives_the_right_place_away(self, make, tmp_path):
+        one, two = make(max_workers=1), make(str(tmp_path / "two.db"), max_workers=1)
+        others.append(two)
+        assert one.submit(wait_elsewhere).result(10) == 3
+        wait_for(lambda: [runner._pool._busy for runner in (one, two)] == [0, 0])
+
+    def test_a_tree_with_a_running_descendant_is_not_restarted_over_it(self, make):
+        runner = make(max_workers=2)
+        root = runner.submit(children, 1, "hold_if", None)
+        root.result(10)
+        child = runner.get(root.id + 1)
+        with contextlib.closing(sqlite3.connect(runner.path)) as db:
+            db.execute("UPDATE bgjobs_jobs SET args = '[\"restarted\"]' WHERE id = ?", [child.id])
+            db.commit()
+        again = child.restart()
+        wait_for(again.running)
+        with pytest.raises(bgjobs.InvalidOperation, match="is still running; stop it first"):
+            root.restart()
+        gate("restarted").set()
+        again.result(10)
+
+    def test_who_waits_for_a_job_that_is_removed_is_told(self, make):
+        runner = make(max_workers=2)
+        root = runner.submit(children, 1)
+        root.result(10)
+        child = runner.get(root.id + 1)
+        runner.close()
+        again = make(start=False)
+        again.get(child.id).restart().stop()
+        with concurrent.futures.ThreadPoolExecutor(1) as plain:
+            waiting = plain.submit(again.get(child.id).exception, 10)
+            wait_for(lambda: again._watched)
+            again.get(root.id).restart()
+            assert "has been removed" in str(waiting.result(10))
 
     def test_max_workers_1_and_a_recursion_50_deep(self, make):
         runner = make(max_workers=1)
@@ -1259,6 +1482,21 @@ class TestTrees:
             idle._store._writer.set_trace_callback(None)
             return next(calls)
         assert writes(10_000) == writes(100)
+
+
+def submit_late():
+    seen.append("submit late")
+    gate("submit late").wait(20)
+    return bgjobs.submit(add, 1).id
+
+
+def low_parent():
+    bgjobs.submit(add, 1).result()
+    gate("low parent").wait(20)
+
+
+def wait_elsewhere():
+    return others[-1].submit(add, 1, 2).result()
 
 
 def fail_by_child():
@@ -1789,7 +2027,7 @@ class TestRunner:
         """What Ctrl-C in the leading thread can do: claims are committed, but never reach the pool."""
         runner = make(start=False)
         job = runner.submit(add, 1, 2)
-        runner._store.write(lambda tx: tx.claim(runner._id, 1, 1, 0, 0.0, 1, runner._costs))
+        claimed(runner, 1)
         assert job.status == "running"
         runner.start()
         assert job.result(10) == 3
@@ -1912,6 +2150,8 @@ class TestPage:
         assert later[0].status == "stopped" and "stop by web" in later[0].logs()[0]["message"]
         assert visitor.post("api/jobs/stop", {"ids": [over.id]}, 409)["refused"][0]["id"] == over.id
         assert visitor.post("api/jobs/cancel", {"filter": {"status": "pending"}})["done"] == [later[2].id, later[1].id]
+        assert visitor.post("api/jobs/stop", {"ids": [99]}, 404)["refused"] == [{"id": 99, "why": "there is no job 99"}]
+        assert visitor.post("api/jobs/stop", {"filter": {"limit": 1}}, 400)
         assert visitor.post("api/jobs/resume", {"ids": [later[0].id]}) == {"done": [later[0].id], "refused": []}
         assert later[0].phase == "scheduled"
 
