@@ -639,18 +639,19 @@ CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, que
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
     vtime = vtime + ?, charge = 0, owner = NULL, since = NULL, state = NULL, positions = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-STILL_ACTIVE = "SELECT status FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"
+STILL_ACTIVE = """SELECT status FROM bgjobs_jobs
+    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
     duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
     state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
     started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
     queue = :queue, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
 SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
-    WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
+    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :now, pace = :pace, message = :message
-    WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
+    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
-    WHERE id = :id AND attempt = :attempt AND status IN ('running', 'stopping')"""
+    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 
 TREE_ROW = """SELECT status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
     tree_pace, duration, since, lane, vtime, progress, low_priority FROM bgjobs_jobs WHERE id = :id"""
