@@ -66,6 +66,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import queue
 import random
@@ -532,20 +533,17 @@ class Costs:
         changed, self.changed = self.changed, set()
         return [(name, self.means[name]) for name in changed]
 
-    def charge(self, name: str) -> int:
-        """Return the microseconds to charge for a claim of this function."""
-        return max(1, int(self.means.get(name, UNKNOWN_COST) * 1e6))
+    def plan(self, name: str) -> tuple[int, float]:
+        """Return the microseconds to charge for a claim of this function, and the seconds that it will keep a worker from the
+        next one: infinitely many, as long as that is not known."""
+        mean = self.means.get(name)
+        return (int(UNKNOWN_COST * 1e6), math.inf) if mean is None else (max(1, int(mean * 1e6)), mean + _OVERHEAD)
 
 
 AHEAD_SECONDS = 0.010      # the work that may wait, claimed, for each worker
 AHEAD_LIMIT = 256          # claimed jobs that may wait in a process
 _OVERHEAD = 50e-6          # seconds a job costs besides its function
-
-
-def may_run_ahead(name: str, costs: Costs, planned: float, workers: int) -> bool:
-    """Tell whether one more job may be claimed before a worker is free; `planned` seconds of work wait already."""
-    mean = costs.means.get(name)
-    return mean is not None and planned + mean + _OVERHEAD <= AHEAD_SECONDS * workers
+HAND_SECONDS = 0.001       # the work that is worth waking another thread for
 
 
 def pace_after(pace: float | None, gained: float, seconds: float, elapsed: float) -> float | None:
@@ -864,18 +862,14 @@ class Transaction:
         roots = self.execute(READY_ROOTS, {"lane": lane, "limit": free + ahead}).fetchall()
         if not roots:
             return []
-        chunk = max(4, (free + ahead) // len(roots) + 1)
-        claims, singles, others, tag = [], [], [], 0
-        streams = [(row[14], row[0], self._ready_jobs(row, lane, chunk) if row[12] else iter((row,))) for row in roots]
-        charges: dict[str, int] = {}                      # all jobs of a batch and a name are charged alike
-        for root, row, tag_here, charge in fair_order(
-                streams, lambda row: charges.get(row[3]) or charges.setdefault(row[3], costs.charge(row[3]))):
-            if len(claims) >= free:
-                if len(claims) >= free + ahead or not may_run_ahead(row[3], costs, planned, workers) or \
-                        row[9] is not None and '"recover":false' in row[9]:
+        claims, singles, others, tag, budget = [], [], [], 0, AHEAD_SECONDS * workers
+        plans: dict[str, tuple[int, float]] = {}          # all jobs of a batch and a name cost alike
+        for root, row, tag, charge in self._in_fair_order(
+                roots, lane, free + ahead, lambda row: (plans.get(row[3]) or plans.setdefault(row[3], costs.plan(row[3])))[0]):
+            if len(claims) >= free:                       # ahead of a free worker: only while they are known to be short
+                planned += plans[row[3]][1]
+                if planned > budget or len(claims) >= free + ahead or row[9] is not None and '"recover":false' in row[9]:
                     break
-                planned += charge / 1e6 + _OVERHEAD
-            tag = tag_here if tag_here > tag else tag
             claims.append((*row, charge))
             if row[1] is None and row[12] == 0:
                 singles.append((charge, owner, self.now, self.now, charge, row[0]))
@@ -892,6 +886,16 @@ class Transaction:
         if tag:
             self.execute(ADVANCE_CLOCK, {"tag": tag})
         return claims
+
+    def _in_fair_order(self, roots: list[tuple[Any, ...]], lane: int, limit: int, charge: Callable[[tuple[Any, ...]], int]
+                       ) -> Iterator[tuple[int, Any, int, int]]:
+        """Yield what fair_order does for rows of roots. Where all of them are single jobs, none comes twice: no heap."""
+        if any(row[12] for row in roots):
+            chunk = max(4, limit // len(roots) + 1)
+            return fair_order([(row[14], row[0], self._ready_jobs(row, lane, chunk) if row[12] else iter((row,)))
+                               for row in roots], charge)
+        roots.sort(key=operator.itemgetter(14, 0))
+        return ((row[0], row, row[14], charge(row)) for row in roots)
 
     def _ready_jobs(self, root: tuple[Any, ...], lane: int, chunk: int) -> Iterator[tuple[Any, ...]]:
         """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
@@ -1297,12 +1301,13 @@ class Store:
         self._version_lock = threading.Lock()             # guards _version_db
         self._version_db: sqlite3.Connection | None = None
         self._lineages: dict[int, tuple[int, ...]] = {}
-        # `_lock` guards _waiting, _leading and _again; no SQL and no user code runs under it.
+        self._others_version = -1
+        # `_lock` guards _waiting, leading and _again; no SQL and no user code runs under it.
         # Reentrant, since a garbage collection under it may call a finalizer that writes.
         self._lock = threading.RLock()
         self._leader = 0                                  # the leading thread's ident
         self._waiting: deque[_Ticket] = deque()
-        self._leading = self._again = self.closed = False
+        self.leading = self._again = self.closed = False
         self._check_path(os.fspath(path))
         try:
             self._writer = sqlite3.connect(self.path, **_CONNECT)
@@ -1401,18 +1406,18 @@ class Store:
         `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
         transaction. What it raises is raised here, and nothing of it is stored.
         """
-        if self._leading and self._leader == threading.get_ident():
+        if self.leading and self._leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
                                "have it set a flag or start a thread instead")
         ticket = _Ticket(run)
         try:
             with self._lock:
                 self._waiting.append(ticket)
-                if self._leading:
+                if self.leading:
                     ticket.wake = threading.Lock()
                     ticket.wake.acquire()
                 else:
-                    self._leading = ticket.leads = True
+                    self.leading = ticket.leads = True
             if not ticket.leads:
                 ticket.wake.acquire()                   # the leader commits this write too, or hands the lead on
             if ticket.leads:
@@ -1429,10 +1434,10 @@ class Store:
         """Lead transactions until nothing waits for one; return at once if another thread leads already."""
         ticket = _Ticket(_do_nothing)
         with self._lock:
-            if self._leading:
+            if self.leading:
                 self._again = True                      # whoever leads sees to it
                 return
-            self._leading = ticket.leads = True
+            self.leading = ticket.leads = True
         self._lead(ticket, until_done=True)
 
     def _lead(self, ticket: _Ticket, until_done: bool = False) -> None:
@@ -1464,7 +1469,7 @@ class Store:
             if ticket.leads:
                 ticket.leads, self._leader = False, 0
                 heir = next((other for other in self._waiting if not other.gone), None)
-                self._leading = heir is not None
+                self.leading = heir is not None
                 if heir is not None:
                     heir.leads = True
                     heir.wake.release()
@@ -1557,6 +1562,12 @@ class Store:
             if self._version_db is None:
                 self._version_db = self.connect()
             return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+
+    def changed_by_others(self) -> bool:
+        """Tell whether another connection has written since the last call: another process, or another runner."""
+        version = self.write(lambda tx: tx.execute("PRAGMA data_version").fetchone()[0])
+        changed, self._others_version = version != self._others_version, version
+        return changed
 
     def row(self, job_id: int) -> sqlite3.Row:
         """Return a job's row. KeyError: there is none."""
@@ -1791,16 +1802,20 @@ class Pool:
         """Tell whether no claimed job waits for a place."""
         return not self._queue
 
-    def put(self, attempts: list[Attempt]) -> None:
-        """Have claimed attempts executed, in this order."""
+    def put(self, attempts: Iterable[Attempt] = (), hands: float = math.inf) -> None:
+        """Have claimed attempts executed, in this order, by `hands` more threads: to wake one costs more than a tiny job.
+
+        Who calls it again without hands gives the rest of the free places out, if they were needed after all.
+        """
         with self._changed:
             self._queue.extend(attempts)
-            starting = self._give_places()
+            starting = self._give_places(hands)
         self._start(starting)
 
-    def _give_places(self) -> list[threading.Thread]:
-        """Hand the free places out; return the threads to start for them. Called under the lock."""
-        while self._busy < self.size:
+    def _give_places(self, hands: float = 1) -> list[threading.Thread]:
+        """Hand free places out; return the threads to start for them. Called under the lock."""
+        while self._busy < self.size and hands > 0:
+            hands -= 1
             full = self._low_busy >= self.size - self._reserve
             back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
             if back is not None and (self._returning_first or not self._queue):
@@ -1829,7 +1844,7 @@ class Pool:
         for thread in threads:
             try:
                 thread.start()
-            except RuntimeError as error:                 # the service thread's put([]) tries again
+            except RuntimeError as error:                 # the service thread's put() tries again
                 _log.error("bgjobs: %s", error)
                 with self._changed:
                     self._idle -= 1
@@ -2713,7 +2728,7 @@ class Runner(Submitter, Executor):
         if claims:
             for attempt in claims:
                 self._attempts[attempt.id] = attempt
-            self._pool.put(claims)
+            self._pool.put(claims, sum(self._costs.means.get(attempt.name, math.inf) for attempt in claims) / HAND_SECONDS + 1)
         if tx.over and self._watched:
             self._complete_handles(tx.over)
         if tx.over and self._waiting_for_over:
@@ -2772,7 +2787,8 @@ class Runner(Submitter, Executor):
             self._ended_at = now
         self._ended.append(attempt)
         if attempt.id in self._watched or attempt.has_children or attempt.parent_id is not None and self._watched \
-                or self._backlog and self._pool.is_empty or now - self._ended_at > SETTLE_SECONDS:
+                or self._backlog and self._pool.is_empty \
+                or now - self._ended_at > SETTLE_SECONDS and not self._store.leading:
             return True
         if self._service is not None:
             self._service.nudge_soon()
@@ -3197,7 +3213,7 @@ class _Service:
         self._due_at: float | None = None
         self._look_at_due = self._nudged = True
         self._soon = False
-        self._seconds = 0
+        self._seconds, self._version, self._flushed_at, self._second_at = 0, -1, 0.0, 0.0
         self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self._thread.start()
 
@@ -3224,46 +3240,52 @@ class _Service:
 
     def _run(self) -> None:
         runner, store = self._runner, self._runner._store
-        version, last_flush, last_second = -1, 0.0, 0.0
-        db = store.connect()
-        try:
+        next_poll = 0.0
+        with contextlib.closing(store.connect()) as db:
             while not store.closed or runner._watched:
-                self._event.wait(POLL_SECONDS)
+                self._event.wait(max(0.0, next_poll - time.monotonic()))
                 self._event.clear()
-                if self._soon:
-                    time.sleep(SETTLE_SECONDS)
-                    self._soon, self._nudged = False, True
                 try:
-                    now, newest = time.monotonic(), db.execute("PRAGMA data_version").fetchone()[0]
-                    changed, version = newest != version, newest
-                    if changed:
-                        self._look_at_due = True
-                        if runner._watched:
-                            runner._look_after_watched()
-                    if store.closed:
-                        continue
-                    if changed:
-                        runner._heed_operations()
-                    runner._return_stuck_claims()
-                    while not runner._to_cancel.empty():
-                        runner._to_cancel.get().cancel()
-                    if self._nudged or changed and runner._started or runner._ended:
+                    if self._soon:
+                        time.sleep(SETTLE_SECONDS)
+                        self._soon, self._nudged = False, True
+                    if self._nudged:
                         self._nudged = False
                         store.kick()
-                    if runner._started:
-                        self._wake_due()
-                    if now - last_flush >= FLUSH_SECONDS:
-                        last_flush = now
-                        runner._flush_progress()
-                    if now - last_second >= 1.0:
-                        last_second = now
-                        self._every_second()
+                    if time.monotonic() >= next_poll:
+                        next_poll = time.monotonic() + POLL_SECONDS
+                        self._poll(db.execute("PRAGMA data_version").fetchone()[0])
                 except Exception as error:
                     if not store.closed:
                         _log.error("bgjobs on %s: %s; trying again", store.path, error)
                         time.sleep(0.2)
-        finally:
-            db.close()
+
+    def _poll(self, version: int) -> None:
+        """Look at what came by the clock and from others. `version` changes with every commit, this process's included."""
+        runner, store, now = self._runner, self._runner._store, time.monotonic()
+        changed, self._version = version != self._version, version
+        if store.closed:
+            runner._look_after_watched()
+            return
+        if changed and store.changed_by_others():
+            runner._heed_operations()
+            runner._look_after_watched()
+            self._nudged = True
+            self._event.set()
+        self._look_at_due |= changed
+        while not runner._to_cancel.empty():
+            runner._to_cancel.get().cancel()
+        if runner._started:
+            self._wake_due()
+        if not runner._pool.is_empty:
+            runner._pool.put()
+            runner._return_stuck_claims()
+        if now - self._flushed_at >= FLUSH_SECONDS:
+            self._flushed_at = now
+            runner._flush_progress()
+        if now - self._second_at >= 1.0 and runner._started:
+            self._second_at = now
+            self._every_second()
 
     def _wake_due(self) -> None:
         runner = self._runner
@@ -3276,15 +3298,12 @@ class _Service:
 
     def _every_second(self) -> None:
         runner = self._runner
-        if not runner._started:
-            return
         self._seconds += 1
         if self._seconds % HEARTBEAT_SECONDS == 0:
             runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now}))
         if runner._costs.changed:
             means = runner._costs.take_changed()
             runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
-        runner._pool.put([])                              # starts threads that could not be started before
         runner._charge_long_ones()
         runner._recover_dead()
         runner._give_back("its claim was lost", runner._attempts.__contains__)     # by Ctrl-C, right after a commit

@@ -537,7 +537,7 @@ def simulate(roots, workers, seconds, arrivals=()):
     while now < seconds:
         while len(running) < workers:
             _, (name, length), tag, charge = next(bgjobs.fair_order(
-                [(vtime[name], i, stream) for i, (name, stream) in enumerate(streams.items())], lambda job: costs.charge(job[0])))
+                [(vtime[name], i, stream) for i, (name, stream) in enumerate(streams.items())], lambda job: costs.plan(job[0])[0]))
             clock = max(clock, tag)
             vtime[name] += charge
             running.append((now + length, next(serial), name, length, charge))
@@ -583,17 +583,21 @@ class TestFairShares:
 
     def test_costs_follow_the_recent_runs_and_are_never_nothing(self):
         costs = bgjobs.Costs()
-        assert costs.charge("new") == bgjobs.UNKNOWN_COST * 1e6
+        assert costs.plan("new") == (bgjobs.UNKNOWN_COST * 1e6, float("inf"))
         for seconds in (1.0, *[0.0] * 60):
             costs.record("f", seconds)
-        assert costs.charge("f") == 1
+        assert costs.plan("f")[0] == 1
 
-    def test_only_known_short_jobs_are_claimed_ahead(self):
-        costs = bgjobs.Costs({"short": 0.001, "long": 1.0})
-        assert bgjobs.may_run_ahead("short", costs, 0.0, 1)
-        assert not bgjobs.may_run_ahead("short", costs, bgjobs.AHEAD_SECONDS, 1)
-        assert not bgjobs.may_run_ahead("long", costs, 0.0, 8)
-        assert not bgjobs.may_run_ahead("never seen", costs, 0.0, 8)
+    def test_only_known_short_jobs_are_claimed_ahead(self, idle):
+        def ahead(function, *arguments, workers=1, **options):
+            idle.options(**options).submit_many(function, [arguments] * 50)
+            claims = idle._store.write(lambda tx: tx.claim(idle._id, 1, 1, 40, 0.0, workers, costs))
+            for job in idle.jobs(limit=1000):
+                job.cancel()
+            return len(claims) - 1
+        costs = bgjobs.Costs({"test_bgjobs.add": 0.001, "test_bgjobs.nap": 1.0})
+        assert ahead(add, 1) == 9 and ahead(add, 1, workers=4) == 38
+        assert ahead(nap, 1, workers=8) == 0 == ahead(fail, workers=8) == ahead(add, 1, recover=False)
 
 
 class TestPace:
