@@ -544,6 +544,7 @@ AHEAD_SECONDS = 0.010      # the work that may wait, claimed, for each worker
 AHEAD_LIMIT = 256          # claimed jobs that may wait in a process
 _OVERHEAD = 50e-6          # seconds a job costs besides its function
 HAND_SECONDS = 0.001       # the work that is worth waking another thread for
+LINGER_SECONDS = 0.001     # how long a worker without a job stays up to claim what comes meanwhile
 
 
 def pace_after(pace: float | None, gained: float, seconds: float, elapsed: float) -> float | None:
@@ -1286,7 +1287,7 @@ def _do_nothing(tx: Transaction) -> None:
 class Store:
     """One SQLite file: a connection that writes, led by one thread at a time, and connections that read.
 
-    Readers never wait for writers (WAL). `rider(transaction)` is called in every transaction before its commit, so
+    Readers never wait for writers (WAL). `rider(transaction, kicked)` is called in every transaction before its commit, so
     that what else waits (outcomes, claims, logs) shares it; `backlog()` when more is waiting and nobody leads.
     """
 
@@ -1294,7 +1295,7 @@ class Store:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
         self.path, self.clock = os.path.abspath(path), clock
-        self.rider: Callable[[Transaction], None] | None = None
+        self.rider: Callable[[Transaction, bool], None] | None = None
         self.backlog: Callable[[], None] = lambda: None
         self._synchronous = {"process": "NORMAL", "power": "FULL"}[durability]
         self._readers: deque[sqlite3.Connection] = deque()
@@ -1450,7 +1451,7 @@ class Store:
                     batch = list(self._waiting)
                     self._waiting.clear()
                     self._again = False
-                self._commit(batch)
+                self._commit(batch, "all" if until_done else "some")
                 self._release(batch)
                 if not until_done or not self._again or self._waiting:
                     break
@@ -1485,14 +1486,14 @@ class Store:
                     ticket.wake.release()
         batch.clear()
 
-    def _commit(self, batch: list[_Ticket], ride: bool = True) -> None:
+    def _commit(self, batch: list[_Ticket], ride: str) -> None:
         """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails."""
         try:
             self._transact(batch, ride)
         except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
             if ride and batch:
                 for ticket in batch:
-                    self._commit([ticket], ride=False)
+                    self._commit([ticket], ride="")
                 self._again = True
             elif batch:
                 batch[0].error, batch[0].done = self._explained(error), True
@@ -1501,7 +1502,7 @@ class Store:
                 time.sleep(0.2)
                 self._again = True
 
-    def _transact(self, batch: list[_Ticket], ride: bool) -> None:
+    def _transact(self, batch: list[_Ticket], ride: str) -> None:
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
         db = self._writer
@@ -1513,7 +1514,7 @@ class Store:
             for ticket in batch:
                 ticket.value = ticket.run(tx)
             if ride and self.rider is not None:
-                self.rider(tx)
+                self.rider(tx, ride == "all")
             tx.apply()
             db.execute("COMMIT")
         except BaseException:
@@ -1775,7 +1776,9 @@ class Pool:
         self._handed: deque[Attempt] = deque()            # claimed ones that have a place, for the next idle thread
         self._returning_first = True
         self._executing: set[Attempt] = set()
-        self._busy = self._low_busy = self._idle = 0      # places taken; those by low priority; threads without work
+        self._busy = self._low_busy = 0                   # places taken; those by low priority
+        self._idle = 0                                    # threads without work
+        self.lingers = False                              # one of them does not sleep yet: it claims in a moment
         self._threads: set[threading.Thread] = set()
         self.abandoned = 0                                # force-stopped attempts whose threads live on
         self._closed = False
@@ -1802,19 +1805,20 @@ class Pool:
         """Tell whether no claimed job waits for a place."""
         return not self._queue
 
-    def put(self, attempts: Iterable[Attempt] = (), hands: float = math.inf) -> None:
-        """Have claimed attempts executed, in this order, by `hands` more threads: to wake one costs more than a tiny job.
+    def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
+        """Have claimed attempts executed, in this order; they are known to be `work` seconds of work.
 
-        Who calls it again without hands gives the rest of the free places out, if they were needed after all.
+        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. Who calls it without attempts
+        gives the rest of the free places out.
         """
         with self._changed:
             self._queue.extend(attempts)
-            starting = self._give_places(hands)
+            starting = self._give_places(work / HAND_SECONDS + 1)
         self._start(starting)
 
     def _give_places(self, hands: float = 1) -> list[threading.Thread]:
         """Hand free places out; return the threads to start for them. Called under the lock."""
-        while self._busy < self.size and hands > 0:
+        while self._busy < self.size and hands >= 1:
             hands -= 1
             full = self._low_busy >= self.size - self._reserve
             back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
@@ -1873,7 +1877,16 @@ class Pool:
             if lead:
                 self._claim()
             if attempt is None:
+                if not lead and not self.lingers:
+                    self._linger()
                 attempt = self._next_handed()
+
+    def _linger(self) -> None:
+        """Look again in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for each."""
+        self.lingers = True
+        time.sleep(LINGER_SECONDS)
+        self.lingers = False
+        self._claim()
 
     def _next_handed(self) -> Attempt | None:
         """Wait for an attempt that has been given a place; None when the pool is closed."""
@@ -2550,7 +2563,7 @@ class Runner(Submitter, Executor):
         self.path = self._store.path
         self._costs = Costs({row["name"]: row["seconds"] for row in self._store.read(MEANS)})
         self._pool = Pool(max_workers, self._execute, self._settle, self._store.kick)
-        self._id = self._register()
+        self._id, self._first_id = self._register()       # no job of this runner has a lower id
         # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
         self._handle_lock = threading.Lock()
         self._watched: dict[int, list[weakref.ref[Job]]] = {}
@@ -2570,7 +2583,7 @@ class Runner(Submitter, Executor):
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
-        self._first_submitted: int | None = None
+        self._has_submitted = False
         self._over = threading.Condition()               # notified when jobs are over and somebody waits for it
         self._waiting_for_over = 0
         self._service: _Service | None = None
@@ -2581,14 +2594,14 @@ class Runner(Submitter, Executor):
         if start:
             self.start()
 
-    def _register(self) -> int:
+    def _register(self) -> tuple[int, int]:
         import socket
         row = {"pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers}
 
-        def register(tx: Transaction) -> int:
+        def register(tx: Transaction) -> tuple[int, int]:
             runner_id = tx.execute(ADD_RUNNER, {**row, "now": tx.now}).lastrowid
             _presence().appear(self._store.path, runner_id)       # the lock is held before anybody can see the row
-            return runner_id
+            return runner_id, tx.execute(NEXT_ID).fetchone()[0]
         return self._store.write(register)
 
     # the hot path: submit, claim, execute, finish
@@ -2599,10 +2612,8 @@ class Runner(Submitter, Executor):
             new.args = encode(args, f"the arguments of {new.name}")
         if kwargs:
             new.kwargs = encode(kwargs, f"the arguments of {new.name}")
-        job_id = self._store.write(lambda tx: tx.submit(new))
-        if self._first_submitted is None:
-            self._first_submitted = job_id
-        return Job(self, job_id)
+        self._has_submitted = True
+        return Job(self, self._store.write(lambda tx: tx.submit(new)))
 
     def _submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]], options: dict[str, Any]
                      ) -> list[int]:
@@ -2618,11 +2629,11 @@ class Runner(Submitter, Executor):
                          for args in itertools.islice(tuples, 10_000)]
                 if not batch:
                     return ids
+                self._has_submitted = True
                 ids += self._store.write(lambda tx: tx.submit_many(new, batch))
-                if self._first_submitted is None:
-                    self._first_submitted = ids[0]
         except Exception as error:
-            raise type(error)(f"{error} ({len(ids):,} jobs were stored before)") from error
+            kind = TypeError if isinstance(error, TypeError) else BgjobsError
+            raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
 
     def _submission(self, fn: Callable[..., Any], options: dict[str, Any]) -> Submission:
         """Return the row for a job of this function, but for its arguments."""
@@ -2665,13 +2676,17 @@ class Runner(Submitter, Executor):
             new.options = json.dumps(kept, separators=(",", ":"))
         parent = given.get("parent")
         if parent is not None:
+            if parent._runner.path != self.path:
+                raise ValueError(f"{parent!r} is in {parent._runner.path}; it takes no children from {self.path}")
             new.parent_id = parent.id
             running = self._attempts.get(parent.id)
             if running is not None:
                 running.has_children = True
 
-    def _ride(self, tx: Transaction) -> None:
+    def _ride(self, tx: Transaction, kicked: bool) -> None:
         """Take what waits into a transaction: outcomes of attempts, log lines, and claims for free places."""
+        if self._pool.lingers and not kicked:
+            return                                       # a worker is about to do so, for more at a time
         again = self._settling                           # the last transaction failed with these
         ended = self._settling = again + [self._ended.popleft() for _ in range(len(self._ended))]
         if again:
@@ -2728,7 +2743,7 @@ class Runner(Submitter, Executor):
         if claims:
             for attempt in claims:
                 self._attempts[attempt.id] = attempt
-            self._pool.put(claims, sum(self._costs.means.get(attempt.name, math.inf) for attempt in claims) / HAND_SECONDS + 1)
+            self._pool.put(claims, sum(self._costs.means.get(attempt.name, math.inf) for attempt in claims))
         if tx.over and self._watched:
             self._complete_handles(tx.over)
         if tx.over and self._waiting_for_over:
@@ -3037,18 +3052,18 @@ class Runner(Submitter, Executor):
         """Wait until nothing that was submitted through this runner is ready or running."""
         self._waiting_for_over += 1
         try:
-            after = self._first_submitted or 0
-            while self._first_submitted is not None:
+            after = self._first_id
+            while self._has_submitted:
                 parameters = {"submitter": self._id, "after": after}
                 found = [row["id"] for sql in UNFINISHED_QUERIES for row in self._store.read(sql, parameters)]
-                if not found and after == self._first_submitted:
+                if not found and after == self._first_id:
                     return
                 if found:
                     after = min(found)
                     with self._over:
                         self._over.wait(0.05)
                 else:
-                    after = self._first_submitted         # once more from the start: an older one may have been resumed
+                    after = self._first_id                # once more from the start: an older one may have been resumed
         finally:
             self._waiting_for_over -= 1
 
@@ -3108,7 +3123,7 @@ class Runner(Submitter, Executor):
 
     def _nudge_service(self) -> None:
         if self._service is not None:
-            self._service.nudge()
+            self._service.nudge_soon()
 
     def _heed_operations(self) -> None:
         """Tell attempts of this process what other processes did to their jobs."""
@@ -3226,11 +3241,6 @@ class _Service:
         self._event.set()
         if self._thread is not threading.current_thread():
             self._thread.join(1.0)
-
-    def nudge(self) -> None:
-        """Have the thread lead a transaction now."""
-        self._nudged = True
-        self._event.set()
 
     def nudge_soon(self) -> None:
         """Have the thread lead a transaction in SETTLE_SECONDS."""

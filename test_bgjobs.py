@@ -1880,6 +1880,8 @@ class TestRunner:
         bad = itertools.chain(((1,) for _ in range(10_000)), [(object(),)])
         with pytest.raises(TypeError, match=r"is of type object.*\(10,000 jobs were stored before\)"):
             idle.submit_many(echo, bad)
+        with pytest.raises(bgjobs.BgjobsError, match=r"codec can't decode.*\(0 jobs were stored before\)"):
+            idle.submit_many(echo, (bytes([255]).decode() for _ in range(1)))
         with pytest.raises(TypeError, match=r"write \(value,\) for a single argument"):
             idle.submit_many(echo, [1])
         assert idle._store.counts({})["pending"] == bgjobs.COUNT_LIMIT
@@ -2026,6 +2028,8 @@ class TestRunner:
         job = one.submit(submit_elsewhere)
         assert job.result(10) is None and job.children["total"] == 0
         assert two.get(1).parent_id is None and two.get(1).result(10) == 3
+        with pytest.raises(ValueError, match="it takes no children from"):
+            one.options(parent=two.get(1)).submit(add, 1)
 
     def test_a_crash_between_commit_and_hand_over_loses_no_claim(self, make):
         """What Ctrl-C in the leading thread can do: claims are committed, but never reach the pool."""
