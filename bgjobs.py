@@ -632,10 +632,10 @@ READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
-CLAIM_SINGLE = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, lane = NULL,
-    charge = ?, owner = ?, since = ?, started_at = ifnull(started_at, ?), vtime = vtime + ?, phase = NULL WHERE id = ?"""
-CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
-    charge = ?, owner = ?, since = ?, started_at = ifnull(started_at, ?), phase = NULL WHERE id = ?"""
+# Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own tree.
+CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner = :owner,
+    since = :now, started_at = ifnull(started_at, :now), phase = NULL WHERE id IN (SELECT value FROM json_each(:ids))"""
+CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
     vtime = vtime + ?, charge = 0, owner = NULL, since = NULL, state = NULL, positions = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
@@ -865,7 +865,9 @@ class Transaction:
         roots = self.execute(READY_ROOTS, {"lane": lane, "limit": free + ahead}).fetchall()
         if not roots:
             return []
-        claims, singles, others, tag, budget = [], [], [], 0, AHEAD_SECONDS * workers
+        claims, tag, budget = [], 0, AHEAD_SECONDS * workers
+        singles: dict[int, list[int]] = {}                # charge -> ids
+        others: dict[int, list[int]] = {}
         plans: dict[str, tuple[int, float]] = {}          # all jobs of a batch and a name cost alike
         for root, row, tag, charge in self._in_fair_order(
                 roots, lane, free + ahead, lambda row: (plans.get(row[3]) or plans.setdefault(row[3], costs.plan(row[3])))[0]):
@@ -875,17 +877,16 @@ class Transaction:
                     break
             claims.append((*row, charge))
             if row[1] is None and row[12] == 0:
-                singles.append((charge, owner, self.now, self.now, charge, row[0]))
+                singles.setdefault(charge, []).append(row[0])
                 continue
-            others.append((charge, owner, self.now, self.now, row[0]))
+            others.setdefault(charge, []).append(row[0])
             self._count(row[1], 0, 0, 1, 0.0)
             change = self._change(root)
             change.charge += charge
             change.relane = True
-        if singles:
-            self.executemany(CLAIM_SINGLE, singles)
-        if others:
-            self.executemany(CLAIM, others)
+        for sql, ids_by_charge in ((CLAIM_SINGLE, singles), (CLAIM, others)):
+            for charge, ids in ids_by_charge.items():
+                self.execute(sql, {"charge": charge, "owner": owner, "now": self.now, "ids": json.dumps(ids)})
         if tag:
             self.execute(ADVANCE_CLOCK, {"tag": tag})
         return claims
