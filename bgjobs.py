@@ -2914,6 +2914,8 @@ class Runner(Submitter, Executor):
         with self._handle_lock:
             self._watched.setdefault(handle.id, []).append(weakref.ref(handle))
         self._ensure_service()
+        if self._ended and not self._store.closed:
+            self._store.kick()                            # its outcome may be among those that wait for company
         with contextlib.suppress(KeyError):
             handle._look()                                # it may have ended before it was watched
 
