@@ -524,6 +524,7 @@ class Costs:
         self.changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
+        """Take the run time of one attempt into its function's mean."""
         mean = self.means.get(name)
         self.means[name] = seconds if mean is None else mean + (seconds - mean) / 5
         self.changed.add(name)
@@ -2089,6 +2090,7 @@ class Attempt(JobContext):
             wake.set()
 
     def raise_if_stopped(self) -> None:
+        """Be a checkpoint. Raises JobStopped."""
         if self.stop_requested:
             raise JobStopped(f"job {self.id} was asked to stop")
 
@@ -2132,6 +2134,7 @@ class Attempt(JobContext):
         self._saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
+        """Return how far each loop of each() is, as JSON, or None."""
         return json.dumps(self._loop_positions) if self._loop_positions else None
 
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
