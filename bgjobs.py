@@ -78,7 +78,7 @@ import traceback
 import types
 import weakref
 from collections import OrderedDict, deque
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import Any, Callable, Iterable, Iterator
 
@@ -347,7 +347,7 @@ class _Registry:
             return name
 
     def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function of this name, or None. A name is data: nothing is imported, see _defined_in."""
+        """Return the function of this name, or None. A name is data: nothing is imported."""
         return self.by_name.get(name) or _defined_in_loaded_module(name)
 
 
@@ -4778,13 +4778,7 @@ def _follow(job: Job, out: Any) -> dict[str, Any]:
             width = shutil.get_terminal_size().columns
             out.write("\r\x1b[K" + progress_line(info, width))
             out.flush()
-        try:
-            job.exception(timeout=0.2)
-        except (TimeoutError, BgjobsError):
-            pass
-        except BaseException as error:
-            if type(error).__name__ not in ("TimeoutError", "CancelledError"):
-                raise
+        wait([job], timeout=0.2)
         info = job.info()
     if out.isatty():
         out.write("\r\x1b[K")

@@ -2386,9 +2386,8 @@ class TestInTheBrowser:
         wait_for(lambda: browser.run("return document.querySelectorAll('tbody input[type=checkbox]').length") == 3)
         browser.run("document.querySelectorAll('tbody input[type=checkbox]').forEach(box => box.click())")
         browser.click("Cancel")
-        browser.click("Cancel", "dialog button") if browser.run("return !!document.querySelector('#confirm-yes')") is None else \
-            wait_for(lambda: browser.run("const yes = document.getElementById('confirm-yes'); "
-                                         "if (document.getElementById('confirm').open) { yes.click(); return true }"))
+        wait_for(lambda: browser.run("if (document.getElementById('confirm').open) { document.getElementById('confirm-yes').click(); "
+                                     "return true }"))
         wait_for(lambda: all(job.status == "cancelled" for job in later))
         wait_for(lambda: "2 cancelled, 1 refused" in browser.text())
 
