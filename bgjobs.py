@@ -35,9 +35,9 @@ all of them brought, lets the runner record the outcomes of ended attempts and c
 commits. So the batches grow with the load and a caller alone pays no hand-over. Claimed jobs go to the pool,
 whose workers execute them. A service thread looks after what comes by the clock or from other processes.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Fair shares and pace   5 Transactions
-           6 Store   7 Worker pool   8 Inside a job   9 The handle   10 Runner   11 The default runner
-           12 Status page   13 Command line
+Contents:  1 Words and rules   2 Values   3 Functions and options   4 Fair shares and pace   5 Force stop
+           6 Transactions   7 Store   8 Worker pool   9 Inside a job   10 The handle   11 Runner
+           12 The default runner   13 Status page   14 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -61,6 +61,7 @@ import atexit
 import base64
 import contextlib
 import contextvars
+import functools
 import heapq
 import itertools
 import json
@@ -568,7 +569,130 @@ def time_left(progress: float | None, pace: float | None, age: float) -> float |
     return max(0.0, (1 - min(progress, 1.0)) / pace - min(max(age, 0.0), 5.0))
 
 
-# ---- 5 Transactions ------------------------------------------------------------------------------------------
+# ---- 5 Force stop --------------------------------------------------------------------------------------------
+#
+# A force stop refuses the attempt in the file first; then it raises JobStopped in the attempt's thread, wherever that is, with
+# PyThreadState_SetAsyncExc. Guarantee: it is raised at most once, in the job's function or what that calls, never in the
+# library's code (where it would leave a lock or a transaction open) and never after the attempt, in a thread that has
+# gone on to the next. Each attempt has a ticket for that. The function runs with the ticket on the table. Library
+# code that the function calls takes it and puts it back; the attempt takes it for good when its function has ended. To
+# raise something in the thread takes the ticket, too, and it is not put back then: whoever finds it gone waits until
+# the exception is on its way, and takes that back if it has been caught already.
+
+class Ticket:
+    """The right to raise JobStopped once in the thread of an attempt."""
+
+    __slots__ = ("_free", "_nested", "_raised", "void", "thread")
+
+    def __init__(self) -> None:
+        self._free = threading.Lock()      # held: the ticket is taken
+        self._free.acquire()
+        self._nested = 1                   # library code within library code; only the attempt's thread counts
+        self._raised = False
+        self.void = False                  # the attempt has been superseded: it goes on in no library call
+        self.thread = 0                    # the attempt's
+
+    def take(self) -> None:
+        """Enter library code. Raises JobStopped: the attempt has been superseded."""
+        if self._nested == 0:
+            if not self._free.acquire(False):
+                self._await_exception()
+                raise JobStopped("the attempt has been superseded")
+            if self.void:                  # and its function has swallowed that
+                self._free.release()
+                raise JobStopped("the attempt has been superseded")
+        self._nested += 1
+
+    def put_back(self) -> None:
+        """Leave library code. Raises JobStopped: the attempt has been superseded meanwhile."""
+        self._nested -= 1
+        if self._nested == 0:
+            self._free.release()
+            if self.void:
+                raise JobStopped("the attempt has been superseded")
+
+    def keep(self) -> None:
+        """Take the ticket for good. JobStopped may be raised in here for the last time."""
+        if self._nested == 0 and not self._free.acquire(False):
+            self._await_exception()
+        self._nested = 1
+
+    def use(self) -> None:
+        """From another thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns there."""
+        self.void = True
+        if self._free.acquire(False):
+            _raise_in_thread(self.thread, JobStopped)
+            self._raised = True
+
+    def _await_exception(self) -> None:
+        while not self._raised:
+            time.sleep(0.0001)
+        _raise_in_thread(self.thread, None)
+
+
+def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
+    """Have `error` raised in a thread at its next bytecode; None takes back what is not raised yet."""
+    try:
+        import ctypes
+        set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    except (ImportError, AttributeError):                 # not CPython: the attempt stops at its next checkpoint
+        return
+    set_error(ctypes.c_ulong(thread), ctypes.py_object() if error is None else ctypes.py_object(error))
+
+
+class _Here(threading.local):
+    ticket: Ticket | None = None           # of the attempt that this thread executes
+
+
+_here = _Here()
+
+
+def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate what must not be interrupted by a force stop of the job that calls it."""
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ticket = _here.ticket
+        if ticket is None:
+            return function(*args, **kwargs)
+        ticket.take()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ticket.put_back()
+    return call
+
+
+class _HandleLock:
+    """The lock of a handle, which `wait` and `as_completed` take inside a job: who holds it has the ticket, too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        ticket = _here.ticket
+        if ticket is not None:
+            ticket.take()
+        acquired = self._lock.acquire(blocking, timeout)
+        if not acquired and ticket is not None:
+            ticket.put_back()
+        return acquired
+
+    def release(self) -> None:
+        self._lock.release()
+        if _here.ticket is not None:
+            _here.ticket.put_back()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.release()
+
+    def _is_owned(self) -> bool:                          # what threading.Condition asks of a lock like this one
+        return self._lock._is_owned()                     # type: ignore[attr-defined]
+
+
+# ---- 6 Transactions ------------------------------------------------------------------------------------------
 #
 # `queue` of a job is its lane while it is ready to be claimed (0 normal, 1 low priority), else NULL. `lane` of a root is
 # the best queue in its tree, so that (lane, vtime) finds the next root and (root_id, queue, id) its oldest ready child.
@@ -604,7 +728,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL)",
     "INSERT INTO bgjobs_clock VALUES (0, 0)",
     """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL)""",
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID",
 ),)
 
@@ -693,7 +817,7 @@ MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, phase = NULL WHERE id = :id
 
 ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at) VALUES (:pid, :host, :workers, :now,
     :now)"""
-HEARTBEAT = "UPDATE bgjobs_runners SET heartbeat_at = :now WHERE id = :id"
+HEARTBEAT = "UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned WHERE id = :id"
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
 OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
@@ -1243,13 +1367,13 @@ def dump_error(type: str, text: str, trace: str) -> str:
     return json.dumps({"type": _text(type), "text": _text(text), "traceback": _text(trace, 64 * 1024)})
 
 
-# ---- 6 Store -------------------------------------------------------------------------------------------------
+# ---- 7 Store -------------------------------------------------------------------------------------------------
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
 OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE id = :id"
 MEANS = "SELECT name, seconds FROM bgjobs_functions"
-RUNNERS = "SELECT id FROM bgjobs_runners"
+RUNNERS = "SELECT id, pid, host, workers, started_at, heartbeat_at, abandoned FROM bgjobs_runners ORDER BY id"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
 UNFINISHED = """SELECT id FROM bgjobs_jobs j WHERE {status} AND (submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter) AND id >= :after ORDER BY id LIMIT 1"""
@@ -1271,7 +1395,7 @@ SCHEMA_VERSION = len(MIGRATIONS)
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
-class _Ticket:
+class _Write:
     """A write that waits for its transaction; `wake` is released when it is done, or is to lead."""
 
     __slots__ = ("run", "value", "error", "done", "gone", "leads", "wake")
@@ -1311,7 +1435,7 @@ class Store:
         # Reentrant, since a garbage collection under it may call a finalizer that writes.
         self._lock = threading.RLock()
         self._leader = 0                                  # the leading thread's ident
-        self._waiting: deque[_Ticket] = deque()
+        self._waiting: deque[_Write] = deque()
         self.leading = self._again = self.closed = False
         self._check_path(os.fspath(path))
         try:
@@ -1412,6 +1536,7 @@ class Store:
 
     # writing
 
+    @library_code
     def write(self, run: Callable[[Transaction], Any]) -> Any:
         """Call `run(transaction)` in the next transaction and return its value, after the commit.
 
@@ -1421,40 +1546,41 @@ class Store:
         if self.leading and self._leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
                                "have it set a flag or start a thread instead")
-        ticket = _Ticket(run)
+        write = _Write(run)
         try:
             with self._lock:
-                self._waiting.append(ticket)
+                self._waiting.append(write)
                 if self.leading:
-                    ticket.wake = threading.Lock()
-                    ticket.wake.acquire()
+                    write.wake = threading.Lock()
+                    write.wake.acquire()
                 else:
-                    self.leading = ticket.leads = True
-            if not ticket.leads:
-                ticket.wake.acquire()                   # the leader commits this write too, or hands the lead on
-            if ticket.leads:
-                self._lead(ticket)
+                    self.leading = write.leads = True
+            if not write.leads:
+                write.wake.acquire()                   # the leader commits this write too, or hands the lead on
+            if write.leads:
+                self._lead(write)
         except BaseException:                           # Ctrl-C: do not count on this thread to lead
-            ticket.gone = True
-            self._hand_over(ticket)
+            write.gone = True
+            self._hand_over(write)
             raise
-        if ticket.error is not None:
-            raise ticket.error
-        return ticket.value
+        if write.error is not None:
+            raise write.error
+        return write.value
 
+    @library_code
     def kick(self) -> None:
         """Lead transactions until nothing waits for one; return at once if another thread leads already."""
-        ticket = _Ticket(_do_nothing)
+        write = _Write(_do_nothing)
         with self._lock:
             if self.leading:
                 self._again = True                      # whoever leads sees to it
                 return
-            self.leading = ticket.leads = True
-        self._lead(ticket, until_done=True)
+            self.leading = write.leads = True
+        self._lead(write, until_done=True)
 
-    def _lead(self, ticket: _Ticket, until_done: bool = False) -> None:
+    def _lead(self, write: _Write, until_done: bool = False) -> None:
         """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
-        batch: list[_Ticket] = []
+        batch: list[_Write] = []
         self._leader = threading.get_ident()
         try:
             while True:
@@ -1468,18 +1594,18 @@ class Store:
                     break
         except BaseException:                           # Ctrl-C in the leader: the next one runs what was rolled back
             with self._lock:
-                self._waiting.extendleft(other for other in batch if not other.done and other is not ticket)
+                self._waiting.extendleft(other for other in batch if not other.done and other is not write)
             self._release(batch)
             raise
         finally:
-            self._hand_over(ticket)
+            self._hand_over(write)
 
-    def _hand_over(self, ticket: _Ticket) -> None:
-        """Give the lead, if this ticket has it, to the first waiting thread, or up."""
+    def _hand_over(self, write: _Write) -> None:
+        """Give the lead, if this write has it, to the first waiting thread, or up."""
         heir, left = None, False
         with self._lock:
-            if ticket.leads:
-                ticket.leads, self._leader = False, 0
+            if write.leads:
+                write.leads, self._leader = False, 0
                 heir = next((other for other in self._waiting if not other.gone), None)
                 self.leading = heir is not None
                 if heir is not None:
@@ -1490,21 +1616,21 @@ class Store:
             self.backlog()
 
     @staticmethod
-    def _release(batch: list[_Ticket]) -> None:
-        for ticket in batch:
-            if ticket.wake is not None and ticket.done:
+    def _release(batch: list[_Write]) -> None:
+        for write in batch:
+            if write.wake is not None and write.done:
                 with contextlib.suppress(RuntimeError):         # it was this thread's own
-                    ticket.wake.release()
+                    write.wake.release()
         batch.clear()
 
-    def _commit(self, batch: list[_Ticket], ride: str) -> None:
+    def _commit(self, batch: list[_Write], ride: str) -> None:
         """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails."""
         try:
             self._transact(batch, ride)
         except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
             if ride and batch:
-                for ticket in batch:
-                    self._commit([ticket], ride="")
+                for write in batch:
+                    self._commit([write], ride="")
                 self._again = True
             elif batch:
                 batch[0].error, batch[0].done = self._explained(error), True
@@ -1513,7 +1639,7 @@ class Store:
                 time.sleep(0.2)
                 self._again = True
 
-    def _transact(self, batch: list[_Ticket], ride: str) -> None:
+    def _transact(self, batch: list[_Write], ride: str) -> None:
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
         db = self._writer
@@ -1522,8 +1648,8 @@ class Store:
         db.execute("BEGIN IMMEDIATE")
         try:
             tx = Transaction(db, self._lineages, self.clock())
-            for ticket in batch:
-                ticket.value = ticket.run(tx)
+            for write in batch:
+                write.value = write.run(tx)
             if ride and self.rider is not None:
                 self.rider(tx, ride == "all")
             tx.apply()
@@ -1533,8 +1659,8 @@ class Store:
                 db.execute("ROLLBACK")
             self._lineages.clear()
             raise
-        for ticket in batch:
-            ticket.done = True
+        for write in batch:
+            write.done = True
         for callback in tx.after_commit:
             try:
                 callback()
@@ -1550,6 +1676,7 @@ class Store:
 
     # reading
 
+    @library_code
     def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
         """Return all rows of a query, on a connection of its own."""
         try:
@@ -1764,7 +1891,10 @@ def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, 
     return {"args": args, "kwargs": kwargs}
 
 
-# ---- 7 Worker pool -------------------------------------------------------------------------------------------
+# ---- 8 Worker pool -------------------------------------------------------------------------------------------
+
+ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for each place; then no job is claimed
+
 
 class Pool:
     """`size` places in which attempts execute, and the threads for them, made when needed and reused.
@@ -1791,8 +1921,13 @@ class Pool:
         self._idle = 0                                    # threads without work
         self.lingers = False                              # one of them does not sleep yet: it claims in a moment
         self._threads: set[threading.Thread] = set()
-        self.abandoned = 0                                # force-stopped attempts whose threads live on
+        self.abandoned = 0                                # superseded attempts whose threads live on
         self._closed = False
+
+    @property
+    def is_clogged(self) -> bool:
+        """Tell whether so many abandoned threads live on that no more jobs should be claimed."""
+        return self.abandoned >= ABANDONED_A_PLACE * self.size
 
     def room(self) -> tuple[int, int, int, list[Attempt]]:
         """Return the free places, those that low-priority jobs may take, those that are about to get free (whose attempts
@@ -1800,6 +1935,8 @@ class Pool:
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._changed:
             waiting = list(self._queue)
+            if self.is_clogged:
+                return 0, 0, 0, waiting
             low = self._low_busy + sum(attempt.low_priority for attempt in (*waiting, *self._returning))
             long = sum(attempt.has_place and 0 < attempt.begun < long_since for attempt in self._executing)
             free = self.size - self._busy - len(self._returning) - len(waiting)
@@ -1875,10 +2012,10 @@ class Pool:
             with self._changed:
                 self._executing.discard(attempt)
                 if attempt.abandoned:                     # another thread has taken this one's part
+                    lead |= self.is_clogged
                     self.abandoned -= 1
                     self._threads.discard(threading.current_thread())
-                    return
-                if lead or self._returning or not self._queue:
+                elif lead or self._returning or not self._queue:
                     starting = self._free(attempt)
                     self._idle += 1
                     attempt = None                        # an idle worker keeps nothing alive
@@ -1887,6 +2024,8 @@ class Pool:
             self._start(starting)
             if lead:
                 self._claim()
+            if attempt is not None and attempt.abandoned:
+                return
             if attempt is None:
                 if not lead and not self.lingers:
                     self._linger()
@@ -1938,8 +2077,21 @@ class Pool:
                 self._returning.remove(attempt)
                 attempt.place.set()                       # type: ignore[union-attr]
             starting = self._free(attempt) if attempt.has_place else []
+            clogged = self.is_clogged
         self._start(starting)
+        if clogged:
+            _log.error("%d superseded attempts still run in threads of this process: no more jobs are claimed until some of "
+                       "them end", self.abandoned)
         self._claim()
+
+    def set_low_priority(self, attempt: Attempt, low: int) -> None:
+        """Have the place that an attempt holds, or will get, count as one of low priority, or not."""
+        with self._changed:
+            if attempt.has_place:
+                self._low_busy += low - attempt.low_priority
+            attempt.low_priority = low
+            starting = self._give_places()                # one that returns may take the reserve now
+        self._start(starting)
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
@@ -1986,7 +2138,7 @@ class Pool:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-# ---- 8 Inside a job ------------------------------------------------------------------------------------------
+# ---- 9 Inside a job ------------------------------------------------------------------------------------------
 
 _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjobs_current", default=None)
@@ -2054,6 +2206,8 @@ class Attempt(JobContext):
     _pace: float | None = None
     _pace_from = (0.0, 0.0)
     _loops = 0
+    _attention = False                                    # a checkpoint has more to do than to go on
+    _operation: threading.Event | None = None
     _saved_at = 0.0
     _logger: logging.Logger | None = None
 
@@ -2065,6 +2219,7 @@ class Attempt(JobContext):
         self.options: dict[str, Any] = json.loads(options) if options else {}
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
+        self.ticket = Ticket()
         self._loop_positions: list[int] = []
         self._wakes: list[Any] = []                       # what a stop request sets
 
@@ -2085,9 +2240,20 @@ class Attempt(JobContext):
         if not force and not self.options.get("stoppable", True):
             return
         self.reason = reason
-        self.stop_requested = True
+        self.stop_requested = self._attention = True
         for wake in list(self._wakes):
             wake.set()
+
+    def let_pass(self, operation: threading.Event) -> None:
+        """Have the next checkpoint wait for an operation on its way: a loop that only computes would hold it up by the
+        interpreter lock, 5 ms for each of its statements."""
+        self._operation = operation
+        self._attention = True
+
+    def supersede(self) -> None:
+        """Have JobStopped raised wherever the function is. From any thread, once the store refuses this attempt."""
+        self.request_stop(force=True)
+        self.ticket.use()
 
     def raise_if_stopped(self) -> None:
         """Be a checkpoint. Raises JobStopped."""
@@ -2097,9 +2263,20 @@ class Attempt(JobContext):
     def checkpoint(self, state: Any = _UNSET) -> None:
         if state is not _UNSET:
             self._save(encode(state, f"the state of job {self.id}"))
-        if self.stop_requested:
-            raise JobStopped(f"job {self.id} was asked to stop")
+        if self._attention:
+            self._attend()
 
+    @library_code
+    def _attend(self) -> None:
+        operation, self._operation = self._operation, None
+        self._attention = False            # first: a stop that comes from here on sets it again
+        if operation is not None:
+            operation.wait(1.0)
+        if self.stop_requested:
+            self._attention = True
+            self.raise_if_stopped()
+
+    @library_code
     def sleep(self, seconds: float) -> None:
         wake = threading.Event()
         with self.woken_by_stop(wake):
@@ -2147,8 +2324,8 @@ class Attempt(JobContext):
         done = positions[loop]
         for item in itertools.islice(iterable, done, None) if done else iterable:
             self.progress(done, total)
-            if self.stop_requested:
-                raise JobStopped(f"job {self.id} was asked to stop")
+            if self._attention:
+                self._attend()
             yield item
             done += 1
             positions[loop:] = [done]                     # the loops inside this turn are done with: the next turn's are new
@@ -2201,6 +2378,7 @@ class _JobLogger(logging.Logger):
         self.parent = logging.getLogger("bgjobs.job")
         self._attempt = attempt
 
+    @library_code
     def callHandlers(self, record: logging.LogRecord) -> None:
         self._attempt.runner._keep_log_line(self._attempt, record)
         if self.parent.isEnabledFor(record.levelno):
@@ -2231,7 +2409,7 @@ def current_job() -> JobContext:
     return _current.get() or _outside
 
 
-# ---- 9 The handle --------------------------------------------------------------------------------------------
+# ---- 10 The handle -------------------------------------------------------------------------------------------
 
 def _live(name: str, what: str) -> Any:
     return property(lambda self: self.info()[name], doc=what + " Read from the store at each access.")
@@ -2253,10 +2431,24 @@ class _PlaceGivingEvent(threading.Event):
         super().__init__()
         self._attempt = attempt
 
+    @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        if self.is_set():
-            return True
-        return self._attempt.runner._wait_in_job(self._attempt, super().wait, timeout)
+        """Wait until the event is set. A stop comes at the next checkpoint, but a force stop at once: raises JobStopped."""
+        attempt = self._attempt
+        if not self.is_set():
+            with attempt.woken_by_stop(_Notifier(self._cond)):
+                attempt.runner._wait_in_job(attempt, self._wait, timeout)
+            if attempt.ticket.void:
+                raise JobStopped(f"attempt {attempt.number} of job {attempt.id} has been superseded")
+        return self.is_set()
+
+    def _wait(self, timeout: float | None) -> bool:
+        with self._cond:
+            return self._cond.wait_for(lambda: self.is_set() or self._attempt.ticket.void, timeout)
+
+    @library_code
+    def clear(self) -> None:
+        super().clear()
 
 
 class _Notifier:
@@ -2295,10 +2487,11 @@ class Job(Future):                                        # type: ignore[type-ar
             self._runner._watch(self)
         return self._made_condition()
 
+    @library_code
     def _made_condition(self) -> threading.Condition:
         if self._lazy_condition is None:
             with self._runner._handle_lock:
-                self._lazy_condition = self._lazy_condition or threading.Condition()
+                self._lazy_condition = self._lazy_condition or threading.Condition(_HandleLock())
         return self._lazy_condition
 
     name = _live("name", "The stable name of the function.")
@@ -2406,6 +2599,7 @@ class Job(Future):                                        # type: ignore[type-ar
             self._complete()
         return status
 
+    @library_code
     def result(self, timeout: float | None = None) -> Any:
         """Return what the function returned, once the job and all its descendants are over.
 
@@ -2415,6 +2609,7 @@ class Job(Future):                                        # type: ignore[type-ar
         self._await_end(timeout)
         return super().result(0)
 
+    @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the function raised, or None, once the job is over. Waits and raises as `result` does."""
         self._await_end(timeout)
@@ -2423,7 +2618,6 @@ class Job(Future):                                        # type: ignore[type-ar
     def _await_end(self, timeout: float | None) -> None:
         if self._state == "PENDING" and not self.done():
             attempt = _current.get()
-
             if attempt is None:
                 self._wait(timeout, lambda: self._state != "PENDING")
                 return
@@ -2443,6 +2637,7 @@ class Job(Future):                                        # type: ignore[type-ar
             return asyncio.wrap_future(self).__await__()
         return asyncio.to_thread(self.result).__await__()     # gives the place away, and is a checkpoint
 
+    @library_code
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread of the runner's for callbacks; at once if it is over."""
         if self._state == "PENDING":
@@ -2450,6 +2645,7 @@ class Job(Future):                                        # type: ignore[type-ar
         super().add_done_callback(fn)
         self.done()
 
+    @library_code
     def _complete(self) -> None:
         """Take the outcome over from the store, once. Wakes who waits; callbacks are called in a thread of their own."""
         rows = self._runner._store.read(OUTCOME_OF, {"id": self.id})
@@ -2484,7 +2680,7 @@ class Job(Future):                                        # type: ignore[type-ar
             return f"<Job {self.id}>"
 
 
-# ---- 10 Runner -----------------------------------------------------------------------------------------------
+# ---- 11 Runner -----------------------------------------------------------------------------------------------
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
@@ -2769,19 +2965,24 @@ class Runner(Submitter, Executor):
             attempt.outcome = UNSPENT
             return
         attempt.begun = time.monotonic()
-        attempt.thread = threading.get_ident()
+        attempt.thread = attempt.ticket.thread = threading.get_ident()
+        around, _here.ticket = _here.ticket, attempt.ticket
         try:
             function = _registry.find(attempt.name)
             if function is None:
                 attempt.outcome = UNKNOWN
             else:
-                value = contextvars.Context().run(self._call, attempt, function)
+                try:
+                    value = contextvars.Context().run(self._call, attempt, function)
+                finally:
+                    attempt.ticket.keep()                 # a force stop raises nothing here any more
                 attempt.result = None if value is None else self._encoded_result(attempt, value)
                 attempt.outcome = RETURNED
         except JobStopped:
             attempt.outcome = attempt.reason
         except BaseException as error:
             attempt.fail(error)
+        _here.ticket = around
         attempt.thread = None
         attempt.ran = time.monotonic() - attempt.begun
         attempt.worked = max(0.0, attempt.ran - attempt.waited)
@@ -2798,7 +2999,10 @@ class Runner(Submitter, Executor):
     @staticmethod
     def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
         _current.set(attempt)
-        value = function(*(decode(attempt.args) if attempt.args else ()), **(decode(attempt.kwargs) if attempt.kwargs else {}))
+        args = decode(attempt.args) if attempt.args else ()
+        kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
+        attempt.ticket.put_back()
+        value = function(*args, **kwargs)
         if isinstance(value, types.CoroutineType):
             import asyncio
             return asyncio.run(value)
@@ -2884,34 +3088,52 @@ class Runner(Submitter, Executor):
         return self._store.logs(job_id, level=level or 0, text=text, since=since or 0.0, until=until or math.inf, after=after,
                                 limit=limit, tree=tree)
 
+    @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
         by = None if by is None else _text(by, 200)
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
         attempt = _current.get()
         author = (attempt.id, attempt.number) if attempt is not None and attempt.runner is self else None
+        passed = threading.Event()
+        for running in list(self._attempts.values()):
+            running.let_pass(passed)
+
+        def operate(tx: Transaction) -> None:
+            moved = tx.operate(operation, job_id, by, author)
+            tx.after_commit.append(lambda: self._tell_attempts(operation, moved))
         try:
-            moved = self._store.write(lambda tx: tx.operate(operation, job_id, by, author))
+            self._store.write(operate)
         except KeyError:
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
-        if operation in ("stop", "force_stop"):
-            for moved_id in moved:
-                stopped = self._attempts.get(moved_id)
-                if stopped is not None:
-                    stopped.request_stop(force=operation == "force_stop")
-                    if operation == "force_stop":
-                        self._abandon(stopped)
+        finally:
+            passed.set()
         if operation == "restart" or handle is None or operation == "resume" and handle._state != "PENDING":
             return Job(self, job_id)
         return handle
 
+    def _tell_attempts(self, operation: str, job_ids: Iterable[int]) -> None:
+        """After the commit of an operation: carry it out on what executes here. Runs in the leading thread, before any of these
+        jobs can be claimed again."""
+        for attempt in filter(None, map(self._attempts.get, job_ids)):
+            if operation == "stop":
+                attempt.request_stop()
+            elif operation == "force_stop":
+                self._abandon(attempt)
+            elif operation.endswith("low_priority"):
+                self._pool.set_low_priority(attempt, int(operation == "set_low_priority"))
+                self._store.kick()                        # it may have left a place to another of low priority
+
     def _abandon(self, attempt: Attempt) -> None:
+        """Be done with an attempt that has been superseded in the store: stop it wherever it is, and fill its place."""
         if self._attempts.get(attempt.id) is attempt:
             del self._attempts[attempt.id]
+        attempt.supersede()
         self._pool.abandon(attempt)
 
     # waiting
 
+    @library_code
     def _watch(self, handle: Job) -> None:
         """Complete this handle when its job is over, whichever process runs it."""
         with self._handle_lock:
@@ -2993,6 +3215,7 @@ class Runner(Submitter, Executor):
 
     # starting and going down
 
+    @library_code
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Returns the runner."""
         if self._shut:
@@ -3082,6 +3305,7 @@ class Runner(Submitter, Executor):
         finally:
             self._waiting_for_over -= 1
 
+    @library_code
     def close(self, timeout: float = 5.0) -> None:
         """Go down: running jobs are asked to pause at their next checkpoint and go back to pending with their state.
 
@@ -3149,12 +3373,12 @@ class Runner(Submitter, Executor):
         for attempt in attempts:
             row = owned.get(attempt.id)
             if row is None or row["attempt"] != attempt.number:
-                if self._attempts.get(attempt.id) is attempt and attempt not in self._ended and attempt not in self._settling \
-                        and attempt.thread is not None:
-                    attempt.request_stop(force=True)
+                if self._attempts.get(attempt.id) is attempt and attempt not in self._ended and attempt not in self._settling:
                     self._abandon(attempt)
             elif row["status"] == STOPPING:
                 attempt.request_stop()
+            elif row["low_priority"] != attempt.low_priority:
+                self._pool.set_low_priority(attempt, row["low_priority"])
 
     def _flush_progress(self) -> None:
         changed = [(attempt, new) for attempt in list(self._attempts.values()) if attempt.thread is not None
@@ -3244,6 +3468,7 @@ class _Service:
         self._look_at_due = self._nudged = True
         self._soon = False
         self._seconds, self._version, self._flushed_at, self._second_at = 0, -1, 0.0, 0.0
+        self._abandoned = 0
         self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self._thread.start()
 
@@ -3252,9 +3477,9 @@ class _Service:
         return self._thread.is_alive()
 
     def end(self) -> None:
-        """Wait until the thread has ended; the store is closed."""
+        """Wait until the thread has ended, unless it goes on watching handles for others; the store is closed."""
         self._event.set()
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread() and not self._runner._watched:
             self._thread.join(1.0)
 
     def nudge_soon(self) -> None:
@@ -3324,8 +3549,10 @@ class _Service:
     def _every_second(self) -> None:
         runner = self._runner
         self._seconds += 1
-        if self._seconds % HEARTBEAT_SECONDS == 0:
-            runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now}))
+        abandoned = runner._pool.abandoned
+        if self._seconds % HEARTBEAT_SECONDS == 0 or abandoned != self._abandoned:
+            runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now, "abandoned": abandoned}))
+            self._abandoned = abandoned
         if runner._costs.changed:
             means = runner._costs.take_changed()
             runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
@@ -3425,12 +3652,13 @@ def _at_exit(runner: Runner) -> None:
     atexit.register(close_it)
 
 
-# ---- 11 The default runner -----------------------------------------------------------------------------------
+# ---- 12 The default runner -----------------------------------------------------------------------------------
 
 _default: Runner | None = None
 _default_lock = threading.Lock()                              # guards _default
 
 
+@library_code
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it; see Runner for the options. RuntimeError: there is one on another file."""
     global _default
@@ -3514,7 +3742,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
-# ---- 12 Status page ------------------------------------------------------------------------------------------
+# ---- 13 Status page ------------------------------------------------------------------------------------------
 #
 # Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are answered
 # (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token that only
@@ -4263,20 +4491,25 @@ function visit({ typed = false, scroll = 0 } = {}) {
   poll();
 }
 
+const abandonedIn = ({ abandoned, workers, pid, host }) =>
+  `In process ${pid} on ${host} ${abandoned} force-stopped ${abandoned > 1 ? "attempts have" : "attempt has"} not ended yet. `
+  + (abandoned < 2 * workers ? `At ${2 * workers} of them it takes no more jobs.` : "It takes no more jobs until some of them do.");
+
 async function poll() {
   clearTimeout(timer);
   polling?.abort();
   const mine = polling = new AbortController(), late = setTimeout(() => mine.abort(), TIMEOUT_MS);
   let trouble = "";
   try {
-    const data = await here.view.load(here, mine.signal);
+    const [data, { runners }] = await Promise.all([here.view.load(here, mine.signal), get("api/runners", mine.signal)]);
     if (mine === polling) here.data = data;
+    trouble = runners.filter(runner => runner.abandoned).map(abandonedIn).join(" ");
   } catch (error) {
     trouble = error.status ? error.message : "The connection to the app is lost. Trying again.";
   }
   clearTimeout(late);
   if (mine !== polling) return;        // somebody could not wait for the next poll
-  byId("banner").textContent = trouble;
+  if (byId("banner").textContent !== trouble) byId("banner").textContent = trouble;      // else it is read out again
   if (!document.hidden) timer = setTimeout(poll, POLL_MS);
   draw();
 }
@@ -4434,6 +4667,8 @@ class Page:
         query = _query(environ.get("QUERY_STRING", ""))
         if parts == ["jobs"]:
             return 200, "application/json", _json_bytes(self._list(query))
+        if parts == ["runners"]:
+            return 200, "application/json", _json_bytes({"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]})
         if parts[0] == "jobs" and len(parts) in (2, 3) and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 19:
             job_id = int(parts[1])
             try:
@@ -4685,7 +4920,7 @@ def serve_page(page: Page, host: str, port: int) -> str:
     return f"http://{name}:{server.server_port}/"
 
 
-# ---- 13 Command line -----------------------------------------------------------------------------------------
+# ---- 14 Command line -----------------------------------------------------------------------------------------
 
 def fingerprint(folder: str) -> dict[str, Any]:
     """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""

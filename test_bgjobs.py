@@ -692,7 +692,273 @@ def hold_if(name):
         hold(name)
 
 
-# ---- 5 Transactions and 6 Store ---------------------------------------------------------------------------------------------
+# ---- 5 Force stop ------------------------------------------------------------------------------------------------------
+
+def spin():
+    seen.append("spin")
+    try:
+        while True:
+            pass
+    finally:
+        seen.append("spin ends")
+
+
+def long_sleep():
+    time.sleep(0.7)
+
+
+def untimed_lock():
+    seen.append("lock")
+    with locks["untimed"]:
+        pass
+
+
+def receive():
+    locks["socket"][0].recv(1)
+
+
+def swallow():
+    while not gate("swallow").is_set():
+        with contextlib.suppress(BaseException):
+            while not gate("swallow").wait(0.01):
+                pass
+
+
+locks = {}
+
+
+def count_up(turns):
+    for _ in range(turns):
+        pass
+    return turns
+
+
+def use_the_library(seed):
+    """Call whatever a job may call, for good."""
+    job, chance = bgjobs.current_job(), random.Random(seed)
+    calls = (
+        lambda: bgjobs.submit(add, 1), lambda: job.checkpoint(state=seed), lambda: job.log.info("still here"),
+        lambda: bgjobs.submit(add, 1).result(), lambda: bgjobs.get(job.id).info(), lambda: job.sleep(0.001),
+        lambda: concurrent.futures.wait([bgjobs.submit(add, 1), bgjobs.submit(add, 2)]),
+        lambda: list(concurrent.futures.as_completed([bgjobs.submit(add, 1), bgjobs.submit(add, 2)])),
+        lambda: bgjobs.submit(add, 1).add_done_callback(id))
+    while True:
+        chance.choice(calls)()
+
+
+class TestForceStop:
+    @pytest.mark.parametrize("function", [spin, long_sleep, untimed_lock, receive, swallow])
+    def test_whatever_the_function_does_the_job_is_stopped_and_its_place_is_usable(self, make, function):
+        locks.update(untimed=threading.Lock(), socket=socket.socketpair())
+        locks["untimed"].acquire()
+        gate("swallow")
+        runner = make(max_workers=1)
+        job = runner.options(stoppable=False).submit(function)
+        wait_for(lambda: job.status == "running")
+        assert job.stop().status == "stopping"
+        assert job.force_stop().status == "stopped"
+        assert runner.submit(add, 1, 2).result(10) == 3
+        locks["untimed"].release()
+        locks["socket"][1].send(b"x")
+        gate("swallow").set()
+        wait_for(lambda: runner._pool.abandoned == 0)        # the thread ends as soon as it can
+        assert job.status == "stopped" and job.attempt == 1
+        for end in locks["socket"]:
+            end.close()
+        consistent(runner)
+
+    def test_it_reaches_a_loop_whose_finally_block_runs(self, make):
+        runner = make(max_workers=1)
+        seen.clear()
+        job = runner.submit(spin)
+        wait_for(lambda: "spin" in seen)
+        job.stop()
+        job.force_stop()
+        wait_for(lambda: "spin ends" in seen)
+
+    def test_against_completion_it_is_one_or_the_other(self, make):
+        runner = make(max_workers=2)
+        chance, ends = random.Random(1), []
+        for _ in range(500):
+            job = runner.options(stoppable=False).submit(count_up, chance.choice([0, 100, 1_000, 10_000, 30_000]))
+            with contextlib.suppress(bgjobs.InvalidOperation):
+                job.stop()
+                job.force_stop()
+            ends.append(wait_for(lambda: (status := job.status) in ("finished", "stopped") and status))
+            assert (job.info()["result"] is None) == (ends[-1] == "stopped")
+        assert set(ends) == {"finished", "stopped"}
+        wait_for(lambda: runner._pool.abandoned == 0)
+        assert runner.submit(add, 1, 2).result(10) == 3
+        consistent(runner)
+
+    def test_it_never_interrupts_the_library(self, make):
+        runner = make(max_workers=2)
+        chance = random.Random(2)
+        for seed in range(200):
+            job = runner.submit(use_the_library, seed)
+            wait_for(lambda: job.status != "pending")
+            time.sleep(chance.random() / 1000)
+            with contextlib.suppress(bgjobs.InvalidOperation):
+                job.stop()
+                job.force_stop()
+            wait_for(lambda: job.status == "stopped")
+        wait_for(lambda: runner._pool.abandoned == 0)
+        assert runner.submit(add, 1, 2).result(10) == 3
+        consistent(runner)
+
+    def test_resumed_at_once_the_abandoned_attempt_changes_nothing(self, make):
+        runner = make(max_workers=2)
+        seen.clear()
+        locks["untimed"] = threading.Lock()
+        locks["untimed"].acquire()
+        job = runner.submit(untimed_lock)
+        for attempt in (1, 2):
+            wait_for(lambda: len(seen) == attempt)
+            job.stop()
+            job.force_stop()
+            job.resume()
+        wait_for(lambda: len(seen) == 3)
+        assert job.status == "running" and job.attempt == 3 and runner._pool.abandoned == 2
+        locks["untimed"].release()
+        assert job.result(10) is None and job.attempt == 3
+        wait_for(lambda: runner._pool.abandoned == 0)
+        assert [line["message"] for line in job.logs()] == ["stop", "force stop", "resume"] * 2
+        consistent(runner)
+
+    def test_another_process_can_do_it(self, make, path):
+        runner = make(max_workers=1)
+        seen.clear()
+        job = runner.submit(spin)
+        wait_for(lambda: "spin" in seen)
+        code, _, err = finish(python("""
+            import bgjobs, sys
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                runner.get(1).stop().force_stop()
+            """, path))
+        assert code == 0, err
+        wait_for(lambda: "spin ends" in seen)
+        assert job.status == "stopped"
+        assert runner.submit(add, 1, 2).result(10) == 3
+
+    def test_a_job_may_force_stop_itself(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(force_stop_itself)
+        wait_for(lambda: job.status == "stopped")
+        wait_for(lambda: runner._pool.abandoned == 0)
+
+    def test_too_many_abandoned_threads_end_the_claiming_until_they_end(self, make, caplog):
+        runner = make(max_workers=1)
+        visitor = Visitor(runner.serve(port=0))
+        locks["untimed"] = threading.Lock()
+        locks["untimed"].acquire()
+        seen.clear()
+        for attempt in (1, 2):
+            job = runner.submit(untimed_lock)
+            wait_for(lambda: len(seen) == attempt)
+            job.stop()
+            job.force_stop()
+        waiting = runner.submit(add, 1, 2)
+        assert "2 superseded attempts still run in threads of this process: no more jobs are claimed" in caplog.text
+        wait_for(lambda: visitor.get("api/runners")["runners"][0]["abandoned"] == 2)
+        assert waiting.status == "pending"
+        locks["untimed"].release()
+        assert waiting.result(10) == 3
+        wait_for(lambda: visitor.get("api/runners")["runners"][0]["abandoned"] == 0)
+
+    def test_inside_wait_a_stop_comes_at_the_next_checkpoint_and_a_force_stop_at_once(self, make):
+        runner = make(max_workers=2)
+        seen.clear()
+        job = runner.submit(wait_for_child, "waited for")
+        wait_for(lambda: "waited for" in seen)
+        job.stop()
+        runner.submit(add, 1).result(10)
+        assert job.status == "stopping" and "went on" not in seen
+        gate("waited for").set()
+        wait_for(lambda: job.status == "stopped")
+        assert "went on" in seen and "after" not in seen
+        other = runner.submit(wait_for_child, "waited in vain")
+        wait_for(lambda: "waited in vain" in seen)
+        seen.remove("went on")
+        other.stop()
+        other.force_stop()
+        wait_for(lambda: seen.count("unwound") == 2)
+        assert other.status == "stopped" and "went on" not in seen
+
+    def test_a_taken_ticket_puts_the_exception_off_and_it_is_raised_once(self):
+        ticket = bgjobs.Ticket()
+        ticket.thread = threading.get_ident()
+        ticket.put_back()
+        ticket.take()
+        ticket.take()
+        ticket.use()                                       # from within the library: nothing is raised
+        ticket.put_back()
+        with pytest.raises(bgjobs.JobStopped):
+            ticket.put_back()                              # on the way back to the function
+        with pytest.raises(bgjobs.JobStopped):
+            ticket.take()                                  # nor does it get into the library again
+        ticket.keep()
+
+    def test_who_finds_the_ticket_gone_waits_for_the_exception_or_takes_it_back(self):
+        for swallows in (False, True):
+            ticket, caught = bgjobs.Ticket(), 0
+            ticket.thread = threading.get_ident()
+            ticket.put_back()
+            other = threading.Thread(target=ticket.use)
+            try:
+                other.start()
+                if swallows:
+                    with contextlib.suppress(bgjobs.JobStopped):
+                        while True:
+                            time.sleep(0.001)
+                    caught += 1
+                ticket.keep()
+            except bgjobs.JobStopped:
+                caught += 1
+            other.join()
+            time.sleep(0)
+            assert caught == 1
+
+    def test_a_computing_loop_lets_an_operation_pass(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(checkpoint_on_and_on)
+        wait_for(lambda: job.status == "running")
+        attempt = runner._attempts[job.id]
+        passed = threading.Event()
+        attempt.let_pass(passed)
+        wait_for(lambda: attempt._operation is None)
+        before = attempt.turns
+        time.sleep(0.05)
+        assert attempt.turns == before
+        passed.set()
+        wait_for(lambda: attempt.turns > before)
+
+
+def checkpoint_on_and_on():
+    job = bgjobs.current_job()
+    job.turns = 0
+    while True:
+        job.checkpoint()
+        job.turns += 1
+
+
+def force_stop_itself():
+    me = bgjobs.get(bgjobs.current_job().id)
+    me.stop()
+    me.force_stop()
+
+
+def wait_for_child(name):
+    try:
+        child = bgjobs.options(stoppable=False).submit(hold, name)
+        concurrent.futures.wait([child])
+        seen.append("went on")
+        bgjobs.current_job().checkpoint()
+        seen.append("after")
+    finally:
+        seen.append("unwound")
+
+
+# ---- 6 Transactions and 7 Store ---------------------------------------------------------------------------------------------
 
 class TestStore:
     HOT = {
@@ -1004,7 +1270,7 @@ class TestStore:
             ids(colour=1)
 
 
-# ---- 7 Worker pool and 8 Inside a job -----------------------------------------------------------------------------------------
+# ---- 8 Worker pool and 9 Inside a job -----------------------------------------------------------------------------------------
 
 class TestInsideAJob:
     def test_outside_a_job_everything_works_and_does_nothing(self):
@@ -1194,11 +1460,12 @@ def nested_each():
 
 
 def haunt(other):
-    seen.append("haunt")
-    gate("haunt").wait(20)
     job = bgjobs.current_job()
-    job.log.info("still here")
-    for attempt in (lambda: bgjobs.options(parent=None).submit(add, 1), lambda: bgjobs.get(other).stop(), job.checkpoint):
+    seen.append("haunt")
+    with contextlib.suppress(bgjobs.JobStopped):
+        gate("haunt").wait(20)
+    for attempt in (lambda: bgjobs.options(parent=None).submit(add, 1), lambda: bgjobs.get(other).stop(), job.checkpoint,
+                    lambda: job.log.info("still here")):
         with pytest.raises(bgjobs.JobStopped):
             attempt()
     seen.append("haunted")
@@ -1575,7 +1842,7 @@ def keyed_parent():
     return [job.result() for job in jobs]
 
 
-# ---- 9 The handle and 10 Runner -----------------------------------------------------------------------------------------------
+# ---- 10 The handle and 11 Runner -----------------------------------------------------------------------------------------------
 
 class TestHandle:
     def test_attributes_are_live(self, idle):
@@ -2055,7 +2322,7 @@ def many_children():
     bgjobs.submit_many(add, [(i,) for i in range(30)])
 
 
-# ---- 12 Status page ---------------------------------------------------------------------------------------------------------
+# ---- 13 Status page ---------------------------------------------------------------------------------------------------------
 
 class Visitor:
     """A browser's manners towards a page, without the browser."""
@@ -2405,7 +2672,7 @@ class TestInTheBrowser:
             browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
 
 
-# ---- 13 Command line -----------------------------------------------------------------------------------------------------------
+# ---- 14 Command line -----------------------------------------------------------------------------------------------------------
 
 def bgjobs_command(*arguments, cwd=None, **environment):
     return subprocess.run([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
