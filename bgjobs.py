@@ -3339,6 +3339,7 @@ class Runner(Submitter, Executor):
         if self._service is not None:
             self._service.end()
         self._pool.close(0.2)
+        self._held.clear()                                # whose jobs are not over: nobody waits here for what others do
         self._to_call_back.put(None)
 
     def _give_back(self, why: str, keep: Callable[[int], bool]) -> None:

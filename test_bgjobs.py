@@ -781,11 +781,12 @@ class TestForceStop:
         chance, ends = random.Random(1), []
         for _ in range(500):
             job = runner.options(stoppable=False).submit(count_up, chance.choice([0, 100, 1_000, 10_000, 30_000]))
+            time.sleep(chance.choice([0, 0.002 * chance.random(), 0.01]))
             with contextlib.suppress(bgjobs.InvalidOperation):
                 job.stop()
                 job.force_stop()
             ends.append(wait_for(lambda: (status := job.status) in ("finished", "stopped") and status))
-            assert (job.info()["result"] is None) == (ends[-1] == "stopped")
+            assert (job.info()["result"] is None) == (ends[-1] == "stopped"), job.info()
         assert set(ends) == {"finished", "stopped"}
         wait_for(lambda: runner._pool.abandoned == 0)
         assert runner.submit(add, 1, 2).result(10) == 3
