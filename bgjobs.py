@@ -81,7 +81,7 @@ import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "StoreError",
@@ -518,10 +518,11 @@ def entry_tag(own: int, clock: int) -> int:
 
 
 class Costs:
-    """The recent mean run time of each function, in seconds; a newer run weighs a fifth."""
+    """The recent mean run time of each function, and of the trees below it, in seconds; a newer run weighs a fifth."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
+        self.trees: dict[str, float] = {}
         self.changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
@@ -530,10 +531,16 @@ class Costs:
         self.means[name] = seconds if mean is None else mean + (seconds - mean) / 5
         self.changed.add(name)
 
-    def take_changed(self) -> list[tuple[str, float]]:
-        """Return the means that changed since the last call."""
+    def record_tree(self, name: str, seconds: float) -> None:
+        """Take the duration of a job with children, from its start to its last descendant's end, into the mean."""
+        mean = self.trees.get(name)
+        self.trees[name] = seconds if mean is None else mean + (seconds - mean) / 5
+        self.changed.add(name)
+
+    def take_changed(self) -> list[tuple[str, float | None, float | None]]:
+        """Return (name, mean, mean of trees) of those that changed since the last call."""
         changed, self.changed = self.changed, set()
-        return [(name, self.means[name]) for name in changed]
+        return [(name, self.means.get(name), self.trees.get(name)) for name in changed]
 
     def plan(self, name: str) -> tuple[int, float]:
         """Return the microseconds to charge for a claim of this function, and the seconds that it will keep a worker from the
@@ -549,24 +556,63 @@ HAND_SECONDS = 0.001       # the work that is worth waking another thread for
 LINGER_SECONDS = 0.001     # how long a worker without a job stays up to claim what comes meanwhile
 
 
-def pace_after(pace: float | None, gained: float, seconds: float, elapsed: float) -> float | None:
-    """Return the progress per second after `gained` more of it in `seconds`, `elapsed` seconds into the work.
+def rate_after(rate: float | None, gained: float, seconds: float, elapsed: float) -> float | None:
+    """Return the units per second after `gained` more of them in `seconds`, `elapsed` seconds into the work.
 
-    An exponential average over the last half of the elapsed time, so the recent rate weighs more, an early
-    hiccup is forgotten, and one late sample cannot make the estimate jump.
+    An exponential average over the last half of the elapsed time: the recent rate weighs more, an early hiccup is
+    forgotten, and one late sample cannot make the estimate jump.
     """
     if seconds <= 0:
-        return pace
-    if pace is None:
+        return rate
+    if rate is None:
         return gained / seconds if gained > 0 else None
-    return pace + (1 - math.exp(-seconds / max(elapsed / 2, 1.0))) * (gained / seconds - pace)
+    return rate + (1 - math.exp(-seconds / max(elapsed / 2, 1.0))) * (gained / seconds - rate)
 
 
-def time_left(progress: float | None, pace: float | None, age: float) -> float | None:
-    """Return the seconds until progress is 1, from a `pace` that was measured `age` seconds ago."""
-    if progress is None or not pace or pace <= 0:
+def time_left(left: float, rate: float | None, step: float, age: float, elapsed: float) -> float | None:
+    """Return the seconds that `left` units take at `rate` units per second, or None.
+
+    `age`: seconds since the last report. It counts down until the next is due, `step` seconds after the last; from then on
+    the estimate is what it would be if that came just now, so it grows slowly and does not jump when it comes.
+    """
+    if rate is None or rate <= 0:
         return None
-    return max(0.0, (1 - min(progress, 1.0)) / pace - min(max(age, 0.0), 5.0))
+    if age <= step:
+        return max(0.0, left / rate - max(age, 0.0))
+    late = rate_after(rate, rate * step, age, elapsed + age)
+    return max(0.0, left - rate * step) / late            # type: ignore[operator]
+
+
+class Pace:
+    """How fast an attempt goes, from its reports of `done` units at seconds since it began."""
+
+    __slots__ = ("rate", "step", "done", "at")
+
+    def __init__(self, resumed: bool) -> None:
+        self.rate: float | None = None                    # units per second
+        self.step = 0.0                                   # seconds between reports, a mean
+        self.at = 0.0                                     # of the last report of more units
+        self.done: float | None = None if resumed else 0.0    # None: what an earlier attempt did took no time of this one
+
+    def report(self, done: float, at: float) -> None:
+        """Take a report in. The first one in no time, and one of less than before, only say where to count from."""
+        gained, seconds = done - (self.done or 0.0), at - self.at
+        if self.done is None or gained < 0 or self.rate is None and at < 0.1:
+            self.rate, self.done, self.at = None, done, at
+        elif gained > 0 and seconds > 0:
+            self.step = self.step + (seconds - self.step) / 4 if self.rate else seconds
+            self.rate = rate_after(self.rate, gained, seconds, at)
+            self.done, self.at = done, at
+
+
+class Report(NamedTuple):
+    """What the store keeps of an attempt's progress."""
+
+    progress: float | None                                # 0 to 1
+    rate: float | None = None                             # progress per second
+    step: float = 0.0                                     # seconds until the next one is due
+    age: float = 0.0                                      # seconds since the last progress
+    message: str | None = None
 
 
 # ---- 5 Force stop --------------------------------------------------------------------------------------------
@@ -708,8 +754,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
-        duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, pace REAL,
-        tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_pace REAL,
+        duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, rate REAL, step REAL,
+        tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_rate REAL,
         phase TEXT, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
@@ -729,7 +775,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     "INSERT INTO bgjobs_clock VALUES (0, 0)",
     """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
         workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
 ),)
 
 _SUBMITTED = ("id, name, status, queue, lane, vtime, created_at, run_at, submitter, parent_id, root_id, low_priority, system, "
@@ -773,17 +819,17 @@ END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, 
     queue = :queue, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
 SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
-SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :now, pace = :pace, message = :message
+SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, rate = :rate, step = :step, message = :message
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 
-TREE_ROW = """SELECT status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
-    tree_pace, duration, since, lane, vtime, progress, low_priority FROM bgjobs_jobs WHERE id = :id"""
+TREE_ROW = """SELECT name, status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
+    tree_rate, duration, since, lane, vtime, progress, low_priority FROM bgjobs_jobs WHERE id = :id"""
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
 SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
-    tree_pace = ?, lane = ?, vtime = ? WHERE id = ?"""
+    tree_rate = ?, lane = ?, vtime = ? WHERE id = ?"""
 CLOSE_PARENT = """UPDATE bgjobs_jobs SET status = :status, finished_at = :now, duration = :duration, since = NULL, phase = NULL
     WHERE id = :id"""
 
@@ -796,9 +842,9 @@ MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, phase = :phas
     duration = duration + :ran, charge = :charge, owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END
     WHERE id = :id"""
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, pace = NULL, message = NULL,
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, rate = NULL, step = NULL, message = NULL,
     result = NULL, error = NULL, own_errors = 0, returned = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
-    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_pace = NULL
+    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_rate = NULL
     WHERE id = :id"""
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
@@ -824,7 +870,7 @@ OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, 
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
-SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?)"
+SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
 
 class Submission:
@@ -876,6 +922,7 @@ class Transaction:
         self._changes: dict[int, _Change] = {}
         self._reported: dict[int, tuple[float, int]] = {}   # job id -> progress and more charge that this transaction saved
         self.over: list[int] = []                       # jobs that became over
+        self.trees: list[tuple[str, float]] = []        # names of jobs with children that finished, and their durations
         self.after_commit: list[Callable[[], None]] = []
 
     def forget_changes(self) -> None:
@@ -1076,7 +1123,7 @@ class Transaction:
         if found is None:
             return
         if attempt.unsaved_progress is not None:
-            self.save_progress(attempt, *attempt.unsaved_progress)
+            self.save_progress(attempt, attempt.unsaved_progress)
         progress, charged = self._saved(attempt)
         row = self._row(attempt.id)
         outcome, over = attempt.outcome, row["open"] == 0
@@ -1099,6 +1146,8 @@ class Transaction:
                 end["phase"] = {RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
         if status in OVER:
             end["finished_at"] = self.now
+            if status == FINISHED and row["total"]:
+                self.trees.append((attempt.name, row["duration"] + attempt.ran))
         if status == RUNNING:
             end["since"] = self.now
         self.execute(END_ATTEMPT, {**end, "status": status})
@@ -1145,14 +1194,14 @@ class Transaction:
                     self._apply(job_id, change, row)
 
     def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
-        (status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_pace,
+        (name, status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_rate,
          duration, since, lane, vtime, progress, _) = row
         open_ += change.open
         total += change.total
         if change.progress:
             elapsed = duration + max(0.0, self.now - since if since else 0.0)
-            gap = max(0.0, self.now - tree_at) if tree_at else elapsed
-            tree_pace = pace_after(tree_pace, change.progress / max(total, 1), gap, elapsed)
+            gap = self.now - max(tree_at or 0.0, since or 0.0)      # what happened before a resume took no time of this run
+            tree_rate = rate_after(tree_rate, change.progress, gap, elapsed)
             tree_at = self.now
             tree_progress += change.progress
         vtime += change.charge
@@ -1164,16 +1213,17 @@ class Transaction:
                 vtime = entry_tag(vtime, self.execute(CLOCK).fetchone()[0])
             lane = change.wake if lane is None else min(lane, change.wake)
         self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
-                                 tree_at, tree_pace, lane, vtime, job_id))
+                                 tree_at, tree_rate, lane, vtime, job_id))
         if open_ == 0 and returned and status in (RUNNING, STOPPED):
-            self._close(job_id, parent_id, status, error, duration, since, progress)
+            self._close(job_id, name, parent_id, status, error, duration + max(0.0, self.now - (since or self.now)), progress)
 
-    def _close(self, job_id: int, parent_id: int | None, status: str, error: str | None, duration: float,
-               since: float | None, progress: float | None) -> None:
+    def _close(self, job_id: int, name: str, parent_id: int | None, status: str, error: str | None, duration: float,
+               progress: float | None) -> None:
         """End a job whose function has returned and whose last child is over."""
         end = FAILED if error is not None else FINISHED
-        self.execute(CLOSE_PARENT, {"id": job_id, "status": end, "now": self.now,
-                                    "duration": duration + max(0.0, self.now - (since or self.now))})
+        self.execute(CLOSE_PARENT, {"id": job_id, "status": end, "now": self.now, "duration": duration})
+        if end == FINISHED:
+            self.trees.append((name, duration))
         self._moved(job_id, parent_id, status, end, progress)
 
     # operations
@@ -1339,15 +1389,16 @@ class Transaction:
         return self.execute(SAVE_STATE, {"id": attempt.id, "attempt": attempt.number, "state": state,
                                          "positions": positions}).rowcount == 1
 
-    def save_progress(self, attempt: Attempt, progress: float | None, pace: float | None, message: str | None) -> None:
+    def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
-        saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "now": self.now,
-                                             "progress": progress, "pace": pace, "message": message})
+        saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "at": self.now - report.age,
+                                             "progress": report.progress, "rate": report.rate, "step": report.step,
+                                             "message": report.message})
         if saved.rowcount == 1:
             before, charged = self._saved(attempt)
-            self._count(attempt.parent_id, 0, 0, 0, (progress or 0.0) - before)
-            self._reported[attempt.id] = progress or 0.0, charged
-            self.after_commit.append(lambda: setattr(attempt, "saved_progress", progress))
+            self._count(attempt.parent_id, 0, 0, 0, (report.progress or 0.0) - before)
+            self._reported[attempt.id] = report.progress or 0.0, charged
+            self.after_commit.append(lambda: setattr(attempt, "saved_progress", report.progress))
 
     def add_charge(self, attempt: Attempt, more: int) -> None:
         """Charge an attempt that runs longer than estimated for what it has run by now."""
@@ -1372,7 +1423,8 @@ def dump_error(type: str, text: str, trace: str) -> str:
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
 OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE id = :id"
-MEANS = "SELECT name, seconds FROM bgjobs_functions"
+MEANS = "SELECT name, seconds, tree_seconds FROM bgjobs_functions"
+MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
 RUNNERS = "SELECT id, pid, host, workers, started_at, heartbeat_at, abandoned FROM bgjobs_runners ORDER BY id"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
 UNFINISHED = """SELECT id FROM bgjobs_jobs j WHERE {status} AND (submitter = :submitter OR
@@ -1819,8 +1871,9 @@ COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "starte
                 "attempt", "message")
 
 
-def describe(row: sqlite3.Row, now: float, means: dict[str, float]) -> dict[str, Any]:
-    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds."""
+def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
+    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds; `usual(name)` is
+    how long jobs of this name take."""
     options = json.loads(row["options"]) if row["options"] else {}
     status = row["status"]
     active = status in ACTIVE
@@ -1833,7 +1886,7 @@ def describe(row: sqlite3.Row, now: float, means: dict[str, float]) -> dict[str,
     info.update(
         phase=phase_of(row, now), waiting=max(0.0, (started if started is not None else waits_until) - due), duration=duration,
         errors=row["own_errors"] + row["failed"], low_priority=bool(row["low_priority"]), system=bool(row["system"]),
-        progress=progress_of(row), eta=eta_of(row, now, duration, means.get(row["name"])),
+        progress=progress_of(row), eta=eta_of(row, now, duration, usual),
         children={name: row[name] for name in ("total", "done", "failed", "running")},
         root_id=row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
         state=json.loads(row["state"]) if row["state"] else None, result=json.loads(row["result"]) if row["result"] else None,
@@ -1868,15 +1921,24 @@ def progress_of(row: sqlite3.Row) -> float | None:
     return min(1.0, max(0.0, done / parts))
 
 
-def eta_of(row: sqlite3.Row, now: float, duration: float, mean: float | None) -> float | None:
-    """Return the seconds left: from the tree's rate, the attempt's, or earlier runs of the same function."""
+def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str], float | None]) -> float | None:
+    """Return the seconds left: from the tree's rate and the attempt's own, else from earlier jobs of the same name."""
     if row["status"] not in ACTIVE:
         return None
+    estimates = []
     if row["total"]:
-        return time_left(progress_of(row), row["tree_pace"], now - (row["tree_at"] or now))
-    if row["progress"] is not None and row["pace"]:
-        return time_left(row["progress"], row["pace"], now - (row["progress_at"] or now))
-    return max(0.0, mean - duration) if mean is not None else None
+        since = now - max(row["tree_at"] or 0.0, row["since"] or 0.0)
+        rate = row["tree_rate"]
+        estimates.append(time_left(row["total"] - row["tree_progress"], rate, max(1, row["running"]) / rate if rate else 0.0, since,
+                                   duration - since))
+    if row["progress"] is not None and not row["returned"]:
+        since = now - row["progress_at"]
+        estimates.append(time_left(1.0 - row["progress"], row["rate"], row["step"], since, duration - since))
+    known = [estimate for estimate in estimates if estimate is not None]
+    if known:
+        return max(known)
+    mean = usual(row["name"])
+    return mean - duration if mean is not None and duration < mean else None      # longer than usual: nobody knows
 
 
 def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
@@ -2201,11 +2263,10 @@ class Attempt(JobContext):
     has_place = abandoned = False                         # these four are the pool's
     waits = 0
     place: threading.Event | None = None
-    unsaved_progress: tuple[float | None, float | None, str | None] | None = None
-    _progress: tuple[float | None, str | None] | None = None      # the newest, as long as it is not saved
-    _pace: float | None = None
-    _pace_from = (0.0, 0.0)
-    _loops = 0
+    unsaved_progress: Report | None = None
+    _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
+    _pace: Pace | None = None
+    _loops = 0                                            # of each(), the next one's number
     _attention = False                                    # a checkpoint has more to do than to go on
     _operation: threading.Event | None = None
     _saved_at = 0.0
@@ -2221,6 +2282,7 @@ class Attempt(JobContext):
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
         self._loop_positions: list[int] = []
+        self._turns: list[tuple[float, float | None]] = []    # of the loops of each() that are under way: done, total
         self._wakes: list[Any] = []                       # what a stop request sets
 
     @property
@@ -2322,18 +2384,31 @@ class Attempt(JobContext):
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
         done = positions[loop]
-        for item in itertools.islice(iterable, done, None) if done else iterable:
-            self.progress(done, total)
-            if self._attention:
-                self._attend()
-            yield item
-            done += 1
-            positions[loop:] = [done]                     # the loops inside this turn are done with: the next turn's are new
-            self._loops = loop + 1
-            if time.monotonic() - self._saved_at > 0.1:
-                self._save(None)
-        self.progress(done, total)
+        turns, depth = self._turns, len(self._turns)
+        turns.append((done, total))
+        try:
+            for item in itertools.islice(iterable, done, None) if done else iterable:
+                self._report_turn(depth, done, total)
+                if self._attention:
+                    self._attend()
+                yield item
+                done += 1
+                positions[loop:] = [done]                 # the loops inside this turn are done with: the next turn's are new
+                self._loops = loop + 1
+                if time.monotonic() - self._saved_at > 0.1:
+                    self._save(None)
+            self._report_turn(depth, done, total)
+        finally:
+            del turns[depth:]
         self.raise_if_stopped()
+
+    def _report_turn(self, depth: int, done: float, total: float | None) -> None:
+        """Report the progress of a loop of each(); one inside another's turn refines the outer one's."""
+        turns = self._turns
+        turns[depth:] = [(done, total)]
+        for outer_done, outer_total in reversed(turns[:depth]):
+            done, total = outer_done + (done / total if total else 0.0), outer_total
+        self._progress = (done, total, None, time.monotonic())
 
     def _resumed_positions(self) -> list[int]:
         if not self._loop_positions and self._positions:
@@ -2343,25 +2418,25 @@ class Attempt(JobContext):
     # progress and log
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        fraction = min(1.0, max(0.0, float(done) / float(total))) if total else None
-        if message is None and not total:
-            message = f"{done:,} done"
-        self._progress = (fraction, message)
+        self._progress = (float(done), None if total is None else float(total), message, time.monotonic())
 
-    def progress_to_save(self) -> tuple[float | None, float | None, str | None] | None:
-        """Return (progress, pace, message) if they changed since the last call."""
+    def report_to_save(self) -> Report | None:
+        """Return what there is to tell of the progress, if that changed since the last call."""
         newest, self._progress = self._progress, None     # two threads may ask: one gets it
         if newest is None:
             return None
-        fraction, message = newest
-        now = time.monotonic() - self.begun
-        if fraction is not None:
-            before, at = self._pace_from
-            if self._pace is None and at == 0.0:
-                before = self.saved_progress or 0.0       # what an earlier attempt did took no time of this one
-            self._pace = pace_after(self._pace, fraction - before, now - at, now)
-            self._pace_from = (fraction, now)
-        return fraction, self._pace, message and _text(message, 500)
+        done, total, message, at = newest
+        if self._pace is None:
+            self._pace = Pace(resumed=self.saved_progress is not None)
+        pace = self._pace
+        pace.report(done, at - self.begun)
+        if message is None and not total:
+            message = f"{done:,.12g} done"
+        message = message and _text(message, 500)
+        if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done):
+            return Report(None, message=message)
+        rate = pace.rate / total if pace.rate and done <= total else None
+        return Report(min(1.0, max(0.0, done / total)), rate, pace.step, time.monotonic() - self.begun - pace.at, message)
 
     @property
     def log(self) -> logging.Logger:
@@ -2770,7 +2845,10 @@ class Runner(Submitter, Executor):
             __import__(module)
         self._store = Store(os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path, durability, clock)
         self.path = self._store.path
-        self._costs = Costs({row["name"]: row["seconds"] for row in self._store.read(MEANS)})
+        self._costs = Costs()
+        for name, seconds, tree_seconds in self._store.read(MEANS):
+            self._costs.means.update({} if seconds is None else {name: seconds})
+            self._costs.trees.update({} if tree_seconds is None else {name: tree_seconds})
         self._pool = Pool(max_workers, self._execute, self._settle, self._store.kick)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
         # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
@@ -2909,6 +2987,8 @@ class Runner(Submitter, Executor):
         claims: list[Attempt] = []
         if self._started and not self._shut_claims:
             claims = self._claim(tx)
+        for name, seconds in tx.trees:
+            tx.after_commit.append(functools.partial(self._costs.record_tree, name, seconds))
         if ended or lines or claims or tx.over:
             tx.after_commit.append(lambda: self._committed(tx, len(lines), claims))
 
@@ -3013,7 +3093,7 @@ class Runner(Submitter, Executor):
         happens within SETTLE_SECONDS, with what else is written then."""
         if attempt.exception is not None:
             self._remember_exception(attempt)
-        attempt.unsaved_progress = attempt.progress_to_save() if attempt.outcome != RETURNED else None
+        attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
         now = time.monotonic()
         if not self._ended:
             self._ended_at = now
@@ -3072,9 +3152,16 @@ class Runner(Submitter, Executor):
 
     def _info(self, job_id: int) -> dict[str, Any]:
         try:
-            return describe(self._store.row(job_id), self._clock(), self._costs.means)
+            return describe(self._store.row(job_id), self._clock(), self._usual)
         except KeyError:
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
+
+    def _usual(self, name: str) -> float | None:
+        """Return how many seconds jobs of this name have taken lately, here or in another process."""
+        if name in self._costs.changed:
+            return self._costs.trees.get(name, self._costs.means.get(name))
+        rows = self._store.read(MEAN_OF, {"name": name})
+        return rows[0][0] if rows else None
 
     def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
               after: int, limit: int | None, tree: bool) -> list[dict[str, Any]]:
@@ -3180,12 +3267,16 @@ class Runner(Submitter, Executor):
                 if handle is not None:
                     handle._complete()
 
-    def _look_after_watched(self) -> None:
-        """Complete the handles whose jobs other processes have ended; forget those that nobody has any more."""
+    def _watched_now(self) -> list[int]:
+        """Return the ids of the jobs whose end somebody wants to know; forget those whose handles nobody has any more."""
         with self._handle_lock:
             for job_id in [i for i, references in self._watched.items() if all(r() is None for r in references)]:
                 del self._watched[job_id]
-            watched = list(self._watched)
+            return list(self._watched)
+
+    def _look_after_watched(self) -> None:
+        """Complete the handles whose jobs other processes have ended."""
+        watched = self._watched_now()
         for start in range(0, len(watched), 500):
             some = ",".join(map(str, watched[start:start + 500]))
             going_on = {row[0] for row in self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({some}) AND status IN "
@@ -3383,11 +3474,11 @@ class Runner(Submitter, Executor):
 
     def _flush_progress(self) -> None:
         changed = [(attempt, new) for attempt in list(self._attempts.values()) if attempt.thread is not None
-                   for new in [attempt.progress_to_save()] if new is not None]
+                   for new in [attempt.report_to_save()] if new is not None]
         if changed or self._lines:
             def save(tx: Transaction) -> None:
-                for attempt, new in changed:
-                    tx.save_progress(attempt, *new)
+                for attempt, report in changed:
+                    tx.save_progress(attempt, report)
             self._store.write(save)
             while len(self._lines) >= LINES_A_WRITE:
                 self._store.write(_do_nothing)        # they ride along
@@ -3480,7 +3571,7 @@ class _Service:
     def end(self) -> None:
         """Wait until the thread has ended, unless it goes on watching handles for others; the store is closed."""
         self._event.set()
-        if self._thread is not threading.current_thread() and not self._runner._watched:
+        if self._thread is not threading.current_thread() and not self._runner._watched_now():
             self._thread.join(1.0)
 
     def nudge_soon(self) -> None:
@@ -4694,7 +4785,7 @@ class Page:
         except (TypeError, ValueError) as error:
             raise _Refused(400, str(error)) from None
         now = runner._clock()
-        infos = [self._shown(describe(row, now, runner._costs.means)) for row in rows[:limit]]
+        infos = [self._shown(describe(row, now, runner._usual)) for row in rows[:limit]]
         return {"jobs": infos, "next": infos[-1]["id"] if len(rows) > limit else None, "counts": counts}
 
     def _shown(self, info: dict[str, Any]) -> dict[str, Any]:

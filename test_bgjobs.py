@@ -126,6 +126,17 @@ def consistent(runner):
             assert job["open"] == 0
 
 
+def job_in(idle, status):
+    """Submit a job and write a status into the file."""
+    job = idle.submit(add, 1)
+    with contextlib.closing(sqlite3.connect(idle.path)) as db:
+        db.execute("UPDATE bgjobs_jobs SET status = :status, queue = CASE WHEN :status = 'pending' THEN 0 END, owner = CASE WHEN "
+                   ":status IN ('running', 'stopping') THEN 99 END, lane = CASE WHEN :status = 'pending' THEN 0 END WHERE id = :id",
+                   {"status": status, "id": job.id})
+        db.commit()
+    return job
+
+
 def lineage(jobs, job):
     while job["parent_id"] is not None:
         yield job["parent_id"]
@@ -250,11 +261,7 @@ class TestTransitions:
     @pytest.mark.parametrize("operation", bgjobs.TRANSITIONS)
     @pytest.mark.parametrize("status", bgjobs.STATUSES)
     def test_the_store_does_what_the_table_says(self, idle, status, operation):
-        job = idle.submit(add, 1)
-        with contextlib.closing(sqlite3.connect(idle.path)) as db:
-            db.execute("UPDATE bgjobs_jobs SET status = ?, queue = CASE WHEN ? = 'pending' THEN 0 END, owner = CASE WHEN ? IN "
-                       "('running', 'stopping') THEN 99 END, lane = CASE WHEN ? = 'pending' THEN 0 END", [status] * 4)
-            db.commit()
+        job = job_in(idle, status)
         call = {"set_low_priority": lambda: job.set_low_priority(True), "cancel": lambda: idle._operate("cancel", job.id, None),
                 "remove_low_priority": lambda: job.set_low_priority(False)}.get(operation, getattr(job, operation, None))
         expected = bgjobs.TRANSITIONS[operation].get(status)
@@ -266,6 +273,19 @@ class TestTransitions:
             call()
             assert job.status == expected
         consistent(idle)
+
+    def test_http_does_what_the_table_says(self, idle):
+        visitor = Visitor(idle.serve(port=0))
+        for status, operation in itertools.product(bgjobs.STATUSES, bgjobs.TRANSITIONS):
+            job = job_in(idle, status)
+            expected = bgjobs.TRANSITIONS[operation].get(status)
+            if expected is None:
+                answer = visitor.post(f"api/jobs/{operation}", {"ids": [job.id]}, 409)
+                assert answer["done"] == [] and [refused["id"] for refused in answer["refused"]] == [job.id]
+                assert re.match(f"job {job.id} is {status}; it can", answer["refused"][0]["why"])
+            else:
+                assert visitor.post(f"api/jobs/{operation}", {"ids": [job.id]}) == {"done": [job.id], "refused": []}
+            assert job.status == (expected or status)
 
     def test_a_refusal_names_the_job_its_status_and_what_it_allows(self, idle):
         job = idle.submit(add, 1)
@@ -600,23 +620,84 @@ class TestFairShares:
         assert ahead(nap, 1, workers=8) == 0 == ahead(fail, workers=8) == ahead(add, 1, recover=False)
 
 
+def estimates(reports, every=0.25):
+    """Follow a job as the page does: yield (seconds, progress, estimate) at each look, from reports (seconds, done, total)."""
+    pace, reports, now, last = bgjobs.Pace(resumed=False), list(reports), 0.0, None
+    end = reports[-1][0]
+    while now < end:
+        now += every
+        while reports and reports[0][0] <= now:
+            last = reports.pop(0)
+        if last is not None:
+            at, done, total = last
+            pace.report(done, at)
+            yield now, done / total, bgjobs.time_left(total - done, pace.rate, pace.step, now - pace.at, pace.at)
+
+
 class TestPace:
-    def test_a_steady_rate_is_known_from_the_first_tenth_on(self):
-        pace = None
-        for step in range(1, 100):
-            pace = bgjobs.pace_after(pace, 0.01, 0.5, step * 0.5)
-            left = bgjobs.time_left(step * 0.01, pace, 0.0)
-            assert step < 10 or left == pytest.approx((100 - step) * 0.5, rel=0.1)
+    @pytest.mark.parametrize("items, seconds", [(10, 60), (20, 7), (100, 30), (5_000, 20), (1_000, 3_600)])
+    def test_at_a_steady_rate_the_estimate_is_within_10_percent_from_the_first_tenth_on(self, items, seconds):
+        looks = list(estimates([(i * seconds / items, i, items) for i in range(items + 1)]))
+        late = [(now, left) for now, progress, left in looks if progress >= 0.1 and now < seconds]
+        assert late and all(left == pytest.approx(seconds - now, rel=0.1, abs=0.1) for now, left in late)
+
+    def test_uneven_items_do_not_make_it_jump(self):
+        chance = random.Random(3)
+        at = list(itertools.accumulate([0.0] + [chance.uniform(0.02, 0.18) for _ in range(600)]))
+        looks = [look for look in estimates([(seconds, i, 600) for i, seconds in enumerate(at)]) if look[1] > 0.1]
+        for (now, _, left), (later, _, then) in itertools.pairwise(looks):
+            assert abs((left - then) - (later - now)) < 0.05 * at[-1]
+        assert all(left == pytest.approx(at[-1] - now, rel=0.2, abs=2) for now, progress, left in looks)
+
+    def test_a_job_that_slows_down_is_followed_and_one_that_stalls_takes_ever_longer(self):
+        slowing = [(i * 0.1, i, 200) for i in range(100)] + [(10 + i * 0.5, 100 + i, 200) for i in range(100)]
+        looks = {round(now): left for now, _, left in estimates(slowing)}
+        assert looks[9] == pytest.approx(11, rel=0.1)        # nobody can know yet
+        assert looks[30] == pytest.approx(30, rel=0.4) and looks[50] == pytest.approx(10, rel=0.2)
+        stalling = [bgjobs.time_left(50, 1.0, 1.0, age, 50) for age in (0, 0.5, 1, 2, 5, 20, 100)]
+        assert stalling[:3] == [50, 49.5, 49] and stalling[2:] == sorted(stalling[2:]) and stalling[-1] > 90
+
+    def test_a_resumed_attempt_counts_from_where_it_began(self):
+        pace = bgjobs.Pace(resumed=True)
+        for second in range(11):
+            pace.report(500 + second, second)
+        assert pace.rate == pytest.approx(1.0) and pace.step == pytest.approx(1.0)
+
+    def test_a_total_that_grows_or_is_exceeded_and_units_that_begin_anew_do_no_harm(self):
+        pace = bgjobs.Pace(resumed=False)
+        for second in range(11):
+            pace.report(second * 3, second)                  # units a second, whatever the total is by now
+        assert pace.rate == pytest.approx(3.0)
+        assert bgjobs.time_left(-2, pace.rate, pace.step, 0, 10) == 0.0
+        pace.report(1, 11)
+        assert pace.rate is None
+        pace.report(3, 12)
+        assert pace.rate == pytest.approx(2.0)
+
+    def test_without_a_rate_nothing_is_claimed(self):
+        assert bgjobs.time_left(1, None, 1.0, 0, 0) is None and bgjobs.time_left(1, 0.0, 1.0, 0, 0) is None
 
     def test_the_recent_rate_weighs_more(self):
-        pace = None
+        rate = None
         for step in range(1, 101):
-            pace = bgjobs.pace_after(pace, 0.005 if step <= 50 else 0.001, 1.0, step)
-        assert 0.001 < pace < 0.0025
+            rate = bgjobs.rate_after(rate, 5 if step <= 50 else 1, 1.0, step)
+        assert 1 < rate < 2.5
 
-    def test_without_progress_or_rate_nothing_is_claimed(self):
-        assert bgjobs.time_left(None, 1.0, 0) is None and bgjobs.time_left(0.5, None, 0) is None
-        assert bgjobs.time_left(1.2, 0.1, 0) == 0.0
+    def test_a_row_is_estimated_by_its_tree_by_itself_or_by_its_history(self):
+        row = dict(status="running", name="f", total=0, progress=None, rate=None, returned=0, since=100.0, step=0.0,
+                   progress_at=None, tree_at=None, tree_rate=None, tree_progress=0.0, running=0)
+
+        def eta(**changes):
+            return bgjobs.eta_of({**row, **changes}, 110.0, 10.0, {"f": 30.0}.get)
+        assert eta() == 20.0 and eta(name="unknown") is None and eta(status="stopped") is None
+        assert bgjobs.eta_of(row, 140.0, 40.0, {"f": 30.0}.get) is None          # longer than ever
+        own = dict(progress=0.5, rate=0.05, step=1.0, progress_at=109.5)
+        assert eta(**own) == pytest.approx(9.5)
+        tree = dict(total=100, tree_progress=40.0, tree_rate=4.0, tree_at=109.9, running=4)
+        assert eta(**tree) == pytest.approx(14.9)
+        assert eta(**tree, **{**own, "progress": 0.1}) == pytest.approx(17.5)    # it goes on making children
+        assert eta(**tree, **{**own, "progress": 0.1, "returned": 1}) == pytest.approx(14.9)
+        assert eta(**{**tree, "since": 109.0, "tree_at": 50.0}) == pytest.approx(14.0)       # resumed a second ago
 
 
 class TestFairRunning:
@@ -1189,7 +1270,7 @@ class TestStore:
         attempts = claimed(idle, 2)
         child = attempts[1]
         child.outcome, child.worked = bgjobs.RETURNED, 5.0
-        idle._store.write(lambda tx: (tx.save_progress(child, 0.5, None, None), tx.add_charge(child, 4_000_000), tx.finish([child])))
+        idle._store.write(lambda tx: (tx.save_progress(child, bgjobs.Report(0.5)), tx.add_charge(child, 4_000_000), tx.finish([child])))
         assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
         consistent(idle)
 
@@ -1296,6 +1377,34 @@ class TestInsideAJob:
         wait_for(lambda: job.progress == 0.25 and job.info()["message"] == "a quarter", 2)
         gate("progress").set()
         assert job.result(10) is None and job.progress == 1.0
+
+    def test_the_estimate_of_a_steady_job_counts_down_and_the_next_one_is_estimated_from_it(self, make):
+        runner = make(max_workers=1)
+        job, begun = runner.submit(nap_in_turns, 40, 0.05), time.monotonic()
+        wait_for(lambda: (job.progress or 0) >= 0.3)
+        looks = []
+        while (info := job.info())["eta"] is not None:
+            looks.append((time.monotonic() - begun, info["eta"]))
+            time.sleep(0.02)
+        assert job.result(10) is None
+        took = time.monotonic() - begun
+        assert all(at + eta == pytest.approx(took, rel=0.25) for at, eta in looks)
+        following = runner.submit(hold, "following")
+        assert following.eta is None
+        gate("following").set()
+        following.result(10)
+        time.sleep(0.01)
+        unreported = runner.submit(nap, 0.3)
+        unreported.result(10)
+        again = runner.submit(nap, 0.3)
+        assert 0 < wait_for(lambda: again.eta) <= 0.3
+
+    def test_nested_loops_report_one_progress(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(nested_progress)
+        wait_for(lambda: job.progress == pytest.approx(0.625))       # two of four, and half of the third
+        gate("nested progress").set()
+        assert job.result(10) is None
 
     def test_log_lines_of_the_job_and_of_the_apps_loggers_land_in_its_log(self, runner):
         job = runner.submit(write_logs)
@@ -1460,6 +1569,19 @@ def nested_each():
                 gate("nested each").wait(20)
 
 
+def nap_in_turns(turns, seconds):
+    for _ in bgjobs.current_job().each(range(turns)):
+        time.sleep(seconds)
+
+
+def nested_progress():
+    job = bgjobs.current_job()
+    for outer in job.each(range(4)):
+        for inner in job.each("abcd"):
+            if (outer, inner) == (2, "c"):
+                assert gate("nested progress").wait(20)
+
+
 def haunt(other):
     job = bgjobs.current_job()
     seen.append("haunt")
@@ -1607,6 +1729,43 @@ class TestTrees:
         job.result(10)
         assert runner.get(job.id + 1).low_priority is True
 
+    def test_low_priority_set_and_removed_on_running_jobs_moves_the_places_they_hold(self, make):
+        runner = make(max_workers=2)
+        first = runner.options(low_priority=True).submit(hold, "first")
+        second = runner.options(low_priority=True).submit(hold, "second")
+        wait_for(lambda: first.status == "running")
+        time.sleep(0.05)
+        assert second.status == "pending" and second.phase == "waiting for low load"
+        first.set_low_priority(False)
+        wait_for(lambda: second.status == "running")
+        gate("first").set()
+        first.result(10)
+        third, normal = runner.options(low_priority=True).submit(hold, "third"), runner.submit(hold, "normal")
+        wait_for(lambda: normal.status == "running")
+        assert third.status == "pending"
+        normal.set_low_priority()
+        gate("second").set()
+        second.result(10)
+        assert runner.submit(add, 1, 2).result(10) == 3      # the reserve is left alone
+        assert third.status == "pending"
+        gate("normal").set()
+        gate("third").set()
+        third.result(10)
+        assert runner._pool._low_busy == 0
+
+    def test_low_priority_set_by_another_process_moves_the_place(self, make, path):
+        runner = make(max_workers=2)
+        first = runner.options(low_priority=True).submit(hold, "one")
+        second = runner.options(low_priority=True).submit(add, 1, 2)
+        wait_for(lambda: first.status == "running")
+        code, _, err = finish(python("""
+            import bgjobs, sys
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                runner.get(1).set_low_priority(False)
+            """, path))
+        assert code == 0, err
+        assert second.result(10) == 3
+
     def test_low_priority_parents_that_return_from_a_wait_leave_one_place(self, make):
         runner = make(max_workers=2)
         low = [runner.options(low_priority=True).submit(low_parent) for _ in range(4)]
@@ -1715,6 +1874,25 @@ class TestTrees:
         gate("keyed").set()
         job.resume()
         assert job.result(10) == [0, 2, 4] and job.children["total"] == 3
+
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_one_key_submitted_by_8_processes_is_one_job(self, idle, path, inside):
+        parent = idle.submit(hold, "parent") if inside else None
+        processes = [python("""
+            import bgjobs, sys, time
+            path, parent, begin = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+            import test_bgjobs
+            with bgjobs.Runner(path, start=False) as runner:
+                options = {"parent": runner.get(parent)} if parent else {}
+                time.sleep(max(0, begin - time.time()))
+                for key in range(20):
+                    print(runner.options(key=f"key {key}", **options).submit(test_bgjobs.add, 1).id)
+            """, path, parent.id if inside else 0, time.time() + 1.5) for _ in range(8)]
+        outs = [finish(process) for process in processes]
+        assert all(code == 0 for code, _, _ in outs), outs
+        assert len({out for _, out, _ in outs}) == 1         # each got the same twenty
+        assert rows(idle, "SELECT count(*) FROM bgjobs_jobs WHERE key IS NOT NULL") == [(20,)]
+        consistent(idle)
 
     def test_a_key_gives_back_the_job_that_is_not_over(self, idle):
         first = idle.options(key="k").submit(add, 1)
