@@ -907,6 +907,21 @@ class TestForceStop:
         assert [line["message"] for line in job.logs()] == ["stop", "force stop", "resume"] * 2
         consistent(runner)
 
+    def test_an_abandoned_attempt_that_returns_all_the_same_is_refused(self, make):
+        runner = make(max_workers=2)
+        job = runner.submit(return_the_attempt)
+        wait_for(lambda: job.status == "running")
+        job.stop()
+        job.force_stop()
+        job.resume()
+        wait_for(lambda: job.attempt == 2 and job.status == "running")
+        gate("attempt 1").set()
+        wait_for(lambda: runner._pool.abandoned == 0)
+        assert runner.submit(add, 1, 2).result(10) == 3      # the outcomes that waited are recorded by now
+        assert job.status == "running"
+        gate("attempt 2").set()
+        assert job.result(10) == 2
+
     def test_another_process_can_do_it(self, make, path):
         runner = make(max_workers=1)
         seen.clear()
@@ -1021,6 +1036,14 @@ def checkpoint_on_and_on():
     while True:
         job.checkpoint()
         job.turns += 1
+
+
+def return_the_attempt():
+    attempt = bgjobs.current_job().attempt
+    while not gate(f"attempt {attempt}").is_set():
+        with contextlib.suppress(bgjobs.JobStopped):
+            gate(f"attempt {attempt}").wait(20)
+    return attempt
 
 
 def force_stop_itself():
