@@ -420,6 +420,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "key": (lambda v: isinstance(v, str) and v != "", "a text"),
     "delay": (lambda v: type(v) in (int, float) and math.isfinite(v) and v >= 0, "seconds, 0 or more"),
     "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
+    "max_running": (lambda v: v is None or type(v) is int and v > 0, "a whole number greater than 0"),
     "stoppable": (lambda v: isinstance(v, bool), "True or False"),
     "restartable": (lambda v: isinstance(v, bool), "True or False"),
     "recover": (lambda v: isinstance(v, bool), "True or False"),
@@ -492,24 +493,25 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
 UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
 
 
-def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable[[Any], int]
+def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable[[Any], int | None]
                ) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which places are to be given.
 
-    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds. Taking the
-    next pair from the iterator means that the last one was claimed.
+    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the job over.
+    Taking the next pair from the iterator means that the last one was claimed.
     """
     heap = [(tag, root, head, waiting) for tag, root, waiting in roots for head in itertools.islice(waiting, 1)]
     heapq.heapify(heap)
     while heap:
         tag, root, head, waiting = heap[0]
         cost = charge(head)
-        yield root, head, tag, cost
+        if cost is not None:
+            yield root, head, tag, cost
         following = next(waiting, None)
         if following is None:
             heapq.heappop(heap)
         else:
-            heapq.heapreplace(heap, (tag + cost, root, following, waiting))
+            heapq.heapreplace(heap, (tag + (cost or 0), root, following, waiting))
 
 
 def entry_tag(own: int, clock: int) -> int:
@@ -740,6 +742,10 @@ class _HandleLock:
 
 # ---- 6 Transactions ------------------------------------------------------------------------------------------
 #
+# A job that is pending and has no queue waits for its time, or is `parked`: out of the way until what that column names
+# comes, a process that knows its function ("function NAME"), the end of another job of its name ("limit NAME"), or that of a
+# job which is suspected, like this one, of taking its process down ("suspect").
+#
 # `queue` of a job is its lane while it is ready to be claimed (0 normal, 1 low priority), else NULL. `lane` of a root is
 # the best queue in its tree, so that (lane, vtime) finds the next root and (root_id, queue, id) its oldest ready child.
 # Each job carries counts over its descendants (total, done, failed, running; `open` is its direct children that
@@ -756,14 +762,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
         duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, rate REAL, step REAL,
         tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_rate REAL,
-        phase TEXT, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
+        phase TEXT, parked TEXT, max_running INTEGER, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     "CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL",
     "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status) WHERE status <> 'pending'",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
     "CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'",
-    "CREATE INDEX bgjobs_parked ON bgjobs_jobs(name) WHERE phase = 'unknown function'",
+    "CREATE INDEX bgjobs_parked ON bgjobs_jobs(parked, root_id) WHERE parked IS NOT NULL",
+    "CREATE INDEX bgjobs_limited ON bgjobs_jobs(name) WHERE max_running IS NOT NULL AND owner IS NOT NULL",
+    "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths >= 2 AND owner IS NOT NULL",
     """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
         AND status IN ('pending', 'running', 'stopping', 'stopped')""",
     "CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL",
@@ -798,7 +806,7 @@ PARENT_OF = "SELECT parent_id FROM bgjobs_jobs WHERE id = :id"
 STANDING = "SELECT status, attempt, root_id, low_priority, run_by, options FROM bgjobs_jobs WHERE id = :id"
 
 _CLAIMED = ("id, parent_id, root_id, name, attempt, args, kwargs, state, positions, options, run_by, low_priority, total, "
-            "progress, vtime, queue")
+            "progress, vtime, queue, max_running, deaths")
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
@@ -816,7 +824,7 @@ END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, 
     duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
     state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
     started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-    queue = :queue, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
+    queue = :queue, parked = :parked, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
 SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, rate = :rate, step = :step, message = :message
@@ -836,9 +844,10 @@ CLOSE_PARENT = """UPDATE bgjobs_jobs SET status = :status, finished_at = :now, d
 SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id
     AND j.parent_id IS NOT NULL)
     SELECT j.id, j.parent_id, j.root_id, j.name, j.status, j.returned, j.options, j.system, j.low_priority, j.queue,
-    j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge
+    j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge, j.max_running,
+    j.deaths
     FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
-MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, phase = :phase, finished_at = :finished_at, since = :since,
+MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, phase = :phase, finished_at = :finished_at, since = :since,
     duration = duration + :ran, charge = :charge, owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END
     WHERE id = :id"""
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
@@ -846,6 +855,7 @@ RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NUL
     result = NULL, error = NULL, own_errors = 0, returned = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
     open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_rate = NULL
     WHERE id = :id"""
+ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
@@ -853,19 +863,26 @@ NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
 
 DUE = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
-    AND queue IS NULL AND status = 'pending' AND phase IS NOT 'unknown function' LIMIT 1000"""
-NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending' " \
-    "AND phase IS NOT 'unknown function'"
-PARKED_NAMES = "SELECT DISTINCT name FROM bgjobs_jobs WHERE phase = 'unknown function'"
-PARKED = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE phase = 'unknown function' AND name = :name
-    AND status = 'pending' LIMIT 1000"""
-MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, phase = NULL WHERE id = :id"
+    AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
+NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending' AND parked IS NULL"
+MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, parked = NULL, phase = NULL WHERE id = :id"
+PARK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
+LIMIT = "UPDATE bgjobs_jobs SET max_running = :limit, parked = :key, phase = :phase WHERE id BETWEEN :first AND :last"
+PARKED_KEYS = "SELECT DISTINCT parked FROM bgjobs_jobs WHERE parked IS NOT NULL"
+PARKED = "SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
+PARKED_ROOT = """SELECT id, parent_id, root_id, low_priority, max_running, deaths FROM bgjobs_jobs
+    WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1"""
+PARKED_CHILD = """SELECT id, parent_id, root_id, low_priority, max_running, deaths FROM bgjobs_jobs
+    WHERE parked = :key AND root_id > :after ORDER BY root_id, id LIMIT 1"""
+VTIME = "SELECT vtime FROM bgjobs_jobs WHERE id = :id"
+RUNNING_OF_NAME = "SELECT count(*) FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
+RUNNING_SUSPECTS = "SELECT count(*) FROM bgjobs_jobs WHERE deaths >= 2 AND owner IS NOT NULL"
 
 ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at) VALUES (:pid, :host, :workers, :now,
     :now)"""
 HEARTBEAT = "UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned WHERE id = :id"
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
-OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options FROM bgjobs_jobs
+OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options, name, max_running, deaths FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
@@ -877,7 +894,7 @@ class Submission:
     """One job that is to be stored: its columns, encoded, and who it comes from."""
 
     __slots__ = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "key", "run_at",
-                 "submitter", "parent_id", "author")
+                 "max_running", "submitter", "parent_id", "author")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -890,9 +907,21 @@ class Submission:
         self.system = 0
         self.key: str | None = None
         self.run_at: float | None = None
+        self.max_running: int | None = None
         self.submitter: int | None = None
         self.parent_id: int | None = None
         self.author: tuple[int, int] | None = None      # job id and attempt, when a job submits: a superseded one may not
+
+
+SUSPECT = 2                # deaths of its process after which a job runs with no other such one beside it
+DEATHS = 3                 # after which it is failed
+PARKED_A_CLAIM = 200       # jobs that one claim puts out of the way; then others get their turn to write
+
+
+def slots_of(name: str, max_running: int | None, deaths: int) -> dict[str, int]:
+    """Return the limits that a job counts for, as {what it is parked by: how many may run}."""
+    slots = {} if max_running is None else {f"limit {name}": max_running}
+    return slots if deaths < SUSPECT else {**slots, "suspect": 1}
 
 
 class _Change:
@@ -922,6 +951,9 @@ class Transaction:
         self._changes: dict[int, _Change] = {}
         self._reported: dict[int, tuple[float, int]] = {}   # job id -> progress and more charge that this transaction saved
         self.over: list[int] = []                       # jobs that became over
+        self.parked = 0                                 # jobs that claims have put out of the way
+        self._slots: dict[str, int] = {}                # key of a limit -> attempts that run, while claiming
+        self._freed: set[str] = set()                   # keys of limits below which attempts have ended
         self.trees: list[tuple[str, float]] = []        # names of jobs with children that finished, and their durations
         self.after_commit: list[Callable[[], None]] = []
 
@@ -958,19 +990,22 @@ class Transaction:
                                  {"key": new.key, "parent": new.parent_id}).fetchone()
             if found:
                 return found[0]
-        queue = low if new.run_at is None or new.run_at <= self.now else None
+        queue = self._queue_of(new, low)
         shared = (self.now, new.run_at, new.submitter)
         rest = (low, new.system, new.label, run_by, new.key, new.options, new.args, new.kwargs)
         if root_id is None:
-            return self.execute(INSERT_ROOT, (new.name, queue, queue, *shared, *rest)).lastrowid
-        job_id = self.execute(INSERT_CHILD, (new.name, queue, *shared, new.parent_id, root_id, *rest)).lastrowid
-        self._adopt(new.parent_id, 1, queue)
+            job_id = self.execute(INSERT_ROOT, (new.name, queue, queue, *shared, *rest)).lastrowid
+        else:
+            job_id = self.execute(INSERT_CHILD, (new.name, queue, *shared, new.parent_id, root_id, *rest)).lastrowid
+            self._adopt(new.parent_id, 1, queue)
+        if new.max_running is not None:
+            self._limit(new, range(job_id, job_id + 1), queue)
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
         root_id, low, run_by = self._admit(new)
-        queue = low if new.run_at is None or new.run_at <= self.now else None
+        queue = self._queue_of(new, low)
         first = self.execute(NEXT_ID).fetchone()[0]
         ids = range(first, first + len(arguments))
         lane, vtime = (queue, self.execute(CLOCK).fetchone()[0]) if root_id is None else (None, 0)
@@ -980,7 +1015,21 @@ class Transaction:
             "label": new.label, "run_by": run_by, "options": new.options, "batch": json.dumps(arguments)})
         if root_id is not None:
             self._adopt(new.parent_id, len(arguments), queue)
+        if new.max_running is not None:
+            self._limit(new, ids, queue)
         return ids
+
+    def _queue_of(self, new: Submission, low: int) -> int | None:
+        """Return the queue a new job is ready in, or None: it waits for its time, or at the end of those its limit holds up."""
+        if new.run_at is not None and new.run_at > self.now or new.max_running is not None and self.execute(
+                PARKED, {"key": f"limit {new.name}"}).fetchone():
+            return None
+        return low
+
+    def _limit(self, new: Submission, ids: range, queue: int | None) -> None:
+        parked = queue is None and (new.run_at is None or new.run_at <= self.now)
+        self.execute(LIMIT, {"first": ids[0], "last": ids[-1], "limit": new.max_running, "key": f"limit {new.name}" if parked else None,
+                             "phase": "limit reached" if parked else None})
 
     def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
         """Return the root's id (None: the job is one), low_priority and run_by, if author and parent allow the job now."""
@@ -1025,12 +1074,21 @@ class Transaction:
         """Claim jobs for `free` places in fair order, and up to `ahead` more that are short, for `workers` that will be free
         soon, where `planned` seconds of work wait already. Low-priority jobs get at most `low_free` places and only what normal ones leave.
         Returns rows of _CLAIMED, each with its charge appended."""
-        self.apply()                                    # what this transaction submitted counts
-        claims = self._claim_lane(0, owner, free, ahead, planned, workers, costs) if free + ahead > 0 else []
-        low_free = min(low_free, free - len(claims))
-        if low_free > 0:
-            claims += self._claim_lane(1, owner, low_free, 0, 0.0, workers, costs)
-        return claims
+        claims: list[tuple[Any, ...]] = []
+        self._slots.clear()
+        while True:
+            self.apply()                                # what this transaction submitted, or parked, counts
+            parked, normal = self.parked, []
+            if free + ahead > len(claims):
+                normal = self._claim_lane(0, owner, max(0, free - len(claims)), ahead, planned, workers, costs)
+            claims += normal
+            low_room = min(low_free, free - len(claims))
+            if low_room > 0:
+                low = self._claim_lane(1, owner, low_room, 0, 0.0, workers, costs)
+                low_free -= len(low)
+                claims += low
+            if len(claims) >= free or self.parked == parked or self.parked >= PARKED_A_CLAIM:
+                return claims
 
     def _claim_lane(self, lane: int, owner: int, free: int, ahead: int, planned: float, workers: int, costs: Costs
                     ) -> list[tuple[Any, ...]]:
@@ -1041,8 +1099,12 @@ class Transaction:
         singles: dict[int, list[int]] = {}                # charge -> ids
         others: dict[int, list[int]] = {}
         plans: dict[str, tuple[int, float]] = {}          # all jobs of a batch and a name cost alike
-        for root, row, tag, charge in self._in_fair_order(
-                roots, lane, free + ahead, lambda row: (plans.get(row[3]) or plans.setdefault(row[3], costs.plan(row[3])))[0]):
+
+        def charge_for(row: tuple[Any, ...]) -> int | None:
+            if (row[16] is not None or row[17] >= SUSPECT) and not self._take_slots(row):
+                return None
+            return (plans.get(row[3]) or plans.setdefault(row[3], costs.plan(row[3])))[0]
+        for root, row, tag, charge in self._in_fair_order(roots, lane, free + ahead, charge_for):
             if len(claims) >= free:                       # ahead of a free worker: only while they are known to be short
                 planned += plans[row[3]][1]
                 if planned > budget or len(claims) >= free + ahead or row[9] is not None and '"recover":false' in row[9]:
@@ -1063,7 +1125,48 @@ class Transaction:
             self.execute(ADVANCE_CLOCK, {"tag": tag})
         return claims
 
-    def _in_fair_order(self, roots: list[tuple[Any, ...]], lane: int, limit: int, charge: Callable[[tuple[Any, ...]], int]
+    def _take_slots(self, row: tuple[Any, ...]) -> bool:
+        """Count a job that is limited, by max_running or as a suspect, as running; or park it, if it may not run now."""
+        keys = slots_of(row[3], row[16], row[17])
+        for key, limit in keys.items():
+            if key not in self._slots:
+                self._slots[key] = self._running_below(key, row[3])
+            if self._slots[key] >= limit:
+                self.execute(PARK, {"id": row[0], "key": key, "phase": "limit reached" if key != "suspect" else "interrupted"})
+                self._change(row[2] or row[0]).relane = True
+                self.parked += 1
+                return False
+        for key in keys:
+            self._slots[key] += 1
+        return True
+
+    def _free_slots(self, name: str, max_running: int | None, deaths: int) -> None:
+        """Note that an attempt has ended; apply() makes ready what waited for that."""
+        if max_running is not None or deaths >= SUSPECT:
+            self._freed.update(slots_of(name, max_running, deaths))
+
+    def unpark_next(self, key: str) -> None:
+        """Make as many jobs ready as a limit has slots free."""
+        name = key.partition(" ")[2]
+        running = self._running_below(key, name)
+        while (following := self._next_parked(key)) is not None and running < slots_of(name, following[4], following[5])[key]:
+            self._make_ready([following[:4]])
+            running += 1
+
+    def _running_below(self, key: str, name: str) -> int:
+        return self.execute(RUNNING_SUSPECTS if key == "suspect" else RUNNING_OF_NAME, {"name": name}).fetchone()[0]
+
+    def _next_parked(self, key: str) -> tuple[Any, ...] | None:
+        """Return the oldest job of the tree that has run least, normal before low priority, as far as 64 trees."""
+        heads, after = self.execute(PARKED_ROOT, {"key": key}).fetchall(), 0
+        while len(heads) < 64 and (head := self.execute(PARKED_CHILD, {"key": key, "after": after}).fetchone()):
+            heads.append(head)
+            after = head[2]
+        clock = self.execute(CLOCK).fetchone()[0]
+        return min(heads, default=None, key=lambda head: (
+            head[3], entry_tag(self.execute(VTIME, {"id": head[2] or head[0]}).fetchone()[0], clock), head[0]))
+
+    def _in_fair_order(self, roots: list[tuple[Any, ...]], lane: int, limit: int, charge: Callable[[tuple[Any, ...]], int | None]
                        ) -> Iterator[tuple[int, Any, int, int]]:
         """Yield what fair_order does for rows of roots. Where all of them are single jobs, none comes twice: no heap."""
         if any(row[12] for row in roots):
@@ -1071,7 +1174,7 @@ class Transaction:
             return fair_order([(row[14], row[0], self._ready_jobs(row, lane, chunk) if row[12] else iter((row,)))
                                for row in roots], charge)
         roots.sort(key=operator.itemgetter(14, 0))
-        return ((row[0], row, row[14], charge(row)) for row in roots)
+        return ((row[0], row, row[14], cost) for row in roots if (cost := charge(row)) is not None)
 
     def _ready_jobs(self, root: tuple[Any, ...], lane: int, chunk: int) -> Iterator[tuple[Any, ...]]:
         """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
@@ -1081,7 +1184,7 @@ class Transaction:
         while True:
             rows = self.execute(READY_CHILDREN, {"root": root[0], "lane": lane, "after": after, "limit": chunk}).fetchall()
             yield from rows
-            if len(rows) < chunk:
+            if len(rows) < chunk or self.parked >= PARKED_A_CLAIM:
                 return
             after = rows[-1][0]
 
@@ -1110,6 +1213,7 @@ class Transaction:
     def _ended(self, attempt: Attempt) -> None:
         """Count a leaf that FINISH has written."""
         self.over.append(attempt.id)
+        self._free_slots(attempt.name, attempt.max_running, attempt.deaths)
         if attempt.parent_id is not None:
             progress, charged = self._saved(attempt)
             self._count(attempt.parent_id, 1, 0, -1, 1.0 - progress)
@@ -1129,7 +1233,7 @@ class Transaction:
         outcome, over = attempt.outcome, row["open"] == 0
         end: dict[str, Any] = {"id": attempt.id, "ran": attempt.ran, "result": None, "error": None, "errors": 0, "queue": None,
                                "returned": 0, "state": None, "positions": attempt.unsaved_positions(),
-                               "phase": None, "unspent": 0, "since": None, "finished_at": None}
+                               "phase": None, "parked": None, "unspent": 0, "since": None, "finished_at": None}
         if outcome == RETURNED:
             status = FINISHED if over else STOPPED if found[0] == STOPPING else RUNNING
             end.update(result=attempt.result, returned=1)
@@ -1141,9 +1245,10 @@ class Transaction:
         else:                                           # given back: RELEASED, UNSPENT or UNKNOWN
             status = STOPPED if found[0] == STOPPING else PENDING
             end["unspent"] = int(outcome != RELEASED)
-            if status == PENDING:
-                end["queue"] = row["low_priority"] if outcome != UNKNOWN else None
-                end["phase"] = {RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
+            if status == PENDING and outcome == UNKNOWN:
+                end.update(parked=f"function {attempt.name}", phase="unknown function")
+            elif status == PENDING:
+                end.update(queue=row["low_priority"], phase="interrupted" if outcome == RELEASED else None)
         if status in OVER:
             end["finished_at"] = self.now
             if status == FINISHED and row["total"]:
@@ -1151,6 +1256,7 @@ class Transaction:
         if status == RUNNING:
             end["since"] = self.now
         self.execute(END_ATTEMPT, {**end, "status": status})
+        self._free_slots(attempt.name, attempt.max_running, attempt.deaths)
         root_id = attempt.root_id or attempt.id
         self._change(root_id).charge += attempt.correction - charged
         self._moved(attempt.id, attempt.parent_id, found[0], status, progress)
@@ -1186,7 +1292,10 @@ class Transaction:
 
     def apply(self) -> None:
         """Write the counts of ancestors and the virtual times of roots; close parents whose last child is over."""
-        while self._changes:
+        while self._changes or self._freed:
+            freed, self._freed = self._freed, set()
+            for key in freed:
+                self.unpark_next(key)
             changes, self._changes = self._changes, {}
             for job_id, change in changes.items():
                 row = self.execute(TREE_ROW, {"id": job_id}).fetchone()
@@ -1291,10 +1400,13 @@ class Transaction:
                 since = None
                 if not row["returned"]:
                     self._change(root_id).charge += int(ran * 1e6) - row["charge"]
+                    self._free_slots(row["name"], row["max_running"], row["deaths"])
         if operation == "resume" and row["returned"] and status == STOPPED:
             new, since = RUNNING, self.now              # waits for its children again
         elif operation == "resume" and row["returned"]:
             self.execute(REOPEN, {"id": row["id"]})
+        if operation == "resume" and row["deaths"]:
+            self.execute(ACQUIT, {"id": row["id"]})     # somebody has looked at it
         if operation == "restart":
             self.execute(RESET, {"id": row["id"]})
             row["progress"] = None
@@ -1336,9 +1448,9 @@ class Transaction:
         """Make the jobs ready whose time has come."""
         return self._make_ready(self.execute(DUE, {"now": self.now}).fetchall())
 
-    def unpark(self, name: str) -> bool:
-        """Make the jobs ready that waited for a process that knows this function."""
-        return self._make_ready(self.execute(PARKED, {"name": name}).fetchall())
+    def unpark(self, key: str) -> bool:
+        """Make the jobs ready that were parked with this key."""
+        return self._make_ready(self.execute(PARKED, {"key": key}).fetchall())
 
     def _make_ready(self, rows: list[tuple[Any, ...]]) -> bool:
         for job_id, parent_id, root_id, low in rows:
@@ -1347,36 +1459,40 @@ class Transaction:
         return bool(rows)
 
     def recover(self, owner: int) -> int:
-        """Take the jobs of a runner whose process died back: running to pending, stopping to stopped."""
+        """Take the jobs of a runner whose process died back: running to pending, stopping to stopped, at the third death to failed."""
         rows = self.execute(OWNED, {"owner": owner}).fetchall()
         for row in rows:
-            self.take_back(row, "its process died")
             self.execute(COUNT_DEATH, {"id": row[0]})
+            self.take_back(row, "its process died", died=True)
         self.execute(REMOVE_RUNNER, {"id": owner})
         return len(rows)
 
-    def take_back(self, owned: tuple[Any, ...], why: str) -> None:
+    def take_back(self, owned: tuple[Any, ...], why: str, died: bool = False) -> None:
         """Supersede the attempt of a job, a row of OWNED: running to pending, stopping to stopped."""
-        job_id, parent_id, root_id, status, _, low, since, charge, options = owned
+        job_id, parent_id, root_id, status, _, low, since, charge, options, name, max_running, deaths = owned
         self.apply()
         row = self._row(job_id)
         new, error = (STOPPED if status == STOPPING else PENDING), None
         if new == PENDING and not (decode(options) or {}).get("recover", True):
-            error = dump_error("Interrupted", f"{why} while it ran, and it was declared recover=False", "")
+            error = f"{why} while it ran, and it was declared recover=False"
+        elif died and deaths + 1 >= DEATHS:
+            error = f"its process died under it {deaths + 1} times; resume gives it another try"
+        if error is not None:
             new = FAILED if row["open"] == 0 else RUNNING
         ran = max(0.0, self.now - (since or self.now))
         queue = low if new == PENDING else None
         self.execute(END_ATTEMPT, {
             "id": job_id, "status": new, "returned": int(error is not None), "finished_at": self.now if new == FAILED else None,
-            "since": self.now if new == RUNNING else None, "ran": ran, "result": None, "error": error,
-            "errors": int(error is not None), "state": None, "positions": None, "unspent": 0, "queue": queue,
-            "phase": "interrupted" if new == PENDING else None})
+            "since": self.now if new == RUNNING else None, "ran": ran, "result": None,
+            "error": error and dump_error("Interrupted", error, ""), "errors": int(error is not None), "state": None,
+            "positions": None, "unspent": 0, "queue": queue, "parked": None, "phase": "interrupted" if new == PENDING else None})
         root = root_id or job_id
         self._change(root).charge += int(ran * 1e6) - charge
         self._moved(job_id, parent_id, status, new, row["progress"])
+        self._free_slots(name, max_running, deaths)
         if queue is not None:
             self._wake(root, queue)
-        self.log(job_id, logging.WARNING, f"{why}; {new} now")
+        self.log(job_id, logging.WARNING, f"{error or why}; {new} now")
 
     def log(self, job_id: int, level: int, message: str) -> None:
         """Add one line to a job's log."""
@@ -1901,7 +2017,7 @@ def phase_of(row: sqlite3.Row, now: float) -> str:
         return "waiting for children" if row["returned"] else ""
     if row["status"] != PENDING:
         return ""
-    if row["phase"] == "unknown function":
+    if row["parked"] is not None:
         return row["phase"]
     if row["run_at"] is not None and row["queue"] is None:
         return "scheduled"
@@ -2273,8 +2389,8 @@ class Attempt(JobContext):
     _logger: logging.Logger | None = None
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
-        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions,
-         options, self.run_by, self.low_priority, total, self.saved_progress, _, _, self.charge) = claim
+        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
+         self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
         self.options: dict[str, Any] = json.loads(options) if options else {}
@@ -2952,6 +3068,7 @@ class Runner(Submitter, Executor):
             setattr(new, name, None if value is None else _text(value, 500))
         new.low_priority = int(given["low_priority"]) if "low_priority" in given else None
         new.system = int(given.get("system", False))
+        new.max_running = given.get("max_running")
         if "run_at" in given:
             new.run_at = _unix(given["run_at"])
         elif given.get("delay"):
@@ -2989,6 +3106,8 @@ class Runner(Submitter, Executor):
             claims = self._claim(tx)
         for name, seconds in tx.trees:
             tx.after_commit.append(functools.partial(self._costs.record_tree, name, seconds))
+        if tx.parked >= PARKED_A_CLAIM:
+            tx.after_commit.append(self._store.kick)     # what is behind them has its turn next
         if ended or lines or claims or tx.over:
             tx.after_commit.append(lambda: self._committed(tx, len(lines), claims))
 
@@ -3513,10 +3632,15 @@ class Runner(Submitter, Executor):
             self._ended.extend(stuck)
             self._store.kick()
 
-    def _unpark_known(self) -> None:
-        for row in self._store.read(PARKED_NAMES):
-            if _registry.find(row["name"]) is not None:
-                self._store.write(lambda tx: tx.unpark(row["name"]))
+    def _unpark(self) -> None:
+        """Make ready what this process knows the function of; and what a limit holds up, in case its end went unnoticed."""
+        for (key,) in self._store.read(PARKED_KEYS):
+            kind, _, name = key.partition(" ")
+            if kind != "function":
+                self._store.write(lambda tx: tx.unpark_next(key))
+            elif _registry.find(name) is not None:
+                while self._store.write(lambda tx: tx.unpark(key)):
+                    pass
 
     # the page
 
@@ -3651,7 +3775,7 @@ class _Service:
         runner._charge_long_ones()
         runner._recover_dead()
         runner._give_back("its claim was lost", runner._attempts.__contains__)     # by Ctrl-C, right after a commit
-        runner._unpark_known()
+        runner._unpark()
 
 
 class _Presence:

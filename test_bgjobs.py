@@ -190,6 +190,10 @@ def fail(text="boom"):
     raise ValueError(text)
 
 
+def die():
+    os._exit(9)
+
+
 def nap(seconds):
     time.sleep(seconds)
 
@@ -768,6 +772,94 @@ class TestFairRunning:
         consistent(runner)
 
 
+class TestMaxRunning:
+    def test_no_more_attempts_of_a_name_run_at_once_and_others_go_past(self, make):
+        runner = make(max_workers=4)
+        limited = [runner.options(max_running=2).submit(hold, "limited") for _ in range(6)]
+        wait_for(lambda: sum(job.status == "running" for job in limited) == 2)
+        assert runner.submit(add, 1, 2).result(10) == 3
+        assert sorted(job.phase for job in limited) == ["", "", *["limit reached"] * 4]
+        consistent(runner)
+        gate("limited").set()
+        for job in limited:
+            job.result(10)
+        assert rows(runner, "SELECT count(*) FROM bgjobs_jobs WHERE parked IS NOT NULL") == [(0,)]
+        consistent(runner)
+
+    def test_it_holds_over_all_processes(self, make, path):
+        idle = make(start=False)
+        idle.options(max_running=3).submit_many(count_executing, [()] * 150)
+        seen.clear()
+        runners = [make(max_workers=4) for _ in range(3)]
+        for job_id in range(1, 151):
+            idle.get(job_id).result(20)
+        assert max(seen) == 3
+        consistent(runners[0])
+
+    def test_slots_go_round_the_roots_that_want_them(self, make):
+        runner = make(max_workers=4)
+        big = runner.submit(limited_children, 200)
+        small = runner.submit(limited_children, 5)
+        small.result(20)
+        assert big.children["done"] < 60
+        big.result(20)
+        consistent(runner)
+
+    @pytest.mark.parametrize("ending", ["raise", "stop", "force stop", "cancel", "release", "crash"])
+    def test_a_slot_is_free_however_its_attempt_ends(self, make, ending):
+        idle = make(start=False)
+        first, second, third = (idle.options(max_running=1, delay=0.001 * n).submit(add, 1, 2) for n in range(3))
+        time.sleep(0.01)
+        idle._store.write(lambda tx: tx.wake_due())
+        attempt, = claimed(idle, 5)
+        assert [second.phase, third.phase] == ["limit reached"] * 2
+        if ending == "cancel":
+            second.cancel()
+            third.stop()
+            third.resume()
+        if ending == "stop":
+            first.stop()
+            attempt.outcome = bgjobs.HALTED
+        elif ending == "raise":
+            attempt.fail(ValueError())
+        elif ending == "release":
+            attempt.outcome = bgjobs.RELEASED
+        elif ending == "cancel":
+            attempt.outcome = bgjobs.RETURNED
+        if ending == "force stop":
+            first.stop()
+            first.force_stop()
+        elif ending == "crash":
+            idle._store.write(lambda tx: tx.recover(idle._id))
+        else:
+            idle._store.write(lambda tx: tx.finish([attempt]))
+        consistent(idle)
+        for _ in range(3):
+            for attempt in claimed(idle, 5):
+                attempt.outcome = bgjobs.RETURNED
+                idle._store.write(lambda tx: tx.finish([attempt]))
+        assert third.status == "finished" and rows(idle, "SELECT count(*) FROM bgjobs_jobs WHERE parked IS NOT NULL") == [(0,)]
+        consistent(idle)
+
+    def test_a_thousand_limited_jobs_hold_nobody_up(self, make):
+        idle = make(start=False)
+        idle.options(max_running=1).submit_many(nap, [(0.05,)] * 1_000)
+        behind = idle.submit(add, 1, 2)
+        runner = make(max_workers=2)
+        assert runner.get(behind.id).result(10) == 3
+        consistent(runner)
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+    def test_a_bad_limit_is_refused(self, idle, value):
+        with pytest.raises(ValueError, match="max_running must be a whole number greater than 0"):
+            idle.options(max_running=value)
+
+
+def limited_children(count):
+    for _ in range(count):
+        bgjobs.options(max_running=2).submit(nap, 0.002)
+
+
 def hold_if(name):
     if name:
         hold(name)
@@ -1163,6 +1255,31 @@ class TestStore:
         process.kill()
         process.communicate()
         wait_for(lambda: runner.get(1).attempt == 2, 3)
+
+    @pytest.mark.parametrize("killers", [1, 2])
+    def test_a_job_that_takes_its_process_down_three_times_is_failed_and_its_neighbours_finish(self, make, path, killers):
+        idle = make(start=False)
+        neighbours = idle.submit_many(nap, [(0.002,)] * 25)
+        bad = [idle.submit(die) for _ in range(killers)]
+        neighbours += idle.submit_many(nap, [(0.002,)] * 25)
+        lives = 0
+        while any(job.status != "failed" for job in bad):
+            lives += 1
+            assert lives <= 3 * killers + 2
+            process = python("""
+                import bgjobs, sys, test_bgjobs
+                with bgjobs.Runner(sys.argv[1], max_workers=4) as runner:
+                    while runner.jobs(status=("pending", "running")):
+                        bgjobs.time.sleep(0.01)
+                """, path)
+            finish(process)
+        assert "its process died under it 3 times" in bad[0].error and bad[0].attempt == 3
+        with pytest.raises(bgjobs.JobFailed, match="died under it 3 times"):
+            bad[0].result(1)
+        runner = make(max_workers=4)
+        for job_id in neighbours:
+            assert runner.get(job_id).result(20) is None
+        consistent(runner)
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
