@@ -85,7 +85,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "StoreError",
-           "Submitter", "close", "current_job", "drain", "get", "job", "jobs", "options", "serve", "shutdown",
+           "Submitter", "backup", "close", "current_job", "drain", "get", "job", "jobs", "options", "serve", "shutdown",
            "start", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
@@ -1559,6 +1559,7 @@ WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
 COUNT_LIMIT = 10_001               # where counting for people ends
+WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SCHEMA_VERSION = len(MIGRATIONS)
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
@@ -1576,6 +1577,15 @@ class _Write:
         self.wake: Any = None
 
 
+_inherited: list[Any] = []         # connections of the parent, kept in a forked child so that nothing closes them
+
+
+def _uri(path: str) -> str:
+    """Return a file: URI as SQLite reads it."""
+    path = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file:" + path
+
+
 def _do_nothing(tx: Transaction) -> None:
     """What a transaction without a write of its own runs: what waits rides along."""
 
@@ -1587,13 +1597,14 @@ class Store:
     that what else waits (outcomes, claims, logs) shares it; `backlog()` when more is waiting and nobody leads.
     """
 
-    def __init__(self, path: str | os.PathLike[str], durability: str, clock: Callable[[], float]) -> None:
+    def __init__(self, path: str | os.PathLike[str], durability: str, journal: str, clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
         self.path, self.clock = os.path.abspath(path), clock
         self.rider: Callable[[Transaction, bool], None] | None = None
         self.backlog: Callable[[], None] = lambda: None
-        self._synchronous = {"process": "NORMAL", "power": "FULL"}[durability]
+        self._synchronous, self._journal = {"process": "NORMAL", "power": "FULL"}[durability], journal
+        self._complaints: dict[str, float] = {}           # what was logged lately, and when
         self._readers: deque[sqlite3.Connection] = deque()
         self._version_lock = threading.Lock()             # guards _version_db
         self._version_db: sqlite3.Connection | None = None
@@ -1604,7 +1615,7 @@ class Store:
         self._lock = threading.RLock()
         self._leader = 0                                  # the leading thread's ident
         self._waiting: deque[_Write] = deque()
-        self.leading = self._again = self.closed = False
+        self.leading = self._again = self.closed = self.forked = False
         self._check_path(os.fspath(path))
         try:
             self._writer = sqlite3.connect(self.path, **_CONNECT)
@@ -1616,6 +1627,7 @@ class Store:
                 raise
         except sqlite3.Error as error:
             raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
+        self._identity = self._identity_now()
 
     # opening
 
@@ -1635,8 +1647,29 @@ class Store:
             raise StoreError("this SQLite was built without its JSON functions; bgjobs needs them") from None
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading. The caller closes it."""
-        return sqlite3.connect(self.path, **_CONNECT)
+        """Return a new connection for reading, never a new file. The caller closes it."""
+        return sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
+
+    def _identity_now(self) -> tuple[int, int]:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            raise StoreError(f"{self.path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
+                             "new runner") from None
+        return found.st_dev, found.st_ino
+
+    def check_file(self) -> None:
+        """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
+        if self._identity_now() != self._identity:
+            raise StoreError(f"{self.path} was replaced by another file while it was in use; nothing is written any more: close() "
+                             "this runner, put the right file there, without a -wal beside it, and make a new runner")
+
+    def complain(self, text: str) -> None:
+        """Log an error, the same one every ten seconds at most."""
+        now = time.monotonic()
+        if now - self._complaints.get(text, -math.inf) > 10:
+            self._complaints = {text: now} if len(self._complaints) > 20 else {**self._complaints, text: now}
+            _log.error("%s", text)
 
     def _prepare(self) -> None:
         """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
@@ -1644,17 +1677,17 @@ class Store:
         while True:
             try:
                 self._migrate()
-                mode = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-                if mode != "wal":
-                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r}, WAL is needed; "
-                                     "put the file on a local disk")
+                mode = self._writer.execute(f"PRAGMA journal_mode = {self._journal}").fetchone()[0]
+                if mode != self._journal:
+                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
+                                     f"{self._journal!r}; put the file on a local disk, and have all processes use the same mode")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(random.uniform(0.01, 0.05))
         self._writer.execute(f"PRAGMA synchronous = {self._synchronous}")
-        self._writer.execute("PRAGMA journal_size_limit = 67108864")
+        self._writer.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
         self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
 
     def _migrate(self) -> None:
@@ -1701,6 +1734,37 @@ class Store:
                     self._version_db.close()
             while self._readers:
                 self._readers.pop().close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
+        _inherited.extend((self._writer, self._version_db, *self._readers))
+        self._readers, self._version_db, self._waiting = deque(), None, deque()
+        self._lock, self._version_lock = threading.RLock(), threading.Lock()
+        self.leading, self.closed, self.forked = False, True, True
+
+    def shorten_wal(self) -> None:
+        """Truncate the WAL if it has grown large, and say so when a reader keeps it from being."""
+        try:
+            size = os.path.getsize(self.path + "-wal")
+        except OSError:
+            return
+        if size > WAL_LIMIT:
+            with contextlib.closing(self.connect()) as db:
+                db.execute("PRAGMA busy_timeout = 100")
+                busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if busy and size > 4 * WAL_LIMIT:
+                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old read transaction "
+                              "open on it; end that")
+
+    def backup(self, path: str) -> None:
+        """Copy the file as it is at one moment, while it is in use."""
+        if os.path.exists(path):
+            raise ValueError(f"{path} exists; give the path of a new file")
+        with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
+            try:
+                db.backup(copy)
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot back {self.path} up to {path}: {error}; {_remedy(error)}") from error
 
     # writing
 
@@ -1803,13 +1867,17 @@ class Store:
             elif batch:
                 batch[0].error, batch[0].done = self._explained(error), True
             elif not self.closed:
-                _log.error("cannot record outcomes in %s: %s; trying again", self.path, self._explained(error))
+                self.complain(f"cannot record outcomes: {self._explained(error)}; trying again")
                 time.sleep(0.2)
                 self._again = True
 
     def _transact(self, batch: list[_Write], ride: str) -> None:
+        if self.forked:
+            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its start() "
+                             "here, or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
+        self.check_file()
         db = self._writer
         if db.in_transaction:                           # an exception hit the last leader at an unlucky moment
             db.execute("ROLLBACK")
@@ -2876,6 +2944,7 @@ class Job(Future):                                        # type: ignore[type-ar
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
+EXIT_SECONDS = 5.0         # how long the end of the interpreter waits for running jobs to reach a checkpoint
 HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
@@ -2941,31 +3010,41 @@ class Runner(Submitter, Executor):
 
     path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute
     at once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start().
-    durability: "process" survives the death of the process, "power" a power cut, too. modules: names of modules to
-    import, whose functions jobs may name. clock: returns Unix seconds.
+    durability: "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
+    SQLite's rollback journal. modules: names of modules to import, whose functions jobs may name. clock: returns Unix seconds.
     Raises ValueError for a bad value, StoreError for a file that cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
-                 durability: str = "process", modules: Iterable[str] = (), clock: Callable[[], float] = time.time) -> None:
+                 durability: str = "process", journal: str = "wal", modules: Iterable[str] = (),
+                 clock: Callable[[], float] = time.time) -> None:
         if max_workers is None:
             max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
         if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, got {_short(max_workers)}")
         if durability not in ("process", "power"):
             raise ValueError(f'durability must be "process" or "power", got {_short(durability)}')
+        if journal not in ("wal", "delete"):
+            raise ValueError(f'journal must be "wal" or "delete", got {_short(journal)}')
         Submitter.__init__(self, self, {})
         self.max_workers = self._max_workers = max_workers
         self._clock = clock
         for module in modules:
             __import__(module)
-        self._store = Store(os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path, durability, clock)
+        self._store_options = (os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path, durability, journal, clock)
+        self._open()
+        _live_until_exit(self)
+        if start:
+            self.start()
+
+    def _open(self) -> None:
+        self._store = Store(*self._store_options)
         self.path = self._store.path
         self._costs = Costs()
         for name, seconds, tree_seconds in self._store.read(MEANS):
             self._costs.means.update({} if seconds is None else {name: seconds})
             self._costs.trees.update({} if tree_seconds is None else {name: tree_seconds})
-        self._pool = Pool(max_workers, self._execute, self._settle, self._store.kick)
+        self._pool = Pool(self.max_workers, self._execute, self._settle, self._store.kick)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
         # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
         self._handle_lock = threading.Lock()
@@ -2993,9 +3072,13 @@ class Runner(Submitter, Executor):
         self._servers: list[Any] = []                    # of the status page
         self._store.rider = self._ride
         self._store.backlog = self._nudge_service
-        _at_exit(self)
-        if start:
-            self.start()
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: this runner has no threads here, and its file is the parent's. Only start() makes it work again."""
+        self._store.leave_to_parent()
+        self._handle_lock, self._close_lock, self._over = threading.Lock(), threading.Lock(), threading.Condition()
+        self._service, self._callback_thread, self._started = None, None, False
+        self._attempts, self._servers = {}, []
 
     def _register(self) -> tuple[int, int]:
         import socket
@@ -3427,7 +3510,12 @@ class Runner(Submitter, Executor):
 
     @library_code
     def start(self) -> Runner:
-        """Take back what a dead process left behind, and begin to run jobs. Returns the runner."""
+        """Take back what a dead process left behind, and begin to run jobs. Returns the runner.
+
+        In a forked child it opens the file anew first.
+        """
+        if self._store.forked:
+            self._open()
         if self._shut:
             raise RuntimeError(f"the runner on {self.path} is shut down; make a new one")
         if not self._started:
@@ -3437,6 +3525,12 @@ class Runner(Submitter, Executor):
             self._ensure_service()
             self._store.kick()
         return self
+
+    def backup(self, path: str | os.PathLike[str]) -> str:
+        """Copy the job file as it is at this moment to a new file, while it is in use; return its path. (A plain copy would miss
+        what is in the -wal file, or tear a transaction.) ValueError: the path exists."""
+        self._store.backup(os.path.abspath(path))
+        return os.path.abspath(path)
 
     def drain(self) -> int:
         """Run what is ready in this thread until nothing is; return how many attempts ran. For the tests of an app.
@@ -3525,6 +3619,13 @@ class Runner(Submitter, Executor):
         with self._close_lock:
             if not self._store.closed:
                 self._close(time.monotonic() + timeout)
+                for attempt in list(self._attempts.values()):
+                    attempt.supersede()                   # it has been given back: another process may run the job now
+
+    def _close_at_exit(self) -> None:
+        with self._close_lock:
+            if not self._store.closed:
+                self._close(time.monotonic() + EXIT_SECONDS)      # what still runs ends with the process
 
     def _close(self, deadline: float) -> None:
         self._shut = self._shut_claims = True
@@ -3723,7 +3824,7 @@ class _Service:
                         self._poll(db.execute("PRAGMA data_version").fetchone()[0])
                 except Exception as error:
                     if not store.closed:
-                        _log.error("bgjobs on %s: %s; trying again", store.path, error)
+                        store.complain(f"{error}; trying again")
                         time.sleep(0.2)
 
     def _poll(self, version: int) -> None:
@@ -3765,6 +3866,9 @@ class _Service:
     def _every_second(self) -> None:
         runner = self._runner
         self._seconds += 1
+        runner._store.check_file()
+        if self._seconds % 60 == 0:
+            runner._store.shorten_wal()
         abandoned = runner._pool.abandoned
         if self._seconds % HEARTBEAT_SECONDS == 0 or abandoned != self._abandoned:
             runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now, "abandoned": abandoned}))
@@ -3857,15 +3961,28 @@ def _presence() -> _Presence:
     return found
 
 
-def _at_exit(runner: Runner) -> None:
-    """Close the runner when the interpreter exits, if it lives then."""
-    reference = weakref.ref(runner)
+_living: weakref.WeakSet[Runner] = weakref.WeakSet()
 
-    def close_it() -> None:
-        living = reference()
-        if living is not None:
-            living.close()
-    atexit.register(close_it)
+
+def _live_until_exit(runner: Runner) -> None:
+    """Close the runner when the interpreter exits, and leave it to the parent when the process forks."""
+    _register_hooks()
+    _living.add(runner)
+
+
+@functools.cache
+def _register_hooks() -> None:
+    atexit.register(lambda: [runner._close_at_exit() for runner in list(_living)])
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _leave_to_parent() -> None:
+    global _default_lock
+    _default_lock = threading.Lock()
+    _here.ticket = None
+    for runner in list(_living):
+        runner._leave_to_parent()
 
 
 # ---- 12 The default runner -----------------------------------------------------------------------------------
@@ -3879,6 +3996,8 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it; see Runner for the options. RuntimeError: there is one on another file."""
     global _default
     with _default_lock:
+        if _default is not None and _default._store.forked and path is None and not options:
+            return _default.start()
         if _default is not None and not _default._store.closed:
             if path is not None and os.path.abspath(path) != _default.path:
                 raise RuntimeError(f"the default runner is on {_default.path} already; close() it, or make a Runner of your own")
@@ -3895,7 +4014,7 @@ def default_runner() -> Runner:
     if attempt is not None:
         return attempt.runner
     runner = _default
-    return runner if runner is not None and not runner._store.closed else start()
+    return runner if runner is not None and (runner._store.forked or not runner._store.closed) else start()
 
 
 def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
@@ -3944,6 +4063,11 @@ def serve(host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
 def wsgi(**options: Any) -> Page:
     """Runner.wsgi on the default runner."""
     return default_runner().wsgi(**options)
+
+
+def backup(path: str | os.PathLike[str]) -> str:
+    """Runner.backup on the default runner."""
+    return default_runner().backup(path)
 
 
 def close(timeout: float = 5.0) -> None:
