@@ -118,6 +118,12 @@ TRANSITIONS: dict[str, dict[str, str]] = {
 }
 
 
+def _say(level: int, text: str) -> None:
+    """Log a message of the library's own, from a thread of its own: handlers are the app's and may block, and no job may own it."""
+    with contextlib.suppress(RuntimeError):               # the interpreter ends
+        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log", daemon=True).start()
+
+
 class BgjobsError(Exception):
     """What all errors of this module derive from, but for plain misuse (TypeError, ValueError)."""
 
@@ -142,11 +148,14 @@ class JobStopped(BaseException):
     """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False) -> list[str]:
-    """Return the operations that a job with this status and these options allows now."""
-    repeated = "stop" if status in (STOPPING, STOPPED) else None      # it repeats silently; there is no use in offering it
+def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False) -> list[str]:
+    """Return the operations that a job with this status and these options allows now; `active_below`: a descendant runs."""
+    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; there is no use in offering it
+    if active_below:
+        unfit |= {"cancel", "restart"}
     return [name for name, moves in TRANSITIONS.items()
-            if status in moves and name != repeated and not objection(name, options, system)]
+            if (status in moves or name == "force_stop" and status == STOPPED and active_below)
+            and name not in unfit and not objection(name, options, system)]
 
 
 def objection(operation: str, options: dict[str, Any], system: bool) -> str:
@@ -558,60 +567,83 @@ HAND_SECONDS = 0.001       # the work that is worth waking another thread for
 LINGER_SECONDS = 0.001     # how long a worker without a job stays up to claim what comes meanwhile
 
 
-def rate_after(rate: float | None, gained: float, seconds: float, elapsed: float) -> float | None:
-    """Return the units per second after `gained` more of them in `seconds`, `elapsed` seconds into the work.
+class Rate(NamedTuple):
+    """Units gained in seconds, of which the recent ones weigh more."""
 
-    An exponential average over the last half of the elapsed time: the recent rate weighs more, an early hiccup is
-    forgotten, and one late sample cannot make the estimate jump.
-    """
-    if seconds <= 0:
-        return rate
-    if rate is None:
-        return gained / seconds if gained > 0 else None
-    return rate + (1 - math.exp(-seconds / max(elapsed / 2, 1.0))) * (gained / seconds - rate)
+    gained: float = 0.0
+    seconds: float = 0.0
+
+    def after(self, gained: float, seconds: float, elapsed: float) -> Rate:
+        """Return the rate after `gained` more units in `seconds`, `elapsed` seconds into the work.
+
+        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late sample cannot
+        make the estimate jump, and units that come in waves, from several workers, count as what they are.
+        """
+        kept = math.exp(-max(seconds, 0.0) / max(elapsed * 0.75, 1.0))
+        return Rate(self.gained * kept + gained, self.seconds * kept + max(seconds, 0.0))
+
+    @property
+    def per_second(self) -> float | None:
+        """Return the units per second, or None."""
+        return self.gained / self.seconds if self.gained > 0 and self.seconds > 0 else None
 
 
-def time_left(left: float, rate: float | None, step: float, age: float, elapsed: float) -> float | None:
-    """Return the seconds that `left` units take at `rate` units per second, or None.
+def time_left(left: float, rate: Rate, step: float, age: float, elapsed: float) -> float | None:
+    """Return the seconds that `left` units take, or None.
 
     `age`: seconds since the last report. It counts down until the next is due, `step` seconds after the last; from then on
-    the estimate is what it would be if that came just now, so it grows slowly and does not jump when it comes.
+    the estimate is what it would be if that came just now, and the time it is late: it grows slowly, and does not jump.
     """
-    if rate is None or rate <= 0:
+    speed = rate.per_second
+    if speed is None:
         return None
     if age <= step:
-        return max(0.0, left / rate - max(age, 0.0))
-    late = rate_after(rate, rate * step, age, elapsed + age)
-    return max(0.0, left - rate * step) / late            # type: ignore[operator]
+        return max(0.0, left / speed - max(age, 0.0))
+    late = rate.after(speed * step, age, elapsed + age).per_second or speed
+    return max(0.0, left - speed * step) / late + (age - step)
+
+
+FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
 
 
 class Pace:
     """How fast an attempt goes, from its reports of `done` units at seconds since it began."""
 
-    __slots__ = ("rate", "step", "done", "at")
+    __slots__ = ("rate", "step", "done", "at", "_guessed")
 
-    def __init__(self, resumed: bool) -> None:
-        self.rate: float | None = None                    # units per second
+    def __init__(self) -> None:
+        self.rate = Rate()                                # units per second
         self.step = 0.0                                   # seconds between reports, a mean
-        self.at = 0.0                                     # of the last report of more units
-        self.done: float | None = None if resumed else 0.0    # None: what an earlier attempt did took no time of this one
+        self.done, self.at = 0.0, 0.0                     # of the last report of more units
+        self._guessed = True                              # the rate is that of the first report
+
+    def start(self, done: float, at: float) -> None:
+        """Take the first report in. One in no time may tell what was done before; that is no rate to keep."""
+        self.done, self.at, self._guessed = done, at, at < 0.1
+        self.rate = Rate(done, at) if done > 0 else Rate()
+
+    def resume(self, done: float, at: float) -> None:
+        """Take the first report of a resumed attempt in: what is done by then took no time of this one."""
+        self.done, self.at = done, at
 
     def report(self, done: float, at: float) -> None:
-        """Take a report in. The first one in no time, and one of less than before, only say where to count from."""
-        gained, seconds = done - (self.done or 0.0), at - self.at
-        if self.done is None or gained < 0 or self.rate is None and at < 0.1:
-            self.rate, self.done, self.at = None, done, at
+        """Take another report in. One of less than before begins anew."""
+        gained, seconds = done - self.done, at - self.at
+        if gained < 0:
+            self.resume(done, at)
+            self.rate, self._guessed = Rate(), True
         elif gained > 0 and seconds > 0:
-            self.step = self.step + (seconds - self.step) / 4 if self.rate else seconds
-            self.rate = rate_after(self.rate, gained, seconds, at)
-            self.done, self.at = done, at
+            first = self._guessed
+            self.step = seconds if first else self.step + (seconds - self.step) / 4
+            self.rate = (Rate() if first else self.rate).after(gained, seconds, at)
+            self.done, self.at, self._guessed = done, at, False
 
 
 class Report(NamedTuple):
     """What the store keeps of an attempt's progress."""
 
     progress: float | None                                # 0 to 1
-    rate: float | None = None                             # progress per second
+    rate: Rate = Rate()                                   # of progress
     step: float = 0.0                                     # seconds until the next one is due
     age: float = 0.0                                      # seconds since the last progress
     message: str | None = None
@@ -630,38 +662,38 @@ class Report(NamedTuple):
 class Ticket:
     """The right to raise JobStopped once in the thread of an attempt."""
 
-    __slots__ = ("_free", "_nested", "_raised", "void", "thread")
+    __slots__ = ("_free", "_nested", "_raised", "_spent", "void", "thread")
 
     def __init__(self) -> None:
         self._free = threading.Lock()      # held: the ticket is taken
         self._free.acquire()
         self._nested = 1                   # library code within library code; only the attempt's thread counts
         self._raised = False
+        self._spent = False                # nothing will be raised from outside any more
         self.void = False                  # the attempt has been superseded: it goes on in no library call
         self.thread = 0                    # the attempt's
 
-    def take(self) -> None:
-        """Enter library code. Raises JobStopped: the attempt has been superseded."""
+    def take(self, quietly: bool = False) -> None:
+        """Enter library code. Raises JobStopped, unless quietly: the attempt has been superseded."""
         if self._nested == 0:
-            if not self._free.acquire(False):
+            if not self._spent and not self._free.acquire(False):
                 self._await_exception()
-                raise JobStopped("the attempt has been superseded")
-            if self.void:                  # and its function has swallowed that
-                self._free.release()
+            self._spent |= self.void
+            if self._spent and not quietly:
                 raise JobStopped("the attempt has been superseded")
         self._nested += 1
 
     def put_back(self) -> None:
-        """Leave library code. Raises JobStopped: the attempt has been superseded meanwhile."""
+        """Leave library code. Raises JobStopped, once: the attempt has been superseded meanwhile."""
         self._nested -= 1
-        if self._nested == 0:
+        if self._nested == 0 and not self._spent:
             self._free.release()
             if self.void:
-                raise JobStopped("the attempt has been superseded")
+                self.take()
 
     def keep(self) -> None:
         """Take the ticket for good. JobStopped may be raised in here for the last time."""
-        if self._nested == 0 and not self._free.acquire(False):
+        if self._nested == 0 and not self._spent and not self._free.acquire(False):
             self._await_exception()
         self._nested = 1
 
@@ -669,13 +701,37 @@ class Ticket:
         """From another thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns there."""
         self.void = True
         if self._free.acquire(False):
-            _raise_in_thread(self.thread, JobStopped)
-            self._raised = True
+            if _is_logging(self.thread):
+                threading.Thread(target=self._raise_after_logging, name="bgjobs-force-stop", daemon=True).start()
+            else:
+                self._raise()
+
+    def _raise(self) -> None:
+        _raise_in_thread(self.thread, JobStopped)
+        self._raised = True
+
+    def _raise_after_logging(self) -> None:
+        """Let the app's logging get out of its handlers' locks: all threads need those."""
+        for _ in range(1_000):
+            time.sleep(0.001)
+            if not _is_logging(self.thread):
+                break
+        self._raise()
 
     def _await_exception(self) -> None:
         while not self._raised:
             time.sleep(0.0001)
         _raise_in_thread(self.thread, None)
+        self._spent = True
+
+
+def _is_logging(thread: int) -> bool:
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code is not Runner._call.__code__:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "logging":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
@@ -719,7 +775,7 @@ class _HandleLock:
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         ticket = _here.ticket
         if ticket is not None:
-            ticket.take()
+            ticket.take(quietly=True)                     # also while a generator of the stdlib's cleans up
         acquired = self._lock.acquire(blocking, timeout)
         if not acquired and ticket is not None:
             ticket.put_back()
@@ -756,12 +812,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
         charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
-        deaths INTEGER NOT NULL DEFAULT 0, own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
+        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0, own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
         total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
-        duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, rate REAL, step REAL,
-        tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_rate REAL,
+        duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, gained REAL, seconds REAL, step REAL,
+        tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_gained REAL, tree_seconds REAL,
         phase TEXT, parked TEXT, max_running INTEGER, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
@@ -813,10 +869,10 @@ READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AN
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
 # Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own tree.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner = :owner,
-    since = :now, started_at = ifnull(started_at, :now), phase = NULL WHERE id IN (SELECT value FROM json_each(:ids))"""
+    since = :now, started_at = ifnull(started_at, :now), phase = NULL, gained = NULL WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
-    vtime = vtime + ?, charge = 0, owner = NULL, since = NULL, state = NULL, positions = NULL
+    vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
 STILL_ACTIVE = """SELECT status FROM bgjobs_jobs
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
@@ -824,20 +880,21 @@ END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, 
     duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
     state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
     started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-    queue = :queue, parked = :parked, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
+    queue = :queue, parked = :parked, goes_on = 0, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
 SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
-SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, rate = :rate, step = :step, message = :message
+SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained, seconds = :seconds, step = :step,
+    message = :message
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 
 TREE_ROW = """SELECT name, status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
-    tree_rate, duration, since, lane, vtime, progress, low_priority FROM bgjobs_jobs WHERE id = :id"""
+    tree_gained, tree_seconds, duration, since, lane, vtime, progress, low_priority, goes_on FROM bgjobs_jobs WHERE id = :id"""
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
 SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
-    tree_rate = ?, lane = ?, vtime = ? WHERE id = ?"""
+    tree_gained = ?, tree_seconds = ?, lane = ?, vtime = ? WHERE id = ?"""
 CLOSE_PARENT = """UPDATE bgjobs_jobs SET status = :status, finished_at = :now, duration = :duration, since = NULL, phase = NULL
     WHERE id = :id"""
 
@@ -847,20 +904,24 @@ SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM t
     j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge, j.max_running,
     j.deaths
     FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
-MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, phase = :phase, finished_at = :finished_at, since = :since,
-    duration = duration + :ran, charge = :charge, owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END
+MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, goes_on = 0, phase = :phase, finished_at = :finished_at, since = :since,
+    duration = duration + :ran, charge = :charge, superseded = CASE WHEN :supersede THEN attempt ELSE superseded END, owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END
     WHERE id = :id"""
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, rate = NULL, step = NULL, message = NULL,
-    result = NULL, error = NULL, own_errors = 0, returned = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
-    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_rate = NULL
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL, step = NULL, message = NULL,
+    result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
+    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_gained = NULL,
+    tree_seconds = NULL
     WHERE id = :id"""
+GO_ON = "UPDATE bgjobs_jobs SET goes_on = :goes_on WHERE id = :id AND goes_on <> :goes_on"
 ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
 NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
+INSERT_LINE = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT ?, ?, ?, ?
+    WHERE EXISTS (SELECT 1 FROM bgjobs_jobs WHERE id = ? AND superseded < ?)"""
 
 DUE = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
     AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
@@ -886,6 +947,7 @@ OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, 
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
+SUPERSEDE = "UPDATE bgjobs_jobs SET superseded = attempt WHERE id = :id"
 COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
 SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
@@ -1203,7 +1265,7 @@ class Transaction:
                 for attempt, row in zip(plain, rows):
                     if self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone():
                         self._end(attempt)
-                    elif self.execute("SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ?",
+                    elif self.execute("SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ? AND status = 'finished'",
                                       (attempt.id, attempt.number, self.now)).fetchone():
                         self._ended(attempt)
         for attempt in attempts:
@@ -1231,20 +1293,21 @@ class Transaction:
         progress, charged = self._saved(attempt)
         row = self._row(attempt.id)
         outcome, over = attempt.outcome, row["open"] == 0
+        stops = found[0] == STOPPING and not row["goes_on"]
         end: dict[str, Any] = {"id": attempt.id, "ran": attempt.ran, "result": None, "error": None, "errors": 0, "queue": None,
                                "returned": 0, "state": None, "positions": attempt.unsaved_positions(),
                                "phase": None, "parked": None, "unspent": 0, "since": None, "finished_at": None}
         if outcome == RETURNED:
-            status = FINISHED if over else STOPPED if found[0] == STOPPING else RUNNING
+            status = FINISHED if over else STOPPED if stops else RUNNING
             end.update(result=attempt.result, returned=1)
         elif outcome == RAISED:
-            status = FAILED if over else STOPPED if found[0] == STOPPING else RUNNING
+            status = FAILED if over else STOPPED if stops else RUNNING
             end.update(error=attempt.error, errors=1, returned=1)
-        elif outcome == HALTED:
+        elif outcome == HALTED and not row["goes_on"]:
             status = STOPPED
-        else:                                           # given back: RELEASED, UNSPENT or UNKNOWN
-            status = STOPPED if found[0] == STOPPING else PENDING
-            end["unspent"] = int(outcome != RELEASED)
+        else:                                           # given back: RELEASED, UNSPENT or UNKNOWN; or resumed already
+            status = STOPPED if stops else PENDING
+            end["unspent"] = int(outcome in (UNSPENT, UNKNOWN))
             if status == PENDING and outcome == UNKNOWN:
                 end.update(parked=f"function {attempt.name}", phase="unknown function")
             elif status == PENDING:
@@ -1303,14 +1366,14 @@ class Transaction:
                     self._apply(job_id, change, row)
 
     def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
-        (name, status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_rate,
-         duration, since, lane, vtime, progress, _) = row
+        (name, status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_gained,
+         tree_seconds, duration, since, lane, vtime, progress, _, _) = row
         open_ += change.open
         total += change.total
         if change.progress:
             elapsed = duration + max(0.0, self.now - since if since else 0.0)
             gap = self.now - max(tree_at or 0.0, since or 0.0)      # what happened before a resume took no time of this run
-            tree_rate = rate_after(tree_rate, change.progress, gap, elapsed)
+            tree_gained, tree_seconds = Rate(tree_gained or 0.0, tree_seconds or 0.0).after(change.progress, gap, elapsed)
             tree_at = self.now
             tree_progress += change.progress
         vtime += change.charge
@@ -1322,7 +1385,7 @@ class Transaction:
                 vtime = entry_tag(vtime, self.execute(CLOCK).fetchone()[0])
             lane = change.wake if lane is None else min(lane, change.wake)
         self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
-                                 tree_at, tree_rate, lane, vtime, job_id))
+                                 tree_at, tree_gained, tree_seconds, lane, vtime, job_id))
         if open_ == 0 and returned and status in (RUNNING, STOPPED):
             self._close(job_id, name, parent_id, status, error, duration + max(0.0, self.now - (since or self.now)), progress)
 
@@ -1364,11 +1427,13 @@ class Transaction:
 
     def _check_operation(self, operation: str, top: dict[str, Any], tree: list[dict[str, Any]]) -> None:
         options, job = decode(top["options"]) or {}, f"job {top['id']}"
-        allowed = allowed_operations(top["status"], options, bool(top["system"]))
-        why = objection(operation, options, bool(top["system"]))
-        if why or top["status"] not in TRANSITIONS[operation]:
-            raise refusal(job, top["status"], operation, allowed, why if top["status"] in TRANSITIONS[operation] else "")
         active = next((row["id"] for row in tree if row["status"] in ACTIVE and row is not top), None)
+        allowed = allowed_operations(top["status"], options, bool(top["system"]), active is not None)
+        why = objection(operation, options, bool(top["system"]))
+        below = operation == "force_stop" and top["status"] == STOPPED and any(row["status"] == STOPPING for row in tree)
+        if why or top["status"] not in TRANSITIONS[operation] and not below:
+            raise refusal(job, top["status"], operation, [name for name in allowed if name != operation],
+                          why if top["status"] in TRANSITIONS[operation] else "")
         if operation in ("cancel", "restart") and active is not None:
             raise refusal(job, top["status"], operation, [], f"its descendant job {active} is still running; stop it first")
         if top["key"] and top["status"] in OVER and top["parent_id"] is None:
@@ -1380,11 +1445,17 @@ class Transaction:
         """Apply an operation to one job of the tree, if its status allows it."""
         status, options = row["status"], decode(row["options"]) or {}
         new = TRANSITIONS[operation].get(status)
+        if operation == "resume" and status == STOPPING and row is not top:
+            self.execute(GO_ON, {"id": row["id"], "goes_on": 1})     # as soon as it has stopped
+            return True
+        if operation == "force_stop" and row is top and status == STOPPED:
+            return False                                # for the sake of its descendants
         if new is None or row is not top and (operation == "resume" and status == FAILED and top["status"] != FAILED
                                               or operation == "restart"):
             return False
         if operation == "stop":
             if status in (STOPPING, STOPPED):
+                self.execute(GO_ON, {"id": row["id"], "goes_on": 0})
                 return row is top
             if objection(operation, options, bool(row["system"])):
                 return False
@@ -1414,7 +1485,7 @@ class Transaction:
         queue = row["low_priority"] if new == PENDING and not later else None
         self.execute(MOVE, {"id": row["id"], "status": new, "queue": queue, "phase": None, "since": since,
                             "finished_at": self.now if new in OVER else None, "charge": row["charge"] if new in ACTIVE else 0,
-                            "ran": ran if new == STOPPED else 0.0})
+                            "ran": ran if new == STOPPED else 0.0, "supersede": operation == "force_stop"})
         self._moved(row["id"], row["parent_id"], status, new, row["progress"])
         change = self._change(root_id)
         change.relane = True
@@ -1472,7 +1543,7 @@ class Transaction:
         job_id, parent_id, root_id, status, _, low, since, charge, options, name, max_running, deaths = owned
         self.apply()
         row = self._row(job_id)
-        new, error = (STOPPED if status == STOPPING else PENDING), None
+        new, error = (STOPPED if status == STOPPING and not row["goes_on"] else PENDING), None
         if new == PENDING and not (decode(options) or {}).get("recover", True):
             error = f"{why} while it ran, and it was declared recover=False"
         elif died and deaths + 1 >= DEATHS:
@@ -1490,6 +1561,7 @@ class Transaction:
         self._change(root).charge += int(ran * 1e6) - charge
         self._moved(job_id, parent_id, status, new, row["progress"])
         self._free_slots(name, max_running, deaths)
+        self.execute(SUPERSEDE, {"id": job_id})
         if queue is not None:
             self._wake(root, queue)
         self.log(job_id, logging.WARNING, f"{error or why}; {new} now")
@@ -1508,7 +1580,8 @@ class Transaction:
     def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "at": self.now - report.age,
-                                             "progress": report.progress, "rate": report.rate, "step": report.step,
+                                             "progress": report.progress, "gained": report.rate.gained,
+                                             "seconds": report.rate.seconds, "step": report.step,
                                              "message": report.message})
         if saved.rowcount == 1:
             before, charged = self._saved(attempt)
@@ -1593,15 +1666,18 @@ def _do_nothing(tx: Transaction) -> None:
 class Store:
     """One SQLite file: a connection that writes, led by one thread at a time, and connections that read.
 
-    Readers never wait for writers (WAL). `rider(transaction, kicked)` is called in every transaction before its commit, so
-    that what else waits (outcomes, claims, logs) shares it; `backlog()` when more is waiting and nobody leads.
+    Readers never wait for writers (WAL). `begin(transaction)` and `rider(transaction, kicked)` are called at the begin and the
+    end of transactions, so that what else waits (logs, outcomes, claims) shares them; `announce(transaction)` after every
+    commit; `backlog()` when more is waiting and nobody leads.
     """
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str, clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
         self.path, self.clock = os.path.abspath(path), clock
-        self.rider: Callable[[Transaction, bool], None] | None = None
+        self.begin: Callable[[Transaction], None] = lambda tx: None
+        self.rider: Callable[[Transaction, bool], None] = lambda tx, kicked: None
+        self.announce: Callable[[Transaction], None] = lambda tx: None
         self.backlog: Callable[[], None] = lambda: None
         self._synchronous, self._journal = {"process": "NORMAL", "power": "FULL"}[durability], journal
         self._complaints: dict[str, float] = {}           # what was logged lately, and when
@@ -1669,7 +1745,7 @@ class Store:
         now = time.monotonic()
         if now - self._complaints.get(text, -math.inf) > 10:
             self._complaints = {text: now} if len(self._complaints) > 20 else {**self._complaints, text: now}
-            _log.error("%s", text)
+            _say(logging.ERROR, text)
 
     def _prepare(self) -> None:
         """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
@@ -1884,9 +1960,11 @@ class Store:
         db.execute("BEGIN IMMEDIATE")
         try:
             tx = Transaction(db, self._lineages, self.clock())
+            if ride:
+                self.begin(tx)
             for write in batch:
                 write.value = write.run(tx)
-            if ride and self.rider is not None:
+            if ride:
                 self.rider(tx, ride == "all")
             tx.apply()
             db.execute("COMMIT")
@@ -1897,11 +1975,11 @@ class Store:
             raise
         for write in batch:
             write.done = True
-        for callback in tx.after_commit:
+        for callback in (*tx.after_commit, lambda: self.announce(tx)):
             try:
                 callback()
-            except Exception:                             # it is committed: nothing may make it look failed
-                _log.exception("bgjobs on %s: trouble after a commit", self.path)
+            except Exception as error:                    # it is committed: nothing may make it look failed
+                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, sqlite3.Error):
@@ -2075,7 +2153,7 @@ def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None])
         root_id=row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
         state=json.loads(row["state"]) if row["state"] else None, result=json.loads(row["result"]) if row["result"] else None,
         error=error and (error["traceback"] or f"{error['type']}: {error['text']}"),
-        operations=allowed_operations(status, options, bool(row["system"])))
+        operations=allowed_operations(status, options, bool(row["system"]), row["running"] > 0))
     return info
 
 
@@ -2111,13 +2189,14 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
         return None
     estimates = []
     if row["total"]:
-        since = now - max(row["tree_at"] or 0.0, row["since"] or 0.0)
-        rate = row["tree_rate"]
-        estimates.append(time_left(row["total"] - row["tree_progress"], rate, max(1, row["running"]) / rate if rate else 0.0, since,
-                                   duration - since))
-    if row["progress"] is not None and not row["returned"]:
-        since = now - row["progress_at"]
-        estimates.append(time_left(1.0 - row["progress"], row["rate"], row["step"], since, duration - since))
+        rate = Rate(row["tree_gained"] or 0.0, row["tree_seconds"] or 0.0)
+        speed = rate.per_second
+        age = now - max(row["tree_at"] or 0.0, row["since"] or 0.0)
+        estimates.append(time_left(row["total"] - row["tree_progress"], rate, max(1, row["running"]) / speed if speed else 0.0, age,
+                                   duration - age))
+    if row["gained"] and not row["returned"]:
+        age = now - row["progress_at"]
+        estimates.append(time_left(1.0 - row["progress"], Rate(row["gained"], row["seconds"]), row["step"], age, duration - age))
     known = [estimate for estimate in estimates if estimate is not None]
     if known:
         return max(known)
@@ -2183,10 +2262,17 @@ class Pool:
             waiting = list(self._queue)
             if self.is_clogged:
                 return 0, 0, 0, waiting
-            low = self._low_busy + sum(attempt.low_priority for attempt in (*waiting, *self._returning))
+            low_returning = sum(attempt.low_priority for attempt in self._returning)
+            low_room = self.size - self._reserve - self._low_busy - sum(attempt.low_priority for attempt in waiting)
             long = sum(attempt.has_place and 0 < attempt.begun < long_since for attempt in self._executing)
-            free = self.size - self._busy - len(self._returning) - len(waiting)
-            return free, self.size - self._reserve - low, self.size - long, waiting
+            returning = len(self._returning) - low_returning + max(0, min(low_returning, low_room))
+            free = self._places - self._busy - returning - len(waiting)
+            return free, low_room - low_returning, self.size - long, waiting
+
+    @property
+    def _places(self) -> int:
+        """The places there are. Attempts that became low priority while they ran are not interrupted; the reserve comes on top."""
+        return self.size + max(0, self._low_busy - (self.size - self._reserve))
 
     def take_back_stuck(self) -> list[Attempt]:
         """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
@@ -2212,7 +2298,7 @@ class Pool:
 
     def _give_places(self, hands: float = 1) -> list[threading.Thread]:
         """Hand free places out; return the threads to start for them. Called under the lock."""
-        while self._busy < self.size and hands >= 1:
+        while self._busy < self._places and hands >= 1:
             hands -= 1
             full = self._low_busy >= self.size - self._reserve
             back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
@@ -2243,7 +2329,7 @@ class Pool:
             try:
                 thread.start()
             except RuntimeError as error:                 # the service thread's put() tries again
-                _log.error("bgjobs: %s", error)
+                _say(logging.ERROR, f"bgjobs: {error}")
                 with self._changed:
                     self._idle -= 1
                     self._threads.discard(thread)
@@ -2257,11 +2343,12 @@ class Pool:
             starting: list[threading.Thread] = []
             with self._changed:
                 self._executing.discard(attempt)
-                if attempt.abandoned:                     # another thread has taken this one's part
+                retires = attempt.abandoned               # another thread has taken this one's part
+                if retires:
                     lead |= self.is_clogged
                     self.abandoned -= 1
                     self._threads.discard(threading.current_thread())
-                elif lead or self._returning or not self._queue:
+                elif lead or self._returning or not self._queue or self._busy > self.size:
                     starting = self._free(attempt)
                     self._idle += 1
                     attempt = None                        # an idle worker keeps nothing alive
@@ -2270,7 +2357,7 @@ class Pool:
             self._start(starting)
             if lead:
                 self._claim()
-            if attempt is not None and attempt.abandoned:
+            if retires:
                 return
             if attempt is None:
                 if not lead and not self.lingers:
@@ -2326,8 +2413,8 @@ class Pool:
             clogged = self.is_clogged
         self._start(starting)
         if clogged:
-            _log.error("%d superseded attempts still run in threads of this process: no more jobs are claimed until some of "
-                       "them end", self.abandoned)
+            _say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of this process: no more jobs are "
+                 "claimed until some of them end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
@@ -2592,7 +2679,7 @@ class Attempt(JobContext):
         turns[depth:] = [(done, total)]
         for outer_done, outer_total in reversed(turns[:depth]):
             done, total = outer_done + (done / total if total else 0.0), outer_total
-        self._progress = (done, total, None, time.monotonic())
+        self._note_progress(done, total, None)
 
     def _resumed_positions(self) -> list[int]:
         if not self._loop_positions and self._positions:
@@ -2602,7 +2689,14 @@ class Attempt(JobContext):
     # progress and log
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        self._progress = (float(done), None if total is None else float(total), message, time.monotonic())
+        self._note_progress(float(done), None if total is None else float(total), message)
+
+    def _note_progress(self, done: float, total: float | None, message: str | None) -> None:
+        now = time.monotonic()
+        self._progress = (done, total, message, now)
+        if self._pace is None and math.isfinite(done):
+            self._pace = Pace()
+            (self._pace.start if self.saved_progress is None else self._pace.resume)(done, now - self.begun)
 
     def report_to_save(self) -> Report | None:
         """Return what there is to tell of the progress, if that changed since the last call."""
@@ -2610,19 +2704,19 @@ class Attempt(JobContext):
         if newest is None:
             return None
         done, total, message, at = newest
-        if self._pace is None:
-            self._pace = Pace(resumed=self.saved_progress is not None)
-        pace = self._pace
-        pace.report(done, at - self.begun)
         if message is None and not total:
             message = f"{done:,.12g} done"
         message = message and _text(message, 500)
-        if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done):
+        pace = self._pace
+        if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done) or pace is None:
             return Report(None, message=message)
-        rate = pace.rate / total if pace.rate and done <= total else None
-        return Report(min(1.0, max(0.0, done / total)), rate, pace.step, time.monotonic() - self.begun - pace.at, message)
+        pace.report(done, at - self.begun)
+        rate = Rate(pace.rate.gained / total, pace.rate.seconds) if done <= total else Rate()
+        age = time.monotonic() - self.begun - pace.at
+        return Report(min(1.0, max(0.0, done / total)), rate, pace.step + FLUSH_SECONDS, age, message)
 
     @property
+    @library_code
     def log(self) -> logging.Logger:
         if self._logger is None:
             self._logger = _JobLogger(self)
@@ -2636,6 +2730,8 @@ class _JobLogger(logging.Logger):
         super().__init__("bgjobs.job", logging.DEBUG)
         self.parent = logging.getLogger("bgjobs.job")
         self._attempt = attempt
+
+    isEnabledFor = library_code(logging.Logger.isEnabledFor)
 
     @library_code
     def callHandlers(self, record: logging.LogRecord) -> None:
@@ -2875,7 +2971,9 @@ class Job(Future):                                        # type: ignore[type-ar
         return super().exception(0)
 
     def _await_end(self, timeout: float | None) -> None:
-        if self._state == "PENDING" and not self.done():
+        if self._state == "PENDING":
+            self.done()
+        if self._state == "PENDING":                      # also when it was over and has been resumed by now
             attempt = _current.get()
             if attempt is None:
                 self._wait(timeout, lambda: self._state != "PENDING")
@@ -2943,7 +3041,6 @@ class Job(Future):                                        # type: ignore[type-ar
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
-FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
 EXIT_SECONDS = 5.0         # how long the end of the interpreter waits for running jobs to reach a checkpoint
 HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
@@ -3060,7 +3157,8 @@ class Runner(Submitter, Executor):
         self._ended_at = 0.0
         self._settling: list[Attempt] = []
         self._backlog = True                             # more may be ready than the last claim took
-        self._lines: deque[tuple[int, float, int, str]] = deque()
+        self._lines: deque[tuple[int, float, int, str, int, int]] = deque()
+        self._lines_taken: list[tuple[int, float, int, str, int, int]] = []      # by the transaction under way
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
         self._started = self._shut = self._shut_claims = self._inline = False
@@ -3070,7 +3168,7 @@ class Runner(Submitter, Executor):
         self._waiting_for_over = 0
         self._service: _Service | None = None
         self._servers: list[Any] = []                    # of the status page
-        self._store.rider = self._ride
+        self._store.begin, self._store.rider, self._store.announce = self._begin, self._ride, self._announce
         self._store.backlog = self._nudge_service
 
     def _leave_to_parent(self) -> None:
@@ -3170,9 +3268,19 @@ class Runner(Submitter, Executor):
             if running is not None:
                 running.has_children = True
 
+    def _begin(self, tx: Transaction) -> None:
+        """Begin a transaction with the log lines that wait: they come before the operations and outcomes in it."""
+        taken = self._lines_taken                        # the last transaction may have failed with some
+        while self._lines and len(taken) < LINES_A_WRITE:
+            taken.append(self._lines.popleft())
+        if taken:
+            tx.executemany(INSERT_LINE, taken)
+
     def _ride(self, tx: Transaction, kicked: bool) -> None:
-        """Take what waits into a transaction: outcomes of attempts, log lines, and claims for free places."""
+        """Take what waits into a transaction: outcomes of attempts, and claims for free places."""
         if self._pool.lingers and not kicked:
+            if self._lines_taken:
+                tx.after_commit.append(self._lines_taken.clear)
             return                                       # a worker is about to do so, for more at a time
         again = self._settling                           # the last transaction failed with these
         ended = self._settling = again + [self._ended.popleft() for _ in range(len(self._ended))]
@@ -3181,18 +3289,13 @@ class Runner(Submitter, Executor):
                 self._finish_with_care(tx, attempt)
         elif ended:
             tx.finish(ended)
-        lines = list(itertools.islice(self._lines, LINES_A_WRITE)) if self._lines else []
-        if lines:
-            tx.executemany(INSERT_LOG, lines)
         claims: list[Attempt] = []
         if self._started and not self._shut_claims:
             claims = self._claim(tx)
-        for name, seconds in tx.trees:
-            tx.after_commit.append(functools.partial(self._costs.record_tree, name, seconds))
         if tx.parked >= PARKED_A_CLAIM:
             tx.after_commit.append(self._store.kick)     # what is behind them has its turn next
-        if ended or lines or claims or tx.over:
-            tx.after_commit.append(lambda: self._committed(tx, len(lines), claims))
+        if ended or self._lines_taken or claims:
+            tx.after_commit.append(lambda: self._committed(claims))
 
     def _finish_with_care(self, tx: Transaction, attempt: Attempt) -> None:
         """Record one outcome; one that cannot be recorded becomes a failure, so that it holds nobody else up."""
@@ -3223,18 +3326,25 @@ class Runner(Submitter, Executor):
         self._backlog = len(rows) >= free or low_free <= 0
         return [Attempt(self, row) for row in rows]
 
-    def _committed(self, tx: Transaction, lines: int, claims: list[Attempt]) -> None:
-        """After a commit: hand the claims out and tell who waits. Runs in the leading thread."""
+    def _committed(self, claims: list[Attempt]) -> None:
+        """After a commit of what rode along: forget it, and hand the claims out. Runs in the leading thread."""
         for attempt in self._settling:
             if self._attempts.get(attempt.id) is attempt:
                 del self._attempts[attempt.id]
         self._settling = []
-        for _ in range(lines):
-            self._lines.popleft()
+        self._lines_taken = []
         if claims:
             for attempt in claims:
+                superseded = self._attempts.get(attempt.id)
                 self._attempts[attempt.id] = attempt
+                if superseded is not None:                # by another process, and resumed: nobody here has noticed yet
+                    self._abandon(superseded)
             self._pool.put(claims, sum(self._costs.means.get(attempt.name, math.inf) for attempt in claims))
+
+    def _announce(self, tx: Transaction) -> None:
+        """After any commit: tell who waits for what has ended. Runs in the leading thread."""
+        for name, seconds in tx.trees:
+            self._costs.record_tree(name, seconds)
         if tx.over and self._watched:
             self._complete_handles(tx.over)
         if tx.over and self._waiting_for_over:
@@ -3328,7 +3438,7 @@ class Runner(Submitter, Executor):
                 message += "\n" + _traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{record.msg!r} could not be formatted: {_text(error)}"
-        self._lines.append((attempt.id, record.created, record.levelno, _text(message)))
+        self._lines.append((attempt.id, record.created, record.levelno, _text(message), attempt.id, attempt.number))
 
     # reading and operating
 
@@ -3341,10 +3451,10 @@ class Runner(Submitter, Executor):
         self._status(job_id)
         return Job(self, job_id)
 
-    def jobs(self, *, limit: int = 100, before: int | None = None, **filters: Any) -> list[Job]:
+    def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
         created_from= created_to= (see `conditions`), with ids below `before`. ValueError: a bad filter value."""
-        return [Job(self, row["id"]) for row in self._store.find(filters, limit, before)]
+        return [Job(self, row["id"]) for row in self._store.find(filters, -1 if limit is None else limit, before)]
 
     def _status(self, job_id: int) -> str:
         rows = self._store.read(STATUS_OF, {"id": job_id})
@@ -3379,7 +3489,7 @@ class Runner(Submitter, Executor):
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
-        by = None if by is None else _text(by, 200)
+        by = None if by is None else " ".join(_text(by, 200).split())
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
         attempt = _current.get()
@@ -3468,6 +3578,9 @@ class Runner(Submitter, Executor):
                 handle = reference()
                 if handle is not None:
                     handle._complete()
+                    if handle._state == "PENDING":        # another process has resumed it meanwhile
+                        with self._handle_lock:
+                            self._watched.setdefault(job_id, []).append(reference)
 
     def _watched_now(self) -> list[int]:
         """Return the ids of the jobs whose end somebody wants to know; forget those whose handles nobody has any more."""
@@ -3682,15 +3795,21 @@ class Runner(Submitter, Executor):
         if not attempts:
             return
         owned = {row["id"]: row for row in self._store.read(OWNED, {"owner": self._id})}
+        superseded = []
         for attempt in attempts:
             row = owned.get(attempt.id)
             if row is None or row["attempt"] != attempt.number:
-                if self._attempts.get(attempt.id) is attempt and attempt not in self._ended and attempt not in self._settling:
-                    self._abandon(attempt)
+                superseded.append(attempt)
             elif row["status"] == STOPPING:
                 attempt.request_stop()
             elif row["low_priority"] != attempt.low_priority:
                 self._pool.set_low_priority(attempt, row["low_priority"])
+        if superseded:
+            def abandon() -> None:                        # in the leading thread, the only one to change _attempts
+                for attempt in superseded:
+                    if self._attempts.get(attempt.id) is attempt and attempt not in self._ended:
+                        self._abandon(attempt)
+            self._store.write(lambda tx: tx.after_commit.append(abandon))
 
     def _flush_progress(self) -> None:
         changed = [(attempt, new) for attempt in list(self._attempts.values()) if attempt.thread is not None
@@ -3703,7 +3822,7 @@ class Runner(Submitter, Executor):
             while len(self._lines) >= LINES_A_WRITE:
                 self._store.write(_do_nothing)        # they ride along
         if self._lines_dropped:
-            _log.warning("%d log lines of jobs were dropped: they came faster than the disk takes them", self._lines_dropped)
+            _say(logging.WARNING, f"{self._lines_dropped:,} log lines of jobs were dropped: they came faster than the disk takes them")
             self._lines_dropped = 0
 
     def _charge_long_ones(self) -> None:
@@ -3724,7 +3843,7 @@ class Runner(Submitter, Executor):
         for runner in [runner for runner in known if presence.is_dead(self.path, runner)]:
             taken = self._store.write(lambda tx: tx.recover(runner))
             if taken:
-                _log.warning("took back %d jobs of a process that died", taken)
+                _say(logging.WARNING, f"took back {taken:,} jobs of a process that died")
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""

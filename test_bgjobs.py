@@ -116,6 +116,8 @@ def consistent(runner):
         parts = sum(1.0 if j["status"] in bgjobs.OVER else j["progress"] or 0.0 for j in below)
         assert job["tree_progress"] == pytest.approx(parts, abs=1e-6)
         assert job["queue"] is None or job["status"] == "pending" and job["queue"] == job["low_priority"]
+        assert job["parked"] is None or job["status"] == "pending" and job["queue"] is None
+        assert job["status"] != "pending" or job["queue"] is not None or job["parked"] is not None or job["run_at"] is not None
         assert (job["owner"] is not None) == (job["status"] in bgjobs.ACTIVE and not job["returned"])
         if job["parent_id"] is None:
             ready = [j["queue"] for j in (job, *below) if j["queue"] is not None]
@@ -626,8 +628,9 @@ class TestFairShares:
 
 def estimates(reports, every=0.25):
     """Follow a job as the page does: yield (seconds, progress, estimate) at each look, from reports (seconds, done, total)."""
-    pace, reports, now, last = bgjobs.Pace(resumed=False), list(reports), 0.0, None
+    pace, reports, now, last = bgjobs.Pace(), list(reports), 0.0, None
     end = reports[-1][0]
+    pace.start(reports[0][1], reports[0][0])
     while now < end:
         now += every
         while reports and reports[0][0] <= now:
@@ -635,10 +638,29 @@ def estimates(reports, every=0.25):
         if last is not None:
             at, done, total = last
             pace.report(done, at)
-            yield now, done / total, bgjobs.time_left(total - done, pace.rate, pace.step, now - pace.at, pace.at)
+            yield now, done / total, bgjobs.time_left(total - done, pace.rate, pace.step + bgjobs.FLUSH_SECONDS, now - pace.at, pace.at)
+
+
+def tree_estimates(children, seconds, workers, every=0.05):
+    """The same for a tree of equal children."""
+    rate, at, done, now = bgjobs.Rate(), 0.0, 0, 0.0
+    ends = [(n // workers + 1) * seconds + 0.001 * (n % workers) for n in range(children)]
+    while now < ends[-1]:
+        now += every
+        while done < children and ends[done] <= now:
+            rate, at, done = rate.after(1, ends[done] - at, ends[done]), ends[done], done + 1
+        if done:
+            step = workers / rate.per_second
+            yield now, done / children, bgjobs.time_left(children - done, rate, step, now - at, at), ends[-1]
 
 
 class TestPace:
+    @pytest.mark.parametrize("children, seconds, workers", [(40, 5, 4), (400, 0.5, 4), (100, 1, 1), (1_000, 0.2, 8)])
+    def test_a_tree_on_several_workers_is_estimated_within_10_percent_from_the_first_tenth_on(self, children, seconds, workers):
+        looks = [look for look in tree_estimates(children, seconds, workers) if look[1] >= 0.1]
+        off = [look for look in looks if look[2] != pytest.approx(look[3] - look[0], rel=0.1, abs=seconds)]
+        assert len(off) <= len(looks) * 0.02, off[:5]
+
     @pytest.mark.parametrize("items, seconds", [(10, 60), (20, 7), (100, 30), (5_000, 20), (1_000, 3_600)])
     def test_at_a_steady_rate_the_estimate_is_within_10_percent_from_the_first_tenth_on(self, items, seconds):
         looks = list(estimates([(i * seconds / items, i, items) for i in range(items + 1)]))
@@ -658,50 +680,62 @@ class TestPace:
         looks = {round(now): left for now, _, left in estimates(slowing)}
         assert looks[9] == pytest.approx(11, rel=0.1)        # nobody can know yet
         assert looks[30] == pytest.approx(30, rel=0.4) and looks[50] == pytest.approx(10, rel=0.2)
-        stalling = [bgjobs.time_left(50, 1.0, 1.0, age, 50) for age in (0, 0.5, 1, 2, 5, 20, 100)]
+        stalling = [bgjobs.time_left(50, bgjobs.Rate(50, 50), 1.0, age, 50) for age in (0, 0.5, 1, 2, 5, 20, 100)]
         assert stalling[:3] == [50, 49.5, 49] and stalling[2:] == sorted(stalling[2:]) and stalling[-1] > 90
 
     def test_a_resumed_attempt_counts_from_where_it_began(self):
-        pace = bgjobs.Pace(resumed=True)
+        pace = bgjobs.Pace()
+        pace.resume(500, 0)
         for second in range(11):
             pace.report(500 + second, second)
-        assert pace.rate == pytest.approx(1.0) and pace.step == pytest.approx(1.0)
+        assert pace.rate.per_second == pytest.approx(1.0) and pace.step == pytest.approx(1.0)
+
+    def test_a_first_report_in_no_time_counts_until_there_is_a_second(self):
+        pace = bgjobs.Pace()
+        pace.start(50, 0.01)
+        assert pace.rate.per_second == pytest.approx(5_000)
+        pace.report(51, 1.01)
+        assert pace.rate.per_second == pytest.approx(1.0)
+
+    def test_what_hangs_is_never_said_to_be_done_in_no_time(self):
+        assert [bgjobs.time_left(5, bgjobs.Rate(5, 5), 5, age, 5) for age in (5, 10, 60)] == [0, 5, 55]
 
     def test_a_total_that_grows_or_is_exceeded_and_units_that_begin_anew_do_no_harm(self):
-        pace = bgjobs.Pace(resumed=False)
+        pace = bgjobs.Pace()
+        pace.start(0, 0)
         for second in range(11):
             pace.report(second * 3, second)                  # units a second, whatever the total is by now
-        assert pace.rate == pytest.approx(3.0)
+        assert pace.rate.per_second == pytest.approx(3.0)
         assert bgjobs.time_left(-2, pace.rate, pace.step, 0, 10) == 0.0
         pace.report(1, 11)
-        assert pace.rate is None
+        assert pace.rate.per_second is None
         pace.report(3, 12)
-        assert pace.rate == pytest.approx(2.0)
+        assert pace.rate.per_second == pytest.approx(2.0)
 
     def test_without_a_rate_nothing_is_claimed(self):
-        assert bgjobs.time_left(1, None, 1.0, 0, 0) is None and bgjobs.time_left(1, 0.0, 1.0, 0, 0) is None
+        assert bgjobs.time_left(1, bgjobs.Rate(), 1.0, 0, 0) is None and bgjobs.time_left(1, bgjobs.Rate(0, 5), 1.0, 0, 0) is None
 
     def test_the_recent_rate_weighs_more(self):
-        rate = None
+        rate = bgjobs.Rate()
         for step in range(1, 101):
-            rate = bgjobs.rate_after(rate, 5 if step <= 50 else 1, 1.0, step)
-        assert 1 < rate < 2.5
+            rate = rate.after(5 if step <= 50 else 1, 1.0, step)
+        assert 1 < rate.per_second < 2.5
 
     def test_a_row_is_estimated_by_its_tree_by_itself_or_by_its_history(self):
-        row = dict(status="running", name="f", total=0, progress=None, rate=None, returned=0, since=100.0, step=0.0,
-                   progress_at=None, tree_at=None, tree_rate=None, tree_progress=0.0, running=0)
+        row = dict(status="running", name="f", total=0, progress=None, gained=None, seconds=None, returned=0, since=100.0, step=0.0,
+                   progress_at=None, tree_at=None, tree_gained=None, tree_seconds=None, tree_progress=0.0, running=0)
 
         def eta(**changes):
             return bgjobs.eta_of({**row, **changes}, 110.0, 10.0, {"f": 30.0}.get)
         assert eta() == 20.0 and eta(name="unknown") is None and eta(status="stopped") is None
         assert bgjobs.eta_of(row, 140.0, 40.0, {"f": 30.0}.get) is None          # longer than ever
-        own = dict(progress=0.5, rate=0.05, step=1.0, progress_at=109.5)
+        own = dict(progress=0.5, gained=0.5, seconds=10.0, step=1.0, progress_at=109.5)
         assert eta(**own) == pytest.approx(9.5)
-        tree = dict(total=100, tree_progress=40.0, tree_rate=4.0, tree_at=109.9, running=4)
+        tree = dict(total=100, tree_progress=40.0, tree_gained=40.0, tree_seconds=10.0, tree_at=109.9, running=4)
         assert eta(**tree) == pytest.approx(14.9)
         assert eta(**tree, **{**own, "progress": 0.1}) == pytest.approx(17.5)    # it goes on making children
         assert eta(**tree, **{**own, "progress": 0.1, "returned": 1}) == pytest.approx(14.9)
-        assert eta(**{**tree, "since": 109.0, "tree_at": 50.0}) == pytest.approx(14.0)       # resumed a second ago
+        assert eta(**{**tree, "since": 109.5, "tree_at": 50.0}) == pytest.approx(14.5)       # resumed half a second ago
 
 
 class TestFairRunning:
@@ -1047,7 +1081,7 @@ class TestForceStop:
             job.stop()
             job.force_stop()
         waiting = runner.submit(add, 1, 2)
-        assert "2 superseded attempts still run in threads of this process: no more jobs are claimed" in caplog.text
+        wait_for(lambda: "2 superseded attempts still run in threads of this process: no more jobs are claimed" in caplog.text)
         wait_for(lambda: visitor.get("api/runners")["runners"][0]["abandoned"] == 2)
         assert waiting.status == "pending"
         locks["untimed"].release()
@@ -1490,6 +1524,222 @@ class TestStore:
             ids(status="done")
         with pytest.raises(TypeError, match="unknown filter 'colour'"):
             ids(colour=1)
+
+
+class TestDisk:
+    def test_a_full_disk_is_a_clear_error_and_the_runner_goes_on_when_there_is_room(self, make, small_disk, caplog):
+        runner = make(small_disk / "jobs.db", max_workers=2)
+        kept = [runner.submit(add, 1, 2), runner.submit(hold, "full")]
+        wait_for(lambda: kept[1].status == "running" and kept[0].done())
+        with open(small_disk / "filler", "wb") as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        with pytest.raises(bgjobs.StoreError, match="full; make room on the disk"):
+            for _ in range(10_000):
+                kept.append(runner.submit(echo, "x" * 10_000))
+        gate("full").set()
+        wait_for(lambda: "cannot record outcomes" in caplog.text or kept[1].done())
+        os.unlink(small_disk / "filler")
+        assert kept[1].result(20) is None and kept[0].result(1) == 3
+        for job in kept[2:]:
+            assert len(job.result(20)) == 10_000
+        assert runner.submit(add, 2, 3).result(10) == 5
+        consistent(runner)
+
+    @pytest.mark.parametrize("what", ["deleted", "replaced"])
+    def test_a_file_that_goes_away_is_an_error_at_once_and_is_never_made_anew(self, make, path, tmp_path, what, caplog):
+        runner = make(max_workers=1)
+        assert runner.submit(add, 1, 2).result(10) == 3
+        os.rename(path, tmp_path / "moved.db")
+        if what == "replaced":
+            shutil.copy(tmp_path / "moved.db", path)
+        before = os.path.exists(path) and pathlib.Path(path).read_bytes()
+        with pytest.raises(bgjobs.StoreError, match=f"{re.escape(path)} was {what}"):
+            runner.submit(add, 1)
+        wait_for(lambda: f"was {what}" in caplog.text, 3)    # also where nobody asks
+        assert (os.path.exists(path) and pathlib.Path(path).read_bytes()) == before
+        os.replace(tmp_path / "moved.db", path)
+        assert runner.submit(add, 2, 3).result(10) == 5      # the right one is back
+
+    def test_an_old_file_in_the_place_of_a_deleted_one_gets_nothing_of_the_new_ones(self, make, path, tmp_path):
+        runner = make(max_workers=1)
+        runner.submit(add, 1).result(10)
+        backup = runner.backup(tmp_path / "backup.db")
+        runner.submit(add, 2).result(10)
+        runner.close()
+        os.replace(backup, path)
+        assert len(make(start=False).jobs()) == 1
+
+    def test_a_backup_of_a_busy_file_is_whole_and_runs_elsewhere(self, make, tmp_path):
+        runner = make(max_workers=2)
+        ids = runner.submit_many(add, [(n, n) for n in range(500)])
+        held = runner.submit(hold, "backup")
+        wait_for(lambda: held.status == "running")
+        copy = runner.backup(tmp_path / "backup.db")
+        with pytest.raises(ValueError, match="exists; give the path of a new file"):
+            runner.backup(copy)
+        gate("backup").set()
+        other = make(copy, max_workers=2)
+        assert [other.get(job_id).result(10) for job_id in ids] == [2 * n for n in range(500)]
+        assert other.get(held.id).result(10) is None
+        assert runner.get(held.id).result(10) is None
+        consistent(other)
+        consistent(runner)
+
+    def test_a_file_or_folder_that_cannot_be_written_is_refused_with_the_remedy(self, tmp_path):
+        code, out, err = finish(python("""
+            import bgjobs, os, pathlib, sys
+            folder = pathlib.Path(sys.argv[1])
+            bgjobs.Runner(folder / "jobs.db").close()
+            os.chmod(folder / "jobs.db", 0o444)
+            os.chmod(folder, 0o555)
+            if os.getuid() == 0:
+                os.setuid(65534)
+            for name in ("jobs.db", "new.db"):
+                before = (folder / name).read_bytes() if (folder / name).exists() else None
+                try:
+                    bgjobs.Runner(folder / name)
+                except bgjobs.StoreError as error:
+                    print(error)
+                assert ((folder / name).read_bytes() if (folder / name).exists() else None) == before
+            """, shared_folder(tmp_path)))
+        assert code == 0, err
+        first, second = out.splitlines()
+        assert "jobs.db" in first and "make the file and its folder writable" in first
+        assert "new.db" in second and "check that the folder exists and is writable" in second
+
+    def test_a_corrupt_page_is_one_clear_error(self, make, path):
+        runner = make(start=False)
+        runner.submit_many(add, [(n, n) for n in range(2_000)])
+        runner.close()
+        content = bytearray(pathlib.Path(path).read_bytes())
+        content[4096 * 3:] = bytes(random.Random(1).randbytes(len(content) - 4096 * 3))
+        pathlib.Path(path).write_bytes(content)
+        with pytest.raises(bgjobs.StoreError, match="malformed; restore it from a backup"):
+            broken = make(max_workers=1)
+            for job_id in range(1, 2_001):
+                broken.get(job_id).info()
+
+    def test_a_lock_of_another_program_is_waited_for_and_then_an_error_the_runner_survives(self, make, path, monkeypatch):
+        monkeypatch.setitem(bgjobs._CONNECT, "timeout", 0.3)
+        runner = make(max_workers=1)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(bgjobs.StoreError, match="locked; another program holds its lock: end it, or wait"):
+                runner.submit(add, 1)
+            other.execute("COMMIT")
+        assert runner.submit(add, 1, 2).result(10) == 3
+
+    def test_a_torn_wal_leaves_a_prefix_of_history_intact(self, path, tmp_path):
+        process = python("""
+            import bgjobs, os, sys, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], start=False)
+            for n in range(200):
+                runner.submit(test_bgjobs.add, n)
+            os.kill(os.getpid(), 9)
+            """, path)
+        finish(process)
+        wal = pathlib.Path(path + "-wal").read_bytes()
+        assert wal
+        pathlib.Path(path + "-wal").write_bytes(wal[:len(wal) * 2 // 3 + 123])
+        with bgjobs.Runner(path, start=False) as runner:
+            ids = sorted(job.id for job in runner.jobs(limit=1000))
+            assert ids == list(range(1, len(ids) + 1)) and 0 < len(ids) < 200
+            consistent(runner)
+
+    def test_a_reader_that_pins_the_wal_is_complained_about_and_what_it_left_is_cut(self, make, path, monkeypatch, caplog):
+        monkeypatch.setattr(bgjobs, "WAL_LIMIT", 100_000)
+        runner = make(start=False)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
+            for _ in range(10):
+                runner.submit_many(echo, [("x" * 1_000,)] * 100)
+            runner._store.shorten_wal()
+            wait_for(lambda: "another program keeps an old read transaction open" in caplog.text)
+        runner._store.shorten_wal()
+        assert os.path.getsize(path + "-wal") == 0
+
+    def test_the_rollback_journal_works_as_well(self, make, path):
+        runner = make(journal="delete", max_workers=2)
+        assert runner.submit(sum_of_children, 5).result(10) == 20
+        assert rows(runner, "PRAGMA journal_mode") == [("delete",)] and not os.path.exists(path + "-wal")
+        with pytest.raises(ValueError, match='journal must be "wal" or "delete"'):
+            make(journal="off")
+        consistent(runner)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for half a megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", folder], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: that takes root and its full rights")
+    yield folder
+    for gate in list(gates_made):
+        gate.set()
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def shared_folder(tmp_path):
+    """A folder that another user can reach."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o777)
+    return folder
+
+
+class TestFork:
+    def test_a_forked_child_is_told_works_after_start_and_the_parent_never_notices(self, path):
+        code, out, err = finish(python("""
+            import bgjobs, os, sys, threading, test_bgjobs
+            runner = bgjobs.start(sys.argv[1], max_workers=2)
+            stop = threading.Event()
+            def submit_on_and_on():
+                while not stop.is_set():
+                    bgjobs.submit(test_bgjobs.add, 1, 2)
+            threads = [threading.Thread(target=submit_on_and_on) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for n in range(20):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        bgjobs.submit(test_bgjobs.add, 1)
+                    except bgjobs.StoreError as error:
+                        assert "belongs to the process that this one was forked from; call its start()" in str(error)
+                    assert bgjobs.get(1).name == "test_bgjobs.add"          # reading does no harm
+                    if n % 2:
+                        assert bgjobs.start() is runner
+                        assert bgjobs.submit(test_bgjobs.add, n, n).result(20) == 2 * n
+                    sys.exit(7)                                             # the exit hooks run, too
+                assert os.waitpid(child, 0)[1] >> 8 == 7
+            stop.set()
+            for thread in threads:
+                thread.join()
+            assert runner.submit(test_bgjobs.add, 1, 2).result(20) == 3
+            runner.shutdown()
+            test_bgjobs.consistent(runner)
+            print("whole")
+            """, path, PYTHONWARNINGS="ignore"), 60)
+        assert code == 0 and out == "whole\n", err
+
+    def test_multiprocessing_in_a_job_and_beside_one(self, path):
+        code, out, err = finish(python("""
+            import bgjobs, multiprocessing, sys, test_bgjobs
+            context = multiprocessing.get_context("fork")
+            def square(n):
+                bgjobs.current_job().checkpoint()
+                return n * n
+            def in_a_job():
+                with context.Pool(2) as pool:
+                    return pool.map(square, range(5))
+            with bgjobs.Runner(sys.argv[1], max_workers=2) as runner:
+                assert runner.submit(in_a_job).result(30) == in_a_job()
+            print("fine")
+            """, path, PYTHONWARNINGS="ignore"), 60)
+        assert code == 0 and out == "fine\n", err
 
 
 # ---- 8 Worker pool and 9 Inside a job -----------------------------------------------------------------------------------------
