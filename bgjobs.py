@@ -1650,7 +1650,47 @@ class _Write:
         self.wake: Any = None
 
 
-_inherited: list[Any] = []         # connections of the parent, kept in a forked child so that nothing closes them
+class _ForkGate:
+    """Keeps a fork out of the moments when a thread of ours is inside SQLite: the child would inherit its global locks, locked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()                     # guards _inside; held during a fork
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+
+    def __exit__(self, *exc_info: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+
+    def shut(self) -> None:
+        """Wait until no thread is inside, for a second at most, and let none in."""
+        deadline = time.monotonic() + 1
+        self._lock.acquire()
+        while self._inside and time.monotonic() < deadline:
+            self._lock.release()
+            time.sleep(0.0002)
+            self._lock.acquire()
+
+    def open(self) -> None:
+        """Let threads in again."""
+        self._lock.release()
+
+
+_fork_gate = _ForkGate()
+
+def _never_free(connection: sqlite3.Connection | None) -> None:
+    """Keep a connection of the parent's from being closed in a forked child, by its end, too."""
+    try:
+        import ctypes
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    except (ImportError, AttributeError):                 # not CPython
+        _inherited.append(connection)
+
+
+_inherited: list[Any] = []
 
 
 def _uri(path: str) -> str:
@@ -1724,7 +1764,9 @@ class Store:
 
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
-        return sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
+        db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
+        db.row_factory = sqlite3.Row
+        return db
 
     def _identity_now(self) -> tuple[int, int]:
         try:
@@ -1803,7 +1845,10 @@ class Store:
         def last(tx: Transaction) -> None:
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
-            self.write(last)
+            try:
+                self.write(last)
+            except StoreError:                            # the disk is full, the file is gone, ...
+                self.closed = True
             self._writer.close()
             with self._version_lock:
                 if self._version_db is not None:
@@ -1813,7 +1858,8 @@ class Store:
 
     def leave_to_parent(self) -> None:
         """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
-        _inherited.extend((self._writer, self._version_db, *self._readers))
+        for connection in (self._writer, self._version_db, *self._readers):
+            _never_free(connection)
         self._readers, self._version_db, self._waiting = deque(), None, deque()
         self._lock, self._version_lock = threading.RLock(), threading.Lock()
         self.leading, self.closed, self.forked = False, True, True
@@ -1896,9 +1942,9 @@ class Store:
                     batch = list(self._waiting)
                     self._waiting.clear()
                     self._again = False
-                self._commit(batch, "all" if until_done else "some")
+                worked = self._commit(batch, "all" if until_done else "some")
                 self._release(batch)
-                if not until_done or not self._again or self._waiting:
+                if not until_done or not worked or not self._again or self._waiting:
                     break
         except BaseException:                           # Ctrl-C in the leader: the next one runs what was rolled back
             with self._lock:
@@ -1931,10 +1977,12 @@ class Store:
                     write.wake.release()
         batch.clear()
 
-    def _commit(self, batch: list[_Write], ride: str) -> None:
-        """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails."""
+    def _commit(self, batch: list[_Write], ride: str) -> bool:
+        """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails. False: what
+        rides along could not be recorded; it is tried again by who leads next, the service thread if nobody else."""
         try:
             self._transact(batch, ride)
+            return True
         except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
             if ride and batch:
                 for write in batch:
@@ -1944,8 +1992,10 @@ class Store:
                 batch[0].error, batch[0].done = self._explained(error), True
             elif not self.closed:
                 self.complain(f"cannot record outcomes: {self._explained(error)}; trying again")
-                time.sleep(0.2)
+                time.sleep(0.05)
                 self._again = True
+                return False
+            return True
 
     def _transact(self, batch: list[_Write], ride: str) -> None:
         if self.forked:
@@ -1954,8 +2004,19 @@ class Store:
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
         self.check_file()
+        with _fork_gate:
+            tx = self._run_in_transaction(batch, ride)
+        for write in batch:
+            write.done = True
+        for callback in (*tx.after_commit, lambda: self.announce(tx)):
+            try:
+                callback()
+            except Exception as error:                    # it is committed: nothing may make it look failed
+                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
+
+    def _run_in_transaction(self, batch: list[_Write], ride: str) -> Transaction:
         db = self._writer
-        if db.in_transaction:                           # an exception hit the last leader at an unlucky moment
+        if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
             db.execute("ROLLBACK")
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -1973,13 +2034,7 @@ class Store:
                 db.execute("ROLLBACK")
             self._lineages.clear()
             raise
-        for write in batch:
-            write.done = True
-        for callback in (*tx.after_commit, lambda: self.announce(tx)):
-            try:
-                callback()
-            except Exception as error:                    # it is committed: nothing may make it look failed
-                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
+        return tx
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, sqlite3.Error):
@@ -1993,25 +2048,24 @@ class Store:
     @library_code
     def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
         """Return all rows of a query, on a connection of its own."""
-        try:
-            db = self._readers.pop()
-        except IndexError:
-            db = self.connect()
-            db.row_factory = sqlite3.Row
-        try:
-            rows = db.execute(sql, parameters or {}).fetchall()
-        except sqlite3.Error as error:
-            db.close()
-            raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
-        if len(self._readers) < 8 and not self.closed:
-            self._readers.append(db)
-        else:
-            db.close()
-        return rows
+        with _fork_gate:
+            db = None
+            try:
+                db = self._readers.pop() if self._readers else self.connect()
+                rows = db.execute(sql, parameters or {}).fetchall()
+            except sqlite3.Error as error:
+                if db is not None:
+                    db.close()
+                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+            if len(self._readers) < 8 and not self.closed:
+                self._readers.append(db)
+            else:
+                db.close()
+            return rows
 
     def version(self) -> int:
         """Return a number that differs when another connection has committed since: any write, of any process."""
-        with self._version_lock:
+        with self._version_lock, _fork_gate:
             if self._version_db is None:
                 self._version_db = self.connect()
             return self._version_db.execute("PRAGMA data_version").fetchone()[0]
@@ -3940,7 +3994,9 @@ class _Service:
                         store.kick()
                     if time.monotonic() >= next_poll:
                         next_poll = time.monotonic() + POLL_SECONDS
-                        self._poll(db.execute("PRAGMA data_version").fetchone()[0])
+                        with _fork_gate:
+                            version = db.execute("PRAGMA data_version").fetchone()[0]
+                        self._poll(version)
                 except Exception as error:
                     if not store.closed:
                         store.complain(f"{error}; trying again")
@@ -4091,14 +4147,21 @@ def _live_until_exit(runner: Runner) -> None:
 
 @functools.cache
 def _register_hooks() -> None:
-    atexit.register(lambda: [runner._close_at_exit() for runner in list(_living)])
+    def close_all() -> None:
+        for runner in list(_living):
+            try:
+                runner._close_at_exit()
+            except Exception as error:
+                print(f"bgjobs: {error}", file=sys.stderr)
+    atexit.register(close_all)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_leave_to_parent)
+        os.register_at_fork(before=lambda: _fork_gate.shut(), after_in_parent=lambda: _fork_gate.open(),
+                            after_in_child=_leave_to_parent)
 
 
 def _leave_to_parent() -> None:
-    global _default_lock
-    _default_lock = threading.Lock()
+    global _default_lock, _fork_gate
+    _default_lock, _fork_gate = threading.Lock(), _ForkGate()
     _here.ticket = None
     for runner in list(_living):
         runner._leave_to_parent()
