@@ -711,11 +711,11 @@ class Ticket:
         self._raised = True
 
     def _raise_after_logging(self) -> None:
-        """Let the app's logging get out of its handlers' locks: all threads need those."""
-        for _ in range(1_000):
-            time.sleep(0.001)
-            if not _is_logging(self.thread):
-                break
+        """Let the app's logging get out of its handlers' locks: all threads need those. At its next record it waits for us."""
+        pause = 0.001
+        while _is_logging(self.thread):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
         self._raise()
 
     def _await_exception(self) -> None:
@@ -727,6 +727,8 @@ class Ticket:
 
 def _is_logging(thread: int) -> bool:
     frame = sys._current_frames().get(thread)
+    if frame is not None and frame.f_code is Ticket._await_exception.__code__:
+        return False
     while frame is not None and frame.f_code is not Runner._call.__code__:
         if frame.f_globals.get("__name__", "").partition(".")[0] == "logging":
             return True
@@ -920,8 +922,10 @@ DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
 NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
-INSERT_LINE = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT ?, ?, ?, ?
-    WHERE EXISTS (SELECT 1 FROM bgjobs_jobs WHERE id = ? AND superseded < ?)"""
+# One statement for all, since a thread that computes holds each one up by the interpreter lock. [[job, at, level, message, attempt] ...]
+INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+    json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
+    (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]') AND superseded < json_extract(value, '$[4]'))"""
 
 DUE = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
     AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
@@ -3211,8 +3215,8 @@ class Runner(Submitter, Executor):
         self._ended_at = 0.0
         self._settling: list[Attempt] = []
         self._backlog = True                             # more may be ready than the last claim took
-        self._lines: deque[tuple[int, float, int, str, int, int]] = deque()
-        self._lines_taken: list[tuple[int, float, int, str, int, int]] = []      # by the transaction under way
+        self._lines: deque[tuple[int, float, int, str, int]] = deque()       # job id, time, level, message, attempt
+        self._lines_taken: list[tuple[int, float, int, str, int]] = []       # by the transaction under way
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
         self._started = self._shut = self._shut_claims = self._inline = False
@@ -3328,7 +3332,7 @@ class Runner(Submitter, Executor):
         while self._lines and len(taken) < LINES_A_WRITE:
             taken.append(self._lines.popleft())
         if taken:
-            tx.executemany(INSERT_LINE, taken)
+            tx.execute(INSERT_LINES, {"lines": json.dumps(taken)})
 
     def _ride(self, tx: Transaction, kicked: bool) -> None:
         """Take what waits into a transaction: outcomes of attempts, and claims for free places."""
@@ -3479,6 +3483,7 @@ class Runner(Submitter, Executor):
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             self._exceptions.popitem(last=False)
 
+    @library_code
     def _keep_log_line(self, attempt: Attempt, record: logging.LogRecord) -> None:
         """Take a log record into the job's log; written with the next transaction, within a second."""
         if self._attempts.get(attempt.id) is not attempt:
@@ -3492,7 +3497,7 @@ class Runner(Submitter, Executor):
                 message += "\n" + _traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{record.msg!r} could not be formatted: {_text(error)}"
-        self._lines.append((attempt.id, record.created, record.levelno, _text(message), attempt.id, attempt.number))
+        self._lines.append((attempt.id, record.created, record.levelno, _text(message).replace("\0", "\\0"), attempt.number))
 
     # reading and operating
 

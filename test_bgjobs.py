@@ -153,7 +153,11 @@ def python(code, *arguments, cwd=None, **environment):
 
 
 def finish(process, seconds=30):
-    out, err = process.communicate(timeout=seconds)
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"the process did not end in time; it printed {process.communicate()}") from None
     return process.returncode, out, err
 
 
@@ -1063,6 +1067,61 @@ class TestForceStop:
         assert job.status == "stopped"
         assert runner.submit(add, 1, 2).result(10) == 3
 
+    def test_an_attempt_that_another_process_superseded_and_resumed_at_once_is_stopped(self, make, path):
+        runner = make(max_workers=2)
+        seen.clear()
+        job = runner.submit(stoppable_with_end)
+        for attempt in (1, 2, 3):
+            wait_for(lambda: ("begins", attempt) in seen)
+            code, _, err = finish(python("""
+                import bgjobs, sys
+                with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                    runner.get(1).stop().force_stop().resume()
+                """, path))
+            assert code == 0, err
+            wait_for(lambda: ("ends", attempt) in seen)
+        wait_for(lambda: ("begins", 4) in seen)
+        assert job.status == "running" and job.attempt == 4 and list(runner._attempts) == [job.id]
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
+        assert runner._pool.abandoned == 0 and runner._pool._busy == 0
+
+    def test_lines_that_a_superseded_attempt_logs_are_refused(self, make, path):
+        runner = make(max_workers=1)
+        job = runner.submit(log_on_and_on)
+        wait_for(lambda: job.status == "running")
+        code, out, err = finish(python("""
+            import bgjobs, sys, time
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                runner.get(1).stop().force_stop()
+                print(time.time())
+            """, path))
+        assert code == 0, err
+        wait_for(lambda: runner._pool.abandoned == 0 and not runner._attempts)
+        runner.submit(add, 1).result(10)
+        assert all(line["at"] <= float(out) for line in job.logs())
+
+    def test_it_leaves_the_apps_logging_whole(self, make):
+        runner = make(max_workers=2)
+        handler = logging.StreamHandler(open(os.devnull, "w"))
+        logger = logging.getLogger("tests.flood")
+        logger.addHandler(handler)
+        logger.propagate = False
+        chance = random.Random(4)
+        try:
+            for _ in range(6):
+                job = runner.submit(flood_a_logger)
+                wait_for(lambda: job.status == "running")
+                time.sleep(chance.random() / 500)
+                job.stop()
+                job.force_stop()
+            wait_for(lambda: runner._pool.abandoned == 0)
+            assert handler.lock.acquire(timeout=5)
+            handler.lock.release()
+        finally:
+            logger.removeHandler(handler)
+            handler.stream.close()
+
     def test_a_job_may_force_stop_itself(self, make):
         runner = make(max_workers=1)
         job = runner.submit(force_stop_itself)
@@ -1170,6 +1229,28 @@ def return_the_attempt():
         with contextlib.suppress(bgjobs.JobStopped):
             gate(f"attempt {attempt}").wait(20)
     return attempt
+
+
+def stoppable_with_end():
+    job = bgjobs.current_job()
+    seen.append(("begins", job.attempt))
+    try:
+        while True:
+            job.sleep(0.001)
+    finally:
+        seen.append(("ends", job.attempt))
+
+
+def log_on_and_on():
+    while True:
+        bgjobs.current_job().log.info("still here")
+        time.sleep(0.001)
+
+
+def flood_a_logger():
+    logger = logging.getLogger("tests.flood")
+    while True:
+        logger.warning("still here")
 
 
 def force_stop_itself():
@@ -1448,6 +1529,33 @@ class TestStore:
         assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
         consistent(idle)
 
+    def test_an_outcome_is_not_counted_for_a_job_that_was_cancelled_at_the_same_clock_reading(self, make):
+        idle = make(start=False, clock=lambda: 1_000.0)
+        parent = idle.submit(hold, "parent")
+        child = idle.options(parent=parent).submit(add, 1)
+        attempts = claimed(idle, 2)
+        child.stop()
+        child.force_stop()
+        child.cancel()
+        attempts[1].outcome = bgjobs.RETURNED
+        idle._store.write(lambda tx: tx.finish(attempts[1:]))
+        assert child.status == "cancelled" and parent.children["running"] == 0
+        consistent(idle)
+
+    def test_who_waits_is_told_of_any_end_whatever_rode_along(self, make):
+        runner = make(max_workers=1)
+        first, second = (runner.options(delay=1_000).submit(add, 1) for _ in range(2))
+        for job in (first, second):
+            runner._watch(job)
+        runner._pool.lingers = True                          # a worker is about to claim: nothing else rides along
+        runner.get(first.id).cancel()
+        assert first._state == "CANCELLED_AND_NOTIFIED"
+        runner._pool.lingers = False
+        bad = bgjobs._Write(lambda tx: 1 / 0)
+        good = bgjobs._Write(lambda tx: tx.operate("cancel", second.id, None))
+        runner._store._commit([bad, good], "some")           # the bad one has each run again alone
+        assert isinstance(bad.error, ZeroDivisionError) and second._state == "CANCELLED_AND_NOTIFIED"
+
     def test_a_root_that_is_resumed_has_no_credit(self, idle):
         job = idle.submit(add, 1)
         job.stop()
@@ -1473,7 +1581,8 @@ class TestStore:
             tx.after_commit.append(lambda: 1 / 0)
             return tx.submit(bgjobs.Submission("test_bgjobs.add"))
         assert idle._store.write(trouble) == 1
-        assert len(idle.jobs()) == 1 and "trouble after a commit" in caplog.text
+        assert len(idle.jobs()) == 1
+        wait_for(lambda: "trouble after a commit" in caplog.text)
 
     def test_an_exception_in_the_leading_thread_hands_the_lead_on(self, idle):
         def interrupt(tx):
@@ -2143,6 +2252,37 @@ class TestTrees:
         third.result(10)
         assert runner._pool._low_busy == 0
 
+    def test_low_priority_set_on_all_that_runs_leaves_room_for_a_normal_job(self, make):
+        runner = make(max_workers=2)
+        held = [runner.submit(hold, f"low {n}") for n in range(2)]
+        wait_for(lambda: [job.status for job in held] == ["running"] * 2)
+        for job in held:
+            job.set_low_priority()
+        assert runner.submit(add, 1, 2).result(10) == 3
+        normal = runner.submit(hold, "low 1")
+        wait_for(lambda: normal.status == "running")
+        second = runner.submit(add, 1, 2)
+        gate("low 0").set()
+        assert held[0].result(10) is None
+        assert runner._pool._busy == 2 and second.status == "pending"       # two places again, both taken
+        gate("low 1").set()
+        assert second.result(10) == 3
+        normal.result(10)
+        held[1].result(10)
+        wait_for(lambda: (runner._pool._busy, runner._pool._low_busy) == (0, 0))
+
+    def test_low_priority_parents_that_wait_for_the_low_place_keep_no_normal_job_waiting(self, make):
+        runner = make(max_workers=2)
+        parents = [runner.options(low_priority=True).submit(low_parent_of, f"child {n}") for n in range(2)]
+        wait_for(lambda: parents[0].children["total"] == 1 and parents[1].children["total"] == 1)
+        wait_for(lambda: runner._pool._low_busy == 1)
+        assert runner.submit(add, 1, 2).result(10) == 3
+        gate("child 0").set()
+        assert runner.submit(add, 1, 2).result(10) == 3
+        gate("child 1").set()
+        for parent in parents:
+            parent.result(10)
+
     def test_low_priority_set_by_another_process_moves_the_place(self, make, path):
         runner = make(max_workers=2)
         first = runner.options(low_priority=True).submit(hold, "one")
@@ -2255,6 +2395,48 @@ class TestTrees:
         assert job.resume().result(20) == 15
         consistent(runner)
 
+    @pytest.mark.parametrize("waits", [True, False])
+    def test_a_resume_reaches_descendants_that_are_still_stopping(self, make, waits):
+        runner = make(max_workers=2)
+        parent = runner.submit(parent_of_deaf, waits)
+        wait_for(lambda: parent.children["running"] == 1)
+        parent.stop()
+        wait_for(lambda: parent.status == "stopped")
+        child, = runner.jobs(parent=parent)
+        assert child.status == "stopping" and parent.operations[:2] == ["resume", "force_stop"]
+        assert parent.cancel() is False
+        parent.resume()
+        gate("deaf").set()
+        assert parent.result(10) is None and child.status == "finished" and child.attempt == 2
+        consistent(runner)
+
+    def test_a_stop_takes_the_resume_of_a_stopping_descendant_back(self, make):
+        runner = make(max_workers=2)
+        parent = runner.submit(parent_of_deaf, True)
+        wait_for(lambda: parent.children["running"] == 1)
+        parent.stop()
+        wait_for(lambda: parent.status == "stopped")
+        parent.resume()
+        wait_for(lambda: parent.status == "running")
+        parent.stop()
+        gate("deaf").set()
+        wait_for(lambda: [job.status for job in runner.jobs()] == ["stopped"] * 2)
+        consistent(runner)
+
+    def test_a_force_stop_of_a_stopped_root_reaches_descendants_that_are_still_stopping(self, make):
+        runner = make(max_workers=2)
+        parent = runner.submit(parent_of_deaf, True)
+        wait_for(lambda: parent.children["running"] == 1)
+        parent.stop()
+        wait_for(lambda: parent.status == "stopped")
+        child, = runner.jobs(parent=parent)
+        parent.force_stop()
+        assert child.status == "stopped" and parent.status == "stopped"
+        with pytest.raises(bgjobs.InvalidOperation, match="is stopped; it can be resumed or cancelled, not force-stopped"):
+            parent.force_stop()
+        assert parent.cancel() is True and child.status == "cancelled"
+        consistent(runner)
+
     def test_keyed_children_of_a_parent_that_runs_again_give_back_their_results(self, runner):
         seen.clear()
         job = runner.submit(keyed_parent)
@@ -2330,6 +2512,23 @@ def submit_late():
     seen.append("submit late")
     gate("submit late").wait(20)
     return bgjobs.submit(add, 1).id
+
+
+def parent_of_deaf(waits):
+    child = bgjobs.submit(deaf)
+    if waits:
+        child.result()
+
+
+def deaf():
+    """Reach the first checkpoint late."""
+    while not gate("deaf").is_set():
+        time.sleep(0.002)
+    bgjobs.current_job().checkpoint()
+
+
+def low_parent_of(name):
+    bgjobs.submit(hold, name).result()
 
 
 def low_parent():
