@@ -2898,7 +2898,7 @@ class Job(Future):                                        # type: ignore[type-ar
         if self._lazy_condition is None:
             self._made_condition()
             self._runner._watch(self)
-        return self._made_condition()
+        return self._lazy_condition                       # type: ignore[return-value]
 
     @library_code
     def _made_condition(self) -> threading.Condition:
@@ -3206,6 +3206,7 @@ class Runner(Submitter, Executor):
         self._watched: dict[int, list[weakref.ref[Job]]] = {}
         self._held: set[Job] = set()                     # handles with callbacks live until these were called
         self._callback_thread: threading.Thread | None = None
+        self._ends_missed = False                        # of watched jobs, since they could not be read
         self._callbacks_left = 0                         # guarded by _handle_lock, as the thread is
         self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -3636,8 +3637,12 @@ class Runner(Submitter, Executor):
             for reference in references:
                 handle = reference()
                 if handle is not None:
-                    handle._complete()
-                    if handle._state == "PENDING":        # another process has resumed it meanwhile
+                    try:
+                        handle._complete()
+                    except StoreError as error:           # the service thread looks again
+                        self._ends_missed = True
+                        self._store.complain(str(error))
+                    if handle._state == "PENDING":        # or another process has resumed it meanwhile
                         with self._handle_lock:
                             self._watched.setdefault(job_id, []).append(reference)
 
@@ -3650,6 +3655,7 @@ class Runner(Submitter, Executor):
 
     def _look_after_watched(self) -> None:
         """Complete the handles whose jobs other processes have ended."""
+        self._ends_missed = False
         watched = self._watched_now()
         for start in range(0, len(watched), 500):
             some = ",".join(map(str, watched[start:start + 500]))
@@ -3667,6 +3673,7 @@ class Runner(Submitter, Executor):
             if timeout is not None and time.monotonic() - begun >= timeout:
                 return False
             if not self._run_one():
+                self._look_after_watched()
                 wait(0.01)
         attempt.waited += time.monotonic() - begun
         return True
@@ -4019,6 +4026,8 @@ class _Service:
             runner._look_after_watched()
             self._nudged = True
             self._event.set()
+        if runner._ends_missed:
+            runner._look_after_watched()
         self._look_at_due |= changed
         while not runner._to_cancel.empty():
             runner._to_cancel.get().cancel()
@@ -5622,6 +5631,28 @@ def _run(args: Any) -> int:
     return 0
 
 
+def _work(args: Any) -> int:
+    """Be a worker process. At its end running jobs pause at a checkpoint and go back to the file with their state."""
+    import signal
+    ended = threading.Event()
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)             # once more ends it at once
+        ended.set()
+    sys.path.insert(0, os.getcwd())
+    try:
+        runner = Runner(args.db, max_workers=args.workers, modules=args.modules)
+    except ImportError as error:
+        raise BgjobsError(f"cannot import what it should work for: {error}") from None
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), end)
+    print(f"working on {runner.path} with {runner.max_workers} workers; Ctrl-C ends it", file=sys.stderr, flush=True)
+    while not ended.wait(1.0):
+        pass
+    runner.close(args.grace)
+    return 0
+
+
 def _argument(text: str) -> Any:
     """Return a command line argument as JSON, where it is, else as text."""
     try:
@@ -5776,6 +5807,11 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("function", metavar="MODULE:FUNCTION")
     run.add_argument("args", nargs="*", metavar="ARG", help="JSON, or else text")
     with_runner(run)
+    work = command("work", _work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.")
+    work.add_argument("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name")
+    work.add_argument("--grace", type=float, default=5.0, metavar="SECONDS",
+                      help="what running jobs get at the end to reach a checkpoint (default: %(default)s)")
+    with_runner(work)
     bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     args = parser.parse_args(arguments)

@@ -1778,6 +1778,146 @@ class TestDisk:
         consistent(runner)
 
 
+class Trouble:
+    """What happens to the statements of all connections: `at(number, sql)` is called before each, `after(sql)` after it."""
+
+    def __init__(self, monkeypatch, at=lambda number, sql: None, after=lambda sql: None):
+        trouble = self
+        self.statements, self.at, self.after = 0, at, after
+
+        class Connection(sqlite3.Connection):
+            def execute(self, sql, *parameters):
+                trouble.statements += 1
+                trouble.at(trouble.statements, sql)
+                cursor = super().execute(sql, *parameters)
+                trouble.after(sql)
+                return cursor
+
+            def executemany(self, sql, rows):
+                trouble.statements += 1
+                trouble.at(trouble.statements, sql)
+                return super().executemany(sql, rows)
+        connect = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+
+
+def sweep_job(effects, count):
+    """Save states, make keyed children, wait for them; write down each run."""
+    job = bgjobs.current_job()
+    with open(effects, "a") as file:
+        print(f"{job.id} {job.attempt}", file=file)
+    if count:
+        children = [bgjobs.options(key=str(n)).submit(sweep_job, effects, 0) for n in range(count)]
+        for child in job.each(children):
+            job.checkpoint(state=child.id)
+            child.result()
+    return count
+
+
+def live(path, effects, acknowledge):
+    """Do what a runner does in its life, and say which job ids were acknowledged."""
+    runner = bgjobs.Runner(path, start=False)
+    try:
+        parent = runner.submit(sweep_job, effects, 2)
+        acknowledge(parent.id)
+        for job_id in runner.submit_many(sweep_job, [(effects, 0)] * 3):
+            acknowledge(job_id)
+        stopped = runner.get(2).stop().resume().set_low_priority()
+        runner.drain()
+        stopped.restart()
+        runner.get(3).restart().cancel()
+        runner.drain()
+    finally:
+        runner.close()
+
+
+def live_again(path, effects, acknowledged, crashes):
+    """Open the file after a trouble, let everything end, and check that nothing was lost or done too often."""
+    with bgjobs.Runner(path, start=False) as runner:
+        consistent(runner)
+        assert {job.id for job in runner.jobs(limit=None)} >= set(acknowledged)
+        for job in runner.jobs(limit=None, status="stopped"):
+            with contextlib.suppress(bgjobs.InvalidOperation):
+                job.resume()
+        runner.drain()
+        consistent(runner)
+        jobs = runner.jobs(limit=None)
+        assert all(job.status in bgjobs.OVER for job in jobs), [(job.id, job.status) for job in jobs]
+    runs = pathlib.Path(effects).read_text().split("\n")[:-1] if os.path.exists(effects) else []
+    for job_id in {run.split()[0] for run in runs}:
+        assert sum(run.split()[0] == job_id for run in runs) <= 2 + crashes      # once, once more after restart, once for each crash
+
+
+class TestSweeps:
+    @pytest.mark.parametrize("part", range(4))
+    def test_s1_whichever_statement_fails_the_file_is_intact_and_nothing_acknowledged_is_lost(self, tmp_path, monkeypatch, part):
+        with monkeypatch.context() as patched:
+            trouble = Trouble(patched)
+            live(tmp_path / "count.db", tmp_path / "effects", lambda job_id: None)
+        assert trouble.statements > 50
+        for number in range(1 + part, trouble.statements + 1, 4):
+            path, effects, acknowledged = tmp_path / f"{number}.db", f"{tmp_path}/effects {number}", []
+
+            def fail(count, sql, number=number):
+                if count == number and sql != "ROLLBACK":
+                    raise sqlite3.OperationalError("disk I/O error")
+            with monkeypatch.context() as patched:
+                Trouble(patched, fail)
+                with contextlib.suppress(bgjobs.BgjobsError):
+                    live(path, effects, acknowledged.append)
+            live_again(path, effects, acknowledged, crashes=1)
+
+    def test_s2_a_crash_before_or_after_any_commit_loses_nothing_acknowledged(self, tmp_path):
+        code, out, err = finish(python("""
+            import os, pathlib, pytest, sys, test_bgjobs
+            folder = pathlib.Path(sys.argv[1])
+
+            def in_a_child(function):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        function()
+                        os._exit(0)
+                    except BaseException:
+                        import traceback
+                        traceback.print_exc()
+                        sys.stderr.flush()
+                        os._exit(1)
+                return os.waitpid(child, 0)[1] >> 8
+
+            def crash_at(number, when, path, effects, acknowledged):
+                commits = 0
+                def count(sql, mine):
+                    nonlocal commits
+                    commits += mine and sql == "COMMIT"
+                    if mine and sql == "COMMIT" and commits == number:
+                        os._exit(9)
+                def note(job_id):
+                    with open(acknowledged, "a") as file:
+                        print(job_id, file=file)
+                with pytest.MonkeyPatch.context() as patched:
+                    test_bgjobs.Trouble(patched, lambda _, sql: count(sql, when == "before"), lambda sql: count(sql, when == "after"))
+                    test_bgjobs.live(path, effects, note)
+
+            number, crashes = 0, 0
+            while True:
+                number += 1
+                codes = []
+                for when in ("before", "after"):
+                    path, effects, acknowledged = (str(folder / f"{kind} {when} {number}") for kind in ("db", "effects", "ids"))
+                    codes.append(in_a_child(lambda: crash_at(number, when, path, effects, acknowledged)))
+                    ids = [int(line) for line in open(acknowledged)] if os.path.exists(acknowledged) else []
+                    assert in_a_child(lambda: test_bgjobs.live_again(path, effects, ids, 1)) == 0, (when, number)
+                assert set(codes) <= {0, 9}, codes                 # how many commits there are depends on the time a little
+                crashes += 2
+                if codes == [0, 0]:
+                    break
+            print(crashes)
+            """, tmp_path), 120)
+        assert code == 0, err
+        assert int(out) > 40
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system with room for two megabytes."""
@@ -3478,6 +3618,35 @@ class TestCommandLine:
     def test_misuse_is_one_clear_line_and_exit_code_2(self, tmp_path, arguments, text):
         done = bgjobs_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+    def test_a_worker_process_runs_the_jobs_of_others_and_gives_them_back_at_its_end(self, tmp_path, end):
+        (tmp_path / "tasks.py").write_text(textwrap.dedent("""
+            import bgjobs
+            def double(n):
+                return 2 * n
+            def count():
+                job = bgjobs.current_job()
+                for n in job.each(range(10**6)):
+                    job.sleep(0.001)
+            """))
+        code, out, err = finish(python("""
+            import bgjobs, tasks
+            with bgjobs.Runner("jobs.db", start=False) as runner:
+                print(runner.submit(tasks.double, 21).id, runner.submit(tasks.count).id)
+            """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
+        assert code == 0, err
+        worker = subprocess.Popen([sys.executable, HERE / "bgjobs.py", "work", "--db", "jobs.db", "--workers", "2", "tasks"], cwd=tmp_path,
+                                  stderr=subprocess.PIPE, text=True)
+        with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
+            assert runner.get(1).result(20) == 42
+            wait_for(lambda: (runner.get(2).progress or 0) > 0)
+            worker.send_signal(end)
+            assert finish(worker)[0] == 0
+            counting = runner.get(2)
+            assert (counting.status, counting.phase) == ("pending", "interrupted")
+        missing = bgjobs_command("work", "no_such_module", cwd=tmp_path)
+        assert missing.returncode == 2 and "cannot import what it should work for" in missing.stderr
 
     def test_the_progress_line_fits_the_terminal_and_is_inert(self):
         info = {"progress": 0.5, "eta": 75.0, "children": {"total": 10, "done": 4}, "phase": "", "message": "\x1b[31mred\u2028" + "x" * 200}
