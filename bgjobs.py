@@ -1655,7 +1655,8 @@ class _Write:
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours is inside SQLite: the child would inherit its global locks, locked."""
+    """Keeps a fork out of the moments when a thread of ours reads: the child would inherit SQLite's global locks, locked. (What
+    is written, Store.pause keeps it out of.)"""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()                     # guards _inside; held during a fork
@@ -1747,7 +1748,7 @@ class Store:
                 raise
         except sqlite3.Error as error:
             raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
-        self._identity = self._identity_now()
+        self._identity, self._checked_at = self._identity_now(), 0.0
 
     # opening
 
@@ -1785,6 +1786,7 @@ class Store:
         if self._identity_now() != self._identity:
             raise StoreError(f"{self.path} was replaced by another file while it was in use; nothing is written any more: close() "
                              "this runner, put the right file there, without a -wal beside it, and make a new runner")
+        self._checked_at = time.monotonic()
 
     def complain(self, text: str) -> None:
         """Log an error, the same one every ten seconds at most."""
@@ -1859,6 +1861,19 @@ class Store:
                     self._version_db.close()
             while self._readers:
                 self._readers.pop().close()
+
+    def pause(self) -> None:
+        """Before a fork: wait until nobody leads a transaction, for a second at most, and let nobody begin to."""
+        deadline = time.monotonic() + 1
+        self._lock.acquire()
+        while self.leading and time.monotonic() < deadline:
+            self._lock.release()
+            time.sleep(0.0002)
+            self._lock.acquire()
+
+    def go_on(self) -> None:
+        """After the fork, in the parent."""
+        self._lock.release()
 
     def leave_to_parent(self) -> None:
         """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
@@ -2007,9 +2022,9 @@ class Store:
                              "here, or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
-        self.check_file()
-        with _fork_gate:
-            tx = self._run_in_transaction(batch, ride)
+        if time.monotonic() - self._checked_at > 0.005:
+            self.check_file()
+        tx = self._run_in_transaction(batch, ride)
         for write in batch:
             write.done = True
         for callback in (*tx.after_commit, lambda: self.announce(tx)):
@@ -4169,13 +4184,29 @@ def _register_hooks() -> None:
                 print(f"bgjobs: {error}", file=sys.stderr)
     atexit.register(close_all)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lambda: _fork_gate.shut(), after_in_parent=lambda: _fork_gate.open(),
-                            after_in_child=_leave_to_parent)
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)
+
+
+_paused: list[Store] = []          # during a fork
+
+
+def _before_fork() -> None:
+    _fork_gate.shut()
+    _paused.extend(runner._store for runner in list(_living) if not runner._store.closed)
+    for store in _paused:
+        store.pause()
+
+
+def _after_fork() -> None:
+    while _paused:
+        _paused.pop().go_on()
+    _fork_gate.open()
 
 
 def _leave_to_parent() -> None:
     global _default_lock, _fork_gate
     _default_lock, _fork_gate = threading.Lock(), _ForkGate()
+    _paused.clear()
     _here.ticket = None
     for runner in list(_living):
         runner._leave_to_parent()
