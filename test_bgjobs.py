@@ -3684,3 +3684,97 @@ class TestReadme:
     def test_the_first_example_of_the_docstring_is_that_of_the_readme(self):
         example = textwrap.dedent(bgjobs.__doc__.split("\n\n", 1)[1].split("\n\nWords.")[0])
         assert "def export(table):" in example and "job.each(read(table))" in self.BLOCKS[0]
+
+
+# ---- the soak: python test_bgjobs.py soak [MINUTES] [WORKERS] ------------------------------------------------------------------
+
+def soak_leaf(seconds):
+    job = bgjobs.current_job()
+    for n in job.each(range(5)):
+        job.log.info("turn %d", n)
+        job.checkpoint(state=n)
+        job.sleep(seconds / 5)
+    if seconds > 0.045:
+        raise ValueError("a long one")
+
+
+def soak_parent(count):
+    children = [bgjobs.options(key=str(n)).submit(soak_leaf, 0.01) for n in range(count)]
+    bgjobs.current_job().progress(1, 2)
+    concurrent.futures.wait(children)
+
+
+def soak_worker(path):
+    with bgjobs.Runner(path, max_workers=3):
+        threading.Event().wait()
+
+
+def soak(minutes, workers=2):
+    """Submit, operate, kill and restart at random over several processes; check the file now and then, and at the end."""
+    folder = tempfile.mkdtemp(prefix="soak")
+    path, chance, deadline = f"{folder}/jobs.db", random.Random(), time.monotonic() + 60 * minutes
+    submitted, operations, refused, kills = 0, 0, 0, 0
+
+    def size():
+        return {name: os.path.getsize(path + end) // 1024 for name, end in (("file KB", ""), ("WAL KB", "-wal")) if os.path.exists(path + end)}
+
+    def memory():
+        return [int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{p.pid}/status").read_text())[1]) // 1024 for p in processes]
+
+    def worker():
+        return subprocess.Popen([sys.executable, __file__, "soak-worker", path], stderr=subprocess.DEVNULL, cwd=HERE)
+    with bgjobs.Runner(path, start=False) as runner:
+        processes = [worker() for _ in range(workers)]
+        time.sleep(2)
+        print("at the start:", size(), "workers' MB:", memory(), flush=True)
+        said = time.monotonic()
+        while time.monotonic() < deadline:
+            for _ in range(chance.randrange(8)):
+                if chance.random() < 0.2:
+                    runner.submit(soak_parent, chance.randrange(1, 6))
+                else:
+                    runner.options(max_running=chance.choice([None, None, 2])).submit(soak_leaf, chance.random() * 0.05)
+                submitted += 1
+            for job in chance.sample(runner.jobs(limit=60, status=("pending", "running", "stopping", "stopped", "failed")) or [None], 1):
+                try:
+                    if job is not None and (allowed := [name for name in job.operations if "low" not in name]):
+                        getattr(job, chance.choice(allowed))()
+                        operations += 1
+                except bgjobs.InvalidOperation:
+                    refused += 1
+            if chance.random() < 0.01:
+                victim = chance.randrange(workers)
+                processes[victim].kill()
+                processes[victim].wait()
+                processes[victim] = worker()
+                kills += 1
+            if time.monotonic() - said > 60:
+                said = time.monotonic()
+                print(f"{submitted:,} submitted, {operations:,} operations ({refused:,} refused), {kills} kills;", size(), "MB:", memory(), flush=True)
+            time.sleep(0.02)
+        settled = time.monotonic() + 120
+        while unsettled := runner.jobs(limit=None, status=("pending", "running", "stopping", "stopped")):
+            assert time.monotonic() < settled, [(job.id, job.status, job.phase) for job in unsettled][:20]
+            for job in unsettled:
+                with contextlib.suppress(bgjobs.InvalidOperation):
+                    job.resume()
+            time.sleep(0.5)
+        print("at the end:", size(), "workers' MB:", memory())
+        for process in processes:
+            process.kill()
+            process.wait()
+        runner._recover_dead()
+        consistent(runner)
+        jobs = runner.jobs(limit=None)
+        print(f"{len(jobs):,} jobs of {submitted:,} roots, {operations:,} operations ({refused:,} refused), {kills} kills; by status:",
+              {status: count for status, count in runner._store.counts({}).items() if count}, "the file is consistent")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["soak"]:
+        soak(*map(float, sys.argv[2:3] or ["30"]), *map(int, sys.argv[3:4]))
+    elif sys.argv[1:2] == ["soak-worker"]:
+        soak_worker(sys.argv[2])
+    else:
+        sys.exit("python test_bgjobs.py soak [MINUTES] [WORKERS]; the tests themselves run with pytest")
