@@ -933,7 +933,9 @@ NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND que
 MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, parked = NULL, phase = NULL WHERE id = :id"
 PARK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
 LIMIT = "UPDATE bgjobs_jobs SET max_running = :limit, parked = :key, phase = :phase WHERE id BETWEEN :first AND :last"
-PARKED_KEYS = "SELECT DISTINCT parked FROM bgjobs_jobs WHERE parked IS NOT NULL"
+PARKED_KEYS = """WITH RECURSIVE keys(found) AS (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
+    SELECT (SELECT min(parked) FROM bgjobs_jobs WHERE parked > found) FROM keys WHERE found IS NOT NULL)
+    SELECT found FROM keys WHERE found IS NOT NULL"""
 PARKED = "SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
 PARKED_ROOT = """SELECT id, parent_id, root_id, low_priority, max_running, deaths FROM bgjobs_jobs
     WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1"""

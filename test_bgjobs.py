@@ -879,6 +879,14 @@ class TestMaxRunning:
         assert third.status == "finished" and rows(idle, "SELECT count(*) FROM bgjobs_jobs WHERE parked IS NOT NULL") == [(0,)]
         consistent(idle)
 
+    def test_each_reason_to_be_parked_is_found_once(self, idle):
+        for name in ("b", "a", "c"):
+            idle.submit(add, 1)
+            idle.submit(add, 1)
+            idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET parked = ?, queue = NULL, lane = NULL WHERE parked IS NULL",
+                                                    (f"limit {name}",)))
+        assert [row[0] for row in idle._store.read(bgjobs.PARKED_KEYS)] == ["limit a", "limit b", "limit c"]
+
     def test_a_thousand_limited_jobs_hold_nobody_up(self, make):
         idle = make(start=False)
         idle.options(max_running=1).submit_many(nap, [(0.05,)] * 1_000)
@@ -1289,6 +1297,7 @@ class TestStore:
         "ROOT_WITH_KEY": ["SEARCH bgjobs_jobs USING INDEX bgjobs_root_key (key=?)"],
         "CHILD_WITH_KEY": ["SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_child_key (parent_id=? AND key=?)"],
         "NEXT_DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>?)"],
+        **dict.fromkeys(("PARKED", "PARKED_ROOT", "PARKED_CHILD", "PARKED_KEYS", "RUNNING_OF_NAME", "RUNNING_SUSPECTS", "MEAN_OF")),
         "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
         "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
         "LOG_LINES": ["SEARCH bgjobs_logs USING INDEX bgjobs_logs_of_job (job_id=? AND rowid>?)"],
