@@ -5062,7 +5062,7 @@ function visit({ typed = false, scroll = 0 } = {}) {
 }
 
 const abandonedIn = ({ abandoned, workers, pid, host }) =>
-  `In process ${pid} on ${host} ${abandoned} force-stopped ${abandoned > 1 ? "attempts have" : "attempt has"} not ended yet. `
+  `In process ${pid} on ${host}: ${abandoned} force-stopped ${abandoned > 1 ? "attempts have" : "attempt has"} not ended yet. `
   + (abandoned < 2 * workers ? `At ${2 * workers} of them it takes no more jobs.` : "It takes no more jobs until some of them do.");
 
 async function poll() {
