@@ -994,6 +994,7 @@ class TestForceStop:
         job.stop()
         job.force_stop()
         wait_for(lambda: "spin ends" in seen)
+        assert job.status == "stopped" and job.info()["result"] is None
 
     def test_against_completion_it_is_one_or_the_other(self, make):
         runner = make(max_workers=2)
@@ -1135,6 +1136,7 @@ class TestForceStop:
         job = runner.submit(force_stop_itself)
         wait_for(lambda: job.status == "stopped")
         wait_for(lambda: runner._pool.abandoned == 0)
+        assert runner.submit(add, 1, 2).result(10) == 3
 
     def test_too_many_abandoned_threads_end_the_claiming_until_they_end(self, make, caplog):
         runner = make(max_workers=1)
@@ -2573,6 +2575,7 @@ class TestTrees:
         parent.stop()
         gate("deaf").set()
         wait_for(lambda: all(job.status == "stopped" for job in runner.jobs()))
+        assert parent.children["done"] == 0
         consistent(runner)
 
     def test_a_force_stop_of_a_stopped_root_reaches_descendants_that_are_still_stopping(self, make):
