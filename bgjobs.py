@@ -3207,10 +3207,21 @@ class Runner(Submitter, Executor):
         self._open()
         _live_until_exit(self)
         if start:
-            self.start()
+            try:
+                self.start()
+            except BaseException:
+                self.close(0)
+                raise
 
     def _open(self) -> None:
         self._store = Store(*self._store_options)
+        try:
+            self._begin_anew()
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _begin_anew(self) -> None:
         self.path = self._store.path
         self._costs = Costs()
         for name, seconds, tree_seconds in self._store.read(MEANS):
