@@ -91,6 +91,12 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 _log = logging.getLogger("bgjobs")
 
 
+def _say(level: int, text: str) -> None:
+    """Log a message of the library's own, from a thread of its own: handlers are the app's and may block, and no job may own it."""
+    with contextlib.suppress(RuntimeError):               # the interpreter ends
+        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log", daemon=True).start()
+
+
 # ---- 1 Words and rules ---------------------------------------------------------------------------------------
 
 PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
@@ -116,12 +122,6 @@ TRANSITIONS: dict[str, dict[str, str]] = {
     "set_low_priority": {status: status for status in _NOT_OVER},
     "remove_low_priority": {status: status for status in _NOT_OVER},
 }
-
-
-def _say(level: int, text: str) -> None:
-    """Log a message of the library's own, from a thread of its own: handlers are the app's and may block, and no job may own it."""
-    with contextlib.suppress(RuntimeError):               # the interpreter ends
-        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log", daemon=True).start()
 
 
 class BgjobsError(Exception):
@@ -538,14 +538,15 @@ class Costs:
 
     def record(self, name: str, seconds: float) -> None:
         """Take the run time of one attempt into its function's mean."""
-        mean = self.means.get(name)
-        self.means[name] = seconds if mean is None else mean + (seconds - mean) / 5
-        self.changed.add(name)
+        self._record(self.means, name, seconds)
 
     def record_tree(self, name: str, seconds: float) -> None:
         """Take the duration of a job with children, from its start to its last descendant's end, into the mean."""
-        mean = self.trees.get(name)
-        self.trees[name] = seconds if mean is None else mean + (seconds - mean) / 5
+        self._record(self.trees, name, seconds)
+
+    def _record(self, means: dict[str, float], name: str, seconds: float) -> None:
+        mean = means.get(name)
+        means[name] = seconds if mean is None else mean + (seconds - mean) / 5
         self.changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float | None, float | None]]:
@@ -726,10 +727,11 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
+    """Tell whether a thread is somewhere below a call of `logging`, unless it waits there for our exception."""
     frame = sys._current_frames().get(thread)
     if frame is not None and frame.f_code is Ticket._await_exception.__code__:
         return False
-    while frame is not None and frame.f_code is not Runner._call.__code__:
+    while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] == "logging":
             return True
         frame = frame.f_back
@@ -814,7 +816,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
         charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
-        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0, own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
+        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
+        own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
         total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
@@ -876,6 +879,7 @@ CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime 
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
     vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
+JUST_FINISHED = "SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ? AND status = 'finished'"
 STILL_ACTIVE = """SELECT status FROM bgjobs_jobs
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
@@ -906,15 +910,15 @@ SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM t
     j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge, j.max_running,
     j.deaths
     FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
-MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, goes_on = 0, phase = :phase, finished_at = :finished_at, since = :since,
-    duration = duration + :ran, charge = :charge, superseded = CASE WHEN :supersede THEN attempt ELSE superseded END, owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END
-    WHERE id = :id"""
+MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, goes_on = 0, phase = :phase,
+    finished_at = :finished_at, since = :since, duration = duration + :ran, charge = :charge,
+    superseded = CASE WHEN :supersede THEN attempt ELSE superseded END,
+    owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END WHERE id = :id"""
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL, step = NULL, message = NULL,
-    result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, started_at = NULL, finished_at = NULL, duration = 0,
-    open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL, tree_gained = NULL,
-    tree_seconds = NULL
-    WHERE id = :id"""
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL, step = NULL,
+    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, started_at = NULL,
+    finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL,
+    tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
 GO_ON = "UPDATE bgjobs_jobs SET goes_on = :goes_on WHERE id = :id AND goes_on <> :goes_on"
 ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
@@ -922,7 +926,8 @@ DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
 NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
-# One statement for all, since a thread that computes holds each one up by the interpreter lock. [[job, at, level, message, attempt] ...]
+# One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON array of
+# [job, at, level, message, attempt].
 INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
     json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
     (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]') AND superseded < json_extract(value, '$[4]'))"""
@@ -1271,8 +1276,7 @@ class Transaction:
                 for attempt, row in zip(plain, rows):
                     if self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone():
                         self._end(attempt)
-                    elif self.execute("SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ? AND status = 'finished'",
-                                      (attempt.id, attempt.number, self.now)).fetchone():
+                    elif self.execute(JUST_FINISHED, (attempt.id, attempt.number, self.now)).fetchone():
                         self._ended(attempt)
         for attempt in attempts:
             if attempt.outcome != RETURNED or attempt.has_children:
@@ -1656,9 +1660,19 @@ class _Write:
         self.wake: Any = None
 
 
+def _acquire_idle(lock: Any, is_busy: Callable[[], Any]) -> None:
+    """Take a lock at a moment when nothing that it guards is under way, or else after a second."""
+    deadline = time.monotonic() + 1
+    lock.acquire()
+    while is_busy() and time.monotonic() < deadline:
+        lock.release()
+        time.sleep(0.0002)
+        lock.acquire()
+
+
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours reads: the child would inherit SQLite's global locks, locked. (What
-    is written, Store.pause keeps it out of.)"""
+    """Keeps a fork out of the moments when a thread of ours reads: the child would inherit SQLite's global locks, locked. (Out of
+    those when one writes, Store.pause keeps it.)"""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()                     # guards _inside; held during a fork
@@ -1674,12 +1688,7 @@ class _ForkGate:
 
     def shut(self) -> None:
         """Wait until no thread is inside, for a second at most, and let none in."""
-        deadline = time.monotonic() + 1
-        self._lock.acquire()
-        while self._inside and time.monotonic() < deadline:
-            self._lock.release()
-            time.sleep(0.0002)
-            self._lock.acquire()
+        _acquire_idle(self._lock, lambda: self._inside)
 
     def open(self) -> None:
         """Let threads in again."""
@@ -1687,6 +1696,8 @@ class _ForkGate:
 
 
 _fork_gate = _ForkGate()
+_inherited: list[Any] = []         # where _never_free has no other means
+
 
 def _never_free(connection: sqlite3.Connection | None) -> None:
     """Keep a connection of the parent's from being closed in a forked child, by its end, too."""
@@ -1695,9 +1706,6 @@ def _never_free(connection: sqlite3.Connection | None) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
     except (ImportError, AttributeError):                 # not CPython
         _inherited.append(connection)
-
-
-_inherited: list[Any] = []
 
 
 def _uri(path: str) -> str:
@@ -1866,12 +1874,7 @@ class Store:
 
     def pause(self) -> None:
         """Before a fork: wait until nobody leads a transaction, for a second at most, and let nobody begin to."""
-        deadline = time.monotonic() + 1
-        self._lock.acquire()
-        while self.leading and time.monotonic() < deadline:
-            self._lock.release()
-            time.sleep(0.0002)
-            self._lock.acquire()
+        _acquire_idle(self._lock, lambda: self.leading)
 
     def go_on(self) -> None:
         """After the fork, in the parent."""
@@ -2301,7 +2304,7 @@ class Pool:
 
     An attempt that waits for another job gives its place away and asks for one when it goes on. Places go to those
     that return and to claimed jobs in turn, so neither starves, waiting never deadlocks, and never do more than `size`
-    attempts execute.
+    attempts execute, but for one when all of those that do have become low priority meanwhile.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
@@ -2475,7 +2478,7 @@ class Pool:
         return self._give_places()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the place of a force-stopped attempt away. Its thread ends with it; another takes its part."""
+        """Take the place of a superseded attempt away. Its thread ends with it; another takes its part."""
         with self._changed:
             if attempt.abandoned or attempt not in self._executing:
                 return
@@ -3116,7 +3119,7 @@ class Job(Future):                                        # type: ignore[type-ar
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
-EXIT_SECONDS = 5.0         # how long the end of the interpreter waits for running jobs to reach a checkpoint
+GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
 HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
@@ -3541,7 +3544,7 @@ class Runner(Submitter, Executor):
 
     def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
-        created_from= created_to= (see `conditions`), with ids below `before`. ValueError: a bad filter value."""
+        created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
         return [Job(self, row["id"]) for row in self._store.find(filters, -1 if limit is None else limit, before)]
 
     def _status(self, job_id: int) -> str:
@@ -3817,7 +3820,7 @@ class Runner(Submitter, Executor):
             self._waiting_for_over -= 1
 
     @library_code
-    def close(self, timeout: float = 5.0) -> None:
+    def close(self, timeout: float = GRACE_SECONDS) -> None:
         """Go down: running jobs are asked to pause at their next checkpoint and go back to pending with their state.
 
         They continue at the next start. timeout: seconds until those that reached none are given back, too; what they
@@ -3832,7 +3835,7 @@ class Runner(Submitter, Executor):
     def _close_at_exit(self) -> None:
         with self._close_lock:
             if not self._store.closed:
-                self._close(time.monotonic() + EXIT_SECONDS)      # what still runs ends with the process
+                self._close(time.monotonic() + GRACE_SECONDS)      # what still runs ends with the process
 
     def _close(self, deadline: float) -> None:
         self._shut = self._shut_claims = True
@@ -4311,7 +4314,7 @@ def backup(path: str | os.PathLike[str]) -> str:
     return default_runner().backup(path)
 
 
-def close(timeout: float = 5.0) -> None:
+def close(timeout: float = GRACE_SECONDS) -> None:
     """Runner.close on the default runner, if there is one."""
     if _default is not None:
         _default.close(timeout)
@@ -5854,7 +5857,7 @@ def main(arguments: list[str] | None = None) -> int:
     with_runner(run)
     work = command("work", _work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.")
     work.add_argument("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name")
-    work.add_argument("--grace", type=float, default=5.0, metavar="SECONDS",
+    work.add_argument("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
                       help="what running jobs get at the end to reach a checkpoint (default: %(default)s)")
     with_runner(work)
     bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
