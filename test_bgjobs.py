@@ -1,5 +1,6 @@
 """Tests of bgjobs, in the order of its sections. Real SQLite files, threads and processes; only the clock is ever faked."""
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import contextvars
@@ -94,11 +95,14 @@ def claimed(runner, count):
 
 
 def consistent(runner):
-    """Check what must be true of a file at any time: counts agree with the jobs, nothing is lost between the indexes."""
+    """Check what must be true of a file at any time: counts and virtual times agree with the jobs, what runs has an owner,
+    nothing is lost between the indexes."""
     with contextlib.closing(sqlite3.connect(runner.path)) as db:
         db.row_factory = sqlite3.Row
         assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+        db.execute("BEGIN")
         jobs = {row["id"]: row for row in db.execute("SELECT * FROM bgjobs_jobs")}
+        owners = {row["id"] for row in db.execute("SELECT id FROM bgjobs_runners")}
     below_of, children_of = {i: [] for i in jobs}, {i: [] for i in jobs}
     for job in jobs.values():
         for ancestor in lineage(jobs, job):
@@ -119,7 +123,10 @@ def consistent(runner):
         assert job["parked"] is None or job["status"] == "pending" and job["queue"] is None
         assert job["status"] != "pending" or job["queue"] is not None or job["parked"] is not None or job["run_at"] is not None
         assert (job["owner"] is not None) == (job["status"] in bgjobs.ACTIVE and not job["returned"])
+        assert job["owner"] is None or job["owner"] in owners
+        assert job["owner"] is not None or not job["charge"]
         if job["parent_id"] is None:
+            assert job["vtime"] >= sum(j["charge"] for j in (job, *below)), "the charges of a tree are part of its virtual time"
             ready = [j["queue"] for j in (job, *below) if j["queue"] is not None]
             assert job["lane"] == min(ready, default=None)
         else:
@@ -133,8 +140,8 @@ def job_in(idle, status):
     job = idle.submit(add, 1)
     with contextlib.closing(sqlite3.connect(idle.path)) as db:
         db.execute("UPDATE bgjobs_jobs SET status = :status, queue = CASE WHEN :status = 'pending' THEN 0 END, owner = CASE WHEN "
-                   ":status IN ('running', 'stopping') THEN 99 END, lane = CASE WHEN :status = 'pending' THEN 0 END WHERE id = :id",
-                   {"status": status, "id": job.id})
+                   ":status IN ('running', 'stopping') THEN :owner END, lane = CASE WHEN :status = 'pending' THEN 0 END WHERE id = :id",
+                   {"status": status, "id": job.id, "owner": idle._id})
         db.commit()
     return job
 
@@ -3701,7 +3708,15 @@ class TestReadme:
 
 # ---- the soak: python test_bgjobs.py soak [MINUTES] [WORKERS] ------------------------------------------------------------------
 
+def soak_note():
+    """Write down that this attempt began: none may begin twice."""
+    job, notes = bgjobs.current_job(), os.environ["SOAK_NOTES"]
+    with open(notes, "a") as file:
+        file.write(f"{job.id} {job.attempt}\n")
+
+
 def soak_leaf(seconds):
+    soak_note()
     job = bgjobs.current_job()
     for n in job.each(range(5)):
         job.log.info("turn %d", n)
@@ -3712,6 +3727,7 @@ def soak_leaf(seconds):
 
 
 def soak_parent(count):
+    soak_note()
     children = [bgjobs.options(key=str(n)).submit(soak_leaf, 0.01) for n in range(count)]
     bgjobs.current_job().progress(1, 2)
     concurrent.futures.wait(children)
@@ -3726,7 +3742,8 @@ def soak(minutes, workers=2):
     """Submit, operate, kill and restart at random over several processes; check the file now and then, and at the end."""
     folder = tempfile.mkdtemp(prefix="soak")
     path, chance, deadline = f"{folder}/jobs.db", random.Random(), time.monotonic() + 60 * minutes
-    submitted, operations, refused, kills = 0, 0, 0, 0
+    submitted, operations, refused, kills = [], 0, 0, 0
+    os.environ["SOAK_NOTES"] = notes = f"{folder}/notes"
 
     def size():
         return {name: os.path.getsize(path + end) // 1024 for name, end in (("file KB", ""), ("WAL KB", "-wal")) if os.path.exists(path + end)}
@@ -3744,10 +3761,9 @@ def soak(minutes, workers=2):
         while time.monotonic() < deadline:
             for _ in range(chance.randrange(8)):
                 if chance.random() < 0.2:
-                    runner.submit(soak_parent, chance.randrange(1, 6))
+                    submitted.append(runner.submit(soak_parent, chance.randrange(1, 6)).id)
                 else:
-                    runner.options(max_running=chance.choice([None, None, 2])).submit(soak_leaf, chance.random() * 0.05)
-                submitted += 1
+                    submitted.append(runner.options(max_running=chance.choice([None, None, 2])).submit(soak_leaf, chance.random() * 0.05).id)
             for job in chance.sample(runner.jobs(limit=60, status=("pending", "running", "stopping", "stopped", "failed")) or [None], 1):
                 try:
                     if job is not None and (allowed := [name for name in job.operations if "low" not in name]):
@@ -3763,7 +3779,8 @@ def soak(minutes, workers=2):
                 kills += 1
             if time.monotonic() - said > 60:
                 said = time.monotonic()
-                print(f"{submitted:,} submitted, {operations:,} operations ({refused:,} refused), {kills} kills;", size(), "MB:", memory(), flush=True)
+                consistent(runner)
+                print(f"{len(submitted):,} submitted, {operations:,} operations ({refused:,} refused), {kills} kills;", size(), "MB:", memory(), flush=True)
             time.sleep(0.02)
         settled = time.monotonic() + 120
         while unsettled := runner.jobs(limit=None, status=("pending", "running", "stopping", "stopped")):
@@ -3779,7 +3796,10 @@ def soak(minutes, workers=2):
         runner._recover_dead()
         consistent(runner)
         jobs = runner.jobs(limit=None)
-        print(f"{len(jobs):,} jobs of {submitted:,} roots, {operations:,} operations ({refused:,} refused), {kills} kills; by status:",
+        assert {job.id for job in jobs} >= set(submitted)
+        begun = collections.Counter(pathlib.Path(notes).read_text().splitlines())
+        assert max(begun.values()) == 1, [attempt for attempt, count in begun.items() if count > 1][:20]
+        print(f"{len(jobs):,} jobs of {len(submitted):,} roots, {len(begun):,} attempts, {operations:,} operations ({refused:,} refused), {kills} kills; by status:",
               {status: count for status, count in runner._store.counts({}).items() if count}, "the file is consistent")
     shutil.rmtree(folder)
 
