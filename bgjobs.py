@@ -947,8 +947,11 @@ PARKED_ROOT = """SELECT id, parent_id, root_id, low_priority, max_running, death
 PARKED_CHILD = """SELECT id, parent_id, root_id, low_priority, max_running, deaths FROM bgjobs_jobs
     WHERE parked = :key AND root_id > :after ORDER BY root_id, id LIMIT 1"""
 VTIME = "SELECT vtime FROM bgjobs_jobs WHERE id = :id"
-RUNNING_OF_NAME = "SELECT count(*) FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
-RUNNING_SUSPECTS = "SELECT count(*) FROM bgjobs_jobs WHERE deaths >= 2 AND owner IS NOT NULL"
+PARKED_BELOW = """WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:holders) UNION
+    SELECT j.id FROM below JOIN bgjobs_jobs j ON j.parent_id = below.id WHERE j.open > 0 OR j.parked = :key)
+    SELECT j.id, parent_id, root_id, low_priority, max_running, deaths FROM below JOIN bgjobs_jobs j USING (id) WHERE parked = :key LIMIT 100"""
+HOLDERS_OF_NAME = "SELECT id FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
+HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND owner IS NOT NULL"
 
 ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at) VALUES (:pid, :host, :workers, :now,
     :now)"""
@@ -1025,7 +1028,7 @@ class Transaction:
         self._reported: dict[int, tuple[float, int]] = {}   # job id -> progress and more charge that this transaction saved
         self.over: list[int] = []                       # jobs that became over
         self.parked = 0                                 # jobs that claims have put out of the way
-        self._slots: dict[str, int] = {}                # key of a limit -> attempts that run, while claiming
+        self._slots: dict[str, set[int]] = {}           # key of a limit -> jobs that run, while claiming
         self._freed: set[str] = set()                   # keys of limits below which attempts have ended
         self.trees: list[tuple[str, float]] = []        # names of jobs with children that finished, and their durations
         self.after_commit: list[Callable[[], None]] = []
@@ -1094,10 +1097,11 @@ class Transaction:
 
     def _queue_of(self, new: Submission, low: int) -> int | None:
         """Return the queue a new job is ready in, or None: it waits for its time, or at the end of those its limit holds up."""
-        if new.run_at is not None and new.run_at > self.now or new.max_running is not None and self.execute(
-                PARKED, {"key": f"limit {new.name}"}).fetchone():
+        if new.run_at is not None and new.run_at > self.now:
             return None
-        return low
+        key = f"limit {new.name}"
+        behind_others = new.max_running is not None and self.execute(PARKED, {"key": key}).fetchone() is not None
+        return low if not behind_others or self._holders(key).intersection(self._lineage(new.parent_id)) else None
 
     def _limit(self, new: Submission, ids: range, queue: int | None) -> None:
         parked = queue is None and (new.run_at is None or new.run_at <= self.now)
@@ -1203,14 +1207,14 @@ class Transaction:
         keys = slots_of(row[3], row[16], row[17])
         for key, limit in keys.items():
             if key not in self._slots:
-                self._slots[key] = self._running_below(key, row[3])
-            if self._slots[key] >= limit:
+                self._slots[key] = self._holders(key)
+            if not self._has_room(self._slots[key], limit, row[1]):
                 self.execute(PARK, {"id": row[0], "key": key, "phase": "limit reached" if key != "suspect" else "interrupted"})
                 self._change(row[2] or row[0]).relane = True
                 self.parked += 1
                 return False
         for key in keys:
-            self._slots[key] += 1
+            self._slots[key].add(row[0])
         return True
 
     def _free_slots(self, name: str, max_running: int | None, deaths: int) -> None:
@@ -1220,14 +1224,26 @@ class Transaction:
 
     def unpark_next(self, key: str) -> None:
         """Make as many jobs ready as a limit has slots free."""
-        name = key.partition(" ")[2]
-        running = self._running_below(key, name)
-        while (following := self._next_parked(key)) is not None and running < slots_of(name, following[4], following[5])[key]:
-            self._make_ready([following[:4]])
-            running += 1
+        def make_ready(job: tuple[Any, ...]) -> bool:
+            room = self._has_room(running, slots_of(name, job[4], job[5])[key], job[1])
+            if room:
+                self._make_ready([job[:4]])
+                running.add(job[0])
+            return room
+        name, running = key.partition(" ")[2], self._holders(key)
+        while (following := self._next_parked(key)) is not None and make_ready(following):
+            pass
+        if following is not None:
+            for descendant in self.execute(PARKED_BELOW, {"key": key, "holders": json.dumps([*running])}).fetchall():
+                make_ready(descendant)
 
-    def _running_below(self, key: str, name: str) -> int:
-        return self.execute(RUNNING_SUSPECTS if key == "suspect" else RUNNING_OF_NAME, {"name": name}).fetchone()[0]
+    def _holders(self, key: str) -> set[int]:
+        """Return the jobs that run and count for a limit."""
+        return {row[0] for row in self.execute(HOLDERS_SUSPECT if key == "suspect" else HOLDERS_OF_NAME, {"name": key.partition(" ")[2]})}
+
+    def _has_room(self, running: set[int], limit: int, parent_id: int | None) -> bool:
+        """Tell whether a child of this parent may run beside those. Its ancestors do not count: they may wait for it."""
+        return len(running) < limit or parent_id is not None and len(running.difference(self._lineage(parent_id))) < limit
 
     def _next_parked(self, key: str) -> tuple[Any, ...] | None:
         """Return the oldest job of the tree that has run least, normal before low priority, as far as 64 trees."""

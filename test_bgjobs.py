@@ -207,6 +207,18 @@ def die():
     os._exit(9)
 
 
+def kill_me(effects, count):
+    """Write down that an attempt began; work a little, in children if so asked."""
+    job = bgjobs.current_job()
+    with open(effects, "a") as file:
+        file.write(f"{job.id} {job.attempt}\n")
+    for n in job.each(range(job.state or 0, 3)):
+        if count:
+            bgjobs.options(key=str(n)).submit(kill_me, effects, 0).result()
+        job.checkpoint(state=n)
+        job.sleep(0.001)
+
+
 def nap(seconds):
     time.sleep(seconds)
 
@@ -902,10 +914,37 @@ class TestMaxRunning:
         assert runner.get(behind.id).result(10) == 3
         consistent(runner)
 
+    @pytest.mark.parametrize("kind", ["limit", "suspect"])
+    def test_who_waits_for_descendants_does_not_keep_them_from_running(self, make, kind):
+        idle = make(start=False)
+        options = {"max_running": 1} if kind == "limit" else {}
+        others = idle.options(**options).submit_many(nap, [(0.001,)] * 5) if kind == "suspect" else []
+        jobs = [idle.options(name="limited", **options).submit(limited_nest, 3, kind) for _ in range(4)]
+        if kind == "suspect":
+            idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2"))
+        runner = make(max_workers=4)
+        for job in jobs:
+            assert runner.get(job.id).result(20) == 3
+        for job_id in others:
+            runner.get(job_id).result(5)
+        consistent(runner)
+
     @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
     def test_a_bad_limit_is_refused(self, idle, value):
         with pytest.raises(ValueError, match="max_running must be a whole number greater than 0"):
             idle.options(max_running=value)
+
+
+def limited_nest(depth, kind):
+    """Wait for a child that counts for the same limit, or is a suspect too."""
+    if depth == 0:
+        return 0
+    job = bgjobs.current_job()
+    if kind == "limit":
+        return 1 + bgjobs.options(name="limited", max_running=1).submit(limited_nest, depth - 1, kind).result()
+    child = bgjobs.options(delay=0.02).submit(limited_nest, depth - 1, kind)
+    child._runner._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", (child.id,)))
+    return 1 + child.result()
 
 
 def limited_children(count):
@@ -1295,7 +1334,7 @@ class TestStore:
         "READY_ROOTS": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
                         "SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_ready_roots (lane=?)"],
         "READY_CHILDREN": ["SEARCH bgjobs_jobs USING INDEX bgjobs_ready_children (root_id=? AND queue=? AND rowid>?)"],
-        "BEST_LANE": None,
+        "BEST_LANE": None, "PARKED_BELOW": None,
         "CLAIM": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
                   "SCAN json_each VIRTUAL TABLE INDEX 1:"],
         "CLAIM_SINGLE": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
@@ -1306,7 +1345,7 @@ class TestStore:
         "ROOT_WITH_KEY": ["SEARCH bgjobs_jobs USING INDEX bgjobs_root_key (key=?)"],
         "CHILD_WITH_KEY": ["SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_child_key (parent_id=? AND key=?)"],
         "NEXT_DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>?)"],
-        **dict.fromkeys(("PARKED", "PARKED_ROOT", "PARKED_CHILD", "PARKED_KEYS", "RUNNING_OF_NAME", "RUNNING_SUSPECTS", "MEAN_OF")),
+        **dict.fromkeys(("PARKED", "PARKED_ROOT", "PARKED_CHILD", "PARKED_KEYS", "HOLDERS_OF_NAME", "HOLDERS_SUSPECT", "MEAN_OF")),
         "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
         "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
         "LOG_LINES": ["SEARCH bgjobs_logs USING INDEX bgjobs_logs_of_job (job_id=? AND rowid>?)"],
@@ -1389,6 +1428,69 @@ class TestStore:
         process.kill()
         process.communicate()
         wait_for(lambda: runner.get(1).attempt == 2, 3)
+
+    def test_a_hundred_kills_at_random_moments_lose_nothing_and_end_nothing_twice(self, tmp_path):
+        # A child with a runner is killed after 0 to 50 ms, while another one lives or not, and what it wrote down is held against the file.
+        code, out, err = finish(python("""
+            import bgjobs, os, random, signal, sys, time, test_bgjobs
+            path, effects, submitted = (f"{sys.argv[1]}/{name}" for name in ("jobs.db", "effects", "submitted"))
+
+            def in_a_child(function):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        function()
+                        os._exit(0)
+                    except BaseException:
+                        import traceback
+                        traceback.print_exc()
+                        sys.stderr.flush()
+                        os._exit(1)
+                return child
+
+            def live():
+                runner = bgjobs.Runner(path, max_workers=3)
+                with open(submitted, "a", buffering=1) as acknowledged:
+                    while True:
+                        count = random.choice([0, 0, 0, 3])
+                        job = runner.submit(test_bgjobs.kill_me, effects, count)
+                        print(job.id, file=acknowledged)
+                        time.sleep(random.random() / 100)
+
+            def live_on():
+                with bgjobs.Runner(path, max_workers=3) as runner:
+                    test_bgjobs.wait_for(lambda: not runner.jobs(status=("pending", "running")), 15)
+                    test_bgjobs.consistent(runner)
+                    ids = {int(line) for line in open(submitted)}
+                    jobs = {job.id: job for job in runner.jobs(limit=None)}
+                    assert ids <= jobs.keys()
+                    begun = [tuple(map(int, line.split())) for line in open(effects)]
+                    assert len(begun) == len(set(begun)), "an attempt that began twice"
+                    for job in jobs.values():
+                        runs = [attempt for job_id, attempt in begun if job_id == job.id]
+                        assert max(runs, default=0) <= job.attempt <= 3, job.info()
+                        if job.status == "failed":
+                            assert "died under it 3 times" in job.error, job.info()
+                        else:
+                            assert job.status == "finished" and runs and job.state == 2
+                    print(len(jobs), sum(job.attempt > 1 for job in jobs.values()), sum(job.status == "failed" for job in jobs.values()))
+                    sys.stdout.flush()
+
+            older = None
+            for kill in range(int(sys.argv[2])):
+                newer = in_a_child(live)
+                time.sleep(0.02 + random.random() / 20)
+                victim, older = (newer, older) if older is not None and random.random() < 0.5 else (older, newer)
+                if victim is not None:
+                    os.kill(victim, signal.SIGKILL)
+                    assert os.waitpid(victim, 0)[1] == signal.SIGKILL
+            os.kill(older, signal.SIGKILL)
+            os.waitpid(older, 0)
+            sys.exit(os.waitpid(in_a_child(live_on), 0)[1] >> 8)
+            """, tmp_path, 100), 120)
+        assert code == 0, err
+        jobs, again, _ = map(int, out.split())
+        assert jobs > 100 and again > 20
 
     @pytest.mark.parametrize("killers", [1, 2])
     def test_a_job_that_takes_its_process_down_three_times_is_failed_and_its_neighbours_finish(self, make, path, killers):
