@@ -953,9 +953,9 @@ PARKED_BELOW = """WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:hold
 HOLDERS_OF_NAME = "SELECT id FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
 HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND owner IS NOT NULL"
 
-ADD_RUNNER = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at) VALUES (:pid, :host, :workers, :now,
-    :now)"""
-HEARTBEAT = "UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned WHERE id = :id"
+SAVE_RUNNER = """INSERT INTO bgjobs_runners (id, pid, host, workers, started_at, heartbeat_at, abandoned)
+    VALUES (:id, :pid, :host, :workers, :now, :now, :abandoned)
+    ON CONFLICT (id) DO UPDATE SET heartbeat_at = :now, abandoned = :abandoned"""
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
 OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options, name, max_running, deaths FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
@@ -3269,6 +3269,7 @@ class Runner(Submitter, Executor):
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
+        self._close_by = math.inf                        # when what still runs is given back
         self._has_submitted = False
         self._over = threading.Condition()               # notified when jobs are over and somebody waits for it
         self._waiting_for_over = 0
@@ -3285,14 +3286,18 @@ class Runner(Submitter, Executor):
         self._attempts, self._servers = {}, []
 
     def _register(self) -> tuple[int, int]:
-        import socket
-        row = {"pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers}
-
         def register(tx: Transaction) -> tuple[int, int]:
-            runner_id = tx.execute(ADD_RUNNER, {**row, "now": tx.now}).lastrowid
+            runner_id = self._save_runner(tx, None)
             _presence().appear(self._store.path, runner_id)       # the lock is held before anybody can see the row
             return runner_id, tx.execute(NEXT_ID).fetchone()[0]
         return self._store.write(register)
+
+    def _save_runner(self, tx: Transaction, runner_id: int | None, abandoned: int = 0) -> int:
+        """Write down, for people to see, that this runner lives; with None for the id it gets one. Returns the id."""
+        import socket
+        cursor = tx.execute(SAVE_RUNNER, {"id": runner_id, "pid": os.getpid(), "host": socket.gethostname(),
+                                          "workers": self.max_workers, "now": tx.now, "abandoned": abandoned})
+        return cursor.lastrowid if runner_id is None else runner_id
 
     # the hot path: submit, claim, execute, finish
 
@@ -3844,16 +3849,23 @@ class Runner(Submitter, Executor):
         """
         with self._close_lock:
             if not self._store.closed:
-                self._close(time.monotonic() + timeout)
+                self._close_by = time.monotonic() + timeout
+                self._close()
                 for attempt in list(self._attempts.values()):
                     attempt.supersede()                   # it has been given back: another process may run the job now
 
     def _close_at_exit(self) -> None:
-        with self._close_lock:
-            if not self._store.closed:
-                self._close(time.monotonic() + GRACE_SECONDS)      # what still runs ends with the process
+        self._close_by = min(self._close_by, time.monotonic() + GRACE_SECONDS)     # for a close() under way in another thread, too
+        while not self._store.closed and self._close_lock.acquire(timeout=GRACE_SECONDS + 1.0):
+            try:
+                if not self._store.closed:
+                    self._close()
+            except KeyboardInterrupt:                              # another Ctrl-C: wait no longer
+                self._close_by = 0.0
+            finally:
+                self._close_lock.release()
 
-    def _close(self, deadline: float) -> None:
+    def _close(self) -> None:
         self._shut = self._shut_claims = True
         with contextlib.suppress(StoreError):
             self._store.write(_do_nothing)            # who leads now may be claiming still: after this nobody is
@@ -3862,7 +3874,7 @@ class Runner(Submitter, Executor):
             attempt.request_stop(RELEASED)
         with contextlib.suppress(StoreError):
             self._store.kick()
-            while self._attempts and time.monotonic() < deadline:
+            while self._attempts and time.monotonic() < self._close_by:
                 time.sleep(0.005)
             self._flush_progress()
             self._give_back("its process was closed", lambda job_id: False)
@@ -4107,7 +4119,7 @@ class _Service:
             runner._store.shorten_wal()
         abandoned = runner._pool.abandoned
         if self._seconds % HEARTBEAT_SECONDS == 0 or abandoned != self._abandoned:
-            runner._store.write(lambda tx: tx.execute(HEARTBEAT, {"id": runner._id, "now": tx.now, "abandoned": abandoned}))
+            runner._store.write(lambda tx: runner._save_runner(tx, runner._id, abandoned))
             self._abandoned = abandoned
         if runner._costs.changed:
             means = runner._costs.take_changed()

@@ -10,6 +10,7 @@ import fractions
 import functools
 import gc
 import http.client
+import importlib.util
 import itertools
 import json
 import logging
@@ -1491,6 +1492,68 @@ class TestStore:
         assert code == 0, err
         jobs, again, _ = map(int, out.split())
         assert jobs > 100 and again > 20
+
+    def test_a_runner_whose_row_is_deleted_by_hand_lives_on_and_a_dead_one_is_recovered_without_it(self, make, path, monkeypatch):
+        monkeypatch.setattr(bgjobs, "HEARTBEAT_SECONDS", 1)
+        process = python("""
+            import sys, time, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.submit(test_bgjobs.hold_if, "dead")
+            print(test_bgjobs.wait_for(lambda: test_bgjobs.seen), flush=True)
+            time.sleep(60)
+        """, path)
+        process.stdout.readline()
+        runner = make(max_workers=1)
+        living = runner.submit(hold, "living")
+        wait_for(lambda: living.status == "running")
+        runner._store.write(lambda tx: tx.execute("DELETE FROM bgjobs_runners"))
+        wait_for(lambda: rows(runner, "SELECT id, pid FROM bgjobs_runners") == [(runner._id, os.getpid())], 5)
+        time.sleep(1.2)
+        assert runner.get(1).attempt == living.attempt == 1      # both live: their locks say so
+        process.kill()
+        process.communicate()
+        gate("living").set()
+        wait_for(lambda: runner.get(1).attempt == 2, 5)
+        gate("dead").set()
+        runner.get(1).result(5)
+
+    def test_a_dead_process_is_told_by_its_lock_even_if_another_has_its_pid_now(self, make, path):
+        finish(python("""
+            import os, sys, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.submit(test_bgjobs.hold_if, "pid")
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
+            os._exit(9)
+        """, path))
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("UPDATE bgjobs_runners SET pid = ?, heartbeat_at = ?", (os.getpid(), time.time() + 100))
+            db.commit()
+        gate("pid").set()
+        runner = make(max_workers=1)
+        runner.get(1).result(5)
+        assert runner.get(1).attempt == 2
+
+    def test_two_copies_of_the_module_in_one_process_do_not_take_each_other_for_dead(self, make, path):
+        spec = importlib.util.spec_from_file_location("vendored_bgjobs", bgjobs.__file__)
+        copy = sys.modules["vendored_bgjobs"] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(copy)
+            ours = make(max_workers=1)
+            first = ours.submit(hold, "ours")
+            wait_for(lambda: first.status == "running")
+            with contextlib.closing(copy.Runner(path, max_workers=1)) as theirs:
+                second = theirs.submit(hold, "theirs")
+                wait_for(lambda: second.status == "running")
+                time.sleep(2.2)                                    # each has looked for dead ones twice
+                with contextlib.closing(copy.Runner(path, max_workers=1)):
+                    pass
+                time.sleep(1.2)
+                assert first.attempt == second.attempt == 1 and first.status == second.status == "running"
+                gate("ours").set(), gate("theirs").set()
+                first.result(5), second.result(5)
+            consistent(ours)
+        finally:
+            del sys.modules["vendored_bgjobs"]
 
     @pytest.mark.parametrize("killers", [1, 2])
     def test_a_job_that_takes_its_process_down_three_times_is_failed_and_its_neighbours_finish(self, make, path, killers):
@@ -3256,22 +3319,40 @@ class TestRunner:
         assert {(job.attempt, job.started_at) for job in waiting} == {(0, None)}
         consistent(runner)
 
-    @pytest.mark.parametrize("ending,code", [("pass", 0), ("sys.exit(3)", 3), ("raise ValueError", 1),
-                                             ("os.kill(os.getpid(), signal.SIGINT)", None)])
-    def test_the_interpreter_exits_on_time_and_leaves_the_jobs_in_the_file(self, path, ending, code):
+    @pytest.mark.parametrize("function,ending,code", [
+        ("stoppable", "pass", 0), ("spin", "pass", 0), ("stoppable", "sys.exit(3)", 3), ("spin", "sys.exit(3)", 3),
+        ("stoppable", "raise ValueError", 1), ("stoppable", "signal.raise_signal(signal.SIGINT)", None),
+        ("spin", "interrupt_soon(); signal.raise_signal(signal.SIGINT)", None), ("spin", "interrupt_soon()", None),
+        ("stoppable", "interrupt_soon(); runner.get(6).result()", None), ("stoppable", "os.abort()", -signal.SIGABRT),
+        ("spin", "threading.Thread(target=runner.close, args=(60,), daemon=True).start()", 0), ("spin", "runner.close(0.2); sys.exit(4)", 4)])
+    def test_the_interpreter_exits_on_time_and_leaves_the_jobs_in_the_file(self, path, function, ending, code):
         script = f"""
-            import os, signal, sys, time, bgjobs, test_bgjobs
+            import os, signal, sys, threading, time, bgjobs, test_bgjobs
+            bgjobs.GRACE_SECONDS = 0.6
+            handlers = [signal.getsignal(number) for number in range(1, 20)]
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.stoppable)
+            runner.submit(test_bgjobs.{function})
             runner.submit_many(test_bgjobs.add, [(1,)] * 5)
+            def interrupt_soon():
+                timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+                timer.daemon = True                              # it comes while the interpreter closes the runner
+                timer.start()
             while not test_bgjobs.seen:
                 time.sleep(0.01)
+            assert handlers == [signal.getsignal(number) for number in range(1, 20)]
+            print("ready", flush=True)
             {ending}
         """
         process = python(script, path)
+        assert process.stdout.readline() == "ready\n"
+        begun = time.monotonic()
         got, out, err = finish(process, 15)
-        assert (got == code or code is None and got != 0) and "bgjobs.py" not in err, err
+        assert time.monotonic() - begun < 2.5
+        assert got == code or code is None
+        assert "Exception ignored" not in err and ("result()" in ending or "/bgjobs.py" not in err), err
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            if "abort" in ending:
+                runner._recover_dead()
             assert runner._store.counts({})["pending"] == 6
             consistent(runner)
 
