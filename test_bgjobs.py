@@ -156,7 +156,7 @@ def lineage(jobs, job):
 def python(code, *arguments, cwd=None, **environment):
     """Start a Python process that can import bgjobs and this file."""
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "PYTHONPATH": str(HERE), **environment})
 
 
@@ -1656,6 +1656,34 @@ class TestStore:
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
             assert runner._store.counts({})["pending"] == 160
             consistent(runner)
+
+    def test_eight_writing_processes_and_busy_pools_never_see_a_lock(self, make, path):
+        runner = make(max_workers=4)
+        writers = [python("""
+            import bgjobs, contextlib, sys, time, test_bgjobs
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                print("ready", flush=True)
+                sys.stdin.readline()
+                end, count = time.monotonic() + 1, 0
+                while time.monotonic() < end:
+                    job = runner.options(key=f"{sys.argv[2]} {count}").submit(test_bgjobs.add, 3)
+                    if count % 5 == 0:
+                        with contextlib.suppress(bgjobs.InvalidOperation):           # it has ended
+                            job.stop().resume()
+                    count += 1
+                runner.submit_many(test_bgjobs.add, [(1, 2)] * 100)
+                print(count + 100)
+            """, path, n) for n in range(8)]
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        ends = [finish(writer) for writer in writers]
+        assert {code for code, _, _ in ends} == {0}, [err for _, _, err in ends]
+        submitted = sum(int(out) for _, out, _ in ends)
+        wait_for(lambda: rows(runner, "SELECT count(*) FROM bgjobs_jobs WHERE status = 'finished'") == [(submitted,)], 30)
+        consistent(runner)
 
     def test_a_bad_write_in_a_batch_fails_alone(self, idle):
         """Eight threads write at once; half of them ask for a parent that does not exist."""
@@ -3366,7 +3394,7 @@ class TestRunner:
         once()
         wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("bgjobs")])
         before = descriptors()
-        for _ in range(10):
+        for _ in range(100):
             once()
         wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("bgjobs")])
         gc.collect()
