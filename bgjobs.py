@@ -4305,7 +4305,7 @@ def options(**options: Any) -> Submitter:
     it; a child has its parent's. low_priority: run in periods of low load; a child as its parent. system: hidden by
     default. key: at the root, while a job with this key is not over, submit returns that job; in a child, unique within
     the parent for good. delay: seconds, or run_at: Unix seconds or an aware datetime. max_running: at most so many attempts of
-    this name at once, over all processes. stoppable=False: stays stopping until it ends. restartable=False: refuses
+    this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays stopping until it ends. restartable=False: refuses
     restart. recover=False: an attempt cut off by a crash fails instead of running again. secret: argument names that
     people do not get to see. parent: a Job to become its child, None for a root.
     """
