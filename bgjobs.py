@@ -61,6 +61,7 @@ import atexit
 import base64
 import contextlib
 import contextvars
+import copy
 import functools
 import heapq
 import itertools
@@ -427,8 +428,12 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "low_priority": (lambda v: isinstance(v, bool), "True or False"),
     "system": (lambda v: isinstance(v, bool), "True or False"),
     "key": (lambda v: isinstance(v, str) and v != "", "a text"),
-    "delay": (lambda v: type(v) in (int, float) and math.isfinite(v) and v >= 0, "seconds, 0 or more"),
+    "delay": (lambda v: _are_seconds([v]), "seconds, 0 or more"),
     "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
+    "retries": (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
+    "backoff": (lambda v: callable(v) or _are_seconds([v]) or isinstance(v, (list, tuple)) and len(v) > 0 and _are_seconds(v),
+                "seconds, a list of seconds, or a function of the attempt"),
+    "timeout": (lambda v: v is None or _are_seconds([v]) and v > 0, "seconds, more than 0"),
     "max_running": (lambda v: v is None or type(v) is int and v > 0, "a whole number greater than 0"),
     "stoppable": (lambda v: isinstance(v, bool), "True or False"),
     "restartable": (lambda v: isinstance(v, bool), "True or False"),
@@ -436,7 +441,35 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "secret": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "argument names"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
 }
-_KEPT = ("stoppable", "restartable", "recover", "secret")     # kept with the job, as JSON; the others are columns
+_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout")    # kept with the job, as JSON; others are columns
+BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
+
+
+def _are_seconds(values: Iterable[Any]) -> bool:
+    return all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values)
+
+
+def _backoff_list(backoff: Any, retries: int) -> list[float]:
+    """Return the pauses before the first, second … retry; the last one is that of all that follow. ValueError: a function gave
+    something else."""
+    if isinstance(backoff, (list, tuple)):
+        return list(backoff)
+    if not callable(backoff):
+        return [backoff]
+    pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    if not _are_seconds(pauses):
+        raise ValueError(f"backoff must give seconds, 0 or more; it gave {_short(pauses)}")
+    return pauses
+
+
+def pause_before_retry(options: dict[str, Any], failures: int) -> float:
+    """Return the seconds to wait after this many failures: the `backoff` of the job's options, else twice as long each time,
+    up to ten minutes, and up to half as long again by chance, lest what failed together comes back together."""
+    pauses = options.get("backoff")
+    if pauses:
+        return pauses[min(failures, len(pauses)) - 1]
+    first, longest = BACKOFF_SECONDS
+    return min(longest, first * 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
 def _unix(value: Any) -> float | None:
@@ -820,7 +853,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
         total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
-        created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
+        created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL, since REAL,
         duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, gained REAL, seconds REAL, step REAL,
         tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_gained REAL, tree_seconds REAL,
         phase TEXT, parked TEXT, max_running INTEGER, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
@@ -874,19 +907,21 @@ READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AN
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
 # Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own tree.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner = :owner,
+    waited = CASE WHEN started_at IS NULL THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END,
     since = :now, started_at = ifnull(started_at, :now), phase = NULL, gained = NULL WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
     vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
 JUST_FINISHED = "SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ? AND status = 'finished'"
-STILL_ACTIVE = """SELECT status FROM bgjobs_jobs
+STILL_ACTIVE = """SELECT status, own_errors FROM bgjobs_jobs
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
     duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
     state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
     started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-    queue = :queue, parked = :parked, goes_on = 0, phase = :phase, charge = 0, owner = NULL WHERE id = :id"""
+    queue = :queue, parked = :parked, goes_on = 0, phase = :phase, run_at = ifnull(:run_at, run_at), charge = 0, owner = NULL
+    WHERE id = :id"""
 SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained, seconds = :seconds, step = :step,
@@ -1298,6 +1333,14 @@ class Transaction:
             if attempt.outcome != RETURNED or attempt.has_children:
                 self._end(attempt)
 
+    def finish_superseded(self, attempt: Attempt) -> bool:
+        """Record the outcome of an attempt that goes on executing, and accept nothing from it any more. False: it has ended."""
+        active = self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone() is not None
+        if active:
+            self._end(attempt)
+            self.execute(SUPERSEDE, {"id": attempt.id})
+        return active
+
     def _ended(self, attempt: Attempt) -> None:
         """Count a leaf that FINISH has written."""
         self.over.append(attempt.id)
@@ -1322,10 +1365,17 @@ class Transaction:
         stops = found[0] == STOPPING and not row["goes_on"]
         end: dict[str, Any] = {"id": attempt.id, "ran": attempt.ran, "result": None, "error": None, "errors": 0, "queue": None,
                                "returned": 0, "state": None, "positions": attempt.unsaved_positions(),
-                               "phase": None, "parked": None, "unspent": 0, "since": None, "finished_at": None}
+                               "phase": None, "parked": None, "run_at": None, "unspent": 0, "since": None, "finished_at": None}
         if outcome == RETURNED:
             status = FINISHED if over else STOPPED if stops else RUNNING
             end.update(result=attempt.result, returned=1)
+        elif outcome == RAISED and found[1] < attempt.options.get("retries", 0):
+            pause = pause_before_retry(attempt.options, found[1] + 1)
+            status = STOPPED if stops else PENDING
+            end.update(error=attempt.error, errors=1, run_at=self.now + pause, phase=None if stops else "retrying")
+            when = "when it is resumed" if stops else f"in {pause:,.1f} s"
+            self.log(attempt.id, logging.WARNING,
+                     f"attempt {attempt.number} failed; retry {found[1] + 1} of {attempt.options['retries']} {when}")
         elif outcome == RAISED:
             status = FAILED if over else STOPPED if stops else RUNNING
             end.update(error=attempt.error, errors=1, returned=1)
@@ -1582,7 +1632,8 @@ class Transaction:
             "id": job_id, "status": new, "returned": int(error is not None), "finished_at": self.now if new == FAILED else None,
             "since": self.now if new == RUNNING else None, "ran": ran, "result": None,
             "error": error and dump_error("Interrupted", error, ""), "errors": int(error is not None), "state": None,
-            "positions": None, "unspent": 0, "queue": queue, "parked": None, "phase": "interrupted" if new == PENDING else None})
+            "positions": None, "unspent": 0, "queue": queue, "parked": None, "run_at": None,
+            "phase": "interrupted" if new == PENDING else None})
         root = root_id or job_id
         self._change(root).charge += int(ran * 1e6) - charge
         self._moved(job_id, parent_id, status, new, row["progress"])
@@ -2234,13 +2285,12 @@ def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None])
     status = row["status"]
     active = status in ACTIVE
     due = max(row["created_at"], row["run_at"] or 0.0)
-    started = row["started_at"]
     duration = row["duration"] + (max(0.0, now - row["since"]) if active and row["since"] else 0.0)
     error = json.loads(row["error"]) if row["error"] else None
     waits_until = now if status == PENDING else row["finished_at"] or due
     info = {name: row[name] for name in COLUMNS_SEEN}
     info.update(
-        phase=phase_of(row, now), waiting=max(0.0, (started if started is not None else waits_until) - due), duration=duration,
+        phase=phase_of(row, now), waiting=max(0.0, waits_until - due) if row["started_at"] is None else row["waited"], duration=duration,
         errors=row["own_errors"] + row["failed"], low_priority=bool(row["low_priority"]), system=bool(row["system"]),
         progress=progress_of(row), eta=eta_of(row, now, duration, usual),
         children={name: row[name] for name in ("total", "done", "failed", "running")},
@@ -2260,7 +2310,7 @@ def phase_of(row: sqlite3.Row, now: float) -> str:
     if row["parked"] is not None:
         return row["phase"]
     if row["run_at"] is not None and row["queue"] is None:
-        return "scheduled"
+        return row["phase"] or "scheduled"
     return row["phase"] or ("waiting for low load" if row["low_priority"] else "")
 
 
@@ -2613,6 +2663,7 @@ _outside = JobContext()
 
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"           # outcomes of an attempt's function;
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one that is given back: begun, not begun, unknown here
+TIMED_OUT = "timed out"                                              # the reason to stop one; it ends as RAISED
 
 
 class Attempt(JobContext):
@@ -2654,6 +2705,10 @@ class Attempt(JobContext):
     def correction(self) -> int:
         """The microseconds by which the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
+
+    @property
+    def took_too_long(self) -> TimeoutError:
+        return TimeoutError(f"attempt {self.number} took longer than its timeout of {self.options['timeout']:,g} s")
 
     def fail(self, error: BaseException) -> None:
         """Make this error the attempt's outcome."""
@@ -3366,6 +3421,8 @@ class Runner(Submitter, Executor):
         elif given.get("delay"):
             new.run_at = self._clock() + given["delay"]
         kept = {name: given[name] for name in _KEPT if name in given}
+        if "backoff" in given:
+            kept["backoff"] = _backoff_list(given["backoff"], given.get("retries", 0))
         if kept.get("secret"):
             kept["secret"] = _secret_places(fn, kept["secret"])
         if kept:
@@ -3468,6 +3525,8 @@ class Runner(Submitter, Executor):
             attempt.outcome = UNSPENT
             return
         attempt.begun = time.monotonic()
+        if self._inline and attempt.options.get("timeout"):
+            self._ensure_service()
         attempt.thread = attempt.ticket.thread = threading.get_ident()
         around, _here.ticket = _here.ticket, attempt.ticket
         try:
@@ -3483,6 +3542,8 @@ class Runner(Submitter, Executor):
                 attempt.outcome = RETURNED
         except JobStopped:
             attempt.outcome = attempt.reason
+            if attempt.reason == TIMED_OUT:
+                attempt.fail(attempt.took_too_long)
         except BaseException as error:
             attempt.fail(error)
         _here.ticket = around
@@ -3622,6 +3683,27 @@ class Runner(Submitter, Executor):
         if operation == "restart" or handle is None or operation == "resume" and handle._state != "PENDING":
             return Job(self, job_id)
         return handle
+
+    def _time_out(self) -> None:
+        """Stop the attempts that take longer than their timeout; what reaches no checkpoint then fails without its consent."""
+        now = time.monotonic()
+        timed = [attempt for attempt in list(self._attempts.values()) if attempt.thread is not None and attempt.options.get("timeout")]
+        for attempt in timed:
+            late = now - attempt.begun - attempt.options["timeout"]
+            if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
+                self._store.write(lambda tx: self._fail_late(tx, attempt))
+            elif late > 0 and attempt.reason == HALTED:
+                attempt.request_stop(TIMED_OUT, force=True)
+
+    def _fail_late(self, tx: Transaction, attempt: Attempt) -> None:
+        """Record the failure of an attempt that still executes."""
+        lost = copy.copy(attempt)
+        lost.ran = time.monotonic() - attempt.begun
+        lost.worked = max(0.0, lost.ran - lost.waited)
+        lost.fail(attempt.took_too_long)
+        if tx.finish_superseded(lost):
+            self._remember_exception(lost)
+            tx.after_commit.append(lambda: self._abandon(attempt))
 
     def _tell_attempts(self, operation: str, job_ids: Iterable[int]) -> None:
         """After the commit of an operation: carry it out on what executes here. Runs in the leading thread, before any of these
@@ -4095,6 +4177,7 @@ class _Service:
         if not runner._pool.is_empty:
             runner._pool.put()
             runner._return_stuck_claims()
+        runner._time_out()
         if now - self._flushed_at >= FLUSH_SECONDS:
             self._flushed_at = now
             runner._flush_progress()
@@ -4304,9 +4387,12 @@ def options(**options: Any) -> Submitter:
     name: stable identity of the function, its import path by default. label: a title for people. run_by: who asked for
     it; a child has its parent's. low_priority: run in periods of low load; a child as its parent. system: hidden by
     default. key: at the root, while a job with this key is not over, submit returns that job; in a child, unique within
-    the parent for good. delay: seconds, or run_at: Unix seconds or an aware datetime. max_running: at most so many attempts of
-    this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays stopping until it ends. restartable=False: refuses
-    restart. recover=False: an attempt cut off by a crash fails instead of running again. secret: argument names that
+    the parent for good. delay: seconds, or run_at: Unix seconds or an aware datetime. retries: attempts more after an exception.
+    backoff: the pause before each, in seconds, a list of them (the last one repeats), or a function of the attempt, called at submit;
+    by default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance. timeout: seconds of one attempt; it
+    is stopped then, after a grace of 5 s by force, and has failed with a TimeoutError. max_running: at most so many attempts of
+    this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays
+    stopping until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of running again. secret: argument names that
     people do not get to see. parent: a Job to become its child, None for a root.
     """
     return Submitter(None, options)

@@ -220,6 +220,48 @@ def kill_me(effects, count):
         job.sleep(0.001)
 
 
+def fail_until(attempt):
+    job = bgjobs.current_job()
+    job.checkpoint(state=(job.state or 0) + 1)
+    if job.attempt < attempt:
+        raise ValueError(f"boom {job.attempt}")
+    return job.state
+
+
+def parent_fails_once():
+    child = bgjobs.options(key="child").submit(add, 1, 2)
+    if bgjobs.current_job().attempt == 1:
+        raise ValueError
+    return child.result()
+
+
+def slow_at_first():
+    job = bgjobs.current_job()
+    if job.attempt == 1:
+        job.sleep(5)
+    return job.attempt
+
+
+def swallow_forever():
+    while not gate("forever").is_set():
+        with contextlib.suppress(BaseException):
+            gate("forever").wait(0.05)
+
+
+def long_nap():
+    time.sleep(0.9)
+
+
+class Clock:
+    """Time that goes on when it is told to."""
+
+    def __init__(self, now=1_000_000_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
 def nap(seconds):
     time.sleep(seconds)
 
@@ -2498,6 +2540,123 @@ def count_with_state():
         job.checkpoint(state={"n": n})
         job.sleep(0.001)
     return [begun, job.attempt]
+
+
+class TestRetries:
+    def test_a_failed_attempt_is_repeated_after_a_pause_and_keeps_its_state(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        job = idle.options(retries=2, backoff=[10, 20]).submit(fail_until, 3)
+        assert idle.drain() == 1
+        assert (job.status, job.phase, job.attempt, job.errors) == ("pending", "retrying", 1, 1)
+        assert "boom 1" in job.error and job.info()["run_at"] == clock.now + 10
+        assert idle.drain() == 0
+        clock.now += 10
+        assert idle.drain() == 1 and job.info()["run_at"] == clock.now + 20
+        assert [line["message"] for line in job.logs()] == ["attempt 1 failed; retry 1 of 2 in 10.0 s", "attempt 2 failed; retry 2 of 2 in 20.0 s"]
+        clock.now += 20
+        idle.drain()
+        assert (job.status, job.result(), job.attempt, job.errors, job.waiting) == ("finished", 3, 3, 2, 0.0)
+        consistent(idle)
+
+    def test_when_no_retries_are_left_it_fails_with_the_last_exception_and_resume_is_one_more_try(self, make):
+        runner = make(max_workers=2)
+        job = runner.options(retries=2, backoff=0).submit(fail_until, 5)
+        with pytest.raises(ValueError, match="boom 3"):
+            job.result(10)
+        assert (job.status, job.attempt, job.errors) == ("failed", 3, 3)
+        with pytest.raises(ValueError, match="boom 4"):
+            job.resume().result(10)
+        assert job.resume().result(10) == 5
+        assert job.restart().result(10) == 1 and job.errors == 0       # from scratch: but what it counts by is the attempt
+        consistent(runner)
+
+    def test_the_pause_doubles_up_to_ten_minutes_with_some_chance(self):
+        pauses = [[bgjobs.pause_before_retry({}, failures) for _ in range(200)] for failures in range(1, 40)]
+        for failures, some in enumerate(pauses, 1):
+            first = min(600, 2 ** (failures - 1))
+            assert first <= min(some) and max(some) <= min(600, first * 1.5)
+            assert first > 400 or max(some) > min(some) * 1.2
+
+    @pytest.mark.parametrize("backoff,pauses", [(3, [3, 3, 3]), ([1, 5], [1, 5, 5]), (lambda attempt: attempt * 7, [7, 14, 21]), (0.5, [0.5] * 3)])
+    def test_a_pause_may_be_given(self, idle, backoff, pauses):
+        job = idle.options(retries=3, backoff=backoff).submit(add, 1)
+        options = json.loads(rows(idle, "SELECT options FROM bgjobs_jobs WHERE id = ?", job.id)[0][0])
+        assert [bgjobs.pause_before_retry(options, failures) for failures in (1, 2, 3)] == pauses
+
+    @pytest.mark.parametrize("options,reason", [
+        ({"retries": -1}, "retries must be"), ({"retries": True}, "retries must be"), ({"backoff": -1}, "backoff must be"),
+        ({"backoff": []}, "backoff must be"), ({"backoff": [1, "2"]}, "backoff must be"), ({"backoff": float("nan")}, "backoff must be"),
+        ({"retries": 1, "backoff": lambda attempt: "soon"}, "backoff must give seconds"),
+        ({"timeout": 0}, "timeout must be"), ({"timeout": "1"}, "timeout must be"), ({"timeout": float("inf")}, "timeout must be")])
+    def test_bad_values_are_refused(self, idle, options, reason):
+        with pytest.raises(ValueError, match=reason):
+            idle.options(**options).submit(add, 1)
+
+    def test_a_retrying_job_can_be_stopped_and_a_stopping_one_keeps_its_retry(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        job = idle.options(retries=1, backoff=10).submit(fail_until, 2)
+        attempt, = claimed(idle, 1)
+        job.stop()
+        attempt.fail(ValueError("boom"))
+        idle._store.write(lambda tx: tx.finish([attempt]))
+        assert (job.status, job.errors) == ("stopped", 1)
+        clock.now += 10
+        job.resume()
+        idle.drain()
+        assert (job.status, job.attempt, job.result()) == ("finished", 2, 1)
+        consistent(idle)
+
+    def test_a_parent_is_repeated_and_gets_its_keyed_children_back(self, make):
+        runner = make(max_workers=2)
+        job = runner.options(retries=1, backoff=0).submit(parent_fails_once)
+        assert job.result(10) == 3 and job.children["total"] == 1
+        consistent(runner)
+
+    def test_a_process_that_dies_uses_no_retry_up(self, make, path):
+        finish(python("""
+            import os, sys, bgjobs, test_bgjobs
+            bgjobs.Runner(sys.argv[1], max_workers=1).options(retries=1).submit(test_bgjobs.die).result()
+            """, path))
+        idle = make(start=False)
+        idle._recover_dead()
+        assert (idle.get(1).status, idle.get(1).phase, idle.get(1).errors) == ("pending", "interrupted", 0)
+
+
+class TestTimeout:
+    @pytest.mark.parametrize("function", ["stoppable", "swallow_forever", "long_nap"])
+    def test_an_attempt_that_takes_too_long_fails_at_a_checkpoint_or_without_one(self, make, monkeypatch, function):
+        monkeypatch.setattr(bgjobs, "GRACE_SECONDS", 0.2)
+        runner = make(max_workers=1)
+        job = runner.options(timeout=0.2, stoppable=False).submit(globals()[function])
+        with pytest.raises(TimeoutError, match="attempt 1 took longer than its timeout of 0.2 s"):
+            job.result(5)
+        assert (job.status, job.errors) == ("failed", 1) and "TimeoutError" in job.error
+        assert runner.submit(add, 1, 2).result(5) == 3
+        gate("forever").set()
+        wait_for(lambda: runner._pool.abandoned == 0)
+        consistent(runner)
+
+    def test_each_attempt_has_its_time_and_a_retry_may_do_better(self, make):
+        runner = make(max_workers=1)
+        job = runner.options(timeout=0.3, retries=1, backoff=0).submit(slow_at_first)
+        assert job.result(5) == 2 and job.errors == 1
+        quick = runner.options(timeout=0.3).submit(add, 1, 2)
+        assert quick.result(5) == 3
+        consistent(runner)
+
+    def test_in_drain_too(self, idle):
+        job = idle.options(timeout=0.1).submit(stoppable)
+        assert idle.drain() == 1 and job.status == "failed" and "timeout of 0.1 s" in job.error
+
+    def test_who_returns_in_the_grace_is_finished_and_a_stop_by_hand_stops(self, make):
+        runner = make(max_workers=2)
+        assert runner.options(timeout=0.1).submit(nap, 0.4).result(5) is None
+        job = runner.options(timeout=30).submit(stoppable)
+        wait_for(lambda: job.status == "running")
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
 
 
 class TestTrees:
