@@ -440,6 +440,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recover": (lambda v: isinstance(v, bool), "True or False"),
     "secret": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "argument names"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
+    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout")    # kept with the job, as JSON; others are columns
 BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
@@ -503,8 +504,9 @@ def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def export(table): ...
     """
     check_options(options)
-    if "parent" in options:
-        raise TypeError("parent is an option of one submit, not of a function")
+    for name in ("parent", "connection"):
+        if name in options:
+            raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
         _registry.declare(function, options)
@@ -1056,7 +1058,7 @@ def _contribution(status: str, progress: float | None) -> tuple[int, int, int, f
 class Transaction:
     """What a write may do, between one BEGIN IMMEDIATE and its COMMIT. Made and run by the store."""
 
-    def __init__(self, db: sqlite3.Connection, lineages: dict[int, tuple[int, ...]], now: float) -> None:
+    def __init__(self, db: sqlite3.Connection | _Through, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                       # parent id -> it and its ancestors, up to the root
         self._changes: dict[int, _Change] = {}
@@ -1714,6 +1716,19 @@ SCHEMA_VERSION = len(MIGRATIONS)
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
+class _Through:
+    """What a Transaction needs of an app's connection, whatever factories that has."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return sqlite3.Cursor(self._connection).execute(sql, parameters)
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
+        return sqlite3.Cursor(self._connection).executemany(sql, rows)
+
+
 class _Write:
     """A write that waits for its transaction; `wake` is released when it is done, or is to lead."""
 
@@ -2126,6 +2141,48 @@ class Store:
             self._lineages.clear()
             raise
         return tx
+
+    def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
+        """Run a write in the transaction of the app's own connection to this file; the app commits, or rolls back. If none is
+        open, one is begun, and committed here where the connection commits each statement by itself. ValueError: the
+        connection is to another file."""
+        if self.forked or self.closed:
+            self._transact([], "")                        # says why not
+        db, begins = _Through(connection), not connection.in_transaction
+        autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
+        text_factory, connection.text_factory = connection.text_factory, str
+        try:
+            file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
+            if not file or not os.path.samefile(file, self.path):
+                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
+                                 "transaction of that file alone")
+            if begins:
+                db.execute("BEGIN IMMEDIATE")
+            try:
+                db.execute("SAVEPOINT bgjobs")
+                try:
+                    tx = Transaction(db, {}, self.clock())
+                    value = run(tx)
+                    tx.apply()
+                except BaseException:
+                    db.execute("ROLLBACK TO bgjobs")
+                    raise
+                finally:
+                    db.execute("RELEASE bgjobs")
+                if begins and (autocommit is True or autocommit == -1 and connection.isolation_level is None):
+                    db.execute("COMMIT")
+                return value
+            except BaseException:
+                if begins and connection.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            if "locked" in str(error) and not begins:
+                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; begin it with BEGIN IMMEDIATE: one that "
+                                 "has only read may not write once another connection has written") from error
+            raise self._explained(error) from error
+        finally:
+            connection.text_factory = text_factory
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, sqlite3.Error):
@@ -3363,7 +3420,11 @@ class Runner(Submitter, Executor):
         if kwargs:
             new.kwargs = encode(kwargs, f"the arguments of {new.name}")
         self._has_submitted = True
-        return Job(self, self._store.write(lambda tx: tx.submit(new)))
+        return Job(self, self._write_for(options, lambda tx: tx.submit(new)))
+
+    def _write_for(self, options: dict[str, Any], run: Callable[[Transaction], Any]) -> Any:
+        connection = options.get("connection")
+        return self._store.write(run) if connection is None else self._store.write_through(connection, run)
 
     def _submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]], options: dict[str, Any]
                      ) -> list[int]:
@@ -3380,7 +3441,7 @@ class Runner(Submitter, Executor):
                 if not batch:
                     return ids
                 self._has_submitted = True
-                ids += self._store.write(lambda tx: tx.submit_many(new, batch))
+                ids += self._write_for(options, lambda tx: tx.submit_many(new, batch))
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else BgjobsError
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
@@ -4393,7 +4454,8 @@ def options(**options: Any) -> Submitter:
     is stopped then, after a grace of 5 s by force, and has failed with a TimeoutError. max_running: at most so many attempts of
     this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays
     stopping until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of running again. secret: argument names that
-    people do not get to see. parent: a Job to become its child, None for a root.
+    people do not get to see. parent: a Job to become its child, None for a root. connection: the app's open sqlite3.Connection to
+    the same file: the job exists if and only if its transaction commits; ask the handle for nothing but its id before.
     """
     return Submitter(None, options)
 

@@ -2659,6 +2659,134 @@ class TestTimeout:
         wait_for(lambda: job.status == "stopped")
 
 
+class TestConnection:
+    MODES = [{}, {"isolation_level": None}, {"isolation_level": "IMMEDIATE"}, {"isolation_level": "EXCLUSIVE"},
+             *([{"autocommit": True}, {"autocommit": False}] if sys.version_info >= (3, 12) else [])]
+
+    @pytest.fixture
+    def connect(self, path):
+        made = []
+
+        def connect(**options):
+            made.append(sqlite3.connect(path, **options))
+            return made[-1]
+        yield connect
+        for db in made:
+            db.close()
+
+    @pytest.mark.parametrize("options", MODES, ids=str)
+    def test_the_job_exists_if_and_only_if_the_apps_transaction_commits(self, runner, connect, options):
+        db = connect(**options)
+        db.execute("CREATE TABLE orders (id INTEGER)")
+        db.commit()
+        by_itself = options in ({"isolation_level": None}, {"autocommit": True})
+        for end, there in ((db.rollback, by_itself), (db.commit, True)):
+            job = runner.options(connection=db).submit(add, 20, 22)         # the first statement: nothing else begins a transaction
+            end()
+            if there:
+                assert runner.get(job.id).result(5) == 42
+            else:
+                with pytest.raises(KeyError):
+                    runner.get(job.id)
+        if by_itself:
+            db.execute("BEGIN")
+        db.execute("INSERT INTO orders VALUES (1)")
+        gone = runner.options(connection=db).submit(add, 1)
+        ids = runner.options(connection=db).submit_many(add, [(1,), (2,)])
+        db.execute("ROLLBACK") if by_itself else db.rollback()
+        assert not {gone.id, *ids} & {job.id for job in runner.jobs(limit=None)[:-2]} and len(runner.jobs()) == 1 + by_itself
+        if by_itself:
+            db.execute("BEGIN")
+        db.execute("INSERT INTO orders VALUES (2)")
+        jobs = [runner.options(connection=db).submit(add, n) for n in range(3)]
+        db.execute("COMMIT") if by_itself else db.commit()
+        assert [runner.get(job.id).result(5) for job in jobs] == [0, 1, 2]
+        assert db.execute("SELECT id FROM orders").fetchall() == [(2,)]
+        db.rollback()
+        consistent(runner)
+
+    def test_whatever_the_connections_factories_are(self, runner, connect):
+        db = connect(factory=type("Connection", (sqlite3.Connection,), {"cursor": None}))
+        db.row_factory, db.text_factory = lambda cursor, row: dict(zip([c[0] for c in cursor.description], row)), bytes
+        parent = runner.options(label="Ann's", run_by="ann").submit(hold, "factories")
+        wait_for(lambda: parent.status == "running")
+        child = runner.options(connection=db, parent=parent, key="k").submit(add, 1)
+        assert runner.options(connection=db, parent=parent, key="k").submit(add, 1).id == child.id
+        assert db.text_factory is bytes
+        db.commit()
+        assert runner.get(child.id).run_by == "ann" and runner.get(child.id).result(5) == 1
+        gate("factories").set()
+        parent.result(5)
+        consistent(runner)
+
+    def test_a_crash_before_the_commit_leaves_nothing(self, path):
+        code, _, err = finish(python("""
+            import os, sqlite3, sys, bgjobs, test_bgjobs
+            with bgjobs.Runner(sys.argv[1], start=False) as runner:
+                db = sqlite3.connect(sys.argv[1])
+                db.execute("CREATE TABLE orders (id)")
+                for commits in (True, False):
+                    db.execute("INSERT INTO orders VALUES (?)", (commits,))
+                    runner.options(connection=db).submit(test_bgjobs.add, 1)
+                    if commits:
+                        db.commit()
+                os._exit(9)
+            """, path))
+        assert code == 9, err
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            assert [job.id for job in runner.jobs()] == [1] and rows(runner, "SELECT * FROM orders") == [(1,)]
+            assert runner.drain() == 1
+            consistent(runner)
+
+    def test_what_cannot_be_is_refused_and_the_apps_transaction_lives(self, runner, connect, tmp_path):
+        db = connect()
+        with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other, contextlib.closing(sqlite3.connect(":memory:")) as memory:
+            with pytest.raises(ValueError, match=r"the connection is to .*other\.db; jobs in"):
+                runner.options(connection=other).submit(add, 1)
+            with pytest.raises(ValueError, match="a database in memory"):
+                runner.options(connection=memory).submit(add, 1)
+        db.execute("CREATE TABLE orders (id)")
+        over = runner.submit(add, 1)
+        over.result(5)
+        db.execute("INSERT INTO orders VALUES (1)")
+        with pytest.raises(bgjobs.InvalidOperation, match="takes no more children"):
+            runner.options(connection=db, parent=over).submit(add, 1)
+        with pytest.raises(TypeError, match="cannot be stored"):
+            runner.options(connection=db).submit(add, object())
+        db.commit()
+        assert db.execute("SELECT * FROM orders").fetchall() == [(1,)]
+        with pytest.raises(ValueError, match="connection must be an open"):
+            runner.options(connection="app.db")
+        with pytest.raises(TypeError, match="connection is an option of one submit"):
+            bgjobs.job(connection=db)
+
+    def test_a_transaction_that_has_only_read_is_told_to_begin_immediately(self, runner, connect):
+        db = connect(isolation_level=None)
+        db.execute("BEGIN")
+        db.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
+        runner.submit(add, 1).result(5)
+        with pytest.raises(bgjobs.StoreError, match="BEGIN IMMEDIATE"):
+            runner.options(connection=db).submit(add, 1)
+        db.execute("ROLLBACK")
+        assert runner.options(connection=db).submit(add, 2).result(5) == 2
+
+    def test_in_djangos_and_flasks_usual_way(self, runner, connect):
+        flask = connect(detect_types=sqlite3.PARSE_DECLTYPES)            # Flask's tutorial
+        flask.row_factory = sqlite3.Row
+        with flask:
+            job = runner.options(connection=flask).submit(add, 1)
+        assert job.result(5) == 1
+        django = connect(isolation_level=None, check_same_thread=False, detect_types=sqlite3.PARSE_DECLTYPES | sqlite3.PARSE_COLNAMES)
+        django.execute("BEGIN")                                          # transaction.atomic()
+        django.execute("SAVEPOINT s1")                                   # and one inside it
+        gone = runner.options(connection=django).submit(add, 2)
+        django.execute("ROLLBACK TO s1")
+        django.execute("RELEASE s1")
+        job = runner.options(connection=django).submit(add, 3)
+        django.execute("COMMIT")
+        assert runner.get(job.id).result(5) == 3 and job.id == gone.id   # an id that never was is given out
+
+
 class TestTrees:
     def test_a_parent_is_over_after_its_last_descendant(self, runner):
         job = runner.submit(children, 5, "hold", "child")
