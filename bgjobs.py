@@ -851,7 +851,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
         charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
-        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
+        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0, died_with TEXT,
         own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
         total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
@@ -867,7 +867,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     "CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'",
     "CREATE INDEX bgjobs_parked ON bgjobs_jobs(parked, root_id) WHERE parked IS NOT NULL",
     "CREATE INDEX bgjobs_limited ON bgjobs_jobs(name) WHERE max_running IS NOT NULL AND owner IS NOT NULL",
-    "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths >= 2 AND owner IS NOT NULL",
+    "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths > 0",
     """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
         AND status IN ('pending', 'running', 'stopping', 'stopped')""",
     "CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL",
@@ -878,7 +878,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL)",
     "INSERT INTO bgjobs_clock VALUES (0, 0)",
     """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0)""",
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
+        lock_file TEXT)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
 ),)
 
@@ -933,7 +934,7 @@ ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 
 TREE_ROW = """SELECT name, status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
-    tree_gained, tree_seconds, duration, since, lane, vtime, progress, low_priority, goes_on FROM bgjobs_jobs WHERE id = :id"""
+    tree_gained, tree_seconds, duration, since, lane, vtime, progress, low_priority, goes_on, deaths FROM bgjobs_jobs WHERE id = :id"""
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
 SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
@@ -953,11 +954,11 @@ MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL
     owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END WHERE id = :id"""
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
 RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL, step = NULL,
-    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, started_at = NULL,
+    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, died_with = NULL, started_at = NULL,
     finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL,
     tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
 GO_ON = "UPDATE bgjobs_jobs SET goes_on = :goes_on WHERE id = :id AND goes_on <> :goes_on"
-ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
+ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0, died_with = NULL WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
@@ -988,18 +989,26 @@ PARKED_BELOW = """WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:hold
     SELECT j.id FROM below JOIN bgjobs_jobs j ON j.parent_id = below.id WHERE j.open > 0 OR j.parked = :key)
     SELECT j.id, parent_id, root_id, low_priority, max_running, deaths FROM below JOIN bgjobs_jobs j USING (id) WHERE parked = :key LIMIT 100"""
 HOLDERS_OF_NAME = "SELECT id FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
-HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND owner IS NOT NULL"
+HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND deaths > 0 AND owner IS NOT NULL"
 
-SAVE_RUNNER = """INSERT INTO bgjobs_runners (id, pid, host, workers, started_at, heartbeat_at, abandoned)
-    VALUES (:id, :pid, :host, :workers, :now, :now, :abandoned)
-    ON CONFLICT (id) DO UPDATE SET heartbeat_at = :now, abandoned = :abandoned"""
+SAVE_RUNNER = """INSERT INTO bgjobs_runners (id, pid, host, workers, started_at, heartbeat_at, abandoned, lock_file)
+    VALUES (:id, :pid, :host, :workers, :now, :now, :abandoned, :lock_file)
+    ON CONFLICT (id) DO UPDATE SET heartbeat_at = :now, abandoned = :abandoned, lock_file = :lock_file"""
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
-OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options, name, max_running, deaths FROM bgjobs_jobs
+LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
+OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options, name, max_running FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 SUPERSEDE = "UPDATE bgjobs_jobs SET superseded = attempt WHERE id = :id"
-COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
+# died_with: the runners that died under the job since it was last acquitted; `deaths` is their number.
+COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1, died_with = json_insert(ifnull(died_with, '[]'), '$[#]', :owner)
+    WHERE id = :id"""
+DIED_BESIDE = """SELECT id, parent_id, root_id, low_priority, parked FROM bgjobs_jobs WHERE deaths > 0 AND id <> :id
+    AND EXISTS (SELECT 1 FROM json_each(died_with) WHERE value IN
+    (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :id))))"""
+FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value) FROM json_each(died_with)
+    WHERE value NOT IN (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
 SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
 
@@ -1028,6 +1037,7 @@ class Submission:
 
 SUSPECT = 2                # deaths of its process after which a job runs with no other such one beside it
 DEATHS = 3                 # after which it is failed
+HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
 PARKED_A_CLAIM = 200       # jobs that one claim puts out of the way; then others get their turn to write
 
 
@@ -1445,7 +1455,7 @@ class Transaction:
 
     def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
         (name, status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_gained,
-         tree_seconds, duration, since, lane, vtime, progress, _, _) = row
+         tree_seconds, duration, since, lane, vtime, progress, _, _, _) = row
         open_ += change.open
         total += change.total
         if change.progress:
@@ -1609,26 +1619,30 @@ class Transaction:
 
     def recover(self, owner: int) -> int:
         """Take the jobs of a runner whose process died back: running to pending, stopping to stopped, at the third death to failed."""
-        rows = self.execute(OWNED, {"owner": owner}).fetchall()
+        rows = sorted(self.execute(OWNED, {"owner": owner}).fetchall(), reverse=True)
+        seen = self.execute(LAST_SEEN, {"id": owner}).fetchone()
         for row in rows:
-            self.execute(COUNT_DEATH, {"id": row[0]})
-            self.take_back(row, "its process died", died=True)
+            self.execute(COUNT_DEATH, {"id": row[0], "owner": owner})
+        for row in rows:                                # children before their parents, which only waited for them
+            self.take_back(row, "its process died", min(self.now, seen[0] + HEARTBEAT_SECONDS) if seen else 0.0, died=True)
         self.execute(REMOVE_RUNNER, {"id": owner})
         return len(rows)
 
-    def take_back(self, owned: tuple[Any, ...], why: str, died: bool = False) -> None:
-        """Supersede the attempt of a job, a row of OWNED: running to pending, stopping to stopped."""
-        job_id, parent_id, root_id, status, _, low, since, charge, options, name, max_running, deaths = owned
+    def take_back(self, owned: tuple[Any, ...], why: str, until: float, died: bool = False) -> None:
+        """Supersede the attempt of a job, a row of OWNED, that ran until then: running to pending, stopping to stopped."""
+        job_id, parent_id, root_id, status, _, low, since, charge, options, name, max_running = owned
         self.apply()
         row = self._row(job_id)
+        deaths = row["deaths"]
         new, error = (STOPPED if status == STOPPING and not row["goes_on"] else PENDING), None
         if new == PENDING and not (decode(options) or {}).get("recover", True):
             error = f"{why} while it ran, and it was declared recover=False"
-        elif died and deaths + 1 >= DEATHS:
-            error = f"its process died under it {deaths + 1} times; resume gives it another try"
+        elif died and deaths >= DEATHS:
+            error = f"its process died under it {deaths} times; resume gives it another try"
+            self._acquit_others(job_id)
         if error is not None:
             new = FAILED if row["open"] == 0 else RUNNING
-        ran = max(0.0, self.now - (since or self.now))
+        ran = max(0.0, until - (since or until))
         queue = low if new == PENDING else None
         self.execute(END_ATTEMPT, {
             "id": job_id, "status": new, "returned": int(error is not None), "finished_at": self.now if new == FAILED else None,
@@ -1639,11 +1653,18 @@ class Transaction:
         root = root_id or job_id
         self._change(root).charge += int(ran * 1e6) - charge
         self._moved(job_id, parent_id, status, new, row["progress"])
-        self._free_slots(name, max_running, deaths)
+        self._free_slots(name, max_running, SUSPECT)    # at its first death it was none: that frees nothing
         self.execute(SUPERSEDE, {"id": job_id})
         if queue is not None:
             self._wake(root, queue)
         self.log(job_id, logging.WARNING, f"{error or why}; {new} now")
+
+    def _acquit_others(self, killer: int) -> None:
+        """Do not hold the deaths for which a job has been failed against those that ran beside it."""
+        for job_id, parent_id, root_id, low, parked in self.execute(DIED_BESIDE, {"id": killer}).fetchall():
+            self.execute(FORGET_DEATHS, {"id": job_id, "killer": killer})
+            if parked == "suspect":
+                self._make_ready([(job_id, parent_id, root_id, low)])
 
     def log(self, job_id: int, level: int, message: str) -> None:
         """Add one line to a job's log."""
@@ -1694,6 +1715,7 @@ OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE
 MEANS = "SELECT name, seconds, tree_seconds FROM bgjobs_functions"
 MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
 RUNNERS = "SELECT id, pid, host, workers, started_at, heartbeat_at, abandoned FROM bgjobs_runners ORDER BY id"
+LOCK_FILES = "SELECT id, lock_file, heartbeat_at FROM bgjobs_runners"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
 UNFINISHED = """SELECT id FROM bgjobs_jobs j WHERE {status} AND (submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter) AND id >= :after ORDER BY id LIMIT 1"""
@@ -1816,7 +1838,9 @@ class Store:
         self.rider: Callable[[Transaction, bool], None] = lambda tx, kicked: None
         self.announce: Callable[[Transaction], None] = lambda tx: None
         self.backlog: Callable[[], None] = lambda: None
-        self._synchronous, self._journal = {"process": "NORMAL", "power": "FULL"}[durability], journal
+        # EXTRA also syncs the folder that the rollback journal is deleted from: that is the commit there.
+        self._synchronous = "NORMAL" if durability == "process" else "FULL" if journal == "wal" else "EXTRA"
+        self._journal = journal
         self._complaints: dict[str, float] = {}           # what was logged lately, and when
         self._readers: deque[sqlite3.Connection] = deque()
         self._version_lock = threading.Lock()             # guards _version_db
@@ -1865,13 +1889,20 @@ class Store:
         db.row_factory = sqlite3.Row
         return db
 
-    def _identity_now(self) -> tuple[int, int]:
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            raise StoreError(f"{self.path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
-                             "new runner") from None
-        return found.st_dev, found.st_ino
+    def _identity_now(self) -> list[tuple[int, int]]:
+        """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
+        found = []
+        for path in (self.path, self.path + "-wal")[:2 if self._journal == "wal" else 1]:
+            try:
+                stat = os.stat(path)
+            except OSError:
+                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
+                                 "new runner") from None
+            found.append((stat.st_dev, stat.st_ino))
+            if path == self.path and stat.st_size == 0:
+                raise StoreError(f"{path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
+                                 "beside it, and make a new runner")
+        return found
 
     def check_file(self) -> None:
         """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
@@ -1905,6 +1936,7 @@ class Store:
         self._writer.execute(f"PRAGMA synchronous = {self._synchronous}")
         self._writer.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
         self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
+        self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()     # the WAL is there from the first read on
 
     def _migrate(self) -> None:
         db = self._writer
@@ -1991,6 +2023,8 @@ class Store:
         with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
             try:
                 db.backup(copy)
+                copy.execute("DELETE FROM bgjobs_runners")       # none of them has the copy: what it shows as running is taken back
+                copy.commit()
             except sqlite3.Error as error:
                 raise StoreError(f"cannot back {self.path} up to {path}: {error}; {_remedy(error)}") from error
 
@@ -3248,7 +3282,6 @@ class Job(Future):                                        # type: ignore[type-ar
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
-HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
@@ -3400,7 +3433,9 @@ class Runner(Submitter, Executor):
     def _register(self) -> tuple[int, int]:
         def register(tx: Transaction) -> tuple[int, int]:
             runner_id = self._save_runner(tx, None)
-            _presence().appear(self._store.path, runner_id)       # the lock is held before anybody can see the row
+            while not _presence().appear(self._store.path, runner_id):     # a runner on a deleted file of this name has it
+                tx.execute(REMOVE_RUNNER, {"id": runner_id})
+                runner_id = self._save_runner(tx, None)               # a higher one; its lock is held before anybody can see the row
             return runner_id, tx.execute(NEXT_ID).fetchone()[0]
         return self._store.write(register)
 
@@ -3408,7 +3443,8 @@ class Runner(Submitter, Executor):
         """Write down, for people to see, that this runner lives; with None for the id it gets one. Returns the id."""
         import socket
         cursor = tx.execute(SAVE_RUNNER, {"id": runner_id, "pid": os.getpid(), "host": socket.gethostname(),
-                                          "workers": self.max_workers, "now": tx.now, "abandoned": abandoned})
+                                          "workers": self.max_workers, "now": tx.now, "abandoned": abandoned,
+                                          "lock_file": _presence().file_id(self._store.path)})
         return cursor.lastrowid if runner_id is None else runner_id
 
     # the hot path: submit, claim, execute, finish
@@ -4039,7 +4075,7 @@ class Runner(Submitter, Executor):
         def release(tx: Transaction) -> None:
             for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
                 if not keep(row[0]):
-                    tx.take_back(row, why)
+                    tx.take_back(row, why, tx.now)
         if any(not keep(row["id"]) for row in self._store.read(OWNED, {"owner": self._id})):
             self._store.write(release)
 
@@ -4107,8 +4143,14 @@ class Runner(Submitter, Executor):
     def _recover_dead(self) -> None:
         """Take the jobs of dead processes back."""
         presence = _presence()
-        known = {row[0] for sql in (RUNNERS, ORPHANED) for row in self._store.read(sql)} - {self._id}
-        for runner in [runner for runner in known if presence.is_dead(self.path, runner)]:
+        if presence.reassert(self.path):
+            self._store.write(lambda tx: self._save_runner(tx, self._id, self._pool.abandoned))
+        lock_file, now = presence.file_id(self.path), self._clock()
+        # Where the lock file is another than the one a runner wrote down, it tells nothing, before that had the time to notice.
+        judged = {row[0] for row in self._store.read(LOCK_FILES)
+                  if row[1] in (None, lock_file) or now - row[2] > 3 * HEARTBEAT_SECONDS}
+        judged.update(row[0] for row in self._store.read(ORPHANED))
+        for runner in [runner for runner in judged - {self._id} if presence.is_dead(self.path, runner)]:
             taken = self._store.write(lambda tx: tx.recover(runner))
             if taken:
                 _say(logging.WARNING, f"took back {taken:,} jobs of a process that died")
@@ -4171,7 +4213,7 @@ class _Service:
         self._due_at: float | None = None
         self._look_at_due = self._nudged = True
         self._soon = False
-        self._seconds, self._version, self._flushed_at, self._second_at = 0, -1, 0.0, 0.0
+        self._seconds, self._version, self._flushed_at, self._half_second_at = 0.0, -1, 0.0, 0.0
         self._abandoned = 0
         self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self._thread.start()
@@ -4242,9 +4284,9 @@ class _Service:
         if now - self._flushed_at >= FLUSH_SECONDS:
             self._flushed_at = now
             runner._flush_progress()
-        if now - self._second_at >= 1.0 and runner._started:
-            self._second_at = now
-            self._every_second()
+        if now - self._half_second_at >= 0.5 and runner._started:
+            self._half_second_at = now
+            self._every_half_second()
 
     def _wake_due(self) -> None:
         runner = self._runner
@@ -4255,10 +4297,13 @@ class _Service:
             runner._store.write(lambda tx: tx.wake_due())
             self._look_at_due = True
 
-    def _every_second(self) -> None:
+    def _every_half_second(self) -> None:
         runner = self._runner
-        self._seconds += 1
+        self._seconds += 0.5
         runner._store.check_file()
+        runner._recover_dead()
+        if self._seconds % 1.0:
+            return
         if self._seconds % 60 == 0:
             runner._store.shorten_wal()
         abandoned = runner._pool.abandoned
@@ -4269,7 +4314,6 @@ class _Service:
             means = runner._costs.take_changed()
             runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
         runner._charge_long_ones()
-        runner._recover_dead()
         runner._give_back("its claim was lost", runner._attempts.__contains__)     # by Ctrl-C, right after a commit
         runner._unpark()
 
@@ -4277,28 +4321,78 @@ class _Service:
 class _Presence:
     """Tells which runners live, by locks of the operating system that die with their process.
 
-    Byte N of PATH-bgjobs-lock is locked by the process of runner N. A process never asks for its own bytes: with POSIX
-    locks it would get them, and closing the file would drop them all. So there is one descriptor for each file and
-    process, shared by all copies of this module through sys.modules.
+    Byte N of PATH-bgjobs-lock is locked by the process of runner N. A process never asks for its own bytes: it would get
+    them. So there is one descriptor for each file and process, shared by all copies of this module through sys.modules. POSIX locks
+    would be dropped when the app closes any descriptor of the file (a copy of the folder does); those of Linux's open files
+    are not, but a forked child has to close its copy.
     """
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self._lock = threading.Lock()                     # guards _files
         self._files: dict[str, tuple[int, set[int]]] = {}
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: keep nothing locked."""
+        for descriptor, _ in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._files = {}
 
     def _file(self, path: str) -> tuple[int, set[int]]:
         key = os.path.realpath(path)
         if key not in self._files:
-            self._files[key] = (os.open(key + "-bgjobs-lock", os.O_RDWR | os.O_CREAT, 0o644), set())
+            self._files[key] = (self._open(key), set())
         return self._files[key]
 
-    def appear(self, path: str, runner: int) -> None:
-        """Take the lock of a runner of this process."""
+    @staticmethod
+    def _open(path: str) -> int:
+        """Open the lock file, which whoever may use the job file may use, too."""
+        try:
+            descriptor = os.open(path + "-bgjobs-lock", os.O_RDWR | os.O_CREAT, 0o600)
+            with contextlib.suppress(OSError, AttributeError):    # it is another's, who has done so; Windows
+                os.fchmod(descriptor, os.stat(path).st_mode & 0o777)
+        except OSError as error:
+            raise StoreError(f"cannot open {path}-bgjobs-lock, whose locks tell which processes live: {error.strerror}; make it and its "
+                             "folder writable for all who use the job file") from error
+        return descriptor
+
+    def appear(self, path: str, runner: int) -> bool:
+        """Take the lock of a runner of this process. False: another holds it."""
         with self._lock:
             descriptor, own = self._file(path)
+            try:
+                if runner in own or not _lock_byte(descriptor, runner):
+                    return False
+            except OSError as error:
+                raise StoreError(f"cannot lock {path}-bgjobs-lock, which tells whether this process lives: {error.strerror}; put the "
+                                 "job file on a local disk") from error
             own.add(runner)
-            _lock_byte(descriptor, runner)
+            return True
+
+    def file_id(self, path: str) -> str:
+        """Return what tells the lock file from another one of its name."""
+        with self._lock:
+            found = os.fstat(self._file(path)[0])
+            return f"{found.st_dev}:{found.st_ino}"
+
+    def reassert(self, path: str) -> bool:
+        """Take the locks of this process again: closing any descriptor of the file drops them, and it may have been deleted.
+        True: it was, and they are on a new file now."""
+        with self._lock:
+            key, (descriptor, own) = os.path.realpath(path), self._file(path)
+            if os.name == "nt":                               # neither can happen there
+                return False
+            try:
+                lost = not os.path.samestat(os.stat(key + "-bgjobs-lock"), os.fstat(descriptor))
+            except FileNotFoundError:
+                lost = True
+            if lost:
+                fresh = self._open(key)
+                os.close(descriptor)
+                descriptor, self._files[key] = fresh, (fresh, own)
+            for runner in own:
+                _lock_byte(descriptor, runner)
+            return lost
 
     def vanish(self, path: str, runner: int) -> None:
         """Give the lock of a runner of this process back."""
@@ -4322,35 +4416,36 @@ class _Presence:
 
 
 def _lock_byte(descriptor: int, byte: int) -> bool:
+    """Lock a byte of a file. False: another process has."""
     try:
-        if os.name == "nt":
-            import msvcrt
-            os.lseek(descriptor, byte, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)    # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except OSError:
+        _set_lock(descriptor, byte, True)
+    except (BlockingIOError, PermissionError):
         return False
     return True
 
 
 def _unlock_byte(descriptor: int, byte: int) -> None:
+    _set_lock(descriptor, byte, False)
+
+
+def _set_lock(descriptor: int, byte: int, locked: bool) -> None:
     if os.name == "nt":
         import msvcrt
         os.lseek(descriptor, byte, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)        # type: ignore[attr-defined]
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK, 1)    # type: ignore[attr-defined]
+        return
+    import fcntl
+    import struct
+    if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:        # Linux: locks of the open file, not of the process
+        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK if locked else fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
     else:
-        import fcntl
-        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, byte)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN, 1, byte)
 
 
 def _presence() -> _Presence:
-    found: Any = sys.modules.get("_bgjobs_presence")
-    if found is None or found.pid != os.getpid():             # a forked child has none of its parent's locks
-        found = _Presence()
-        sys.modules["_bgjobs_presence"] = found
-    return found
+    modules: dict[str, Any] = sys.modules
+    return modules.get("_bgjobs_presence") or modules.setdefault("_bgjobs_presence", _Presence())
 
 
 _living: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -4396,6 +4491,9 @@ def _leave_to_parent() -> None:
     _default_lock, _fork_gate = threading.Lock(), _ForkGate()
     _paused.clear()
     _here.ticket = None
+    inherited: Any = sys.modules.pop("_bgjobs_presence", None)
+    if inherited is not None:
+        inherited.leave_to_parent()
     for runner in list(_living):
         runner._leave_to_parent()
 
