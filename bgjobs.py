@@ -85,9 +85,9 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
-__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "StoreError",
-           "Submitter", "backup", "close", "current_job", "drain", "get", "job", "jobs", "options", "serve", "shutdown",
-           "start", "submit", "submit_many", "wsgi"]
+__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
+           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs", "options",
+           "schedules", "serve", "shutdown", "start", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
 
@@ -439,6 +439,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "restartable": (lambda v: isinstance(v, bool), "True or False"),
     "recover": (lambda v: isinstance(v, bool), "True or False"),
     "secret": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "argument names"),
+    "tz": (lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
     "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
@@ -525,6 +526,136 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
         places += [name] if position is None else [name, position]
     return places
+
+
+# ---- 4 Times of schedules ------------------------------------------------------------------------------------
+#
+# When a schedule is due next: every so many seconds, or at the times of five cron fields, as crontab in POSIX says: a day
+# fits when its month does and, if day of month and day of week are both restricted, either of them. A time that the clocks skip in
+# spring comes as much later; one that they repeat in autumn comes once, the first time. Hours that are all given ("*") are hours
+# that pass instead, whatever the clocks say.
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_CRON_FIELDS = (("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of month", 1, 31, ()), ("month", 1, 12, _MONTHS),
+                ("day of week", 0, 7, _WEEKDAYS))
+_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+               "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+class Every:
+    """A schedule with a period, a text like "15m" (s, m, h, d, w)."""
+
+    def __init__(self, schedule: str) -> None:
+        number, unit = schedule[:-1].strip(), schedule[-1:]
+        if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+            raise ValueError(f"a schedule is seconds, a text like \"15m\" or five cron fields, got {schedule!r}")
+        self.seconds = float(number) * _UNITS[unit]
+        if not 0.01 <= self.seconds < 1e9:
+            raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
+
+    def first(self, now: float) -> float:
+        """Return when it is due for the first time, in Unix seconds."""
+        return now + self.seconds
+
+    def next(self, due: float, now: float) -> float:
+        """Return when it is due next, if it was due then: after `now`, in step with before."""
+        return due + self.seconds * (math.floor((now - due) / self.seconds) + 1) if due <= now else due
+
+
+class Cron:
+    """A schedule of five fields: minute, hour, day of month, month, day of week, in a time zone; None: the machine's."""
+
+    def __init__(self, fields: str, zone: Any = None) -> None:
+        texts = _CRON_WORDS.get(fields.strip().lower(), fields).lower().split()
+        if len(texts) != 5:
+            raise ValueError(f"a cron schedule has five fields (minute hour day month weekday), got {fields!r}")
+        self._zone = zone
+        self._minutes, self._hours, self._days, self._months, weekdays = (
+            self._values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
+        self._weekdays = {day % 7 for day in weekdays}
+        self._by_day, self._by_weekday = texts[2] != "*", texts[4] != "*"
+        self._each_hour = len(self._hours) == 24
+        if self._next_after(time.time()) is None:
+            raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
+
+    @staticmethod
+    def _values(text: str, name: str, least: int, most: int, words: tuple[str, ...]) -> set[int]:
+        """Return the values of one field: lists of *, numbers or names, ranges, and steps."""
+        def number(word: str) -> int:
+            value = words.index(word) + least if word in words else int(word) if word.isdecimal() else -1
+            if not least <= value <= most:
+                raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in {text!r}")
+            return value
+        values: set[int] = set()
+        for part in text.split(","):
+            span, slash, step = part.partition("/")
+            if slash and not (step.isdecimal() and int(step)):
+                raise ValueError(f"a step of a cron schedule is a whole number greater than 0, got {step!r} in {text!r}")
+            low, dash, high = span.partition("-")
+            first, last = (least, most) if span == "*" else (number(low), number(high) if dash else most if slash else number(low))
+            if first > last:
+                raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
+            values.update(range(first, last + 1, int(step or 1)))
+        return values
+
+    def first(self, now: float) -> float:
+        """Return when it is due for the first time, in Unix seconds."""
+        return self.next(-math.inf, now)
+
+    def next(self, due: float, now: float) -> float:
+        """Return when it is due next after `now`."""
+        return self._next_after(max(due, now)) or math.inf
+
+    def _next_after(self, after: float) -> float | None:
+        import datetime
+        begin = datetime.datetime.fromtimestamp(after, self._zone)
+        day, hour = begin.date(), max(0, begin.hour - 2)  # no clock goes back further than that
+        for _ in range(366 * 41):                         # a certain weekday is 29 February after 40 years at most
+            if self._fits(day):
+                times = [moment for moment in self._times_of(day, hour) if moment > after]
+                if times:
+                    return min(times)
+            day, hour = day + datetime.timedelta(days=1), 0
+        return None
+
+    def _fits(self, day: Any) -> bool:
+        by_day, by_weekday = day.day in self._days, day.isoweekday() % 7 in self._weekdays
+        either = self._by_day and self._by_weekday
+        return day.month in self._months and (by_day or by_weekday if either else by_day and by_weekday)
+
+    def _times_of(self, day: Any, from_hour: int) -> Iterator[float]:
+        import datetime
+        for hour in self._hours:
+            for minute in self._minutes if hour >= from_hour else ():
+                for fold in (0, 1) if self._each_hour else (0,):
+                    local = datetime.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self._zone, fold=fold)
+                    moment = local.timestamp()
+                    skipped = datetime.datetime.fromtimestamp(moment, self._zone).replace(fold=fold) != local
+                    if not (skipped and self._each_hour):
+                        yield moment
+
+
+def zone_of(tz: Any) -> tuple[Any, str | None]:
+    """Return a time zone and the key to store it by; None is the machine's own. ValueError: an unknown one."""
+    import datetime
+    import zoneinfo
+    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
+    if key is None:
+        return None, None
+    try:
+        return zoneinfo.ZoneInfo(key), key
+    except Exception:                                     # KeyError, ValueError, OSError: it says too little
+        raise ValueError(f"unknown time zone {_short(tz)}; a name like \"Europe/Berlin\", \"UTC\" or None for the machine's own") from None
+
+
+@functools.lru_cache(1_000)
+def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
+    """Return the schedule that a text like "15m", or five cron fields, describe. ValueError: they describe none."""
+    if len(schedule.split()) > 1 or schedule.startswith("@"):
+        return Cron(schedule, zone_of(zone)[0])
+    return Every(schedule)
 
 
 # ---- 4 Fair shares and pace ----------------------------------------------------------------------------------
@@ -881,6 +1012,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
         lock_file TEXT)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
+    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
+        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT, low_priority INTEGER NOT NULL,
+        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
+        runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
+    # Which living runners' code has which schedules.
+    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
+        PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
 ),)
 
 _SUBMITTED = ("id, name, status, queue, lane, vtime, created_at, run_at, submitter, parent_id, root_id, low_priority, system, "
@@ -991,6 +1129,28 @@ PARKED_BELOW = """WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:hold
 HOLDERS_OF_NAME = "SELECT id FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
 HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND deaths > 0 AND owner IS NOT NULL"
 
+SCHEDULE = """SELECT s.*, EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = s.id) AS registered,
+    (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
+SCHEDULES = SCHEDULE + " ORDER BY system, name, id"
+ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
+DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
+NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
+    AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
+SCHEDULE_WITH_KEY = "SELECT id, schedule, zone FROM bgjobs_schedules WHERE key = :key"
+INSERT_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, name, args, kwargs, options, label, run_by, low_priority,
+    system, max_running, created_at, next_at) VALUES (:key, :schedule, :zone, :name, :args, :kwargs, :options, :label, :run_by, :low_priority,
+    :system, :max_running, :now, :next_at)"""
+UPDATE_SCHEDULE = """UPDATE bgjobs_schedules SET schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
+    options = :options, label = :label, run_by = :run_by, low_priority = :low_priority, system = :system, max_running = :max_running,
+    next_at = ifnull(:next_at, next_at) WHERE key = :key"""
+REGISTER = "INSERT OR IGNORE INTO bgjobs_registered VALUES (:schedule, :runner)"
+UNREGISTER = "DELETE FROM bgjobs_registered WHERE runner_id = :id"
+TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now, job_id = ifnull(:job, job_id),
+    runs = runs + (:job IS NOT NULL), skipped = skipped + (:job IS NULL) WHERE id = :id"""
+PAUSE_SCHEDULE = "UPDATE bgjobs_schedules SET paused = :paused, next_at = :next_at WHERE id = :id"
+RUN_NOW = "UPDATE bgjobs_schedules SET last_at = :now, job_id = :job, runs = runs + 1 WHERE id = :id"
+REMOVE_SCHEDULE = "DELETE FROM bgjobs_schedules WHERE id = :id"
+
 SAVE_RUNNER = """INSERT INTO bgjobs_runners (id, pid, host, workers, started_at, heartbeat_at, abandoned, lock_file)
     VALUES (:id, :pid, :host, :workers, :now, :now, :abandoned, :lock_file)
     ON CONFLICT (id) DO UPDATE SET heartbeat_at = :now, abandoned = :abandoned, lock_file = :lock_file"""
@@ -1033,6 +1193,14 @@ class Submission:
         self.submitter: int | None = None
         self.parent_id: int | None = None
         self.author: tuple[int, int] | None = None      # job id and attempt, when a job submits: a superseded one may not
+
+
+def _scheduled(row: dict[str, Any]) -> Submission:
+    """Return the job that a row of bgjobs_schedules makes."""
+    new = Submission(row["name"])
+    for column in ("args", "kwargs", "options", "label", "run_by", "low_priority", "system", "max_running"):
+        setattr(new, column, row[column])
+    return new
 
 
 SUSPECT = 2                # deaths of its process after which a job runs with no other such one beside it
@@ -1607,6 +1775,60 @@ class Transaction:
         """Make the jobs ready whose time has come."""
         return self._make_ready(self.execute(DUE, {"now": self.now}).fetchall())
 
+    def register(self, key: str, schedule: str, zone: str | None, new: Submission, runner: int) -> int:
+        """Store a schedule that a runner's code has, and return its id. One that changes is due anew; else it keeps its time."""
+        found = self.execute(SCHEDULE_WITH_KEY, {"key": key}).fetchone()
+        row = {"key": key, "schedule": schedule, "zone": zone, "name": new.name, "args": new.args, "kwargs": new.kwargs,
+               "options": new.options, "label": new.label, "run_by": new.run_by, "low_priority": new.low_priority or 0, "system": new.system,
+               "max_running": new.max_running, "now": self.now, "next_at": None}
+        if found is None or found[1:] != (schedule, zone):
+            row["next_at"] = schedule_of(schedule, zone).first(self.now)
+        if found is None:
+            schedule_id = self.execute(INSERT_SCHEDULE, row).lastrowid
+        else:
+            schedule_id = found[0]
+            self.execute(UPDATE_SCHEDULE, row)
+        self.execute(REGISTER, {"schedule": schedule_id, "runner": runner})
+        return schedule_id
+
+    def _schedule(self, sql: str, **parameters: Any) -> list[dict[str, Any]]:
+        cursor = self.execute(sql, {"now": self.now, **parameters})
+        return [dict(zip([column[0] for column in cursor.description], row)) for row in cursor.fetchall()]
+
+    def run_schedules(self) -> None:
+        """Submit a job for each schedule that is due, once for all the times it was, unless its last one is not over."""
+        for row in self._schedule(DUE_SCHEDULES):
+            job = None
+            if row["job_status"] in (None, *OVER):
+                job = self.submit(_scheduled(row))
+            else:
+                self.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
+            next_at = schedule_of(row["schedule"], row["zone"]).next(row["next_at"], self.now)
+            self.execute(TICK, {"id": row["id"], "next_at": next_at, "now": self.now, "job": job})
+
+    def operate_schedule(self, operation: str, schedule_id: int, runner: int) -> int | None:
+        """Pause, resume, run or remove a schedule; return the id of the job that this made. KeyError: there is none."""
+        if operation == "remove":
+            self.execute(UNREGISTER + " AND schedule_id = :schedule", {"id": runner, "schedule": schedule_id})
+        rows = self._schedule(ONE_SCHEDULE, id=schedule_id)
+        if not rows:
+            raise KeyError(schedule_id)
+        row, = rows
+        if operation == "remove":
+            if row["registered"]:
+                raise InvalidOperation(f"schedule {schedule_id} ({row['name']}) is in the code of another process that runs; remove it there")
+            self.execute(REMOVE_SCHEDULE, {"id": schedule_id})
+        elif operation == "run_now":
+            if row["job_status"] not in (None, *OVER):
+                raise InvalidOperation(f"job {row['job_id']} of schedule {schedule_id} ({row['name']}) is {row['job_status']}; wait until it is over")
+            job = self.submit(_scheduled(row))
+            self.execute(RUN_NOW, {"id": schedule_id, "now": self.now, "job": job})
+            return job
+        else:                                             # what was missed in the pause is not made up for
+            next_at = schedule_of(row["schedule"], row["zone"]).next(row["next_at"], self.now)
+            self.execute(PAUSE_SCHEDULE, {"id": schedule_id, "paused": int(operation == "pause"), "next_at": next_at})
+        return None
+
     def unpark(self, key: str) -> bool:
         """Make the jobs ready that were parked with this key."""
         return self._make_ready(self.execute(PARKED, {"key": key}).fetchall())
@@ -1625,8 +1847,13 @@ class Transaction:
             self.execute(COUNT_DEATH, {"id": row[0], "owner": owner})
         for row in rows:                                # children before their parents, which only waited for them
             self.take_back(row, "its process died", min(self.now, seen[0] + HEARTBEAT_SECONDS) if seen else 0.0, died=True)
-        self.execute(REMOVE_RUNNER, {"id": owner})
+        self.remove_runner(owner)
         return len(rows)
+
+    def remove_runner(self, runner: int) -> None:
+        """Forget a runner, and what its code had registered."""
+        self.execute(REMOVE_RUNNER, {"id": runner})
+        self.execute(UNREGISTER, {"id": runner})
 
     def take_back(self, owned: tuple[Any, ...], why: str, until: float, died: bool = False) -> None:
         """Supersede the attempt of a job, a row of OWNED, that ran until then: running to pending, stopping to stopped."""
@@ -3287,6 +3514,57 @@ LOG_BUFFER = 20_000        # log lines that may wait to be written; more are cou
 MEMORY_OF_EXCEPTIONS = 1_000
 
 
+class Schedule:
+    """What `every` returns: a schedule in the file."""
+
+    def __init__(self, runner: Runner, schedule_id: int) -> None:
+        self._runner, self.id = runner, schedule_id
+
+    def info(self) -> dict[str, Any]:
+        """Return what there is to know, as JSON values. Times are Unix seconds. registered: the code of a living process has it;
+        one that no code has runs no more. skipped: times at which the last job was not over. KeyError: it was removed."""
+        rows = self._runner._store.read(ONE_SCHEDULE, {"id": self.id})
+        if not rows:
+            raise KeyError(f"there is no schedule {self.id} in {self._runner.path}")
+        row = dict(rows[0])
+        secret = (json.loads(row["options"]) if row["options"] else {}).get("secret", ())
+        live = row["registered"] and not row["paused"]
+        return {"id": row["id"], "key": row["key"], "schedule": row["schedule"], "tz": row["zone"], "name": row["name"], "label": row["label"],
+                "run_by": row["run_by"], "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
+                **shown_arguments(rows[0], secret), "next_at": row["next_at"] if live else None, "last_at": row["last_at"],
+                "job_id": row["job_id"], "job_status": row["job_status"], "runs": row["runs"], "skipped": row["skipped"],
+                "paused": bool(row["paused"]), "registered": bool(row["registered"])}
+
+    def pause(self) -> Schedule:
+        """Let no more jobs be made, in any process, until it is resumed."""
+        return self._operate("pause")
+
+    def resume(self) -> Schedule:
+        """Go on with the next time; what was missed in the pause is not made up for."""
+        return self._operate("resume")
+
+    def remove(self) -> None:
+        """Delete it. InvalidOperation: the code of another living process has it."""
+        key = self.info()["key"]
+        self._operate("remove")
+        self._runner._schedules.pop(key, None)
+
+    def run_now(self) -> Job:
+        """Submit its job now; the times stay. InvalidOperation: the last one is not over."""
+        return Job(self._runner, self._runner._store.write(lambda tx: tx.operate_schedule("run_now", self.id, 0)))
+
+    def _operate(self, operation: str) -> Schedule:
+        runner = self._runner
+        try:
+            runner._store.write(lambda tx: tx.operate_schedule(operation, self.id, runner._id))
+        except KeyError:
+            raise KeyError(f"there is no schedule {self.id} in {runner.path}") from None
+        return self
+
+    def __repr__(self) -> str:
+        return f"<Schedule {self.id}>"
+
+
 class Submitter:
     """Submits with the options it was made with: what `options()` returns. A runner is one, too."""
 
@@ -3317,6 +3595,16 @@ class Submitter:
         """
         jobs = [self.submit(fn, *arguments) for arguments in zip(*iterables)]
         return _results(jobs, None if timeout is None else time.monotonic() + timeout)
+
+    def every(self, schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
+        """Have `fn(*args, **kwargs)` submitted again and again, from all processes once each time; return the schedule.
+
+        schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone of the option tz. It is known by the
+        option key, else by function and arguments: to register it at each start changes nothing, or its times, if those given
+        have changed. What was missed while no process ran comes once; while its last job is not over, a time is skipped.
+        ValueError: a bad schedule, or the same one at other times; give each a key then. TypeError: as submit.
+        """
+        return (self._of or default_runner())._every(schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
         """Return a Submitter with these options added."""
@@ -3412,6 +3700,7 @@ class Runner(Submitter, Executor):
         self._lines_taken: list[tuple[int, float, int, str, int]] = []       # by the transaction under way
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
+        self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
         self._close_by = math.inf                        # when what still runs is given back
@@ -3481,6 +3770,33 @@ class Runner(Submitter, Executor):
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else BgjobsError
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
+
+    def _every(self, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+               ) -> Schedule:
+        bad = [name for name in ("delay", "run_at", "parent", "connection") if name in options]
+        if bad:
+            raise TypeError(f"{bad[0]} is no option of a schedule")
+        new = self._submission(fn, {**options, "parent": None})
+        new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None for given in (args, kwargs))
+        if not isinstance(schedule, str):
+            schedule = f"{schedule:.12g}s" if _are_seconds([schedule]) else _short(schedule)
+        tz = options.get("tz", _registry.declared.get(fn, {}).get("tz"))
+        zone = zone_of(tz)[1]
+        schedule_of(schedule, zone)
+        key = new.key or f"{new.name}({new.args or ''}{new.kwargs or ''})"
+        if len(key) > 500:
+            raise ValueError(f"the arguments of {new.name} are too long to know its schedule by; give it a key")
+        known = self._schedules.setdefault(key, (schedule, zone))
+        if known != (schedule, zone):
+            raise ValueError(f"{new.name} with these arguments is scheduled already, {known[0]}; give each schedule a key of its own")
+        schedule_id = self._store.write(lambda tx: tx.register(key, schedule, zone, new, self._id))
+        if self._started:
+            self._ensure_service()
+        return Schedule(self, schedule_id)
+
+    def schedules(self) -> list[Schedule]:
+        """Return the schedules in the file, also those that no code has any more."""
+        return [Schedule(self, row["id"]) for row in self._store.read(SCHEDULES)]
 
     def _submission(self, fn: Callable[..., Any], options: dict[str, Any]) -> Submission:
         """Return the row for a job of this function, but for its arguments."""
@@ -3961,6 +4277,7 @@ class Runner(Submitter, Executor):
 
     def _run_one(self) -> bool:
         def claim(tx: Transaction) -> list[tuple[Any, ...]]:
+            tx.run_schedules()
             tx.wake_due()
             return tx.claim(self._id, 1, 1, 0, 0.0, 1, self._costs)
         rows = self._store.write(claim)
@@ -4058,7 +4375,7 @@ class Runner(Submitter, Executor):
             self._flush_progress()
             self._give_back("its process was closed", lambda job_id: False)
             self._store.write(lambda tx: (tx.executemany(SAVE_COST, self._costs.take_changed()),
-                                          tx.execute(REMOVE_RUNNER, {"id": self._id})))
+                                          tx.remove_runner(self._id)))
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -4253,6 +4570,8 @@ class _Service:
                         with _fork_gate:
                             version = db.execute("PRAGMA data_version").fetchone()[0]
                         self._poll(version)
+                        if self._due_at is not None and (left := self._due_at - runner._clock()) > 0:
+                            next_poll = min(next_poll, time.monotonic() + left)
                 except Exception as error:
                     if not store.closed:
                         store.complain(f"{error}; trying again")
@@ -4292,9 +4611,10 @@ class _Service:
         runner = self._runner
         if self._look_at_due:
             self._look_at_due = False
-            self._due_at = runner._store.read(NEXT_DUE)[0][0]
+            due = [runner._store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
+            self._due_at = min((at for at in due if at is not None), default=None)
         if self._due_at is not None and self._due_at <= runner._clock():
-            runner._store.write(lambda tx: tx.wake_due())
+            runner._store.write(lambda tx: (runner._shut or tx.run_schedules(), tx.wake_due()))
             self._look_at_due = True
 
     def _every_half_second(self) -> None:
@@ -4556,6 +4876,16 @@ def options(**options: Any) -> Submitter:
     the same file: the job exists if and only if its transaction commits; ask the handle for nothing but its id before.
     """
     return Submitter(None, options)
+
+
+def every(schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
+    """Runner.every on the default runner: `every("15m", tidy)`, `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
+    return default_runner()._every(schedule, fn, args, kwargs, {})
+
+
+def schedules() -> list[Schedule]:
+    """Runner.schedules on the default runner."""
+    return default_runner().schedules()
 
 
 def get(job_id: int) -> Job:
@@ -5525,6 +5855,8 @@ class Page:
         query = _query(environ.get("QUERY_STRING", ""))
         if parts == ["jobs"]:
             return 200, "application/json", _json_bytes(self._list(query))
+        if parts == ["schedules"]:
+            return 200, "application/json", _json_bytes({"schedules": [schedule.info() for schedule in self._runner.schedules()]})
         if parts == ["runners"]:
             return 200, "application/json", _json_bytes({"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]})
         if parts[0] == "jobs" and len(parts) in (2, 3) and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 19:

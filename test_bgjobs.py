@@ -615,6 +615,134 @@ class TestFunctions:
         assert list(tmp_path.iterdir()) == []
 
 
+# ---- 4 Times of schedules ------------------------------------------------------------------------------------------------
+
+# Worked out with another program: schedule | after this time | the next six; the year where it changes. In UTC.
+CRON_TABLE = """
+    * * * * *            | 2026-01-30 23:58 | 01-30 23:59, 01-31 00:00, 01-31 00:01, 01-31 00:02, 01-31 00:03, 01-31 00:04
+    */5 * * * *          | 2027-12-30 11:07 | 12-30 11:10, 12-30 11:15, 12-30 11:20, 12-30 11:25, 12-30 11:30, 12-30 11:35
+    */7 * * * *          | 2026-01-30 23:58 | 01-31 00:00, 01-31 00:07, 01-31 00:14, 01-31 00:21, 01-31 00:28, 01-31 00:35
+    0 * * * *            | 2027-12-30 11:07 | 12-30 12:00, 12-30 13:00, 12-30 14:00, 12-30 15:00, 12-30 16:00, 12-30 17:00
+    17 */6 * * *         | 2026-01-30 23:58 | 01-31 00:17, 01-31 06:17, 01-31 12:17, 01-31 18:17, 02-01 00:17, 02-01 06:17
+    0 0 * * *            | 2027-12-30 11:07 | 12-31 00:00, 2028-01-01 00:00, 01-02 00:00, 01-03 00:00, 01-04 00:00, 01-05 00:00
+    @daily               | 2026-01-30 23:58 | 01-31 00:00, 02-01 00:00, 02-02 00:00, 02-03 00:00, 02-04 00:00, 02-05 00:00
+    @hourly              | 2027-12-30 11:07 | 12-30 12:00, 12-30 13:00, 12-30 14:00, 12-30 15:00, 12-30 16:00, 12-30 17:00
+    @weekly              | 2026-01-30 23:58 | 02-01 00:00, 02-08 00:00, 02-15 00:00, 02-22 00:00, 03-01 00:00, 03-08 00:00
+    @monthly             | 2027-12-30 11:07 | 2028-01-01 00:00, 02-01 00:00, 03-01 00:00, 04-01 00:00, 05-01 00:00, 06-01 00:00
+    @yearly              | 2026-01-30 23:58 | 2027-01-01 00:00, 2028-01-01 00:00, 2029-01-01 00:00, 2030-01-01 00:00, 2031-01-01 00:00, 2032-01-01 00:00
+    30 6 * * 1-5         | 2027-12-30 11:07 | 12-31 06:30, 2028-01-03 06:30, 01-04 06:30, 01-05 06:30, 01-06 06:30, 01-07 06:30
+    30 6 * * mon-fri     | 2026-01-30 23:58 | 02-02 06:30, 02-03 06:30, 02-04 06:30, 02-05 06:30, 02-06 06:30, 02-09 06:30
+    0 22 * * 5           | 2027-12-30 11:07 | 12-31 22:00, 2028-01-07 22:00, 01-14 22:00, 01-21 22:00, 01-28 22:00, 02-04 22:00
+    0 22 * * fri         | 2026-01-30 23:58 | 02-06 22:00, 02-13 22:00, 02-20 22:00, 02-27 22:00, 03-06 22:00, 03-13 22:00
+    0 12 * * 0           | 2027-12-30 11:07 | 2028-01-02 12:00, 01-09 12:00, 01-16 12:00, 01-23 12:00, 01-30 12:00, 02-06 12:00
+    0 12 * * 7           | 2026-01-30 23:58 | 02-01 12:00, 02-08 12:00, 02-15 12:00, 02-22 12:00, 03-01 12:00, 03-08 12:00
+    0 12 * * sun         | 2027-12-30 11:07 | 2028-01-02 12:00, 01-09 12:00, 01-16 12:00, 01-23 12:00, 01-30 12:00, 02-06 12:00
+    15 10 15 * *         | 2026-01-30 23:58 | 02-15 10:15, 03-15 10:15, 04-15 10:15, 05-15 10:15, 06-15 10:15, 07-15 10:15
+    0 0 31 * *           | 2027-12-30 11:07 | 12-31 00:00, 2028-01-31 00:00, 03-31 00:00, 05-31 00:00, 07-31 00:00, 08-31 00:00
+    0 0 30 * *           | 2026-01-30 23:58 | 03-30 00:00, 04-30 00:00, 05-30 00:00, 06-30 00:00, 07-30 00:00, 08-30 00:00
+    0 0 29 2 *           | 2027-12-30 11:07 | 2028-02-29 00:00, 2032-02-29 00:00, 2036-02-29 00:00, 2040-02-29 00:00, 2044-02-29 00:00, 2048-02-29 00:00
+    0 0 1 1 *            | 2026-01-30 23:58 | 2027-01-01 00:00, 2028-01-01 00:00, 2029-01-01 00:00, 2030-01-01 00:00, 2031-01-01 00:00, 2032-01-01 00:00
+    0 0 1 jan,jul *      | 2027-12-30 11:07 | 2028-01-01 00:00, 07-01 00:00, 2029-01-01 00:00, 07-01 00:00, 2030-01-01 00:00, 07-01 00:00
+    0 0 1 */3 *          | 2026-01-30 23:58 | 04-01 00:00, 07-01 00:00, 10-01 00:00, 2027-01-01 00:00, 04-01 00:00, 07-01 00:00
+    0 9 1-7 * 1          | 2027-12-30 11:07 | 2028-01-01 09:00, 01-02 09:00, 01-03 09:00, 01-04 09:00, 01-05 09:00, 01-06 09:00
+    30 4 1,15 * 5        | 2026-01-30 23:58 | 02-01 04:30, 02-06 04:30, 02-13 04:30, 02-15 04:30, 02-20 04:30, 02-27 04:30
+    0 0 13 * 5           | 2027-12-30 11:07 | 12-31 00:00, 2028-01-07 00:00, 01-13 00:00, 01-14 00:00, 01-21 00:00, 01-28 00:00
+    0 0 */10 * *         | 2026-01-30 23:58 | 01-31 00:00, 02-01 00:00, 02-11 00:00, 02-21 00:00, 03-01 00:00, 03-11 00:00
+    0 0 1 * 1            | 2027-12-30 11:07 | 2028-01-01 00:00, 01-03 00:00, 01-10 00:00, 01-17 00:00, 01-24 00:00, 01-31 00:00
+    59 23 31 12 *        | 2026-01-30 23:58 | 12-31 23:59, 2027-12-31 23:59, 2028-12-31 23:59, 2029-12-31 23:59, 2030-12-31 23:59, 2031-12-31 23:59
+    0,30 8-10 * * *      | 2027-12-30 11:07 | 12-31 08:00, 12-31 08:30, 12-31 09:00, 12-31 09:30, 12-31 10:00, 12-31 10:30
+    5,10,15-20 3 * * *   | 2026-01-30 23:58 | 01-31 03:05, 01-31 03:10, 01-31 03:15, 01-31 03:16, 01-31 03:17, 01-31 03:18
+    10-50/20 */8 * * *   | 2027-12-30 11:07 | 12-30 16:10, 12-30 16:30, 12-30 16:50, 12-31 00:10, 12-31 00:30, 12-31 00:50
+    0 0-20/5 * * *       | 2026-01-30 23:58 | 01-31 00:00, 01-31 05:00, 01-31 10:00, 01-31 15:00, 01-31 20:00, 02-01 00:00
+    0 6 * 2 *            | 2027-12-30 11:07 | 2028-02-01 06:00, 02-02 06:00, 02-03 06:00, 02-04 06:00, 02-05 06:00, 02-06 06:00
+    0 6 10-12 6 sat      | 2026-01-30 23:58 | 06-06 06:00, 06-10 06:00, 06-11 06:00, 06-12 06:00, 06-13 06:00, 06-20 06:00
+    */15 9-17 * * 1-5    | 2027-12-30 11:07 | 12-30 11:15, 12-30 11:30, 12-30 11:45, 12-30 12:00, 12-30 12:15, 12-30 12:30
+    0 0 28-31 * *        | 2026-01-30 23:58 | 01-31 00:00, 02-28 00:00, 03-28 00:00, 03-29 00:00, 03-30 00:00, 03-31 00:00
+    45 23 * * 6          | 2027-12-30 11:07 | 2028-01-01 23:45, 01-08 23:45, 01-15 23:45, 01-22 23:45, 01-29 23:45, 02-05 23:45
+    1 2 3 4 *            | 2026-01-30 23:58 | 04-03 02:01, 2027-04-03 02:01, 2028-04-03 02:01, 2029-04-03 02:01, 2030-04-03 02:01, 2031-04-03 02:01
+    1 2 3 4 5            | 2027-12-30 11:07 | 2028-04-03 02:01, 04-07 02:01, 04-14 02:01, 04-21 02:01, 04-28 02:01, 2029-04-03 02:01
+    0 3 * * 2,4          | 2026-01-30 23:58 | 02-03 03:00, 02-05 03:00, 02-10 03:00, 02-12 03:00, 02-17 03:00, 02-19 03:00
+    0 3 * * tue,thu      | 2027-12-30 11:07 | 2028-01-04 03:00, 01-06 03:00, 01-11 03:00, 01-13 03:00, 01-18 03:00, 01-20 03:00
+    20/15 * * * *        | 2026-01-30 23:58 | 01-31 00:20, 01-31 00:35, 01-31 00:50, 01-31 01:20, 01-31 01:35, 01-31 01:50
+    0 0 1-31 * 3         | 2027-12-30 11:07 | 12-31 00:00, 2028-01-01 00:00, 01-02 00:00, 01-03 00:00, 01-04 00:00, 01-05 00:00
+    0 0 5 * 0-6          | 2026-01-30 23:58 | 01-31 00:00, 02-01 00:00, 02-02 00:00, 02-03 00:00, 02-04 00:00, 02-05 00:00
+    0 12 25 dec *        | 2027-12-30 11:07 | 2028-12-25 12:00, 2029-12-25 12:00, 2030-12-25 12:00, 2031-12-25 12:00, 2032-12-25 12:00, 2033-12-25 12:00
+    0 4 * nov sun        | 2026-01-30 23:58 | 11-01 04:00, 11-08 04:00, 11-15 04:00, 11-22 04:00, 11-29 04:00, 2027-11-07 04:00
+    30 1 29 2 1          | 2027-12-30 11:07 | 2028-02-07 01:30, 02-14 01:30, 02-21 01:30, 02-28 01:30, 02-29 01:30, 2029-02-05 01:30
+"""
+
+
+def minutes(text, zone):
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
+
+
+class TestTimesOfSchedules:
+    @pytest.mark.parametrize("line", CRON_TABLE.strip().splitlines(), ids=lambda line: line.split("|")[0].strip())
+    def test_cron_fields_mean_what_crontab_says(self, line):
+        spec, now, expected = (part.strip() for part in line.split("|"))
+        cron, year, zone = bgjobs.Cron(spec, UTC), now[:4], UTC
+        at = cron.first(minutes(now, zone))
+        for text in expected.split(", "):
+            year = text[:4] if text[4] == "-" else year
+            text = text if text[4] == "-" else f"{year}-{text}"
+            assert at == minutes(text, zone)
+            at = cron.next(at, at)
+
+    @pytest.mark.parametrize("spec,begin,expected", [
+        ("30 2 * * *", "2026-03-28 12:00", ["03-29 03:30+0200", "03-30 02:30+0200"]),           # 02:30 does not exist: once all the same
+        ("30 2 * * *", "2026-10-24 12:00", ["10-25 02:30+0200", "10-26 02:30+0100"]),           # 02:30 comes twice: once
+        ("0 3 * * *", "2026-03-28 12:00", ["03-29 03:00+0200", "03-30 03:00+0200"]),
+        ("30 2,3 * * *", "2026-03-28 12:00", ["03-29 03:30+0200", "03-30 02:30+0200", "03-30 03:30+0200"]),
+        ("*/30 * * * *", "2026-10-25 01:50", ["10-25 02:00+0200", "10-25 02:30+0200", "10-25 02:00+0100", "10-25 02:30+0100", "10-25 03:00+0100"]),
+        ("*/30 * * * *", "2026-03-29 01:40", ["03-29 03:00+0200", "03-29 03:30+0200"]),
+        ("0 */2 * * *", "2026-10-25 00:30", ["10-25 02:00+0200", "10-25 04:00+0100"])])
+    def test_where_the_clocks_change_a_daily_time_comes_once_a_day_and_an_hourly_one_each_hour(self, spec, begin, expected):
+        zone = zoneinfo.ZoneInfo("Europe/Berlin")
+        cron, at = bgjobs.Cron(spec, zone), minutes(begin, zone)
+        for text in expected:
+            at = cron.next(at, at)
+            assert datetime.datetime.fromtimestamp(at, zone).strftime("%m-%d %H:%M%z") == text
+
+    @pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "America/Sao_Paulo", "UTC"])
+    def test_a_daily_time_comes_on_each_of_a_thousand_days(self, zone):
+        zone = zoneinfo.ZoneInfo(zone)
+        for spec in ("30 2 * * *", "10 0 * * *", "0 1,12 * * *"):
+            cron, at, days = bgjobs.Cron(spec, zone), minutes("2016-01-01 00:00", zone), []
+            for _ in range(1_000):
+                at = cron.next(at, at)
+                days.append(datetime.datetime.fromtimestamp(at, zone).date())
+            distinct = sorted(set(days))
+            assert len(distinct) == 1_000 // (2 if "," in spec else 1) and (distinct[-1] - distinct[0]).days == len(distinct) - 1
+
+    def test_a_period_keeps_step_and_what_was_missed_comes_once(self):
+        every = bgjobs.Every("15m")
+        assert every.first(1_000.0) == 1_900.0
+        assert every.next(1_900.0, 1_900.2) == 2_800.0
+        assert every.next(1_900.0, 1_900.0 + 86_400) == 1_900.0 + 86_400 + 900
+        assert [bgjobs.Every(text).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5 h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
+
+    @pytest.mark.parametrize("schedule,reason", [
+        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01 s"),
+        ("", "five cron fields"), ("* * * *", "has five fields"), ("* * * * * *", "has five fields"), ("60 * * * *", "minute of a cron schedule is 0 to 59"),
+        ("* 24 * * *", "hour .* is 0 to 23"), ("* * 0 * *", "day of month .* is 1 to 31"), ("* * * 13 *", "month .* is 1 to 12"),
+        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step .* greater than 0"),
+        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range .* goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
+    def test_a_bad_schedule_is_refused_with_the_reason(self, idle, schedule, reason):
+        with pytest.raises(ValueError, match=reason):
+            idle.every(schedule, add, 1)
+        assert idle.schedules() == []
+
+    @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, None, [1], 1e12])
+    def test_bad_seconds_are_refused(self, idle, seconds):
+        with pytest.raises(ValueError, match="a schedule is|period of a schedule"):
+            idle.every(seconds, add, 1)
+
+    @pytest.mark.parametrize("tz", ["Mars/Olympus", "../etc/passwd", 5, ""])
+    def test_an_unknown_zone_is_an_error_when_registering(self, idle, tz):
+        with pytest.raises(ValueError, match="unknown time zone"):
+            idle.options(tz=tz).every("0 9 * * *", add, 1)
+
+
 # ---- 4 Fair shares and pace ----------------------------------------------------------------------------------------------
 
 def jain(shares):
@@ -2644,6 +2772,159 @@ def count_with_state():
         job.checkpoint(state={"n": n})
         job.sleep(0.001)
     return [begun, job.attempt]
+
+
+class TestSchedules:
+    def test_a_schedule_makes_its_job_when_it_is_due_and_never_ahead(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        nightly = idle.options(tz="UTC", label="Nightly", run_by="ann").every("30 2 * * *", add, 20, b=22)
+        quarter = idle.every("15m", note, "quarter")
+        assert idle.drain() == 0 and idle.jobs() == []
+        clock.now += 899
+        assert idle.drain() == 0
+        clock.now += 1
+        assert idle.drain() == 1 and idle.drain() == 0
+        clock.now = nightly.info()["next_at"]
+        assert clock.now % 86_400 == 9_000
+        assert idle.drain() == 2                                        # the quarters that were missed meanwhile are one
+        job = next(job for job in idle.jobs() if job.label)
+        assert (job.label, job.run_by, job.result(), job.waiting) == ("Nightly", "ann", 42, 0.0)
+        info = quarter.info()
+        assert (info["runs"], info["skipped"], info["job_status"], info["registered"]) == (2, 0, "finished", True)
+        assert 0 < info["next_at"] - clock.now <= 900 and (info["next_at"] - 1_000_000_000) % 900 == 0
+        consistent(idle)
+
+    def test_asleep_for_a_day_it_runs_once(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.every(60, add, 1)
+        clock.now += 86_400
+        assert idle.drain() == 1
+        clock.now += 60
+        assert idle.drain() == 1
+
+    def test_while_its_job_is_not_over_a_time_is_skipped_and_counted(self, make):
+        clock = Clock()
+        runner = make(max_workers=1, clock=clock)
+        schedule = runner.every(10, hold, "scheduled")
+        clock.now += 10
+        wait_for(lambda: schedule.info()["job_status"] == "running")
+        for skipped in (1, 2):
+            clock.now += 10
+            wait_for(lambda: schedule.info()["skipped"] == skipped)
+        job = runner.get(schedule.info()["job_id"])
+        assert "was due again, and skipped" in job.logs()[-1]["message"] and len(runner.jobs()) == 1
+        with pytest.raises(bgjobs.InvalidOperation, match="is running; wait until it is over"):
+            schedule.run_now()
+        gate("scheduled").set()
+        job.result(5)
+        clock.now += 10
+        wait_for(lambda: schedule.info()["runs"] == 2)
+
+    def test_registered_twice_it_is_one_and_other_times_replace_the_former_ones_at_the_next_start(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        first, again = idle.every("1h", add, 1), idle.every("1h", add, 1)
+        assert first.id == again.id and len(idle.schedules()) == 1
+        assert idle.every("1h", add, 2).id != first.id                  # other arguments: another one
+        with pytest.raises(ValueError, match="is scheduled already, 1h; give each schedule a key"):
+            idle.every("2h", add, 1)
+        assert idle.options(key="second").every("2h", add, 1).id != first.id
+        due = first.info()["next_at"]
+        idle.close()
+        clock.now += 1_800
+        later = make(start=False, clock=clock)
+        assert later.every(3_600, add, 1).info()["next_at"] == clock.now + 3_600      # another text: due anew
+        later.close()
+        clock.now += 100
+        third = make(start=False, clock=clock)
+        assert third.every(3_600, add, 1).info()["next_at"] == due + 1_800
+        assert not [s for s in third.schedules() if s.id == first.id and not s.info()["registered"]]
+
+    def test_what_no_code_has_any_more_is_shown_as_such_runs_no_more_and_can_be_removed(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.every("1h", add, 1)
+        idle.close()
+        later = make(start=False, clock=clock)
+        clock.now += 7_200
+        old, = later.schedules()
+        assert (old.info()["registered"], old.info()["next_at"]) == (False, None) and later.drain() == 0
+        assert later.every("1h", add, 1).id == old.id and later.drain() == 1          # missed ones became one
+        other = make(start=False, clock=clock)
+        other.every("1h", add, 1)
+        with pytest.raises(bgjobs.InvalidOperation, match="in the code of another process"):
+            old.remove()
+        other.close()
+        old.remove()
+        assert later.schedules() == []
+        with pytest.raises(KeyError, match="there is no schedule"):
+            old.pause()
+        later.every("2h", add, 1)                                       # it may come back with other times
+
+    def test_paused_resumed_and_run_by_hand(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        schedule = idle.every("1h", add, 1, 2)
+        assert schedule.pause().info()["paused"] and schedule.info()["next_at"] is None
+        clock.now += 9_000
+        assert idle.drain() == 0
+        assert schedule.run_now().id == 1 and idle.drain() == 1
+        assert schedule.resume().info()["next_at"] == clock.now + 1_800  # in step, and nothing made up for
+        assert idle.drain() == 0
+        clock.now += 1_800
+        assert idle.drain() == 1 and schedule.info()["runs"] == 2
+
+    def test_four_processes_make_one_job_for_each_time_even_if_one_is_killed(self, path):
+        code = """
+            import sys, time, bgjobs, test_bgjobs
+            with bgjobs.Runner(sys.argv[1], max_workers=1) as runner:
+                runner.every(0.05, test_bgjobs.add, 1)
+                print("ready", flush=True)
+                time.sleep(60)
+        """
+        processes = [python(code, path) for _ in range(4)]
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(1)
+        processes[0].kill()
+        time.sleep(1)
+        for process in processes:
+            process.kill()
+            process.communicate()
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            info = runner.schedules()[0].info()
+            (created, next_at), = rows(runner, "SELECT created_at, next_at FROM bgjobs_schedules")
+            due = [created + 0.05 * n for n in range(1, round((next_at - created) / 0.05))]
+            made = sorted(job.created_at for job in runner.jobs(limit=None))
+            assert len(made) == info["runs"] and info["runs"] + info["skipped"] <= len(due)
+            assert len({int((at - created) / 0.05) for at in made}) == len(made)        # at most one for each time
+            assert len(made) > len(due) / 2
+            consistent(runner)
+
+    def test_a_schedule_inside_a_job_and_by_decorator_and_options(self, runner):
+        assert runner.submit(register_a_schedule).result(5) == "declared"
+        schedule, = runner.schedules()
+        assert schedule.info()["tz"] == "Asia/Tokyo" and schedule.run_now().result(5) is None
+        with pytest.raises(TypeError, match="delay is no option of a schedule"):
+            runner.options(delay=5).every("1h", add, 1)
+        with pytest.raises(TypeError, match="lambda"):
+            runner.every("1h", lambda: 0)
+
+    def test_the_api_lists_them_and_secrets_stay_secret(self, visitor, idle):
+        idle.options(secret=["b"]).every("1h", add, 1, b="hush")
+        answer = visitor.get("api/schedules")
+        assert [(s["schedule"], s["args"], s["kwargs"], s["runs"]) for s in answer["schedules"]] == [("1h", [1], {"b": "•••"}, 0)]
+
+
+@bgjobs.job(name="declared", tz="Asia/Tokyo")
+def declared():
+    pass
+
+
+def register_a_schedule():
+    return bgjobs.every("0 9 * * *", declared).info()["name"]
 
 
 class TestRetries:
