@@ -191,6 +191,11 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 _dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
+def _is_number(value: Any) -> bool:
+    """Tell whether `value` is an int or float that a float can hold: not NaN, not infinite, not 10**400."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def encode(value: Any, what: str = "the value") -> str:
     """Return `value` as JSON text. TypeError: it cannot be stored; the text names `what` and the remedy."""
     try:
@@ -248,7 +253,7 @@ def _tagged(value: Any, kind: type) -> dict[str, Any]:
         return {"$uuid": value.hex}
     if module.partition(".")[0] == "pathlib" and hasattr(value, "__fspath__"):
         return {"$path": str(value)}
-    raise TypeError(f"{_short(value)} is of type {kind.__qualname__}; pass JSON values, dates, Decimal, UUID, bytes, "
+    raise TypeError(f"{_short(value)} is of type {_type_name(value)}; pass JSON values, dates, Decimal, UUID, bytes, "
                     "set or Path, or an id to load it by")
 
 
@@ -304,21 +309,26 @@ def _untagged(found: dict[str, Any]) -> Any:
     return found
 
 
+def _type_name(value: Any) -> str:
+    """Return the name of the value's type, whatever its metaclass does."""
+    return type.__dict__["__qualname__"].__get__(type(value))
+
+
 def _short(value: Any, limit: int = 80) -> str:
     """Return repr(value), cut, whatever the object's own __repr__ does."""
     try:
-        text = repr(value)
-    except Exception:
-        text = f"<{type(value).__qualname__} that cannot be printed>"
+        text = str.__str__(repr(value))
+    except BaseException:
+        text = f"<{_type_name(value)} that cannot be printed>"
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
 def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
     """Return `value` as text that SQLite can hold: cut, lone surrogates written out. Never raises."""
     try:
-        text = str(value)
+        text = str.__str__(str(value))                    # a subclass may have methods of its own
     except BaseException:
-        text = f"<{type(value).__qualname__} that cannot be printed>"
+        text = f"<{_type_name(value)} that cannot be printed>"
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(text):,} characters)"
     try:
@@ -398,7 +408,7 @@ def import_path(function: Callable[..., Any]) -> str:
             return f"{_module_name(module)}.{qualname}"
         raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this function; "
                         "submit what the module holds under that name")
-    raise TypeError(f"{_short(function)} cannot be a job: {type(function).__qualname__} objects have no import path; "
+    raise TypeError(f"{_short(function)} cannot be a job: {_type_name(function)} objects have no import path; "
                     "submit the function itself and pass it its arguments")
 
 
@@ -3029,9 +3039,9 @@ class Attempt(JobContext):
         return TimeoutError(f"attempt {self.number} took longer than its timeout of {self.options['timeout']:,g} s")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the attempt's outcome."""
+        """Make this error the attempt's outcome. Never raises, whatever the error's own methods do."""
         self.outcome, self.exception, self.result = RAISED, error, None
-        self.error = dump_error(type(error).__qualname__, _text(error), _traceback_of(error))
+        self.error = dump_error(_type_name(error), _text(error), _traceback_of(error))
 
     # stopping
 
@@ -3121,6 +3131,7 @@ class Attempt(JobContext):
             positions.append(0)
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
+        total = None if total is None else float(total)
         done = positions[loop]
         turns, depth = self._turns, len(self._turns)
         turns.append((done, total))
@@ -3156,6 +3167,8 @@ class Attempt(JobContext):
     # progress and log
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        if message is not None and type(message) is not str:
+            message = library_code(_text)(message)        # here, not in the service thread, which is everybody's
         self._note_progress(float(done), None if total is None else float(total), message)
 
     def _note_progress(self, done: float, total: float | None, message: str | None) -> None:
@@ -3173,7 +3186,7 @@ class Attempt(JobContext):
         done, total, message, at = newest
         if message is None and not total:
             message = f"{done:,.12g} done"
-        message = message and _text(message, 500)
+        message = None if message is None else _text(message, 500)
         pace = self._pace
         if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done) or pace is None:
             return Report(None, message=message)
@@ -3219,7 +3232,7 @@ def _capture_log_records() -> None:
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = _current.get()
-        if attempt is not None and record.name != "bgjobs.job":
+        if attempt is not None and record.name not in ("bgjobs.job", None):      # None: of makeLogRecord, which emits nothing
             attempt.runner._keep_log_line(attempt, record)
         return record
     make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
@@ -3855,7 +3868,11 @@ class Runner(Submitter, Executor):
         while self._lines and len(taken) < LINES_A_WRITE:
             taken.append(self._lines.popleft())
         if taken:
-            tx.execute(INSERT_LINES, {"lines": json.dumps(taken)})
+            try:
+                tx.execute(INSERT_LINES, {"lines": _dump(taken)})
+            except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
+                self._lines_dropped += len(taken)
+                taken.clear()
 
     def _ride(self, tx: Transaction, kicked: bool) -> None:
         """Take what waits into a transaction: outcomes of attempts, and claims for free places."""
@@ -3988,9 +4005,12 @@ class Runner(Submitter, Executor):
     def _settle(self, attempt: Attempt) -> bool:
         """Have an ended attempt recorded. True: now, since somebody waits for it, or its place for a job that is ready; else it
         happens within SETTLE_SECONDS, with what else is written then."""
-        if attempt.exception is not None:
-            self._remember_exception(attempt)
-        attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
+        try:
+            if attempt.exception is not None:
+                self._remember_exception(attempt)
+            attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
+        except BaseException as error:                    # whatever it is, the job ends and the worker goes on
+            attempt.fail(error)
         now = time.monotonic()
         if not self._ended:
             self._ended_at = now
@@ -4005,7 +4025,7 @@ class Runner(Submitter, Executor):
 
     def _remember_exception(self, attempt: Attempt) -> None:
         error = attempt.exception
-        traceback.clear_frames(error.__traceback__)       # keeps the lines, not what the function held
+        traceback.clear_frames(_frames_of(error))         # keeps the lines, not what the function held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             self._exceptions.popitem(last=False)
@@ -4023,8 +4043,10 @@ class Runner(Submitter, Executor):
             if record.exc_info and record.exc_info[1] is not None:
                 message += "\n" + _traceback_of(record.exc_info[1])
         except Exception as error:
-            message = f"{record.msg!r} could not be formatted: {_text(error)}"
-        self._lines.append((attempt.id, record.created, record.levelno, _text(message).replace("\0", "\\0"), attempt.number))
+            message = f"{_short(record.msg)} could not be formatted: {_text(error)}"
+        at = record.created if _is_number(record.created) else time.time()
+        level = record.levelno if isinstance(record.levelno, int) and abs(record.levelno) < 1 << 31 else logging.NOTSET
+        self._lines.append((attempt.id, at, level, _text(message).replace("\0", "\\0"), attempt.number))
 
     # reading and operating
 
@@ -4443,7 +4465,8 @@ class Runner(Submitter, Executor):
             while len(self._lines) >= LINES_A_WRITE:
                 self._store.write(_do_nothing)        # they ride along
         if self._lines_dropped:
-            _say(logging.WARNING, f"{self._lines_dropped:,} log lines of jobs were dropped: they came faster than the disk takes them")
+            _say(logging.WARNING, f"{self._lines_dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, "
+                 "or could not be stored")
             self._lines_dropped = 0
 
     def _charge_long_ones(self) -> None:
@@ -4510,15 +4533,20 @@ def _not_a_tuple(args: Any) -> tuple[Any, ...]:
     raise TypeError(f"submit_many takes tuples of arguments, got {_short(args)}; write (value,) for a single argument")
 
 
+def _frames_of(error: BaseException) -> types.TracebackType | None:
+    """Return error.__traceback__, whatever the exception's class has made of that."""
+    return BaseException.__dict__["__traceback__"].__get__(error)
+
+
 def _traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, whatever the exception's own __str__ does; our own frames are left out."""
-    frames = error.__traceback__
+    """Return the traceback as text, whatever the exception's own methods do; our own frames are left out."""
+    frames = _frames_of(error)
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
         frames = frames.tb_next
     try:
         return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
     except BaseException:
-        return f"{type(error).__qualname__} (its traceback cannot be printed)"
+        return f"{_type_name(error)} (its traceback cannot be printed)"
 
 
 class _Service:

@@ -2662,6 +2662,54 @@ class TestInsideAJob:
             assert job.status == "failed" and kind.__name__ in job.error
         assert runner.submit(add, 1, 2).result(5) == 3
 
+    @pytest.mark.parametrize("kind", ["OwnText", "NoName", "NoTraceback", "NoAttributes"])
+    def test_an_exception_whose_own_methods_raise_ends_only_that_attempt(self, make, kind):
+        runner = make(max_workers=1)
+        job = runner.submit(raise_it, kind)
+        assert type(job.exception(10)) is STRANGE[kind]
+        assert job.status == "failed" and kind in job.error
+        assert runner.submit(add, 1, 2).result(5) == 3
+
+    def test_whatever_goes_wrong_when_an_attempt_ends_is_recorded_as_its_failure(self, make, monkeypatch):
+        runner = make(max_workers=1)
+        monkeypatch.setattr(runner, "_remember_exception", lambda attempt: 1 / 0)
+        job = runner.submit(fail)
+        job.exception(10)
+        assert job.status == "failed" and "ZeroDivisionError" in job.error
+        assert runner.submit(add, 1, 2).result(5) == 3
+
+    @pytest.mark.parametrize("message,shown", [("Ambiguous", "ambiguous"), ("[]", "[]"), ("{}", "{}"), ("b''", "b''"), ("''", ""),
+                                               ("0", "0"), ("NoText", "<NoText that cannot be printed>")])
+    def test_any_object_can_be_a_progress_message(self, runner, message, shown):
+        job, other = runner.submit(report_object, message), runner.submit(report_progress)
+        wait_for(lambda: job.info()["message"] == shown and other.progress == 0.25, 2)
+        gate("progress").set()
+        assert isinstance(job.exception(10), KeyError) and other.exception(10) is None
+        json.dumps(job.info())
+
+    def test_a_total_that_is_no_number_fails_only_the_job_that_gave_it(self, runner):
+        other = runner.submit(report_progress)
+        assert isinstance(runner.submit(each_with_total, "many").exception(10), ValueError)
+        wait_for(lambda: other.progress == 0.25, 2)
+        gate("progress").set()
+
+    def test_strange_log_records_are_lines_like_others_or_left_out(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(write_strange_logs)
+        assert job.result(10) == "logged"
+        assert [(line["level"], line["message"]) for line in job.logs()] == [
+            ("INFO", "no time"), ("Level 1000", "high"), ("NOTSET", "too high"),
+            ("INFO", "<NoText that cannot be printed> could not be formatted: no text")]
+        assert all(abs(line["at"] - time.time()) < 60 for line in job.logs())
+
+    def test_log_lines_that_cannot_be_stored_are_dropped_and_hold_nobody_up(self, make, caplog):
+        runner = make(max_workers=1)
+        job = runner.submit(add, 1)
+        for line in ((job.id, float("nan"), 20, "a", 1), (job.id, 1.0, None, "b", 1), (job.id, 1.0, object(), "c", 1)):
+            runner._lines.append(line)
+            assert runner.submit(add, 1, 2).result(5) == 3
+        wait_for(lambda: sum(int(count) for count in re.findall(r"(\d) log lines of jobs were dropped", caplog.text)) == 3)
+
     def test_context_variables_do_not_leak_from_job_to_job(self, make):
         runner = make(max_workers=1)
         assert [runner.submit(leak).result(10) for _ in range(3)] == [None] * 3
@@ -2743,8 +2791,80 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
+class OwnText(Exception):
+    def __str__(self):
+        class Text(str):
+            __len__ = encode = None
+        return Text("text")
+
+
+class NoNames(type):
+    def __getattribute__(cls, name):
+        raise RuntimeError(name)
+
+
+class NoName(Exception, metaclass=NoNames):
+    pass
+
+
+class NoTraceback(Exception):
+    __traceback__ = property(lambda self: 1 / 0)
+
+
+class NoAttributes(Exception):
+    def __getattribute__(self, name):
+        raise KeyError(name)
+
+
+STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError, "OwnText": OwnText, "NoName": NoName,
+           "NoTraceback": NoTraceback, "NoAttributes": NoAttributes}
+
+
 def raise_it(name):
-    raise {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError}.get(name) or vars(__import__("builtins"))[name]
+    raise (STRANGE.get(name) or vars(__import__("builtins"))[name])()
+
+
+class Ambiguous:
+    """Has neither truth nor falsehood, as an array of numpy's."""
+
+    def __bool__(self):
+        raise ValueError("the truth value is ambiguous")
+
+    def __str__(self):
+        return "ambiguous"
+
+
+class NoText:
+    def __str__(self):
+        raise ValueError("no text")
+    __repr__ = __str__
+
+
+def report_object(message):
+    kinds = {"Ambiguous": Ambiguous, "NoText": NoText}
+    bgjobs.current_job().progress(1, 4, kinds[message]() if message in kinds else eval(message))
+    gate("progress").wait(20)
+    bgjobs.current_job().progress(2, 4, kinds[message]() if message in kinds else eval(message))
+    raise KeyError
+
+
+def each_with_total(total):
+    for _ in bgjobs.current_job().each(iter("ab"), total):
+        pass
+
+
+def write_strange_logs():
+    log = bgjobs.current_job().log
+    logging.makeLogRecord({"name": "app", "levelno": 20, "msg": "made, not emitted"})
+    record = logging.LogRecord("app", 20, "f", 1, "no time", (), None)
+    record.created = float("nan")
+    log.handle(record)
+    log.log(1000, "high")
+    log.log(2**70, "too high")
+    logging.raiseExceptions = False
+    log.info(NoText())
+    logging.raiseExceptions = True
+    return "logged"
 
 
 def report_progress():
