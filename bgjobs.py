@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import builtins
 import contextlib
 import contextvars
 import copy
@@ -202,8 +203,8 @@ def encode(value: Any, what: str = "the value") -> str:
         text = _dump(_jsonable(value))
     except RecursionError:
         raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value") from None
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{what} cannot be stored: {error}") from None
+    except Exception as error:                            # of ours, or of the value's own methods
+        raise TypeError(f"{what} cannot be stored: {_text(error)}") from None
     if len(text) > VALUE_LIMIT:
         raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than the {VALUE_LIMIT:,} "
                         "allowed; keep it in a file or a table and pass its name")
@@ -226,7 +227,7 @@ def _jsonable(value: Any) -> Any:
     if kind is dict:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"the key {_short(key)} is no string; use {_short(str(key))}, or a list of pairs")
+                raise TypeError(f"the key {_short(key)} is no string; use {_short(_text(key))}, or a list of pairs")
         plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
         return {"$dict": [list(pair) for pair in plain.items()]} if any(key[:1] == "$" for key in plain) else plain
     return _tagged(value, kind)
@@ -234,13 +235,13 @@ def _jsonable(value: Any) -> Any:
 
 def _tagged(value: Any, kind: type) -> dict[str, Any]:
     """Encode the types beyond JSON. Their modules are looked up, not imported: no value has a type not loaded."""
-    module = kind.__module__
+    module = str(kind.__module__)
     if kind is bytes:
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     if kind is set:
         if any(type(item) is tuple for item in value):
             raise TypeError("a set of tuples would come back as lists; pass a list")
-        return {"$set": [_jsonable(item) for item in sorted(value, key=repr)]}
+        return {"$set": sorted(map(_jsonable, value), key=_dump)}
     if module == "datetime" and kind.__name__ in ("datetime", "time"):
         return {"$" + kind.__name__: [value.replace(tzinfo=None).isoformat(), value.fold, _zone(value)]}
     if module == "datetime" and kind.__name__ == "date":
@@ -251,7 +252,7 @@ def _tagged(value: Any, kind: type) -> dict[str, Any]:
         return {"$decimal": str(value)}
     if module == "uuid" and kind.__name__ == "UUID":
         return {"$uuid": value.hex}
-    if module.partition(".")[0] == "pathlib" and hasattr(value, "__fspath__"):
+    if module.partition(".")[0] == "pathlib" and kind is type(sys.modules["pathlib"].Path()):      # not another system's
         return {"$path": str(value)}
     raise TypeError(f"{_short(value)} is of type {_type_name(value)}; pass JSON values, dates, Decimal, UUID, bytes, "
                     "set or Path, or an id to load it by")
@@ -262,10 +263,12 @@ def _zone(value: Any) -> Any:
     if zone is None:
         return None
     if type(zone).__module__.partition(".")[0] == "zoneinfo" and zone.key:
+        type(zone)(zone.key)                              # raises, where it was made from a file and cannot be loaded by that key
         return zone.key
     if type(zone).__module__ == "datetime":
-        return zone.utcoffset(None).total_seconds()
-    raise TypeError(f"the time zone {zone!r} is not of datetime or zoneinfo; convert it with astimezone()")
+        offset, *name = zone.__getinitargs__()
+        return [offset.total_seconds(), *name] if name else offset.total_seconds()
+    raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
 
 
 def _clock_value(kind: str, text: str, fold: int, zone: Any) -> Any:
@@ -275,7 +278,8 @@ def _clock_value(kind: str, text: str, fold: int, zone: Any) -> Any:
         import zoneinfo
         return value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
     if zone is not None:
-        return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=zone)))
+        seconds, *name = zone if isinstance(zone, list) else [zone]
+        return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds), *name))
     return value
 
 
@@ -3442,7 +3446,13 @@ class Job(Future):                                        # type: ignore[type-ar
         Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError.
         """
         self._await_end(timeout)
-        return super().result(0)
+        error = super().exception(0)
+        if error is None:                                 # Future.result asks for its truth
+            return self._result
+        try:
+            raise error
+        finally:
+            del self, error                               # its traceback keeps this frame
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3498,15 +3508,19 @@ class Job(Future):                                        # type: ignore[type-ar
                 for waiter in self._waiters:
                     waiter.add_cancelled(self)
             else:
-                if row["status"] == "removed":
-                    self._exception = BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
-                elif row["status"] == FINISHED:
-                    self._result = decode(row["result"])
-                else:
-                    self._exception = self._runner._exception_of(self.id, row)
+                try:
+                    if row["status"] == "removed":
+                        self._exception = BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
+                    elif row["status"] == FINISHED:
+                        self._result = decode(row["result"])
+                    else:
+                        self._exception = self._runner._exception_of(self.id, row)
+                except Exception as error:
+                    self._exception = BgjobsError(f"job {self.id} is {row['status']}, but its outcome cannot be read: {_text(error)}")
+                    self._exception.__cause__ = error
                 self._state = FUTURE_FINISHED
                 for waiter in self._waiters:
-                    waiter.add_exception(self) if self._exception else waiter.add_result(self)
+                    waiter.add_result(self) if self._exception is None else waiter.add_exception(self)
             condition.notify_all()
         self._runner._call_back(self)
 
@@ -3970,12 +3984,12 @@ class Runner(Submitter, Executor):
                     attempt.ticket.keep()                 # a force stop raises nothing here any more
                 attempt.result = None if value is None else self._encoded_result(attempt, value)
                 attempt.outcome = RETURNED
-        except JobStopped:
-            attempt.outcome = attempt.reason
-            if attempt.reason == TIMED_OUT:
-                attempt.fail(attempt.took_too_long)
         except BaseException as error:
-            attempt.fail(error)
+            attempt.outcome = attempt.reason
+            if not _is_stop(error):
+                attempt.fail(error)
+            elif attempt.reason == TIMED_OUT:
+                attempt.fail(attempt.took_too_long)
         _here.ticket = around
         attempt.thread = None
         attempt.ran = time.monotonic() - attempt.begun
@@ -4208,9 +4222,9 @@ class Runner(Submitter, Executor):
                 if handle is not None:
                     try:
                         handle._complete()
-                    except StoreError as error:           # the service thread looks again
+                    except Exception as error:            # others' ends are told; the service thread looks again
                         self._ends_missed = True
-                        self._store.complain(str(error))
+                        self._store.complain(_text(error))
                     if handle._state == "PENDING":        # or another process has resumed it meanwhile
                         with self._handle_lock:
                             self._watched.setdefault(job_id, []).append(reference)
@@ -4536,6 +4550,15 @@ def _not_a_tuple(args: Any) -> tuple[Any, ...]:
 def _frames_of(error: BaseException) -> types.TracebackType | None:
     """Return error.__traceback__, whatever the exception's class has made of that."""
     return BaseException.__dict__["__traceback__"].__get__(error)
+
+
+def _is_stop(error: BaseException) -> bool:
+    """Tell whether an exception is JobStopped, or a group of nothing else, as asyncio.TaskGroup makes of it (since Python 3.11)."""
+    group, errors = getattr(builtins, "BaseExceptionGroup", ()), [error]
+    for one in errors:                                    # it grows
+        if issubclass(type(one), group):
+            errors += group.exceptions.__get__(one)
+    return all(issubclass(type(one), (JobStopped, group)) for one in errors)
 
 
 def _traceback_of(error: BaseException) -> str:

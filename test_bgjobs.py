@@ -1,5 +1,6 @@
 """Tests of bgjobs, in the order of its sections. Real SQLite files, threads and processes; only the clock is ever faked."""
 import asyncio
+import builtins
 import collections
 import concurrent.futures
 import contextlib
@@ -11,6 +12,7 @@ import functools
 import gc
 import http.client
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -22,6 +24,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -407,6 +410,7 @@ STORED = [
     datetime.datetime(2026, 1, 31, 12, 30, 1, 5), datetime.datetime(2026, 1, 31, tzinfo=UTC),
     datetime.datetime(2026, 10, 25, 2, 30, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"), fold=1),
     datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone(datetime.timedelta(hours=5, minutes=30))),
+    datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone(datetime.timedelta(hours=1), "CET")),
     datetime.date(2026, 1, 31), datetime.time(23, 59, 59, 1), datetime.time(1, 2, tzinfo=UTC),
     datetime.timedelta(days=-3, microseconds=7), decimal.Decimal("1.10"), decimal.Decimal("NaN"),
     uuid.UUID("12345678123456781234567812345678"), b"", b"\x00\xff", set(), {1, "a", None}, pathlib.Path("/tmp/x"),
@@ -420,11 +424,37 @@ def nested_list(depth):
     return value
 
 
+class SilentKey:
+    def __repr__(self):
+        raise KeyboardInterrupt
+
+
+class NoModule:
+    __module__ = None
+
+
+class NoZone(datetime.tzinfo):
+    def __repr__(self):
+        raise RuntimeError
+
+    def utcoffset(self, at):
+        return datetime.timedelta(0)
+
+
+def zone_from_file():
+    """Return a time zone that cannot be loaded by its key."""
+    counts = struct.pack(">6l", 0, 0, 0, 0, 1, 4)
+    return zoneinfo.ZoneInfo.from_file(io.BytesIO(b"TZif" + bytes(16) + counts + bytes(6) + b"UTC\0"), key="My/Zone")
+
+
 REFUSED = [
     (float("nan"), "not JSON compliant"), (float("inf"), "not JSON compliant"), ({1: 2}, "the key 1 is no string"),
     ({(1, 2): 3}, "is no string"), (object(), "is of type object"), (lambda: 0, "is of type function"),
     (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "nested too deeply"),
     ({(1, 2)}, "a set of tuples"), ({frozenset()}, "frozenset"), (1 + 2j, "complex"), (range(3), "range"),
+    ({SilentKey()}, "SilentKey"), ({SilentKey(): 1}, "SilentKey"), (NoModule(), "is of type NoModule"),
+    (datetime.datetime(2026, 1, 1, tzinfo=NoZone()), "NoZone"), (pathlib.PureWindowsPath("C:/x"), "is of type PureWindowsPath"),
+    (pathlib.PurePosixPath("/x"), "is of type PurePosixPath"), (datetime.datetime(2026, 1, 1, tzinfo=zone_from_file()), "My/Zone"),
 ]
 
 
@@ -438,7 +468,7 @@ class TestValues:
         else:
             assert back == value
         if isinstance(value, datetime.datetime):
-            assert (back.tzinfo, back.fold) == (value.tzinfo, value.fold)
+            assert (back.tzinfo, back.fold, back.tzname()) == (value.tzinfo, value.fold, value.tzname())
 
     def test_tuples_come_back_as_lists(self):
         assert bgjobs.decode(bgjobs.encode({"a": (1, (2, 3))})) == {"a": [1, [2, 3]]}
@@ -2714,6 +2744,14 @@ class TestInsideAJob:
         runner = make(max_workers=1)
         assert [runner.submit(leak).result(10) for _ in range(3)] == [None] * 3
 
+    @pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no exception groups")
+    @pytest.mark.parametrize("only,status", [(True, "stopped"), (False, "failed")])
+    def test_a_group_of_nothing_but_stops_is_a_stop(self, runner, only, status):
+        job = runner.submit(stop_in_groups, only)
+        wait_for(lambda: job.status == "running")
+        job.stop()
+        wait_for(lambda: job.status == status)
+
     def test_a_checkpoint_with_a_state_that_cannot_be_stored_raises_there(self, runner):
         job = runner.submit(bad_state)
         assert job.result(10) == f"the state of job {job.id} cannot be stored: the key 1 is no string; use '1', or a list of pairs"
@@ -2816,12 +2854,27 @@ class NoAttributes(Exception):
         raise KeyError(name)
 
 
+class Falsy(Exception):
+    def __len__(self):
+        return 0
+
+
+class AmbiguousError(Exception):
+    def __bool__(self):
+        raise ValueError
+
+
 STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError, "OwnText": OwnText, "NoName": NoName,
-           "NoTraceback": NoTraceback, "NoAttributes": NoAttributes}
+           "NoTraceback": NoTraceback, "NoAttributes": NoAttributes, "Falsy": Falsy, "Ambiguous": AmbiguousError}
 
 
 def raise_it(name):
     raise (STRANGE.get(name) or vars(__import__("builtins"))[name])()
+
+
+def raise_at_gate(name):
+    assert gate("truth").wait(20)
+    raise STRANGE[name]
 
 
 class Ambiguous:
@@ -2851,6 +2904,15 @@ def report_object(message):
 def each_with_total(total):
     for _ in bgjobs.current_job().each(iter("ab"), total):
         pass
+
+
+def stop_in_groups(only):
+    try:
+        while True:
+            bgjobs.current_job().sleep(0.01)
+    except bgjobs.JobStopped as stop:
+        inner = builtins.BaseExceptionGroup("inner", [bgjobs.JobStopped()] if only else [bgjobs.JobStopped(), ValueError()])
+        raise builtins.BaseExceptionGroup("outer", [inner, stop]) from None
 
 
 def write_strange_logs():
@@ -3867,6 +3929,34 @@ class TestHandle:
             with pytest.raises(type(error)) as caught:
                 runner.get(job.id).result(10)
             assert caught.value is error and not job.cancelled()
+
+    @pytest.mark.parametrize("kind", ["Falsy", "Ambiguous"])
+    def test_an_exception_is_one_whatever_its_truth_value(self, runner, kind):
+        jobs = [runner.submit(raise_at_gate, kind) for _ in range(3)]
+        waits = [threading.Thread(target=concurrent.futures.wait, args=([jobs[0]],), daemon=True),
+                 threading.Thread(target=list, args=(concurrent.futures.as_completed([jobs[1]]),), daemon=True)]
+        for wait in waits:
+            wait.start()
+        gate("truth").set()
+        with pytest.raises(STRANGE[kind]):
+            jobs[2].result(10)
+        for wait in waits:
+            wait.join(10)
+            assert not wait.is_alive()
+
+    @pytest.mark.parametrize("column,value", [("result", '{"$date": "x"}'), ("result", "{"), ("error", "junk")])
+    def test_an_outcome_that_cannot_be_read_is_an_error_and_holds_no_other_handle_up(self, idle, column, value):
+        bad, good = idle.submit(add, 1), idle.submit(add, 1, 2)
+        both = concurrent.futures.as_completed([bad, good])
+        with contextlib.closing(sqlite3.connect(idle.path)) as db:          # as if another process had run it
+            db.execute(f"UPDATE bgjobs_jobs SET status = ?, {column} = ?, queue = NULL, lane = NULL WHERE id = ?",
+                       ("finished" if column == "result" else "failed", value, bad.id))
+            db.commit()
+        idle.drain()
+        assert {job.id for job in both} == {bad.id, good.id}
+        with pytest.raises(bgjobs.BgjobsError, match="its outcome cannot be read"):
+            bad.result(5)
+        assert good.result(5) == 3
 
     def test_a_job_that_another_process_ends_completes_the_handle(self, idle, path):
         job = idle.submit(add, 1, 2)
