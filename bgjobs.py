@@ -436,23 +436,23 @@ def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
 
 # Option -> (check, what it must be). Defaults are said in DESIGN's table and in `options`.
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda v: isinstance(v, str) and v != "", "a text"),
+    "name": (lambda v: _is_name(v), "a text of 1 to 500 characters, without lone surrogates"),
     "label": (lambda v: isinstance(v, str), "a text"),
     "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
     "low_priority": (lambda v: isinstance(v, bool), "True or False"),
     "system": (lambda v: isinstance(v, bool), "True or False"),
-    "key": (lambda v: isinstance(v, str) and v != "", "a text"),
+    "key": (lambda v: _is_name(v), "a text of 1 to 500 characters, without lone surrogates"),
     "delay": (lambda v: _are_seconds([v]), "seconds, 0 or more"),
     "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
     "retries": (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
     "backoff": (lambda v: callable(v) or _are_seconds([v]) or isinstance(v, (list, tuple)) and len(v) > 0 and _are_seconds(v),
                 "seconds, a list of seconds, or a function of the attempt"),
     "timeout": (lambda v: v is None or _are_seconds([v]) and v > 0, "seconds, more than 0"),
-    "max_running": (lambda v: v is None or type(v) is int and v > 0, "a whole number greater than 0"),
+    "max_running": (lambda v: v is None or type(v) is int and 0 < v < 1 << 63, "a whole number greater than 0 and less than 2**63"),
     "stoppable": (lambda v: isinstance(v, bool), "True or False"),
     "restartable": (lambda v: isinstance(v, bool), "True or False"),
     "recover": (lambda v: isinstance(v, bool), "True or False"),
-    "secret": (lambda v: not isinstance(v, str) and all(isinstance(n, str) for n in v), "argument names"),
+    "secret": (lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(isinstance(n, str) for n in v), "a list of argument names"),
     "tz": (lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
     "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
@@ -461,8 +461,13 @@ _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout") 
 BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
 
 
+def _is_name(value: Any) -> bool:
+    """Tell whether a text can be stored as it is, neither cut nor escaped: two names must not become one."""
+    return isinstance(value, str) and 0 < len(value) <= 500 and _text(value) == value
+
+
 def _are_seconds(values: Iterable[Any]) -> bool:
-    return all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values)
+    return all(_is_number(v) and v >= 0 for v in values)
 
 
 def _backoff_list(backoff: Any, retries: int) -> list[float]:
@@ -489,10 +494,9 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
 
 
 def _unix(value: Any) -> float | None:
-    if type(value) in (int, float):
-        return float(value) if math.isfinite(value) else None
-    aware = hasattr(value, "timestamp") and getattr(value, "tzinfo", None) is not None
-    return value.timestamp() if aware else None
+    if hasattr(value, "timestamp") and value.utcoffset() is not None:
+        value = value.timestamp()
+    return float(value) if _is_number(value) else None
 
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -503,7 +507,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         check, must_be = _OPTIONS[name]
         try:
             fits = check(value)
-        except TypeError:
+        except Exception:                                 # of the value's own methods
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {_short(value)}")
@@ -536,6 +540,9 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
     places: list[str | int] = []
     for name in secret:
         position = next((i for i, p in enumerate(parameters) if p.name == name), None)
+        if position is not None and parameters[position].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise ValueError(f"secret names {name!r}, which takes any number of arguments of {function.__qualname__}; name its keywords, "
+                             "or pass them as one argument, a list or a dict")
         if position is None and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
         places += [name] if position is None else [name, position]
@@ -2476,10 +2483,14 @@ class Store:
             try:
                 db = self._readers.pop() if self._readers else self.connect()
                 rows = db.execute(sql, parameters or {}).fetchall()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
                 if db is not None:
                     db.close()
-                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+                if isinstance(error, sqlite3.Error):
+                    raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+                name, value = next((name, value) for name, value in parameters.items() if isinstance(value, int)
+                                   and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
+                raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
             if len(self._readers) < 8 and not self.closed:
                 self._readers.append(db)
             else:
@@ -2577,6 +2588,8 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             where.append("status <> 'pending'")
     for name in ("name", "run_by"):
         if filters.get(name) is not None:
+            if not isinstance(filters[name], str):
+                raise ValueError(f"{name} must be a text, got {_short(filters[name])}")
             where.append(f"{name} = :{name}")
             parameters[name] = filters[name]
     if filters.get("errors") is not None:
@@ -2592,7 +2605,10 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     for name, sign in (("created_from", ">="), ("created_to", "<=")):
         if filters.get(name) is not None:
             where.append(f"created_at {sign} :{name}")
-            parameters[name] = float(filters[name])
+            try:
+                parameters[name] = float(filters[name])
+            except OverflowError:
+                raise ValueError(f"{name} must be Unix seconds, got {_short(filters[name])}") from None
     if filters.get("q"):
         where.append(
             "(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)"
@@ -2673,7 +2689,7 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
     if row["gained"] and not row["returned"]:
         age = now - row["progress_at"]
         estimates.append(time_left(1.0 - row["progress"], Rate(row["gained"], row["seconds"]), row["step"], age, duration - age))
-    known = [estimate for estimate in estimates if estimate is not None]
+    known = [estimate for estimate in estimates if estimate is not None and math.isfinite(estimate)]
     if known:
         return max(known)
     mean = usual(row["name"])
@@ -3673,6 +3689,8 @@ class Runner(Submitter, Executor):
             max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
         if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers <= 0:
             raise ValueError(f"max_workers must be greater than 0, got {_short(max_workers)}")
+        if max_workers >= 1 << 31:
+            raise ValueError(f"max_workers must be less than 2**31, got {_short(max_workers)}")
         if durability not in ("process", "power"):
             raise ValueError(f'durability must be "process" or "power", got {_short(durability)}')
         if journal not in ("wal", "delete"):
@@ -3850,7 +3868,8 @@ class Runner(Submitter, Executor):
         new.name = given.get("name", new.name)
         if "name" in given:
             _registry.by_name.setdefault(new.name, fn)
-        for name in ("label", "run_by", "key"):
+        new.key = given.get("key")
+        for name in ("label", "run_by"):
             value = given.get(name)
             setattr(new, name, None if value is None else _text(value, 500))
         new.low_priority = int(given["low_priority"]) if "low_priority" in given else None
@@ -3863,13 +3882,13 @@ class Runner(Submitter, Executor):
         kept = {name: given[name] for name in _KEPT if name in given}
         if "backoff" in given:
             kept["backoff"] = _backoff_list(given["backoff"], given.get("retries", 0))
-        if kept.get("secret"):
+        if "secret" in kept:
             kept["secret"] = _secret_places(fn, kept["secret"])
         if kept:
             new.options = json.dumps(kept, separators=(",", ":"))
         parent = given.get("parent")
         if parent is not None:
-            if parent._runner.path != self.path:
+            if os.path.realpath(parent._runner.path) != os.path.realpath(self.path):
                 raise ValueError(f"{parent!r} is in {parent._runner.path}; it takes no children from {self.path}")
             new.parent_id = parent.id
             running = self._attempts.get(parent.id)
@@ -6007,7 +6026,7 @@ class Page:
 
 
 def _json_bytes(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _dump(value).encode()
 
 
 def _read_json(environ: dict[str, Any]) -> Any:

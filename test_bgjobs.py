@@ -522,6 +522,19 @@ def outer():
     return inner
 
 
+def any_number(*words, **named):
+    pass
+
+
+class NoOffset(datetime.tzinfo):
+    def __init__(self, kind):
+        self.kind = kind
+
+    def utcoffset(self, at):
+        if self.kind is not None:
+            raise RuntimeError(self.kind)
+
+
 class TestFunctions:
     @pytest.mark.parametrize("function,reason", [
         (lambda: 0, "a lambda has no name"), (outer(), "defined inside a function"), (functools.partial(add, 1), "partial objects"),
@@ -616,6 +629,35 @@ class TestFunctions:
         with pytest.raises(ValueError, match="not both"):
             idle.options(delay=1, run_at=1)
 
+    @pytest.mark.parametrize("name,values", [
+        ("key", ["", 5, "x" * 501, "\udcff"]), ("name", ["", 5, "x" * 501, "\udcff"]), ("delay", [10**400, float("inf"), True]),
+        ("run_at", [10**400, float("nan"), datetime.datetime(2026, 1, 1, tzinfo=NoOffset("raises")),
+                    datetime.datetime(2026, 1, 1, tzinfo=NoOffset(None))]),
+        ("max_running", [0, 2**63, True]), ("secret", ["b", None, [5], (name for name in "b")])])
+    def test_values_that_cannot_be_kept_as_they_are_are_refused(self, idle, name, values):
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} must be .*, got "):
+                idle.options(**{name: value}).submit(add, 1, 2)
+        assert idle.jobs() == []
+
+    def test_two_keys_are_two_jobs_however_alike(self, idle):
+        keys = ["k" * 500, "k" * 499, "\\udcff", "\0", "\x00\x00"]
+        assert len({idle.options(key=key).submit(add, 1).id for key in keys}) == len(keys)
+
+    def test_numbers_and_texts_that_sqlite_cannot_hold_are_value_errors_that_name_them(self, idle, path):
+        job = idle.submit(add, 1)
+        for name in ("limit", "before", "parent"):
+            with pytest.raises(ValueError, match=name):
+                idle.jobs(**{name: 2**63})
+        for name in ("limit", "after", "level"):
+            with pytest.raises(ValueError, match=name):
+                job.logs(**{name: 2**63})
+        for filters in ({"created_from": 10**400}, {"name": ["a"]}, {"name": "\udcff"}, {"run_by": 5}):
+            with pytest.raises(ValueError, match=next(iter(filters))):
+                idle.jobs(**filters)
+        with pytest.raises(ValueError, match="max_workers"):
+            bgjobs.Runner(path, max_workers=2**63)
+
     def test_options_and_arguments_of_the_function_never_clash(self, idle):
         job = idle.options(label="L", run_by="ann").submit(dict, label=1, fn=2, self=3, options=4)
         idle.drain()
@@ -633,6 +675,11 @@ class TestFunctions:
         assert jobs[0].result() == 271829
         with pytest.raises(ValueError, match="no such argument"):
             idle.options(secret=["c"]).submit(add, 1)
+        assert idle.options(secret=set()).submit(add, 1, 2).args == [1, 2]
+        assert idle.options(secret=["word"]).submit(any_number, word="271828", user="u").kwargs == {"word": bgjobs.MASK, "user": "u"}
+        for name in ("words", "named"):
+            with pytest.raises(ValueError, match=f"secret names '{name}', which takes any number of arguments"):
+                idle.options(secret=[name]).submit(any_number, "271828")
 
     def test_importing_is_quick_and_has_no_side_effects(self, tmp_path):
         code = """
@@ -2556,6 +2603,12 @@ class TestInsideAJob:
         again = runner.submit(nap, 0.3)
         assert 0 < wait_for(lambda: again.eta) <= unreported.duration + 0.1
 
+    def test_an_estimate_that_is_beyond_all_numbers_is_none(self, runner):
+        job = runner.submit(report_next_to_nothing)
+        wait_for(lambda: job.progress is not None)
+        assert job.progress == 5e-324 and job.eta is None
+        gate("next to nothing").set()
+
     def test_nested_loops_report_one_progress(self, make):
         runner = make(max_workers=1)
         job = runner.submit(nested_progress)
@@ -2932,6 +2985,11 @@ def write_strange_logs():
 def report_progress():
     bgjobs.current_job().progress(25, 100, "a quarter")
     gate("progress").wait(20)
+
+
+def report_next_to_nothing():
+    bgjobs.current_job().progress(5e-324, 1)
+    gate("next to nothing").wait(20)
 
 
 def write_logs():
@@ -3399,6 +3457,11 @@ class TestTrees:
         with pytest.raises(bgjobs.InvalidOperation, match="is finished; it takes no more children"):
             idle.options(parent=parent).submit(add, 3)
         consistent(idle)
+
+    def test_a_parent_may_be_of_a_runner_that_names_the_file_by_another_path(self, make, idle, tmp_path):
+        os.symlink(idle.path, tmp_path / "link.db")
+        parent = idle.submit(add, 1)
+        assert make(tmp_path / "link.db", start=False).options(parent=parent).submit(add, 2).parent_id == parent.id
 
     def test_a_stopped_tree_takes_no_children(self, idle):
         root = idle.submit(add, 1)
