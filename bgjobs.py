@@ -1061,8 +1061,10 @@ CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key
 PARENT_OF = "SELECT parent_id FROM bgjobs_jobs WHERE id = :id"
 STANDING = "SELECT status, attempt, root_id, low_priority, run_by, options FROM bgjobs_jobs WHERE id = :id"
 
-_CLAIMED = ("id, parent_id, root_id, name, attempt, args, kwargs, state, positions, options, run_by, low_priority, total, "
-            "progress, vtime, queue, max_running, deaths")
+# Cast, since SQLite keeps any type in any column: a row that somebody else has written must not stop the claims of all.
+_CLAIMED = ("id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions, "
+            "CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL), "
+            "CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER)")
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
@@ -1230,6 +1232,15 @@ HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the liv
 PARKED_A_CLAIM = 200       # jobs that one claim puts out of the way; then others get their turn to write
 
 
+def kept_options(text: str | None) -> dict[str, Any]:
+    """Return the options that a row keeps. Those that somebody else has written and nobody can read: {"unreadable": why}."""
+    try:
+        options = json.loads(text) if text else {}
+        return options if isinstance(options, dict) else {"unreadable": f"{_short(text)} is no JSON object"}
+    except (TypeError, ValueError) as error:
+        return {"unreadable": _text(error)}
+
+
 def slots_of(name: str, max_running: int | None, deaths: int) -> dict[str, int]:
     """Return the limits that a job counts for, as {what it is parked by: how many may run}."""
     slots = {} if max_running is None else {f"limit {name}": max_running}
@@ -1355,7 +1366,7 @@ class Transaction:
             raise InvalidOperation(f"job {new.parent_id} does not exist any more; it takes no children")
         status, _, root_id, low, run_by, options = row
         by_itself = new.author is not None and new.author[0] == new.parent_id
-        if by_itself and status == STOPPING and (decode(options) or {}).get("stoppable", True):
+        if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
             raise JobStopped(f"job {new.parent_id} was asked to stop")
         if status in OVER or status in (STOPPING, STOPPED) and not by_itself:
             raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no {'more ' if status in OVER else ''}children"
@@ -1703,7 +1714,7 @@ class Transaction:
         return moved
 
     def _check_operation(self, operation: str, top: dict[str, Any], tree: list[dict[str, Any]]) -> None:
-        options, job = decode(top["options"]) or {}, f"job {top['id']}"
+        options, job = kept_options(top["options"]), f"job {top['id']}"
         active = next((row["id"] for row in tree if row["status"] in ACTIVE and row is not top), None)
         allowed = allowed_operations(top["status"], options, bool(top["system"]), active is not None)
         why = objection(operation, options, bool(top["system"]))
@@ -1720,7 +1731,7 @@ class Transaction:
 
     def _operate_on(self, operation: str, row: dict[str, Any], top: dict[str, Any]) -> bool:
         """Apply an operation to one job of the tree, if its status allows it."""
-        status, options = row["status"], decode(row["options"]) or {}
+        status, options = row["status"], kept_options(row["options"])
         new = TRANSITIONS[operation].get(status)
         if operation == "resume" and status == STOPPING and row is not top:
             self.execute(GO_ON, {"id": row["id"], "goes_on": 1})     # as soon as it has stopped
@@ -2066,6 +2077,11 @@ def _uri(path: str) -> str:
     return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file:" + path
 
 
+def _decoded(text: bytes) -> str:
+    """Return a text of the file, also one that somebody else has written and that is not UTF-8."""
+    return text.decode("utf-8", "backslashreplace")
+
+
 def _do_nothing(tx: Transaction) -> None:
     """What a transaction without a write of its own runs: what waits rides along."""
 
@@ -2134,7 +2150,7 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
         db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
-        db.row_factory = sqlite3.Row
+        db.row_factory, db.text_factory = sqlite3.Row, _decoded
         return db
 
     def _identity_now(self) -> list[tuple[int, int]]:
@@ -2417,10 +2433,12 @@ class Store:
                 self.rider(tx, ride == "all")
             tx.apply()
             db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             self._lineages.clear()
+            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
+                db.text_factory = _decoded                # slower; the transaction is run again
             raise
         return tx
 
@@ -2624,17 +2642,47 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 MASK = "\u2022\u2022\u2022"
 COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
                 "attempt", "message")
+_TEXT_COLUMNS = ("name", "status", "phase", "parked", "label", "run_by", "key", "message")
+_JSON_COLUMNS = ("options", "args", "kwargs", "state", "positions", "result", "error")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
     """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds; `usual(name)` is
-    how long jobs of this name take."""
-    options = json.loads(row["options"]) if row["options"] else {}
+    how long jobs of this name take. Of a row that somebody else has written wrong: what can be read of it."""
+    try:
+        return _described(row, now, usual)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        return _described(_legible(row, error), now, usual)
+
+
+def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
+    """Return a row without what nobody can read, nor values: which of them are secret may be among that."""
+    legible: dict[str, Any] = {}
+    for name in row.keys():
+        value = None if name in _JSON_COLUMNS else row[name]
+        if value is not None:
+            value = _text(value) if name in _TEXT_COLUMNS else value if _is_number(value) else 0
+        legible[name] = value
+    return {**legible, "error": dump_error("StoreError", f"this row cannot be read: {_text(why)}", "")}
+
+
+def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
+    options = kept_options(row["options"])
+    values = tuple(row)
+    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
+        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
     status = row["status"]
     active = status in ACTIVE
     due = max(row["created_at"], row["run_at"] or 0.0)
     duration = row["duration"] + (max(0.0, now - row["since"]) if active and row["since"] else 0.0)
-    error = json.loads(row["error"]) if row["error"] else None
+    error = _parse(row["error"]) if row["error"] else None
     waits_until = now if status == PENDING else row["finished_at"] or due
     info = {name: row[name] for name in COLUMNS_SEEN}
     info.update(
@@ -2643,7 +2691,7 @@ def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None])
         progress=progress_of(row), eta=eta_of(row, now, duration, usual),
         children={name: row[name] for name in ("total", "done", "failed", "running")},
         root_id=row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
-        state=json.loads(row["state"]) if row["state"] else None, result=json.loads(row["result"]) if row["result"] else None,
+        state=_parse(row["state"]) if row["state"] else None, result=_parse(row["result"]) if row["result"] else None,
         error=error and (error["traceback"] or f"{error['type']}: {error['text']}"),
         operations=allowed_operations(status, options, bool(row["system"]), row["running"] > 0))
     return info
@@ -2698,8 +2746,8 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
 
 def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args = json.loads(row["args"]) if row["args"] else []
-    kwargs = json.loads(row["kwargs"]) if row["kwargs"] else {}
+    args = list(_parse(row["args"])) if row["args"] else []
+    kwargs = dict(_parse(row["kwargs"])) if row["kwargs"] else {}
     for place in secret:
         if isinstance(place, int) and place < len(args):
             args[place] = MASK
@@ -3041,7 +3089,7 @@ class Attempt(JobContext):
          self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
-        self.options: dict[str, Any] = json.loads(options) if options else {}
+        self.options = kept_options(options) if options else {}
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
@@ -4026,8 +4074,13 @@ class Runner(Submitter, Executor):
     @staticmethod
     def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
         _current.set(attempt)
-        args = decode(attempt.args) if attempt.args else ()
-        kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
+        if "unreadable" in attempt.options:
+            raise StoreError(f"the options of job {attempt.id} cannot be read: {attempt.options['unreadable']}")
+        try:
+            args = decode(attempt.args) if attempt.args else ()
+            kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
+        except Exception as error:
+            raise StoreError(f"the arguments of job {attempt.id} cannot be read: {_text(error)}") from error
         attempt.ticket.put_back()
         value = function(*args, **kwargs)
         if isinstance(value, types.CoroutineType):
