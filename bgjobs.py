@@ -1993,7 +1993,9 @@ WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
+SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
 SCHEMA_VERSION = len(MIGRATIONS)
+TABLES = ("bgjobs_schema", *(sql.split()[2] for sqls in MIGRATIONS for sql in sqls if sql.startswith("CREATE TABLE")))
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2074,7 +2076,7 @@ def _never_free(connection: sqlite3.Connection | None) -> None:
 def _uri(path: str) -> str:
     """Return a file: URI as SQLite reads it."""
     path = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file:" + path
+    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
 
 
 def _decoded(text: bytes) -> str:
@@ -2206,19 +2208,14 @@ class Store:
         db = self._writer
         if db.in_transaction:
             db.execute("ROLLBACK")
-        known = db.execute("SELECT name FROM sqlite_master WHERE name = 'bgjobs_schema'").fetchone()
-        version = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0] if known else 0
-        self._check_version(version)
-        if version == SCHEMA_VERSION:
+        if self._schema_version() == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
         try:
-            db.execute("CREATE TABLE IF NOT EXISTS bgjobs_schema (version INTEGER NOT NULL)")
-            row = db.execute("SELECT version FROM bgjobs_schema").fetchone()
-            if row is None:
+            version = self._schema_version()
+            if version == 0:
+                db.execute("CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)")
                 db.execute("INSERT INTO bgjobs_schema VALUES (0)")
-            version = row[0] if row else 0
-            self._check_version(version)
             for statements in MIGRATIONS[version:]:
                 for statement in statements:
                     db.execute(statement)
@@ -2229,10 +2226,25 @@ class Store:
                 db.execute("ROLLBACK")
             raise
 
-    def _check_version(self, version: int) -> None:
-        if version > SCHEMA_VERSION:
+    def _schema_version(self) -> int:
+        """Return the version of the schema that is in the file, 0: none. StoreError: it is a newer one, or has been damaged."""
+        execute = self._writer.execute
+        found = {name for name, in execute("SELECT name FROM sqlite_master WHERE type = 'table'")}.intersection(TABLES)
+        if not found:
+            return 0
+        rows = execute("SELECT version FROM bgjobs_schema").fetchall() if "bgjobs_schema" in found else []
+        version = rows[0][0] if len(rows) == 1 else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema version {version}, and this bgjobs {__version__} knows up to "
                              f"{SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
+        wrong = "" if isinstance(version, int) and version > 0 else f"its schema version is {_short(version)}"
+        if version == SCHEMA_VERSION:
+            lacking = [name for name in TABLES if name not in found]
+            wrong = f"it lacks {', '.join(lacking)}" if lacking else "" if execute(CLOCK).fetchone() else "bgjobs_clock is empty"
+        if wrong:
+            raise StoreError(f"cannot use {self.path} as a job file: somebody has changed its bgjobs_ tables: {wrong}; restore it from "
+                             "a backup, or drop these tables to start anew")
+        return version
 
     def close(self) -> None:
         """Close the connections. Waits for the transaction under way; writes after it raise StoreError."""
@@ -2282,15 +2294,31 @@ class Store:
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use."""
-        if os.path.exists(path):
-            raise ValueError(f"{path} exists; give the path of a new file")
-        with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
-            try:
-                db.backup(copy)
+        self.check_file()
+        try:
+            open(path, "xb").close()
+        except FileExistsError:
+            raise ValueError(f"{path} exists; give the path of a new file") from None
+        except OSError as error:
+            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path in a folder that exists and is "
+                             "writable") from error
+
+        def give_up(status: int, remaining: int, total: int) -> None:
+            if status != SQLITE_DONE and time.monotonic() > deadline:
+                raise sqlite3.OperationalError("database is locked")      # by another program: it would wait as long as that does
+        deadline = time.monotonic() + _CONNECT["timeout"]
+        try:
+            with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
+                db.backup(copy, progress=give_up)
                 copy.execute("DELETE FROM bgjobs_runners")       # none of them has the copy: what it shows as running is taken back
                 copy.commit()
-            except sqlite3.Error as error:
+        except BaseException as error:
+            for rest in (path, path + "-journal"):
+                with contextlib.suppress(OSError):
+                    os.remove(rest)
+            if isinstance(error, sqlite3.Error):
                 raise StoreError(f"cannot back {self.path} up to {path}: {error}; {_remedy(error)}") from error
+            raise
 
     # writing
 
@@ -2575,6 +2603,7 @@ def _remedy(error: sqlite3.Error) -> str:
                          ("full", "make room on the disk"),
                          ("not a database", "give the path of a new file, or of a job file"),
                          ("malformed", "restore it from a backup"),
+                         ("disk I/O", "make room on the disk; if there is some, look into the system's log for trouble of the disk"),
                          ("unable to open", "check that the folder exists and is writable")):
         if sign in text:
             return remedy

@@ -1956,6 +1956,26 @@ class TestStore:
             bgjobs.Runner(idle.path)
         assert pathlib.Path(idle.path).read_bytes() == before
 
+    @pytest.mark.parametrize("damage,reason", [
+        ("DROP TABLE bgjobs_functions", "it lacks bgjobs_functions"), ("DROP TABLE bgjobs_jobs", "it lacks bgjobs_jobs"),
+        ("DELETE FROM bgjobs_clock", "bgjobs_clock is empty"), ("DELETE FROM bgjobs_schema", "its schema version is None"),
+        ("UPDATE bgjobs_schema SET version = 'abc'", "its schema version is 'abc'"), ("DROP TABLE bgjobs_schema", "version is None"),
+        ("UPDATE bgjobs_schema SET version = 0", "its schema version is 0")])
+    def test_a_file_whose_tables_somebody_has_changed_is_refused_and_left_alone(self, idle, damage, reason):
+        idle.close()
+        with contextlib.closing(sqlite3.connect(idle.path)) as db:
+            db.execute(damage)
+            db.commit()
+            db.execute("PRAGMA journal_mode = delete")
+        before = pathlib.Path(idle.path).read_bytes()
+        with pytest.raises(bgjobs.StoreError, match=f"{idle.path} .*{reason}; restore it from a backup"):
+            bgjobs.Runner(idle.path)
+        assert pathlib.Path(idle.path).read_bytes() == before
+
+    @pytest.mark.skipif(os.name == "nt", reason="there a path with two slashes is a server's")
+    def test_a_path_may_begin_with_two_slashes(self, make, path):
+        assert make("/" + path, max_workers=1).submit(add, 1, 2).result(10) == 3
+
     def test_sqlite_too_old_is_refused_by_version(self, path, monkeypatch):
         monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 30, 9))
         with pytest.raises(bgjobs.StoreError, match="is too old; bgjobs needs 3.31"):
@@ -2254,6 +2274,31 @@ class TestDisk:
         assert runner.get(held.id).result(10) is None
         consistent(other)
         consistent(runner)
+
+    def test_a_backup_that_cannot_be_made_is_a_clear_error_and_leaves_nothing(self, make, path, tmp_path, monkeypatch):
+        monkeypatch.setitem(bgjobs._CONNECT, "timeout", 0.3)
+        runner = make(start=False, journal="delete")
+        with pytest.raises(bgjobs.StoreError, match="to .*nowhere/b.db: .*; give a path in a folder that exists"):
+            runner.backup(tmp_path / "nowhere" / "b.db")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            begun = time.monotonic()
+            with pytest.raises(bgjobs.StoreError, match="database is locked; another program holds its lock"):
+                runner.backup(tmp_path / "b.db")
+            assert time.monotonic() - begun < 5
+        assert not os.path.exists(tmp_path / "b.db")
+        os.rename(path, path + ".away")
+        with pytest.raises(bgjobs.StoreError, match="was deleted or moved"):
+            runner.backup(tmp_path / "b.db")
+        os.rename(path + ".away", path)
+        assert runner.backup(tmp_path / "b.db") == str(tmp_path / "b.db")
+
+    def test_a_backup_to_a_full_disk_leaves_nothing_in_the_way_of_the_next(self, small_disk, make):
+        runner = make(start=False)
+        runner.submit_many(echo, [("x" * 1000,)] * 3000)
+        with pytest.raises(bgjobs.StoreError, match="full; make room on the disk"):
+            runner.backup(small_disk / "b.db")
+        assert os.listdir(small_disk) == []
 
     def test_a_file_or_folder_that_cannot_be_written_is_refused_with_the_remedy(self, tmp_path):
         code, out, err = finish(python("""
