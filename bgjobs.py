@@ -2158,7 +2158,7 @@ class Store:
     def _identity_now(self) -> list[tuple[int, int]]:
         """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
         found = []
-        for path in (self.path, self.path + "-wal")[:2 if self._journal == "wal" else 1]:
+        for path in (self.path, os.path.realpath(self.path) + "-wal")[:2 if self._journal == "wal" else 1]:
             try:
                 stat = os.stat(path)
             except OSError:
@@ -2281,7 +2281,7 @@ class Store:
     def shorten_wal(self) -> None:
         """Truncate the WAL if it has grown large, and say so when a reader keeps it from being."""
         try:
-            size = os.path.getsize(self.path + "-wal")
+            size = os.path.getsize(os.path.realpath(self.path) + "-wal")
         except OSError:
             return
         if size > WAL_LIMIT:
@@ -4579,10 +4579,10 @@ class Runner(Submitter, Executor):
             self._store.write(save)
             while len(self._lines) >= LINES_A_WRITE:
                 self._store.write(_do_nothing)        # they ride along
-        if self._lines_dropped:
-            _say(logging.WARNING, f"{self._lines_dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, "
-                 "or could not be stored")
-            self._lines_dropped = 0
+        dropped, self._lines_dropped = self._lines_dropped, 0
+        if dropped:
+            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, or could not "
+                 "be stored")
 
     def _charge_long_ones(self) -> None:
         """Charge attempts that run longer than estimated, so that their roots do not look idle."""
