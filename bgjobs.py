@@ -1037,6 +1037,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT, low_priority INTEGER NOT NULL,
         system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
         runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
+    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
+    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started INTEGER NOT NULL,
+        finished INTEGER NOT NULL, failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+        running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
     # Which living runners' code has which schedules.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
@@ -1064,7 +1068,8 @@ STANDING = "SELECT status, attempt, root_id, low_priority, run_by, options FROM 
 # Cast, since SQLite keeps any type in any column: a row that somebody else has written must not stop the claims of all.
 _CLAIMED = ("id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions, "
             "CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL), "
-            "CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER)")
+            "CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER), "
+            "CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END, CAST(duration AS REAL), system")
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
@@ -1095,7 +1100,8 @@ ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
     WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 
 TREE_ROW = """SELECT name, status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
-    tree_gained, tree_seconds, duration, since, lane, vtime, progress, low_priority, goes_on, deaths FROM bgjobs_jobs WHERE id = :id"""
+    tree_gained, tree_seconds, duration, since, lane, vtime, progress, low_priority, goes_on, deaths, system
+    FROM bgjobs_jobs WHERE id = :id"""
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
 SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
@@ -1192,6 +1198,11 @@ DIED_BESIDE = """SELECT id, parent_id, root_id, low_priority, parked FROM bgjobs
     (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :id))))"""
 FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value) FROM json_each(died_with)
     WHERE value NOT IN (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
+_TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max", "running", "running_min", "running_max")
+SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) VALUES ({", ".join("?" * 12)})
+    ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
+    f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
+    else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
 SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
 
@@ -1247,6 +1258,23 @@ def slots_of(name: str, max_running: int | None, deaths: int) -> dict[str, int]:
     return slots if deaths < SUSPECT else {**slots, "suspect": 1}
 
 
+class _Tally:
+    """What one transaction counts for the statistics of one function."""
+
+    __slots__ = ("created", "started", "finished", "failed", "waiting", "running")
+
+    def __init__(self) -> None:
+        self.created = self.started = self.finished = self.failed = 0
+        self.waiting: list[float] = []
+        self.running: list[float] = []
+
+    def row(self) -> tuple[Any, ...]:
+        """Return the columns of _TALLIES."""
+        measured = [value for some in (self.waiting, self.running)
+                    for value in (sum(some), min(some, default=None), max(some, default=None))]
+        return self.created, self.started, self.finished, self.failed, *measured
+
+
 class _Change:
     """What one transaction adds up for one job that has descendants, or for one root."""
 
@@ -1273,6 +1301,7 @@ class Transaction:
         self._lineages = lineages                       # parent id -> it and its ancestors, up to the root
         self._changes: dict[int, _Change] = {}
         self._reported: dict[int, tuple[float, int]] = {}   # job id -> progress and more charge that this transaction saved
+        self._tallies: dict[str, _Tally] = {}           # by name of the function
         self.over: list[int] = []                       # jobs that became over
         self.parked = 0                                 # jobs that claims have put out of the way
         self._slots: dict[str, set[int]] = {}           # key of a limit -> jobs that run, while claiming
@@ -1316,6 +1345,8 @@ class Transaction:
         queue = self._queue_of(new, low)
         shared = (self.now, new.run_at, new.submitter)
         rest = (low, new.system, new.label, run_by, new.key, new.options, new.args, new.kwargs)
+        if not new.system:
+            self._tally(new.name).created += 1
         if root_id is None:
             job_id = self.execute(INSERT_ROOT, (new.name, queue, queue, *shared, *rest)).lastrowid
         else:
@@ -1336,6 +1367,8 @@ class Transaction:
             "first": first, "name": new.name, "queue": queue, "lane": lane, "vtime": vtime, "now": self.now, "run_at": new.run_at,
             "submitter": new.submitter, "parent": new.parent_id, "root": root_id, "low": low, "system": new.system,
             "label": new.label, "run_by": run_by, "options": new.options, "batch": json.dumps(arguments)})
+        if not new.system:
+            self._tally(new.name).created += len(arguments)
         if root_id is not None:
             self._adopt(new.parent_id, len(arguments), queue)
         if new.max_running is not None:
@@ -1434,6 +1467,10 @@ class Transaction:
                 if planned > budget or len(claims) >= free + ahead or row[9] is not None and '"recover":false' in row[9]:
                     break
             claims.append((*row, charge))
+            if row[18] is not None and not row[20]:
+                tally = self._tally(row[3])
+                tally.started += 1
+                tally.waiting.append(max(0.0, self.now - row[18]))
             if row[1] is None and row[12] == 0:
                 singles.setdefault(charge, []).append(row[0])
                 continue
@@ -1556,6 +1593,7 @@ class Transaction:
     def _ended(self, attempt: Attempt) -> None:
         """Count a leaf that FINISH has written."""
         self.over.append(attempt.id)
+        self._tally_end(attempt.name, attempt.system, FINISHED, attempt.ran_before + attempt.ran)
         self._free_slots(attempt.name, attempt.max_running, attempt.deaths)
         if attempt.parent_id is not None:
             progress, charged = self._saved(attempt)
@@ -1596,12 +1634,16 @@ class Transaction:
         else:                                           # given back: RELEASED, UNSPENT or UNKNOWN; or resumed already
             status = STOPPED if stops else PENDING
             end["unspent"] = int(outcome in (UNSPENT, UNKNOWN))
+            if end["unspent"] and attempt.due is not None and not attempt.system:
+                self._tally(attempt.name).started -= 1
+                self._tally(attempt.name).waiting.append(min(0.0, attempt.due - row["since"]))
             if status == PENDING and outcome == UNKNOWN:
                 end.update(parked=f"function {attempt.name}", phase="unknown function")
             elif status == PENDING:
                 end.update(queue=row["low_priority"], phase="interrupted" if outcome == RELEASED else None)
         if status in OVER:
             end["finished_at"] = self.now
+            self._tally_end(attempt.name, attempt.system, status, row["duration"] + attempt.ran)
             if status == FINISHED and row["total"]:
                 self.trees.append((attempt.name, row["duration"] + attempt.ran))
         if status == RUNNING:
@@ -1641,6 +1683,27 @@ class Transaction:
 
     # what is added up
 
+    def _tally(self, name: str) -> _Tally:
+        tally = self._tallies.get(name)
+        if tally is None:
+            tally = self._tallies[name] = _Tally()
+        return tally
+
+    def _tally_end(self, name: str, system: Any, status: str, seconds: float) -> None:
+        if not system:
+            tally = self._tally(name)
+            if status == FINISHED:
+                tally.finished += 1
+            else:
+                tally.failed += 1
+            tally.running.append(seconds)
+
+    def save_tallies(self) -> None:
+        """Write what was counted for the statistics; the last thing in a transaction."""
+        if self._tallies:
+            minute = int(self.now // 60)
+            self.executemany(SAVE_TALLY, [(minute, name, *tally.row()) for name, tally in self._tallies.items()])
+
     def apply(self) -> None:
         """Write the counts of ancestors and the virtual times of roots; close parents whose last child is over."""
         while self._changes or self._freed:
@@ -1655,7 +1718,7 @@ class Transaction:
 
     def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
         (name, status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_gained,
-         tree_seconds, duration, since, lane, vtime, progress, _, _, _) = row
+         tree_seconds, duration, since, lane, vtime, progress, _, _, _, system) = row
         open_ += change.open
         total += change.total
         if change.progress:
@@ -1675,15 +1738,16 @@ class Transaction:
         self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
                                  tree_at, tree_gained, tree_seconds, lane, vtime, job_id))
         if open_ == 0 and returned and status in (RUNNING, STOPPED):
-            self._close(job_id, name, parent_id, status, error, duration + max(0.0, self.now - (since or self.now)), progress)
+            self._close(job_id, name, system, parent_id, status, error, duration + max(0.0, self.now - (since or self.now)), progress)
 
-    def _close(self, job_id: int, name: str, parent_id: int | None, status: str, error: str | None, duration: float,
+    def _close(self, job_id: int, name: str, system: int, parent_id: int | None, status: str, error: str | None, duration: float,
                progress: float | None) -> None:
         """End a job whose function has returned and whose last child is over."""
         end = FAILED if error is not None else FINISHED
         self.execute(CLOSE_PARENT, {"id": job_id, "status": end, "now": self.now, "duration": duration})
         if end == FINISHED:
             self.trees.append((name, duration))
+        self._tally_end(name, system, end, duration)
         self._moved(job_id, parent_id, status, end, progress)
 
     # operations
@@ -1912,6 +1976,8 @@ class Transaction:
         root = root_id or job_id
         self._change(root).charge += int(ran * 1e6) - charge
         self._moved(job_id, parent_id, status, new, row["progress"])
+        if new == FAILED:
+            self._tally_end(name, row["system"], new, row["duration"] + ran)
         self._free_slots(name, max_running, SUSPECT)    # at its first death it was none: that frees nothing
         self.execute(SUPERSEDE, {"id": job_id})
         if queue is not None:
@@ -2460,6 +2526,7 @@ class Store:
             if ride:
                 self.rider(tx, ride == "all")
             tx.apply()
+            tx.save_tallies()
             db.execute("COMMIT")
         except BaseException as error:
             if db.in_transaction:
@@ -2492,6 +2559,7 @@ class Store:
                     tx = Transaction(db, {}, self.clock())
                     value = run(tx)
                     tx.apply()
+                    tx.save_tallies()
                 except BaseException:
                     db.execute("ROLLBACK TO bgjobs")
                     raise
@@ -3115,7 +3183,8 @@ class Attempt(JobContext):
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
         (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
-         self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths, self.charge) = claim
+         self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths, self.due, self.ran_before,
+         self.system, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
         self.options = kept_options(options) if options else {}

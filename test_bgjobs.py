@@ -1181,6 +1181,20 @@ class TestMaxRunning:
             runner.get(job_id).result(5)
         consistent(runner)
 
+    def test_a_descendant_of_a_holder_is_found_behind_others_that_must_wait(self, idle):
+        limited = idle.options(max_running=2)
+        holders = [limited.submit(add, n) for n in range(2)]
+        claimed(idle, 2)
+        waiting = limited.submit(add, 2)
+        children = [limited.options(parent=holder).submit(add, 3) for holder in holders]
+        attempt, = claimed(idle, 5)
+        assert attempt.id == children[0].id and waiting.phase == children[1].phase == "limit reached"
+        attempt.outcome = bgjobs.RETURNED
+        idle._store.write(lambda tx: tx.finish([attempt]))
+        attempt, = claimed(idle, 5)
+        assert attempt.id == children[1].id and waiting.phase == "limit reached"
+        consistent(idle)
+
     @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
     def test_a_bad_limit_is_refused(self, idle, value):
         with pytest.raises(ValueError, match="max_running must be a whole number greater than 0"):
@@ -1407,6 +1421,20 @@ class TestForceStop:
         wait_for(lambda: runner._pool.abandoned == 0 and not runner._attempts)
         runner.submit(add, 1).result(10)
         assert all(line["at"] <= float(out) for line in job.logs())
+
+    def test_what_a_superseded_attempt_still_saves_or_logs_is_refused_by_the_file_itself(self, idle):
+        job = idle.submit(add, 1)
+        attempt, = claimed(idle, 1)
+        job.stop()
+        job.force_stop()
+        job.resume()
+        claimed(idle, 1)
+        with pytest.raises(bgjobs.JobStopped, match="attempt 1 of job 1 has been superseded"):
+            attempt._save('"late"')
+        idle._lines.append((job.id, time.time(), 20, "late", attempt.number))
+        idle._store.write(lambda tx: tx.save_progress(attempt, bgjobs.Report(0.5)))
+        assert (job.state, job.progress, job.attempt, job.status) == (None, None, 2, "running")
+        assert "late" not in [line["message"] for line in job.logs()]
 
     def test_it_leaves_the_apps_logging_whole(self, make):
         runner = make(max_workers=2)
@@ -1870,28 +1898,27 @@ class TestStore:
         assert (job.status, job.duration) == ("pending", 30 + bgjobs.HEARTBEAT_SECONDS)
         assert rows(crashed, "SELECT vtime FROM bgjobs_jobs") == [(45_000_000,)]
 
-    def test_a_lock_file_that_is_deleted_or_copied_by_the_app_makes_nobody_dead(self, make, path, tmp_path):
-        first = make(max_workers=1)
-        job = first.submit(hold, "lock file")
+    @pytest.mark.parametrize("busy", [False, True])
+    def test_a_lock_file_that_is_deleted_or_copied_by_the_app_makes_nobody_dead(self, make, path, tmp_path, monkeypatch, busy):
+        runner = make(max_workers=1)
+        job = runner.submit(hold, "lock file")
         wait_for(lambda: job.status == "running")
-        process = python("""
+        others = """
             import bgjobs, sys
-            with bgjobs.Runner(sys.argv[1], max_workers=1):
-                print("ready", flush=True)
-                sys.stdin.readline()
-            """, path)
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(3):                                       # each second process looks for dead ones at its start, too
-            shutil.copy(f"{path}-bgjobs-lock", tmp_path / "copy")
-            finish(python("import bgjobs, sys; bgjobs.Runner(sys.argv[1]).close()", path))
-            os.remove(f"{path}-bgjobs-lock")
-            finish(python("import bgjobs, sys; bgjobs.Runner(sys.argv[1]).close()", path))
-            wait_for(lambda: len(set(rows(first, "SELECT lock_file FROM bgjobs_runners"))) == 1, 5)
+            bgjobs.Runner(sys.argv[1]).close()                   # it looks for dead ones at its start
+        """
+        shutil.copy(f"{path}-bgjobs-lock", tmp_path / "copy")
+        assert finish(python(others, path)) == (0, "", "")
+        if busy:                                                 # too busy to notice what follows
+            monkeypatch.setattr(bgjobs._Presence, "reassert", lambda self, path: False)
+        os.remove(f"{path}-bgjobs-lock")
+        if not busy:
+            wait_for(lambda: os.path.exists(f"{path}-bgjobs-lock"), 3)
+            runner._store.write(lambda tx: tx.execute("UPDATE bgjobs_runners SET lock_file = NULL"))     # the lock alone decides
+        assert finish(python(others, path)) == (0, "", "")
         assert (job.status, job.attempt) == ("running", 1)
         gate("lock file").set()
         job.result(5)
-        process.communicate("")
-        assert process.returncode == 0
 
     def test_a_runner_on_a_deleted_file_shares_no_lock_with_one_on_the_new_file(self, make, path):
         old = make(max_workers=1)
