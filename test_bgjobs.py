@@ -4998,8 +4998,9 @@ def soak(minutes, workers=2):
 
     def worker():
         return subprocess.Popen([sys.executable, __file__, "soak-worker", path], stderr=subprocess.DEVNULL, cwd=HERE)
-    with bgjobs.Runner(path, start=False) as runner:
+    with contextlib.ExitStack() as at_the_end, bgjobs.Runner(path, start=False) as runner:
         processes = [worker() for _ in range(workers)]
+        at_the_end.callback(lambda: [process.kill() for process in processes])
         time.sleep(2)
         print("at the start:", size(), "workers' MB:", memory(), flush=True)
         said = time.monotonic()
@@ -5027,9 +5028,11 @@ def soak(minutes, workers=2):
                 consistent(runner)
                 print(f"{len(submitted):,} submitted, {operations:,} operations ({refused:,} refused), {kills} kills;", size(), "MB:", memory(), flush=True)
             time.sleep(0.02)
-        settled = time.monotonic() + 120
+        left, moved = None, time.monotonic()
         while unsettled := runner.jobs(limit=None, status=("pending", "running", "stopping", "stopped")):
-            assert time.monotonic() < settled, [(job.id, job.status, job.phase) for job in unsettled][:20]
+            if left != len(unsettled):
+                left, moved = len(unsettled), time.monotonic()
+            assert time.monotonic() < moved + 60, [(job.id, job.status, job.phase) for job in unsettled][:20]
             for job in unsettled:
                 with contextlib.suppress(bgjobs.InvalidOperation):
                     job.resume()
