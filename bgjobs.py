@@ -2057,6 +2057,11 @@ ONE_JOB = "= :id"
 WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
+STATS = f"""SELECT {{by}} AS part, {", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max")
+    else f"sum({name}) AS {name}" for name in _TALLIES)} FROM bgjobs_stats
+    WHERE minute BETWEEN :first AND :last AND (:name IS NULL OR name = :name) GROUP BY part"""
+WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
+
 COUNT_LIMIT = 10_001               # where counting for people ends
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
@@ -4696,6 +4701,53 @@ class Runner(Submitter, Executor):
                 while self._store.write(lambda tx: tx.unpark(key)):
                     pass
 
+    # statistics
+
+    def stats(self, window: str = "24h", name: str | None = None) -> dict[str, Any]:
+        """Return what was counted in a window: "1h", "24h", "7d" or "30d", of all functions or of one; system jobs are not.
+
+        {"window", "name", "from", "to", "parts": [{"at", "created", "started", "finished", "failed", "waiting", "running"}],
+        "total": the same over all parts, "functions": [the same for each "name"]}. from, to and at are Unix seconds. waiting,
+        from its creation or due time to a job's start, and running, until its end, are {"avg", "min", "max"} in seconds, or None.
+        """
+        if window not in WINDOWS:
+            raise ValueError(f"window must be {', '.join(WINDOWS)}, got {_short(window)}")
+        count, step = WINDOWS[window]
+        last = int(self._clock() // 60)
+        first = (last // step - count + 1) * step
+        bounds = {"first": first, "last": last, "name": name}
+        found = {row["part"]: row for row in self._store.read(STATS.format(by=f"minute / {step}"), bounds)}
+        functions = self._store.read(STATS.format(by="name"), bounds)
+        total = self._store.read(STATS.format(by="NULL"), bounds)
+        return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
+                "parts": [{"at": part * step * 60, **_counted(found.get(part))} for part in range(first // step, last // step + 1)],
+                "total": _counted(total[0] if total else None),
+                "functions": [{"name": row["part"], **_counted(row)} for row in functions]}
+
+    def _metrics(self) -> str:
+        """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
+        lines = []
+
+        def metric(name: str, kind: str, help: str, values: Iterable[tuple[str, float]]) -> None:
+            lines.extend([f"# HELP bgjobs_{name} {help}", f"# TYPE bgjobs_{name} {kind}"])
+            lines.extend(f"bgjobs_{name}{labels} {value!r}" for labels, value in values)
+
+        def label(name: str, value: str) -> str:
+            escaped = value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+            return f'{{{name}="{escaped}"}}'
+        metric("jobs", "gauge", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
+               [(label("status", status), count) for status, count in self._store.counts({"system": True}).items()])
+        functions = self._store.read(STATS.format(by="name"), {"first": 0, "last": 1 << 62, "name": None})
+        for name, help in (("created", "Jobs submitted."), ("started", "Jobs started for the first time."),
+                           ("finished", "Jobs finished."), ("failed", "Jobs failed for good."),
+                           ("waiting", "Seconds from creation or due time to the start."), ("running", "Seconds that ended jobs ran.")):
+            unit = "_seconds" if name in ("waiting", "running") else ""
+            metric(f"{name}{unit}_total", "counter", help, [(label("function", row["part"]), row[name]) for row in functions])
+        runners = self._store.read(RUNNERS)
+        metric("runners", "gauge", "Processes that have the file open to run or submit jobs.", [("", len(runners))])
+        metric("abandoned_threads", "gauge", "Threads of superseded attempts that live on.", [("", sum(row["abandoned"] for row in runners))])
+        return "\n".join(lines) + "\n"
+
     # the page
 
     def serve(self, host: str = "127.0.0.1", port: int = 8765, *, read_only: bool = False) -> str:
@@ -4711,6 +4763,17 @@ class Runner(Submitter, Executor):
         hosts: the Host names it answers to, besides those of loopback ("example.org"). Who may see it is up to the app.
         """
         return Page(self, read_only=read_only, hosts=hosts)
+
+
+def _counted(row: sqlite3.Row | None) -> dict[str, Any]:
+    """Return one row of STATS as the JSON interface has it."""
+    if row is None:
+        return {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
+
+    def measured(name: str, count: int) -> dict[str, float] | None:
+        return {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count > 0 else None
+    return {**{name: row[name] for name in ("created", "started", "finished", "failed")},
+            "waiting": measured("waiting", row["started"]), "running": measured("running", row["finished"] + row["failed"])}
 
 
 def _not_a_tuple(args: Any) -> tuple[Any, ...]:
@@ -6024,6 +6087,8 @@ class Page:
         if path == "healthz":
             self._runner._store.read("SELECT 1")
             return 200, "text/plain", b"ok\n"
+        if path == "metrics":
+            return 200, "text/plain; version=0.0.4", self._runner._metrics().encode()
         asset = path.removeprefix("jobs/")
         if asset == "page.css":
             return 200, "text/css", PAGE_CSS.encode()
@@ -6069,13 +6134,19 @@ class Page:
         if parts == ["session"]:
             return 200, "application/json", _json_bytes({"token": self._token, "read_only": self._read_only,
                                                          "version": __version__})
-        tag = f'W/"{self._boot}-{self._runner._store.version()}"'
+        minute = f"-{int(time.time() // 60)}" if parts == ["stats"] else ""      # its windows move on
+        tag = f'W/"{self._boot}-{self._runner._store.version()}{minute}"'
         headers.append(("ETag", tag))
         if environ.get("HTTP_IF_NONE_MATCH") == tag:
             return 304, "application/json", b""
         query = _query(environ.get("QUERY_STRING", ""))
         if parts == ["jobs"]:
             return 200, "application/json", _json_bytes(self._list(query))
+        if parts == ["stats"]:
+            try:
+                return 200, "application/json", _json_bytes(self._runner.stats(query.get("window", "24h"), query.get("name")))
+            except ValueError as error:
+                raise _Refused(400, str(error)) from None
         if parts == ["schedules"]:
             return 200, "application/json", _json_bytes({"schedules": [schedule.info() for schedule in self._runner.schedules()]})
         if parts == ["runners"]:

@@ -2254,10 +2254,9 @@ class TestDisk:
         if what == "replaced":
             shutil.copy(tmp_path / "moved.db", path)
         before = os.path.exists(path) and pathlib.Path(path).read_bytes()
-        time.sleep(0.01)                                     # a writer looks every 5 ms
+        wait_for(lambda: f"was {what}" in caplog.text, 3)    # also where nobody asks
         with pytest.raises(bgjobs.StoreError, match=f"{re.escape(path)} was {what}"):
             runner.submit(add, 1)
-        wait_for(lambda: f"was {what}" in caplog.text, 3)    # also where nobody asks
         assert (os.path.exists(path) and pathlib.Path(path).read_bytes()) == before
         os.replace(tmp_path / "moved.db", path)
         assert runner.submit(add, 2, 3).result(10) == 5      # the right one is back
@@ -2587,6 +2586,7 @@ class TestFork:
                 if child == 0:
                     try:
                         bgjobs.submit(pow, 1, 2)
+                        os._exit(1)
                     except bgjobs.StoreError as error:
                         assert "belongs to the process that this one was forked from; call its start()" in str(error)
                     assert bgjobs.get(1).name == "builtins.pow"          # reading does no harm
@@ -3233,6 +3233,77 @@ def declared_there():
 
 def register_a_schedule():
     return bgjobs.every("0 9 * * *", declared_there).info()["name"]
+
+
+class TestStatistics:
+    def test_they_are_counted_per_minute_and_function(self, make):
+        clock = Clock(1_000_000_020.0)
+        idle = make(start=False, clock=clock)
+        first, second = idle.submit(add, 1), idle.submit(add, 2)
+        idle.submit_many(note, [(n,) for n in range(10)])
+        idle.options(system=True).submit(add, 3)
+        clock.now += 30
+        idle.drain()
+        clock.now += 60
+        idle.submit(fail), idle.options(delay=10, retries=1, backoff=0).submit(fail_until, 2)
+        clock.now += 15
+        idle.drain()
+        stats = idle.stats("1h")
+        assert (len(stats["parts"]), stats["to"] - stats["from"]) == (60, 3_600)
+        assert sum(part["created"] for part in stats["parts"]) == stats["total"]["created"] == 14
+        assert [part["created"] for part in stats["parts"][-2:]] == [12, 2] and stats["parts"][-1]["at"] + 60 == stats["to"]
+        assert stats["total"]["waiting"] == {"avg": pytest.approx((12 * 30 + 15 + 5) / 14), "min": 5, "max": 30}      # what is due later does not wait
+        by_name = {function["name"].split(".")[-1]: function for function in stats["functions"]}
+        assert {name: [by_name[name][what] for what in ("created", "started", "finished", "failed")] for name in by_name} == {
+            "add": [2, 2, 2, 0], "note": [10, 10, 10, 0], "fail": [1, 1, 0, 1], "fail_until": [1, 1, 1, 0]}
+        assert by_name["add"]["running"]["max"] >= first.duration >= by_name["add"]["running"]["min"] > 0
+        assert idle.stats("24h", first.name)["total"]["created"] == 2 and second.done()
+        clock.now += 3_600
+        assert idle.stats("1h")["total"]["created"] == 0 and idle.stats("1h")["total"]["waiting"] is None
+        assert [idle.stats(window)["total"]["created"] for window in ("24h", "7d", "30d")] == [14] * 3
+
+    def test_trees_crashes_cancellations_and_claims_given_back_are_counted_once(self, make):
+        runner = make(max_workers=2)
+        runner.submit(sum_of_children, 5).result(10)
+        runner.options(delay=60).submit(add, 1).cancel()
+        total = runner.stats()["total"]
+        assert [total[what] for what in ("created", "started", "finished", "failed")] == [7, 6, 6, 0]
+        idle = make(f"{runner.path} 2", start=False)
+        idle.submit(add, 1)
+        for outcome in (bgjobs.UNSPENT, bgjobs.RELEASED):
+            attempt, = claimed(idle, 1)
+            attempt.outcome = outcome
+            idle._store.write(lambda tx: tx.finish([attempt]))
+        attempt, = claimed(idle, 1)
+        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'"))
+        idle._store.write(lambda tx: tx.recover(idle._id))
+        total = idle.stats()["total"]
+        assert [total[what] for what in ("created", "started", "finished", "failed")] == [1, 1, 0, 1]
+
+    def test_bad_windows_are_refused_and_the_api_has_them(self, visitor, runner):
+        with pytest.raises(ValueError, match="window must be 1h, 24h, 7d, 30d"):
+            runner.stats("1y")
+        runner.submit(add, 1)
+        assert visitor.get("api/stats?window=1h")["total"]["created"] == 1
+        assert visitor.get(f"api/stats?name={add.__module__}.nothing")["total"]["created"] == 0
+        assert visitor.get("api/stats?window=1y", 400)["error"].startswith("window must be")
+
+    def test_metrics_are_prometheus_text(self, visitor, runner):
+        runner.options(name='odd "name"\\ with\nbreaks').submit(add, 1).result(5)
+        text = visitor.request("GET", "metrics")[2].decode()
+        types, values = {}, {}
+        for line in text.splitlines():
+            if line.startswith("# TYPE "):
+                name, kind = line[7:].split(" ")
+                assert name not in types and kind in ("counter", "gauge")
+                types[name] = kind
+            elif not line.startswith("# HELP "):
+                match = re.fullmatch(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{[a-z]+="(?:[^"\\\n]|\\["\\n])*"\})? (\S+)', line)
+                assert match and match[1] in types, line
+                values[match[1] + (match[2] or "")] = float(match[3])
+        assert text.endswith("\n") and all(name.endswith("_total") == (kind == "counter") for name, kind in types.items())
+        assert values['bgjobs_jobs{status="finished"}'] == 1 and values["bgjobs_runners"] == 1
+        assert values['bgjobs_created_total{function="odd \\"name\\"\\\\ with\\nbreaks"}'] == 1
 
 
 class TestRetries:
