@@ -2190,6 +2190,7 @@ class Store:
         self._leader = 0                                  # the leading thread's ident
         self._waiting: deque[_Write] = deque()
         self.leading = self._again = self.closed = self.forked = False
+        self.close_by = math.inf                          # when what still runs is given back
         self._check_path(os.fspath(path))
         try:
             self._writer = sqlite3.connect(self.path, **_CONNECT)
@@ -3899,7 +3900,6 @@ class Runner(Submitter, Executor):
         self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
-        self._close_by = math.inf                        # when what still runs is given back
         self._has_submitted = False
         self._over = threading.Condition()               # notified when jobs are over and somebody waits for it
         self._waiting_for_over = 0
@@ -4556,32 +4556,41 @@ class Runner(Submitter, Executor):
         """
         with self._close_lock:
             if not self._store.closed:
-                self._close_by = time.monotonic() + timeout
+                self._store.close_by = time.monotonic() + timeout
                 self._close()
                 for attempt in list(self._attempts.values()):
                     attempt.supersede()                   # it has been given back: another process may run the job now
 
     def _close_at_exit(self) -> None:
-        self._close_by = min(self._close_by, time.monotonic() + GRACE_SECONDS)     # for a close() under way in another thread, too
-        while not self._store.closed and self._close_lock.acquire(timeout=GRACE_SECONDS + 1.0):
+        while not self._store.closed and self._close_lock.acquire(timeout=self._time_to_close(1.0, math.inf)):
             try:
                 if not self._store.closed:
                     self._close()
             except KeyboardInterrupt:                              # another Ctrl-C: wait no longer
-                self._close_by = 0.0
+                for runner in list(_living):
+                    runner._store.close_by = 0.0
             finally:
                 self._close_lock.release()
 
-    def _close(self) -> None:
+    def _time_to_close(self, extra: float, most: float) -> float:
+        """Return the seconds that are left while going down: `extra` more than what running jobs get, and `most` in any case."""
+        return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
+
+    def _pause(self) -> None:
+        """Claim nothing more, and ask what runs to pause at its next checkpoint."""
         self._shut = self._shut_claims = True
+        for attempt in list(self._attempts.values()):
+            attempt.request_stop(RELEASED)
+
+    def _close(self) -> None:
+        self._pause()
         with contextlib.suppress(StoreError):
             self._store.write(_do_nothing)            # who leads now may be claiming still: after this nobody is
         self._ended.extend(self._pool.take_back())
-        for attempt in list(self._attempts.values()):
-            attempt.request_stop(RELEASED)
+        self._pause()
         with contextlib.suppress(StoreError):
             self._store.kick()
-            while self._attempts and time.monotonic() < self._close_by:
+            while self._attempts and time.monotonic() < self._store.close_by:
                 time.sleep(0.005)
             self._flush_progress()
             self._give_back("its process was closed", lambda job_id: False)
@@ -4593,8 +4602,8 @@ class Runner(Submitter, Executor):
         self._store.close()
         _presence().vanish(self.path, self._id)
         if self._service is not None:
-            self._service.end()
-        self._pool.close(0.2)
+            self._service.end(self._time_to_close(0.8, 1.0))
+        self._pool.close(self._time_to_close(0.8, 0.2))
         self._held.clear()                                # whose jobs are not over: nobody waits here for what others do
         self._to_call_back.put(None)
 
@@ -4823,11 +4832,11 @@ class _Service:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def end(self) -> None:
-        """Wait until the thread has ended, unless it goes on watching handles for others; the store is closed."""
+    def end(self, seconds: float) -> None:
+        """Wait some seconds for the thread to end, unless it goes on watching handles for others; the store is closed."""
         self._event.set()
         if self._thread is not threading.current_thread() and not self._runner._watched_now():
-            self._thread.join(1.0)
+            self._thread.join(seconds)
 
     def nudge_soon(self) -> None:
         """Have the thread lead a transaction in SETTLE_SECONDS."""
@@ -5064,7 +5073,12 @@ def _live_until_exit(runner: Runner) -> None:
 @functools.cache
 def _register_hooks() -> None:
     def close_all() -> None:
-        for runner in list(_living):
+        close_by = time.monotonic() + GRACE_SECONDS       # one for all, also for a close() under way in another thread
+        runners = [runner for runner in list(_living) if not runner._store.closed]
+        for runner in runners:
+            runner._store.close_by = min(runner._store.close_by, close_by)
+            runner._pause()
+        for runner in runners:
             try:
                 runner._close_at_exit()
             except Exception as error:

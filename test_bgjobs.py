@@ -4489,6 +4489,23 @@ class TestRunner:
             assert runner._store.counts({})["pending"] == 6
             consistent(runner)
 
+    def test_several_runners_share_the_time_that_an_exit_may_take(self, path):
+        process = python("""
+            import bgjobs, sys, test_bgjobs
+            bgjobs.GRACE_SECONDS = 1.0
+            runners = [bgjobs.Runner(f"{sys.argv[1]}{n}", max_workers=2) for n in range(4)]
+            for runner in runners:
+                runner.submit(test_bgjobs.spin), runner.submit(test_bgjobs.stoppable)
+            test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == 8)
+            print("ready", flush=True)
+        """, path)
+        assert process.stdout.readline() == "ready\n"
+        begun = time.monotonic()
+        assert finish(process, 20)[::2] == (0, "") and time.monotonic() - begun < 3
+        for n in range(4):
+            with contextlib.closing(bgjobs.Runner(f"{path}{n}", start=False)) as runner:
+                assert [job.status for job in runner.jobs()] == ["pending"] * 2
+
     def test_starting_and_closing_leaves_no_thread_and_no_descriptor(self, path):
         def descriptors():
             return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
