@@ -2065,6 +2065,8 @@ WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}  
 COUNT_LIMIT = 10_001               # where counting for people ends
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
+LOCK_SECONDS = 30                  # how long a write waits while another program holds the file's lock
+LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that going down can cut it short
 SCHEMA_VERSION = len(MIGRATIONS)
 TABLES = ("bgjobs_schema", *(sql.split()[2] for sqls in MIGRATIONS for sql in sqls if sql.startswith("CREATE TABLE")))
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
@@ -2190,10 +2192,10 @@ class Store:
         self._leader = 0                                  # the leading thread's ident
         self._waiting: deque[_Write] = deque()
         self.leading = self._again = self.closed = self.forked = False
-        self.close_by = math.inf                          # when what still runs is given back
+        self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
         self._check_path(os.fspath(path))
         try:
-            self._writer = sqlite3.connect(self.path, **_CONNECT)
+            self._writer = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             try:
                 self._check_json()
                 self._prepare()
@@ -2258,7 +2260,7 @@ class Store:
 
     def _prepare(self) -> None:
         """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._migrate()
@@ -2318,13 +2320,14 @@ class Store:
                              "a backup, or drop these tables to start anew")
         return version
 
-    def close(self) -> None:
-        """Close the connections. Waits for the transaction under way; writes after it raise StoreError."""
-        def last(tx: Transaction) -> None:
+    def close(self, last: Callable[[Transaction], None] = _do_nothing) -> None:
+        """Run a last write and close the connections. Waits for the transaction under way; writes after it raise StoreError."""
+        def run(tx: Transaction) -> None:
+            last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             try:
-                self.write(last)
+                self.write(run)
             except StoreError:                            # the disk is full, the file is gone, ...
                 self.closed = True
             self._writer.close()
@@ -2488,15 +2491,23 @@ class Store:
             self._transact(batch, ride)
             return True
         except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
+            if isinstance(error, StoreError) and batch:   # the file's trouble, and no write's: all would wait for it again
+                for write in batch:
+                    write.error, write.done = copy.copy(error), True
+                    write.error.__cause__ = error.__cause__
+                self._again = bool(ride) and not self.closed
+                return False
             if ride and batch:
                 for write in batch:
                     self._commit([write], ride="")
+                    self._release([write])
                 self._again = True
             elif batch:
                 batch[0].error, batch[0].done = self._explained(error), True
             elif not self.closed:
                 self.complain(f"cannot record outcomes: {self._explained(error)}; trying again")
-                time.sleep(0.05)
+                if self.close_by == math.inf:
+                    time.sleep(0.05)
                 self._again = True
                 return False
             return True
@@ -2522,7 +2533,7 @@ class Store:
         db = self._writer
         if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
             db.execute("ROLLBACK")
-        db.execute("BEGIN IMMEDIATE")
+        self._await_lock("BEGIN IMMEDIATE")
         try:
             tx = Transaction(db, self._lineages, self.clock())
             if ride:
@@ -2533,7 +2544,7 @@ class Store:
                 self.rider(tx, ride == "all")
             tx.apply()
             tx.save_tallies()
-            db.execute("COMMIT")
+            self._await_lock("COMMIT")
         except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
@@ -2542,6 +2553,21 @@ class Store:
                 db.text_factory = _decoded                # slower; the transaction is run again
             raise
         return tx
+
+    def _await_lock(self, statement: str) -> None:
+        """Execute a BEGIN IMMEDIATE or COMMIT. StoreError: another program holds the lock, for too long."""
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                self._writer.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                if time.monotonic() > min(give_up, self.close_by + 0.4):
+                    if self.close_by < math.inf:          # what else is written while going down is tried once
+                        self._writer.execute("PRAGMA busy_timeout = 0")
+                    raise self._explained(error) from error
 
     def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
         """Run a write in the transaction of the app's own connection to this file; the app commits, or rolls back. If none is
@@ -3867,6 +3893,7 @@ class Runner(Submitter, Executor):
         try:
             self._begin_anew()
         except BaseException:
+            self._store.close_by = 0.0                   # it has waited already
             self._store.close()
             raise
 
@@ -4593,13 +4620,16 @@ class Runner(Submitter, Executor):
             while self._attempts and time.monotonic() < self._store.close_by:
                 time.sleep(0.005)
             self._flush_progress()
-            self._give_back("its process was closed", lambda job_id: False)
-            self._store.write(lambda tx: (tx.executemany(SAVE_COST, self._costs.take_changed()),
-                                          tx.remove_runner(self._id)))
+        means = self._costs.take_changed()
+
+        def leave(tx: Transaction) -> None:
+            self._release(tx, "its process was closed", lambda job_id: False)
+            tx.executemany(SAVE_COST, means)
+            tx.remove_runner(self._id)
+        self._store.close(leave)
         for server in self._servers:
             server.shutdown()
             server.server_close()
-        self._store.close()
         _presence().vanish(self.path, self._id)
         if self._service is not None:
             self._service.end(self._time_to_close(0.8, 1.0))
@@ -4607,14 +4637,16 @@ class Runner(Submitter, Executor):
         self._held.clear()                                # whose jobs are not over: nobody waits here for what others do
         self._to_call_back.put(None)
 
-    def _give_back(self, why: str, keep: Callable[[int], bool]) -> None:
+    def _release(self, tx: Transaction, why: str, keep: Callable[[int], bool]) -> None:
         """Make jobs pending again that this runner has claimed, but those to keep; their attempts are superseded."""
-        def release(tx: Transaction) -> None:
-            for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
-                if not keep(row[0]):
-                    tx.take_back(row, why, tx.now)
-        if any(not keep(row["id"]) for row in self._store.read(OWNED, {"owner": self._id})):
-            self._store.write(release)
+        for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
+            if not keep(row[0]):
+                tx.take_back(row, why, tx.now)
+
+    def _release_lost(self) -> None:
+        """Make jobs pending again that were claimed and never handed out: Ctrl-C came right after the commit."""
+        if any(row["id"] not in self._attempts for row in self._store.read(OWNED, {"owner": self._id})):
+            self._store.write(lambda tx: self._release(tx, "its claim was lost", self._attempts.__contains__))
 
     def __exit__(self, *exc_info: Any) -> None:
         self.shutdown(wait=True)
@@ -4927,7 +4959,7 @@ class _Service:
             means = runner._costs.take_changed()
             runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
         runner._charge_long_ones()
-        runner._give_back("its claim was lost", runner._attempts.__contains__)     # by Ctrl-C, right after a commit
+        runner._release_lost()
         runner._unpark()
 
 

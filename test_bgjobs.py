@@ -2361,7 +2361,7 @@ class TestDisk:
                 broken.get(job_id).info()
 
     def test_a_lock_of_another_program_is_waited_for_and_then_an_error_the_runner_survives(self, make, path, monkeypatch):
-        monkeypatch.setitem(bgjobs._CONNECT, "timeout", 0.3)
+        monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.3)
         runner = make(max_workers=1)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -2369,6 +2369,59 @@ class TestDisk:
                 runner.submit(add, 1)
             other.execute("COMMIT")
         assert runner.submit(add, 1, 2).result(10) == 3
+
+    def test_many_threads_that_wait_for_the_same_lock_get_the_error_together(self, make, path, monkeypatch):
+        monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.5)
+        runner = make(max_workers=1)
+        with locked(path), concurrent.futures.ThreadPoolExecutor(8) as threads:
+            begun = time.monotonic()
+            errors = [future.exception() for future in [threads.submit(runner.submit, add, 1) for _ in range(8)]]
+            assert time.monotonic() - begun < 2.5                # one wait under way, and one for all others
+        assert {type(error) for error in errors} == {bgjobs.StoreError} and len(set(map(id, errors))) == 8
+        assert runner.submit(add, 1, 2).result(10) == 3 and len(runner.jobs()) == 1
+
+    def test_going_down_does_not_wait_for_a_lock_of_another_program(self, make, path, monkeypatch):
+        runner = make(max_workers=2)
+        job = runner.submit(stoppable, "locked out")
+        wait_for(lambda: ("locked out", 1) in seen)
+        with locked(path), concurrent.futures.ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(runner.submit, add, 1)
+            wait_for(lambda: runner._store.leading)
+            begun = time.monotonic()
+            runner.close(timeout=0.3)
+            assert isinstance(waiting.exception(), bgjobs.StoreError)
+            assert time.monotonic() - begun < 1.3
+            begun = time.monotonic()
+            monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.3)
+            with pytest.raises(bgjobs.StoreError, match="locked"):
+                make()
+            assert time.monotonic() - begun < 1.3
+        again = make(start=False)
+        assert again.get(job.id).status == "running"             # what could not be given back is taken back as a dead one's is
+        again._recover_dead()
+        assert again.get(job.id).status == "pending"
+        consistent(again)
+
+    def test_with_a_rollback_journal_a_commit_waits_for_a_reader(self, make, path, monkeypatch):
+        runner = make(journal="delete", start=False)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                waiting = thread.submit(runner.submit, add, 1)
+                wait_for(lambda: os.path.exists(path + "-journal"))
+                time.sleep(4 * bgjobs.LOCK_STEP_SECONDS)         # more than SQLite waits at a time
+                assert not waiting.done()
+                other.execute("COMMIT")
+                assert waiting.result(10).id == 1
+            monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.2)
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
+            with pytest.raises(bgjobs.StoreError, match="locked"):
+                runner.submit(add, 2)
+            other.execute("COMMIT")
+        assert runner.submit(add, 3).id == 2
+        consistent(runner)
 
     def test_a_torn_wal_leaves_a_prefix_of_history_intact(self, path, tmp_path):
         process = python("""
@@ -2560,6 +2613,15 @@ def small_disk(tmp_path):
     for gate in list(gates_made):
         gate.set()
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold the lock of a file as another program does."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("COMMIT")
 
 
 def shared_folder(tmp_path):
