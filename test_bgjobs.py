@@ -4557,7 +4557,7 @@ class TestRunner:
             bgjobs.GRACE_SECONDS = 1.0
             runners = [bgjobs.Runner(f"{sys.argv[1]}{n}", max_workers=2) for n in range(4)]
             for runner in runners:
-                runner.submit(test_bgjobs.spin), runner.submit(test_bgjobs.stoppable)
+                runner.submit(test_bgjobs.hold, "deaf"), runner.submit(test_bgjobs.stoppable)
             test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == 8)
             print("ready", flush=True)
         """, path)
