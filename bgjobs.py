@@ -2916,7 +2916,7 @@ class Pool:
         self.lingers = False                              # one of them does not sleep yet: it claims in a moment
         self._threads: set[threading.Thread] = set()
         self.abandoned = 0                                # superseded attempts whose threads live on
-        self._closed = False
+        self._closed = self.forked = False
 
     @property
     def is_clogged(self) -> bool:
@@ -3008,6 +3008,8 @@ class Pool:
         attempt = self._next_handed()
         while attempt is not None:
             self._execute(attempt)
+            if self.forked:                               # by the function; this is the child, and ends: the parent has the job
+                return
             lead = self._settle(attempt)
             starting: list[threading.Thread] = []
             with self._changed:
@@ -3938,6 +3940,7 @@ class Runner(Submitter, Executor):
     def _leave_to_parent(self) -> None:
         """In a forked child: this runner has no threads here, and its file is the parent's. Only start() makes it work again."""
         self._store.leave_to_parent()
+        self._pool.forked = True
         self._handle_lock, self._close_lock, self._over = threading.Lock(), threading.Lock(), threading.Condition()
         self._service, self._callback_thread, self._started = None, None, False
         self._attempts, self._servers = {}, []

@@ -2668,6 +2668,26 @@ class TestFork:
             """, path, PYTHONWARNINGS="ignore"), 60)
         assert code == 0 and out == "whole\n", err
 
+    def test_a_child_that_a_job_forks_ends_with_the_jobs_function(self, path):
+        code, out, err = finish(python("""
+            import bgjobs, os, sys
+            def fork(how):
+                child = os.fork()
+                if child:
+                    return os.waitpid(child, 0)[0] == child
+                if how == "raises":
+                    raise ValueError
+                if how == "exits":
+                    sys.exit()
+                if how == "starts":
+                    bgjobs.start()
+                    bgjobs.close()
+                return "of the child"
+            bgjobs.start(sys.argv[1], max_workers=1)
+            print(*[bgjobs.submit(fork, how).result(10) for how in ("returns", "raises", "exits", "starts")])
+            """, path, PYTHONWARNINGS="ignore"))
+        assert (code, out) == (0, "True True True True\n"), err
+
     def test_multiprocessing_in_a_job_and_beside_one(self, path):
         code, out, err = finish(python("""
             import bgjobs, multiprocessing, sys, test_bgjobs
