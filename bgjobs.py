@@ -5175,12 +5175,19 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
 
 
 def default_runner() -> Runner:
-    """Return the runner whose job this is called in, else the default one, started when first needed."""
+    """Return the runner whose job this is called in, else the default one, started when first needed.
+
+    RuntimeError: it has been closed. Another would be on another file, where nobody looks.
+    """
     attempt = _current.get()
     if attempt is not None:
         return attempt.runner
     runner = _default
-    return runner if runner is not None and (runner._store.forked or not runner._store.closed) else start()
+    if runner is None:
+        return start()
+    if runner._store.closed and not runner._store.forked:
+        raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
+    return runner
 
 
 def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:

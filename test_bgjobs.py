@@ -4636,6 +4636,23 @@ class TestRunner:
         assert out.startswith("12 ['finished', 'finished', 'finished', 'finished'] 4\nthe default runner is on"), (out, err)
         assert (tmp_path / "env.db").exists()
 
+    def test_a_submit_after_the_default_runner_was_closed_opens_no_other_file(self, tmp_path):
+        code, out, err = finish(python("""
+            import bgjobs, os, test_bgjobs
+            bgjobs.start("app.db")
+            bgjobs.close()
+            for use in (lambda: bgjobs.submit(test_bgjobs.add, 1), bgjobs.jobs, bgjobs.drain):
+                try:
+                    print(use())
+                except RuntimeError as error:
+                    print(error)
+            assert not os.path.exists("bgjobs.db")
+            bgjobs.start("app.db")
+            print(bgjobs.submit(test_bgjobs.add, 1, 2).result(10))
+        """, cwd=tmp_path))
+        closed = f"the runner on {tmp_path / 'app.db'} is shut down; call start()\n"
+        assert (code, out) == (0, 3 * closed + "3\n"), err
+
     def test_a_submit_inside_a_job_to_another_runner_is_no_child(self, make, tmp_path):
         one, two = make(max_workers=1), make(str(tmp_path / "two.db"), max_workers=1)
         others.append(two)
