@@ -1248,7 +1248,7 @@ def kept_options(text: str | None) -> dict[str, Any]:
     try:
         options = json.loads(text) if text else {}
         return options if isinstance(options, dict) else {"unreadable": f"{_short(text)} is no JSON object"}
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         return {"unreadable": _text(error)}
 
 
@@ -4069,7 +4069,7 @@ class Runner(Submitter, Executor):
             new.options = json.dumps(kept, separators=(",", ":"))
         parent = given.get("parent")
         if parent is not None:
-            if os.path.realpath(parent._runner.path) != os.path.realpath(self.path):
+            if parent._runner is not self and os.path.realpath(parent._runner.path) != os.path.realpath(self.path):
                 raise ValueError(f"{parent!r} is in {parent._runner.path}; it takes no children from {self.path}")
             new.parent_id = parent.id
             running = self._attempts.get(parent.id)
