@@ -1069,7 +1069,7 @@ STANDING = "SELECT status, attempt, root_id, low_priority, run_by, options FROM 
 _CLAIMED = ("id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions, "
             "CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL), "
             "CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER), "
-            "CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END, CAST(duration AS REAL), system")
+            "CAST(CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END AS REAL), CAST(duration AS REAL), system")
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
