@@ -1958,7 +1958,7 @@ class Transaction:
         row = self._row(job_id)
         deaths = row["deaths"]
         new, error = (STOPPED if status == STOPPING and not row["goes_on"] else PENDING), None
-        if new == PENDING and not (decode(options) or {}).get("recover", True):
+        if new == PENDING and not kept_options(options).get("recover", True):
             error = f"{why} while it ran, and it was declared recover=False"
         elif died and deaths >= DEATHS:
             error = f"its process died under it {deaths} times; resume gives it another try"
