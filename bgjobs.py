@@ -88,7 +88,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
            "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs", "options",
-           "schedules", "serve", "shutdown", "start", "submit", "submit_many", "wsgi"]
+           "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
 
@@ -1203,6 +1203,17 @@ SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) 
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
+FOLD = f"""SELECT {{part}} AS part, name, {", ".join(f"{name[-3:]}({name})" if name[-4:] in ("_min", "_max") else f"sum({name})" for name in _TALLIES)}
+    FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"""
+FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
+
+# A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
+EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
+    WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished
+    OR r.status = 'failed' AND r.finished_at < :failed)"""
+HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
+TRIM_LOG = """DELETE FROM bgjobs_logs WHERE job_id = :id AND id <= (SELECT id FROM bgjobs_logs WHERE job_id = :id
+    ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
 SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
 
@@ -1990,6 +2001,23 @@ class Transaction:
             self.execute(FORGET_DEATHS, {"id": job_id, "killer": killer})
             if parked == "suspect":
                 self._make_ready([(job_id, parent_id, root_id, low)])
+
+    def prune(self, after: int, until: int, finished: float, failed: float) -> int:
+        """Remove the jobs with ids up to `until` whose root was over before these times, with their logs; return how many."""
+        ids = self.execute(EXPIRED, {"after": after, "until": until, "finished": finished, "failed": failed}).fetchall()
+        if ids:
+            self.over += [job_id for job_id, in ids]
+            self.executemany(DELETE_JOB, ids)
+            self.executemany(DELETE_LOGS, ids)
+            self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
+        return len(ids)
+
+    def fold_statistics(self, part: str, last: int) -> None:
+        """Sum the minutes of the statistics up to `last` up by an SQL expression of the minute."""
+        bounds = {"first": 0, "last": last}
+        rows = self.execute(FOLD.format(part=part), bounds).fetchall()
+        self.execute(FORGET_MINUTES, bounds)
+        self.executemany(SAVE_TALLY, rows)
 
     def log(self, job_id: int, level: int, message: str) -> None:
         """Add one line to a job's log."""
@@ -3204,7 +3232,7 @@ class Attempt(JobContext):
     exception: BaseException | None = None
     thread: int | None = None                             # while it executes
     has_place = abandoned = False                         # these four are the pool's
-    waits = 0
+    waits = lines = 0                                     # lines: logged since its log was trimmed
     place: threading.Event | None = None
     unsaved_progress: Report | None = None
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
@@ -3732,6 +3760,9 @@ class Job(Future):                                        # type: ignore[type-ar
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
+LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
+RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}     # seconds that jobs are kept once they are over, cancelled as finished
+PRUNE_IDS = 2_000          # ids that one transaction of a prune looks at
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
@@ -3852,18 +3883,28 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
         raise
 
 
+@job(name="bgjobs.housekeeping")
+def housekeeping(finished: float, failed: float) -> int:
+    """Prune the file of the runner whose job this is, and fold its statistics. Each started runner schedules it hourly."""
+    runner = _current.get().runner                        # type: ignore[union-attr]
+    runner._fold_statistics()
+    return runner.prune(finished, failed)
+
+
 class Runner(Submitter, Executor):
     """Runs the jobs of one file on threads of this process; a complete concurrent.futures.Executor.
 
     path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute
     at once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start().
     durability: "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
-    SQLite's rollback journal. modules: names of modules to import, whose functions jobs may name. clock: returns Unix seconds.
+    SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
+    default, where finished stands for cancelled, too; None keeps everything. modules: names of modules to import, whose functions jobs may name. clock: returns Unix seconds.
     Raises ValueError for a bad value, StoreError for a file that cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
-                 durability: str = "process", journal: str = "wal", modules: Iterable[str] = (),
+                 durability: str = "process", journal: str = "wal", retention: dict[str, float] | None = RETENTION,
+                 modules: Iterable[str] = (),
                  clock: Callable[[], float] = time.time) -> None:
         if max_workers is None:
             max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
@@ -3875,6 +3916,9 @@ class Runner(Submitter, Executor):
             raise ValueError(f'durability must be "process" or "power", got {_short(durability)}')
         if journal not in ("wal", "delete"):
             raise ValueError(f'journal must be "wal" or "delete", got {_short(journal)}')
+        if retention is not None and not (set(retention) <= set(RETENTION) and _are_seconds(retention.values())):
+            raise ValueError(f"retention must be None or a dict of seconds for {', '.join(RETENTION)}, got {_short(retention)}")
+        self._retention = None if retention is None else {**RETENTION, **retention}
         Submitter.__init__(self, self, {})
         self.max_workers = self._max_workers = max_workers
         self._clock = clock
@@ -4020,9 +4064,9 @@ class Runner(Submitter, Executor):
             self._ensure_service()
         return Schedule(self, schedule_id)
 
-    def schedules(self) -> list[Schedule]:
-        """Return the schedules in the file, also those that no code has any more."""
-        return [Schedule(self, row["id"]) for row in self._store.read(SCHEDULES)]
+    def schedules(self, system: bool = False) -> list[Schedule]:
+        """Return the schedules in the file, also those that no code has any more. system=True adds those of the library."""
+        return [Schedule(self, row["id"]) for row in self._store.read(SCHEDULES) if system or not row["system"]]
 
     def _submission(self, fn: Callable[..., Any], options: dict[str, Any]) -> Submission:
         """Return the row for a job of this function, but for its arguments."""
@@ -4087,6 +4131,10 @@ class Runner(Submitter, Executor):
             except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
                 self._lines_dropped += len(taken)
                 taken.clear()
+            for attempt in filter(None, map(self._attempts.get, {line[0] for line in taken})):
+                if attempt.lines > LINES_A_JOB // 10:
+                    attempt.lines = 0
+                    tx.execute(TRIM_LOG, {"id": attempt.id, "keep": LINES_A_JOB})
 
     def _ride(self, tx: Transaction, kicked: bool) -> None:
         """Take what waits into a transaction: outcomes of attempts, and claims for free places."""
@@ -4265,6 +4313,7 @@ class Runner(Submitter, Executor):
             message = f"{_short(record.msg)} could not be formatted: {_text(error)}"
         at = record.created if _is_number(record.created) else time.time()
         level = record.levelno if isinstance(record.levelno, int) and abs(record.levelno) < 1 << 31 else logging.NOTSET
+        attempt.lines += 1
         self._lines.append((attempt.id, at, level, _text(message).replace("\0", "\\0"), attempt.number))
 
     # reading and operating
@@ -4489,6 +4538,9 @@ class Runner(Submitter, Executor):
             _capture_log_records()
             self._recover_dead()
             self._started = True
+            if self._retention is not None:
+                options = {"key": "bgjobs.housekeeping", "system": True, "label": "Housekeeping: remove what is over for long"}
+                self._every("1h", housekeeping, (), self._retention, options)
             self._ensure_service()
             self._store.kick()
         return self
@@ -4744,6 +4796,28 @@ class Runner(Submitter, Executor):
             elif _registry.find(name) is not None:
                 while self._store.write(lambda tx: tx.unpark(key)):
                     pass
+
+    # retention
+
+    def prune(self, finished: float = RETENTION["finished"], failed: float = RETENTION["failed"]) -> int:
+        """Remove whole trees that are over for so many seconds (cancelled ones as finished), with their logs; return how many
+        jobs that were. In many short transactions; in a job each is followed by a checkpoint."""
+        if not _are_seconds([finished, failed]):
+            raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
+        now, removed = self._clock(), 0
+        before = {"finished": now - finished, "failed": now - failed}
+        for after in range(0, self._store.read(HIGHEST_ID)[0][0], PRUNE_IDS):
+            ids = {"after": after, "until": after + PRUNE_IDS}
+            if self._store.read(EXPIRED + " LIMIT 1", {**ids, **before}):
+                removed += self._store.write(lambda tx: tx.prune(**ids, **before))
+            current_job().checkpoint()
+        return removed
+
+    def _fold_statistics(self) -> None:
+        """Keep the statistics by hours after two days, and only their sums after the longest window."""
+        minute = int(self._clock() // 60)
+        self._store.write(lambda tx: (tx.fold_statistics("minute / 60 * 60", minute - 2 * 1_440 - minute % 60 - 1),
+                                      tx.fold_statistics("0", minute - 31 * 1_440)))
 
     # statistics
 
@@ -5223,9 +5297,19 @@ def every(schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs
     return default_runner()._every(schedule, fn, args, kwargs, {})
 
 
-def schedules() -> list[Schedule]:
+def schedules(system: bool = False) -> list[Schedule]:
     """Runner.schedules on the default runner."""
-    return default_runner().schedules()
+    return default_runner().schedules(system)
+
+
+def stats(window: str = "24h", name: str | None = None) -> dict[str, Any]:
+    """Runner.stats on the default runner."""
+    return default_runner().stats(window, name)
+
+
+def prune(finished: float = RETENTION["finished"], failed: float = RETENTION["failed"]) -> int:
+    """Runner.prune on the default runner."""
+    return default_runner().prune(finished, failed)
 
 
 def get(job_id: int) -> Job:

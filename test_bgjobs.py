@@ -3285,7 +3285,7 @@ class TestSchedules:
             process.communicate()
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
             info = runner.schedules()[0].info()
-            (created, next_at), = rows(runner, "SELECT created_at, next_at FROM bgjobs_schedules")
+            (created, next_at), = rows(runner, "SELECT created_at, next_at FROM bgjobs_schedules WHERE system = 0")
             due = [created + 0.05 * n for n in range(1, round((next_at - created) / 0.05))]
             made = sorted(job.created_at for job in runner.jobs(limit=None))
             assert len(made) == info["runs"] and info["runs"] + info["skipped"] <= len(due)
@@ -3386,6 +3386,108 @@ class TestStatistics:
         assert text.endswith("\n") and all(name.endswith("_total") == (kind == "counter") for name, kind in types.items())
         assert values['bgjobs_jobs{status="finished"}'] == 1 and values["bgjobs_runners"] == 1
         assert values['bgjobs_created_total{function="odd \\"name\\"\\\\ with\\nbreaks"}'] == 1
+
+
+class TestRetention:
+    def test_whole_trees_go_when_they_are_over_for_long_and_nothing_else_does(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        tree, failed = idle.submit(children, 3), idle.submit(fail)
+        cancelled = idle.submit(add, 1)
+        cancelled.cancel()
+        idle.drain()
+        stopped, pending = idle.submit(add, 1), idle.options(delay=90 * 86_400).submit(add, 1)
+        stopped.stop()
+        clock.now += 6 * 86_400
+        young = idle.submit(add, 1)
+        idle.drain()
+        assert idle.prune() == 0
+        clock.now += 2 * 86_400
+        assert idle.prune() == 5                                   # the tree of four, and the cancelled one
+        assert [job.id for job in idle.jobs(limit=None)] == [young.id, pending.id, stopped.id, failed.id]
+        with pytest.raises(KeyError):
+            tree.info()
+        consistent(idle)
+        clock.now += 30 * 86_400
+        assert idle.prune() == 2 and stopped.resume().status == "pending"
+        assert idle.prune(finished=0, failed=0) == 0
+        assert idle.submit(add, 1).id > young.id                   # no id comes again
+        assert rows(idle, "SELECT count(*) FROM bgjobs_logs WHERE job_id NOT IN (SELECT id FROM bgjobs_jobs)") == [(0,)]
+
+    def test_what_an_interrupted_prune_left_of_a_tree_goes_with_the_next(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "PRUNE_IDS", 5)
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.submit(children, 12)
+        idle.drain()
+        clock.now += 8 * 86_400
+        idle._store.write(lambda tx: tx.prune(0, 5, clock.now, clock.now))
+        assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
+        assert idle.prune() == 8
+
+    def test_it_runs_by_itself_as_a_system_job_and_over_a_month_the_file_stays_bounded(self, make, path):
+        clock = Clock()
+        runner = make(max_workers=2, clock=clock)
+        schedule, = runner.schedules(system=True)
+        assert runner.schedules() == [] and (schedule.info()["name"], schedule.info()["schedule"]) == ("bgjobs.housekeeping", "1h")
+        sizes = []
+        for day in range(30):
+            ids = runner.submit_many(echo, [("x" * 200,)] * 300)
+            wait_for(lambda: runner._store.counts({"created_from": clock.now})["finished"] >= 300)
+            runs = schedule.info()["runs"]
+            clock.now += 86_400
+            wait_for(lambda: schedule.info()["runs"] > runs and schedule.info()["job_status"] == "finished")
+            sizes.append(rows(runner, "PRAGMA page_count")[0][0])
+        assert len(rows(runner, "SELECT id FROM bgjobs_jobs WHERE system = 0")) <= 8 * 300 and runner.get(ids[-1]).done()
+        assert runner.stats("30d")["total"]["finished"] > 28 * 300     # they outlive the jobs
+        assert len(rows(runner, "SELECT 1 FROM bgjobs_stats")) < 40
+        assert sizes[-1] <= max(sizes[8:12]) * 1.2
+        consistent(runner)
+
+    def test_it_can_be_set_and_turned_off(self, make, path):
+        make(retention=None)
+        runner = make(f"{path} 2", retention={"finished": 60})
+        schedule, = runner.schedules(system=True)
+        assert schedule.info()["kwargs"] == {"finished": 60, "failed": 30 * 86_400}
+        for bad in ({"forever": 1}, {"finished": -1}, {"finished": "7d"}):
+            with pytest.raises(ValueError, match="retention must be"):
+                bgjobs.Runner(path, retention=bad)
+        with pytest.raises(ValueError, match="finished and failed are seconds"):
+            runner.prune(finished=-1)
+        assert make(f"{path} 3", retention=None).schedules(system=True) == []
+
+    def test_sums_of_statistics_stay_when_their_minutes_are_folded(self, make):
+        clock = Clock(1_000_000_000.0)
+        idle = make(start=False, clock=clock)
+        for _ in range(5):
+            idle.submit(add, 1)
+            idle.drain()
+            clock.now += 3_600 * 9
+        before = idle.stats("7d")["total"]
+        clock.now += 86_400 * 3
+        idle._fold_statistics()
+        assert idle.stats("7d")["total"] == before
+        assert all(minute % 60 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
+        clock.now += 86_400 * 40
+        idle._fold_statistics()
+        assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
+        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in idle._metrics()
+
+    def test_a_jobs_log_keeps_its_newest_lines(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
+        runner = make(max_workers=1)
+        job = runner.submit(log_lines, 3_000)
+        job.result(20)
+        lines = job.logs()
+        assert 500 <= len(lines) <= 600 + bgjobs.LINES_A_WRITE and lines[-1]["message"] == "line 2999"
+
+
+def log_lines(count):
+    job = bgjobs.current_job()
+    for n in range(count):
+        job.log.info("line %d", n)
+        if n % 100 == 0:
+            job.sleep(0.01)
 
 
 class TestRetries:
