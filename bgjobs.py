@@ -3684,7 +3684,7 @@ class Job(Future):                                        # type: ignore[type-ar
         self._await_end(timeout)
         return super().exception(0)
 
-    def _await_end(self, timeout: float | None) -> None:
+    def _await_end(self, timeout: float | None, given_up: Callable[[], bool] = lambda: False) -> None:
         if self._state == "PENDING":
             self.done()
         if self._state == "PENDING":                      # also when it was over and has been resumed by now
@@ -3694,7 +3694,7 @@ class Job(Future):                                        # type: ignore[type-ar
                 return
             with attempt.woken_by_stop(_Notifier(self._condition)):
                 attempt.runner._wait_in_job(attempt, lambda seconds: self._wait(
-                    seconds, lambda: self._state != "PENDING" or attempt.stop_requested), timeout)
+                    seconds, lambda: self._state != "PENDING" or attempt.stop_requested or given_up()), timeout)
             attempt.raise_if_stopped()
 
     def _wait(self, timeout: float | None, over: Callable[[], bool]) -> bool:
@@ -3706,7 +3706,34 @@ class Job(Future):                                        # type: ignore[type-ar
         import asyncio
         if _current.get() is None:
             return asyncio.wrap_future(self).__await__()
-        return asyncio.to_thread(self.result).__await__()     # gives the place away, and is a checkpoint
+        return self._await_in_job().__await__()
+
+    async def _await_in_job(self) -> Any:
+        """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled task goes
+        on when the attempt has its place again."""
+        import asyncio
+        loop, cancelled = asyncio.get_running_loop(), []
+        end = loop.create_future()
+
+        def wait() -> None:
+            outcome: Future[Any] = Future()
+            try:
+                self._await_end(None, lambda: bool(cancelled))
+                outcome.set_result(Future.result(self, 0))
+            except BaseException as error:
+                outcome.set_exception(error)
+            with contextlib.suppress(RuntimeError):           # a force stop has ended the loop
+                loop.call_soon_threadsafe(end.set_result, outcome)
+        threading.Thread(target=contextvars.copy_context().run, args=(wait,), name="bgjobs-await", daemon=True).start()
+        while not end.done():
+            try:
+                await asyncio.wait([end])
+            except asyncio.CancelledError as error:
+                cancelled.append(error)
+                _Notifier(self._condition).set()
+        if cancelled:
+            raise cancelled[0]
+        return end.result().result()
 
     @library_code
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:

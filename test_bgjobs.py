@@ -3954,6 +3954,35 @@ class TestTrees:
         runner = make(max_workers=1)
         assert runner.submit(nested_coroutine, 10).result(20) == 10
 
+    def test_an_await_that_is_cancelled_takes_the_place_back_first(self, make, caplog):
+        runner = make(max_workers=2)
+        parent = runner.submit(await_for_a_moment)
+        wait_for(lambda: ["cancelled", True, "running"] in seen and runner._pool.room()[0] == 1)
+        gate("too long").set()
+        assert parent.result(10) is None
+        wait_for(lambda: runner._pool.room()[0] == 2)
+        assert caplog.text == ""
+
+    def test_a_stop_of_a_job_that_awaits_its_child_reaches_it(self, make):
+        runner = make(max_workers=2)
+        parent = runner.submit(await_child, "hold", "awaited")
+        wait_for(lambda: "awaited" in seen and runner._pool.room()[0] == 1)
+        parent.stop()
+        wait_for(lambda: parent.status == "stopped" and runner._pool.room()[0] == 1)
+
+    def test_a_job_that_awaits_its_child_does_not_hold_the_exit_up(self, path):
+        process = python("""
+            import bgjobs, sys, test_bgjobs
+            bgjobs.GRACE_SECONDS = 0.6
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.submit(test_bgjobs.await_child, "hold", "exit")
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
+            print("ready", flush=True)
+        """, path)
+        assert process.stdout.readline() == "ready\n"
+        begun = time.monotonic()
+        assert finish(process)[::2] == (0, "") and time.monotonic() - begun < 2.5
+
     def test_several_waiting_threads_of_one_job_give_one_place_away(self, make):
         runner = make(max_workers=2)
         seen.clear()
@@ -4164,6 +4193,20 @@ def count_executing(seconds=0.002):
 
 async def nested_coroutine(depth):
     return 0 if depth == 0 else 1 + await bgjobs.submit(nested_coroutine, depth - 1)
+
+
+async def await_child(function, *arguments):
+    return await bgjobs.submit(globals()[function], *arguments)
+
+
+async def await_for_a_moment():
+    child = bgjobs.submit(hold, "too long")
+    while not child.running():
+        await asyncio.sleep(0.001)
+    try:
+        await asyncio.wait_for(child, 0.05)
+    except asyncio.TimeoutError:
+        seen.append(["cancelled", bgjobs.current_job().has_place, child.status])
 
 
 async def wait_in_threads():
