@@ -2710,16 +2710,20 @@ class Store:
             counts[status] = self.read(sql, {**parameters, "status": status})[0][0]
         return counts
 
-    def logs(self, job_id: int, *, level: int, text: str | None, since: float, until: float, after: int, limit: int | None,
-             tree: bool) -> list[dict[str, Any]]:
+    def logs(self, job_id: int, *, level: int, text: str | None, regex: str | None, since: float, until: float, after: int,
+             limit: int | None, tree: bool) -> list[dict[str, Any]]:
         """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow `after`."""
         newest = limit is not None and not after
         sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
         rows = self.read(sql, {"id": job_id, "after": after, "level": level, "since": since, "until": until,
-                               "limit": -1 if limit is None or text else limit})
+                               "limit": -1 if limit is None or text or regex else limit})
         lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in rows]
         if text:
-            lines = [line for line in lines if text.lower() in line["message"].lower()][:limit]
+            lines = [line for line in lines if text.lower() in line["message"].lower()]
+        if regex:
+            import re
+            lines = [line for line in lines if re.search(regex, line["message"])]
+        lines = lines[:limit]
         return lines[::-1] if newest else lines
 
 
@@ -3597,14 +3601,15 @@ class Job(Future):                                        # type: ignore[type-ar
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._runner._info(self.id)
 
-    def logs(self, *, level: str | int | None = None, text: str | None = None, since: float | None = None,
-             until: float | None = None, after: int = 0, limit: int | None = None, tree: bool = False) -> list[dict[str, Any]]:
+    def logs(self, *, level: str | int | None = None, text: str | None = None, regex: str | None = None,
+             since: float | None = None, until: float | None = None, after: int = 0, limit: int | None = None, tree: bool = False
+             ) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. since, until: Unix seconds. after: a line's
+        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does. since, until: Unix seconds. after: a line's
         id. limit: how many at most; without `after` the newest ones. tree: those of all descendants, too.
         """
-        return self._runner._logs(self.id, level, text, since, until, after, limit, tree)
+        return self._runner._logs(self.id, level, text, since, until, after, limit, tree, regex)
 
     # operations
 
@@ -4379,7 +4384,7 @@ class Runner(Submitter, Executor):
         return rows[0][0] if rows else None
 
     def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
-              after: int, limit: int | None, tree: bool) -> list[dict[str, Any]]:
+              after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
         if isinstance(level, str):
             number = logging.getLevelName(level.upper())
             if not isinstance(number, int):
@@ -4387,7 +4392,7 @@ class Runner(Submitter, Executor):
             level = number
         if self._lines and not self._store.closed:
             self._store.kick()                            # who asks sees what was logged by now
-        return self._store.logs(job_id, level=level or 0, text=text, since=since or 0.0, until=until or math.inf, after=after,
+        return self._store.logs(job_id, level=level or 0, text=text, regex=regex, since=since or 0.0, until=until or math.inf, after=after,
                                 limit=limit, tree=tree)
 
     @library_code
@@ -6766,6 +6771,174 @@ def _work(args: Any) -> int:
     return 0
 
 
+def _opened(args: Any) -> Any:
+    """Open a job file that exists, to look and operate only."""
+    path = args.db or os.environ.get("BGJOBS_DB", "bgjobs.db")
+    if not os.path.exists(path):
+        raise BgjobsError(f"there is no job file {path}; name one with --db")
+    return contextlib.closing(Runner(path, start=False))
+
+
+_COLOURS = {PENDING: "33", RUNNING: "36", STOPPING: "35", STOPPED: "35", FINISHED: "32", FAILED: "31", CANCELLED: "90"}
+
+
+def _coloured(text: str, status: str) -> str:
+    """Return text in the colour of a status, on a terminal whose user has nothing against it (no-color.org)."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        return f"\x1b[{_COLOURS[status]}m{text}\x1b[0m"
+    return text
+
+
+def _plain(value: Any) -> str:
+    """Return text that does nothing to a terminal but to stand there."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
+
+
+def _clock_time(at: float | None) -> str:
+    return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def print_table(header: list[str], rows: list[list[str]], statuses: Iterable[str] = (), spare: Iterable[str] = ()) -> None:
+    """Print a table whose last column takes what the terminal leaves; a narrow one does without the spare columns, first
+    those named first. A cell with the row's status has its colour."""
+    import shutil
+    room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+    table = [header, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for column in spare:
+        if sum(widths[:-1]) + 2 * len(widths) + 20 > room:
+            i = table[0].index(column)
+            table, widths = [row[:i] + row[i + 1:] for row in table], widths[:i] + widths[i + 1:]
+    widths[-1] = max(8, min(widths[-1], room - sum(widths[:-1]) - 2 * (len(widths) - 1)))
+    for row, status in itertools.zip_longest(table, [None, *statuses]):
+        cells = [(cell[:width - 1] + "…" if len(cell) > width else cell).ljust(width) for cell, width in zip(row, widths)]
+        print("  ".join(_coloured(cell, status) if status is not None and cell.strip() == status else cell for cell in cells).rstrip())
+
+
+def _list(args: Any) -> int:
+    with _opened(args) as runner:
+        filters = {name: getattr(args, name) for name in ("status", "name", "run_by", "q", "parent") if getattr(args, name) is not None}
+        filters.update({name: True for name in ("errors", "low_priority", "system") if getattr(args, name)})
+        if not filters.keys() & {"parent", "q"} and not args.children:
+            filters["parent"] = None
+        jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
+    if args.json:
+        print(json.dumps(jobs, indent=2))
+        return 0
+    header = ["ID", "Created", "Waiting", "Duration", "Status", "Errors", "Progress", "Children", "Run by", "Name"]
+    rows = []
+    for job in jobs:
+        progress = "" if job["progress"] is None else f"{job['progress']:.0%}"
+        children = f"{job['children']['done']:,}/{job['children']['total']:,}" if job["children"]["total"] else ""
+        eta = f", {for_people(job['eta'])} left" if job["eta"] is not None else ""
+        name = job["label"] or job["name"]
+        rows.append([str(job["id"]), _clock_time(job["created_at"]), for_people(job["waiting"]), for_people(job["duration"]), job["status"],
+                     str(job["errors"] or ""), progress + eta, children, _plain(job["run_by"] or ""),
+                     _plain(f"{name} ({job['phase']})" if job["phase"] else name) + (" (low priority)" if job["low_priority"] else "")])
+    print_table(header, rows, [job["status"] for job in jobs], ("Run by", "Created", "Waiting", "Errors", "Children", "Duration"))
+    return 0
+
+
+def _show(args: Any) -> int:
+    with _opened(args) as runner:
+        job = _job_of(runner, args.id)
+        info = _follow(job, sys.stderr) if args.follow else job.info()
+    if args.json:
+        print(json.dumps(info, indent=2))
+    else:
+        shown = {name: value for name, value in info.items() if value not in (None, "", [], {}, False)}
+        for name, value in shown.items():
+            value = (_clock_time(value) if name.endswith("_at") else for_people(value) if name in ("waiting", "duration", "eta")
+                     else _coloured(value, value) if name == "status" else value if isinstance(value, str) else json.dumps(value))
+            lines = value.split("\n")
+            print(f"{name.replace('_', ' '):>12}  " + ("\n" + " " * 14).join(line if name == "status" else _plain(line) for line in lines))
+    return 0 if info["status"] not in (FAILED, CANCELLED) else 1
+
+
+def _logs_command(args: Any) -> int:
+    """Print a job's log; with -f until the job is over."""
+    with _opened(args) as runner:
+        job, after, over = _job_of(runner, args.id), 0, False
+        while True:
+            over = job.status in (*OVER, STOPPED)         # first: what it logs before its end is read after this
+            lines = job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
+                             limit=None if after or args.all else 1_000)
+            for line in lines:
+                after = line["id"]
+                source = f" [{line['job_id']}]" if args.tree else ""
+                print(json.dumps(line) if args.json else f"{_clock_time(line['at'])} {line['level']:<8}{source} "
+                      + "\n  ".join(map(_plain, line["message"].split("\n"))), flush=True)
+            if not args.follow or over:
+                return 0
+            time.sleep(0.2)
+
+
+def _job_of(runner: Runner, job_id: int) -> Job:
+    try:
+        return runner.get(job_id)
+    except KeyError:
+        raise BgjobsError(f"there is no job {job_id} in {runner.path}") from None
+
+
+def _operation(args: Any) -> int:
+    """Apply an operation to jobs; say of each what came of it. 1: one was refused."""
+    import getpass
+    try:
+        by = getpass.getuser()
+    except Exception:                                     # KeyError, ImportError, OSError: a user without a name
+        by = "the command line"
+    done: list[int] = []
+    refused: list[dict[str, Any]] = []
+    with _opened(args) as runner:
+        for job_id in args.ids:
+            try:
+                runner._operate(args.operation, job_id, by)
+                done.append(job_id)
+            except (InvalidOperation, KeyError) as error:
+                refused.append({"id": job_id, "why": str(error.args[0])})
+        statuses = {job_id: runner.get(job_id).status for job_id in done}
+    if args.json:
+        print(json.dumps({"done": done, "refused": refused}, indent=2))
+    else:
+        for job_id, status in statuses.items():
+            print(f"job {job_id}: {_coloured(status, status)}")
+        for refusal_ in refused:
+            print(f"bgjobs: {refusal_['why']}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def _stats(args: Any) -> int:
+    with _opened(args) as runner:
+        stats = runner.stats(args.window, args.name)
+    if args.json:
+        print(json.dumps(stats, indent=2))
+        return 0
+
+    def measured(value: dict[str, float] | None) -> str:
+        return "" if value is None else f"{for_people(value['avg'])} ({for_people(value['min'])} - {for_people(value['max'])})"
+    rows = [[f"{part[what]:,}" for what in ("created", "started", "finished", "failed")] + [measured(part["waiting"]), measured(part["running"]),
+            _plain(name)] for name, part in [*((f["name"], f) for f in stats["functions"]), ("all", stats["total"])]]
+    print_table(["Created", "Started", "Finished", "Failed", "Waiting (least - most)", "Running (least - most)", f"Name, last {args.window}"], rows)
+    return 0
+
+
+def _serve(args: Any) -> int:
+    with _opened(args) as runner:
+        url = runner.serve(args.host, args.port, read_only=args.read_only)
+        if not url:
+            raise BgjobsError(f"port {args.port} is taken; give another with --port, or 0 for a free one")
+        print(f"Status page: {url}   Ctrl-C ends it", flush=True)
+        while True:
+            time.sleep(3600)
+
+
+def _prune(args: Any) -> int:
+    with _opened(args) as runner:
+        removed = runner.prune(Every(args.finished).seconds, Every(args.failed).seconds)
+    print(json.dumps({"removed": removed}) if args.json else f"{removed:,} jobs removed")
+    return 0
+
+
 def _argument(text: str) -> Any:
     """Return a command line argument as JSON, where it is, else as text."""
     try:
@@ -6907,8 +7080,13 @@ def main(arguments: list[str] | None = None) -> int:
         sub.set_defaults(function_of_command=function)
         return sub
 
+    def with_file(sub: Any, json: bool = True) -> None:
+        sub.add_argument("--db", metavar="FILE", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")
+        if json:
+            sub.add_argument("--json", action="store_true", help="print JSON, for programs")
+
     def with_runner(sub: Any) -> None:
-        sub.add_argument("--db", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")
+        with_file(sub, json=False)
         sub.add_argument("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")
 
     demo = command("demo", _demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status page.")
@@ -6925,6 +7103,52 @@ def main(arguments: list[str] | None = None) -> int:
     work.add_argument("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
                       help="what running jobs get at the end to reach a checkpoint (default: %(default)s)")
     with_runner(work)
+    listing = command("list", _list, "List jobs, the newest first.")
+    listing.add_argument("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}")
+    listing.add_argument("--name", help="of the function")
+    listing.add_argument("--run-by", metavar="NAME", help="who asked for it")
+    listing.add_argument("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by")
+    listing.add_argument("--parent", type=int, metavar="ID", help="the children of a job")
+    listing.add_argument("--errors", action="store_true", help="only those with errors")
+    listing.add_argument("--low-priority", action="store_true", help="only those that run in periods of low load")
+    listing.add_argument("--children", action="store_true", help="children, too, not only roots")
+    listing.add_argument("--system", action="store_true", help="system jobs, too")
+    listing.add_argument("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)")
+    with_file(listing)
+    show = command("show", _show, "Show a job. Exit code 1: it has failed or was cancelled.")
+    show.add_argument("id", type=int, metavar="ID")
+    show.add_argument("-f", "--follow", action="store_true", help="wait until it is over or stopped; on a terminal with a progress bar")
+    with_file(show)
+    logs = command("logs", _logs_command, "Print a job's log, the newest 1,000 lines.")
+    logs.add_argument("id", type=int, metavar="ID")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until it is over or stopped")
+    logs.add_argument("--all", action="store_true", help="all lines")
+    logs.add_argument("--level", help="the least: DEBUG, INFO, WARNING, ERROR")
+    logs.add_argument("--text", help="only lines that contain it")
+    logs.add_argument("--regex", help="only lines in which it is found")
+    logs.add_argument("--tree", action="store_true", help="those of its descendants, too")
+    with_file(logs)
+    for name, what in (("stop", "Stop jobs at their next checkpoint."), ("resume", "Have stopped or failed jobs go on."),
+                       ("force-stop", "Make stopping jobs stopped now."), ("cancel", "Discard pending or stopped jobs for good."),
+                       ("restart", "Run finished or failed jobs from scratch."),
+                       ("set-low-priority", "Run jobs in periods of low load."), ("remove-low-priority", "Run jobs as others.")):
+        sub = command(name, _operation, f"{what} Exit code 1: one was refused.")
+        sub.set_defaults(operation=name.replace("-", "_"))
+        sub.add_argument("ids", type=int, nargs="+", metavar="ID")
+        with_file(sub)
+    stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.")
+    stats.add_argument("--window", choices=WINDOWS, default="24h", help="default: %(default)s")
+    stats.add_argument("--name", help="of one function")
+    with_file(stats)
+    serve = command("serve", _serve, "Serve the status page of a job file, until Ctrl-C.")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0: a free one")
+    serve.add_argument("--read-only", action="store_true", help="without operations")
+    with_file(serve, json=False)
+    prune = command("prune", _prune, "Remove whole trees that are over for long.")
+    prune.add_argument("--finished", default="7d", metavar="TIME", help="how long finished and cancelled ones are kept (default: %(default)s)")
+    prune.add_argument("--failed", default="30d", metavar="TIME", help="how long failed ones are kept (default: %(default)s)")
+    with_file(prune)
     bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -6933,6 +7157,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (BgjobsError, ValueError, TypeError) as error:
         print(f"bgjobs: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                               # `bgjobs logs 5 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\nbgjobs: interrupted; unfinished jobs wait in the file and go on with the next start", file=sys.stderr)
         return 130

@@ -3482,6 +3482,15 @@ class TestRetention:
         assert 500 <= len(lines) <= 600 + bgjobs.LINES_A_WRITE and lines[-1]["message"] == "line 2999"
 
 
+def log_until(name):
+    log = bgjobs.current_job().log
+    log.debug("unseen")
+    log.info("first")
+    assert gate(name).wait(20)
+    log.info("second")
+    log.warning("last")
+
+
 def log_lines(count):
     job = bgjobs.current_job()
     for n in range(count):
@@ -5217,6 +5226,96 @@ class TestCommandLine:
     def test_misuse_is_one_clear_line_and_exit_code_2(self, tmp_path, arguments, text):
         done = bgjobs_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
+
+    @pytest.fixture
+    def jobs_file(self, tmp_path):
+        path = str(tmp_path / "jobs.db")
+        with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
+            runner.options(label="Sums\x1b[31m of \n numbers", run_by="ann").submit(children, 3)
+            runner.submit(fail)
+            runner.drain()
+            runner.submit(add, 1, 2)
+            runner.options(low_priority=True, delay=3_600).submit(add, 2)
+        return path
+
+    def test_list_and_show_are_tables_for_people_and_json_for_programs(self, jobs_file):
+        done = bgjobs_command("list", "--db", jobs_file)
+        assert done.returncode == 0 and "\x1b" not in done.stdout, done.stderr
+        header, *lines = done.stdout.splitlines()
+        assert header.split()[:4] == ["ID", "Created", "Waiting", "Duration"] and [line.split()[0] for line in lines] == ["7", "6", "2", "1"]
+        assert "3/3" in lines[3] and "ann" in lines[3] and "(scheduled) (low priority)" in lines[0] and "failed" in lines[2]
+        listed = json.loads(bgjobs_command("list", "--db", jobs_file, "--json", "--children", "--status", "finished").stdout)
+        assert [job["id"] for job in listed] == [5, 4, 3, 1]
+        assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", "--parent", 1, BGJOBS_DB=jobs_file).stdout)] == [5, 4, 3]
+        shown = bgjobs_command("show", 2, "--db", jobs_file)
+        assert shown.returncode == 1 and "ValueError: boom" in shown.stdout and "operations  [\"resume\", \"restart\"" in shown.stdout
+        assert json.loads(bgjobs_command("show", 1, "--json", "--db", jobs_file).stdout)["children"]["done"] == 3
+
+    def test_operations_work_from_another_process_and_say_what_was_refused(self, jobs_file):
+        done = bgjobs_command("stop", 6, 7, 1, 99, "--db", jobs_file)
+        assert done.returncode == 1 and done.stdout == "job 6: stopped\njob 7: stopped\n"
+        assert "job 1 is finished; it can be restarted, not stopped" in done.stderr and "there is no job 99" in done.stderr
+        for command, status in (("resume", "pending"), ("set-low-priority", "pending"), ("remove-low-priority", "pending"), ("cancel", "cancelled")):
+            done = bgjobs_command(command, 6, "--db", jobs_file)
+            assert (done.returncode, done.stdout) == (0, f"job 6: {status}\n"), done.stderr
+        done = bgjobs_command("restart", 2, "--json", "--db", jobs_file)
+        assert (done.returncode, json.loads(done.stdout)) == (0, {"done": [2], "refused": []})
+        assert bgjobs_command("force-stop", 2, "--db", jobs_file).returncode == 1
+        assert "stop by " in bgjobs_command("logs", 6, "--db", jobs_file).stdout
+
+    def test_logs_are_followed_and_filtered(self, make, path):
+        runner = make(max_workers=1)
+        job = runner.submit(log_until, "follow")
+        follower = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "logs", "-f", str(job.id), "--db", path, "--level", "info"],
+                                    stdout=subprocess.PIPE, text=True)
+        assert follower.stdout.readline().endswith("INFO     first\n")
+        gate("follow").set()
+        out, _ = follower.communicate(timeout=20)
+        assert (follower.returncode, [line.split()[-1] for line in out.splitlines()]) == (0, ["second", "last"])
+        job.result(5)
+        assert [line["message"] for line in job.logs(regex="^(first|la.t)$")] == ["first", "last"]
+        assert [json.loads(line)["message"] for line in bgjobs_command("logs", job.id, "--json", "--regex", "st$", "--db", path).stdout.splitlines()] \
+            == ["first", "last"]
+        assert bgjobs_command("logs", job.id, "--text", "SECOND", "--db", path).stdout.endswith("second\n")
+        shown = bgjobs_command("show", "-f", job.id, "--json", "--db", path)
+        assert json.loads(shown.stdout)["status"] == "finished"
+
+    def test_stats_and_prune(self, jobs_file):
+        done = bgjobs_command("stats", "--db", jobs_file)
+        assert done.returncode == 0 and [line.split()[:4] for line in done.stdout.splitlines()[-1:]] == [["7", "5", "4", "1"]]
+        assert json.loads(bgjobs_command("stats", "--json", "--window", "1h", "--db", jobs_file).stdout)["total"]["failed"] == 1
+        assert bgjobs_command("prune", "--db", jobs_file).stdout == "0 jobs removed\n"
+        assert json.loads(bgjobs_command("prune", "--finished", "0.01s", "--json", "--db", jobs_file).stdout) == {"removed": 4}
+        assert bgjobs_command("prune", "--failed", "soon", "--db", jobs_file).returncode == 2
+
+    def test_serve_shows_a_file_without_running_it(self, jobs_file):
+        process = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "serve", "--port", "0", "--read-only", "--db", jobs_file],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        visitor = Visitor(re.search(r"http://\S+", process.stdout.readline())[0])
+        assert visitor.get("api/jobs")["counts"]["pending"] == 2 and visitor.get("api/session")["read_only"] is True
+        process.send_signal(signal.SIGINT)
+        assert finish(process, 20)[0] == 130
+
+    @pytest.mark.parametrize("command", [["list"], ["show", 1], ["logs", 1], ["stop", 1], ["stats"], ["prune"], ["serve"]])
+    def test_a_file_that_is_not_there_is_not_made(self, tmp_path, command):
+        done = bgjobs_command(*command, "--db", tmp_path / "no.db")
+        assert done.returncode == 2 and re.fullmatch(r"bgjobs: there is no job file .*no\.db; name one with --db\n", done.stderr)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_colours_are_for_terminals_whose_users_want_them(self, jobs_file):
+        import pty
+        for environment, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+            main, side = pty.openpty()
+            done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), "list", "--db", jobs_file], stdout=side, stderr=subprocess.PIPE,
+                                  env={**os.environ, "TERM": "xterm", "COLUMNS": "90", **environment}, timeout=30)
+            os.close(side)
+            out = b""
+            with contextlib.suppress(OSError):
+                while block := os.read(main, 65536):
+                    out += block
+            os.close(main)
+            assert done.returncode == 0 and (b"\x1b[31mfailed" in out) is coloured
+            assert all(len(re.sub(r"\x1b\[\d*m", "", line)) <= 90 for line in out.decode().splitlines())
 
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
     def test_a_worker_process_runs_the_jobs_of_others_and_gives_them_back_at_its_end(self, tmp_path, end):
