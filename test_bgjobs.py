@@ -2935,6 +2935,11 @@ class TestInsideAJob:
             ("INFO", "<NoText that cannot be printed> could not be formatted: no text")]
         assert all(abs(line["at"] - time.time()) < 60 for line in job.logs())
 
+    def test_records_of_the_apps_loggers_from_coroutines_and_carried_contexts_land_in_the_log(self, runner):
+        job = runner.submit(log_from_everywhere)
+        job.result(10)
+        assert sorted(line["message"] for line in job.logs()) == ["from a coroutine", "from a task", "from a thread", "from an executor"]
+
     def test_log_lines_that_cannot_be_stored_are_dropped_and_hold_nobody_up(self, make, caplog):
         runner = make(max_workers=1)
         job = runner.submit(add, 1)
@@ -3480,6 +3485,23 @@ class TestRetention:
         job.result(20)
         lines = job.logs()
         assert 500 <= len(lines) <= 600 + bgjobs.LINES_A_WRITE and lines[-1]["message"] == "line 2999"
+
+
+async def square_async(number):
+    await asyncio.sleep(0.001)
+    return number * number
+
+
+async def log_from_everywhere():
+    app = logging.getLogger("app")
+    app.warning("from a coroutine")
+
+    async def task():
+        app.warning("from a task")
+    await asyncio.create_task(task())
+    await asyncio.to_thread(app.warning, "from a thread")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(contextvars.copy_context().run, app.warning, "from an executor").result()
 
 
 def log_until(name):
@@ -4499,6 +4521,28 @@ class TestExecutor:
             assert next(ready) is other
             gate("mix").set()
             assert list(ready) == [mine]
+
+    def test_an_asyncio_app_submits_and_awaits_in_its_handlers(self, runner):
+        async def handler(reader, writer):
+            number = int(await reader.readline())
+            job = runner.options(label=f"square of {number}").submit(square_async, number)
+            writer.write(f"{job.id} {await job}\n".encode())
+            await writer.drain()
+            writer.close()
+
+        async def request(port, number):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{number}\n".encode())
+            answer = await reader.readline()
+            writer.close()
+            return answer.split()[1]
+
+        async def main():
+            server = await asyncio.start_server(handler, "127.0.0.1", 0)
+            async with server:
+                port = server.sockets[0].getsockname()[1]
+                return await asyncio.gather(*(request(port, number) for number in range(30)))
+        assert asyncio.run(main()) == [str(number * number).encode() for number in range(30)]
 
     def test_cancelling_the_asyncio_task_cancels_the_pending_job(self, make):
         runner = make(max_workers=1)
