@@ -1203,8 +1203,8 @@ SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) 
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
-FOLD = f"""SELECT {{part}} AS part, name, {", ".join(f"{name[-3:]}({name})" if name[-4:] in ("_min", "_max") else f"sum({name})" for name in _TALLIES)}
-    FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"""
+FOLD = f"""SELECT {{part}} AS part, name, {", ".join(f"{name[-3:]}({name})" if name[-4:] in ("_min", "_max") else f"sum({name})"
+    for name in _TALLIES)} FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"""
 FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
 
 # A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
@@ -2085,8 +2085,8 @@ ONE_JOB = "= :id"
 WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
-STATS = f"""SELECT {{by}} AS part, {", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max")
-    else f"sum({name}) AS {name}" for name in _TALLIES)} FROM bgjobs_stats
+_SUMS = ", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES)
+STATS = f"""SELECT {{by}} AS part, {_SUMS} FROM bgjobs_stats
     WHERE minute BETWEEN :first AND :last AND (:name IS NULL OR name = :name) GROUP BY part"""
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
 
@@ -4846,10 +4846,12 @@ class Runner(Submitter, Executor):
         return removed
 
     def _fold_statistics(self) -> None:
-        """Keep the statistics by hours after two days, and only their sums after the longest window."""
+        """Keep the statistics of each window by its parts once they have left the shorter one, and after the longest only sums."""
         minute = int(self._clock() // 60)
-        self._store.write(lambda tx: (tx.fold_statistics("minute / 60 * 60", minute - 2 * 1_440 - minute % 60 - 1),
-                                      tx.fold_statistics("0", minute - 31 * 1_440)))
+        for (count, step), (_, next_step) in itertools.pairwise(WINDOWS.values()):
+            last = (minute - (count + 1) * step) // next_step * next_step - 1
+            self._store.write(lambda tx: tx.fold_statistics(f"minute / {next_step} * {next_step}", last))
+        self._store.write(lambda tx: tx.fold_statistics("0", minute - 31 * 1_440))
 
     # statistics
 
@@ -4866,13 +4868,14 @@ class Runner(Submitter, Executor):
         last = int(self._clock() // 60)
         first = (last // step - count + 1) * step
         bounds = {"first": first, "last": last, "name": name}
-        found = {row["part"]: row for row in self._store.read(STATS.format(by=f"minute / {step}"), bounds)}
-        functions = self._store.read(STATS.format(by="name"), bounds)
-        total = self._store.read(STATS.format(by="NULL"), bounds)
+
+        def sums(by: str) -> dict[Any, sqlite3.Row]:
+            return {row["part"]: row for row in self._store.read(STATS.format(by=by), bounds)}
+        parts, functions = sums(f"minute / {step}"), sums("name")
         return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
-                "parts": [{"at": part * step * 60, **_counted(found.get(part))} for part in range(first // step, last // step + 1)],
-                "total": _counted(total[0] if total else None),
-                "functions": [{"name": row["part"], **_counted(row)} for row in functions]}
+                "parts": [{"at": part * step * 60, **_counted(parts.get(part))} for part in range(first // step, last // step + 1)],
+                "total": _counted(sums("NULL").get(None)),
+                "functions": [{"name": name, **_counted(row)} for name, row in functions.items()]}
 
     def _metrics(self) -> str:
         """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
@@ -4917,7 +4920,7 @@ class Runner(Submitter, Executor):
 
 def _counted(row: sqlite3.Row | None) -> dict[str, Any]:
     """Return one row of STATS as the JSON interface has it."""
-    if row is None:
+    if row is None or row["created"] is None:
         return {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
 
     def measured(name: str, count: int) -> dict[str, float] | None:

@@ -3472,7 +3472,8 @@ class TestRetention:
         clock.now += 86_400 * 3
         idle._fold_statistics()
         assert idle.stats("7d")["total"] == before
-        assert all(minute % 60 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
+        assert [idle.stats(window)["total"] for window in ("7d", "30d")] == [before] * 2
+        assert all(minute % 120 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
         clock.now += 86_400 * 40
         idle._fold_statistics()
         assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
