@@ -2061,6 +2061,21 @@ class TestStore:
         wait_for(lambda: rows(runner, "SELECT count(*) FROM bgjobs_jobs WHERE status = 'finished'") == [(submitted,)], 30)
         consistent(runner)
 
+    def test_what_was_rolled_back_is_no_parent_of_the_job_that_gets_its_id(self, idle):
+        parent = idle.submit(add, 1)
+
+        def submit_and_fail(tx):
+            child, grandchild = idle._submission(add, {"parent": parent}), idle._submission(add, {})
+            grandchild.parent_id = tx.submit(child)
+            tx.submit(grandchild)
+            raise ValueError
+        with pytest.raises(ValueError):
+            idle._store.write(submit_and_fail)
+        root = idle.submit(add, 2)
+        idle.options(parent=root).submit(add, 3)
+        assert (parent.children["total"], root.children["total"]) == (0, 1)
+        consistent(idle)
+
     def test_a_bad_write_in_a_batch_fails_alone(self, idle):
         """Eight threads write at once; half of them ask for a parent that does not exist."""
         barrier, outcomes = threading.Barrier(8), []
