@@ -1203,8 +1203,8 @@ SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) 
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
-FOLD = f"""SELECT {{part}} AS part, name, {", ".join(f"{name[-3:]}({name})" if name[-4:] in ("_min", "_max") else f"sum({name})"
-    for name in _TALLIES)} FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"""
+_SUMS = ", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES)
+FOLD = f"SELECT {{part}} AS part, name, {_SUMS} FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"
 FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
 
 # A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
@@ -2085,7 +2085,6 @@ ONE_JOB = "= :id"
 WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
-_SUMS = ", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES)
 STATS = f"""SELECT {{by}} AS part, {_SUMS} FROM bgjobs_stats
     WHERE minute BETWEEN :first AND :last AND (:name IS NULL OR name = :name) GROUP BY part"""
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
@@ -3606,8 +3605,9 @@ class Job(Future):                                        # type: ignore[type-ar
              ) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does. since, until: Unix seconds. after: a line's
-        id. limit: how many at most; without `after` the newest ones. tree: those of all descendants, too.
+        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does. since,
+        until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree: those of all
+        descendants, too.
         """
         return self._runner._logs(self.id, level, text, since, until, after, limit, tree, regex)
 
@@ -3930,7 +3930,8 @@ class Runner(Submitter, Executor):
     at once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start().
     durability: "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
     SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
-    default, where finished stands for cancelled, too; None keeps everything. modules: names of modules to import, whose functions jobs may name. clock: returns Unix seconds.
+    default, where finished stands for cancelled, too; None keeps everything. modules: names of modules to import, whose
+    functions jobs may name. clock: returns Unix seconds.
     Raises ValueError for a bad value, StoreError for a file that cannot be used.
     """
 
@@ -5320,8 +5321,8 @@ def options(**options: Any) -> Submitter:
     by default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance. timeout: seconds of one attempt; it
     is stopped then, after a grace of 5 s by force, and has failed with a TimeoutError. max_running: at most so many attempts of
     this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays
-    stopping until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of running again. secret: argument names that
-    people do not get to see. parent: a Job to become its child, None for a root. connection: the app's open sqlite3.Connection to
+    stopping until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of
+    running again. tz: the time zone of `every`. secret: argument names that people do not get to see. parent: a Job to become its child, None for a root. connection: the app's open sqlite3.Connection to
     the same file: the job exists if and only if its transaction commits; ask the handle for nothing but its id before.
     """
     return Submitter(None, options)
