@@ -1026,9 +1026,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
         level INTEGER NOT NULL, message TEXT NOT NULL)""",
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
-    # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again.
-    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL)",
-    "INSERT INTO bgjobs_clock VALUES (0, 0)",
+    # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up to
+    # which the statistics have counted what was created.
+    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL, counted_id INTEGER NOT NULL)",
+    "INSERT INTO bgjobs_clock VALUES (0, 0, 0)",
     """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
         workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
         lock_file TEXT)""",
@@ -1205,6 +1206,10 @@ SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) 
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
 _SUMS = ", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES)
 FOLD = f"SELECT {{part}} AS part, name, {_SUMS} FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"
+# What was created is counted by its ids, when somebody asks or before some of it is removed: a submit pays nothing for it.
+UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*) FROM bgjobs_jobs
+    WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
+NOTE_COUNTED = "UPDATE bgjobs_clock SET counted_id = max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"
 FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
 
 # A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
@@ -1272,10 +1277,10 @@ def slots_of(name: str, max_running: int | None, deaths: int) -> dict[str, int]:
 class _Tally:
     """What one transaction counts for the statistics of one function."""
 
-    __slots__ = ("created", "started", "finished", "failed", "waiting", "running")
+    __slots__ = ("started", "finished", "failed", "waiting", "running")
 
     def __init__(self) -> None:
-        self.created = self.started = self.finished = self.failed = 0
+        self.started = self.finished = self.failed = 0
         self.waiting: list[float] = []
         self.running: list[float] = []
 
@@ -1283,7 +1288,7 @@ class _Tally:
         """Return the columns of _TALLIES."""
         measured = [value for some in (self.waiting, self.running)
                     for value in (sum(some), min(some, default=None), max(some, default=None))]
-        return self.created, self.started, self.finished, self.failed, *measured
+        return 0, self.started, self.finished, self.failed, *measured
 
 
 class _Change:
@@ -1356,8 +1361,6 @@ class Transaction:
         queue = self._queue_of(new, low)
         shared = (self.now, new.run_at, new.submitter)
         rest = (low, new.system, new.label, run_by, new.key, new.options, new.args, new.kwargs)
-        if not new.system:
-            self._tally(new.name).created += 1
         if root_id is None:
             job_id = self.execute(INSERT_ROOT, (new.name, queue, queue, *shared, *rest)).lastrowid
         else:
@@ -1378,8 +1381,6 @@ class Transaction:
             "first": first, "name": new.name, "queue": queue, "lane": lane, "vtime": vtime, "now": self.now, "run_at": new.run_at,
             "submitter": new.submitter, "parent": new.parent_id, "root": root_id, "low": low, "system": new.system,
             "label": new.label, "run_by": run_by, "options": new.options, "batch": json.dumps(arguments)})
-        if not new.system:
-            self._tally(new.name).created += len(arguments)
         if root_id is not None:
             self._adopt(new.parent_id, len(arguments), queue)
         if new.max_running is not None:
@@ -1869,6 +1870,7 @@ class Transaction:
         """Delete a job's descendants, with their logs, and take them out of its ancestors' counts."""
         if not descendants:
             return
+        self.count_created()
         ids = [(row["id"],) for row in descendants]
         self.over += [row["id"] for row in descendants]  # who waits for one of them learns that it is gone
         self.executemany(DELETE_JOB, ids)
@@ -2006,11 +2008,18 @@ class Transaction:
         """Remove the jobs with ids up to `until` whose root was over before these times, with their logs; return how many."""
         ids = self.execute(EXPIRED, {"after": after, "until": until, "finished": finished, "failed": failed}).fetchall()
         if ids:
+            self.count_created()
             self.over += [job_id for job_id, in ids]
             self.executemany(DELETE_JOB, ids)
             self.executemany(DELETE_LOGS, ids)
             self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
         return len(ids)
+
+    def count_created(self) -> None:
+        """Bring the statistics up to date with what was created."""
+        rows = self.execute(UNCOUNTED).fetchall()
+        self.executemany(SAVE_TALLY, [(minute, name, count, 0, 0, 0, 0.0, None, None, 0.0, None, None) for minute, name, count in rows])
+        self.execute(NOTE_COUNTED)
 
     def fold_statistics(self, part: str, last: int) -> None:
         """Sum the minutes of the statistics up to `last` up by an SQL expression of the minute."""
@@ -4869,6 +4878,7 @@ class Runner(Submitter, Executor):
         last = int(self._clock() // 60)
         first = (last // step - count + 1) * step
         bounds = {"first": first, "last": last, "name": name}
+        self._count_created()
 
         def sums(by: str) -> dict[Any, sqlite3.Row]:
             return {row["part"]: row for row in self._store.read(STATS.format(by=by), bounds)}
@@ -4877,6 +4887,10 @@ class Runner(Submitter, Executor):
                 "parts": [{"at": part * step * 60, **_counted(parts.get(part))} for part in range(first // step, last // step + 1)],
                 "total": _counted(sums("NULL").get(None)),
                 "functions": [{"name": name, **_counted(row)} for name, row in functions.items()]}
+
+    def _count_created(self) -> None:
+        if self._store.read(UNCOUNTED):
+            self._store.write(lambda tx: tx.count_created())
 
     def _metrics(self) -> str:
         """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
@@ -4891,6 +4905,7 @@ class Runner(Submitter, Executor):
             return f'{{{name}="{escaped}"}}'
         metric("jobs", "gauge", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
                [(label("status", status), count) for status, count in self._store.counts({"system": True}).items()])
+        self._count_created()
         functions = self._store.read(STATS.format(by="name"), {"first": 0, "last": 1 << 62, "name": None})
         for name, help in (("created", "Jobs submitted."), ("started", "Jobs started for the first time."),
                            ("finished", "Jobs finished."), ("failed", "Jobs failed for good."),
@@ -5064,6 +5079,7 @@ class _Service:
             return
         if self._seconds % 60 == 0:
             runner._store.shorten_wal()
+            runner._count_created()
         abandoned = runner._pool.abandoned
         if self._seconds % HEARTBEAT_SECONDS == 0 or abandoned != self._abandoned:
             runner._store.write(lambda tx: runner._save_runner(tx, runner._id, abandoned))
