@@ -957,11 +957,33 @@ def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+# Ctrl-C in the main thread may come at any call or return in Python code, so also at the end of Condition.__enter__ and at the
+# begin of Condition.__exit__: the lock would be held for ever. A lock's own, in C, are one step with the `with`. So we have
+# `with` find those.
+
+class _Condition(threading.Condition):
+    """A condition that Ctrl-C does not leave locked."""
+
+    __enter__ = property(lambda self: self._lock.__enter__)       # type: ignore[assignment]
+    __exit__ = property(lambda self: self._lock.__exit__)         # type: ignore[assignment]
+
+
+class _Event(threading.Event):
+    """An event that Ctrl-C does not leave locked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cond = _Condition(threading.Lock())
+
+
 class _HandleLock:
     """The lock of a handle, which `wait` and `as_completed` take inside a job: who holds it has the ticket, too."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._release_save = self._lock._release_save             # type: ignore[attr-defined]
+        self._acquire_restore = self._lock._acquire_restore       # type: ignore[attr-defined]
+        self._is_owned = self._lock._is_owned                     # type: ignore[attr-defined]
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         ticket = _here.ticket
@@ -977,14 +999,13 @@ class _HandleLock:
         if _here.ticket is not None:
             _here.ticket.put_back()
 
-    def __enter__(self) -> bool:
-        return self.acquire()
+    @property
+    def __enter__(self) -> Any:
+        return self._lock.__enter__ if _here.ticket is None else self.acquire
 
-    def __exit__(self, *exc_info: Any) -> None:
-        self.release()
-
-    def _is_owned(self) -> bool:                          # what threading.Condition asks of a lock like this one
-        return self._lock._is_owned()                     # type: ignore[attr-defined]
+    @property
+    def __exit__(self) -> Any:
+        return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
 # ---- 6 Transactions ------------------------------------------------------------------------------------------
@@ -2150,19 +2171,19 @@ class _ForkGate:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()                     # guards _inside; held during a fork
-        self._inside = 0
+        self._inside: set[int] = set()                    # threads; one that Ctrl-C has left here goes with its next read
 
     def __enter__(self) -> None:
         with self._lock:
-            self._inside += 1
+            self._inside.add(threading.get_ident())
 
     def __exit__(self, *exc_info: Any) -> None:
         with self._lock:
-            self._inside -= 1
+            self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Wait until no thread is inside, for a second at most, and let none in."""
-        _acquire_idle(self._lock, lambda: self._inside)
+        """Wait until no other thread is inside, for a second at most, and let none in."""
+        _acquire_idle(self._lock, lambda: self._inside - {threading.get_ident()})
 
     def open(self) -> None:
         """Let threads in again."""
@@ -2226,8 +2247,10 @@ class Store:
         # Reentrant, since a garbage collection under it may call a finalizer that writes.
         self._lock = threading.RLock()
         self._leader = 0                                  # the leading thread's ident
-        self._waiting: deque[_Write] = deque()
+        self._leads = _Write(_do_nothing)                 # the write that leads, or was the last to
+        self._waiting: deque[_Write] = deque()            # until they are done
         self.leading = self._again = self.closed = self.forked = False
+        self.cut_short = False                            # Ctrl-C came: something may be committed that nobody was told of
         self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
         self._check_path(os.fspath(path))
         try:
@@ -2440,24 +2463,26 @@ class Store:
         `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
         transaction. What it raises is raised here, and nothing of it is stored.
         """
-        if self.leading and self._leader == threading.get_ident():
+        if self.leading and self._leader == threading.get_ident() and not self._leads.gone:
             raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
                                "have it set a flag or start a thread instead")
         write = _Write(run)
         try:
             with self._lock:
-                self._waiting.append(write)
                 if self.leading:
-                    write.wake = threading.Lock()
-                    write.wake.acquire()
-                else:
-                    self.leading = write.leads = True
-            if not write.leads:
-                write.wake.acquire()                   # the leader commits this write too, or hands the lead on
+                    wake = threading.Lock()
+                    wake.acquire()
+                    write.wake = wake
+                self._waiting.append(write)
+                if write.wake is None:
+                    self._leads, write.leads, self.leading = write, True, True
+            # The leader commits this write, too, or hands the lead on.
+            while not (write.leads or write.done) and not write.wake.acquire(timeout=1.0):
+                self._take_over(write)
             if write.leads:
                 self._lead(write)
         except BaseException:                           # Ctrl-C: do not count on this thread to lead
-            write.gone = True
+            write.gone = self.cut_short = True
             self._hand_over(write)
             raise
         if write.error is not None:
@@ -2468,57 +2493,61 @@ class Store:
     def kick(self) -> None:
         """Lead transactions until nothing waits for one; return at once if another thread leads already."""
         write = _Write(_do_nothing)
-        with self._lock:
-            if self.leading:
-                self._again = True                      # whoever leads sees to it
-                return
-            self.leading = write.leads = True
-        self._lead(write, until_done=True)
+        try:
+            with self._lock:
+                if self.leading:
+                    self._again = True                  # whoever leads sees to it
+                    return
+                self._leads, write.leads, self.leading = write, True, True
+            self._lead(write, until_done=True)
+        except BaseException:
+            write.gone = self.cut_short = True
+            self._hand_over(write)
+            raise
 
     def _lead(self, write: _Write, until_done: bool = False) -> None:
         """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
-        batch: list[_Write] = []
         self._leader = threading.get_ident()
         try:
             while True:
                 with self._lock:
-                    batch = list(self._waiting)
-                    self._waiting.clear()
+                    batch = [other for other in self._waiting if not (other.done or other.gone)]
                     self._again = False
                 worked = self._commit(batch, "all" if until_done else "some")
-                self._release(batch)
+                self._release()
                 if not until_done or not worked or not self._again or self._waiting:
                     break
-        except BaseException:                           # Ctrl-C in the leader: the next one runs what was rolled back
-            with self._lock:
-                self._waiting.extendleft(other for other in batch if not other.done and other is not write)
-            self._release(batch)
-            raise
         finally:
             self._hand_over(write)
 
     def _hand_over(self, write: _Write) -> None:
         """Give the lead, if this write has it, to the first waiting thread, or up."""
-        heir, left = None, False
+        left = False
         with self._lock:
             if write.leads:
-                write.leads, self._leader = False, 0
-                heir = next((other for other in self._waiting if not other.gone), None)
-                self.leading = heir is not None
-                if heir is not None:
-                    heir.leads = True
-                    heir.wake.release()
+                heir = next((other for other in self._waiting if not (other.done or other.gone or other is write)), None)
                 left = self._again and heir is None
+                self._leader, self.leading, write.leads = 0, heir is not None, False
+                if heir is not None:                    # no call up to here: it would be a gap for Ctrl-C
+                    self._leads, heir.leads = heir, True
+                    heir.wake.release()
         if left:
             self.backlog()
 
-    @staticmethod
-    def _release(batch: list[_Write]) -> None:
-        for write in batch:
-            if write.wake is not None and write.done:
-                with contextlib.suppress(RuntimeError):         # it was this thread's own
-                    write.wake.release()
-        batch.clear()
+    def _take_over(self, write: _Write) -> None:
+        """Take the lead if Ctrl-C came twice: in the thread that had it, and again before that handed it over."""
+        with self._lock:
+            if self._leads.gone and self._leads.leads and not write.done:
+                self._leads.leads, write.leads, self._leads = False, True, write
+
+    def _release(self) -> None:
+        """Wake those whose writes are done. Ctrl-C may come: then the next leader does the rest."""
+        with self._lock:
+            while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
+                wake = self._waiting[0].wake
+                if wake is not None and wake.locked():
+                    wake.release()
+                self._waiting.popleft()
 
     def _commit(self, batch: list[_Write], ride: str) -> bool:
         """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails. False: what
@@ -2536,7 +2565,7 @@ class Store:
             if ride and batch:
                 for write in batch:
                     self._commit([write], ride="")
-                    self._release([write])
+                    self._release()
                 self._again = True
             elif batch:
                 batch[0].error, batch[0].done = self._explained(error), True
@@ -2557,8 +2586,6 @@ class Store:
         if time.monotonic() - self._checked_at > 0.005:
             self.check_file()
         tx = self._run_in_transaction(batch, ride)
-        for write in batch:
-            write.done = True
         for callback in (*tx.after_commit, lambda: self.announce(tx)):
             try:
                 callback()
@@ -2570,6 +2597,7 @@ class Store:
         if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
             db.execute("ROLLBACK")
         self._await_lock("BEGIN IMMEDIATE")
+        committing = False
         try:
             tx = Transaction(db, self._lineages, self.clock())
             if ride:
@@ -2580,10 +2608,16 @@ class Store:
                 self.rider(tx, ride == "all")
             tx.apply()
             tx.save_tallies()
+            committing = True
             self._await_lock("COMMIT")
+            for write in batch:
+                write.done = True
         except BaseException as error:
             if db.in_transaction:
                 db.execute("ROLLBACK")
+            elif committing and not isinstance(error, Exception):     # Ctrl-C after the COMMIT
+                for write in batch:
+                    write.done = True
             self._lineages.clear()
             if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
                 db.text_factory = _decoded                # slower; the transaction is run again
@@ -2945,7 +2979,7 @@ class Pool:
         self._execute = execute
         self._settle, self._claim = settle, claim         # settle tells whether to claim at once
         # `_changed` guards everything below; no user code and no SQL runs under it.
-        self._changed = threading.Condition()
+        self._changed = _Condition()
         self._queue: deque[Attempt] = deque()             # claimed
         self._returning: deque[Attempt] = deque()         # they have waited, and go on with the next place
         self._handed: deque[Attempt] = deque()            # claimed ones that have a place, for the next idle thread
@@ -2997,11 +3031,15 @@ class Pool:
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
         """Have claimed attempts executed, in this order; they are known to be `work` seconds of work.
 
-        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. Who calls it without attempts
-        gives the rest of the free places out.
+        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. The service thread calls it
+        without attempts, and gives the rest of the free places out.
         """
         with self._changed:
             self._queue.extend(attempts)
+            if not attempts:                              # threads that Ctrl-C kept from being started are not counted on
+                started = {thread for thread in self._threads if thread.ident is not None}
+                self._idle -= len(self._threads) - len(started)
+                self._threads = started
             starting = self._give_places(work / HAND_SECONDS + 1)
         self._start(starting)
 
@@ -3014,16 +3052,18 @@ class Pool:
             if back is not None and (self._returning_first or not self._queue):
                 attempt = back
                 self._returning.remove(attempt)
-                attempt.place.set()                       # type: ignore[union-attr]
             elif not self._queue:
                 break
             else:
                 attempt = self._queue.popleft()
-                self._handed.append(attempt)
             self._returning_first = not self._returning_first
             attempt.has_place = True
             self._busy += 1
             self._low_busy += attempt.low_priority
+            if attempt is back:
+                attempt.place.set()                       # type: ignore[union-attr]
+            else:
+                self._handed.append(attempt)
         if not self._handed:
             return []
         self._changed.notify(len(self._handed))
@@ -3085,6 +3125,7 @@ class Pool:
     def _next_handed(self) -> Attempt | None:
         """Wait for an attempt that has been given a place; None when the pool is closed."""
         with self._changed:
+            self._threads.add(threading.current_thread())
             while not self._handed and not self._closed:
                 self._changed.wait()
             self._idle -= 1
@@ -3156,13 +3197,19 @@ class Pool:
                 attempt.waits -= 1
                 returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
                 if returns:
-                    attempt.place = threading.Event()
+                    attempt.place = _Event()
                     self._returning.append(attempt)
                     starting = self._give_places()
             if returns:
                 self._start(starting)
-                attempt.place.wait()
+                while not attempt.place.wait(1.0):        # Ctrl-C may have come between the setting and the waking
+                    pass
                 attempt.waited += time.monotonic() - attempt.left_at
+
+    def has(self, attempt: Attempt) -> bool:
+        """Tell whether an attempt waits for its thread, or has one."""
+        with self._changed:
+            return attempt in self._executing or attempt in self._handed or attempt in self._queue
 
     def take_back(self) -> list[Attempt]:
         """Take out the claimed attempts that have no place yet."""
@@ -3177,7 +3224,7 @@ class Pool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            threads = self._threads - {threading.current_thread()}
+            threads = [thread for thread in self._threads if thread.ident is not None and thread is not threading.current_thread()]
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -3328,7 +3375,7 @@ class Attempt(JobContext):
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        wake = threading.Event()
+        wake = _Event()
         with self.woken_by_stop(wake):
             wake.wait(seconds)
         self.raise_if_stopped()
@@ -3501,7 +3548,7 @@ class _Waiters(list):                                     # type: ignore[type-ar
         super().append(waiter)
 
 
-class _PlaceGivingEvent(threading.Event):
+class _PlaceGivingEvent(_Event):
     def __init__(self, attempt: Attempt) -> None:
         super().__init__()
         self._attempt = attempt
@@ -3558,15 +3605,15 @@ class Job(Future):                                        # type: ignore[type-ar
     def _condition(self) -> threading.Condition:
         """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
         if self._lazy_condition is None:
-            self._made_condition()
             self._runner._watch(self)
+            self._made_condition()
         return self._lazy_condition                       # type: ignore[return-value]
 
     @library_code
     def _made_condition(self) -> threading.Condition:
         if self._lazy_condition is None:
             with self._runner._handle_lock:
-                self._lazy_condition = self._lazy_condition or threading.Condition(_HandleLock())
+                self._lazy_condition = self._lazy_condition or _Condition(_HandleLock())       # type: ignore[arg-type]
         return self._lazy_condition
 
     name = _live("name", "The stable name of the function.")
@@ -3768,8 +3815,8 @@ class Job(Future):                                        # type: ignore[type-ar
         with condition:
             if self._state != "PENDING":
                 return
+            state = CANCELLED_AND_NOTIFIED if row["status"] == CANCELLED else FUTURE_FINISHED
             if row["status"] == CANCELLED:
-                self._state = CANCELLED_AND_NOTIFIED
                 for waiter in self._waiters:
                     waiter.add_cancelled(self)
             else:
@@ -3783,10 +3830,10 @@ class Job(Future):                                        # type: ignore[type-ar
                 except Exception as error:
                     self._exception = BgjobsError(f"job {self.id} is {row['status']}, but its outcome cannot be read: {_text(error)}")
                     self._exception.__cause__ = error
-                self._state = FUTURE_FINISHED
                 for waiter in self._waiters:
                     waiter.add_result(self) if self._exception is None else waiter.add_exception(self)
             condition.notify_all()
+            self._state = state                           # last: what Ctrl-C cuts short is done again
         self._runner._call_back(self)
 
     def __repr__(self) -> str:
@@ -4016,7 +4063,7 @@ class Runner(Submitter, Executor):
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
         self._has_submitted = False
-        self._over = threading.Condition()               # notified when jobs are over and somebody waits for it
+        self._over = _Condition()                        # notified when jobs are over and somebody waits for it
         self._waiting_for_over = 0
         self._service: _Service | None = None
         self._servers: list[Any] = []                    # of the status page
@@ -4027,7 +4074,7 @@ class Runner(Submitter, Executor):
         """In a forked child: this runner has no threads here, and its file is the parent's. Only start() makes it work again."""
         self._store.leave_to_parent()
         self._pool.forked = True
-        self._handle_lock, self._close_lock, self._over = threading.Lock(), threading.Lock(), threading.Condition()
+        self._handle_lock, self._close_lock, self._over = threading.Lock(), threading.Lock(), _Condition()
         self._service, self._callback_thread, self._started = None, None, False
         self._attempts, self._servers = {}, []
 
@@ -4185,7 +4232,9 @@ class Runner(Submitter, Executor):
                 tx.after_commit.append(self._lines_taken.clear)
             return                                       # a worker is about to do so, for more at a time
         again = self._settling                           # the last transaction failed with these
-        ended = self._settling = again + [self._ended.popleft() for _ in range(len(self._ended))]
+        ended = self._settling = again + list(self._ended)     # in both for a moment, rather than in neither, if Ctrl-C comes
+        for _ in range(len(ended) - len(again)):
+            self._ended.popleft()
         if again:
             for attempt in ended:
                 self._finish_with_care(tx, attempt)
@@ -4412,7 +4461,7 @@ class Runner(Submitter, Executor):
             handle.done()                                 # a handle whose job was over keeps that outcome
         attempt = _current.get()
         author = (attempt.id, attempt.number) if attempt is not None and attempt.runner is self else None
-        passed = threading.Event()
+        passed = _Event()
         for running in list(self._attempts.values()):
             running.let_pass(passed)
 
@@ -4511,8 +4560,9 @@ class Runner(Submitter, Executor):
 
     def _complete_handles(self, job_ids: Iterable[int]) -> None:
         for job_id in job_ids:
-            with self._handle_lock:
-                references = self._watched.pop(job_id, ())
+            references = list(self._watched.get(job_id, ()))
+            if not references:
+                continue
             for reference in references:
                 handle = reference()
                 if handle is not None:
@@ -4521,9 +4571,12 @@ class Runner(Submitter, Executor):
                     except Exception as error:            # others' ends are told; the service thread looks again
                         self._ends_missed = True
                         self._store.complain(_text(error))
-                    if handle._state == "PENDING":        # or another process has resumed it meanwhile
-                        with self._handle_lock:
-                            self._watched.setdefault(job_id, []).append(reference)
+            with self._handle_lock:                       # those stay that another process has resumed meanwhile
+                left = [r for r in self._watched.get(job_id, ()) if (handle := r()) is not None and handle._state == "PENDING"]
+                if left:
+                    self._watched[job_id] = left
+                else:
+                    self._watched.pop(job_id, None)
 
     def _watched_now(self) -> list[int]:
         """Return the ids of the jobs whose end somebody wants to know; forget those whose handles nobody has any more."""
@@ -4741,9 +4794,18 @@ class Runner(Submitter, Executor):
                 tx.take_back(row, why, tx.now)
 
     def _release_lost(self) -> None:
-        """Make jobs pending again that were claimed and never handed out: Ctrl-C came right after the commit."""
-        if any(row["id"] not in self._attempts for row in self._store.read(OWNED, {"owner": self._id})):
-            self._store.write(lambda tx: self._release(tx, "its claim was lost", self._attempts.__contains__))
+        """Make jobs pending again that were claimed and never reached the pool: Ctrl-C came right after the commit."""
+        def is_known(job_id: int) -> bool:
+            attempt = self._attempts.get(job_id)
+            return attempt is not None and (time.monotonic() - attempt.claimed_at < 1.0 or self._pool.has(attempt)
+                                            or attempt in self._ended or attempt in self._settling)
+
+        def release(tx: Transaction) -> None:             # while this thread leads, no outcome is on its way elsewhere
+            self._release(tx, "its claim was lost", is_known)
+            tx.after_commit.append(lambda: [self._abandon(attempt) for attempt in list(self._attempts.values())
+                                            if not is_known(attempt.id)])
+        if not all(is_known(row["id"]) for row in self._store.read(OWNED, {"owner": self._id})):
+            self._store.write(release)
 
     def __exit__(self, *exc_info: Any) -> None:
         self.shutdown(wait=True)
@@ -4979,7 +5041,7 @@ class _Service:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
-        self._event = threading.Event()
+        self._event = _Event()
         self._due_at: float | None = None
         self._look_at_due = self._nudged = True
         self._soon = False
@@ -5042,6 +5104,10 @@ class _Service:
             runner._look_after_watched()
             self._nudged = True
             self._event.set()
+        if store.cut_short:
+            store.cut_short, self._nudged, runner._ends_missed = False, True, True
+            store.write(_do_nothing)                      # takes the lead over, should it be lost
+            runner._heed_operations()
         if runner._ends_missed:
             runner._look_after_watched()
         self._look_at_due |= changed
@@ -5049,9 +5115,8 @@ class _Service:
             runner._to_cancel.get().cancel()
         if runner._started:
             self._wake_due()
-        if not runner._pool.is_empty:
-            runner._pool.put()
-            runner._return_stuck_claims()
+        runner._pool.put()
+        runner._return_stuck_claims()
         runner._time_out()
         if now - self._flushed_at >= FLUSH_SECONDS:
             self._flushed_at = now

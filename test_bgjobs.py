@@ -31,6 +31,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.request
 import uuid
 import zoneinfo
@@ -4876,6 +4877,86 @@ class TestRunner:
         with pytest.raises(ValueError, match="it takes no children from"):
             one.options(parent=two.get(1)).submit(add, 1)
 
+    @pytest.mark.parametrize("where", ["_committed", "_announce", "_pool.put", "_pool._start", "_pool.room"])
+    def test_a_ctrl_c_in_the_leading_thread_loses_no_claim_and_no_end(self, make, monkeypatch, where):
+        runner = make(max_workers=1)
+        job = runner.submit(hold, "interrupted")
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(job.result, 20)
+            interrupt_once(monkeypatch, runner._store if where == "_announce" else runner, where.replace("_announce", "announce"))
+            gate("interrupted").set()
+            with pytest.raises(KeyboardInterrupt):
+                for _ in range(1000):
+                    runner.submit(add, 1, 2)
+                    if "_start" in where:                # a thread is needed for it: the other one is abandoned
+                        held = runner.submit(hold, "held")
+                        wait_for(held.running)
+                        held.stop(), held.force_stop()
+            gate("held").set()
+            assert waiting.result(20) is None
+        wait_for(lambda: not rows(runner, "SELECT 1 FROM bgjobs_jobs WHERE status IN ('pending', 'running')"))
+        assert runner.submit(add, 2, 3).result(10) == 5
+        consistent(runner)
+
+    def test_ctrl_c_at_any_moment_leaves_the_runner_whole(self, path):
+        code, out, err = finish(python("""
+            import bgjobs, os, random, signal, sys, threading, time, test_bgjobs
+            runner = bgjobs.start(sys.argv[1], max_workers=3)
+            aim, over = threading.Event(), threading.Event()
+            def shoot():
+                while not over.is_set():
+                    aim.wait()
+                    time.sleep(random.uniform(0.0005, 0.004))
+                    os.kill(os.getpid(), signal.SIGINT)
+            def submit_beside():
+                while not over.is_set():
+                    assert bgjobs.submit(test_bgjobs.add, 1).result() == 1
+            def use(n):
+                job = bgjobs.submit(test_bgjobs.count_up, 3)
+                n % 3 or job.result()
+                n % 5 or bgjobs.submit_many(test_bgjobs.add, [(1,)] * 20)
+                try:
+                    job.stop().resume()
+                except bgjobs.InvalidOperation:
+                    pass
+            beside = threading.Thread(target=submit_beside)
+            beside.start()
+            threading.Thread(target=shoot, daemon=True).start()
+            hits, n = 0, 0
+            while hits < 300:
+                try:
+                    aim.set()
+                    while hits < 300:
+                        use(n := n + 1)
+                except KeyboardInterrupt:
+                    hits += 1
+            try:
+                over.set()
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                pass
+            beside.join(20)
+            assert not beside.is_alive()
+            runner.shutdown()
+            test_bgjobs.consistent(runner)
+            print("whole")
+        """, path), 60)
+        assert (code, out) == (0, "whole\n"), err
+
+    def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
+        job = runner.submit(add, 1)
+        for condition in (runner._pool._changed, runner._over, bgjobs._Event()._cond, job._condition):
+            for step in (condition.__enter__, condition.__exit__):
+                assert isinstance(step, types.BuiltinMethodType)          # in C: one step
+        job.result(10)
+        bgjobs._fork_gate.__enter__()                                    # and Ctrl-C
+        begun = time.monotonic()
+        bgjobs._fork_gate.shut()
+        bgjobs._fork_gate.open()
+        assert time.monotonic() - begun < 0.5
+        runner.jobs()
+        assert threading.get_ident() not in bgjobs._fork_gate._inside
+
     def test_a_crash_between_commit_and_hand_over_loses_no_claim(self, make):
         """What Ctrl-C in the leading thread can do: claims are committed, but never reach the pool."""
         runner = make(start=False)
@@ -4885,6 +4966,21 @@ class TestRunner:
         runner.start()
         assert job.result(10) == 3
         consistent(runner)
+
+
+def interrupt_once(monkeypatch, holder, name):
+    """Have the next call of a method in the main thread raise KeyboardInterrupt, as Ctrl-C does."""
+    *path, name = name.split(".")
+    for step in path:
+        holder = getattr(holder, step)
+    method = getattr(holder, name)
+
+    def call(*args, **options):
+        if threading.current_thread() is threading.main_thread() and (name != "_start" or args[0]):
+            monkeypatch.setattr(holder, name, method)
+            raise KeyboardInterrupt
+        return method(*args, **options)
+    monkeypatch.setattr(holder, name, call)
 
 
 others = []
