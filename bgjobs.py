@@ -631,8 +631,8 @@ class Cron:
 
     def _next_after(self, after: float) -> float | None:
         import datetime
-        begin = datetime.datetime.fromtimestamp(after, self._zone)
-        day, hour = begin.date(), max(0, begin.hour - 2)  # no clock goes back further than that
+        begin = datetime.datetime.fromtimestamp(after - 3 * 3_600, self._zone)      # no clock goes further back, or on
+        day, hour = begin.date(), begin.hour
         for _ in range(366 * 41):                         # a certain weekday is 29 February after 40 years at most
             if self._fits(day):
                 times = [moment for moment in self._times_of(day, hour) if moment > after]
@@ -1135,7 +1135,7 @@ SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM t
     AND j.parent_id IS NOT NULL)
     SELECT j.id, j.parent_id, j.root_id, j.name, j.status, j.returned, j.options, j.system, j.low_priority, j.queue,
     j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge, j.max_running,
-    j.deaths
+    j.deaths, j.started_at
     FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
 MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, goes_on = 0, phase = :phase,
     finished_at = :finished_at, since = :since, duration = duration + :ran, charge = :charge,
@@ -1655,7 +1655,7 @@ class Transaction:
         elif outcome == RAISED and found[1] < attempt.options.get("retries", 0):
             pause = pause_before_retry(attempt.options, found[1] + 1)
             status = STOPPED if stops else PENDING
-            end.update(error=attempt.error, errors=1, run_at=self.now + pause, phase=None if stops else "retrying")
+            end.update(error=attempt.error, errors=1, run_at=self.now + (0.0 if stops else pause), phase=None if stops else "retrying")
             when = "when it is resumed" if stops else f"in {pause:,.1f} s"
             self.log(attempt.id, logging.WARNING,
                      f"attempt {attempt.number} failed; retry {found[1] + 1} of {attempt.options['retries']} {when}")
@@ -1866,7 +1866,7 @@ class Transaction:
         if operation == "restart":
             self.execute(RESET, {"id": row["id"]})
             row["progress"] = None
-        later = row["run_at"] is not None and row["run_at"] > self.now
+        later = row["run_at"] is not None and row["run_at"] > self.now and row["started_at"] is None      # no retry's pause
         queue = row["low_priority"] if new == PENDING and not later else None
         self.execute(MOVE, {"id": row["id"], "status": new, "queue": queue, "phase": None, "since": since,
                             "finished_at": self.now if new in OVER else None, "charge": row["charge"] if new in ACTIVE else 0,
@@ -3301,6 +3301,7 @@ class Attempt(JobContext):
     _operation: threading.Event | None = None
     _saved_at = 0.0
     _logger: logging.Logger | None = None
+    connections: tuple[sqlite3.Connection, ...] = ()      # the app's, in whose transactions the function has submitted
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
         (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
@@ -3879,11 +3880,13 @@ class Schedule:
 
     def pause(self) -> Schedule:
         """Let no more jobs be made, in any process, until it is resumed."""
-        return self._operate("pause")
+        self._operate("pause")
+        return self
 
     def resume(self) -> Schedule:
         """Go on with the next time; what was missed in the pause is not made up for."""
-        return self._operate("resume")
+        self._operate("resume")
+        return self
 
     def remove(self) -> None:
         """Delete it. InvalidOperation: the code of another living process has it."""
@@ -3893,15 +3896,14 @@ class Schedule:
 
     def run_now(self) -> Job:
         """Submit its job now; the times stay. InvalidOperation: the last one is not over."""
-        return Job(self._runner, self._runner._store.write(lambda tx: tx.operate_schedule("run_now", self.id, 0)))
+        return Job(self._runner, self._operate("run_now"))
 
-    def _operate(self, operation: str) -> Schedule:
+    def _operate(self, operation: str) -> Any:
         runner = self._runner
         try:
-            runner._store.write(lambda tx: tx.operate_schedule(operation, self.id, runner._id))
+            return runner._store.write(lambda tx: tx.operate_schedule(operation, self.id, runner._id))
         except KeyError:
             raise KeyError(f"there is no schedule {self.id} in {runner.path}") from None
-        return self
 
     def __repr__(self) -> str:
         return f"<Schedule {self.id}>"
@@ -4107,8 +4109,12 @@ class Runner(Submitter, Executor):
         return Job(self, self._write_for(options, lambda tx: tx.submit(new)))
 
     def _write_for(self, options: dict[str, Any], run: Callable[[Transaction], Any]) -> Any:
-        connection = options.get("connection")
-        return self._store.write(run) if connection is None else self._store.write_through(connection, run)
+        connection, attempt = options.get("connection"), _current.get()
+        if connection is None:
+            return self._store.write(run)
+        if attempt is not None:
+            attempt.connections += (connection,)
+        return self._store.write_through(connection, run)
 
     def _submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]], options: dict[str, Any]
                      ) -> list[int]:
@@ -4142,7 +4148,11 @@ class Runner(Submitter, Executor):
         tz = options.get("tz", _registry.declared.get(fn, {}).get("tz"))
         zone = zone_of(tz)[1]
         schedule_of(schedule, zone)
-        key = new.key or f"{new.name}({new.args or ''}{new.kwargs or ''})"
+        arguments = f"{new.args or ''}{new.kwargs or ''}"
+        if '"secret"' in (new.options or ""):
+            import hashlib
+            arguments = hashlib.sha256(arguments.encode()).hexdigest()
+        key = new.key or f"{new.name}({arguments})"
         if len(key) > 500:
             raise ValueError(f"the arguments of {new.name} are too long to know its schedule by; give it a key")
         known = self._schedules.setdefault(key, (schedule, zone))
@@ -4331,6 +4341,12 @@ class Runner(Submitter, Executor):
                 attempt.fail(attempt.took_too_long)
         _here.ticket = around
         attempt.thread = None
+        for connection in attempt.connections:            # left open, its lock would keep the outcome from being recorded
+            with contextlib.suppress(sqlite3.Error):
+                if connection.in_transaction:
+                    connection.rollback()
+                    _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its own: rolled back")
+        attempt.connections = ()
         attempt.ran = time.monotonic() - attempt.begun
         attempt.worked = max(0.0, attempt.ran - attempt.waited)
         if attempt.outcome != UNKNOWN:
@@ -4444,8 +4460,14 @@ class Runner(Submitter, Executor):
 
     def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
               after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
+        if regex is not None:
+            import re
+            try:
+                re.compile(regex)
+            except re.error as error:
+                raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
         if isinstance(level, str):
-            number = logging.getLevelName(level.upper())
+            number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
             if not isinstance(number, int):
                 raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
             level = number
@@ -4456,6 +4478,8 @@ class Runner(Submitter, Executor):
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
+        if not 0 < job_id < 1 << 63:
+            raise KeyError(f"there is no job {job_id} in {self.path}")
         by = None if by is None else " ".join(_text(by, 200).split())
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
@@ -6576,6 +6600,9 @@ def serve_page(page: Page, host: str, port: int) -> str:
         raise ValueError(f"host must be a loopback address, got {host!r}: the page has no password yet; mount wsgi() behind "
                          "your app's own authentication instead")
 
+    if not 0 <= port < 65_536:
+        raise ValueError(f"port must be 0 to 65535, got {port}")
+
     class DeadlineReader(io.RawIOBase):
         """Reads a socket until an absolute deadline, which one byte now and then cannot push away."""
 
@@ -6884,20 +6911,35 @@ def _clock_time(at: float | None) -> str:
     return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
+def _cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes."""
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def _fitted(text: str, cells: int) -> str:
+    """Return a text cut or filled up to a number of cells."""
+    if _cells(text) > cells:
+        while _cells(text) > cells - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (cells - _cells(text))
+
+
 def print_table(header: list[str], rows: list[list[str]], statuses: Iterable[str] = (), spare: Iterable[str] = ()) -> None:
     """Print a table whose last column takes what the terminal leaves; a narrow one does without the spare columns, first
     those named first. A cell with the row's status has its colour."""
     import shutil
     room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
     table = [header, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    widths = [max(_cells(row[i]) for row in table) for i in range(len(header))]
     for column in spare:
         if sum(widths[:-1]) + 2 * len(widths) + 20 > room:
             i = table[0].index(column)
             table, widths = [row[:i] + row[i + 1:] for row in table], widths[:i] + widths[i + 1:]
     widths[-1] = max(8, min(widths[-1], room - sum(widths[:-1]) - 2 * (len(widths) - 1)))
     for row, status in itertools.zip_longest(table, [None, *statuses]):
-        cells = [(cell[:width - 1] + "…" if len(cell) > width else cell).ljust(width) for cell, width in zip(row, widths)]
+        cells = [_fitted(cell, width) for cell, width in zip(row, widths)]
         print("  ".join(_coloured(cell, status) if status is not None and cell.strip() == status else cell for cell in cells).rstrip())
 
 
@@ -6944,11 +6986,11 @@ def _show(args: Any) -> int:
 def _logs_command(args: Any) -> int:
     """Print a job's log; with -f until the job is over."""
     with _opened(args) as runner:
-        job, after, over = _job_of(runner, args.id), 0, False
+        job, after, limit = _job_of(runner, args.id), 0, None if args.all else 1_000
         while True:
             over = job.status in (*OVER, STOPPED)         # first: what it logs before its end is read after this
-            lines = job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
-                             limit=None if after or args.all else 1_000)
+            lines = job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree, limit=limit)
+            limit = None
             for line in lines:
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""
@@ -7004,7 +7046,8 @@ def _stats(args: Any) -> int:
         return "" if value is None else f"{for_people(value['avg'])} ({for_people(value['min'])} - {for_people(value['max'])})"
     rows = [[f"{part[what]:,}" for what in ("created", "started", "finished", "failed")] + [measured(part["waiting"]), measured(part["running"]),
             _plain(name)] for name, part in [*((f["name"], f) for f in stats["functions"]), ("all", stats["total"])]]
-    print_table(["Created", "Started", "Finished", "Failed", "Waiting (least - most)", "Running (least - most)", f"Name, last {args.window}"], rows)
+    header = ["Created", "Started", "Finished", "Failed", "Waiting (least - most)", "Running (least - most)", f"Name, last {args.window}"]
+    print_table(header, rows, spare=[header[4], "Started", header[5]])
     return 0
 
 
@@ -7018,9 +7061,17 @@ def _serve(args: Any) -> int:
             time.sleep(3600)
 
 
+def _seconds(text: str) -> float:
+    """Return the seconds of a text like "7d" or "90"."""
+    number, unit = (text, 1) if text[-1:].isdecimal() else (text[:-1], _UNITS.get(text[-1:], math.nan))
+    if not number.replace(".", "", 1).isdecimal() or math.isnan(unit):
+        raise ValueError(f"a time is seconds, or a text like 15m, 12h or 7d, got {text!r}")
+    return float(number) * unit
+
+
 def _prune(args: Any) -> int:
     with _opened(args) as runner:
-        removed = runner.prune(Every(args.finished).seconds, Every(args.failed).seconds)
+        removed = runner.prune(_seconds(args.finished), _seconds(args.failed))
     print(json.dumps({"removed": removed}) if args.json else f"{removed:,} jobs removed")
     return 0
 

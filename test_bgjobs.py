@@ -232,6 +232,16 @@ def kill_me(effects, count):
         job.sleep(0.001)
 
 
+left_open = []
+
+
+def leave_a_transaction_open(path, ends):
+    left_open.append(sqlite3.connect(path))                # more than its frame holds it
+    bgjobs.options(connection=left_open[-1]).submit(add, 1)
+    if not ends:
+        raise ValueError
+
+
 def fail_until(attempt):
     job = bgjobs.current_job()
     job.checkpoint(state=(job.state or 0) + 1)
@@ -766,6 +776,7 @@ class TestTimesOfSchedules:
         ("30 2 * * *", "2026-03-28 12:00", ["03-29 03:30+0200", "03-30 02:30+0200"]),           # 02:30 does not exist: once all the same
         ("30 2 * * *", "2026-10-24 12:00", ["10-25 02:30+0200", "10-26 02:30+0100"]),           # 02:30 comes twice: once
         ("0 3 * * *", "2026-03-28 12:00", ["03-29 03:00+0200", "03-30 03:00+0200"]),
+        ("0 0 * * *", "2026-03-28 12:00", ["03-29 00:00+0100", "03-30 00:00+0200"]),
         ("30 2,3 * * *", "2026-03-28 12:00", ["03-29 03:30+0200", "03-30 02:30+0200", "03-30 03:30+0200"]),
         ("*/30 * * * *", "2026-10-25 01:50", ["10-25 02:00+0200", "10-25 02:30+0200", "10-25 02:00+0100", "10-25 02:30+0100", "10-25 03:00+0100"]),
         ("*/30 * * * *", "2026-03-29 01:40", ["03-29 03:00+0200", "03-29 03:30+0200"]),
@@ -776,6 +787,14 @@ class TestTimesOfSchedules:
         for text in expected:
             at = cron.next(at, at)
             assert datetime.datetime.fromtimestamp(at, zone).strftime("%m-%d %H:%M%z") == text
+
+    def test_times_before_midnight_that_the_clocks_skip_come_after_it(self):
+        zone = zoneinfo.ZoneInfo("America/Nuuk")           # 22:59:59 on 27 March 2027 is followed by 0:00
+        cron, at, got = bgjobs.Cron("*/20 23 * * *", zone), minutes("2027-03-27 12:00", zone), []
+        for _ in range(4):
+            at = cron.next(at, at)
+            got.append(datetime.datetime.fromtimestamp(at, zone).strftime("%d %H:%M"))
+        assert got == ["28 00:00", "28 00:20", "28 00:40", "28 23:00"]
 
     @pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "America/Sao_Paulo", "UTC"])
     def test_a_daily_time_comes_on_each_of_a_thousand_days(self, zone):
@@ -3270,8 +3289,9 @@ class TestSchedules:
         other.close()
         old.remove()
         assert later.schedules() == []
-        with pytest.raises(KeyError, match="there is no schedule"):
-            old.pause()
+        for operation in (old.pause, old.run_now, old.info):
+            with pytest.raises(KeyError, match="there is no schedule"):
+                operation()
         later.every("2h", add, 1)                                       # it may come back with other times
 
     def test_paused_resumed_and_run_by_hand(self, make):
@@ -3326,6 +3346,7 @@ class TestSchedules:
     def test_the_api_lists_them_and_secrets_stay_secret(self, visitor, idle):
         idle.options(secret=["b"]).every("1h", add, 1, b="hush")
         answer = visitor.get("api/schedules")
+        assert "hush" not in json.dumps(answer)
         assert [(s["schedule"], s["args"], s["kwargs"], s["runs"]) for s in answer["schedules"]] == [("1h", [1], {"b": "•••"}, 0)]
 
 
@@ -3598,9 +3619,8 @@ class TestRetries:
         attempt.fail(ValueError("boom"))
         idle._store.write(lambda tx: tx.finish([attempt]))
         assert (job.status, job.errors) == ("stopped", 1)
-        clock.now += 10
         job.resume()
-        idle.drain()
+        idle.drain()                                       # at once: somebody has looked at it
         assert (job.status, job.attempt, job.result()) == ("finished", 2, 1)
         consistent(idle)
 
@@ -3765,6 +3785,14 @@ class TestConnection:
             runner.options(connection=db).submit(add, 1)
         db.execute("ROLLBACK")
         assert runner.options(connection=db).submit(add, 2).result(5) == 2
+
+    def test_a_job_that_ends_within_its_transaction_is_recorded_all_the_same(self, runner, path):
+        for ends in (True, False):
+            job = runner.submit(leave_a_transaction_open, path, ends)
+            wait_for(lambda: job.done(), 10)
+            assert job.status == ("finished" if ends else "failed") and job.children["total"] == 0
+        assert runner.submit(add, 1, 2).result(5) == 3
+        consistent(runner)
 
     def test_in_djangos_and_flasks_usual_way(self, runner, connect):
         flask = connect(detect_types=sqlite3.PARSE_DECLTYPES)            # Flask's tutorial
@@ -5391,7 +5419,7 @@ class TestCommandLine:
             runner.submit(fail)
             runner.drain()
             runner.submit(add, 1, 2)
-            runner.options(low_priority=True, delay=3_600).submit(add, 2)
+            runner.options(low_priority=True, delay=3_600, label="\u6570\u5b57" * 40).submit(add, 2)
         return path
 
     def test_list_and_show_are_tables_for_people_and_json_for_programs(self, jobs_file):
@@ -5433,6 +5461,10 @@ class TestCommandLine:
         assert [json.loads(line)["message"] for line in bgjobs_command("logs", job.id, "--json", "--regex", "st$", "--db", path).stdout.splitlines()] \
             == ["first", "last"]
         assert bgjobs_command("logs", job.id, "--text", "SECOND", "--db", path).stdout.endswith("second\n")
+        for bad in (["--regex", "("], ["--level", "loud"]):
+            done = bgjobs_command("logs", job.id, *bad, "--db", path)
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert bgjobs_command("logs", job.id, "--level", "30", "--db", path).stdout.endswith("last\n")
         shown = bgjobs_command("show", "-f", job.id, "--json", "--db", path)
         assert json.loads(shown.stdout)["status"] == "finished"
 
@@ -5442,7 +5474,10 @@ class TestCommandLine:
         assert json.loads(bgjobs_command("stats", "--json", "--window", "1h", "--db", jobs_file).stdout)["total"]["failed"] == 1
         assert bgjobs_command("prune", "--db", jobs_file).stdout == "0 jobs removed\n"
         assert json.loads(bgjobs_command("prune", "--finished", "0.01s", "--json", "--db", jobs_file).stdout) == {"removed": 4}
-        assert bgjobs_command("prune", "--failed", "soon", "--db", jobs_file).returncode == 2
+        for bad in (["prune", "--failed", "soon"], ["stop", str(1 << 70)], ["serve", "--port", "99999"]):
+            done = bgjobs_command(*bad, "--db", jobs_file)
+            assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1, done.stderr
+        assert bgjobs_command("prune", "--failed", "0", "--db", jobs_file).stdout == "1 jobs removed\n"
 
     def test_serve_shows_a_file_without_running_it(self, jobs_file):
         process = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "serve", "--port", "0", "--read-only", "--db", jobs_file],
@@ -5462,8 +5497,10 @@ class TestCommandLine:
         import pty
         for environment, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
             main, side = pty.openpty()
-            done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), "list", "--db", jobs_file], stdout=side, stderr=subprocess.PIPE,
-                                  env={**os.environ, "TERM": "xterm", "COLUMNS": "90", **environment}, timeout=30)
+            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60", **environment}
+            for command in ("list", "stats"):
+                done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), command, "--db", jobs_file], stdout=side,
+                                      stderr=subprocess.PIPE, env=environment, timeout=30)
             os.close(side)
             out = b""
             with contextlib.suppress(OSError):
@@ -5471,7 +5508,7 @@ class TestCommandLine:
                     out += block
             os.close(main)
             assert done.returncode == 0 and (b"\x1b[31mfailed" in out) is coloured
-            assert all(len(re.sub(r"\x1b\[\d*m", "", line)) <= 90 for line in out.decode().splitlines())
+            assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in out.decode().splitlines())
 
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
     def test_a_worker_process_runs_the_jobs_of_others_and_gives_them_back_at_its_end(self, tmp_path, end):
