@@ -2012,7 +2012,7 @@ class Transaction:
         self._moved(job_id, parent_id, status, new, row["progress"])
         if new == FAILED:
             self._tally_end(name, row["system"], new, row["duration"] + ran)
-        self._free_slots(name, max_running, SUSPECT)    # at its first death it was none: that frees nothing
+        self._free_slots(name, max_running, deaths - died)       # what it was when it was claimed
         self.execute(SUPERSEDE, {"id": job_id})
         if queue is not None:
             self._wake(root, queue)
