@@ -1759,7 +1759,7 @@ class TestStore:
 
             def live_on():
                 with bgjobs.Runner(path, max_workers=3) as runner:
-                    test_bgjobs.wait_for(lambda: not runner.jobs(status=("pending", "running")), 15)
+                    test_bgjobs.wait_for(lambda: not runner.jobs(status=("pending", "running")), 60)
                     test_bgjobs.consistent(runner)
                     ids = {int(line) for line in open(submitted)}
                     jobs = {job.id: job for job in runner.jobs(limit=None)}
@@ -4805,7 +4805,7 @@ class TestRunner:
         assert process.stdout.readline() == "ready\n"
         begun = time.monotonic()
         got, out, err = finish(process, 15)
-        assert time.monotonic() - begun < 2.5
+        assert time.monotonic() - begun < 6                # it takes 1 s where the machine has time
         assert got == code or code is None
         assert "Exception ignored" not in err and ("result()" in ending or "/bgjobs.py" not in err), err
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
@@ -4934,6 +4934,7 @@ class TestRunner:
             def shoot():
                 while not over.is_set():
                     aim.wait()
+                    aim.clear()                                  # one shot for each aim: none hits outside of the try below
                     time.sleep(random.uniform(0.0005, 0.004))
                     os.kill(os.getpid(), signal.SIGINT)
             def submit_beside():
@@ -4958,11 +4959,7 @@ class TestRunner:
                         use(n := n + 1)
                 except KeyboardInterrupt:
                     hits += 1
-            try:
-                over.set()
-                time.sleep(0.1)
-            except KeyboardInterrupt:
-                pass
+            over.set()
             beside.join(20)
             assert not beside.is_alive()
             runner.shutdown()
