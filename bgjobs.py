@@ -2155,39 +2155,31 @@ class _Write:
         self.wake: Any = None
 
 
-def _acquire_idle(lock: Any, is_busy: Callable[[], Any]) -> None:
-    """Take a lock at a moment when nothing that it guards is under way, or else after a second."""
-    deadline = time.monotonic() + 1
-    lock.acquire()
-    while is_busy() and time.monotonic() < deadline:
-        lock.release()
-        time.sleep(0.0002)
-        lock.acquire()
-
-
 class _ForkGate:
     """Keeps a fork out of the moments when a thread of ours reads: the child would inherit SQLite's global locks, locked. (Out of
     those when one writes, Store.pause keeps it.)"""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()                     # guards _inside; held during a fork
+        self._door = threading.RLock()                    # held during a fork; reentrant for finalizers that read
         self._inside: set[int] = set()                    # threads; one that Ctrl-C has left here goes with its next read
 
     def __enter__(self) -> None:
-        with self._lock:
+        with self._door:
             self._inside.add(threading.get_ident())
 
     def __exit__(self, *exc_info: Any) -> None:
-        with self._lock:
-            self._inside.discard(threading.get_ident())
+        self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Wait until no other thread is inside, for a second at most, and let none in."""
-        _acquire_idle(self._lock, lambda: self._inside - {threading.get_ident()})
+        """Let no other thread in, and wait until those inside are out, for a second at most."""
+        self._door.acquire()
+        deadline = time.monotonic() + 1.0
+        while self._inside - {threading.get_ident()} and time.monotonic() < deadline:
+            time.sleep(0.0002)
 
     def open(self) -> None:
         """Let threads in again."""
-        self._lock.release()
+        self._door.release()
 
 
 _fork_gate = _ForkGate()
@@ -2249,6 +2241,7 @@ class Store:
         self._leader = 0                                  # the leading thread's ident
         self._leads = _Write(_do_nothing)                 # the write that leads, or was the last to
         self._waiting: deque[_Write] = deque()            # until they are done
+        self._pause: _Write | None = None                 # a fork's, which leads next
         self.leading = self._again = self.closed = self.forked = False
         self.cut_short = False                            # Ctrl-C came: something may be committed that nobody was told of
         self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
@@ -2305,9 +2298,11 @@ class Store:
 
     def check_file(self) -> None:
         """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
-        if self._identity_now() != self._identity:
-            raise StoreError(f"{self.path} was replaced by another file while it was in use; nothing is written any more: close() "
-                             "this runner, put the right file there, without a -wal beside it, and make a new runner")
+        found = self._identity_now()
+        if found != self._identity:
+            what = self.path + "-wal" if found[0] == self._identity[0] else self.path
+            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: close() this "
+                             "runner, put the right file there, without a -wal beside it, and make a new runner")
         self._checked_at = time.monotonic()
 
     def complain(self, text: str) -> None:
@@ -2397,18 +2392,35 @@ class Store:
                 self._readers.pop().close()
 
     def pause(self) -> None:
-        """Before a fork: wait until nobody leads a transaction, for a second at most, and let nobody begin to."""
-        _acquire_idle(self._lock, lambda: self.leading)
+        """Before a fork: take the lead as soon as the transaction under way is over, within a second, and write nothing."""
+        with self._lock:
+            if self._leader == threading.get_ident():
+                return                                  # a signal handler forks
+            pause = self._pause = _Write(_do_nothing)
+            if self.leading:
+                pause.wake = threading.Lock()
+                pause.wake.acquire()
+            else:
+                self._leads, pause.leads, self.leading = pause, True, True
+        if pause.wake is not None:
+            pause.wake.acquire(timeout=1.0)
+        with self._lock:
+            if pause.leads:
+                self._leader = threading.get_ident()
+            else:
+                self._pause = None
 
     def go_on(self) -> None:
         """After the fork, in the parent."""
-        self._lock.release()
+        pause, self._pause = self._pause, None
+        if pause is not None:
+            self._hand_over(pause)
 
     def leave_to_parent(self) -> None:
         """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
         for connection in (self._writer, self._version_db, *self._readers):
             _never_free(connection)
-        self._readers, self._version_db, self._waiting = deque(), None, deque()
+        self._readers, self._version_db, self._waiting, self._pause, self._leader = deque(), None, deque(), None, 0
         self._lock, self._version_lock = threading.RLock(), threading.Lock()
         self.leading, self.closed, self.forked = False, True, True
 
@@ -2515,7 +2527,7 @@ class Store:
                     self._again = False
                 worked = self._commit(batch, "all" if until_done else "some")
                 self._release()
-                if not until_done or not worked or not self._again or self._waiting:
+                if not until_done or not worked or not self._again or self._waiting or self._pause:
                     break
         finally:
             self._hand_over(write)
@@ -2525,7 +2537,7 @@ class Store:
         left = False
         with self._lock:
             if write.leads:
-                heir = next((other for other in self._waiting if not (other.done or other.gone or other is write)), None)
+                heir = self._pause or next((other for other in self._waiting if not (other.done or other.gone or other is write)), None)
                 left = self._again and heir is None
                 self._leader, self.leading, write.leads = 0, heir is not None, False
                 if heir is not None:                    # no call up to here: it would be a gap for Ctrl-C
@@ -5339,24 +5351,27 @@ def _register_hooks() -> None:
 
 
 _paused: list[Store] = []          # during a fork
+_one_fork = threading.RLock()      # at a time
 
 
 def _before_fork() -> None:
-    _fork_gate.shut()
+    _one_fork.acquire()
     _paused.extend(runner._store for runner in list(_living) if not runner._store.closed)
     for store in _paused:
         store.pause()
+    _fork_gate.shut()                  # last: who leads a transaction may read
 
 
 def _after_fork() -> None:
+    _fork_gate.open()
     while _paused:
         _paused.pop().go_on()
-    _fork_gate.open()
+    _one_fork.release()
 
 
 def _leave_to_parent() -> None:
-    global _default_lock, _fork_gate
-    _default_lock, _fork_gate = threading.Lock(), _ForkGate()
+    global _default_lock, _fork_gate, _one_fork
+    _default_lock, _fork_gate, _one_fork = threading.Lock(), _ForkGate(), threading.RLock()
     _paused.clear()
     _here.ticket = None
     inherited: Any = sys.modules.pop("_bgjobs_presence", None)

