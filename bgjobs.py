@@ -585,6 +585,12 @@ class Every:
         return due + self.seconds * (math.floor((now - due) / self.seconds) + 1) if due <= now else due
 
 
+def _period(seconds: float) -> str:
+    """Write a period as people do: 900 as "15m"."""
+    unit = next(unit for unit in reversed(_UNITS) if seconds and seconds % _UNITS[unit] == 0 or unit == "s")
+    return f"{seconds / _UNITS[unit]:.12g}{unit}"
+
+
 class Cron:
     """A schedule of five fields: minute, hour, day of month, month, day of week, in a time zone; None: the machine's."""
 
@@ -1187,7 +1193,7 @@ ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
 DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
-SCHEDULE_WITH_KEY = "SELECT id, schedule, zone FROM bgjobs_schedules WHERE key = :key"
+SCHEDULE_WITH_KEY = "SELECT id, schedule, zone, next_at FROM bgjobs_schedules WHERE key = :key"
 INSERT_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, name, args, kwargs, options, label, run_by, low_priority,
     system, max_running, created_at, next_at) VALUES (:key, :schedule, :zone, :name, :args, :kwargs, :options, :label, :run_by, :low_priority,
     :system, :max_running, :now, :next_at)"""
@@ -1282,9 +1288,16 @@ PARKED_A_CLAIM = 200       # jobs that one claim puts out of the way; then other
 
 def kept_options(text: str | None) -> dict[str, Any]:
     """Return the options that a row keeps. Those that somebody else has written and nobody can read: {"unreadable": why}."""
+    if not text:
+        return {}
     try:
-        options = json.loads(text) if text else {}
-        return options if isinstance(options, dict) else {"unreadable": f"{_short(text)} is no JSON object"}
+        options = json.loads(text)
+        if not isinstance(options, dict):
+            raise ValueError(f"{_short(text)} is no JSON object")
+        for name, value in options.items():
+            if not (isinstance(value, list) if name == "secret" else name not in _OPTIONS or _OPTIONS[name][0](value)):
+                raise ValueError(f"{name} is {_short(value)}")
+        return options
     except (RecursionError, TypeError, ValueError) as error:
         return {"unreadable": _text(error)}
 
@@ -1911,8 +1924,9 @@ class Transaction:
         row = {"key": key, "schedule": schedule, "zone": zone, "name": new.name, "args": new.args, "kwargs": new.kwargs,
                "options": new.options, "label": new.label, "run_by": new.run_by, "low_priority": new.low_priority or 0, "system": new.system,
                "max_running": new.max_running, "now": self.now, "next_at": None}
-        if found is None or found[1:] != (schedule, zone):
-            row["next_at"] = schedule_of(schedule, zone).first(self.now)
+        first = schedule_of(schedule, zone).first(self.now)
+        if found is None or found[1:3] != (schedule, zone) or found[3] > first:      # the last: the clock was set back
+            row["next_at"] = first
         if found is None:
             schedule_id = self.execute(INSERT_SCHEDULE, row).lastrowid
         else:
@@ -1935,6 +1949,13 @@ class Transaction:
                 self.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
             next_at = schedule_of(row["schedule"], row["zone"]).next(row["next_at"], self.now)
             self.execute(TICK, {"id": row["id"], "next_at": next_at, "now": self.now, "job": job})
+
+    def clock_was_set_back(self) -> None:
+        """Have no schedule wait until the clock shows the time again at which it would have been due."""
+        for row in self._schedule(SCHEDULES):
+            first = schedule_of(row["schedule"], row["zone"]).first(self.now)
+            if row["next_at"] > first:
+                self.execute(PAUSE_SCHEDULE, {"id": row["id"], "paused": row["paused"], "next_at": first})
 
     def operate_schedule(self, operation: str, schedule_id: int, runner: int) -> int | None:
         """Pause, resume, run or remove a schedule; return the id of the job that this made. KeyError: there is none."""
@@ -2298,6 +2319,7 @@ class Store:
 
     def check_file(self) -> None:
         """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
+        self._checked_at = -math.inf                      # should it fail, the next write looks again at once
         found = self._identity_now()
         if found != self._identity:
             what = self.path + "-wal" if found[0] == self._identity[0] else self.path
@@ -2728,9 +2750,12 @@ class Store:
     def version(self) -> int:
         """Return a number that differs when another connection has committed since: any write, of any process."""
         with self._version_lock, _fork_gate:
-            if self._version_db is None:
-                self._version_db = self.connect()
-            return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+            try:
+                if self._version_db is None:
+                    self._version_db = self.connect()
+                return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
 
     def changed_by_others(self) -> bool:
         """Tell whether another connection has written since the last call: another process, or another runner."""
@@ -3882,7 +3907,7 @@ class Schedule:
         if not rows:
             raise KeyError(f"there is no schedule {self.id} in {self._runner.path}")
         row = dict(rows[0])
-        secret = (json.loads(row["options"]) if row["options"] else {}).get("secret", ())
+        secret = kept_options(row["options"]).get("secret", ())
         live = row["registered"] and not row["paused"]
         return {"id": row["id"], "key": row["key"], "schedule": row["schedule"], "tz": row["zone"], "name": row["name"], "label": row["label"],
                 "run_by": row["run_by"], "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
@@ -4156,7 +4181,7 @@ class Runner(Submitter, Executor):
         new = self._submission(fn, {**options, "parent": None})
         new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None for given in (args, kwargs))
         if not isinstance(schedule, str):
-            schedule = f"{schedule:.12g}s" if _are_seconds([schedule]) else _short(schedule)
+            schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
         tz = options.get("tz", _registry.declared.get(fn, {}).get("tz"))
         zone = zone_of(tz)[1]
         schedule_of(schedule, zone)
@@ -4421,6 +4446,8 @@ class Runner(Submitter, Executor):
         """Take a log record into the job's log; written with the next transaction, within a second."""
         if self._attempts.get(attempt.id) is not attempt:
             return                                        # superseded
+        if len(self._lines) >= LINES_A_WRITE and self._inline:
+            self._store.kick()                            # nobody else writes them
         if len(self._lines) >= LOG_BUFFER:
             self._lines_dropped += 1
             return
@@ -4430,7 +4457,7 @@ class Runner(Submitter, Executor):
                 message += "\n" + _traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{_short(record.msg)} could not be formatted: {_text(error)}"
-        at = record.created if _is_number(record.created) else time.time()
+        at = record.created if self._clock is time.time and _is_number(record.created) else self._clock()
         level = record.levelno if isinstance(record.levelno, int) and abs(record.levelno) < 1 << 31 else logging.NOTSET
         attempt.lines += 1
         self._lines.append((attempt.id, at, level, _text(message).replace("\0", "\\0"), attempt.number))
@@ -4478,6 +4505,8 @@ class Runner(Submitter, Executor):
                 re.compile(regex)
             except re.error as error:
                 raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
         if isinstance(level, str):
             number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
             if not isinstance(number, int):
@@ -5078,7 +5107,8 @@ class _Service:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._event = _Event()
-        self._due_at: float | None = None
+        self._due_at: float | None = None                 # Unix seconds, as _clock_at
+        self._clock_at = runner._clock()                  # what the clock showed when it was looked at last
         self._look_at_due = self._nudged = True
         self._soon = False
         self._seconds, self._version, self._flushed_at, self._half_second_at = 0.0, -1, 0.0, 0.0
@@ -5104,8 +5134,8 @@ class _Service:
 
     def _run(self) -> None:
         runner, store = self._runner, self._runner._store
-        next_poll = 0.0
-        with contextlib.closing(store.connect()) as db:
+        next_poll, db = 0.0, None
+        try:
             while not store.closed or runner._watched:
                 self._event.wait(max(0.0, next_poll - time.monotonic()))
                 self._event.clear()
@@ -5119,6 +5149,7 @@ class _Service:
                     if time.monotonic() >= next_poll:
                         next_poll = time.monotonic() + POLL_SECONDS
                         with _fork_gate:
+                            db = db or store.connect()
                             version = db.execute("PRAGMA data_version").fetchone()[0]
                         self._poll(version)
                         if self._due_at is not None and (left := self._due_at - runner._clock()) > 0:
@@ -5127,6 +5158,9 @@ class _Service:
                     if not store.closed:
                         store.complain(f"{error}; trying again")
                         time.sleep(0.2)
+        finally:
+            if db is not None:
+                db.close()
 
     def _poll(self, version: int) -> None:
         """Look at what came by the clock and from others. `version` changes with every commit, this process's included."""
@@ -5162,12 +5196,15 @@ class _Service:
             self._every_half_second()
 
     def _wake_due(self) -> None:
-        runner = self._runner
+        runner, before, self._clock_at = self._runner, self._clock_at, self._runner._clock()
+        if self._clock_at < before - 1.0:
+            runner._store.write(lambda tx: tx.clock_was_set_back())
+            self._look_at_due = True
         if self._look_at_due:
             self._look_at_due = False
             due = [runner._store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
             self._due_at = min((at for at in due if at is not None), default=None)
-        if self._due_at is not None and self._due_at <= runner._clock():
+        if self._due_at is not None and self._due_at <= self._clock_at:
             runner._store.write(lambda tx: (runner._shut or tx.run_schedules(), tx.wake_due()))
             self._look_at_due = True
 

@@ -2828,6 +2828,8 @@ class TestInsideAJob:
         assert [line["message"] for line in job.logs(level="warning", text="APP")] == ["from the app"]
         assert [line["message"] for line in job.logs(limit=2)] == [lines[2][1], lines[3][1]]
         assert job.logs(after=job.logs()[-1]["id"]) == []
+        with pytest.raises(ValueError, match="limit must be a whole number, 0 or more, or None, got -1"):
+            job.logs(limit=-1)
 
     def test_odd_numbers_in_progress_and_results_whose_own_methods_raise_fail_only_that_job(self, make):
         runner = make(max_workers=1)
@@ -3251,6 +3253,28 @@ class TestSchedules:
         clock.now += 60
         assert idle.drain() == 1
 
+    def test_a_clock_that_is_set_back_holds_no_schedule_up(self, make):
+        clock = Clock()
+        runner = make(max_workers=1, clock=clock)
+        daily, often = runner.options(tz="UTC").every("0 12 * * *", add, 1), runner.every(60, add, 2)
+        due = daily.info()["next_at"], often.info()["next_at"]
+        for offline in (False, True):
+            clock.now -= 10 * 86_400
+            if offline:
+                runner.close()
+                runner = make(max_workers=1, clock=clock)
+                daily, often = runner.options(tz="UTC").every("0 12 * * *", add, 1), runner.every(60, add, 2)
+            wait_for(lambda: (daily.info()["next_at"], often.info()["next_at"]) == (due[0] - 10 * 86_400, due[1] - 10 * 86_400))
+            due = due[0] - 10 * 86_400, due[1] - 10 * 86_400
+        assert runner.jobs() == []
+        clock.now += 60
+        wait_for(lambda: often.info()["runs"] == 1)
+
+    def test_a_period_is_one_however_it_is_written(self, idle):
+        assert idle.every(900, add, 1).id == idle.every("15m", add, 1).id
+        assert [idle.options(key=str(n)).every(n, add).info()["schedule"] for n in (90, 7_200, 0.5, 86_400, 604_800, 61)] == [
+            "90s", "2h", "0.5s", "1d", "1w", "61s"]
+
     def test_while_its_job_is_not_over_a_time_is_skipped_and_counted(self, make):
         clock = Clock()
         runner = make(max_workers=1, clock=clock)
@@ -3282,11 +3306,11 @@ class TestSchedules:
         idle.close()
         clock.now += 1_800
         later = make(start=False, clock=clock)
-        assert later.every(3_600, add, 1).info()["next_at"] == clock.now + 3_600      # another text: due anew
+        assert later.every(3_599, add, 1).info()["next_at"] == clock.now + 3_599      # another period: due anew
         later.close()
         clock.now += 100
         third = make(start=False, clock=clock)
-        assert third.every(3_600, add, 1).info()["next_at"] == due + 1_800
+        assert third.every(3_599, add, 1).info()["next_at"] == due + 1_799            # the same: its time stays
         assert not [s for s in third.schedules() if s.id == first.id and not s.info()["registered"]]
 
     def test_what_no_code_has_any_more_is_shown_as_such_runs_no_more_and_can_be_removed(self, make):
@@ -3540,6 +3564,15 @@ class TestRetention:
         job.result(20)
         lines = job.logs()
         assert 500 <= len(lines) <= 600 + bgjobs.LINES_A_WRITE and lines[-1]["message"] == "line 2999"
+
+    def test_drain_keeps_the_newest_lines_of_a_flood_at_the_time_of_its_clock(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "LINES_A_WRITE", 100)
+        monkeypatch.setattr(bgjobs, "LOG_BUFFER", 200)
+        idle = make(start=False, clock=Clock())
+        job = idle.submit(log_lines, 3_000)
+        idle.drain()
+        lines = job.logs()
+        assert len(lines) == 3_000 and lines[-1]["message"] == "line 2999" and {line["at"] for line in lines} == {Clock().now}
 
 
 async def square_async(number):
@@ -4692,7 +4725,7 @@ def submit_after(name):
 class TestRunner:
     @pytest.mark.parametrize("column,value,phase", [
         ("name", b"\xff\xfe", "unknown function"), ("name", "CAST(x'ff' AS TEXT)", "unknown function"), ("options", "junk", "failed"),
-        ("options", "[1]", "failed"), ("args", "junk", "failed"), ("args", b"\xff", "failed"), ("state", "{", "finished"),
+        ("options", "[1]", "failed"), ("options", '{"timeout": "soon"}', "failed"), ("options", '{"secret": 5}', "failed"), ("args", "junk", "failed"), ("args", b"\xff", "failed"), ("state", "{", "finished"),
         ("attempt", "x", "finished"), ("vtime", "x", "finished"), ("deaths", "x", "finished"), ("total", "x", "finished"),
         ("created_at", "x", "finished"), ("duration", "9e999", "finished"), ("state", "NaN", "finished"), ("message", b"\xff", "finished")])
     def test_a_row_that_somebody_else_has_written_wrong_stops_nobody_and_is_shown(self, visitor, runner, column, value, phase):
