@@ -3992,8 +3992,9 @@ class TestTrees:
         wait_for(lambda: (runner._pool._busy, runner._pool._low_busy) == (0, 0))
 
     def test_low_priority_parents_that_wait_for_the_low_place_keep_no_normal_job_waiting(self, make):
-        runner = make(max_workers=2)
+        runner = make(max_workers=2, start=False)
         parents = [runner.options(low_priority=True).submit(low_parent_of, f"child {n}") for n in range(2)]
+        runner.start()                                       # with both there, so that neither child comes before a parent
         wait_for(lambda: parents[0].children["total"] == 1 and parents[1].children["total"] == 1)
         wait_for(lambda: runner._pool._low_busy == 1)
         assert runner.submit(add, 1, 2).result(10) == 3
