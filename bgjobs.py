@@ -35,9 +35,9 @@ all of them brought, lets the runner record the outcomes of ended attempts and c
 commits. So the batches grow with the load and a caller alone pays no hand-over. Claimed jobs go to the pool,
 whose workers execute them. A service thread looks after what comes by the clock or from other processes.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Fair shares and pace   5 Force stop
-           6 Transactions   7 Store   8 Worker pool   9 Inside a job   10 The handle   11 Runner
-           12 The default runner   13 Status page   14 Command line
+Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
+           6 Force stop   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle   12 Runner
+           13 The default runner   14 Status page   15 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -99,7 +99,7 @@ def _say(level: int, text: str) -> None:
         threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log", daemon=True).start()
 
 
-# ---- 1 Words and rules ---------------------------------------------------------------------------------------
+# ---- 1 Words and rules ----------------------------------------------------------------------------------------
 
 PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
 RUNNING = "running"        # an attempt executes, or has returned and waits for children. A crash: pending again.
@@ -181,7 +181,7 @@ def refusal(job: str, status: str, operation: str, allowed: list[str], why: str 
     return InvalidOperation(f"{job} is {status}; {text}{f' ({why})' if why else ''}")
 
 
-# ---- 2 Values ------------------------------------------------------------------------------------------------
+# ---- 2 Values -------------------------------------------------------------------------------------------------
 #
 # Arguments, state and results are JSON. What JSON lacks is an object with one key, the name of its type: {"$date":
 # "2026-01-31"}. A dict of the user's with such a key is stored as {"$dict": [[key, value], ...]}.
@@ -342,7 +342,7 @@ def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
     return text
 
 
-# ---- 3 Functions and options ---------------------------------------------------------------------------------
+# ---- 3 Functions and options ----------------------------------------------------------------------------------
 
 class _Registry:
     """The functions this process knows by name: declared with @job, or submitted. Filled at import, so global."""
@@ -549,7 +549,7 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
     return places
 
 
-# ---- 4 Times of schedules ------------------------------------------------------------------------------------
+# ---- 4 Times of schedules -------------------------------------------------------------------------------------
 #
 # When a schedule is due next: every so many seconds, or at the times of five cron fields, as crontab in POSIX says: a day
 # fits when its month does and, if day of month and day of week are both restricted, either of them. A time that the clocks skip in
@@ -685,7 +685,7 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     return Every(schedule)
 
 
-# ---- 4 Fair shares and pace ----------------------------------------------------------------------------------
+# ---- 5 Fair shares and pace -----------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time: the microseconds its
 # tree has run. The next place goes to the ready root with the least. The queue's virtual time is the start tag
@@ -843,7 +843,7 @@ class Report(NamedTuple):
     message: str | None = None
 
 
-# ---- 5 Force stop --------------------------------------------------------------------------------------------
+# ---- 6 Force stop ---------------------------------------------------------------------------------------------
 #
 # A force stop refuses the attempt in the file first; then it raises JobStopped in the attempt's thread, wherever that is, with
 # PyThreadState_SetAsyncExc. Guarantee: it is raised at most once, in the job's function or what that calls, never in the
@@ -1014,7 +1014,7 @@ class _HandleLock:
         return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
-# ---- 6 Transactions ------------------------------------------------------------------------------------------
+# ---- 7 Transactions -------------------------------------------------------------------------------------------
 #
 # A job that is pending and has no queue waits for its time, or is `parked`: out of the way until what that column names
 # comes, a process that knows its function ("function NAME"), the end of another job of its name ("limit NAME"), or that of a
@@ -2111,7 +2111,7 @@ def dump_error(type: str, text: str, trace: str) -> str:
     return json.dumps({"type": _text(type), "text": _text(text), "traceback": _text(trace, 64 * 1024)})
 
 
-# ---- 7 Store -------------------------------------------------------------------------------------------------
+# ---- 8 Store --------------------------------------------------------------------------------------------------
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
@@ -2877,7 +2877,7 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     return where, parameters
 
 
-# ---- what people see of a job
+# ---- what people see of a job ---------------------------------------------------------------------------------
 
 MASK = "\u2022\u2022\u2022"
 COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
@@ -2996,7 +2996,7 @@ def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, 
     return {"args": args, "kwargs": kwargs}
 
 
-# ---- 8 Worker pool -------------------------------------------------------------------------------------------
+# ---- 9 Worker pool --------------------------------------------------------------------------------------------
 
 ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for each place; then no job is claimed
 
@@ -3266,7 +3266,7 @@ class Pool:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-# ---- 9 Inside a job ------------------------------------------------------------------------------------------
+# ---- 10 Inside a job ------------------------------------------------------------------------------------------
 
 _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjobs_current", default=None)
@@ -3569,7 +3569,7 @@ def current_job() -> JobContext:
     return _current.get() or _outside
 
 
-# ---- 10 The handle -------------------------------------------------------------------------------------------
+# ---- 11 The handle --------------------------------------------------------------------------------------------
 
 def _live(name: str, what: str) -> Any:
     return property(lambda self: self.info()[name], doc=what + " Read from the store at each access.")
@@ -3881,7 +3881,7 @@ class Job(Future):                                        # type: ignore[type-ar
             return f"<Job {self.id}>"
 
 
-# ---- 11 Runner -----------------------------------------------------------------------------------------------
+# ---- 12 Runner ------------------------------------------------------------------------------------------------
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
@@ -5418,7 +5418,7 @@ def _leave_to_parent() -> None:
         runner._leave_to_parent()
 
 
-# ---- 12 The default runner -----------------------------------------------------------------------------------
+# ---- 13 The default runner ------------------------------------------------------------------------------------
 
 _default: Runner | None = None
 _default_lock = threading.Lock()                              # guards _default
@@ -5548,7 +5548,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
-# ---- 13 Status page ------------------------------------------------------------------------------------------
+# ---- 14 Status page -------------------------------------------------------------------------------------------
 #
 # Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are answered
 # (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token that only
@@ -6739,7 +6739,7 @@ def serve_page(page: Page, host: str, port: int) -> str:
     return f"http://{name}:{server.server_port}/"
 
 
-# ---- 14 Command line -----------------------------------------------------------------------------------------
+# ---- 15 Command line ------------------------------------------------------------------------------------------
 
 def fingerprint(folder: str) -> dict[str, Any]:
     """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""

@@ -44,7 +44,7 @@ import bgjobs
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------------
+# ---- helpers --------------------------------------------------------------------------------------------------
 
 def wait_for(condition, seconds=10.0):
     """Wait until condition() is true and return what it gave; fail after `seconds`."""
@@ -182,7 +182,7 @@ def finish(process, seconds=30):
     return process.returncode, out, err
 
 
-# ---- the functions that jobs run ---------------------------------------------------------------------------------
+# ---- the functions that jobs run ------------------------------------------------------------------------------
 
 gates = {}                 # name -> event that jobs wait for
 gates_made = []
@@ -353,7 +353,7 @@ def declared(value):
     return value
 
 
-# ---- 1 Words and rules ---------------------------------------------------------------------------------------------
+# ---- 1 Words and rules ----------------------------------------------------------------------------------------
 
 class TestTransitions:
     def test_every_status_has_a_row_of_answers(self):
@@ -421,7 +421,7 @@ class TestTransitions:
             once.restart()
 
 
-# ---- 2 Values -------------------------------------------------------------------------------------------------------
+# ---- 2 Values -------------------------------------------------------------------------------------------------
 
 UTC = datetime.timezone.utc
 STORED = [
@@ -534,7 +534,7 @@ class TestValues:
         assert (job.status, job.attempt) == ("failed", 1)
 
 
-# ---- 3 Functions and options -------------------------------------------------------------------------------------------
+# ---- 3 Functions and options ----------------------------------------------------------------------------------
 
 def outer():
     def inner():
@@ -708,7 +708,7 @@ class TestFunctions:
         assert list(tmp_path.iterdir()) == []
 
 
-# ---- 4 Times of schedules ------------------------------------------------------------------------------------------------
+# ---- 4 Times of schedules -------------------------------------------------------------------------------------
 
 # Worked out with another program: schedule | after this time | the next six; the year where it changes. In UTC.
 CRON_TABLE = """
@@ -845,7 +845,7 @@ class TestTimesOfSchedules:
             idle.options(tz=tz).every("0 9 * * *", add, 1)
 
 
-# ---- 4 Fair shares and pace ----------------------------------------------------------------------------------------------
+# ---- 5 Fair shares and pace -----------------------------------------------------------------------------------
 
 def jain(shares):
     return sum(shares) ** 2 / (len(shares) * sum(share ** 2 for share in shares))
@@ -1252,7 +1252,7 @@ def hold_if(name):
         hold(name)
 
 
-# ---- 5 Force stop ------------------------------------------------------------------------------------------------------
+# ---- 6 Force stop ---------------------------------------------------------------------------------------------
 
 def spin():
     seen.append("spin")
@@ -1636,7 +1636,7 @@ def wait_for_child(name):
         seen.append("unwound")
 
 
-# ---- 6 Transactions and 7 Store ---------------------------------------------------------------------------------------------
+# ---- 7 Transactions and 8 Store -------------------------------------------------------------------------------
 
 class TestStore:
     HOT = {
@@ -2757,7 +2757,7 @@ class TestFork:
         assert code == 0 and out == "fine\n", err
 
 
-# ---- 8 Worker pool and 9 Inside a job -----------------------------------------------------------------------------------------
+# ---- 9 Worker pool and 10 Inside a job ------------------------------------------------------------------------
 
 class TestInsideAJob:
     def test_outside_a_job_everything_works_and_does_nothing(self):
@@ -4374,7 +4374,7 @@ def keyed_parent():
     return [job.result() for job in jobs]
 
 
-# ---- 10 The handle and 11 Runner -----------------------------------------------------------------------------------------------
+# ---- 11 The handle and 12 Runner ------------------------------------------------------------------------------
 
 class TestHandle:
     def test_attributes_are_live(self, idle):
@@ -5065,7 +5065,7 @@ def many_children():
     bgjobs.submit_many(add, [(i,) for i in range(30)])
 
 
-# ---- 13 Status page ---------------------------------------------------------------------------------------------------------
+# ---- 14 Status page -------------------------------------------------------------------------------------------
 
 class Visitor:
     """A browser's manners towards a page, without the browser."""
@@ -5415,7 +5415,7 @@ class TestInTheBrowser:
             browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
 
 
-# ---- 14 Command line -----------------------------------------------------------------------------------------------------------
+# ---- 15 Command line ------------------------------------------------------------------------------------------
 
 def bgjobs_command(*arguments, cwd=None, **environment):
     return subprocess.run([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
@@ -5596,7 +5596,7 @@ class TestCommandLine:
         assert done.returncode == 0 and "submit_many" in done.stdout and "checkpoint()" in done.stdout and list(tmp_path.iterdir()) == []
 
 
-# ---- README ---------------------------------------------------------------------------------------------------------------------
+# ---- README ---------------------------------------------------------------------------------------------------
 
 class TestReadme:
     BLOCKS = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
@@ -5618,7 +5618,7 @@ class TestReadme:
         assert "def export(table):" in example and "job.each(read(table))" in self.BLOCKS[0]
 
 
-# ---- the soak: python test_bgjobs.py soak [MINUTES] [WORKERS] ------------------------------------------------------------------
+# ---- the soak: python test_bgjobs.py soak [MINUTES] [WORKERS] -------------------------------------------------
 
 def soak_note():
     """Write down that this attempt began: none may begin twice."""
