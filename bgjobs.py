@@ -1085,6 +1085,7 @@ INSERT_CHILD = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), ?
 INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) SELECT :first + key, :name, 'pending', :queue, :lane, :vtime, :now, :run_at,
     :submitter, :parent, :root, :low, :system, :label, :run_by, NULL, :options, value, NULL FROM json_each(:batch)"""
 CLOCK = "SELECT vtime FROM bgjobs_clock"
+TAKE_LOCK = "UPDATE bgjobs_clock SET vtime = vtime WHERE 0"
 ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL AND parent_id IS NULL
     AND status IN ('pending', 'running', 'stopping', 'stopped')"""
@@ -1513,10 +1514,6 @@ class Transaction:
                 if planned > budget or len(claims) >= free + ahead or row[9] is not None and '"recover":false' in row[9]:
                     break
             claims.append((*row, charge))
-            if row[18] is not None and not row[20]:
-                tally = self._tally(row[3])
-                tally.started += 1
-                tally.waiting.append(max(0.0, self.now - row[18]))
             if row[1] is None and row[12] == 0:
                 singles.setdefault(charge, []).append(row[0])
                 continue
@@ -1680,9 +1677,6 @@ class Transaction:
         else:                                           # given back: RELEASED, UNSPENT or UNKNOWN; or resumed already
             status = STOPPED if stops else PENDING
             end["unspent"] = int(outcome in (UNSPENT, UNKNOWN))
-            if end["unspent"] and attempt.due is not None and not attempt.system:
-                self._tally(attempt.name).started -= 1
-                self._tally(attempt.name).waiting.append(min(0.0, attempt.due - row["since"]))
             if status == PENDING and outcome == UNKNOWN:
                 end.update(parked=f"function {attempt.name}", phase="unknown function")
             elif status == PENDING:
@@ -1734,6 +1728,11 @@ class Transaction:
         if tally is None:
             tally = self._tallies[name] = _Tally()
         return tally
+
+    def count_start(self, name: str, waited: float) -> None:
+        """Count a job that has begun, for the first time."""
+        self._tally(name).started += 1
+        self._tally(name).waiting.append(waited)
 
     def _tally_end(self, name: str, system: Any, status: str, seconds: float) -> None:
         if not system:
@@ -1947,15 +1946,22 @@ class Transaction:
                 job = self.submit(_scheduled(row))
             else:
                 self.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
-            next_at = schedule_of(row["schedule"], row["zone"]).next(row["next_at"], self.now)
-            self.execute(TICK, {"id": row["id"], "next_at": next_at, "now": self.now, "job": job})
+            self.execute(TICK, {"id": row["id"], "next_at": self._next_time(row), "now": self.now, "job": job})
 
     def clock_was_set_back(self) -> None:
         """Have no schedule wait until the clock shows the time again at which it would have been due."""
         for row in self._schedule(SCHEDULES):
-            first = schedule_of(row["schedule"], row["zone"]).first(self.now)
-            if row["next_at"] > first:
-                self.execute(PAUSE_SCHEDULE, {"id": row["id"], "paused": row["paused"], "next_at": first})
+            self.execute(PAUSE_SCHEDULE, {"id": row["id"], "paused": row["paused"], "next_at": min(row["next_at"], self._next_time(row))})
+
+    def _next_time(self, row: dict[str, Any]) -> float:
+        """Return when a schedule is due next. Never later than if it began now, for the clock may have been set back; in an hour,
+        if it cannot be told here: another process has written it, with other time zones."""
+        try:
+            schedule = schedule_of(row["schedule"], row["zone"])
+        except ValueError as error:
+            _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; looking again in an hour")
+            return self.now + 3_600
+        return min(schedule.next(row["next_at"], self.now), schedule.first(self.now))
 
     def operate_schedule(self, operation: str, schedule_id: int, runner: int) -> int | None:
         """Pause, resume, run or remove a schedule; return the id of the job that this made. KeyError: there is none."""
@@ -1976,8 +1982,7 @@ class Transaction:
             self.execute(RUN_NOW, {"id": schedule_id, "now": self.now, "job": job})
             return job
         else:                                             # what was missed in the pause is not made up for
-            next_at = schedule_of(row["schedule"], row["zone"]).next(row["next_at"], self.now)
-            self.execute(PAUSE_SCHEDULE, {"id": schedule_id, "paused": int(operation == "pause"), "next_at": next_at})
+            self.execute(PAUSE_SCHEDULE, {"id": schedule_id, "paused": int(operation == "pause"), "next_at": self._next_time(row)})
         return None
 
     def unpark(self, key: str) -> bool:
@@ -2115,6 +2120,7 @@ def dump_error(type: str, text: str, trace: str) -> str:
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
+CREATED_AT = "SELECT created_at FROM bgjobs_jobs WHERE id = :id"
 OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE id = :id"
 MEANS = "SELECT name, seconds, tree_seconds FROM bgjobs_functions"
 MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
@@ -2161,6 +2167,19 @@ class _Through:
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
         return sqlite3.Cursor(self._connection).executemany(sql, rows)
+
+
+def is_shared(connection: sqlite3.Connection) -> bool:
+    """Tell whether other threads may use a connection."""
+    cursors = []
+
+    def use() -> None:
+        with contextlib.suppress(sqlite3.Error):
+            cursors.append(connection.cursor())
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join()
+    return bool(cursors)
 
 
 class _Write:
@@ -2680,9 +2699,9 @@ class Store:
         if self.forked or self.closed:
             self._transact([], "")                        # says why not
         db, begins = _Through(connection), not connection.in_transaction
-        autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
         text_factory, connection.text_factory = connection.text_factory, str
         try:
+            autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
@@ -2692,6 +2711,7 @@ class Store:
             try:
                 db.execute("SAVEPOINT bgjobs")
                 try:
+                    db.execute(TAKE_LOCK)                 # before anything is read: now it waits for it
                     tx = Transaction(db, {}, self.clock())
                     value = run(tx)
                     tx.apply()
@@ -2710,8 +2730,8 @@ class Store:
                 raise
         except sqlite3.Error as error:
             if "locked" in str(error) and not begins:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; begin it with BEGIN IMMEDIATE: one that "
-                                 "has only read may not write once another connection has written") from error
+                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
+                                 "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
             raise self._explained(error) from error
         finally:
             connection.text_factory = text_factory
@@ -2815,6 +2835,7 @@ def _remedy(error: sqlite3.Error) -> str:
                          ("not a database", "give the path of a new file, or of a job file"),
                          ("malformed", "restore it from a backup"),
                          ("disk I/O", "make room on the disk; if there is some, look into the system's log for trouble of the disk"),
+                         ("same thread", "give the connection of this thread"),
                          ("unable to open", "check that the folder exists and is writable")):
         if sign in text:
             return remedy
@@ -3338,7 +3359,7 @@ class Attempt(JobContext):
     _operation: threading.Event | None = None
     _saved_at = 0.0
     _logger: logging.Logger | None = None
-    connections: tuple[sqlite3.Connection, ...] = ()      # the app's, in whose transactions the function has submitted
+    connections: dict[sqlite3.Connection, int] = {}       # the app's, in whose transactions the function has submitted: the last id
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
         (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
@@ -3629,7 +3650,8 @@ class Job(Future):                                        # type: ignore[type-ar
     job, return a new handle. Attributes raise KeyError when the job has been removed.
     """
 
-    def __init__(self, runner: Runner, job_id: int) -> None:
+    def __init__(self, runner: Runner, job_id: int, created_at: float | None = None) -> None:
+        self._created_at = created_at                     # of one whose transaction may be rolled back; None: it is stored
         # What Future.__init__ sets, but for the condition, which is made when somebody first waits: see _condition.
         self._runner, self.id = runner, job_id
         self._state = "PENDING"
@@ -3639,10 +3661,21 @@ class Job(Future):                                        # type: ignore[type-ar
         self._done_callbacks: list[Callable[[Future[Any]], Any]] = []
         self._lazy_condition: threading.Condition | None = None
 
+    def _stored(self) -> int:
+        """Return the id, as long as it is this job's: a transaction that is rolled back leaves its ids to others. KeyError."""
+        if self._created_at is not None:
+            rows = self._runner._store.read(CREATED_AT, {"id": self.id})
+            if rows and rows[0][0] != self._created_at:
+                raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
+            if rows:
+                self._created_at = None
+        return self.id
+
     @property
     def _condition(self) -> threading.Condition:
         """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
         if self._lazy_condition is None:
+            self._stored()
             self._runner._watch(self)
             self._made_condition()
         return self._lazy_condition                       # type: ignore[return-value]
@@ -3692,7 +3725,7 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
-        return self._runner._info(self.id)
+        return self._runner._info(self._stored())
 
     def logs(self, *, level: str | int | None = None, text: str | None = None, regex: str | None = None,
              since: float | None = None, until: float | None = None, after: int = 0, limit: int | None = None, tree: bool = False
@@ -3703,36 +3736,36 @@ class Job(Future):                                        # type: ignore[type-ar
         until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree: those of all
         descendants, too.
         """
-        return self._runner._logs(self.id, level, text, since, until, after, limit, tree, regex)
+        return self._runner._logs(self._stored(), level, text, since, until, after, limit, tree, regex)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job:
         """Stop the job and its descendants at their next checkpoint; at once where none executes. Returns at once."""
-        return self._runner._operate("stop", self.id, by, self)
+        return self._runner._operate("stop", self._stored(), by, self)
 
     def resume(self, *, by: str | None = None) -> Job:
         """Have a stopped or failed job go on from its saved state. Returns a new handle if this one was completed."""
-        return self._runner._operate("resume", self.id, by, self)
+        return self._runner._operate("resume", self._stored(), by, self)
 
     def force_stop(self, *, by: str | None = None) -> Job:
         """Make a stopping job stopped now; what the abandoned attempt still does changes nothing in the store."""
-        return self._runner._operate("force_stop", self.id, by, self)
+        return self._runner._operate("force_stop", self._stored(), by, self)
 
     def restart(self, *, by: str | None = None) -> Job:
         """Run a finished or failed job again from scratch, its former descendants removed. Returns a new handle."""
-        return self._runner._operate("restart", self.id, by, self)
+        return self._runner._operate("restart", self._stored(), by, self)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job:
         """Have the job and its descendants run in periods of low load only, or no longer so."""
-        return self._runner._operate("set_low_priority" if low_priority else "remove_low_priority", self.id, by, self)
+        return self._runner._operate("set_low_priority" if low_priority else "remove_low_priority", self._stored(), by, self)
 
     def cancel(self, *, by: str | None = None) -> bool:
         """Discard a pending or stopped job for good. Returns whether it is cancelled; never raises InvalidOperation."""
         if self._state != "PENDING":
             return self._state == CANCELLED_AND_NOTIFIED
         try:
-            self._runner._operate("cancel", self.id, by, self)
+            self._runner._operate("cancel", self._stored(), by, self)
         except (InvalidOperation, StoreError):            # StoreError: the runner is shut down
             return self.cancelled()
         return True
@@ -3756,7 +3789,7 @@ class Job(Future):                                        # type: ignore[type-ar
             return CANCELLED
         if self._state == FUTURE_FINISHED:
             return FINISHED if self._exception is None else FAILED
-        status = self._runner._status(self.id)
+        status = self._runner._status(self._stored())
         if status in OVER:
             self._complete()
         return status
@@ -3886,6 +3919,7 @@ class Job(Future):                                        # type: ignore[type-ar
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
+STANDING_CLOCK_SECONDS = 5.0   # then a job that waits, in drain, for another time is an error
 LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}     # seconds that jobs are kept once they are over, cancelled as finished
 PRUNE_IDS = 2_000          # ids that one transaction of a prune looks at
@@ -4044,7 +4078,7 @@ class Runner(Submitter, Executor):
             raise ValueError(f'durability must be "process" or "power", got {_short(durability)}')
         if journal not in ("wal", "delete"):
             raise ValueError(f'journal must be "wal" or "delete", got {_short(journal)}')
-        if retention is not None and not (set(retention) <= set(RETENTION) and _are_seconds(retention.values())):
+        if retention is not None and not (isinstance(retention, dict) and set(retention) <= set(RETENTION) and _are_seconds(retention.values())):
             raise ValueError(f"retention must be None or a dict of seconds for {', '.join(RETENTION)}, got {_short(retention)}")
         self._retention = None if retention is None else {**RETENTION, **retention}
         Submitter.__init__(self, self, {})
@@ -4095,7 +4129,9 @@ class Runner(Submitter, Executor):
         self._settling: list[Attempt] = []
         self._backlog = True                             # more may be ready than the last claim took
         self._lines: deque[tuple[int, float, int, str, int]] = deque()       # job id, time, level, message, attempt
-        self._lines_taken: list[tuple[int, float, int, str, int]] = []       # by the transaction under way
+        self._lines_taken: list[tuple[Any, ...]] = []     # by the transaction under way
+        self._begun: deque[tuple[str, float]] = deque()   # names of jobs that have begun, and seconds they waited; to be counted
+        self._begun_taken: list[tuple[str, float]] = []
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
         self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
@@ -4143,15 +4179,18 @@ class Runner(Submitter, Executor):
         if kwargs:
             new.kwargs = encode(kwargs, f"the arguments of {new.name}")
         self._has_submitted = True
-        return Job(self, self._write_for(options, lambda tx: tx.submit(new)))
-
-    def _write_for(self, options: dict[str, Any], run: Callable[[Transaction], Any]) -> Any:
-        connection, attempt = options.get("connection"), _current.get()
+        connection = options.get("connection")
         if connection is None:
-            return self._store.write(run)
+            return Job(self, self._store.write(lambda tx: tx.submit(new)))
+        job_id, created_at = self._write_through(connection, lambda tx: (
+            found := tx.submit(new), tx.execute(CREATED_AT, {"id": found}).fetchone()[0]))
+        return Job(self, job_id, created_at)
+
+    def _write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
+        value, attempt = self._store.write_through(connection, run), _current.get()
         if attempt is not None:
-            attempt.connections += (connection,)
-        return self._store.write_through(connection, run)
+            attempt.connections = {**attempt.connections, connection: value[0]}
+        return value
 
     def _submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]], options: dict[str, Any]
                      ) -> list[int]:
@@ -4168,7 +4207,9 @@ class Runner(Submitter, Executor):
                 if not batch:
                     return ids
                 self._has_submitted = True
-                ids += self._write_for(options, lambda tx: tx.submit_many(new, batch))
+                connection = options.get("connection")
+                ids += (self._store.write if connection is None else functools.partial(self._write_through, connection))(
+                    lambda tx: tx.submit_many(new, batch))
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else BgjobsError
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
@@ -4192,9 +4233,10 @@ class Runner(Submitter, Executor):
         key = new.key or f"{new.name}({arguments})"
         if len(key) > 500:
             raise ValueError(f"the arguments of {new.name} are too long to know its schedule by; give it a key")
-        known = self._schedules.setdefault(key, (schedule, zone))
-        if known != (schedule, zone):
-            raise ValueError(f"{new.name} with these arguments is scheduled already, {known[0]}; give each schedule a key of its own")
+        known = self._schedules.setdefault(key, (schedule, zone, new.name, arguments))
+        if known != (schedule, zone, new.name, arguments):
+            what = f"the key {key!r} is taken by {known[2]}" if new.key else f"{new.name} with these arguments is scheduled already"
+            raise ValueError(f"{what}, {known[0]}; give each schedule a key of its own")
         schedule_id = self._store.write(lambda tx: tx.register(key, schedule, zone, new, self._id))
         if self._started:
             self._ensure_service()
@@ -4258,25 +4300,33 @@ class Runner(Submitter, Executor):
 
     def _begin(self, tx: Transaction) -> None:
         """Begin a transaction with the log lines that wait: they come before the operations and outcomes in it."""
-        taken = self._lines_taken                        # the last transaction may have failed with some
+        taken, begun = self._lines_taken, self._begun_taken      # the last transaction may have failed with some
         while self._lines and len(taken) < LINES_A_WRITE:
             taken.append(self._lines.popleft())
+        while self._begun:
+            begun.append(self._begun.popleft())
         if taken:
+            lines = [line for line in taken if len(line) > 1]
             try:
-                tx.execute(INSERT_LINES, {"lines": _dump(taken)})
+                tx.execute(INSERT_LINES, {"lines": _dump(lines)})
             except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
-                self._lines_dropped += len(taken)
+                self._lines_dropped += len(lines)
                 taken.clear()
-            for attempt in filter(None, map(self._attempts.get, {line[0] for line in taken})):
-                if attempt.lines > LINES_A_JOB // 10:
-                    attempt.lines = 0
-                    tx.execute(TRIM_LOG, {"id": attempt.id, "keep": LINES_A_JOB})
+            ended = {line[0] for line in taken if len(line) == 1}
+            for job_id in {line[0] for line in taken}:
+                attempt = self._attempts.get(job_id)
+                if job_id in ended or attempt is not None and attempt.lines > LINES_A_JOB // 10:
+                    if attempt is not None:
+                        attempt.lines = 0
+                    tx.execute(TRIM_LOG, {"id": job_id, "keep": LINES_A_JOB})
+        for name, waited in begun:
+            tx.count_start(name, waited)
+        if taken or begun:
+            tx.after_commit.append(lambda: (taken.clear(), begun.clear()))
 
     def _ride(self, tx: Transaction, kicked: bool) -> None:
         """Take what waits into a transaction: outcomes of attempts, and claims for free places."""
         if self._pool.lingers and not kicked:
-            if self._lines_taken:
-                tx.after_commit.append(self._lines_taken.clear)
             return                                       # a worker is about to do so, for more at a time
         again = self._settling                           # the last transaction failed with these
         ended = self._settling = again + list(self._ended)     # in both for a moment, rather than in neither, if Ctrl-C comes
@@ -4292,7 +4342,7 @@ class Runner(Submitter, Executor):
             claims = self._claim(tx)
         if tx.parked >= PARKED_A_CLAIM:
             tx.after_commit.append(self._store.kick)     # what is behind them has its turn next
-        if ended or self._lines_taken or claims:
+        if ended or claims:
             tx.after_commit.append(lambda: self._committed(claims))
 
     def _finish_with_care(self, tx: Transaction, attempt: Attempt) -> None:
@@ -4330,7 +4380,6 @@ class Runner(Submitter, Executor):
             if self._attempts.get(attempt.id) is attempt:
                 del self._attempts[attempt.id]
         self._settling = []
-        self._lines_taken = []
         if claims:
             for attempt in claims:
                 superseded = self._attempts.get(attempt.id)
@@ -4364,6 +4413,8 @@ class Runner(Submitter, Executor):
             if function is None:
                 attempt.outcome = UNKNOWN
             else:
+                if attempt.due is not None and not attempt.system:
+                    self._begun.append((attempt.name, max(0.0, self._clock() - attempt.due)))
                 try:
                     value = contextvars.Context().run(self._call, attempt, function)
                 finally:
@@ -4378,16 +4429,25 @@ class Runner(Submitter, Executor):
                 attempt.fail(attempt.took_too_long)
         _here.ticket = around
         attempt.thread = None
-        for connection in attempt.connections:            # left open, its lock would keep the outcome from being recorded
-            with contextlib.suppress(sqlite3.Error):
-                if connection.in_transaction:
-                    connection.rollback()
-                    _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its own: rolled back")
-        attempt.connections = ()
+        if attempt.connections:
+            self._roll_back(attempt)
         attempt.ran = time.monotonic() - attempt.begun
         attempt.worked = max(0.0, attempt.ran - attempt.waited)
         if attempt.outcome != UNKNOWN:
             self._costs.record(attempt.name, attempt.worked)
+
+    def _roll_back(self, attempt: Attempt) -> None:
+        """Roll back what an attempt has left open on connections of its thread: the locks would keep its outcome from being
+        recorded. A connection that other threads may use is theirs."""
+        for connection, job_id in attempt.connections.items():
+            with contextlib.suppress(sqlite3.Error, StoreError):
+                if connection.in_transaction and not is_shared(connection):
+                    # With autocommit=False a transaction is always open.
+                    lost = getattr(connection, "autocommit", True) is not False or not self._store.read(STATUS_OF, {"id": job_id})
+                    connection.rollback()
+                    if lost:
+                        _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its own: rolled back")
+        attempt.connections = {}
 
     @staticmethod
     def _encoded_result(attempt: Attempt, value: Any) -> str:
@@ -4422,6 +4482,8 @@ class Runner(Submitter, Executor):
             attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
         except BaseException as error:                    # whatever it is, the job ends and the worker goes on
             attempt.fail(error)
+        if attempt.lines > LINES_A_JOB // 10:
+            self._lines.append((attempt.id,))            # behind its last line: the log is trimmed
         now = time.monotonic()
         if not self._ended:
             self._ended_at = now
@@ -4476,6 +4538,7 @@ class Runner(Submitter, Executor):
     def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
         created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
+        _check_limit(limit)
         return [Job(self, row["id"]) for row in self._store.find(filters, -1 if limit is None else limit, before)]
 
     def _status(self, job_id: int) -> str:
@@ -4503,19 +4566,20 @@ class Runner(Submitter, Executor):
             import re
             try:
                 re.compile(regex)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError, TypeError) as error:
                 raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
-        if limit is not None and (type(limit) is not int or limit < 0):
-            raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"text must be a text or None, got {_short(text)}")
+        _check_limit(limit)
         if isinstance(level, str):
             number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
             if not isinstance(number, int):
                 raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
             level = number
-        if self._lines and not self._store.closed:
+        for _ in range(0 if self._store.closed else -(-len(self._lines) // LINES_A_WRITE)):
             self._store.kick()                            # who asks sees what was logged by now
-        return self._store.logs(job_id, level=level or 0, text=text, regex=regex, since=since or 0.0, until=until or math.inf, after=after,
-                                limit=limit, tree=tree)
+        return self._store.logs(job_id, level=level or 0, text=text, regex=regex, since=since or 0.0,
+                                until=math.inf if until is None else until, after=after or 0, limit=limit, tree=tree)
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
@@ -4665,13 +4729,17 @@ class Runner(Submitter, Executor):
         if not self._inline:
             with self._pool.away(attempt):
                 return wait(timeout)
-        begun = time.monotonic()
+        begun = idle_since = time.monotonic()
+        clock = self._clock()
         while not wait(0):
             if timeout is not None and time.monotonic() - begun >= timeout:
                 return False
-            if not self._run_one():
-                self._look_after_watched()
-                wait(0.01)
+            if self._run_one() or self._clock() != clock:
+                idle_since, clock = time.monotonic(), self._clock()
+            elif time.monotonic() - idle_since > STANDING_CLOCK_SECONDS:
+                raise RuntimeError(f"job {attempt.id} waits for what is not due yet, and the clock of this runner stands")
+            self._look_after_watched()
+            wait(0.01)
         attempt.waited += time.monotonic() - begun
         return True
 
@@ -4720,6 +4788,7 @@ class Runner(Submitter, Executor):
             raise RuntimeError("drain() is for a runner that was made with start=False; this one runs its jobs itself")
         _capture_log_records()
         self._recover_dead()
+        self._store.write(lambda tx: tx.clock_was_set_back())    # a clock for tests may have been
         self._inline, ran = True, 0
         try:
             while self._run_one():
@@ -4911,7 +4980,7 @@ class Runner(Submitter, Executor):
     def _flush_progress(self) -> None:
         changed = [(attempt, new) for attempt in list(self._attempts.values()) if attempt.thread is not None
                    for new in [attempt.report_to_save()] if new is not None]
-        if changed or self._lines:
+        if changed or self._lines or self._begun:
             def save(tx: Transaction) -> None:
                 for attempt, report in changed:
                     tx.save_progress(attempt, report)
@@ -4975,7 +5044,7 @@ class Runner(Submitter, Executor):
             raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
         now, removed = self._clock(), 0
         before = {"finished": now - finished, "failed": now - failed}
-        for after in range(0, self._store.read(HIGHEST_ID)[0][0], PRUNE_IDS):
+        for after in reversed(range(0, self._store.read(HIGHEST_ID)[0][0], PRUNE_IDS)):      # a root goes after its descendants
             ids = {"after": after, "until": after + PRUNE_IDS}
             if self._store.read(EXPIRED + " LIMIT 1", {**ids, **before}):
                 removed += self._store.write(lambda tx: tx.prune(**ids, **before))
@@ -4999,7 +5068,7 @@ class Runner(Submitter, Executor):
         "total": the same over all parts, "functions": [the same for each "name"]}. from, to and at are Unix seconds. waiting,
         from its creation or due time to a job's start, and running, until its end, are {"avg", "min", "max"} in seconds, or None.
         """
-        if window not in WINDOWS:
+        if not isinstance(window, str) or window not in WINDOWS:
             raise ValueError(f"window must be {', '.join(WINDOWS)}, got {_short(window)}")
         count, step = WINDOWS[window]
         last = int(self._clock() // 60)
@@ -5016,7 +5085,7 @@ class Runner(Submitter, Executor):
                 "functions": [{"name": name, **_counted(row)} for name, row in functions.items()]}
 
     def _count_created(self) -> None:
-        if self._store.read(UNCOUNTED):
+        if self._begun or self._store.read(UNCOUNTED):
             self._store.write(lambda tx: tx.count_created())
 
     def _metrics(self) -> str:
@@ -5070,6 +5139,11 @@ def _counted(row: sqlite3.Row | None) -> dict[str, Any]:
         return {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count > 0 else None
     return {**{name: row[name] for name in ("created", "started", "finished", "failed")},
             "waiting": measured("waiting", row["started"]), "running": measured("running", row["finished"] + row["failed"])}
+
+
+def _check_limit(limit: Any) -> None:
+    if limit is not None and (type(limit) is not int or limit < 0):
+        raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
 def _not_a_tuple(args: Any) -> tuple[Any, ...]:
@@ -6960,7 +7034,10 @@ def _plain(value: Any) -> str:
 
 
 def _clock_time(at: float | None) -> str:
-    return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    try:
+        return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (OSError, OverflowError, ValueError):          # beyond all calendars
+        return f"{at:g}"
 
 
 def _cells(text: str) -> int:
@@ -7067,18 +7144,17 @@ def _operation(args: Any) -> int:
         by = getpass.getuser()
     except Exception:                                     # KeyError, ImportError, OSError: a user without a name
         by = "the command line"
-    done: list[int] = []
+    statuses: dict[int, str] = {}
     refused: list[dict[str, Any]] = []
     with _opened(args) as runner:
         for job_id in args.ids:
             try:
                 runner._operate(args.operation, job_id, by)
-                done.append(job_id)
+                statuses[job_id] = runner.get(job_id).status
             except (InvalidOperation, KeyError) as error:
                 refused.append({"id": job_id, "why": str(error.args[0])})
-        statuses = {job_id: runner.get(job_id).status for job_id in done}
     if args.json:
-        print(json.dumps({"done": done, "refused": refused}, indent=2))
+        print(json.dumps({"done": list(statuses), "refused": refused}, indent=2))
     else:
         for job_id, status in statuses.items():
             print(f"job {job_id}: {_coloured(status, status)}")
@@ -7132,7 +7208,7 @@ def _argument(text: str) -> Any:
     """Return a command line argument as JSON, where it is, else as text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (RecursionError, ValueError):
         return text
 
 
@@ -7340,15 +7416,24 @@ def main(arguments: list[str] | None = None) -> int:
     with_file(prune)
     bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
     bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                    # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     args = parser.parse_args(arguments)
     try:
-        return args.function_of_command(args)
-    except (BgjobsError, ValueError, TypeError) as error:
-        print(f"bgjobs: {error}", file=sys.stderr)
-        return 2
+        code = args.function_of_command(args)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:                               # `bgjobs logs 5 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (BgjobsError, KeyError, OSError, TypeError, ValueError) as error:
+        print(f"bgjobs: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        if isinstance(error, OSError):                    # of the output: it would be tried once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 2
     except KeyboardInterrupt:
         print("\nbgjobs: interrupted; unfinished jobs wait in the file and go on with the next start", file=sys.stderr)
         return 130

@@ -2828,8 +2828,11 @@ class TestInsideAJob:
         assert [line["message"] for line in job.logs(level="warning", text="APP")] == ["from the app"]
         assert [line["message"] for line in job.logs(limit=2)] == [lines[2][1], lines[3][1]]
         assert job.logs(after=job.logs()[-1]["id"]) == []
-        with pytest.raises(ValueError, match="limit must be a whole number, 0 or more, or None, got -1"):
-            job.logs(limit=-1)
+        for bad, text in (({"limit": -1}, "limit must be a whole number, 0 or more, or None, got -1"), ({"text": 5}, "text must be a text"),
+                          ({"regex": "a{99999999999}"}, "is no regular expression: the repetition number is too large")):
+            with pytest.raises(ValueError, match=text):
+                job.logs(**bad)
+        assert job.logs(until=0) == [] and job.logs(after=None) == job.logs()
 
     def test_odd_numbers_in_progress_and_results_whose_own_methods_raise_fail_only_that_job(self, make):
         runner = make(max_workers=1)
@@ -3270,6 +3273,37 @@ class TestSchedules:
         clock.now += 60
         wait_for(lambda: often.info()["runs"] == 1)
 
+    def test_a_clock_for_tests_may_be_set_back_too(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        schedule = idle.every("1m", add, 1)
+        clock.now += 365 * 86_400
+        assert idle.drain() == 1
+        clock.now -= 365 * 86_400
+        assert idle.drain() == 0
+        clock.now += 60
+        assert idle.drain() == 1
+        clock.now -= 86_400
+        assert schedule.pause().resume().info()["next_at"] == clock.now + 60
+
+    def test_a_key_is_one_functions(self, idle):
+        idle.options(key="k").every("1h", add, 1)
+        for fn, args in ((note, (1,)), (add, (2,))):
+            with pytest.raises(ValueError, match="the key 'k' is taken by test_bgjobs.add, 1h; give each schedule a key of its own"):
+                idle.options(key="k").every("1h", fn, *args)
+
+    def test_one_that_cannot_be_followed_here_holds_nothing_else_up(self, make, caplog):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.options(key="bad").every("* * * * *", add, 1), idle.options(key="good").every("1m", add, 2)
+        idle.options(delay=60).submit(add, 3)
+        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_schedules SET zone = 'Mars/X' WHERE key = 'bad'"))
+        clock.now += 60
+        assert idle.drain() == 3
+        wait_for(lambda: "unknown time zone 'Mars/X'" in caplog.text)
+        clock.now += 60
+        assert idle.drain() == 1
+
     def test_a_period_is_one_however_it_is_written(self, idle):
         assert idle.every(900, add, 1).id == idle.every("15m", add, 1).id
         assert [idle.options(key=str(n)).every(n, add).info()["schedule"] for n in (90, 7_200, 0.5, 86_400, 604_800, 61)] == [
@@ -3427,6 +3461,19 @@ class TestStatistics:
         assert idle.stats("1h")["total"]["created"] == 0 and idle.stats("1h")["total"]["waiting"] is None
         assert [idle.stats(window)["total"]["created"] for window in ("24h", "7d", "30d")] == [14] * 3
 
+    def test_counters_never_fall_and_no_wait_is_negative(self, make):
+        runner = make(max_workers=2)
+        for _ in range(30):
+            runner.submit(nap, 0).result(10)                     # short ones: the next are claimed ahead of free workers
+        ids, last = runner.submit_many(nap, [(0.15,)] * 20), 0
+        while runner.jobs(status=["pending", "running"], limit=1):
+            started = runner.stats()["total"]["started"]
+            assert last <= started <= 50
+            last = started
+        total = runner.stats()["total"]
+        assert (total["started"], total["finished"]) == (50, 50) and total["waiting"]["min"] >= 0 and len(ids) == 20
+        consistent(runner)
+
     def test_trees_crashes_cancellations_and_claims_given_back_are_counted_once(self, make):
         runner = make(max_workers=2)
         runner.submit(sum_of_children, 5).result(10)
@@ -3440,6 +3487,7 @@ class TestStatistics:
             attempt.outcome = outcome
             idle._store.write(lambda tx: tx.finish([attempt]))
         attempt, = claimed(idle, 1)
+        idle._begun.append((attempt.name, 0.0))              # it has begun at last
         idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'"))
         idle._store.write(lambda tx: tx.recover(idle._id))
         total = idle.stats()["total"]
@@ -3564,6 +3612,37 @@ class TestRetention:
         job.result(20)
         lines = job.logs()
         assert 500 <= len(lines) <= 600 + bgjobs.LINES_A_WRITE and lines[-1]["message"] == "line 2999"
+
+    def test_what_is_logged_last_is_trimmed_too(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
+        monkeypatch.setattr(bgjobs, "LINES_A_WRITE", 100)
+        runner = make(max_workers=1)
+        for count in (560, 680, 1_000):
+            job = runner.submit(log_lines, count)
+            job.result(20)
+            wait_for(lambda: not runner._lines and not runner._lines_taken)
+            assert len(job.logs()) == 500 + (50 if count == 560 else 0) or 500 <= len(job.logs()) <= 550
+
+    def test_an_interrupted_prune_leaves_no_child_without_its_root(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "PRUNE_IDS", 2)
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        root = idle.submit(children, 6)
+        idle.drain()
+        clock.now += 100
+        prune, calls = bgjobs.Transaction.prune, []
+
+        def die(tx, **bounds):
+            calls.append(bounds)
+            if len(calls) > 2:
+                raise ZeroDivisionError
+            return prune(tx, **bounds)
+        monkeypatch.setattr(bgjobs.Transaction, "prune", die)
+        with pytest.raises(ZeroDivisionError):
+            idle.prune(0, 0)
+        assert 1 < len(idle.jobs()) < 7 and root.restart().status == "pending"
+        idle.drain()
+        assert root.children["done"] == 6
 
     def test_drain_keeps_the_newest_lines_of_a_flood_at_the_time_of_its_clock(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "LINES_A_WRITE", 100)
@@ -3725,6 +3804,23 @@ class TestTimeout:
         wait_for(lambda: job.status == "stopped")
 
 
+def submit_through():
+    db, = shared_connections
+    bgjobs.options(connection=db).submit(add, 1)
+    db.commit()
+    seen.append("submitted")
+    gate("submit through").wait(20)
+
+
+def submit_and_commit(path, options):
+    db = sqlite3.connect(path, **options)
+    bgjobs.options(connection=db).submit(add, 1)
+    db.commit()
+
+
+shared_connections = []
+
+
 class TestConnection:
     MODES = [{}, {"isolation_level": None}, {"isolation_level": "IMMEDIATE"}, {"isolation_level": "EXCLUSIVE"},
              *([{"autocommit": True}, {"autocommit": False}] if sys.version_info >= (3, 12) else [])]
@@ -3739,6 +3835,59 @@ class TestConnection:
         yield connect
         for db in made:
             db.close()
+
+    def test_a_shared_connections_transaction_of_another_thread_outlives_the_job(self, runner, connect):
+        db = connect(check_same_thread=False)
+        db.execute("CREATE TABLE orders (id INTEGER)")
+        shared_connections[:] = [db]
+        job = runner.submit(submit_through)
+        wait_for(lambda: "submitted" in seen)
+        db.execute("INSERT INTO orders VALUES (1)")              # the app's own, while the job goes on
+        gate("submit through").set()
+        wait_for(lambda: not runner._attempts.get(job.id) or runner._attempts[job.id].thread is None)
+        db.execute("INSERT INTO orders VALUES (2)")
+        db.commit()
+        assert job.result(10) is None and db.execute("SELECT count(*) FROM orders").fetchone() == (2,)
+
+    def test_what_a_job_committed_is_no_lost_transaction_in_any_mode(self, runner, path, caplog):
+        for options in self.MODES:
+            assert runner.submit(submit_and_commit, path, options).result(10) is None
+        assert "transaction of its own" not in caplog.text
+
+    @pytest.mark.parametrize("options", [{"isolation_level": None}, {"autocommit": False}] if sys.version_info >= (3, 12) else
+                             [{"isolation_level": None}], ids=str)
+    def test_a_deferred_transaction_waits_for_the_lock(self, idle, path, connect, options):
+        db = connect(timeout=20, **options)
+        idle.options(key="first").submit(add, 1)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+            for n in range(5):
+                other.execute("BEGIN IMMEDIATE")
+                other.execute("CREATE TABLE t%d (x)" % n)
+                timer = threading.Timer(0.1, other.execute, ["COMMIT"])
+                timer.start()
+                if "isolation_level" in options:
+                    db.execute("BEGIN")
+                idle.options(connection=db, key=f"order {n}").submit(add, 1)
+                db.commit()
+                timer.join()
+        assert len(idle.jobs()) == 6
+
+    def test_the_handle_of_a_submit_that_was_rolled_back_reaches_nobody_elses_job(self, idle, connect):
+        db = connect()
+        mine = idle.options(connection=db).submit(add, 1)
+        db.rollback()
+        other = idle.submit(add, 2)
+        assert mine.id == other.id
+        for use in (mine.cancel, mine.stop, mine.info, mine.logs, lambda: mine.status, lambda: mine.result(0.1)):
+            with pytest.raises(KeyError, match="was rolled back"):
+                use()
+        assert other.status == "pending"
+
+    def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
+        db = connect()
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            with pytest.raises(bgjobs.StoreError, match="give the connection of this thread"):
+                thread.submit(idle.options(connection=db).submit, add, 1).result()
 
     @pytest.mark.parametrize("options", MODES, ids=str)
     def test_the_job_exists_if_and_only_if_the_apps_transaction_commits(self, runner, connect, options):
@@ -5453,6 +5602,20 @@ class TestCommandLine:
     def test_misuse_is_one_clear_line_and_exit_code_2(self, tmp_path, arguments, text):
         done = bgjobs_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
+
+    def test_output_that_cannot_be_written_is_one_line_and_odd_characters_are_escaped(self, jobs_file):
+        for command in ("list", "stats"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), command, "--db", jobs_file], stdout=full,
+                                      stderr=subprocess.PIPE, text=True, timeout=60)
+            assert (done.returncode, done.stderr) == (2, "bgjobs: [Errno 28] No space left on device\n")
+        closed = subprocess.run(["sh", "-c", f"'{sys.executable}' '{HERE / 'bgjobs.py'}' list --db '{jobs_file}' >&-"], timeout=60,
+                                stderr=subprocess.PIPE, text=True)
+        assert (closed.returncode, closed.stderr) == (0, "")
+        done = bgjobs_command("list", "--db", jobs_file, PYTHONIOENCODING="ascii")
+        assert done.returncode == 0 and "\\u6570" in done.stdout and "Sums" in done.stdout
+        done = bgjobs_command("restart", "2", "1", "--db", jobs_file)    # a child, which goes when its parent is restarted
+        assert (done.returncode, done.stdout, done.stderr) == (0, "job 2: pending\njob 1: pending\n", "")
 
     @pytest.fixture
     def jobs_file(self, tmp_path):
