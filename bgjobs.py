@@ -3349,7 +3349,7 @@ class Attempt(JobContext):
     exception: BaseException | None = None
     thread: int | None = None                             # while it executes
     has_place = abandoned = False                         # these four are the pool's
-    waits = lines = 0                                     # lines: logged since its log was trimmed
+    waits = lines = lines_at_trim = 0                     # lines: logged, and those of them when its log was trimmed last
     place: threading.Event | None = None
     unsaved_progress: Report | None = None
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
@@ -4315,9 +4315,9 @@ class Runner(Submitter, Executor):
             ended = {line[0] for line in taken if len(line) == 1}
             for job_id in {line[0] for line in taken}:
                 attempt = self._attempts.get(job_id)
-                if job_id in ended or attempt is not None and attempt.lines > LINES_A_JOB // 10:
+                if job_id in ended or attempt is not None and attempt.lines - attempt.lines_at_trim > LINES_A_JOB // 10:
                     if attempt is not None:
-                        attempt.lines = 0
+                        attempt.lines_at_trim = attempt.lines
                     tx.execute(TRIM_LOG, {"id": job_id, "keep": LINES_A_JOB})
         for name, waited in begun:
             tx.count_start(name, waited)
@@ -4576,8 +4576,9 @@ class Runner(Submitter, Executor):
             if not isinstance(number, int):
                 raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
             level = number
-        for _ in range(0 if self._store.closed else -(-len(self._lines) // LINES_A_WRITE)):
-            self._store.kick()                            # who asks sees what was logged by now
+        if (self._lines or self._lines_taken) and not self._store.closed:
+            for _ in range(len(self._lines) // LINES_A_WRITE + 1):
+                self._store.write(_do_nothing)            # who asks sees what was logged by now
         return self._store.logs(job_id, level=level or 0, text=text, regex=regex, since=since or 0.0,
                                 until=math.inf if until is None else until, after=after or 0, limit=limit, tree=tree)
 
