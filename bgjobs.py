@@ -1041,7 +1041,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     "CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL",
-    "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status) WHERE status <> 'pending'",
+    # system and parent_id are there for the lists of people, which this index counts and has in order by itself.
+    "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id) WHERE status <> 'pending'",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
     "CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'",
     "CREATE INDEX bgjobs_parked ON bgjobs_jobs(parked, root_id) WHERE parked IS NOT NULL",
@@ -2147,6 +2148,8 @@ STATS = f"""SELECT {{by}} AS part, {_SUMS} FROM bgjobs_stats
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
 
 COUNT_LIMIT = 10_001               # where counting for people ends
+SEARCH_SECONDS = 0.010             # how long people's searches look at one job after the other; they may go on from there
+SEARCH_AT_LEAST = 20_000           # jobs that are looked at, however long that takes
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the file's lock
@@ -2793,21 +2796,122 @@ class Store:
     def find(self, filters: dict[str, Any], limit: int, before: int | None = None) -> list[sqlite3.Row]:
         """Return the rows that pass the filters (see `Filters`), newest first, ids below `before`."""
         where, parameters = conditions(filters)
+        source = ""
+        if filters.get("status") is not None and filters.get("parent") is None:
+            wanted = wanted_of(filters)
+            if all(self._count(ids_of(status)) < COUNT_LIMIT for status in wanted):
+                where.append(f"id IN ({' UNION ALL '.join(f'SELECT * FROM ({ids_of(status)})' for status in wanted)})")
+            else:
+                source = "NOT INDEXED"                   # no index has them in the order of ids, and they are not far
         if before is not None:
             where, parameters = [*where, "id < :before"], {**parameters, "before": before}
-        sql = f"SELECT * FROM bgjobs_jobs WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT :limit"
+        sql = f"SELECT * FROM bgjobs_jobs {source} WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT :limit"
         return self.read(sql, {**parameters, "limit": limit})
 
-    def counts(self, filters: dict[str, Any]) -> dict[str, int]:
-        """Return how many jobs of each status pass the other filters, each capped at COUNT_LIMIT."""
+    def page(self, filters: dict[str, Any], limit: int, before: int | None = None
+             ) -> tuple[list[sqlite3.Row], int | None, dict[str, int], list[str]]:
+        """Return what `find` does, as far as it is found in SEARCH_SECONDS, and the id before which to go on, or None; how many
+        jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more than that,
+        since there was no time to count them to the end."""
+        conditions(filters)
+        wanted = wanted_of(filters)
         where, parameters = conditions({name: value for name, value in filters.items() if name != "status"})
-        condition = " AND ".join(["status = :status", *where])
-        counts = {}
-        for status in STATUSES:
-            known = "" if status == PENDING else "AND status <> 'pending'"
-            sql = f"SELECT count(*) FROM (SELECT 1 FROM bgjobs_jobs WHERE {condition} {known} LIMIT {COUNT_LIMIT})"
-            counts[status] = self.read(sql, {**parameters, "status": status})[0][0]
-        return counts
+        if filters.get("parent") is not None:             # the index of children has them in order
+            counts, unsure = self._count_children(where, parameters)
+            ids = self._ids([*where, f"status IN ({', '.join(map(repr, wanted))})"], parameters, limit + 1, before)
+            return self._page_of(ids, limit, None, counts, unsure)
+        roots = "parent" in filters
+        indexed = set(filters) <= {"status", "parent", "system"}       # what has begun is counted in its index alone
+        ordered = indexed and roots and not filters.get("system")      # and found there in the order of ids
+        few = {status: total for status in STATUSES if not indexed or status == PENDING or status in wanted and not ordered
+               if (total := self._count(ids_of(status, roots))) < COUNT_LIMIT}
+        ids: list[int] = []
+        bottom: int | None = 1                            # what was looked at one after the other goes down to there; None: all was
+        counts, unsure = dict.fromkeys(STATUSES, 0), []
+        if not indexed and len(few) < len(STATUSES):
+            bottom = self._scan(filters, where, parameters, 1 << 62, wanted, limit + 1, ids, counts)
+        looks = SEARCH_AT_LEAST // 4                      # where the scan was too short, the statuses with few jobs are counted whole
+        for status in sorted(STATUSES, key=lambda status: few.get(status, 0)) if bottom else ():
+            looks -= few.get(status, 0)
+            if indexed or status in few and (looks >= 0 or len(few) == len(STATUSES)):
+                counts[status] = self._count("SELECT 1 FROM bgjobs_jobs WHERE "
+                                             + " AND ".join([*where, among(status, indexed, roots)]), parameters)
+            elif counts[status] < COUNT_LIMIT:
+                unsure.append(status)
+        if all(status in few or ordered and status != PENDING for status in wanted):
+            ids = sorted((job_id for status in wanted for job_id in self._ids(
+                [*where, among(status, ordered, roots)], parameters, limit + 1, before)), reverse=True)
+            bottom = None
+        elif indexed or before is not None:
+            ids = []
+            bottom = self._scan(filters, where, parameters, before or 1 << 62, wanted, limit + 1, ids, None)
+        return self._page_of(ids, limit, bottom, counts, unsure)
+
+    def _page_of(self, ids: list[int], limit: int, bottom: int | None, counts: dict[str, int], unsure: list[str]
+                 ) -> tuple[list[sqlite3.Row], int | None, dict[str, int], list[str]]:
+        rows = self.read("SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC",
+                         {"ids": json.dumps(ids[:limit])})
+        return rows, ids[limit - 1] if len(ids) > limit else bottom, counts, unsure
+
+    def _ids(self, where: list[str], parameters: dict[str, Any], limit: int, before: int | None) -> list[int]:
+        """Return the ids that fulfil the conditions, the highest first."""
+        return [row[0] for row in self.read(
+            f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([*where, 'id < :before'])} ORDER BY id DESC LIMIT :limit",
+            {**parameters, "limit": limit, "before": before or 1 << 62})]
+
+    def _count(self, query: str, parameters: dict[str, Any] | None = None) -> int:
+        return self.read(f"SELECT count(*) FROM ({query} LIMIT {COUNT_LIMIT})", parameters)[0][0]
+
+    def _count_children(self, where: list[str], parameters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+        rows = self.read(f"SELECT status, count(*) FROM (SELECT status FROM bgjobs_jobs WHERE {' AND '.join(where)} "
+                         f"LIMIT {2 * COUNT_LIMIT}) GROUP BY status", parameters)
+        counts = {**dict.fromkeys(STATUSES, 0), **{row[0]: min(COUNT_LIMIT, row[1]) for row in rows}}
+        complete = sum(row[1] for row in rows) < 2 * COUNT_LIMIT
+        return counts, [] if complete else [status for status in STATUSES if counts[status] < COUNT_LIMIT]
+
+    def _scan(self, filters: dict[str, Any], where: list[str], parameters: dict[str, Any], before: int, wanted: list[str],
+              enough: int, ids: list[int], counts: dict[str, int] | None) -> int | None:
+        """Look at one job after the other, from the newest, until the time is up. Put the first ids of wanted statuses that pass
+        into `ids`, and how many of each status into `counts`, unless it is None: then it ends when there are enough ids. Return
+        the lowest id that was looked at, or None: all were. The dates bound the ids, but for an hour's error of the clock."""
+        deadline = time.perf_counter() + SEARCH_SECONDS
+        newest = self.read(HIGHEST_ID)[0][0]
+        low, high = 1, newest + 1
+        if filters.get("created_from") is not None:
+            low = self._first_id_since(float(filters["created_from"]) - 3_600, newest)
+        if filters.get("created_to") is not None:
+            high = self._first_id_since(float(filters["created_to"]) + 3_600, newest)
+        high, width = min(high, before), SEARCH_AT_LEAST // (4 if "q" in filters else 1)
+        condition = f"bgjobs_jobs NOT INDEXED WHERE {' AND '.join([*where, 'id >= :low', 'id < :high'])}"
+        is_wanted = f"status IN ({', '.join(map(repr, wanted))})"
+        while high > low and width > SEARCH_AT_LEAST // 40 and (counts is not None or len(ids) < enough):
+            begun, bounds = time.perf_counter(), {**parameters, "low": max(low, high - width), "high": high, "limit": enough - len(ids)}
+            here = None
+            if counts is not None:
+                here = dict(map(tuple, self.read(f"SELECT status, count(*) FROM {condition} GROUP BY status", bounds)))
+                for status, number in here.items():
+                    counts[status] = min(COUNT_LIMIT, counts[status] + number)
+            if len(ids) < enough and (here is None or here.keys() & set(wanted)):
+                ids += [row[0] for row in self.read(f"SELECT id FROM {condition} AND {is_wanted} ORDER BY id DESC LIMIT :limit", bounds)]
+            high, now = bounds["low"], time.perf_counter()
+            width = int(width * min(4.0, max(0.0, deadline - now) / max(1e-6, now - begun)))
+        return high if high > low else None
+
+    def _first_id_since(self, created_at: float, newest: int) -> int:
+        """Return the first id that was given out at that time or later, as far as ids and the clock go up together."""
+        low, high = 1, newest + 1
+        while low < high:
+            middle = (low + high) // 2
+            rows = self.read("SELECT id, created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": middle})
+            if rows and rows[0]["id"] < high and rows[0]["created_at"] < created_at:
+                low = rows[0]["id"] + 1
+            else:
+                high = middle
+        return low
+
+    def counts(self, filters: dict[str, Any]) -> dict[str, int]:
+        """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT."""
+        return self.page(filters, 0)[2]
 
     def logs(self, job_id: int, *, level: int, text: str | None, regex: str | None, since: float, until: float, after: int,
              limit: int | None, tree: bool) -> list[dict[str, Any]]:
@@ -2840,6 +2944,28 @@ def _remedy(error: sqlite3.Error) -> str:
         if sign in text:
             return remedy
     return "see the error of SQLite above"
+
+
+def wanted_of(filters: dict[str, Any]) -> list[str]:
+    """Return the statuses that pass."""
+    asked = filters.get("status") or STATUSES
+    return [asked] if isinstance(asked, str) else [status for status in STATUSES if status in asked]
+
+
+def ids_of(status: str, roots: bool = False) -> str:
+    """Return the query for the ids of all jobs of a status, each once, by indexes; roots: of no children that are pending."""
+    if status != PENDING:
+        return f"SELECT id FROM bgjobs_jobs WHERE status = '{status}' AND status <> 'pending'"
+    pending = "SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND"
+    return (f"SELECT id FROM ({pending} lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL"
+            f"{'' if roots else f' UNION ALL {pending} parent_id IS NOT NULL AND queue IS NOT NULL'} UNION ALL "
+            f"{pending} run_at IS NOT NULL AND queue IS NULL AND parked IS NULL UNION ALL {pending} parked IS NOT NULL)")
+
+
+def among(status: str, by_index: bool, roots: bool) -> str:
+    """Return the condition by which only the jobs of a status are looked at; by_index: in the index of what has begun, where it
+    answers all that is asked."""
+    return f"status = '{status}' AND " + ("status <> 'pending'" if by_index and status != PENDING else f"id IN ({ids_of(status, roots)})")
 
 
 FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
@@ -6550,7 +6676,7 @@ class Page:
             return 304, "application/json", b""
         query = _query(environ.get("QUERY_STRING", ""))
         if parts == ["jobs"]:
-            return 200, "application/json", _json_bytes(self._list(query))
+            return 200, "application/json", _json_bytes(self._list(query, headers))
         if parts == ["stats"]:
             try:
                 return 200, "application/json", _json_bytes(self._runner.stats(query.get("window", "24h"), query.get("name")))
@@ -6574,18 +6700,18 @@ class Page:
                 return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
         raise _Refused(404, "there is no such resource")
 
-    def _list(self, query: dict[str, str]) -> dict[str, Any]:
+    def _list(self, query: dict[str, str], headers: list[tuple[str, str]]) -> dict[str, Any]:
         runner, filters = self._runner, _filters(query)
         limit = max(1, min(_number(query, "limit", 50), LIST_LIMIT))
         before = _number(query, "before", 0) or None
         try:
-            rows = runner._store.find(filters, limit + 1, before)
-            counts = runner._store.counts(filters)
+            rows, following, counts, unsure = runner._store.page(filters, limit, before)
         except (TypeError, ValueError) as error:
             raise _Refused(400, str(error)) from None
         now = runner._clock()
-        infos = [self._shown(describe(row, now, runner._usual)) for row in rows[:limit]]
-        return {"jobs": infos, "next": infos[-1]["id"] if len(rows) > limit else None, "counts": counts}
+        infos = [self._shown(describe(row, now, runner._usual)) for row in rows]
+        headers.append(("X-Bgjobs-At-Least", ",".join(unsure)))      # the statuses whose counts went out of time
+        return {"jobs": infos, "next": following, "counts": counts}
 
     def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "operations": []} if self._read_only else info

@@ -1639,6 +1639,44 @@ def wait_for_child(name):
 # ---- 7 Transactions and 8 Store -------------------------------------------------------------------------------
 
 class TestStore:
+    @pytest.mark.parametrize("at_least,limit", [(20_000, 10_001), (12, 10_001), (40, 6)])
+    def test_what_people_search_for_is_found_page_by_page_and_counted_as_far_as_it_goes(self, idle, monkeypatch, at_least, limit):
+        monkeypatch.setattr(bgjobs, "COUNT_LIMIT", limit)
+        monkeypatch.setattr(bgjobs, "SEARCH_AT_LEAST", at_least)
+        monkeypatch.setattr(bgjobs, "SEARCH_SECONDS", 0.01 if at_least > 100 else 0.0)
+        chance = random.Random(7)
+        jobs = []
+        for n in range(120):
+            parents = jobs[71:] if n > 70 else jobs[:71]             # those that are not over
+            parent = chance.choice(parents) if parents and chance.random() < 0.4 else None
+            function = chance.choice([add, note, fail])
+            options = {"delay": 50} if chance.random() < 0.1 else {"low_priority": True} if chance.random() < 0.2 else {}
+            jobs.append(idle.options(parent=parent, run_by=chance.choice(["ann", "bob", None]), system=chance.random() < 0.1,
+                                     **options).submit(function, n))
+            if n == 70:
+                idle.drain()
+        for job in jobs[-30::3]:
+            with contextlib.suppress(bgjobs.InvalidOperation):       # system jobs are not stopped; cancelled ones are over
+                job.stop() if chance.random() < 0.5 else job.cancel()
+        middle = jobs[60].created_at
+        values = {"status": [*bgjobs.STATUSES, ["failed", "pending"]], "name": ["test_bgjobs.add", "nobody"], "run_by": ["ann", "x"],
+                  "errors": [True, False], "low_priority": [True], "q": ["note", "11", "nothing"], "parent": [None, jobs[0].id, jobs[1]],
+                  "system": [True], "created_from": [middle], "created_to": [middle]}
+        for _ in range(150):
+            filters = {name: chance.choice(values[name]) for name in chance.sample(sorted(values), chance.choice([0, 1, 1, 2, 3]))}
+            expected = [row["id"] for row in idle._store.find(filters, -1)]
+            found, before = [], None
+            while True:
+                rows, before, counts, unsure = idle._store.page(filters, 7, before)
+                found += [row["id"] for row in rows]
+                if before is None:
+                    break
+            assert found == expected, filters
+            for status in bgjobs.STATUSES:
+                real = len(idle._store.find({**filters, "status": status}, -1))
+                assert counts[status] == min(real, limit) or status in unsure and counts[status] < real, (filters, status)
+            assert not unsure or at_least < 100
+
     HOT = {
         "READY_ROOTS": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
                         "SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_ready_roots (lane=?)"],
@@ -5429,13 +5467,24 @@ class TestPage:
         other = Visitor(make(str(tmp_path / "other.db"), start=False).serve(port=0))
         other.post("api/jobs/stop", {"ids": [1]}, 403, X_Bgjobs_Token=visitor.token)
 
-    def test_a_page_of_a_hundred_thousand_jobs_is_searched_by_index(self, idle, visitor):
-        with contextlib.closing(sqlite3.connect(idle.path)) as db:
-            for filters in ({"status": "failed"}, {"parent": None}, {"parent": 1}, {}):
-                where, parameters = bgjobs.conditions(filters)
-                plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN SELECT * FROM bgjobs_jobs WHERE {' AND '.join(where)} "
-                                                     "ORDER BY id DESC LIMIT 50", parameters)]
-                assert not any("TEMP B-TREE" in step for step in plan), plan
+    def test_no_list_sorts_or_walks_through_all_jobs(self, idle, visitor, monkeypatch):
+        """Each query is looked up by id, in an index, or in a range of ids; but for the last it is an index that counts."""
+        idle.submit_many(add, [(n,) for n in range(20)])
+        idle.drain()
+        monkeypatch.setattr(bgjobs, "COUNT_LIMIT", 6)
+        plans = []
+        read = bgjobs.Store.read
+
+        def explained(store, sql, parameters=None):
+            plans.append((sql, [row[3] for row in read(store, "EXPLAIN QUERY PLAN " + sql, parameters)]))
+            return read(store, sql, parameters)
+        monkeypatch.setattr(bgjobs.Store, "read", explained)
+        for query in ("", "parent=none", "status=finished", "status=pending&parent=none", "status=failed&parent=none", "parent=1",
+                      "name=x", "status=finished&q=1", "created_from=1&created_to=2"):
+            visitor.get(f"api/jobs?{query}")
+        for sql, plan in plans:
+            walks = [step for step in plan if re.fullmatch(r"SCAN bgjobs_jobs", step)]
+            assert not walks and (not any("TEMP B-TREE FOR ORDER" in step for step in plan) or "id IN" in sql), (sql, plan)
 
 
 def hold_and_log(name):
