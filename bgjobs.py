@@ -318,11 +318,18 @@ def _type_name(value: Any) -> str:
     return type.__dict__["__qualname__"].__get__(type(value))
 
 
+def _let_ctrl_c_pass(error: BaseException) -> None:
+    """Raise a KeyboardInterrupt that hit the caller itself; one from deeper may be the doing of a value's own methods."""
+    if isinstance(error, KeyboardInterrupt) and (error.__traceback__ is None or error.__traceback__.tb_next is None):
+        raise error
+
+
 def _short(value: Any, limit: int = 80) -> str:
     """Return repr(value), cut, whatever the object's own __repr__ does."""
     try:
         text = str.__str__(repr(value))
-    except BaseException:
+    except BaseException as error:
+        _let_ctrl_c_pass(error)
         text = f"<{_type_name(value)} that cannot be printed>"
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
@@ -331,7 +338,8 @@ def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
     """Return `value` as text that SQLite can hold: cut, lone surrogates written out. Never raises."""
     try:
         text = str.__str__(str(value))                    # a subclass may have methods of its own
-    except BaseException:
+    except BaseException as error:
+        _let_ctrl_c_pass(error)
         text = f"<{_type_name(value)} that cannot be printed>"
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(text):,} characters)"
@@ -5242,19 +5250,25 @@ class Runner(Submitter, Executor):
 
     # the page
 
-    def serve(self, host: str = "127.0.0.1", port: int = 8765, *, read_only: bool = False) -> str:
+    def serve(self, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        ValueError: a host other than loopback. A port that is taken is a warning, and "" is returned: jobs go on.
+        read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its way
+        through a network). authorize: a function of the request, its WSGI environ, that returns the user's name, or None for
+        one who may not come; the job log's `by` has that name, or the one given with the password. hosts: the names by which it is
+        reached, besides the machine's own and its addresses.
+        ValueError: a host other than loopback without password or authorize. A port that is taken is a warning, and "" is
+        returned: jobs go on.
         """
-        return serve_page(Page(self, read_only=read_only), host, port)
+        return serve_page(Page(self, **options), host, port)
 
-    def wsgi(self, *, read_only: bool = False, hosts: Iterable[str] = ()) -> Page:
+    def wsgi(self, **options: Any) -> Page:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
-        hosts: the Host names it answers to, besides those of loopback ("example.org"). Who may see it is up to the app.
+        The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts names what it
+        answers to besides loopback (["example.org"]).
         """
-        return Page(self, read_only=read_only, hosts=hosts)
+        return Page(self, **options)
 
 
 def _counted(row: sqlite3.Row | None) -> dict[str, Any]:
@@ -5836,7 +5850,8 @@ header a:hover, .tabs a:hover, th a:hover { text-decoration: underline; }
 #banner:not(:empty) { margin: 0; padding-block: 0.5rem; color: var(--warn); background: var(--raised); border-bottom: 1px solid var(--line); }
 .path { margin-top: 0.5rem; gap: 0.375rem; }
 .path + h1 { margin-top: 0.25rem; }
-.pages { margin-top: 1rem; }
+.pages { display: flex; flex-wrap: wrap; gap: 0 1rem; margin-top: 1rem; color: var(--quiet); }
+.spring { flex: 1; }
 .pages a, .path a { padding: 0.25rem 0; }
 
 .tabs { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
@@ -5922,25 +5937,45 @@ dialog h2 { margin-top: 0; }
 dialog .buttons { justify-content: flex-end; margin-bottom: 0; }
 ::backdrop { background: rgb(0 0 0 / 0.45); }
 
-@media (min-width: 80rem) { summary { display: none; } }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.25rem 2rem; }
+figure { margin: 0; min-width: 0; }
+.chart { position: relative; border-top: 1px dashed var(--line); }
+.chart svg { display: block; width: 100%; height: 7.5rem; }
+.most { position: absolute; top: 0; right: 0; background: var(--back); padding-left: 0.25rem; }
+.axis { display: flex; justify-content: space-between; }
+.bar { fill: var(--accent); }
+.bad .bar { fill: var(--bad); }
+.band { fill: var(--accent); opacity: 0.25; }
+.mean { fill: none; stroke: var(--accent); stroke-width: 2; vector-effect: non-scaling-stroke; }
+.at { fill: var(--text); opacity: 0.12; }
+.base { stroke: var(--edge); vector-effect: non-scaling-stroke; }
+figure table { width: auto; }
+figure details[open] { max-height: 16rem; overflow: auto; }
+td .buttons { margin: 0; }
+.cards:not(.jobs) thead th:first-child { padding-left: 0; }
+
+@media (min-width: 80rem) { .filtering > summary { display: none; } }
 @media (max-width: 79.99rem) {         /* a row is job and status, then the rest, small, each under its name */
   header, main, #banner, #dock { padding-inline: 0.75rem; }
-  #bulk button:disabled, thead th:not(.pick), td:empty, .twist:empty { display: none; }
-  table, tbody, thead { display: block; }
-  tr { display: flex; flex-wrap: wrap; align-items: center; gap: 0 0.875rem; position: relative; padding: 0.25rem 0 0.375rem 2.25rem; border-bottom: 1px solid var(--line); }
-  th, td { border: 0; padding: 0; }
+  #bulk button:disabled, .cards thead th:not(.pick), td:empty, .twist:empty { display: none; }
+  .cards, .cards tbody, .cards thead { display: block; }
+  .cards tr { display: flex; flex-wrap: wrap; align-items: center; gap: 0 0.875rem; position: relative; padding: 0.25rem 0 0.375rem; border-bottom: 1px solid var(--line); }
+  .jobs tr { padding-left: 2.25rem; }
+  .cards th, .cards td { border: 0; padding: 0; }
   .pick { position: absolute; left: 0; top: 0.375rem; }
-  thead tr { min-height: 2.5rem; }
-  thead tr::after { content: "Select all"; color: var(--quiet); }
-  tbody th { flex: 1 1 calc(100% - 8.875rem); }
+  .cards:not(.jobs) thead { display: none; }
+  .jobs thead tr { min-height: 2.5rem; }
+  .jobs thead tr::after { content: "Select all"; color: var(--quiet); }
+  .cards tbody th { flex: 1 1 calc(100% - 8.875rem); }
   .job { min-width: 0; max-width: none; }
   td[data-label] { order: 2; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
-  td[data-label]:not([data-label=Status], [data-label=Progress])::before { content: attr(data-label) " "; color: var(--quiet); }
+  td[data-label]:not([data-label=Status], [data-label=Progress], [data-label=Actions])::before { content: attr(data-label) " "; color: var(--quiet); }
   td[data-label=Status] { order: 1; flex: 0 0 8rem; text-align: right; white-space: normal; }
   td[data-label=Progress] { order: 1; flex: 1 1 100%; }
   td .progress { flex-direction: row; align-items: center; }
   td progress { flex: 0 1 20rem; }
+  td[data-label=Actions] { flex: 1 1 100%; padding: 0.25rem 0; }
 }
 '''
 
@@ -5990,8 +6025,10 @@ const WHY = {              // what a phase, or else a status, means for someone 
 
 /* Build an element. A prop is an attribute; ".name" is a property that morph() keeps current; "key" tells
    siblings apart. Children are elements or text, in arrays if need be; null, false and "" are left out. */
-function el(tag, props, ...children) {
-  const node = document.createElement(tag);
+const el = (tag, props, ...children) => made(document.createElement(tag), props, children);
+const svg = (tag, props, ...children) => made(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+
+function made(node, props, children) {
   node.props = props ?? {};
   for (const name in node.props) setProp(node, name, node.props[name]);
   node.append(...children.flat(Infinity).filter(isThere));
@@ -6055,7 +6092,7 @@ function morphChildren(parent, children) {
 /* Path -> [ETag, body]. The browser's cache could do this, but would not say that a body is an old one,
    and what counts up from it would jump back at each poll. */
 const answers = new Map();
-let token = null;
+let token = null, readOnly = false;
 
 async function get(path, signal) {
   const [known, kept] = answers.get(path) ?? [];
@@ -6063,6 +6100,7 @@ async function get(path, signal) {
   const response = await fetch(BASE + path, { signal, headers, cache: "no-store" });
   if (response.status === 304) return kept;
   const body = await bodyOf(response), etag = response.headers.get("ETag");
+  body.atLeast = response.headers.get("X-Bgjobs-At-Least")?.split(",") ?? [];      // the statuses that were not counted to the end
   for (const each of body.jobs ?? [body]) each.at = Date.now();
   if (answers.size > 200) answers.clear();
   if (etag) answers.set(path, [etag, body]);
@@ -6076,8 +6114,12 @@ async function bodyOf(response) {
   throw Object.assign(new Error(body.error ?? `The app answered with status ${status}.`), { status });
 }
 
+async function session() {
+  if (!token) ({ token, read_only: readOnly } = await fetch(BASE + "api/session", { cache: "no-store" }).then(bodyOf));
+}
+
 async function post(path, body, again = true) {
-  token ??= (await fetch(BASE + "api/session", { cache: "no-store" }).then(bodyOf)).token;
+  await session();
   const headers = { "Content-Type": "application/json", "X-Bgjobs-Token": token };
   const response = await fetch(BASE + path, { method: "POST", headers, body: JSON.stringify(body) });
   if (response.status === 403 && again) {                // the app was started again since we asked
@@ -6155,6 +6197,7 @@ const COLUMNS = [
 
 const opened = new Map();              // path of a row ("7", "7/9") -> how many of its children to show
 const selected = new Set();            // ids
+let everything = false;                // all that match the filters are, also those that are not shown
 let shown = new Map();                 // id -> job, for every row on the page
 
 /* Fetch the children of every row that is open, however deep. */
@@ -6170,7 +6213,7 @@ async function loadOpened(jobs, prefix, signal) {
 function jobTable(jobs, prefix = "", more = null) {
   const ids = jobs.map(job => job.id), chosen = ids.filter(id => selected.has(id)).length;
   const pickAll = event => pick(ids, event.target.checked);
-  return el("table", { key: "table" },
+  return el("table", { key: "table", class: "cards jobs" },
     el("thead", null, el("tr", null,
       el("th", { class: "pick" }, checkbox("Select all", chosen > 0 && chosen === ids.length, pickAll)),
       ["Job", ...COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
@@ -6211,6 +6254,7 @@ function moreRow(job, path, { jobs, next }) {
 }
 
 function pick(ids, on) {
+  everything = false;
   for (const id of ids) on ? selected.add(id) : selected.delete(id);
   draw();
 }
@@ -6219,24 +6263,43 @@ function pick(ids, on) {
 
 function bulkBar() {
   const ids = [...selected];
+  const clear = () => (say(""), selected.clear(), everything = false, draw());
+  if (everything) return [
+    el("b", null, `All ${matching(here)} that match`),
+    Object.keys(OPERATIONS).map(name => operationButton(name, null)),
+    button("Clear selection", clear),
+  ];
   if (!ids.length) return byId("answer").textContent ? [button("Close", () => (say(""), draw()))] : [];
   const allowed = new Set(ids.flatMap(id => shown.get(id).operations.filter(changesSomething, shown.get(id))));
   return [
     el("b", null, `${ids.length} selected`),
+    here.view.load === loadList && (here.data.next !== null || here.query.has("before"))
+      && button(`Select all ${matching(here)} that match`, () => (everything = true, draw())),
     Object.keys(OPERATIONS).map(name => operationButton(name, ids, { disabled: !allowed.has(name) })),
-    button("Clear selection", () => (say(""), selected.clear(), draw())),
+    button("Clear selection", clear),
   ];
+}
+
+/* How many jobs pass all filters, in words. */
+function matching({ query, data: { counts, atLeast } }) {
+  const names = query.has("status") ? [query.get("status")] : STATUSES;
+  const sum = names.reduce((total, name) => total + (counts[name] ?? 0), 0);
+  return grouped.format(sum) + (names.some(name => counts[name] > 10000 || atLeast.includes(name)) ? "+" : "");
 }
 
 const operationButton = (name, ids, props) =>
   button(OPERATIONS[name][0], () => operate(name, ids), { key: name, ...props });
 
 async function operate(operation, ids) {
-  const [label, , warning] = OPERATIONS[operation];
-  const whom = ids.length === 1 ? `job ${ids[0]} (${nameOf(shown.get(ids[0]))})` : `${ids.length} jobs`;
+  const [label, , grave] = OPERATIONS[operation];
+  const whom = !ids ? `all ${matching(here)} jobs that match` : ids.length === 1 ? `job ${ids[0]} (${nameOf(shown.get(ids[0]))})`
+    : `${ids.length} jobs`;
+  const warning = [!ids && "It goes to each job that passes the filters now, also to those that are not shown.", grave].filter(Boolean).join(" ");
+  const body = ids ? { ids } : { filter: filterOf(here.query) };
   if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
+  if (!ids) say("Working on it\u2026");
   try {
-    say(describe(operation, await post("api/jobs/" + operation, { ids })));
+    say(describe(operation, await post("api/jobs/" + operation, body)));
   } catch (error) {
     say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
   }
@@ -6287,6 +6350,13 @@ function listPath(query) {
   return "api/jobs?" + asked;
 }
 
+/* What passes the filters, for operations and exports, as the interface has it. */
+function filterOf(query) {
+  const asked = new URLSearchParams(listPath(query).split("?")[1]);
+  asked.delete("limit"), asked.delete("before");
+  return Object.fromEntries(asked);
+}
+
 const withParam = (query, changes) => {
   const params = new URLSearchParams(query);
   params.delete("before");
@@ -6300,37 +6370,42 @@ const loadList = async ({ query }, signal) => {
   return answer;
 };
 
-function drawList({ query, data: { jobs, next, counts } }) {
+function drawList({ query, data: { jobs, next, counts, atLeast } }) {
   const filtered = [...query.keys()].length > 0, parent = query.get("parent");
   const busy = ["running", "failed"].filter(name => counts[name]).map(name => `${count(counts[name])} ${name}`);
   document.title = `${busy.join(", ") || "Jobs"} - bgjobs`;
+  const isPart = next !== null && jobs.length < PAGE;    // the time was up
   const nothingMatches = el("p", { key: "empty", class: "empty" },
-    "No job matches the filters. ", link("", "Show all jobs"));
+    isPart ? `None of the jobs from #${next} on matches. ` : "No job matches the filters. ", link("", "Show all jobs"));
   return [
     el("h1", { tabindex: -1 }, parent ? ["Children of ", link(`jobs/${parent}`, `job ${parent}`)] : "Jobs"),
-    tabs(query, counts),
+    tabs(query, counts, atLeast),
     filterForm(query),
     jobs.length ? jobTable(jobs) : filtered ? nothingMatches : firstSteps(),
     el("nav", { key: "pages", "aria-label": "Pages", class: "pages" },
       query.has("before") && link(withParam(query, {}), "Newest"),
-      next !== null && link(withParam(query, { before: next }), "Older")),
+      next !== null && link(withParam(query, { before: next }), isPart ? `Search on before #${next}` : "Older"),
+      jobs.length > 0 && [el("span", { class: "spring" }), "Export all that match: ",
+        ["csv", "json"].map(format => el("a", { href: `${BASE}api/export?${new URLSearchParams({ ...filterOf(query), format })}`,
+          download: "" }, format.toUpperCase()))]),
   ];
 }
 
-function tabs(query, counts) {
-  const all = Object.values(counts).reduce((sum, number) => sum + number, 0);
+function tabs(query, counts, atLeast) {
   const tab = (name, number) => el("li", null, el("a", {
     href: BASE + withParam(query, { status: name }),
     "aria-current": (query.get("status") ?? "") === name && "true",
-  }, name || "all", " ", el("small", null, count(number))));
+  }, name || "all", " ", el("small", null, number)));
+  const counted = name => count(counts[name] ?? 0) + (atLeast.includes(name) && counts[name] <= 10000 ? "+" : "");
   return el("nav", { key: "tabs", "aria-label": "Status" },
-    el("ul", { class: "tabs" }, tab("", all), STATUSES.map(name => tab(name, counts[name] ?? 0))));
+    el("ul", { class: "tabs" }, tab("", matching({ query: new URLSearchParams(), data: { counts, atLeast } })),
+      STATUSES.map(name => tab(name, counted(name)))));
 }
 
 function filterForm(query) {
   const active = [...TEXTS, ...FLAGS].filter(([name]) => query.has(name)).length;
   const toggle = () => { filtersOpen = !filtersOpen; };
-  return el("details", { key: "filters", open: wide.matches || filtersOpen },
+  return el("details", { key: "filters", class: "filtering", open: wide.matches || filtersOpen },
     el("summary", { ".onclick": toggle }, active ? `Filters (${active})` : "Filters"),
     el("form", { id: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
       TEXTS.map(([name, label, type]) => el("label", null, label, el("input", { name, type, value: query.get(name) }))),
@@ -6389,23 +6464,24 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
 async function loadJob(here, signal) {
   const [id] = here.args, root = "job/" + id;
   if (!opened.has(root)) opened.set(root, PAGE);
-  const log = here.log ??= { level: "", text: "", tree: "", after: "", follow: true, fresh: [] };
+  const log = here.log ??= { level: "", text: "", regex: "", tree: "", after: "", follow: true, fresh: [] };
   const asked = new URLSearchParams({ limit: LOG_PAGE });
   for (const name of ["after", "level", "text", "tree"]) if (log[name]) asked.set(name, log[name]);
   try {
     const [job, { logs }] = await Promise.all(
       [get("api/jobs/" + id, signal), get(`api/jobs/${id}/logs?${asked}`, signal)]);
     await loadOpened([job], "job/", signal);
+    const stack = runs(job) && (here.stack ?? job.status === "stopping") ? (await get(`api/jobs/${id}/stack`, signal)).stack : null;
     log.fresh.push(...logs);
     log.after = logs.at(-1)?.id ?? log.after;
-    return { job };
+    return { job, stack };
   } catch (error) {
     if (error.status === 404) return { missing: error.message };
     throw error;
   }
 }
 
-function drawJob({ data: { job, missing }, log }) {
+function drawJob({ data: { job, stack, missing }, log }) {
   if (missing) return [el("h1", { tabindex: -1 }, "No such job"), el("p", null, missing, " ", link("", "All jobs"))];
   shown.set(job.id, job);
   const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
@@ -6421,6 +6497,7 @@ function drawJob({ data: { job, missing }, log }) {
     el("p", { key: "operations", class: "buttons" }, job.operations.filter(changesSomething, job)
       .map(name => operationButton(name, [id]))),
     el("div", { key: "progress" }, progress(job), el("small", null, job.message)),
+    runs(job) && stackSection(job, stack),
     job.error && section("Error", el("pre", { class: "error", tabindex: 0 }, job.error)),
     el("dl", { key: "fields" }, FIELDS.map(([title, field]) => [title, field(job)]).map(([title, value]) =>
       isThere(value) && el("div", { key: title }, el("dt", null, title), el("dd", null, value)))),
@@ -6429,6 +6506,15 @@ function drawJob({ data: { job, missing }, log }) {
     kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path, kids))),
     logSection(log),
   ];
+}
+
+/* Why is it still stopping? Here is where its thread is. */
+function stackSection(job, stack) {
+  const open = here.stack ?? job.status === "stopping";
+  const toggle = event => { event.preventDefault(), here.stack = !open, draw(), poll(); };
+  return el("details", { key: "stack", class: "stack", open },
+    el("summary", { ".onclick": toggle }, job.status === "stopping" ? "Where it is, on its way to a checkpoint" : "Where it is now"),
+    open && el("pre", { tabindex: 0 }, stack ?? "No thread of this process executes it: it runs in another process, or waits for children."));
 }
 
 const section = (title, ...content) => el("section", { key: title }, el("h2", null, title), ...content);
@@ -6449,18 +6535,185 @@ function logSection(log) {
       el("label", null, "Level", el("select", { ".value": log.level, ".onchange": refilter("level") },
         el("option", { value: "" }, "all"), LEVELS.map(name => el("option", { value: name }, `${name} and above`)))),
       el("label", null, "Text", el("input", { type: "search", ".value": log.text, ".oninput": refilter("text") })),
+      el("label", null, "Regex", el("input", { type: "search", ".value": log.regex, ".oninput": refilter("regex"),
+        "aria-invalid": log.regex && !pattern(log.regex) ? "true" : null })),
       flag("Children too", { ".checked": Boolean(log.tree), ".onchange": refilter("tree") }),
       flag("Follow", { ".checked": log.follow, ".onchange": event => follow(event.target.checked) })),
     el("ol", { id: "log", key: log, ".own": true, ".onscroll": scrolled, tabindex: 0, "aria-label": "Log lines" }));
 }
 
+/* The expression is matched here, so that a slow one keeps nobody's app busy; null: it is none (yet). */
+function pattern(text) {
+  try {
+    return new RegExp(text, "i");
+  } catch {
+    return null;
+  }
+}
+
 function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
   if (data.missing) return;
-  const list = byId("log");
-  list.append(...log.fresh.splice(0).map(({ job_id, at, level, message }) => el("li", { "data-level": level },
+  const list = byId("log"), wanted = pattern(log.regex);
+  list.append(...log.fresh.splice(0).filter(({ message }) => !wanted || wanted.test(message)).map(({ job_id, at, level, message }) => el("li", { "data-level": level },
     when(at), " ", log.tree && [link(`jobs/${job_id}`, `#${job_id}`), " "], el("b", null, level), " ", message)));
   while (list.childElementCount > LOG_LINES) list.firstChild.remove();
   if (log.follow && toTheEnd) list.scrollTop = list.scrollHeight;
+}
+
+// Schedules -----------------------------------------------------------------------------------------------
+
+const loadSchedules = async (here, signal) => (await session(), get("api/schedules", signal));
+
+function drawSchedules({ data: { schedules } }) {
+  document.title = "Schedules - bgjobs";
+  return [
+    el("h1", { tabindex: -1 }, "Schedules"),
+    schedules.length ? el("table", { key: "table", class: "cards" },
+      el("thead", null, el("tr", null, ["Function", ...SCHEDULE_COLUMNS.map(([title]) => title), "Actions"]
+        .map(title => el("th", { scope: "col" }, title)))),
+      el("tbody", null, schedules.map(scheduleRow)))
+      : el("section", { key: "empty", class: "empty" },
+        el("p", null, "There are no schedules yet. This makes a job each night:"),
+        el("pre", null, 'bgjobs.every("30 2 * * *", clean_up, tz="UTC")')),
+  ];
+}
+
+const SCHEDULE_COLUMNS = [
+  ["Schedule", each => [el("code", null, each.schedule), each.tz && el("small", null, each.tz)]],
+  ["Next", each => each.next_at !== null ? [when(each.next_at), el("small", null, until(each.next_at))]
+    : each.paused ? "paused" : el("span", { class: "bad" }, "not in the code of any running process")],
+  ["Last", each => when(each.last_at)],
+  ["Last job", each => each.job_id && [link(`jobs/${each.job_id}`, `#${each.job_id}`), " ",
+    each.job_status ? status({ status: each.job_status }) : el("small", null, "removed since")]],
+  ["Runs", each => count(each.runs)],
+  ["Skipped", each => each.skipped > 0 && count(each.skipped)],
+];
+
+function until(at) {
+  const seconds = at - Date.now() / 1000;
+  return seconds > 0 ? `in ${span(Math.ceil(seconds))}` : "due";
+}
+
+function scheduleRow(each) {
+  const act = (label, name) => button(label, () => operateSchedule(name, each), { key: name, "aria-label": `${label}: ${nameOf(each)}` });
+  return el("tr", { key: each.id },
+    el("th", { scope: "row" }, el("span", { title: each.name }, nameOf(each))),
+    SCHEDULE_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each))),
+    el("td", { "data-label": "Actions" }, !readOnly && el("div", { class: "buttons" },
+      act("Run now", "run_now"), each.paused ? act("Resume", "resume") : act("Pause", "pause"), !each.registered && act("Remove", "remove"))));
+}
+
+async function operateSchedule(operation, { id, label, name }) {
+  if (operation === "remove" && !await confirmed(`Remove the schedule of ${label || name}?`,
+    "Its jobs stay. It comes back when the app registers it again.", "Yes, remove")) return;
+  try {
+    const { refused } = await post("api/schedules/" + operation, { ids: [id] });
+    say(refused.length ? refused[0].why : { run_now: "Submitted", pause: "Paused", resume: "Resumed", remove: "Removed" }[operation]);
+  } catch (error) {
+    say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
+  }
+  poll();
+}
+
+// Statistics ----------------------------------------------------------------------------------------------
+
+const WINDOWS = [["1h", "1 hour"], ["24h", "24 hours"], ["7d", "7 days"], ["30d", "30 days"]];
+const CHARTS = [          // title, the value of a part (or its average, with a band from least to most), how to say it
+  ["Created", part => part.created, count],
+  ["Failed", part => part.failed, count, "bad"],
+  ["Waiting", part => part.waiting, span],
+  ["Run time", part => part.running, span],
+];
+const CHART_WIDTH = 600, CHART_HEIGHT = 120;
+
+async function loadStatistics({ query }, signal) {
+  const asked = new URLSearchParams({ window: query.get("window") ?? "24h" });
+  if (query.has("name")) asked.set("name", query.get("name"));
+  return get("api/stats?" + asked, signal);
+}
+
+function drawStatistics({ query, data }) {
+  document.title = "Statistics - bgjobs";
+  const at = changes => "statistics" + withParam(query, changes);
+  return [
+    el("h1", { tabindex: -1 }, "Statistics", query.has("name") && [" of ", el("code", null, query.get("name"))]),
+    el("nav", { key: "windows", "aria-label": "Window" }, el("ul", { class: "tabs" }, WINDOWS.map(([window, label]) => el("li", null,
+      el("a", { href: BASE + at({ window }), "aria-current": data.window === window && "true" }, label))),
+    query.has("name") && el("li", null, link(at({ name: "" }), "All functions")))),
+    el("div", { key: "charts", class: "charts" }, CHARTS.map(chart => figure(data, ...chart))),
+    data.functions.length > 0 && section("Functions", el("table", { class: "cards" },
+      el("thead", null, el("tr", null, ["Function", ...FUNCTION_COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
+      el("tbody", null, data.functions.toSorted?.((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1)).map(each =>
+        el("tr", { key: each.name }, el("th", { scope: "row" }, link(at({ name: each.name }), each.name)),
+          FUNCTION_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each)))))))),
+  ];
+}
+
+const measured = value => value && `${span(value.avg)} (${span(value.min)} \u2013 ${span(value.max)})`;
+const FUNCTION_COLUMNS = [
+  ["Created", each => count(each.created)], ["Started", each => count(each.started)], ["Finished", each => count(each.finished)],
+  ["Failed", each => each.failed > 0 && el("b", { class: "bad" }, count(each.failed))],
+  ["Waiting", each => measured(each.waiting)], ["Run time", each => measured(each.running)],
+];
+
+const clock = (seconds, window) => {
+  const date = new Date(seconds * 1000), time = `${two(date.getHours())}:${two(date.getMinutes())}`;
+  return ["1h", "24h"].includes(window) ? time : `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${time}`;
+};
+
+function figure(data, title, valueOf, say, tone) {
+  const { parts, window } = data, isBand = title === "Waiting" || title === "Run time";
+  const values = parts.map(valueOf), most = Math.max(0, ...values.map(value => isBand ? value?.max ?? 0 : value));
+  const top = most || 1, step = CHART_WIDTH / parts.length, y = value => CHART_HEIGHT - value / top * (CHART_HEIGHT - 4);
+  const total = valueOf(data.total), at = here.pointed?.title === title ? Math.min(here.pointed.index, parts.length - 1) : null;
+  const text = index => `${clock(parts[index].at, window)} \u2013 ${clock(parts[index + 1]?.at ?? data.to, window)}: `
+    + (isBand ? measured(values[index]) ?? "no job" : say(values[index]));
+  const point = index => { here.pointed = index === null ? null : { title, index }; draw(); };
+  const follow = ({ currentTarget, clientX }) => {
+    const { left, width } = currentTarget.getBoundingClientRect();
+    point(Math.max(0, Math.min(parts.length - 1, Math.floor((clientX - left) / width * parts.length))));
+  };
+  const keys = { ArrowLeft: -1, ArrowRight: 1, Home: -parts.length, End: parts.length };
+  const move = event => {
+    if (!(event.key in keys)) return;
+    event.preventDefault();
+    point(Math.max(0, Math.min(parts.length - 1, (at ?? parts.length) + keys[event.key])));
+  };
+  return el("figure", { key: title },
+    el("figcaption", null, el("b", null, title), " ", el("small", { role: "status" }, at !== null ? text(at)
+      : isBand ? total ? `${measured(total)}` : "no job" : `${say(total)} in all`)),
+    el("div", { class: "chart" },
+      el("small", { class: "most", "aria-hidden": "true" }, most ? say(most) : ""),
+      svg("svg", { viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, preserveAspectRatio: "none", tabindex: 0, role: "img", class: tone,
+        "aria-label": `${title}, ${isBand ? measured(total) ?? "no job" : `${say(total)} in all`}. Arrow keys read the parts.`,
+        ".onpointermove": follow, ".onpointerleave": () => point(null), ".onkeydown": move, ".onblur": () => point(null) },
+      at !== null && svg("rect", { key: "at", class: "at", x: at * step, y: 0, width: step, height: CHART_HEIGHT }),
+      isBand ? bands(values, step, y) : values.map((value, index) => value > 0 && svg("rect", { key: index, class: "bar",
+        x: index * step + step * 0.1, width: step * 0.8, y: y(value), height: CHART_HEIGHT - y(value) })),
+      svg("line", { key: "base", class: "base", x1: 0, x2: CHART_WIDTH, y1: CHART_HEIGHT, y2: CHART_HEIGHT }))),
+    el("div", { class: "axis", "aria-hidden": "true" }, el("small", null, clock(data.from, window)), el("small", null, clock(data.to, window))),
+    el("details", null, el("summary", null, "Data"), el("table", null,
+      el("thead", null, el("tr", null, ["From", title].map(name => el("th", { scope: "col" }, name)))),
+      el("tbody", null, parts.map((part, index) => [part, values[index]]).filter(([, value]) => value).map(([part, value]) =>
+        el("tr", { key: part.at }, el("th", { scope: "row" }, clock(part.at, window)), el("td", null, isBand ? measured(value) : say(value))))))));
+}
+
+/* For each run of parts that have values: a band from the least to the most, and a line through the averages. */
+function bands(values, step, y) {
+  const runsOf = [];
+  values.forEach((value, index) => {
+    if (!value) return;
+    if (index === 0 || !values[index - 1]) runsOf.push([]);
+    runsOf.at(-1).push([index, value]);
+  });
+  return runsOf.map(run => {
+    const edges = (name, list = run) => list.flatMap(([index, value]) => [[index, value], [index + 1, value]])
+      .map(([x, value]) => `${x * step},${y(value[name])}`);
+    const [first] = run[0];
+    return svg("g", { key: first },
+      svg("path", { class: "band", d: `M${edges("max").join("L")}L${edges("min").reverse().join("L")}Z` }),
+      svg("path", { class: "mean", d: `M${edges("avg").join("L")}` }));
+  });
 }
 
 // Where we are, and keeping it current --------------------------------------------------------------------
@@ -6470,8 +6723,10 @@ function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
 const VIEWS = [
   { route: /^$/, under: "Jobs", load: loadList, draw: drawList },
   { route: /^jobs\/(\d+)$/, under: "Jobs", load: loadJob, draw: drawJob, drawn: drawLines },
+  { route: /^statistics$/, under: "Statistics", load: loadStatistics, draw: drawStatistics },
+  { route: /^schedules$/, under: "Schedules", load: loadSchedules, draw: drawSchedules },
 ];
-const NAVIGATION = [["Jobs", ""]];
+const NAVIGATION = [["Jobs", ""], ["Statistics", "statistics"], ["Schedules", "schedules"]];
 
 let here = null;                       // { view, args, query, data } of the address in the bar
 let polling = null, timer = null;
@@ -6486,6 +6741,7 @@ function routeOf(pathname) {
 function visit({ typed = false, scroll = 0 } = {}) {
   const first = here === null;
   here = { ...routeOf(location.pathname) ?? routeOf(BASE), query: new URLSearchParams(location.search), data: null };
+  everything = false;
   if (!typed) selected.clear(), say("");
   byId("main").setAttribute("aria-busy", "true");
   here.arrive = () => {
@@ -6563,7 +6819,7 @@ _SECURITY_HEADERS = [
      "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache")]
-_REASONS = {200: "OK", 304: "Not Modified", 308: "Permanent Redirect", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+_REASONS = {200: "OK", 304: "Not Modified", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
             409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
             421: "Misdirected Request", 500: "Internal Server Error", 503: "Service Unavailable"}
 
@@ -6577,11 +6833,19 @@ class _Refused(Exception):
 
 
 class Page:
-    """The status page of a runner, as a WSGI app. `hosts`: the Host names it answers to besides loopback ones."""
+    """The status page of a runner, as a WSGI app; the options are those of Runner.serve."""
 
-    def __init__(self, runner: Runner, *, read_only: bool = False, hosts: Iterable[str] = ()) -> None:
+    def __init__(self, runner: Runner, *, read_only: bool = False, hosts: Iterable[str] = (), password: str | None = None,
+                 authorize: Callable[[dict[str, Any]], str | None] | None = None) -> None:
         import secrets
-        self._runner, self._read_only = runner, read_only
+        if password is not None and (not isinstance(password, str) or not password):
+            raise ValueError("password must be a text that is not empty")
+        if isinstance(hosts, str):
+            raise ValueError(f"hosts must be a list of names, got {_short(hosts)}")
+        if authorize is not None and not callable(authorize):
+            raise ValueError(f"authorize must be a function of the request, got {_short(authorize)}")
+        self._runner, self._read_only, self._password, self._authorize = runner, read_only, password, authorize
+        self.is_guarded = password is not None or authorize is not None
         self._hosts = {host.lower() for host in hosts}
         self._port: int | None = None                     # of our own server: then the Host header must name it
         self._token = secrets.token_urlsafe(32)
@@ -6596,12 +6860,15 @@ class Page:
         except Exception:
             _log.exception("the status page failed on %s", environ.get("PATH_INFO", "")[:200])
             status, kind, body = 500, "application/json", _json_bytes({"error": "internal error; see the app's log"})
-        start_response(f"{status} {_REASONS[status]}", [("Content-Type", f"{kind}; charset=utf-8"),
-                       ("Content-Length", str(len(body))), *headers, *_SECURITY_HEADERS])
-        return [b"" if environ.get("REQUEST_METHOD") == "HEAD" else body]
+        if isinstance(body, bytes):
+            headers.append(("Content-Length", str(len(body))))
+        start_response(f"{status} {_REASONS[status]}", [("Content-Type", f"{kind}; charset=utf-8"), *headers, *_SECURITY_HEADERS])
+        if environ.get("REQUEST_METHOD") == "HEAD":
+            return [b""]
+        return [body] if isinstance(body, bytes) else body
 
-    def _answer(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes]:
-        """Return status, content type and body. Raises _Refused."""
+    def _answer(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes | Iterator[bytes]]:
+        """Return status, content type and body, one that comes piece by piece as an iterator. Raises _Refused."""
         origin = self._check_host(environ)
         if environ.get("PATH_INFO", "") == "" and environ.get("SCRIPT_NAME"):     # mounted, and asked for without the last slash
             from urllib.parse import quote
@@ -6609,12 +6876,13 @@ class Page:
             return 308, "text/plain", b""
         path = environ.get("PATH_INFO", "").lstrip("/")
         method = environ.get("REQUEST_METHOD", "GET")
+        user = "" if path == "healthz" else self._user(environ, headers)
         if path.startswith("api/"):
             self._check_origin(environ, origin)
             parts = path.split("/")[1:]
             if method == "POST":
                 self._check_token(environ, origin)
-                return 200, "application/json", _json_bytes(self._post(parts, _read_json(environ), "web"))
+                return 200, "application/json", _json_bytes(self._post(parts, _read_json(environ), user))
         if method not in ("GET", "HEAD"):
             raise _Refused(405, f"{method} is not allowed here")
         if path.startswith("api/"):
@@ -6629,7 +6897,7 @@ class Page:
             return 200, "text/css", PAGE_CSS.encode()
         if asset == "page.js":
             return 200, "text/javascript", PAGE_JS.encode()
-        if path == "" or path != asset and asset.isascii() and asset.isdigit():
+        if path in ("", "statistics", "schedules") or path != asset and asset.isascii() and asset.isdigit():
             return 200, "text/html", PAGE_HTML.encode()
         raise _Refused(404, "there is no such page")
 
@@ -6639,11 +6907,33 @@ class Page:
         """Return the origin that is ours by the Host header. _Refused: it is missing, doubled, or a stranger's."""
         host = environ.get("HTTP_HOST", "").lower()
         name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdigit() else (host, "", "")
-        ours = name in _LOOPBACK and (self._port is None or port == str(self._port)) or host in self._hosts or name in self._hosts
-        if not ours:
-            raise _Refused(421, "this host name is not answered; an app that mounts the page under its own name passes "
-                                "hosts=[name] to wsgi()")
+        # An address, or this machine's own name, cannot be made to lead here by somebody else's DNS.
+        own = name in _LOOPBACK or self.is_guarded and (_is_address(name.strip("[]")) or name == _host_name())
+        if not (own and (self._port is None or port == str(self._port)) or host in self._hosts or name in self._hosts):
+            raise _Refused(421, "this host name is not answered; a page that is reached by another name gets hosts=[name]")
         return f"{environ.get('wsgi.url_scheme', 'http')}://{host}"
+
+    def _user(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> str:
+        """Return who asks, a name for the job log. _Refused: somebody who may not."""
+        import base64
+        import hmac
+        if self._authorize is not None:
+            user = self._authorize(environ)
+            if user is None:
+                raise _Refused(403, "you may not see this page")
+            return _text(str(user), 200)
+        if self._password is None:
+            return "web"
+        kind, _, coded = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        try:
+            given = base64.b64decode(coded, validate=True) if kind.lower() == "basic" else b":"
+        except ValueError:
+            given = b":"
+        name, _, password = given.partition(b":")
+        if not hmac.compare_digest(password, self._password.encode()):
+            headers.append(("WWW-Authenticate", 'Basic realm="bgjobs", charset="UTF-8"'))
+            raise _Refused(401, "this page needs its password")
+        return _text(name.decode("utf-8", "replace"), 200) or "web"
 
     def _check_origin(self, environ: dict[str, Any], origin: str) -> None:
         if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
@@ -6671,10 +6961,13 @@ class Page:
                                                          "version": __version__})
         minute = f"-{int(time.time() // 60)}" if parts == ["stats"] else ""      # its windows move on
         tag = f'W/"{self._boot}-{self._runner._store.version()}{minute}"'
-        headers.append(("ETag", tag))
+        if parts[-1] != "stack":                          # which moves on without a commit
+            headers.append(("ETag", tag))
         if environ.get("HTTP_IF_NONE_MATCH") == tag:
             return 304, "application/json", b""
         query = _query(environ.get("QUERY_STRING", ""))
+        if parts == ["export"]:
+            return self._export(query, headers)
         if parts == ["jobs"]:
             return 200, "application/json", _json_bytes(self._list(query, headers))
         if parts == ["stats"]:
@@ -6713,6 +7006,57 @@ class Page:
         headers.append(("X-Bgjobs-At-Least", ",".join(unsure)))      # the statuses whose counts went out of time
         return {"jobs": infos, "next": following, "counts": counts}
 
+    def _export(self, query: dict[str, str], headers: list[tuple[str, str]]) -> tuple[int, str, Iterator[bytes]]:
+        """Answer with all jobs that pass the filters, page by page."""
+        import csv
+        import io
+        form = query.pop("format", "csv")
+        if form not in ("csv", "json"):
+            raise _Refused(400, f"format must be csv or json, got {_short(form)}")
+        if {"before", "limit"} & set(query):
+            raise _Refused(400, "an export has all that match: before and limit have no place in it")
+        filters, runner = _filters(query), self._runner
+        pages = self._pages(filters)
+        first = next(pages)                               # a bad filter is refused before the answer begins
+        headers[:] = [header for header in headers if header[0] != "ETag"]
+        headers.append(("Content-Disposition", f'attachment; filename="jobs.{form}"'))
+
+        def cell(value: Any) -> Any:
+            if isinstance(value, (dict, list)):
+                value = _dump(value)
+            return "'" + value if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value      # no formula of a stranger's
+
+        def pieces() -> Iterator[bytes]:
+            begun = False
+            for rows in itertools.chain([first], pages):
+                infos = [self._shown(describe(row, runner._clock(), runner._usual)) for row in rows]
+                text = io.StringIO()
+                if form == "json":
+                    text.writelines(f"{',' if begun or n else '['}\n{_dump(info)}" for n, info in enumerate(infos))
+                elif infos:
+                    table = csv.writer(text)
+                    if not begun:
+                        table.writerow(infos[0])
+                    table.writerows([cell(value) for value in info.values()] for info in infos)
+                begun |= bool(infos)
+                yield text.getvalue().encode()
+            if form == "json":
+                yield b"\n]\n" if begun else b"[]\n"
+        return 200, "text/csv" if form == "csv" else "application/json", pieces()
+
+    def _pages(self, filters: dict[str, Any]) -> Iterator[list[sqlite3.Row]]:
+        """Yield all rows that pass, newest first, 500 at a time. _Refused: a bad filter."""
+        before = None
+        while True:
+            try:
+                rows = self._runner._store.find(filters, 500, before)
+            except (TypeError, ValueError) as error:
+                raise _Refused(400, str(error)) from None
+            yield rows
+            if len(rows) < 500:
+                return
+            before = rows[-1]["id"]
+
     def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "operations": []} if self._read_only else info
 
@@ -6737,26 +7081,30 @@ class Page:
     # operating
 
     def _post(self, parts: list[str], body: Any, by: str) -> dict[str, Any]:
-        operation = parts[1] if len(parts) == 2 and parts[0] == "jobs" else ""
-        if operation not in TRANSITIONS:
-            raise _Refused(404, f"there is no such operation; there are {', '.join(TRANSITIONS)}")
-        if not isinstance(body, dict) or len(body) != 1 or not set(body) <= {"ids", "filter"}:
-            raise _Refused(400, 'the body must be {"ids": [...]} or {"filter": {...}}')
+        kind, operation = parts if len(parts) == 2 else ("", "")
+        operations = {"jobs": tuple(TRANSITIONS), "schedules": ("pause", "resume", "run_now", "remove")}.get(kind, ())
+        if operation not in operations:
+            raise _Refused(404, f"there is no such operation; there are {', '.join(operations or TRANSITIONS)}")
+        if not isinstance(body, dict) or len(body) != 1 or not set(body) <= {"ids", "filter"} or kind == "schedules" and "filter" in body:
+            raise _Refused(400, 'the body must be {"ids": [...]}' + (' or {"filter": {...}}' if kind == "jobs" else ""))
         if "ids" in body:
             ids = body["ids"]
             if not isinstance(ids, list) or not all(type(i) is int and 0 < i < 1 << 63 for i in ids):
-                raise _Refused(400, "ids must be a list of job ids")
+                raise _Refused(400, f"ids must be a list of {kind[:-1]} ids")
         else:
             ids = self._matching(body["filter"])
         done, refused = [], []
-        for job_id in ids:
+        for each in ids:
             try:
-                self._runner._operate(operation, job_id, by)
-                done.append(job_id)
+                if kind == "jobs":
+                    self._runner._operate(operation, each, by)
+                else:
+                    Schedule(self._runner, each)._operate(operation)
+                done.append(each)
             except InvalidOperation as error:
-                refused.append({"id": job_id, "why": str(error)})
+                refused.append({"id": each, "why": str(error)})
             except KeyError:
-                refused.append({"id": job_id, "why": f"there is no job {job_id}"})
+                refused.append({"id": each, "why": f"there is no {kind[:-1]} {each}"})
         answer = {"done": done, "refused": refused}
         if "ids" in body and len(ids) == 1 and refused:
             raise _Refused(404 if refused[0]["why"].startswith("there is no") else 409, refused[0]["why"], answer)
@@ -6770,16 +7118,21 @@ class Page:
             raise _Refused(400, "an operation applies to all that match: before and limit have no place in its filter")
         filters = _filters({name: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
                             for name, value in given.items() if value is not None or name == "parent"})
-        before = None
-        while True:
-            try:
-                rows = self._runner._store.find(filters, 500, before)
-            except (TypeError, ValueError) as error:
-                raise _Refused(400, str(error)) from None
+        for rows in self._pages(filters):
             yield from [row["id"] for row in rows]
-            if len(rows) < 500:
-                return
-            before = rows[-1]["id"]
+
+
+def _is_address(name: str) -> bool:
+    import ipaddress
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return False
+
+
+def _host_name() -> str:
+    import socket
+    return socket.gethostname().lower()
 
 
 def _json_bytes(value: Any) -> bytes:
@@ -6849,10 +7202,8 @@ def serve_page(page: Page, host: str, port: int) -> str:
     from socketserver import ThreadingMixIn
     from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        raise ValueError(f"host must be a loopback address, got {host!r}: the page has no password yet; mount wsgi() behind "
-                         "your app's own authentication instead")
-
+    if host not in ("127.0.0.1", "localhost", "::1") and not page.is_guarded:
+        raise ValueError(f"host must be a loopback address, got {host!r}, unless password= or authorize= says who may come")
     if not 0 <= port < 65_536:
         raise ValueError(f"port must be 0 to 65535, got {port}")
 
@@ -6902,7 +7253,7 @@ def serve_page(page: Page, host: str, port: int) -> str:
 
     class Server(ThreadingMixIn, WSGIServer):
         daemon_threads, allow_reuse_address, request_queue_size = True, os.name != "nt", 64
-        address_family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         free = threading.BoundedSemaphore(CONNECTION_LIMIT)
 
         def server_bind(self) -> None:
@@ -6936,7 +7287,7 @@ def serve_page(page: Page, host: str, port: int) -> str:
     server.set_app(page)
     threading.Thread(target=server.serve_forever, args=(0.1,), name="bgjobs-page", daemon=True).start()
     page._runner._servers.append(server)
-    name = "[::1]" if host == "::1" else host
+    name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{server.server_port}/"
 
 
@@ -7308,7 +7659,7 @@ def _stats(args: Any) -> int:
 
 def _serve(args: Any) -> int:
     with _opened(args) as runner:
-        url = runner.serve(args.host, args.port, read_only=args.read_only)
+        url = runner.serve(args.host, args.port, read_only=args.read_only, password=os.environ.get("BGJOBS_PASSWORD") or None)
         if not url:
             raise BgjobsError(f"port {args.port} is taken; give another with --port, or 0 for a free one")
         print(f"Status page: {url}   Ctrl-C ends it", flush=True)
@@ -7533,7 +7884,7 @@ def main(arguments: list[str] | None = None) -> int:
     stats.add_argument("--name", help="of one function")
     with_file(stats)
     serve = command("serve", _serve, "Serve the status page of a job file, until Ctrl-C.")
-    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD")
     serve.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0: a free one")
     serve.add_argument("--read-only", action="store_true", help="without operations")
     with_file(serve, json=False)
