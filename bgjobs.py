@@ -5776,7 +5776,7 @@ PAGE_HTML = r'''<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>bgjobs</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
+<link id="icon" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="page.css">
 <script src="page.js" defer></script>
 </head>
@@ -5973,6 +5973,7 @@ td .buttons { margin: 0; }
   td[data-label]:not([data-label=Status], [data-label=Progress], [data-label=Actions])::before { content: attr(data-label) " "; color: var(--quiet); }
   td[data-label=Status] { order: 1; flex: 0 0 8rem; text-align: right; white-space: normal; }
   td[data-label=Progress] { order: 1; flex: 1 1 100%; }
+  td[data-label=Progress]:has(> small) { display: none; }
   td .progress { flex-direction: row; align-items: center; }
   td progress { flex: 0 1 20rem; }
   td[data-label=Actions] { flex: 1 1 100%; padding: 0.25rem 0; }
@@ -6176,7 +6177,7 @@ function childrenOf({ children: { total, done, failed, running } }) {
 
 const status = job => el("span", { class: "status", "data-status": job.status }, job.status);
 
-const progress = job => job.progress === null ? eta(job) : el("div", { class: "progress", title: job.message },
+const progress = job => job.progress === null ? eta(job) : job.status === "finished" ? el("small", null, "100%") : el("div", { class: "progress", title: job.message },
   el("progress", { max: 1, value: job.progress, "aria-label": `Progress of job ${job.id}` }),
   el("small", null, [percent(job.progress), eta(job)].filter(Boolean).join(", ")));
 
@@ -6374,6 +6375,7 @@ function drawList({ query, data: { jobs, next, counts, atLeast } }) {
   const filtered = [...query.keys()].length > 0, parent = query.get("parent");
   const busy = ["running", "failed"].filter(name => counts[name]).map(name => `${count(counts[name])} ${name}`);
   document.title = `${busy.join(", ") || "Jobs"} - bgjobs`;
+  markIcon(counts);
   const isPart = next !== null && jobs.length < PAGE;    // the time was up
   const nothingMatches = el("p", { key: "empty", class: "empty" },
     isPart ? `None of the jobs from #${next} on matches. ` : "No job matches the filters. ", link("", "Show all jobs"));
@@ -6389,6 +6391,16 @@ function drawList({ query, data: { jobs, next, counts, atLeast } }) {
         ["csv", "json"].map(format => el("a", { href: `${BASE}api/export?${new URLSearchParams({ ...filterOf(query), format })}`,
           download: "" }, format.toUpperCase()))]),
   ];
+}
+
+/* A dot on the tab's icon: red for failed jobs, green for running ones. */
+let bareIcon;
+function markIcon(counts) {
+  const icon = byId("icon"), colour = counts.failed ? "%23ff5a4f" : counts.running ? "%2344c767" : null;
+  bareIcon ??= icon.getAttribute("href");
+  const dot = colour ? `%3Ccircle cx='12' cy='12' r='4' fill='${colour}' stroke='%23fff'/%3E` : "";
+  const href = bareIcon.replace("%3C/svg%3E", dot + "%3C/svg%3E");
+  if (icon.getAttribute("href") !== href) icon.setAttribute("href", href);
 }
 
 function tabs(query, counts, atLeast) {
@@ -7076,7 +7088,9 @@ class Page:
         """Return where a job's thread in this process is now."""
         attempt = self._runner._attempts.get(job_id)
         frame = sys._current_frames().get(attempt.thread) if attempt is not None and attempt.thread else None
-        return None if frame is None else "".join(traceback.format_stack(frame))
+        frames = traceback.extract_stack(frame) if frame is not None else []
+        begun = max((i for i, each in enumerate(frames) if each.name == "_call" and each.filename == __file__), default=None)
+        return None if begun is None else "".join(traceback.format_list(frames[begun + 1:])) or None      # from the job's function on
 
     # operating
 
