@@ -1920,7 +1920,8 @@ class TestStore:
                         bgjobs.time.sleep(0.01)
                 """, path)
             finish(process)
-        assert "its process died under it 3 times" in bad[0].error and bad[0].attempt == 3
+        assert "its process died under it 3 times" in bad[0].error
+        assert 3 <= bad[0].attempt <= 3 * killers            # a death beside the other one is not held against it once that is convicted
         with pytest.raises(bgjobs.JobFailed, match="died under it 3 times"):
             bad[0].result(1)
         runner = make(max_workers=4)
