@@ -1062,6 +1062,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
         level INTEGER NOT NULL, message TEXT NOT NULL)""",
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
+    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did not end it.
+    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+        outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
     # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up to
     # which the statistics have counted what was created.
     "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL, counted_id INTEGER NOT NULL)",
@@ -1151,7 +1154,7 @@ SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM t
     AND j.parent_id IS NOT NULL)
     SELECT j.id, j.parent_id, j.root_id, j.name, j.status, j.returned, j.options, j.system, j.low_priority, j.queue,
     j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge, j.max_running,
-    j.deaths, j.started_at
+    j.deaths, j.started_at, j.attempt
     FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
 MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, goes_on = 0, phase = :phase,
     finished_at = :finished_at, since = :since, duration = duration + :ran, charge = :charge,
@@ -1167,6 +1170,10 @@ ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0, died_with = NULL WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
+DELETE_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ?"
+INSERT_ATTEMPT = "INSERT OR IGNORE INTO bgjobs_attempts VALUES (:id, :number, :started_at, :ended_at, :outcome, :error)"
+TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :keep"
+ATTEMPTS = "SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts WHERE job_id = :id ORDER BY number"
 NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
 # One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON array of
@@ -1618,7 +1625,7 @@ class Transaction:
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
         self.apply()                                    # the children that this transaction submitted count
-        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children]
+        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children and a.number == 1]
         if plain:
             rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
             if self.executemany(FINISH, rows).rowcount == len(rows):
@@ -1631,7 +1638,7 @@ class Transaction:
                     elif self.execute(JUST_FINISHED, (attempt.id, attempt.number, self.now)).fetchone():
                         self._ended(attempt)
         for attempt in attempts:
-            if attempt.outcome != RETURNED or attempt.has_children:
+            if attempt.outcome != RETURNED or attempt.has_children or attempt.number > 1:
                 self._end(attempt)
 
     def finish_superseded(self, attempt: Attempt) -> bool:
@@ -1697,6 +1704,9 @@ class Transaction:
                 self.trees.append((attempt.name, row["duration"] + attempt.ran))
         if status == RUNNING:
             end["since"] = self.now
+        if not end["unspent"] and (attempt.number > 1 or not end["returned"]):
+            word = "timed out" if outcome == RAISED and attempt.reason == TIMED_OUT else OUTCOMES[outcome]
+            self._keep_attempt(attempt.id, attempt.number, row["since"], word, attempt.error)
         self.execute(END_ATTEMPT, {**end, "status": status})
         self._free_slots(attempt.name, attempt.max_running, attempt.deaths)
         root_id = attempt.root_id or attempt.id
@@ -1704,6 +1714,14 @@ class Transaction:
         self._moved(attempt.id, attempt.parent_id, found[0], status, progress)
         if end["queue"] is not None:
             self._wake(root_id, end["queue"])
+
+    def _keep_attempt(self, job_id: int, number: int, started_at: float | None, outcome: str, error: str | None) -> None:
+        """Keep, for people, what became of an attempt; error is one of dump_error."""
+        said = json.loads(error) if error else {}
+        self.execute(INSERT_ATTEMPT, {"id": job_id, "number": number, "started_at": started_at, "ended_at": self.now, "outcome": outcome,
+                                      "error": _text(f"{said['type']}: {said['text']}", 500) if said else None})
+        if number > ATTEMPTS_A_JOB:
+            self.execute(TRIM_ATTEMPTS, {"id": job_id, "number": number, "keep": ATTEMPTS_A_JOB})
 
     def _moved(self, job_id: int, parent_id: int | None, old: str, new: str, progress: float | None) -> None:
         """Count a change of status for the ancestors."""
@@ -1876,6 +1894,7 @@ class Transaction:
             if new == STOPPED:
                 since = None
                 if not row["returned"]:
+                    self._keep_attempt(row["id"], row["attempt"], row["since"], "force-stopped", None)
                     self._change(root_id).charge += int(ran * 1e6) - row["charge"]
                     self._free_slots(row["name"], row["max_running"], row["deaths"])
         if operation == "resume" and row["returned"] and status == STOPPED:
@@ -1917,6 +1936,7 @@ class Transaction:
         self.over += [row["id"] for row in descendants]  # who waits for one of them learns that it is gone
         self.executemany(DELETE_JOB, ids)
         self.executemany(DELETE_LOGS, ids)
+        self.executemany(DELETE_ATTEMPTS, ids)
         self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
         self._count(top["parent_id"], -top["done"], -top["failed"], -top["running"], -top["tree_progress"], -top["total"])
 
@@ -2022,8 +2042,9 @@ class Transaction:
 
     def take_back(self, owned: tuple[Any, ...], why: str, until: float, died: bool = False) -> None:
         """Supersede the attempt of a job, a row of OWNED, that ran until then: running to pending, stopping to stopped."""
-        job_id, parent_id, root_id, status, _, low, since, charge, options, name, max_running = owned
+        job_id, parent_id, root_id, status, number, low, since, charge, options, name, max_running = owned
         self.apply()
+        self._keep_attempt(job_id, number, since, "interrupted" if died else "given back", None)
         row = self._row(job_id)
         deaths = row["deaths"]
         new, error = (STOPPED if status == STOPPING and not row["goes_on"] else PENDING), None
@@ -2068,6 +2089,7 @@ class Transaction:
             self.over += [job_id for job_id, in ids]
             self.executemany(DELETE_JOB, ids)
             self.executemany(DELETE_LOGS, ids)
+            self.executemany(DELETE_ATTEMPTS, ids)
             self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
         return len(ids)
 
@@ -3470,6 +3492,7 @@ _outside = JobContext()
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"           # outcomes of an attempt's function;
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one that is given back: begun, not begun, unknown here
 TIMED_OUT = "timed out"                                              # the reason to stop one; it ends as RAISED
+OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}       # in words
 
 
 class Attempt(JobContext):
@@ -4054,6 +4077,7 @@ SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait 
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
 STANDING_CLOCK_SECONDS = 5.0   # then a job that waits, in drain, for another time is an error
+ATTEMPTS_A_JOB = 100       # that are kept, for people to see
 LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}     # seconds that jobs are kept once they are over, cancelled as finished
 PRUNE_IDS = 2_000          # ids that one transaction of a prune looks at
@@ -4686,6 +4710,16 @@ class Runner(Submitter, Executor):
             return describe(self._store.row(job_id), self._clock(), self._usual)
         except KeyError:
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
+
+    def _attempts_of(self, job_id: int) -> list[dict[str, Any]]:
+        """Return what is known of a job's attempts, oldest first. The last is told by the job itself, unless something followed."""
+        row = self._store.row(job_id)
+        kept = [dict(each) for each in self._store.read(ATTEMPTS, {"id": job_id})]
+        if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
+            is_active = row["status"] in ACTIVE and not row["returned"]
+            kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
+                         "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
+        return kept
 
     def _usual(self, name: str) -> float | None:
         """Return how many seconds jobs of this name have taken lately, here or in another process."""
@@ -6480,20 +6514,20 @@ async function loadJob(here, signal) {
   const asked = new URLSearchParams({ limit: LOG_PAGE });
   for (const name of ["after", "level", "text", "tree"]) if (log[name]) asked.set(name, log[name]);
   try {
-    const [job, { logs }] = await Promise.all(
-      [get("api/jobs/" + id, signal), get(`api/jobs/${id}/logs?${asked}`, signal)]);
+    const [job, { logs }, { attempts }] = await Promise.all([get("api/jobs/" + id, signal),
+      get(`api/jobs/${id}/logs?${asked}`, signal), get(`api/jobs/${id}/attempts`, signal)]);
     await loadOpened([job], "job/", signal);
     const stack = runs(job) && (here.stack ?? job.status === "stopping") ? (await get(`api/jobs/${id}/stack`, signal)).stack : null;
     log.fresh.push(...logs);
     log.after = logs.at(-1)?.id ?? log.after;
-    return { job, stack };
+    return { job, stack, attempts };
   } catch (error) {
     if (error.status === 404) return { missing: error.message };
     throw error;
   }
 }
 
-function drawJob({ data: { job, stack, missing }, log }) {
+function drawJob({ data: { job, stack, attempts, missing }, log }) {
   if (missing) return [el("h1", { tabindex: -1 }, "No such job"), el("p", null, missing, " ", link("", "All jobs"))];
   shown.set(job.id, job);
   const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
@@ -6515,10 +6549,22 @@ function drawJob({ data: { job, stack, missing }, log }) {
       isThere(value) && el("div", { key: title }, el("dt", null, title), el("dd", null, value)))),
     el("div", { key: "values", class: "values" }, BLOCKS.map(([name, title]) => !isEmpty(job[name])
       && section(title, el("pre", { tabindex: 0 }, JSON.stringify(job[name], null, 2))))),
+    attempts.length > 1 && section("Attempts", attemptTable(attempts)),
     kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path, kids))),
     logSection(log),
   ];
 }
+
+const ATTEMPT_COLUMNS = [
+  ["Start", each => when(each.started_at, true)], ["End", each => when(each.ended_at, true)],
+  ["Took", each => each.started_at !== null && span((each.ended_at ?? Date.now() / 1000) - each.started_at)],
+  ["Outcome", each => each.outcome ?? "under way"], ["Error", each => each.error && el("code", null, each.error)],
+];
+
+const attemptTable = attempts => el("table", { class: "cards" },
+  el("thead", null, el("tr", null, ["Attempt", ...ATTEMPT_COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
+  el("tbody", null, attempts.map(each => el("tr", { key: each.attempt }, el("th", { scope: "row" }, String(each.attempt)),
+    ATTEMPT_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each)))))));
 
 /* Why is it still stopping? Here is where its thread is. */
 function stackSection(job, stack) {
@@ -7001,6 +7047,8 @@ class Page:
                 return 200, "application/json", _json_bytes(self._shown(info))
             if parts[2] == "logs":
                 return 200, "application/json", _json_bytes({"logs": self._log_lines(job_id, query)})
+            if parts[2] == "attempts":
+                return 200, "application/json", _json_bytes({"attempts": self._runner._attempts_of(job_id)})
             if parts[2] == "stack":
                 return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
         raise _Refused(404, "there is no such resource")

@@ -236,7 +236,7 @@ def kill_me(effects, count):
     job = bgjobs.current_job()
     with open(effects, "a") as file:
         file.write(f"{job.id} {job.attempt}\n")
-    for n in job.each(range(job.state or 0, 3)):
+    for n in job.each(range(3)):
         if count:
             bgjobs.options(key=str(n)).submit(kill_me, effects, 0).result()
         job.checkpoint(state=n)
@@ -1821,7 +1821,7 @@ class TestStore:
                         if job.status == "failed":
                             assert "died under it 3 times" in job.error, job.info()
                         else:
-                            assert job.status == "finished" and runs and job.state == 2
+                            assert job.status == "finished" and runs and job.state == 2, (job.info(), runs)
                     print(len(jobs), sum(job.attempt > 1 for job in jobs.values()), sum(job.status == "failed" for job in jobs.values()))
                     sys.stdout.flush()
 
@@ -5522,6 +5522,40 @@ class TestPage:
         for bad in ("format=xml", "limit=5", "status=odd", "nonsense=1"):
             visitor.get(f"api/export?{bad}", 400)
 
+    def test_the_attempts_of_a_job_are_told_one_by_one(self, make, monkeypatch):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        page = Visitor(idle.serve(port=0))
+
+        def told(job):
+            return [(each["attempt"], each["outcome"], each["error"]) for each in page.get(f"api/jobs/{job.id}/attempts")["attempts"]]
+        plain = idle.submit(add, 1)
+        assert told(plain) == []
+        idle.drain()
+        assert told(plain) == [(1, "finished", None)] and rows(idle, "SELECT * FROM bgjobs_attempts") == []
+        retried = idle.options(retries=2, backoff=0).submit(fail_until, 3)
+        idle.drain()
+        assert [outcome for _, outcome, _ in told(retried)] == ["failed", "failed", "finished"]
+        assert "Error" in told(retried)[0][2]
+        plain.restart()
+        attempt, = claimed(idle, 1)
+        assert told(plain)[-1] == (2, None, None)
+        plain.stop()
+        plain.force_stop()
+        assert told(plain) == [(2, "force-stopped", None)]
+        plain.resume()
+        claimed(idle, 1)
+        idle._store.write(lambda tx: tx.recover(idle._id))
+        idle.drain()
+        assert [each[:2] for each in told(plain)] == [(2, "force-stopped"), (3, "interrupted"), (4, "finished")]
+        monkeypatch.setattr(bgjobs, "ATTEMPTS_A_JOB", 2)
+        plain.restart()
+        idle.drain()
+        assert [each[0] for each in told(plain)] == [4, 5]
+        clock.now += 1_000
+        idle.prune(0, 0)
+        assert rows(idle, "SELECT * FROM bgjobs_attempts") == []
+
     def test_schedules_are_operated(self, idle):
         visitor = Visitor(idle.serve(port=0))
         schedule = idle.every("1h", add, 1)
@@ -5638,7 +5672,7 @@ class TestInTheBrowser:
         wait_for(lambda: job.status == "stopped" and "stop by web" in browser.text())
         gate("count").set()
         browser.click("Resume")
-        wait_for(lambda: job.status == "finished" and "finished" in browser.text())
+        wait_for(lambda: job.status == "finished" and "Attempts" in browser.text())
         browser.run("history.back()")
         wait_for(lambda: "Create date" in browser.text())
         assert browser.run("return document.title") != "hacked"
