@@ -3853,10 +3853,18 @@ def submit_through():
     gate("submit through").wait(20)
 
 
+committed_through = []
+
+
 def submit_and_commit(path, options):
-    db = sqlite3.connect(path, **options)
-    bgjobs.options(connection=db).submit(add, 1)
-    db.commit()
+    committed_through.append(sqlite3.connect(path, **options))
+    bgjobs.options(connection=committed_through[-1]).submit(add, 1)
+    committed_through[-1].commit()
+
+
+def close_those():
+    while committed_through:
+        committed_through.pop().close()
 
 
 shared_connections = []
@@ -3890,9 +3898,11 @@ class TestConnection:
         db.commit()
         assert job.result(10) is None and db.execute("SELECT count(*) FROM orders").fetchone() == (2,)
 
-    def test_what_a_job_committed_is_no_lost_transaction_in_any_mode(self, runner, path, caplog):
+    def test_what_a_job_committed_is_no_lost_transaction_in_any_mode(self, make, path, caplog):
+        runner = make(max_workers=1)                             # one thread, which may close them
         for options in self.MODES:
             assert runner.submit(submit_and_commit, path, options).result(10) is None
+        runner.submit(close_those).result(10)
         assert "transaction of its own" not in caplog.text
 
     @pytest.mark.parametrize("options", [{"isolation_level": None}, {"autocommit": False}] if sys.version_info >= (3, 12) else
