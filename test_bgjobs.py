@@ -5635,6 +5635,8 @@ class Browser:
         return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
     def open(self, url):
+        self.call("POST", "/url", {"url": "about:blank"})
+        self.complaints()                                        # of the last test's page, whose runner has been closed
         self.call("POST", "/url", {"url": url})
 
     def text(self):
