@@ -5597,6 +5597,7 @@ class TestPage:
         for sql, plan in plans:
             walks = [step for step in plan if re.fullmatch(r"SCAN bgjobs_jobs", step)]
             assert not walks and (not any("TEMP B-TREE FOR ORDER" in step for step in plan) or "id IN" in sql), (sql, plan)
+            assert "parent_id = :parent" in sql or not any("bgjobs_children" in step for step in plan), (sql, plan)
 
 
 def hold_and_log(name):
