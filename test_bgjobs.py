@@ -1906,9 +1906,9 @@ class TestStore:
     @pytest.mark.parametrize("killers", [1, 2])
     def test_a_job_that_takes_its_process_down_three_times_is_failed_and_its_neighbours_finish(self, make, path, killers):
         idle = make(start=False)
-        neighbours = idle.submit_many(nap, [(0.002,)] * 25)
-        bad = [idle.submit(die) for _ in range(killers)]
-        neighbours += idle.submit_many(nap, [(0.002,)] * 25)
+        neighbours = idle.submit_many(nap, [(0.002,)] * 26 * (killers == 1))
+        bad = [idle.submit(die) for _ in range(killers)]                        # two are claimed together, so suspected together
+        neighbours += idle.submit_many(nap, [(0.002,)] * 26)
         lives = 0
         while any(job.status != "failed" for job in bad):
             lives += 1
