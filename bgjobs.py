@@ -1066,9 +1066,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
     # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up to
-    # which the statistics have counted what was created.
-    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL, counted_id INTEGER NOT NULL)",
-    "INSERT INTO bgjobs_clock VALUES (0, 0, 0)",
+    # which the statistics have counted what was created. token: of the status page, whichever process serves it.
+    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL, counted_id INTEGER NOT NULL, token TEXT)",
+    "INSERT INTO bgjobs_clock VALUES (0, 0, 0, NULL)",
     """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
         workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
         lock_file TEXT)""",
@@ -1097,6 +1097,8 @@ INSERT_CHILD = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), ?
 INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) SELECT :first + key, :name, 'pending', :queue, :lane, :vtime, :now, :run_at,
     :submitter, :parent, :root, :low, :system, :label, :run_by, NULL, :options, value, NULL FROM json_each(:batch)"""
 CLOCK = "SELECT vtime FROM bgjobs_clock"
+PAGE_TOKEN = "SELECT token FROM bgjobs_clock WHERE token IS NOT NULL"
+KEEP_PAGE_TOKEN = "UPDATE bgjobs_clock SET token = :token WHERE token IS NULL"
 TAKE_LOCK = "UPDATE bgjobs_clock SET vtime = vtime WHERE 0"
 ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL AND parent_id IS NULL
@@ -4713,15 +4715,16 @@ class Runner(Submitter, Executor):
         except KeyError:
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
 
-    def _attempts_of(self, job_id: int) -> list[dict[str, Any]]:
-        """Return what is known of a job's attempts, oldest first. The last is told by the job itself, unless something followed."""
+    def _attempts_of(self, job_id: int) -> dict[str, Any]:
+        """Return what is known of a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
+        The last attempt is told by the job itself, unless something followed."""
         row = self._store.row(job_id)
         kept = [dict(each) for each in self._store.read(ATTEMPTS, {"id": job_id})]
         if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
             is_active = row["status"] in ACTIVE and not row["returned"]
             kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
                          "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
-        return kept
+        return {"attempts": kept, "positions": (_parse(row["positions"]) if row["positions"] else None) or []}
 
     def _usual(self, name: str) -> float | None:
         """Return how many seconds jobs of this name have taken lately, here or in another process."""
@@ -5960,6 +5963,9 @@ dt { color: var(--quiet); font-size: 0.8125rem; }
 dd { margin: 0; }
 .values { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.25rem; align-items: start; }
 #log { list-style: none; }
+.earlier { margin-bottom: 0.5rem; }
+#log .twist { min-height: 1.5rem; width: 1.5rem; }
+#log [data-around] { padding-left: 1.5rem; background: var(--chosen); }
 #log:empty::before { content: "No lines"; color: var(--quiet); }
 #log time, #log [data-level=INFO] b { color: var(--quiet); font-weight: normal; }
 .empty { margin: 2rem 0; }
@@ -6022,7 +6028,7 @@ PAGE_JS = r'''"use strict";
    elements from it; morph() makes the document look like them. The same happens after every poll and
    once a second, so nothing that draws has to know what was there before. */
 
-const POLL_MS = 1500, TIMEOUT_MS = 20000, PAGE = 50, MOST = 200, LOG_PAGE = 500, LOG_LINES = 5000;
+const POLL_MS = 1500, TIMEOUT_MS = 20000, PAGE = 50, MOST = 200, LOG_PAGE = 500, LOG_MOST = 2000, LOG_LINES = 10000, CONTEXT = 5;
 const BASE = location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");   // wherever the app has mounted us
 
 const STATUSES = ["pending", "running", "stopping", "stopped", "finished", "failed", "cancelled"];
@@ -6055,7 +6061,7 @@ const WHY = {              // what a phase, or else a status, means for someone 
   "waiting for children": "Its function has returned; it is over when all its children are.",
   "pending": "It starts when a worker is free and its turn has come.",
   "stopping": "It was asked to stop and will at its next checkpoint.",
-  "stopped": "It can be resumed from its saved state, or cancelled.",
+  "stopped": "It can be resumed, or cancelled.",
 };
 
 // Elements ------------------------------------------------------------------------------------------------
@@ -6352,6 +6358,8 @@ function describe(operation, { done, refused }) {
   ].filter(Boolean).join(", ");
 }
 
+/* Tell people when what they asked for comes to nothing. */
+const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
 const say = text => byId("answer").textContent = text;
 
 function confirmed(title, text, yes) {
@@ -6512,24 +6520,20 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
 async function loadJob(here, signal) {
   const [id] = here.args, root = "job/" + id;
   if (!opened.has(root)) opened.set(root, PAGE);
-  const log = here.log ??= { level: "", text: "", regex: "", tree: "", after: "", follow: true, fresh: [] };
-  const asked = new URLSearchParams({ limit: LOG_PAGE });
-  for (const name of ["after", "level", "text", "tree"]) if (log[name]) asked.set(name, log[name]);
+  const log = here.log ??= { ...NO_LOG, job: id, level: "", text: "", regex: "", tree: "", follow: true };
   try {
-    const [job, { logs }, { attempts }] = await Promise.all([get("api/jobs/" + id, signal),
-      get(`api/jobs/${id}/logs?${asked}`, signal), get(`api/jobs/${id}/attempts`, signal)]);
+    const [job, { attempts, positions }] = await Promise.all([get("api/jobs/" + id, signal), get(`api/jobs/${id}/attempts`, signal),
+      loadLines(log, signal)]);
     await loadOpened([job], "job/", signal);
     const stack = runs(job) && (here.stack ?? job.status === "stopping") ? (await get(`api/jobs/${id}/stack`, signal)).stack : null;
-    log.fresh.push(...logs);
-    log.after = logs.at(-1)?.id ?? log.after;
-    return { job, stack, attempts };
+    return { job, stack, attempts, positions };
   } catch (error) {
     if (error.status === 404) return { missing: error.message };
     throw error;
   }
 }
 
-function drawJob({ data: { job, stack, attempts, missing }, log }) {
+function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
   if (missing) return [el("h1", { tabindex: -1 }, "No such job"), el("p", null, missing, " ", link("", "All jobs"))];
   shown.set(job.id, job);
   const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
@@ -6541,7 +6545,7 @@ function drawJob({ data: { job, stack, attempts, missing }, log }) {
       parent !== null && parent !== root && [" / ", link(`jobs/${parent}`, `parent job ${parent}`)]),
     el("h1", { tabindex: -1 }, nameOf(job), " ", el("small", null, `#${id}`)),
     el("p", { key: "status" }, status(job), job.phase && `, ${job.phase}`, " ",
-      el("small", null, WHY[job.phase] ?? WHY[job.status])),
+      el("small", null, WHY[job.phase] ?? WHY[job.status], " ", resumesAt(job, positions))),
     el("p", { key: "operations", class: "buttons" }, job.operations.filter(changesSomething, job)
       .map(name => operationButton(name, [id]))),
     el("div", { key: "progress" }, progress(job), el("small", null, job.message)),
@@ -6555,6 +6559,13 @@ function drawJob({ data: { job, stack, attempts, missing }, log }) {
     kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path, kids))),
     logSection(log),
   ];
+}
+
+/* Where the next attempt would go on, for a job that has begun and may have one. */
+function resumesAt(job, positions) {
+  if (job.attempt === 0 || job.phase === "waiting for children" || ["finished", "cancelled"].includes(job.status)) return null;
+  const saved = [positions.some(Boolean) && `after item ${positions.map(count).join(", then ")} of job.each()`, job.state !== null && "with the saved state below"];
+  return `${runs(job) ? "Interrupted now, it would go on" : "It would go on"} ${saved.filter(Boolean).join(", ") || "from its beginning: nothing is saved"}.`;
 }
 
 const ATTEMPT_COLUMNS = [
@@ -6580,11 +6591,34 @@ function stackSection(job, stack) {
 const section = (title, ...content) => el("section", { key: title }, el("h2", null, title), ...content);
 const isEmpty = value => value === null || typeof value === "object" && Object.keys(value).length === 0;
 
+/* What a log starts with: none of its lines on the page, neither `fresh` ones to append nor `earlier` ones to put before the
+   `first`; the last one known is `after`. */
+const NO_LOG = { after: "", first: null, isWhole: false, get fresh() { return []; }, get earlier() { return []; } };
+
+const linesPath = (log, more) => `api/jobs/${log.job}/logs?` + new URLSearchParams(Object.entries(
+  { level: log.level, text: log.text, tree: log.tree, ...more }).filter(([, value]) => value));
+
+async function loadLines(log, signal) {
+  const { logs } = await get(linesPath(log, { after: log.after, limit: LOG_PAGE }), signal);
+  log.fresh.push(...logs);
+  log.after = logs.at(-1)?.id ?? log.after;
+  if (!log.first) log.isWhole = logs.length < LOG_PAGE, log.first = logs[0];
+  while (log.regex && !log.isWhole) await loadEarlier(log, signal);        // it is looked for in all lines
+}
+
+async function loadEarlier(log, signal) {
+  const { logs } = await get(linesPath(log, { until: log.first.at, limit: LOG_MOST }), signal);
+  const earlier = logs.filter(({ id }) => id < log.first.id);
+  log.isWhole = logs.length < LOG_MOST || !earlier.length;
+  log.first = earlier[0] ?? log.first;
+  log.earlier.unshift(...earlier);
+}
+
 /* The lines are appended by drawLines(); another filter is another log, so it starts with an empty list. */
 function logSection(log) {
   const refilter = name => event => {
     const { value, checked, type } = event.target;
-    here.log = { ...here.log, [name]: type === "checkbox" ? checked : value, after: "", fresh: [] };
+    here.log = { ...here.log, [name]: type === "checkbox" ? checked : value, ...NO_LOG };
     poll();
   };
   const follow = on => { log.follow = on; draw(); drawLines(here, on); };
@@ -6599,6 +6633,7 @@ function logSection(log) {
         "aria-invalid": log.regex && !pattern(log.regex) ? "true" : null })),
       flag("Children too", { ".checked": Boolean(log.tree), ".onchange": refilter("tree") }),
       flag("Follow", { ".checked": log.follow, ".onchange": event => follow(event.target.checked) })),
+    !log.isWhole && button("Earlier lines", () => attempted(loadEarlier(log)), { key: "earlier", class: "earlier" }),
     el("ol", { id: "log", key: log, ".own": true, ".onscroll": scrolled, tabindex: 0, "aria-label": "Log lines" }));
 }
 
@@ -6613,11 +6648,34 @@ function pattern(text) {
 
 function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
   if (data.missing) return;
-  const list = byId("log"), wanted = pattern(log.regex);
-  list.append(...log.fresh.splice(0).filter(({ message }) => !wanted || wanted.test(message)).map(({ job_id, at, level, message }) => el("li", { "data-level": level },
-    when(at), " ", log.tree && [link(`jobs/${job_id}`, `#${job_id}`), " "], el("b", null, level), " ", message)));
+  const list = byId("log"), wanted = pattern(log.regex), isPart = log.level || log.text || log.regex;
+  const around = { class: "twist", "aria-expanded": "false", "aria-label": "The lines around this one", title: "The lines around this one" };
+  const drawn = lines => lines.splice(0).filter(({ message }) => !wanted || wanted.test(message)).map(line =>
+    logLine(line, log.tree, isPart && button("\u2195", ({ currentTarget }) => attempted(toggleContext(line, currentTarget)), around)));
+  const height = list.scrollHeight, earlier = drawn(log.earlier);
+  list.prepend(...earlier);
+  if (earlier.length) list.scrollTop += list.scrollHeight - height;
+  list.append(...drawn(log.fresh));
   while (list.childElementCount > LOG_LINES) list.firstChild.remove();
   if (log.follow && toTheEnd) list.scrollTop = list.scrollHeight;
+}
+
+const logLine = ({ job_id, at, level, message }, tree, tool, surrounds) => el("li", { "data-level": level, "data-around": surrounds },
+  tool, when(at), " ", tree && [link(`jobs/${job_id}`, `#${job_id}`), " "], el("b", null, level), " ", message);
+
+/* Show, or hide, what a line's job logged before and after it, whatever the filters say. */
+async function toggleContext(line, toggle) {
+  const item = toggle.parentElement, isOpen = toggle.getAttribute("aria-expanded") === "true";
+  toggle.setAttribute("aria-expanded", String(!isOpen));
+  for (const old of byId("log").querySelectorAll(`[data-around="${line.id}"]`)) old.remove();
+  if (isOpen) return;
+  const lines = `api/jobs/${line.job_id}/logs?limit=`;
+  const [before, after] = await Promise.all([get(`${lines}${CONTEXT + 1}&until=${line.at}`), get(`${lines}${CONTEXT}&after=${line.id}`)]);
+  const made = logs => logs.map(each => logLine(each, here.log.tree, null, line.id));
+  if (toggle.getAttribute("aria-expanded") === "true") {
+    item.before(...made(before.logs.filter(({ id }) => id < line.id)));
+    item.after(...made(after.logs));
+  }
 }
 
 // Schedules -----------------------------------------------------------------------------------------------
@@ -6703,7 +6761,7 @@ function drawStatistics({ query, data }) {
     el("div", { key: "charts", class: "charts" }, CHARTS.map(chart => figure(data, ...chart))),
     data.functions.length > 0 && section("Functions", el("table", { class: "cards" },
       el("thead", null, el("tr", null, ["Function", ...FUNCTION_COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
-      el("tbody", null, data.functions.toSorted?.((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1)).map(each =>
+      el("tbody", null, [...data.functions].sort((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1)).map(each =>
         el("tr", { key: each.name }, el("th", { scope: "row" }, link(at({ name: each.name }), each.name)),
           FUNCTION_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each)))))))),
   ];
@@ -6908,7 +6966,6 @@ class Page:
         self.is_guarded = password is not None or authorize is not None
         self._hosts = {host.lower() for host in hosts}
         self._port: int | None = None                     # of our own server: then the Host header must name it
-        self._token = secrets.token_urlsafe(32)
         self._boot = secrets.token_hex(4)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -6917,6 +6974,8 @@ class Page:
             status, kind, body = self._answer(environ, headers)
         except _Refused as refused:
             status, kind, body = refused.status, "application/json", _json_bytes(refused.body)
+        except StoreError as error:                       # which the store has told the log
+            status, kind, body = 503, "application/json", _json_bytes({"error": str(error)})
         except Exception:
             _log.exception("the status page failed on %s", environ.get("PATH_INFO", "")[:200])
             status, kind, body = 500, "application/json", _json_bytes({"error": "internal error; see the app's log"})
@@ -6929,7 +6988,7 @@ class Page:
 
     def _answer(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes | Iterator[bytes]]:
         """Return status, content type and body, one that comes piece by piece as an iterator. Raises _Refused."""
-        origin = self._check_host(environ)
+        host = self._check_host(environ)
         if environ.get("PATH_INFO", "") == "" and environ.get("SCRIPT_NAME"):     # mounted, and asked for without the last slash
             from urllib.parse import quote
             headers.append(("Location", quote(environ["SCRIPT_NAME"].rpartition("/")[2]) + "/"))
@@ -6938,10 +6997,10 @@ class Page:
         method = environ.get("REQUEST_METHOD", "GET")
         user = "" if path == "healthz" else self._user(environ, headers)
         if path.startswith("api/"):
-            self._check_origin(environ, origin)
+            self._check_origin(environ, host)
             parts = path.split("/")[1:]
             if method == "POST":
-                self._check_token(environ, origin)
+                self._check_token(environ)
                 return 200, "application/json", _json_bytes(self._post(parts, _read_json(environ), user))
         if method not in ("GET", "HEAD"):
             raise _Refused(405, f"{method} is not allowed here")
@@ -6964,14 +7023,14 @@ class Page:
     # who may ask
 
     def _check_host(self, environ: dict[str, Any]) -> str:
-        """Return the origin that is ours by the Host header. _Refused: it is missing, doubled, or a stranger's."""
+        """Return the Host header. _Refused: it is missing, doubled, or a stranger's."""
         host = environ.get("HTTP_HOST", "").lower()
         name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdigit() else (host, "", "")
         # An address, or this machine's own name, cannot be made to lead here by somebody else's DNS.
         own = name in _LOOPBACK or self.is_guarded and (_is_address(name.strip("[]")) or name == _host_name())
         if not (own and (self._port is None or port == str(self._port)) or host in self._hosts or name in self._hosts):
             raise _Refused(421, "this host name is not answered; a page that is reached by another name gets hosts=[name]")
-        return f"{environ.get('wsgi.url_scheme', 'http')}://{host}"
+        return host
 
     def _user(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> str:
         """Return who asks, a name for the job log. _Refused: somebody who may not."""
@@ -6995,20 +7054,30 @@ class Page:
             raise _Refused(401, "this page needs its password")
         return _text(name.decode("utf-8", "replace"), 200) or "web"
 
-    def _check_origin(self, environ: dict[str, Any], origin: str) -> None:
+    def _check_origin(self, environ: dict[str, Any], host: str) -> None:
         if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
             raise _Refused(403, "requests from other sites are refused")
-        if environ.get("HTTP_ORIGIN", origin) != origin:
+        own = {f"{scheme}://{host}" for scheme in ("https", environ.get("wsgi.url_scheme", "http"))}      # https: of a proxy before us
+        if "HTTP_ORIGIN" in environ and environ["HTTP_ORIGIN"] not in own:
             raise _Refused(403, "requests from other origins are refused")
 
-    def _check_token(self, environ: dict[str, Any], origin: str) -> None:
+    def _token(self) -> str:
+        """Return what an operation must bring: one text for all processes that serve this file's page, known to no other page."""
+        import secrets
+        store = self._runner._store
+        while not (rows := store.read(PAGE_TOKEN)):
+            token = secrets.token_urlsafe(32)
+            store.write(lambda tx: tx.execute(KEEP_PAGE_TOKEN, {"token": token}))
+        return rows[0][0]
+
+    def _check_token(self, environ: dict[str, Any]) -> None:
         import hmac
         if self._read_only:
             raise _Refused(403, "this page is read-only")
-        if environ.get("HTTP_ORIGIN") != origin:
+        if "HTTP_ORIGIN" not in environ:
             raise _Refused(403, "an operation needs the Origin header of this page")
         token = environ.get("HTTP_X_BGJOBS_TOKEN", "")
-        if not hmac.compare_digest(token.encode("latin-1", "replace"), self._token.encode()):
+        if not hmac.compare_digest(token.encode("latin-1", "replace"), self._token().encode()):
             raise _Refused(403, "an operation needs the X-Bgjobs-Token that api/session hands out")
         if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
             raise _Refused(415, "the body must be application/json")
@@ -7017,8 +7086,8 @@ class Page:
 
     def _api(self, parts: list[str], environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes]:
         if parts == ["session"]:
-            return 200, "application/json", _json_bytes({"token": self._token, "read_only": self._read_only,
-                                                         "version": __version__})
+            return 200, "application/json", _json_bytes({
+                "token": self._boot if self._read_only else self._token(), "read_only": self._read_only, "version": __version__})
         minute = f"-{int(time.time() // 60)}" if parts == ["stats"] else ""      # its windows move on
         tag = f'W/"{self._boot}-{self._runner._store.version()}{minute}"'
         if parts[-1] != "stack":                          # which moves on without a commit
@@ -7050,7 +7119,7 @@ class Page:
             if parts[2] == "logs":
                 return 200, "application/json", _json_bytes({"logs": self._log_lines(job_id, query)})
             if parts[2] == "attempts":
-                return 200, "application/json", _json_bytes({"attempts": self._runner._attempts_of(job_id)})
+                return 200, "application/json", _json_bytes(self._runner._attempts_of(job_id))
             if parts[2] == "stack":
                 return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
         raise _Refused(404, "there is no such resource")

@@ -5478,6 +5478,33 @@ class TestPage:
             assert runner.serve(port=int(visitor.host.split(":")[1])) == ""
         assert "jobs go on" in caplog.text and runner.submit(add, 1, 2).result(10) == 3
 
+    def test_processes_that_serve_one_file_share_a_token_behind_any_balancer(self, make, path, visitor):
+        first, second = visitor, Visitor(make(path, start=False).serve(port=0))
+        job = make(path, start=False).options(delay=1000).submit(add, 1)
+        second.post("api/jobs/stop", {"ids": [job.id]}, X_Bgjobs_Token=first.token)
+        assert job.status == "stopped"
+
+    def test_a_proxy_may_end_tls_before_it(self, runner):
+        page = runner.wsgi(hosts=["jobs.example"])
+
+        def status(origin, scheme="http"):
+            started = []
+            list(page({"REQUEST_METHOD": "GET", "PATH_INFO": "/api/jobs", "wsgi.url_scheme": scheme, "HTTP_HOST": "jobs.example",
+                       "HTTP_ORIGIN": origin}, lambda status, headers: started.append(int(status[:3]))))
+            return started[0]
+        assert status("http://jobs.example") == status("https://jobs.example") == status("https://jobs.example", "https") == 200
+        assert status("http://jobs.example", "https") == status("https://jobs.example:444") == status("null") == 403
+
+    def test_a_store_that_cannot_serve_says_so_once_and_without_a_traceback(self, make, caplog, monkeypatch):
+        page = make(start=False).wsgi()
+
+        def fail(self, sql, parameters=None):
+            raise bgjobs.StoreError("cannot read it")
+        monkeypatch.setattr(bgjobs.Store, "read", fail)
+        started = []
+        body, = page({"REQUEST_METHOD": "GET", "PATH_INFO": "/healthz", "HTTP_HOST": "localhost"}, lambda status, headers: started.append(status))
+        assert started == ["503 Service Unavailable"] and json.loads(body) == {"error": "cannot read it"} and not caplog.records
+
     def test_two_runners_pages_do_not_share_a_token(self, make, visitor, tmp_path):
         other = Visitor(make(str(tmp_path / "other.db"), start=False).serve(port=0))
         other.post("api/jobs/stop", {"ids": [1]}, 403, X_Bgjobs_Token=visitor.token)
@@ -5550,6 +5577,7 @@ class TestPage:
         plain.restart()
         attempt, = claimed(idle, 1)
         assert told(plain)[-1] == (2, None, None)
+        assert page.get(f"api/jobs/{plain.id}/attempts")["positions"] == []
         plain.stop()
         plain.force_stop()
         assert told(plain) == [(2, "force-stopped", None)]
@@ -5598,6 +5626,13 @@ class TestPage:
             walks = [step for step in plan if re.fullmatch(r"SCAN bgjobs_jobs", step)]
             assert not walks and (not any("TEMP B-TREE FOR ORDER" in step for step in plan) or "id IN" in sql), (sql, plan)
             assert "parent_id = :parent" in sql or not any("bgjobs_children" in step for step in plan), (sql, plan)
+
+
+def log_lines(count):
+    for n in range(count):
+        bgjobs.current_job().log.info(f"line {n}")
+    gate("more").wait(20)
+    bgjobs.current_job().log.info("more")
 
 
 def hold_and_log(name):
@@ -5762,6 +5797,40 @@ class TestInTheBrowser:
         wait_for(lambda: browser.run("return document.querySelector('#log').innerText").strip().endswith("one"))
         gate("not yet").set()
         wait_for(lambda: "finished" in browser.text() and "gate(name)" not in browser.text())
+        assert not browser.complaints()
+
+    def test_a_long_log_is_read_from_its_end_to_its_beginning_searched_and_followed(self, make, browser):
+        runner = make(max_workers=1)
+        job = runner.submit(log_lines, 3_000)
+        wait_for(lambda: len(job.logs()) == 3_000)
+        browser.open(runner.serve(port=0) + f"jobs/{job.id}")
+
+        def lines():
+            return browser.run("return [...document.querySelectorAll('#log li')].map(each => each.innerText.split(' ').pop())")
+
+        def enter(label, text):
+            browser.run("""const field = [...document.querySelectorAll('label')].find(each => each.innerText.startsWith(arguments[0]))
+                .querySelector('input'); field.value = arguments[1]; field.dispatchEvent(new Event('input', { bubbles: true }))""", label, text)
+        wait_for(lambda: lines() == [str(n) for n in range(2_500, 3_000)])
+        browser.click("Earlier lines")
+        wait_for(lambda: len(lines()) == 2_499)
+        browser.click("Earlier lines")
+        wait_for(lambda: lines() == [str(n) for n in range(3_000)] and "Earlier lines" not in browser.text())
+        enter("Regex", "^line (17|2999)$")
+        wait_for(lambda: lines() == ["17", "2999"])
+        browser.run("document.querySelector('#log button').click()")
+        wait_for(lambda: lines() == [*map(str, range(12, 23)), "2999"])
+        browser.run("document.querySelector('#log button').click()")
+        wait_for(lambda: lines() == ["17", "2999"])
+        enter("Regex", "^line 1$")
+        wait_for(lambda: lines() == ["1"])
+        browser.run("document.querySelector('#log button').click()")
+        wait_for(lambda: lines() == [*map(str, range(7))])
+        enter("Regex", "")
+        wait_for(lambda: len(lines()) == 500)
+        gate("more").set()
+        wait_for(lambda: lines()[-1] == "more" and browser.run("const it = document.getElementById('log'); "
+                                                               "return it.scrollTop + it.clientHeight > it.scrollHeight - 2"))
         assert not browser.complaints()
 
     def test_on_a_phone_nothing_scrolls_sideways(self, runner, browser):
