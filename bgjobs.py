@@ -5964,7 +5964,7 @@ dd { margin: 0; }
 .values { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.25rem; align-items: start; }
 #log { list-style: none; }
 .earlier { margin-bottom: 0.5rem; }
-#log .twist { min-height: 1.5rem; width: 1.5rem; }
+#log .twist { min-height: 1.5rem; width: 1.5rem; margin-left: -0.5rem; }
 #log [data-around] { padding-left: 1.5rem; background: var(--chosen); }
 #log:empty::before { content: "No lines"; color: var(--quiet); }
 #log time, #log [data-level=INFO] b { color: var(--quiet); font-weight: normal; }
@@ -6520,7 +6520,7 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
 async function loadJob(here, signal) {
   const [id] = here.args, root = "job/" + id;
   if (!opened.has(root)) opened.set(root, PAGE);
-  const log = here.log ??= { ...NO_LOG, job: id, level: "", text: "", regex: "", tree: "", follow: true };
+  const log = here.log ??= { ...NO_LOG, job: id, level: "", text: "", regex: "", tree: "", follow: true, top: 0 };
   try {
     const [job, { attempts, positions }] = await Promise.all([get("api/jobs/" + id, signal), get(`api/jobs/${id}/attempts`, signal),
       loadLines(log, signal)]);
@@ -6622,8 +6622,10 @@ function logSection(log) {
     poll();
   };
   const follow = on => { log.follow = on; draw(); drawLines(here, on); };
-  const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) =>
-    log.follow && scrollTop + clientHeight < scrollHeight - 40 && follow(false);
+  const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) => {      // by a person, who went up
+    if (log.follow && scrollTop < log.top && scrollTop + clientHeight < scrollHeight - 40) follow(false);
+    log.top = scrollTop;
+  };
   return section("Log",
     el("p", { class: "filters" },
       el("label", null, "Level", el("select", { ".value": log.level, ".onchange": refilter("level") },
@@ -6669,6 +6671,7 @@ async function toggleContext(line, toggle) {
   toggle.setAttribute("aria-expanded", String(!isOpen));
   for (const old of byId("log").querySelectorAll(`[data-around="${line.id}"]`)) old.remove();
   if (isOpen) return;
+  here.log.follow = false;             // somebody reads
   const lines = `api/jobs/${line.job_id}/logs?limit=`;
   const [before, after] = await Promise.all([get(`${lines}${CONTEXT + 1}&until=${line.at}`), get(`${lines}${CONTEXT}&after=${line.id}`)]);
   const made = logs => logs.map(each => logLine(each, here.log.tree, null, line.id));

@@ -5749,6 +5749,47 @@ class TestInTheBrowser:
         wait_for(lambda: all(job.status == "cancelled" for job in later))
         wait_for(lambda: "2 cancelled, 1 refused" in browser.text())
 
+    def test_filters_bulk_restart_and_force_stop(self, runner, browser):
+        done = [runner.options(run_by="ann").submit(add, n, label) for n, label in ((1, 2), (3, 4))]
+        others = runner.submit(add, 5, 6)
+        deaf = runner.options(label="Deaf", run_by="bob").submit(hold, "deaf")
+        for job in (*done, others):
+            job.result(10)
+        wait_for(lambda: deaf.status == "running")
+        url = runner.serve(port=0)
+        browser.open(url)
+
+        def ids():
+            return browser.run("return [...document.querySelectorAll('tbody .job small')].map(each => Number(each.innerText.slice(1)))")
+
+        def confirm(question, answer):
+            wait_for(lambda: question in browser.text() and browser.run("return document.activeElement.innerText") == "Go back")
+            browser.click(answer)
+        wait_for(lambda: ids() == [4, 3, 2, 1])
+        browser.run("""const form = document.getElementById('filters'); form.elements.run_by.value = 'ann';
+            form.dispatchEvent(new Event('input'))""")
+        wait_for(lambda: ids() == [2, 1] and browser.run("return location.search") == "?run_by=ann")
+        browser.run("document.querySelector('thead input').click()")
+        browser.click("Restart")
+        confirm("Restart 2 jobs?", "Go back")
+        wait_for(lambda: not browser.run("return document.getElementById('confirm').open"))
+        assert [job.attempt for job in done] == [1, 1]
+        browser.click("Restart")
+        confirm("Restart 2 jobs?", "Yes, restart")
+        wait_for(lambda: "2 restarted" in browser.text() and all(runner.get(job.id).attempt == 2 for job in done))
+        browser.open(url + "?run_by=bob&status=running")
+        wait_for(lambda: ids() == [deaf.id])
+        deaf.stop()
+        wait_for(lambda: ids() == [])
+        browser.open(url + "?status=stopping")
+        wait_for(lambda: ids() == [deaf.id])
+        browser.run("document.querySelector('tbody input').click()")
+        browser.click("Force stop")
+        confirm("Force stop job 4 (Deaf)?", "Yes, force stop")
+        wait_for(lambda: deaf.status == "stopped" and "1 force-stopped" in browser.text())
+        gate("deaf").set()
+        assert not browser.complaints()
+
     def test_all_that_match_are_operated_on_at_once(self, idle, browser):
         jobs = [idle.options(delay=1000, run_by="ann" if n % 2 else "bob").submit(add, n) for n in range(130)]
         browser.open(idle.serve(port=0) + "?run_by=ann")
@@ -5828,6 +5869,7 @@ class TestInTheBrowser:
         wait_for(lambda: lines() == [*map(str, range(7))])
         enter("Regex", "")
         wait_for(lambda: len(lines()) == 500)
+        browser.click("Follow", "label")                                        # reading around a line had ended it
         gate("more").set()
         wait_for(lambda: lines()[-1] == "more" and browser.run("const it = document.getElementById('log'); "
                                                                "return it.scrollTop + it.clientHeight > it.scrollHeight - 2"))
