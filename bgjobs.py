@@ -5931,7 +5931,8 @@ td > small { display: block; }
 td progress { flex: none; width: 6.5rem; }
 .pick { width: 2rem; padding: 0; }
 .pick label { display: grid; place-items: center; min-width: 1.75rem; min-height: 1.75rem; }
-tbody th { padding-left: 0; font-weight: 500; }
+tbody th { padding-left: 0; font-weight: 500; min-width: min(12rem, 100%); }
+tbody th, td code { overflow-wrap: anywhere; }
 .job { display: flex; align-items: center; min-height: 1.75rem; min-width: 12rem; max-width: 22rem; overflow-wrap: anywhere; }
 .job a { display: inline-block; padding: 0.1875rem 0; text-decoration: none; }
 .indent { flex: 0 0 1.25rem; }
@@ -6029,7 +6030,7 @@ PAGE_JS = r'''"use strict";
    once a second, so nothing that draws has to know what was there before. */
 
 const POLL_MS = 1500, TIMEOUT_MS = 20000, PAGE = 50, MOST = 200, LOG_PAGE = 500, LOG_MOST = 2000, LOG_LINES = 10000, CONTEXT = 5;
-const BASE = location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");   // wherever the app has mounted us
+const BASE = location.origin + location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");   // wherever the app has mounted us
 
 const STATUSES = ["pending", "running", "stopping", "stopped", "finished", "failed", "cancelled"];
 
@@ -6136,6 +6137,8 @@ function morphChildren(parent, children) {
    and what counts up from it would jump back at each poll. */
 const answers = new Map();
 let token = null, readOnly = false;
+let ahead = 0;                         // milliseconds that the app's clock is ahead of this one
+const now = () => Date.now() + ahead;
 
 async function get(path, signal) {
   const [known, kept] = answers.get(path) ?? [];
@@ -6144,7 +6147,9 @@ async function get(path, signal) {
   if (response.status === 304) return kept;
   const body = await bodyOf(response), etag = response.headers.get("ETag");
   body.atLeast = response.headers.get("X-Bgjobs-At-Least")?.split(",") ?? [];      // the statuses that were not counted to the end
-  for (const each of body.jobs ?? [body]) each.at = Date.now();
+  const off = Date.parse(response.headers.get("Date")) - Date.now();
+  ahead = Math.abs(off) > 5000 ? off : 0;                // less is the way here
+  for (const each of body.jobs ?? [body]) each.at = now();
   if (answers.size > 200) answers.clear();
   if (etag) answers.set(path, [etag, body]);
   return body;
@@ -6178,7 +6183,8 @@ const two = number => String(number).padStart(2, "0");
 const grouped = new Intl.NumberFormat("en");
 const count = number => number > 10000 ? "10,000+" : grouped.format(number);
 const percent = progress => Math.floor(progress * 100) + "%";
-const nameOf = job => job.label || job.name;
+const nameOf = job => /[^\s\p{Cf}]/u.test(job.label ?? "") ? job.label : job.name;      // a label that nobody sees is none
+const named = job => `\u2068${nameOf(job)}\u2069`;         // in a text: whatever its direction, the rest keeps its own
 
 function when(seconds, inFull) {
   if (seconds === null) return null;
@@ -6200,7 +6206,7 @@ function span(seconds) {
 }
 
 /* Seconds since the app said so: what grows in the app grows here between two polls. */
-const age = (job, since = 0) => Math.max(0, (Date.now() - Math.max(job.at, since * 1000)) / 1000);
+const age = (job, since = 0) => Math.max(0, (now() - Math.max(job.at, since * 1000)) / 1000);
 const runs = job => job.status === "running" || job.status === "stopping";
 const waiting = job => span(job.waiting + (job.status === "pending" ? age(job, job.run_at ?? 0) : 0));
 const duration = job => job.started_at === null ? null : span(job.duration + (runs(job) ? age(job) : 0));
@@ -6272,7 +6278,7 @@ function jobRows(job, prefix, depth) {
     el("th", { scope: "row" }, el("div", { class: "job" },
       Array.from({ length: Math.min(depth, 8) }, () => el("span", { class: "indent" })),
       job.children.total > 0 ? disclosure(job, path) : el("span", { class: "twist" }),
-      el("span", null, link(`jobs/${job.id}`, nameOf(job)), " ", el("small", null, `#${job.id}`)))),
+      el("span", null, link(`jobs/${job.id}`, el("bdi", null, nameOf(job))), " ", el("small", null, `#${job.id}`)))),
     COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(job))));
   return [row, kids && kids.jobs.map(kid => jobRows(kid, path + "/", depth + 1)), kids && moreRow(job, path, kids)];
 }
@@ -6316,7 +6322,7 @@ function bulkBar() {
   const allowed = new Set(ids.flatMap(id => shown.get(id).operations.filter(changesSomething, shown.get(id))));
   return [
     el("b", null, `${ids.length} selected`),
-    here.view.load === loadList && (here.data.next !== null || here.query.has("before"))
+    here.view.load === loadList && allowed.size > 0 && (here.data.next !== null || here.query.has("before"))
       && button(`Select all ${matching(here)} that match`, () => (everything = true, draw())),
     Object.keys(OPERATIONS).map(name => operationButton(name, ids, { disabled: !allowed.has(name) })),
     button("Clear selection", clear),
@@ -6335,7 +6341,7 @@ const operationButton = (name, ids, props) =>
 
 async function operate(operation, ids) {
   const [label, , grave] = OPERATIONS[operation];
-  const whom = !ids ? `all ${matching(here)} jobs that match` : ids.length === 1 ? `job ${ids[0]} (${nameOf(shown.get(ids[0]))})`
+  const whom = !ids ? `all ${matching(here)} jobs that match` : ids.length === 1 ? `job ${ids[0]} (${named(shown.get(ids[0]))})`
     : `${ids.length} jobs`;
   const warning = [!ids && "It goes to each job that passes the filters now, also to those that are not shown.", grave].filter(Boolean).join(" ");
   const body = ids ? { ids } : { filter: filterOf(here.query) };
@@ -6380,7 +6386,7 @@ const TEXTS = [["q", "Text", "search"], ["name", "Name", "search"], ["run_by", "
   ["created_from", "Created from", "datetime-local"], ["created_to", "Created to", "datetime-local"]];
 const FLAGS = [["errors", "With errors"], ["low_priority", "Low priority"], ["system", "System jobs"],
   ["children", "Children too"]];
-const wide = matchMedia("(min-width: 80rem)");
+const isOn = value => value === "true" || value === "1";
 let filtersOpen = false;               // where the window is narrow
 
 /* The page's query string is the interface's, but for local times and for children, who are left out. */
@@ -6389,7 +6395,7 @@ function listPath(query) {
   for (const name of ["created_from", "created_to"]) {
     if (asked.has(name)) asked.set(name, new Date(asked.get(name)) / 1000);
   }
-  if (!asked.has("children") && !asked.has("parent")) asked.set("parent", "none");
+  if (!isOn(asked.get("children")) && !asked.has("parent")) asked.set("parent", "none");
   asked.delete("children");
   asked.set("limit", PAGE);
   return "api/jobs?" + asked;
@@ -6461,12 +6467,12 @@ function tabs(query, counts, atLeast) {
 function filterForm(query) {
   const active = [...TEXTS, ...FLAGS].filter(([name]) => query.has(name)).length;
   const toggle = () => { filtersOpen = !filtersOpen; };
-  return el("details", { key: "filters", class: "filtering", open: wide.matches || filtersOpen },
+  return el("details", { key: "filters", class: "filtering", open: filtersOpen || matchMedia("(min-width: 80rem)").matches },
     el("summary", { ".onclick": toggle }, active ? `Filters (${active})` : "Filters"),
     el("form", { id: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
       TEXTS.map(([name, label, type]) => el("label", null, label, el("input", { name, type, value: query.get(name) }))),
       el("div", { class: "flags" }, FLAGS.map(([name, label]) =>
-        flag(label, { name, value: "true", checked: query.has(name) }))),
+        flag(label, { name, value: "true", checked: isOn(query.get(name)) }))),
       active > 0 && link(withParam("", { status: query.get("status") }), "Clear filters")));
 }
 
@@ -6481,7 +6487,9 @@ function filterNow(event) {
   clearTimeout(typing);
   if (!byId("filters")) return;        // gone to another view meanwhile
   const entered = new FormData(byId("filters"));
-  const changes = Object.fromEntries([...TEXTS, ...FLAGS].map(([name]) => [name, entered.get(name)]));
+  const kept = new URLSearchParams(location.search);     // a box has no way to say that something must be false
+  const changes = Object.fromEntries([...TEXTS, ...FLAGS].map(([name]) =>
+    [name, entered.get(name) ?? (isOn(kept.get(name)) ? null : kept.get(name))]));
   history.replaceState(null, "", BASE + withParam(location.search, changes));
   visit({ typed: true });
 }
@@ -6537,13 +6545,13 @@ function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
   if (missing) return [el("h1", { tabindex: -1 }, "No such job"), el("p", null, missing, " ", link("", "All jobs"))];
   shown.set(job.id, job);
   const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
-  document.title = `${job.status}${percentage} - ${nameOf(job)} - bgjobs`;
+  document.title = `${job.status}${percentage} - ${named(job)} - bgjobs`;
   const { id, root_id: root, parent_id: parent, kids } = job, path = `job/${id}`;
   return [
     el("nav", { key: "path", class: "path", "aria-label": "Path" }, link("", "Jobs"),
       root !== id && [" / ", link(`jobs/${root}`, `root job ${root}`)],
       parent !== null && parent !== root && [" / ", link(`jobs/${parent}`, `parent job ${parent}`)]),
-    el("h1", { tabindex: -1 }, nameOf(job), " ", el("small", null, `#${id}`)),
+    el("h1", { tabindex: -1 }, el("bdi", null, nameOf(job)), " ", el("small", null, `#${id}`)),
     el("p", { key: "status" }, status(job), job.phase && `, ${job.phase}`, " ",
       el("small", null, WHY[job.phase] ?? WHY[job.status], " ", resumesAt(job, positions))),
     el("p", { key: "operations", class: "buttons" }, job.operations.filter(changesSomething, job)
@@ -6570,7 +6578,7 @@ function resumesAt(job, positions) {
 
 const ATTEMPT_COLUMNS = [
   ["Start", each => when(each.started_at, true)], ["End", each => when(each.ended_at, true)],
-  ["Took", each => each.started_at !== null && span((each.ended_at ?? Date.now() / 1000) - each.started_at)],
+  ["Took", each => each.started_at !== null && span(Math.max(0, (each.ended_at ?? now() / 1000) - each.started_at))],
   ["Outcome", each => each.outcome ?? "under way"], ["Error", each => each.error && el("code", null, each.error)],
 ];
 
@@ -6593,14 +6601,15 @@ const isEmpty = value => value === null || typeof value === "object" && Object.k
 
 /* What a log starts with: none of its lines on the page, neither `fresh` ones to append nor `earlier` ones to put before the
    `first`; the last one known is `after`. */
-const NO_LOG = { after: "", first: null, isWhole: false, get fresh() { return []; }, get earlier() { return []; } };
+const NO_LOG = { after: "", first: null, isWhole: false, wrong: "", get fresh() { return []; }, get earlier() { return []; } };
 
 const linesPath = (log, more) => `api/jobs/${log.job}/logs?` + new URLSearchParams(Object.entries(
   { level: log.level, text: log.text, tree: log.tree, ...more }).filter(([, value]) => value));
 
 async function loadLines(log, signal) {
   const { logs } = await get(linesPath(log, { after: log.after, limit: LOG_PAGE }), signal);
-  log.fresh.push(...logs);
+  const wanted = await matchingLines(log, logs);
+  log.fresh.push(...wanted);
   log.after = logs.at(-1)?.id ?? log.after;
   if (!log.first) log.isWhole = logs.length < LOG_PAGE, log.first = logs[0];
   while (log.regex && !log.isWhole) await loadEarlier(log, signal);        // it is looked for in all lines
@@ -6611,7 +6620,7 @@ async function loadEarlier(log, signal) {
   const earlier = logs.filter(({ id }) => id < log.first.id);
   log.isWhole = logs.length < LOG_MOST || !earlier.length;
   log.first = earlier[0] ?? log.first;
-  log.earlier.unshift(...earlier);
+  log.earlier.unshift(...await matchingLines(log, earlier));
 }
 
 /* The lines are appended by drawLines(); another filter is another log, so it starts with an empty list. */
@@ -6632,27 +6641,45 @@ function logSection(log) {
         el("option", { value: "" }, "all"), LEVELS.map(name => el("option", { value: name }, `${name} and above`)))),
       el("label", null, "Text", el("input", { type: "search", ".value": log.text, ".oninput": refilter("text") })),
       el("label", null, "Regex", el("input", { type: "search", ".value": log.regex, ".oninput": refilter("regex"),
-        "aria-invalid": log.regex && !pattern(log.regex) ? "true" : null })),
+        "aria-invalid": log.wrong ? "true" : null, "aria-describedby": log.wrong ? "regex-wrong" : null })),
       flag("Children too", { ".checked": Boolean(log.tree), ".onchange": refilter("tree") }),
       flag("Follow", { ".checked": log.follow, ".onchange": event => follow(event.target.checked) })),
+    log.wrong && el("p", { key: "wrong", id: "regex-wrong", class: "bad" }, log.wrong),
     !log.isWhole && button("Earlier lines", () => attempted(loadEarlier(log)), { key: "earlier", class: "earlier" }),
     el("ol", { id: "log", key: log, ".own": true, ".onscroll": scrolled, tabindex: 0, "aria-label": "Log lines" }));
 }
 
-/* The expression is matched here, so that a slow one keeps nobody's app busy; null: it is none (yet). */
-function pattern(text) {
+/* The lines that the log's expression is found in. It is tried here, so that a slow one keeps nobody's app busy, and in a
+   worker, so that it does not keep the page busy either. */
+async function matchingLines(log, lines) {
+  if (!log.regex || log.wrong || !lines.length) return log.wrong ? [] : lines;
+  const worker = new Worker(BASE + "page.js");
+  const { found, error } = await new Promise(resolve => {
+    worker.onmessage = ({ data }) => resolve(data);
+    worker.onerror = () => resolve({ error: "It cannot be tried here." });
+    setTimeout(resolve, 2000, { error: "It takes too long on these lines." });
+    worker.postMessage([log.regex, lines.map(({ message }) => message)]);
+  });
+  worker.terminate();
+  log.wrong = error ?? "";
+  return found ? lines.filter((line, i) => found[i]) : [];
+}
+
+/* What the worker does, which is this file, too. */
+function tryExpression({ data: [source, messages] }) {
   try {
-    return new RegExp(text, "i");
-  } catch {
-    return null;
+    const expression = new RegExp(source, "i");
+    postMessage({ found: messages.map(message => expression.test(message)) });
+  } catch ({ message }) {
+    postMessage({ error: message });
   }
 }
 
 function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
   if (data.missing) return;
-  const list = byId("log"), wanted = pattern(log.regex), isPart = log.level || log.text || log.regex;
+  const list = byId("log"), isPart = log.level || log.text || log.regex;
   const around = { class: "twist", "aria-expanded": "false", "aria-label": "The lines around this one", title: "The lines around this one" };
-  const drawn = lines => lines.splice(0).filter(({ message }) => !wanted || wanted.test(message)).map(line =>
+  const drawn = lines => lines.splice(0).map(line =>
     logLine(line, log.tree, isPart && button("\u2195", ({ currentTarget }) => attempted(toggleContext(line, currentTarget)), around)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
   list.prepend(...earlier);
@@ -6711,21 +6738,21 @@ const SCHEDULE_COLUMNS = [
 ];
 
 function until(at) {
-  const seconds = at - Date.now() / 1000;
+  const seconds = at - now() / 1000;
   return seconds > 0 ? `in ${span(Math.ceil(seconds))}` : "due";
 }
 
 function scheduleRow(each) {
-  const act = (label, name) => button(label, () => operateSchedule(name, each), { key: name, "aria-label": `${label}: ${nameOf(each)}` });
+  const act = (label, name) => button(label, () => operateSchedule(name, each), { key: name, "aria-label": `${label}: ${named(each)}` });
   return el("tr", { key: each.id },
-    el("th", { scope: "row" }, el("span", { title: each.name }, nameOf(each))),
+    el("th", { scope: "row" }, el("bdi", { title: each.name }, nameOf(each))),
     SCHEDULE_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each))),
     el("td", { "data-label": "Actions" }, !readOnly && el("div", { class: "buttons" },
       act("Run now", "run_now"), each.paused ? act("Resume", "resume") : act("Pause", "pause"), !each.registered && act("Remove", "remove"))));
 }
 
 async function operateSchedule(operation, { id, label, name }) {
-  if (operation === "remove" && !await confirmed(`Remove the schedule of ${label || name}?`,
+  if (operation === "remove" && !await confirmed(`Remove the schedule of ${named({ label, name })}?`,
     "Its jobs stay. It comes back when the app registers it again.", "Yes, remove")) return;
   try {
     const { refused } = await post("api/schedules/" + operation, { ids: [id] });
@@ -6853,7 +6880,7 @@ let here = null;                       // { view, args, query, data } of the add
 let polling = null, timer = null;
 
 function routeOf(pathname) {
-  const path = pathname.startsWith(BASE) ? pathname.slice(BASE.length) : null;
+  const url = location.origin + pathname, path = url.startsWith(BASE) ? url.slice(BASE.length) : null;
   const view = VIEWS.find(({ route }) => path !== null && route.test(path));
   return view && { view, args: view.route.exec(path).slice(1) };
 }
@@ -6861,7 +6888,7 @@ function routeOf(pathname) {
 /* Show what the address says. `typed`: it was the filter form that changed it, so leave that alone. */
 function visit({ typed = false, scroll = 0 } = {}) {
   const first = here === null;
-  here = { ...routeOf(location.pathname) ?? routeOf(BASE), query: new URLSearchParams(location.search), data: null };
+  here = { ...routeOf(location.pathname) ?? { view: VIEWS[0], args: [] }, query: new URLSearchParams(location.search), data: null };
   everything = false;
   if (!typed) selected.clear(), say("");
   byId("main").setAttribute("aria-busy", "true");
@@ -6890,6 +6917,7 @@ async function poll() {
     trouble = runners.filter(runner => runner.abandoned).map(abandonedIn).join(" ");
   } catch (error) {
     trouble = error.status ? error.message : "The connection to the app is lost. Trying again.";
+    if (mine === polling && error.status) here.refused = error.message;
   }
   clearTimeout(late);
   if (mine !== polling) return;        // somebody could not wait for the next poll
@@ -6898,50 +6926,60 @@ async function poll() {
   draw();
 }
 
+const nothingToShow = ({ refused }) => [el("h1", { tabindex: -1 }, "This cannot be shown"), el("p", null, refused, " ", link("", "All jobs"))];
+
 function draw() {
-  if (!here.data) return;
+  if (!here.data && !here.refused) return;
   const focused = document.activeElement;
   shown = new Map();
-  const content = here.view.draw(here);
+  const content = (here.data ? here.view.draw : nothingToShow)(here);
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
   fill("main", content);
   fill("bulk", bulkBar());
   fill("views", NAVIGATION.map(([title, path]) =>
     el("a", { href: BASE + path, "aria-current": here.view.under === title && "true" }, title)));
-  here.view.drawn?.(here);
-  if (!focused.isConnected) byId("main").focus({ preventScroll: true });
+  if (here.data) here.view.drawn?.(here);
+  if (!focused.isConnected || focused.disabled) byId("main").focus({ preventScroll: true });
   here.arrive?.();
   here.arrive = null;
 }
 
 const fill = (id, content) => morphChildren(byId(id), content.flat(Infinity).filter(isThere));
 
-document.addEventListener("click", event => {
+function goToLink(event) {
   const a = event.target.closest("a[href]");
+  if (a?.getAttribute("href") === "#main") return event.preventDefault(), byId("main").focus();
   if (!a || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
   if (a.origin !== location.origin || a.hash || !routeOf(a.pathname)) return;
   event.preventDefault();
   history.replaceState({ scroll: scrollY }, "");
   history.pushState(null, "", a.href);
   visit();
-});
-addEventListener("popstate", event => visit(event.state ?? {}));
-document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : poll());
-setInterval(() => document.hidden || draw(), 1000);
+}
 
-visit();
+if (self.document) {
+  document.addEventListener("click", goToLink);
+  addEventListener("popstate", event => visit(event.state ?? {}));
+  document.addEventListener("visibilitychange", () => document.hidden ? clearTimeout(timer) : poll());
+  setInterval(() => document.hidden || draw(), 1000);
+  visit();
+} else {
+  onmessage = tryExpression;
+}
 '''
 
 BODY_LIMIT = 1024 * 1024
+EXPORTS_AT_ONCE = 4                    # each may take as long as its reader
+_exports = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
 LIST_LIMIT = 500
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _SECURITY_HEADERS = [
-    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
+    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; worker-src 'self'; img-src 'self' "
      "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
     ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache")]
 _REASONS = {200: "OK", 304: "Not Modified", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-            409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
+            408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
             421: "Misdirected Request", 500: "Internal Server Error", 503: "Service Unavailable"}
 
 
@@ -6959,8 +6997,8 @@ class Page:
     def __init__(self, runner: Runner, *, read_only: bool = False, hosts: Iterable[str] = (), password: str | None = None,
                  authorize: Callable[[dict[str, Any]], str | None] | None = None) -> None:
         import secrets
-        if password is not None and (not isinstance(password, str) or not password):
-            raise ValueError("password must be a text that is not empty")
+        if password is not None and (not isinstance(password, str) or not password or _text(password, len(password)) != password):
+            raise ValueError("password must be a text that is not empty, without lone surrogates")
         if isinstance(hosts, str):
             raise ValueError(f"hosts must be a list of names, got {_short(hosts)}")
         if authorize is not None and not callable(authorize):
@@ -6979,7 +7017,7 @@ class Page:
             status, kind, body = refused.status, "application/json", _json_bytes(refused.body)
         except StoreError as error:                       # which the store has told the log
             status, kind, body = 503, "application/json", _json_bytes({"error": str(error)})
-        except Exception:
+        except (Exception, SystemExit):                   # SystemExit: of authorize()
             _log.exception("the status page failed on %s", environ.get("PATH_INFO", "")[:200])
             status, kind, body = 500, "application/json", _json_bytes({"error": "internal error; see the app's log"})
         if isinstance(body, bytes):
@@ -6994,8 +7032,11 @@ class Page:
         host = self._check_host(environ)
         if environ.get("PATH_INFO", "") == "" and environ.get("SCRIPT_NAME"):     # mounted, and asked for without the last slash
             from urllib.parse import quote
-            headers.append(("Location", quote(environ["SCRIPT_NAME"].rpartition("/")[2]) + "/"))
+            query = environ.get("QUERY_STRING")
+            headers.append(("Location", quote(environ["SCRIPT_NAME"].rpartition("/")[2].encode("latin-1")) + "/" + (f"?{query}" if query else "")))
             return 308, "text/plain", b""
+        if self._runner._store.closed:
+            raise _Refused(503, f"the runner on {self._runner.path} is shut down")
         path = environ.get("PATH_INFO", "").lstrip("/")
         method = environ.get("REQUEST_METHOD", "GET")
         user = "" if path == "healthz" else self._user(environ, headers)
@@ -7031,7 +7072,7 @@ class Page:
         name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdigit() else (host, "", "")
         # An address, or this machine's own name, cannot be made to lead here by somebody else's DNS.
         own = name in _LOOPBACK or self.is_guarded and (_is_address(name.strip("[]")) or name == _host_name())
-        if not (own and (self._port is None or port == str(self._port)) or host in self._hosts or name in self._hosts):
+        if not (own and (self._port is None or (port or "80") == str(self._port)) or host in self._hosts or name in self._hosts):
             raise _Refused(421, "this host name is not answered; a page that is reached by another name gets hosts=[name]")
         return host
 
@@ -7041,9 +7082,9 @@ class Page:
         import hmac
         if self._authorize is not None:
             user = self._authorize(environ)
-            if user is None:
+            if not isinstance(user, str) or not user.strip():            # False, "" and the like admit nobody
                 raise _Refused(403, "you may not see this page")
-            return _text(str(user), 200)
+            return _text(user, 200)
         if self._password is None:
             return "web"
         kind, _, coded = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
@@ -7092,11 +7133,12 @@ class Page:
             return 200, "application/json", _json_bytes({
                 "token": self._boot if self._read_only else self._token(), "read_only": self._read_only, "version": __version__})
         minute = f"-{int(time.time() // 60)}" if parts == ["stats"] else ""      # its windows move on
-        tag = f'W/"{self._boot}-{self._runner._store.version()}{minute}"'
-        if parts[-1] != "stack":                          # which moves on without a commit
-            headers.append(("ETag", tag))
+        asked = hash((*parts, environ.get("QUERY_STRING")))
+        tag = f'W/"{self._boot}{asked:x}-{self._runner._store.version()}{minute}"'
         if environ.get("HTTP_IF_NONE_MATCH") == tag:
             return 304, "application/json", b""
+        if parts[-1] not in ("stack", "export"):          # which move on without a commit, or are a file
+            headers.append(("ETag", tag))
         query = _query(environ.get("QUERY_STRING", ""))
         if parts == ["export"]:
             return self._export(query, headers)
@@ -7152,7 +7194,8 @@ class Page:
         filters, runner = _filters(query), self._runner
         pages = self._pages(filters)
         first = next(pages)                               # a bad filter is refused before the answer begins
-        headers[:] = [header for header in headers if header[0] != "ETag"]
+        if not _exports.acquire(blocking=False):
+            raise _Refused(503, f"{EXPORTS_AT_ONCE} exports are under way; try again later")
         headers.append(("Content-Disposition", f'attachment; filename="jobs.{form}"'))
 
         def cell(value: Any) -> Any:
@@ -7161,22 +7204,28 @@ class Page:
             return "'" + value if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value      # no formula of a stranger's
 
         def pieces() -> Iterator[bytes]:
-            begun = False
-            for rows in itertools.chain([first], pages):
-                infos = [self._shown(describe(row, runner._clock(), runner._usual)) for row in rows]
-                text = io.StringIO()
+            try:
+                yield b""                                 # from here on the end is reached, whoever drops this
+                begun = False
+                for rows in itertools.chain([first], pages):
+                    infos = [self._shown(describe(row, runner._clock(), runner._usual)) for row in rows]
+                    text = io.StringIO()
+                    if form == "json":
+                        text.writelines(f"{',' if begun or n else '['}\n{_dump(info)}" for n, info in enumerate(infos))
+                    elif infos:
+                        table = csv.writer(text)
+                        if not begun:
+                            table.writerow(infos[0])
+                        table.writerows([cell(value) for value in info.values()] for info in infos)
+                    begun |= bool(infos)
+                    yield text.getvalue().encode()
                 if form == "json":
-                    text.writelines(f"{',' if begun or n else '['}\n{_dump(info)}" for n, info in enumerate(infos))
-                elif infos:
-                    table = csv.writer(text)
-                    if not begun:
-                        table.writerow(infos[0])
-                    table.writerows([cell(value) for value in info.values()] for info in infos)
-                begun |= bool(infos)
-                yield text.getvalue().encode()
-            if form == "json":
-                yield b"\n]\n" if begun else b"[]\n"
-        return 200, "text/csv" if form == "csv" else "application/json", pieces()
+                    yield b"\n]\n" if begun else b"[]\n"
+            finally:
+                _exports.release()
+        body = pieces()
+        next(body)
+        return 200, "text/csv" if form == "csv" else "application/json", body
 
     def _pages(self, filters: dict[str, Any]) -> Iterator[list[sqlite3.Row]]:
         """Yield all rows that pass, newest first, 500 at a time. _Refused: a bad filter."""
@@ -7279,9 +7328,12 @@ def _read_json(environ: dict[str, Any]) -> Any:
     length = environ.get("CONTENT_LENGTH") or ""
     if not (length.isascii() and length.isdigit()):
         raise _Refused(411, "an operation needs a Content-Length")
-    if int(length[:20]) > BODY_LIMIT:
+    if len(length) > 20 or int(length) > BODY_LIMIT:
         raise _Refused(413, f"the body is larger than {BODY_LIMIT:,} bytes")
-    body = environ["wsgi.input"].read(int(length))
+    try:
+        body = environ["wsgi.input"].read(int(length))
+    except TimeoutError:
+        raise _Refused(408, "the body did not come in time") from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

@@ -5440,6 +5440,9 @@ class TestPage:
         assert unchanged[0] == 304 and unchanged[2] == b""
         runner.options(delay=1000).submit(add, 1)
         assert visitor.request("GET", "api/jobs", headers={"If-None-Match": headers["ETag"]})[0] == 200
+        tag = visitor.request("GET", "api/jobs")[1]["ETag"]
+        for other in ("api/jobs/1", "api/jobs?status=failed", "api/stats", "api/export"):
+            assert visitor.request("GET", other, headers={"If-None-Match": tag})[0] == 200
 
     def test_the_page_and_its_assets_are_valid_alone(self, visitor):
         for path, kind in (("", "text/html"), ("jobs/1", "text/html"), ("page.css", "text/css"), ("jobs/page.js", "text/javascript")):
@@ -5449,7 +5452,7 @@ class TestPage:
         assert "http" not in re.sub(r"http://www.w3.org/2000/svg", "", bgjobs.PAGE_HTML + bgjobs.PAGE_CSS)
 
     def test_it_mounts_under_a_prefix_of_a_wsgi_app(self, runner):
-        page = runner.wsgi()
+        page, seen = runner.wsgi(), []
         job = runner.options(delay=1000).submit(add, 1)
 
         def call(path, **environ):
@@ -5462,7 +5465,11 @@ class TestPage:
         assert call("/", HTTP_HOST="app.example")[0].startswith("421")
         page = runner.wsgi(hosts=["app.example"])
         assert call("/", HTTP_HOST="app.example")[0] == "200 OK"
-        assert call("")[0] == "308 Permanent Redirect"
+        page({"SCRIPT_NAME": "/caf\u00c3\u00a9", "PATH_INFO": "", "QUERY_STRING": "status=failed", "HTTP_HOST": "localhost"},
+             lambda status, headers: seen.extend([status, dict(headers)["Location"]]))
+        assert seen == ["308 Permanent Redirect", "caf%C3%A9/?status=failed"]
+        runner.close()
+        assert call("/api/jobs")[0] == call("/healthz")[0] == "503 Service Unavailable"
 
     def test_read_only_refuses_operations(self, runner):
         visitor = Visitor(runner.serve(port=0, read_only=True))
@@ -5529,7 +5536,7 @@ class TestPage:
         assert visitor.request("GET", "api/jobs", headers={**right, "Host": "192.0.2.7:" + visitor.host.split(":")[1]})[0] == 200
         with pytest.raises(ValueError, match="must be a loopback address, got '0.0.0.0', unless password= or authorize="):
             runner.serve("0.0.0.0", 0)
-        for bad in ({"password": ""}, {"password": 5}, {"authorize": "x"}, {"hosts": "example.org"}):
+        for bad in ({"password": ""}, {"password": 5}, {"password": "\ud800"}, {"authorize": "x"}, {"hosts": "example.org"}):
             with pytest.raises(ValueError, match="must be"):
                 runner.wsgi(**bad)
 
@@ -5543,6 +5550,16 @@ class TestPage:
         visitor.post("api/jobs/cancel", {"ids": [job.id]}, 403)
         visitor.post("api/jobs/cancel", {"ids": [job.id]}, X_User="bob")
         assert job.logs()[-1]["message"] == "cancel by bob"
+        for nobody in (False, True, "", " ", 0, 1, b"ann", ["ann"]):
+            visitor.url = runner.serve(port=0, authorize=lambda request: nobody)
+            visitor.host = visitor.url.split("/")[2]
+            assert visitor.request("GET", "api/jobs")[0] == 403
+
+        def leave(request):
+            raise SystemExit
+        visitor.url = runner.serve(port=0, authorize=leave)
+        visitor.host = visitor.url.split("/")[2]
+        assert visitor.request("GET", "api/jobs")[0] == 500
 
     def test_an_export_has_all_that_match_and_no_formula_of_a_strangers(self, idle):
         visitor = Visitor(idle.serve(port=0))
@@ -5558,6 +5575,12 @@ class TestPage:
         assert visitor.get("api/export?format=json&name=x") == [] and visitor.request("GET", "api/export?name=x")[2] == b""
         for bad in ("format=xml", "limit=5", "status=odd", "nonsense=1"):
             visitor.get(f"api/export?{bad}", 400)
+        page = idle.wsgi()
+        export = {"PATH_INFO": "/api/export", "HTTP_HOST": "localhost"}
+        readers = [page(export, lambda status, headers: None) for _ in range(bgjobs.EXPORTS_AT_ONCE)]
+        assert "try again later" in visitor.get("api/export", 503)["error"]
+        del readers                                       # who reads slowly takes no more places than these, and gives his back
+        assert visitor.request("HEAD", "api/export")[0] == visitor.request("GET", "api/export")[0] == 200
 
     def test_the_attempts_of_a_job_are_told_one_by_one(self, make, monkeypatch):
         clock = Clock()
@@ -5630,9 +5653,13 @@ class TestPage:
 
 def log_lines(count):
     for n in range(count):
-        bgjobs.current_job().log.info(f"line {n}")
+        bgjobs.current_job().log.info(f"line {n}" if n else "a" * 40 + "! 0")
     gate("more").wait(20)
     bgjobs.current_job().log.info("more")
+
+
+def fail_with(text):
+    raise ValueError(text)
 
 
 def hold_and_log(name):
@@ -5785,7 +5812,7 @@ class TestInTheBrowser:
         wait_for(lambda: ids() == [deaf.id])
         browser.run("document.querySelector('tbody input').click()")
         browser.click("Force stop")
-        confirm("Force stop job 4 (Deaf)?", "Yes, force stop")
+        confirm("Force stop job 4 (\u2068Deaf\u2069)?", "Yes, force stop")
         wait_for(lambda: deaf.status == "stopped" and "1 force-stopped" in browser.text())
         gate("deaf").set()
         assert not browser.complaints()
@@ -5867,6 +5894,9 @@ class TestInTheBrowser:
         wait_for(lambda: lines() == ["1"])
         browser.run("document.querySelector('#log button').click()")
         wait_for(lambda: lines() == [*map(str, range(7))])
+        for wrong, text in (("(", "Invalid regular expression"), ("(a+)+$", "It takes too long on these lines")):
+            enter("Regex", wrong)
+            wait_for(lambda: text in browser.text() and lines() == [])
         enter("Regex", "")
         wait_for(lambda: len(lines()) == 500)
         browser.click("Follow", "label")                                        # reading around a line had ended it
@@ -5875,17 +5905,41 @@ class TestInTheBrowser:
                                                                "return it.scrollTop + it.clientHeight > it.scrollHeight - 2"))
         assert not browser.complaints()
 
-    def test_on_a_phone_nothing_scrolls_sideways(self, runner, browser):
+    def test_odd_addresses_names_and_filters(self, runner, browser):
+        url = runner.serve(port=0)
+        ids = [runner.options(label=label).submit(add, n, n).id for n, label in enumerate(("pay \u202e001 bob", " \u200b", "plain"))]
+        for odd in ("?utm_source=mail", "?status=bogus", "?before=abc", "statistics?window=bogus"):
+            browser.open(url + odd)
+            wait_for(lambda: "This cannot be shown" in browser.text() and "Schedules" in browser.text())
+        browser.click("All jobs", "a")
+        wait_for(lambda: "plain" in browser.text() and "test_bgjobs.add #2" in browser.text())
+        browser.open(url + "/?errors=false")
+        wait_for(lambda: "plain" in browser.text())
+        browser.run("const form = document.getElementById('filters'); form.elements.q.value = 'pla'; form.dispatchEvent(new Event('input'))")
+        wait_for(lambda: browser.run("return location.search") == "?errors=false&q=pla" and "test_bgjobs.add" not in browser.text())
+        browser.run("document.querySelector('tbody input').click()")
+        wait_for(lambda: "1 selected" in browser.text())
+        browser.run("document.querySelector('.skip').click()")
+        assert browser.run("return document.activeElement.id") == "main" and "1 selected" in browser.text()
+        browser.open(url + f"jobs/{ids[0]}")
+        wait_for(lambda: "pay" in browser.text())
+        left, right = (browser.run(f"return document.querySelector('h1 {part}').getBoundingClientRect().left") for part in ("bdi", "small"))
+        assert left < right
+        assert not [line for line in browser.complaints() if "status of 400" not in line]
+
+    def test_nothing_scrolls_sideways(self, runner, browser):
         runner.options(label="x" * 200, run_by="y" * 100).submit(add, 1).result(10)
         runner.options(label="x" * 200).every("1h", add, 1)
+        runner.options(name="z" * 300, retries=1, backoff=0).submit(fail_with, "w" * 400).exception(10)
         url = runner.serve(port=0)
-        browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": {
-            "width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}})
         try:
-            for page in ("", "jobs/1", "schedules", "statistics"):
-                browser.open(url + page)
-                wait_for(lambda: "xxx" in browser.text() or "test_bgjobs.add" in browser.text())
-                assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+            for width in (390, 1300):
+                browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": {
+                    "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}})
+                for page in ("", "jobs/1", "jobs/2", "schedules", "statistics"):
+                    browser.open(url + page)
+                    wait_for(lambda: "xxx" in browser.text() or "zzz" in browser.text())
+                    assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), (width, page)
         finally:
             browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
 
