@@ -5651,7 +5651,7 @@ class TestPage:
             assert "parent_id = :parent" in sql or not any("bgjobs_children" in step for step in plan), (sql, plan)
 
 
-def log_lines(count):
+def say_lines(count):
     for n in range(count):
         bgjobs.current_job().log.info(f"line {n}" if n else "a" * 40 + "! 0")
     gate("more").wait(20)
@@ -5869,7 +5869,7 @@ class TestInTheBrowser:
 
     def test_a_long_log_is_read_from_its_end_to_its_beginning_searched_and_followed(self, make, browser):
         runner = make(max_workers=1)
-        job = runner.submit(log_lines, 3_000)
+        job = runner.submit(say_lines, 3_000)
         wait_for(lambda: len(job.logs()) == 3_000)
         browser.open(runner.serve(port=0) + f"jobs/{job.id}")
 
