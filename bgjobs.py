@@ -37,7 +37,7 @@ whose workers execute them. A service thread looks after what comes by the clock
 
 Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
            6 Force stop   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle   12 Runner
-           13 The default runner   14 Status page   15 Command line
+           13 Elsewhere   14 The default runner   15 Status page   16 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -359,6 +359,7 @@ class _Registry:
         self.by_name: dict[str, Callable[..., Any]] = {}
         self.declared: dict[Callable[..., Any], dict[str, Any]] = {}
         self.names: dict[Callable[..., Any], str] = {}
+        self.has_executors = False                        # one at least is declared with executor=
 
     def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         if "name" in options:
@@ -367,6 +368,7 @@ class _Registry:
                 raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; choose another")
             self.by_name[options["name"]] = function      # a reloaded module's newer one
         self.declared[function] = options
+        self.has_executors |= "executor" in options
 
     def name_of(self, function: Callable[..., Any]) -> str:
         """Return the function's stable name, and remember the function by it. TypeError: it cannot be a job."""
@@ -461,12 +463,18 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "restartable": (lambda v: isinstance(v, bool), "True or False"),
     "recover": (lambda v: isinstance(v, bool), "True or False"),
     "secret": (lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(isinstance(n, str) for n in v), "a list of argument names"),
+    "isolate": (lambda v: isinstance(v, bool), "True or False"),
+    "executor": (lambda v: _is_executor(v), "a concurrent.futures.Executor, what makes one, or None"),
     "tz": (lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
     "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
-_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout")    # kept with the job, as JSON; others are columns
+_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")    # kept with the job, as JSON; others are columns
 BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
+
+
+def _is_executor(value: Any) -> bool:
+    return value is None or callable(getattr(value, "submit", None)) or callable(value)
 
 
 def _is_name(value: Any) -> bool:
@@ -2119,6 +2127,13 @@ class Transaction:
         return self.execute(SAVE_STATE, {"id": attempt.id, "attempt": attempt.number, "state": state,
                                          "positions": positions}).rowcount == 1
 
+    def save_states(self, saves: list[tuple[Attempt, str | None, str | None]]) -> list[bool]:
+        """Store the states of many attempts as `save_state` does; where state and positions are None it only tells."""
+        rows = [{"id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions} for attempt, state, positions in saves]
+        if self.executemany(SAVE_STATE, rows).rowcount == len(saves):
+            return [True] * len(saves)
+        return [self.save_state(*save) for save in saves]
+
     def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "at": self.now - report.age,
@@ -3183,7 +3198,8 @@ ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for ea
 
 
 class Pool:
-    """`size` places in which attempts execute, and the threads for them, made when needed and reused.
+    """`size` places in which attempts execute, and the threads for them, made when needed and reused. One that executes in
+    another process takes a place as well, but no thread: it is handed to `depart`, and `end` is called when it is back.
 
     An attempt that waits for another job gives its place away and asks for one when it goes on. Places go to those
     that return and to claimed jobs in turn, so neither starves, waiting never deadlocks, and never do more than `size`
@@ -3191,11 +3207,12 @@ class Pool:
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
-                 claim: Callable[[], None]) -> None:
+                 claim: Callable[[], None], depart: Callable[[Attempt], None]) -> None:
         self.size = size
         self._reserve = 1 if size > 1 else 0              # places that low priority never takes
         self._execute = execute
         self._settle, self._claim = settle, claim         # settle tells whether to claim at once
+        self._depart = depart                             # called under the lock
         # `_changed` guards everything below; no user code and no SQL runs under it.
         self._changed = _Condition()
         self._queue: deque[Attempt] = deque()             # claimed
@@ -3264,7 +3281,6 @@ class Pool:
     def _give_places(self, hands: float = 1) -> list[threading.Thread]:
         """Hand free places out; return the threads to start for them. Called under the lock."""
         while self._busy < self._places and hands >= 1:
-            hands -= 1
             full = self._low_busy >= self.size - self._reserve
             back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
             if back is not None and (self._returning_first or not self._queue):
@@ -3280,8 +3296,13 @@ class Pool:
             self._low_busy += attempt.low_priority
             if attempt is back:
                 attempt.place.set()                       # type: ignore[union-attr]
+            elif attempt.engine is not None:
+                self._executing.add(attempt)
+                self._depart(attempt)
+                continue
             else:
                 self._handed.append(attempt)
+            hands -= 1
         if not self._handed:
             return []
         self._changed.notify(len(self._handed))
@@ -3314,10 +3335,9 @@ class Pool:
                 self._executing.discard(attempt)
                 retires = attempt.abandoned               # another thread has taken this one's part
                 if retires:
-                    lead |= self.is_clogged
-                    self.abandoned -= 1
+                    lead |= self._forget_abandoned()
                     self._threads.discard(threading.current_thread())
-                elif lead or self._returning or not self._queue or self._busy > self.size:
+                elif lead or self._returning or not self._queue or self._queue[0].engine is not None or self._busy > self.size:
                     starting = self._free(attempt)
                     self._idle += 1
                     attempt = None                        # an idle worker keeps nothing alive
@@ -3332,6 +3352,24 @@ class Pool:
                 if not lead and not self.lingers:
                     self._linger()
                 attempt = self._next_handed()
+
+    def end(self, attempt: Attempt) -> None:
+        """Have the outcome of an attempt that executed elsewhere recorded, and give its place to the next."""
+        lead = self._settle(attempt)
+        with self._changed:
+            self._executing.discard(attempt)
+            if attempt.abandoned:
+                lead |= self._forget_abandoned()
+            starting = self._free(attempt) if attempt.has_place else []
+        self._start(starting)
+        if lead:
+            self._claim()
+
+    def _forget_abandoned(self) -> bool:
+        """Count one abandoned attempt less; tell whether that lets jobs be claimed again. Called under the lock."""
+        clogged = self.is_clogged
+        self.abandoned -= 1
+        return clogged
 
     def _linger(self) -> None:
         """Look again in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for each."""
@@ -3399,6 +3437,18 @@ class Pool:
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
         """Give the place of a waiting attempt away, and wait for one at the end. Several of its threads may wait."""
+        self.leave(attempt)
+        try:
+            yield
+        finally:
+            place = _Event()
+            if self.ask_back(attempt, place):
+                while not place.wait(1.0):                # Ctrl-C may have come between the setting and the waking
+                    pass
+                attempt.waited += time.monotonic() - attempt.left_at
+
+    def leave(self, attempt: Attempt) -> None:
+        """Give the place of an attempt away that begins to wait."""
         with self._changed:
             attempt.waits += 1
             leaves = attempt.waits == 1 and attempt.has_place
@@ -3408,21 +3458,18 @@ class Pool:
         self._start(starting)
         if leaves:
             self._claim()
-        try:
-            yield
-        finally:
-            with self._changed:
-                attempt.waits -= 1
-                returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
-                if returns:
-                    attempt.place = _Event()
-                    self._returning.append(attempt)
-                    starting = self._give_places()
+
+    def ask_back(self, attempt: Attempt, place: Any) -> bool:
+        """Have `place.set()` called as soon as there is a place for an attempt that has waited. False: it needs none."""
+        with self._changed:
+            attempt.waits -= 1
+            returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
             if returns:
-                self._start(starting)
-                while not attempt.place.wait(1.0):        # Ctrl-C may have come between the setting and the waking
-                    pass
-                attempt.waited += time.monotonic() - attempt.left_at
+                attempt.place = place
+                self._returning.append(attempt)
+            starting = self._give_places() if returns else []
+        self._start(starting)
+        return returns
 
     def has(self, attempt: Attempt) -> bool:
         """Tell whether an attempt waits for its thread, or has one."""
@@ -3511,7 +3558,8 @@ class Attempt(JobContext):
     thread: int | None = None                             # while it executes
     has_place = abandoned = False                         # these four are the pool's
     waits = lines = lines_at_trim = 0                     # lines: logged, and those of them when its log was trimmed last
-    place: threading.Event | None = None
+    place: Any = None                                     # what is set when one that waited has a place again
+    engine: Engine | None = None                          # that executes it elsewhere
     unsaved_progress: Report | None = None
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
     _pace: Pace | None = None
@@ -4147,6 +4195,8 @@ class Submitter:
 
     def __init__(self, runner: Runner | None, options: dict[str, Any]) -> None:
         self._of, self._options = runner, check_options(options)
+        if "executor" in options:
+            raise TypeError("executor is an option of a function, @job(executor=...), or of start(); it cannot be stored with a job")
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
         """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit. In a job: a child of it.
@@ -4222,14 +4272,22 @@ class Runner(Submitter, Executor):
     durability: "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
     SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
     default, where finished stands for cancelled, too; None keeps everything. modules: names of modules to import, whose
-    functions jobs may name. clock: returns Unix seconds.
+    functions jobs may name. executor: where functions execute instead, a concurrent.futures.Executor (or what makes one, a class or a function without
+    arguments: then a broken one is replaced); max_workers is how many at once, by default the executor's. callback: "host:port" of this
+    machine, by which an executor's workers on other machines reach it. clock: returns Unix seconds.
     Raises ValueError for a bad value, StoreError for a file that cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
                  durability: str = "process", journal: str = "wal", retention: dict[str, float] | None = RETENTION,
-                 modules: Iterable[str] = (),
+                 modules: Iterable[str] = (), executor: Any = None, callback: str | None = None,
                  clock: Callable[[], float] = time.time) -> None:
+        if not _is_executor(executor):
+            raise ValueError(f"executor must be {_OPTIONS['executor'][1]}, got {_short(executor)}")
+        if callback is not None and not (isinstance(callback, str) and callback.rpartition(":")[0] and callback.rpartition(":")[2].isdecimal()):
+            raise ValueError(f'callback must be "host:port", got {_short(callback)}')
+        if max_workers is None and executor is not None:
+            max_workers = getattr(executor, "_max_workers", None)
         if max_workers is None:
             max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
         if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers <= 0:
@@ -4245,6 +4303,7 @@ class Runner(Submitter, Executor):
         self._retention = None if retention is None else {**RETENTION, **retention}
         Submitter.__init__(self, self, {})
         self.max_workers = self._max_workers = max_workers
+        self._executor, self._callback_address = executor, callback
         self._clock = clock
         for module in modules:
             __import__(module)
@@ -4273,7 +4332,9 @@ class Runner(Submitter, Executor):
         for name, seconds, tree_seconds in self._store.read(MEANS):
             self._costs.means.update({} if seconds is None else {name: seconds})
             self._costs.trees.update({} if tree_seconds is None else {name: tree_seconds})
-        self._pool = Pool(self.max_workers, self._execute, self._settle, self._store.kick)
+        self._callback = Callback(self, self._callback_address)
+        self._engines: dict[int, Engine] = {}             # by the id of what the app gave
+        self._pool = Pool(self.max_workers, self._execute, self._settle, self._store.kick, self._callback.depart)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
         # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
         self._handle_lock = threading.Lock()
@@ -4314,6 +4375,7 @@ class Runner(Submitter, Executor):
         self._handle_lock, self._close_lock, self._over = threading.Lock(), threading.Lock(), _Condition()
         self._service, self._callback_thread, self._started = None, None, False
         self._attempts, self._servers = {}, []
+        self._callback.leave_to_parent()
 
     def _register(self) -> tuple[int, int]:
         def register(tx: Transaction) -> tuple[int, int]:
@@ -4534,7 +4596,24 @@ class Runner(Submitter, Executor):
         planned = sum(self._costs.means.get(attempt.name, 0.0) + _OVERHEAD for attempt in waiting)
         rows = tx.claim(self._id, free, low_free, ahead, planned, quick, self._costs)
         self._backlog = len(rows) >= free or low_free <= 0
-        return [Attempt(self, row) for row in rows]
+        return [self._attempt(row) for row in rows]
+
+    def _attempt(self, claim: tuple[Any, ...]) -> Attempt:
+        name, options, system = claim[3], claim[9], claim[20]
+        engine = self._engine_for(name, options) if (self._executor is not None or _registry.has_executors) and not system \
+            or options and '"isolate":true' in options else None
+        return Attempt(self, claim) if engine is None else Departed(self, claim, engine)
+
+    def _engine_for(self, name: str, options: str | None = None) -> Engine | None:
+        """Return what executes the jobs of this name, or None: the threads of this process."""
+        if options and '"isolate":true' in options:
+            executor: Any = IsolatedProcesses
+        else:
+            function = _registry.find(name)
+            executor = _registry.declared.get(function, {}).get("executor", self._executor) if function is not None else None
+        if executor is None:
+            return None
+        return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
 
     def _committed(self, claims: list[Attempt]) -> None:
         """After a commit of what rode along: forget it, and hand the claims out. Runs in the leading thread."""
@@ -4561,10 +4640,11 @@ class Runner(Submitter, Executor):
                 self._over.notify_all()
 
     def _execute(self, attempt: Attempt) -> None:
-        """Run one attempt's function in this thread. Never raises."""
-        if attempt.stop_requested:
-            attempt.outcome = UNSPENT
-            return
+        """Run one attempt's function in this thread, if it is not to stop already. Never raises."""
+        if not attempt.stop_requested:
+            self._perform(attempt)
+
+    def _perform(self, attempt: Attempt) -> None:
         attempt.begun = time.monotonic()
         if self._inline and attempt.options.get("timeout"):
             self._ensure_service()
@@ -4639,7 +4719,7 @@ class Runner(Submitter, Executor):
         """Have an ended attempt recorded. True: now, since somebody waits for it, or its place for a job that is ready; else it
         happens within SETTLE_SECONDS, with what else is written then."""
         try:
-            if attempt.exception is not None:
+            if attempt.exception is not None and not attempt.ticket.void:
                 self._remember_exception(attempt)
             attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
         except BaseException as error:                    # whatever it is, the job ends and the worker goes on
@@ -4930,8 +5010,11 @@ class Runner(Submitter, Executor):
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Returns the runner.
 
-        In a forked child it opens the file anew first.
+        In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules may call it,
+        it does nothing.
         """
+        if _serves_attempts:
+            return self
         if self._store.forked:
             self._open()
         if self._shut:
@@ -5085,6 +5168,9 @@ class Runner(Submitter, Executor):
             tx.executemany(SAVE_COST, means)
             tx.remove_runner(self._id)
         self._store.close(leave)
+        self._callback.close()
+        for engine in self._engines.values():
+            engine.close()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -5205,7 +5291,7 @@ class Runner(Submitter, Executor):
             kind, _, name = key.partition(" ")
             if kind != "function":
                 self._store.write(lambda tx: tx.unpark_next(key))
-            elif _registry.find(name) is not None:
+            elif _registry.find(name) is not None and not ((engine := self._engine_for(name)) and engine.is_broken):
                 while self._store.write(lambda tx: tx.unpark(key)):
                     pass
 
@@ -5299,7 +5385,7 @@ class Runner(Submitter, Executor):
         ValueError: a host other than loopback without password or authorize. A port that is taken is a warning, and "" is
         returned: jobs go on.
         """
-        return serve_page(Page(self, **options), host, port)
+        return "" if _serves_attempts else serve_page(Page(self, **options), host, port)
 
     def wsgi(self, **options: Any) -> Page:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
@@ -5668,11 +5754,1037 @@ def _leave_to_parent() -> None:
     inherited: Any = sys.modules.pop("_bgjobs_presence", None)
     if inherited is not None:
         inherited.leave_to_parent()
+    _links.clear()
     for runner in list(_living):
         runner._leave_to_parent()
 
 
-# ---- 13 The default runner ------------------------------------------------------------------------------------
+# ---- 13 Elsewhere ---------------------------------------------------------------------------------------------
+#
+# An attempt may execute in another process: one of its own (isolate=True), or wherever a concurrent.futures.Executor takes it
+# (executor=). The engine gets `run_attempt` and a short JSON text, and gives another one back. What the attempt says and asks meanwhile
+# comes through the runner's callback: a port that is opened for the first such attempt. Each process has one connection,
+# made when an attempt there first has something to say. Lines of JSON go both ways:
+#
+#   there -> runner    [token, number, call, argument...]
+#   runner -> there    [number, value], or [number, null, type of an error, its text]; unasked: [0, token, news, value]
+#
+# A token is for one attempt, and is forgotten with it: whatever a superseded attempt says is refused as "gone". After a loss of the
+# connection the calls without an answer are repeated; by its number, the runner carries each out once.
+
+JOIN_SECONDS = 0.3                 # after which an attempt that has nothing to say can be told to stop, all the same
+RETRY_SECONDS = 10.0               # that an attempt tries to reach its runner, before it stops
+TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
+BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
+ONCE = ("submit", "operate", "leave", "ask_back", "ended")         # calls that are carried out once, however often they come
+WARM_PROCESSES = 8                 # of isolated attempts, that wait for the next one
+
+
+class Engine:
+    """An executor of a runner: one that the app made, or what makes one, which then also replaces a broken one."""
+
+    def __init__(self, executor: Any) -> None:
+        self._make = executor if isinstance(executor, type) or not hasattr(executor, "submit") else None
+        self._executor: Any = None if self._make is not None else executor
+        self.isolates = executor is IsolatedProcesses
+        self._broken_until = -math.inf                    # monotonic
+        self.hosts: list[Departed] = []                   # attempts there that wait: their processes have room for another
+
+    @property
+    def is_broken(self) -> bool:
+        return time.monotonic() < self._broken_until
+
+    def submit(self, payload: str) -> Any:
+        """Return the executor's future. Raises what the executor does when it takes nothing."""
+        try:
+            if self._make is not None and self._executor is None:
+                self._executor = self._make()
+            try:
+                return self._executor.submit(run_attempt, payload)
+            except Exception:
+                if self._make is None:
+                    raise
+                self._executor = self._make()             # in place of the broken one
+                return self._executor.submit(run_attempt, payload)
+        except Exception:
+            self._broken_until = time.monotonic() + BROKEN_SECONDS
+            raise
+
+    def discard(self, future: Any) -> None:
+        """Give up on a call: kill its process if it has one of its own, else cancel what has not begun."""
+        if self.isolates:
+            self._executor.kill(future)
+        else:
+            future.cancel()
+
+    def close(self) -> None:
+        if self._make is not None and self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class IsolatedProcesses(Executor):
+    """Makes each call in a process of its own: started fresh, never forked, and kept for another one after a call that has left
+    no thread behind."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()                     # guards the three below
+        self._warm: list[Any] = []
+        self._running: dict[Future[str], Any] = {}
+        self._unwanted: set[Future[str]] = set()          # to be killed as soon as they have a process
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[str]:
+        future: Future[str] = Future()
+        threading.Thread(target=self._run, args=(future, *args), name="bgjobs-isolated", daemon=True).start()
+        return future
+
+    def _run(self, future: Future[str], payload: str) -> None:
+        process, answer = None, b""
+        try:
+            process = self._warm_process() or self._start()
+            with self._lock:
+                self._running[future] = process
+                if future in self._unwanted:
+                    process.kill()
+            with contextlib.suppress(OSError):
+                process.stdin.write(payload.encode() + b"\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+        except Exception as error:
+            future.set_exception(error)
+            return
+        finally:
+            with self._lock:
+                self._running.pop(future, None)
+                self._unwanted.discard(future)
+        stays_warm = answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES
+        if stays_warm:
+            with self._lock:
+                self._warm.append(process)
+        if answer.endswith(b"\n"):
+            future.set_result(answer[1:].decode())
+        else:
+            process.kill()
+        if not stays_warm:
+            with process:                                 # its pipes are closed, and it ends
+                pass
+        if not future.done():
+            code = process.returncode
+            future.set_exception(BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}")))
+
+    def _warm_process(self) -> Any:
+        while self._warm:
+            with self._lock:
+                process = self._warm.pop() if self._warm else None
+            if process is not None and process.poll() is None:
+                return process
+        return None
+
+    @staticmethod
+    def _start() -> Any:
+        import subprocess
+        name, folder = (__name__, []) if __name__ != "__main__" else (_module_name("__main__"), [os.path.dirname(os.path.abspath(__file__))])
+        code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
+               "__import__('importlib').import_module(name).serve_process()"
+        return subprocess.Popen([sys.executable, "-c", code, json.dumps([sys.path + folder, name])], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def kill(self, future: Future[str]) -> None:
+        with self._lock:
+            process = self._running.get(future)
+            if process is None and not future.done():
+                self._unwanted.add(future)
+        if process is not None:
+            process.kill()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._lock:
+            warm, self._warm = self._warm, []
+            running = list(self._running)
+        for process in warm:
+            with process:
+                process.kill()
+        for future in running:
+            self.kill(future)
+
+
+def serve_process() -> None:
+    """Execute the attempts whose payloads come on standard input, a line each; be a process of IsolatedProcesses."""
+    import signal
+    global _serves_attempts
+    _serves_attempts = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is for the app, which tells us
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="bgjobs-parent", daemon=True).start()
+    payloads, outcomes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)                                         # what functions print
+    for payload in payloads:
+        outcome = run_attempt(payload.decode())
+        is_clean = all(thread is threading.current_thread() or thread.name.startswith("bgjobs-") for thread in threading.enumerate())
+        outcomes.write(b"+-"[not is_clean:][:1] + outcome.encode() + b"\n")
+        outcomes.flush()
+        if not is_clean:
+            return
+
+
+def _end_with(parent: int) -> None:
+    """End when the runner's process does. (A forked process of the app may keep our standard input open.)"""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+_serves_attempts = False                                  # this process: then it runs no jobs of its own, whatever the app's modules start
+
+
+class Departed(Attempt):
+    """An attempt that executes elsewhere, as its runner sees it. The pool takes it for one with a thread."""
+
+    future: Any = None
+    host: Departed | None = None                          # in whose process it executes
+    run: str | None = None                                # which of its executions speaks; an engine may start several
+    is_back = False
+    _report: Report | None = None
+    _positions_there: str | None = None
+
+    def __init__(self, runner: Runner, claim: tuple[Any, ...], engine: Engine) -> None:
+        import secrets
+        super().__init__(runner, claim)
+        self.engine, self.token = engine, secrets.token_urlsafe(16)
+        self.claim = claim[:-1]
+        self.replies: OrderedDict[int, Any] = OrderedDict()      # to calls that must not be carried out twice
+
+    def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
+        super().request_stop(reason, force)
+        if self.stop_requested:
+            self.runner._callback.tell(self, "stop", self.reason)
+
+    def let_pass(self, operation: threading.Event) -> None:
+        pass                                              # it holds nothing up here
+
+    def supersede(self) -> None:
+        self.request_stop(force=True)
+        self.ticket.void = True
+        self.runner._callback.tell(self, "void", None)
+        self.runner._callback.discard(self)
+
+    def report_to_save(self) -> Report | None:
+        report, self._report = self._report, None
+        return report
+
+    def unsaved_positions(self) -> str | None:
+        return self._positions_there
+
+    def hear(self, lines: list[list[Any]], report: list[Any] | None, positions: str | None) -> None:
+        """Take over what the attempt has logged and reported. Written with the next transaction, within a second."""
+        runner = self.runner
+        if runner._attempts.get(self.id) is not self:
+            return
+        for at, level, message in lines:
+            if len(runner._lines) >= LOG_BUFFER:
+                runner._lines_dropped += 1
+            else:
+                self.lines += 1
+                runner._lines.append((self.id, at, level, message, self.number))
+        if report is not None:
+            progress, rate, *rest = report
+            self._report = Report(progress, Rate(*rate), *rest)
+        self._positions_there = positions or self._positions_there
+
+    def take_over(self, outcome: dict[str, Any]) -> None:
+        """Make what `run_attempt` returned this attempt's outcome."""
+        self.hear(outcome["lines"], outcome["report"], outcome["positions"])
+        self.outcome, self.result, self.error = outcome["outcome"], outcome["result"], outcome["error"]
+        self.ran, self.waited = outcome["ran"], outcome["waited"]
+        self.worked = max(0.0, self.ran - self.waited)
+
+
+class _Caller:
+    """A connection to the callback."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection, self.since = connection, time.monotonic()
+        self.unread, self.unsent = bytearray(), bytearray()
+        self.is_known = False                             # it has shown a token
+
+
+class _News:
+    """Has the looks of an event to the pool: setting it tells an attempt elsewhere."""
+
+    def __init__(self, callback: Callback, attempt: Departed, news: str) -> None:
+        self._told = callback, attempt, news
+
+    def set(self) -> None:
+        callback, attempt, news = self._told
+        callback.tell(attempt, news, None)
+
+
+class Callback:
+    """Where a runner hands attempts to engines and hears of them: two threads, one that hands over and one that listens."""
+
+    def __init__(self, runner: Runner, address: str | None) -> None:
+        self._runner, self._address = runner, address
+        self._departing: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()                     # guards the four below
+        self._attempts: dict[str, Departed] = {}          # by token
+        self._callers: dict[Departed, _Caller] = {}
+        self._news: deque[tuple[Departed, str, Any]] = deque()
+        self._threads: list[threading.Thread] = []
+        self._listener: Any = None
+        self._waker: Any = None
+        self._closed = False
+
+    # handing over
+
+    def depart(self, attempt: Departed) -> None:
+        """Have an attempt executed elsewhere. From any thread; returns at once."""
+        self._departing.put(functools.partial(self._send_off, attempt))
+        if not self._threads:
+            with self._lock:
+                starting = [] if self._threads else [threading.Thread(target=self._hand_over, name="bgjobs-departures", daemon=True)]
+                self._threads += starting
+            for thread in starting:
+                thread.start()
+
+    def discard(self, attempt: Departed) -> None:
+        """Have the engine give up on an attempt that has been superseded."""
+        if attempt.future is not None:                    # else whoever hands it over sees that
+            self._departing.put(functools.partial(attempt.engine.discard, attempt.future))
+
+    def _hand_over(self) -> None:
+        while (step := self._departing.get()) is not None:
+            try:
+                step()
+            except Exception:
+                _log.exception("trouble with an executor")
+            del step
+
+    def _send_off(self, attempt: Departed) -> None:
+        runner, engine, function = self._runner, attempt.engine, _registry.find(attempt.name)
+        attempt.begun = time.monotonic()
+        if attempt.stop_requested or function is None or engine.is_broken:
+            attempt.outcome = UNSPENT if attempt.stop_requested else UNKNOWN
+            return self._end(attempt)
+        try:
+            if self._listener is None:
+                self._listen()
+            attempt.thread = None if attempt.options.get("timeout") else 0       # the time runs from when it says that it executes
+            with self._lock:
+                self._attempts[attempt.token] = attempt
+                host = engine.hosts.pop() if engine.hosts and not engine.isolates else None
+            payload = _dump({"claim": attempt.claim, "module": _module_name(function.__module__), "function": function.__qualname__,
+                             "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": runner.path, "runner": runner._id})
+            if host is None:
+                attempt.future = engine.submit(payload)
+        except Exception as error:                        # the job waits until the executor takes it
+            text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
+            with contextlib.suppress(StoreError):
+                runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+            _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
+            attempt.outcome = UNKNOWN
+            return self._end(attempt)
+        if attempt.due is not None and not attempt.system:
+            runner._begun.append((attempt.name, max(0.0, runner._clock() - attempt.due)))
+        if host is not None:                              # it waits for a job there, which may be this one
+            attempt.host = host
+            return self.tell(host, "run", payload)
+        attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
+        if attempt.ticket.void:
+            engine.discard(attempt.future)
+
+    def _come_back(self, attempt: Departed, future: Any) -> None:
+        """Take the outcome from an engine's future. Called in a thread of the engine's."""
+        try:
+            if future.cancelled():
+                attempt.outcome = UNSPENT
+            else:
+                attempt.take_over(json.loads(future.result()))
+        except BaseException as error:                    # the engine's: a process of it died, or was taken away
+            attempt.ran = attempt.worked = time.monotonic() - attempt.begun
+            attempt.fail(error)
+            with self._lock:
+                guests = [each for each in self._attempts.values() if each.host is attempt]
+            for guest in guests:
+                guest.fail(error)
+                self._end(guest)
+        self._end(attempt)
+
+    def _end(self, attempt: Departed) -> None:
+        with self._lock:
+            again, attempt.is_back = attempt.is_back, True
+            self._attempts.pop(attempt.token, None)
+            self._callers.pop(attempt, None)
+            if attempt in attempt.engine.hosts:
+                attempt.engine.hosts.remove(attempt)
+        if again:
+            return
+        attempt.thread = None
+        if attempt.outcome not in (UNKNOWN, UNSPENT):
+            self._runner._costs.record(attempt.name, attempt.worked)
+        self._runner._pool.end(attempt)
+
+    # listening
+
+    def _listen(self) -> None:
+        import selectors
+        import socket
+        host, _, port = (self._address or "127.0.0.1:0").rpartition(":")
+        listener = socket.create_server((host, int(port)), backlog=1024)
+        listener.setblocking(False)
+        self._waker, wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        wakened.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, None)
+        self._selector.register(wakened, selectors.EVENT_READ, None)
+        self._listener, self._wakened = listener, wakened
+        thread = threading.Thread(target=self._hear, name="bgjobs-callback", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def tell(self, attempt: Departed, news: str, value: Any) -> None:
+        """Tell an attempt something unasked. From any thread; never blocks. One that is not connected hears of a stop when it is."""
+        self._news.append((attempt, news, value))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waker is not None:
+            with contextlib.suppress(OSError):            # full: it is awake; closed: nobody is
+                self._waker.send(b"x")
+
+    def _hear(self) -> None:
+        while not self._closed:
+            calls: list[tuple[_Caller, list[Any]]] = []
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._admit()
+                elif key.fileobj is self._wakened:
+                    with contextlib.suppress(OSError):
+                        self._wakened.recv(65536)
+                elif not self._read(key.data, calls):
+                    self._drop(key.data)
+            try:
+                self._answer(calls)
+                self._pass_on_news()
+            except Exception:
+                _log.exception("the callback for attempts elsewhere failed")
+            time.sleep(min(0.02, 0.0002 * len(self._callers)))      # many callers: more of them in one transaction
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()                           # type: ignore[union-attr]
+        self._selector.close()
+        self._waker.close()
+
+    def _admit(self) -> None:
+        import selectors
+        import socket
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._selector.register(connection, selectors.EVENT_READ, _Caller(connection))
+        now = time.monotonic()
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None and not key.data.is_known and now - key.data.since > 10:
+                self._drop(key.data)
+
+    def _drop(self, caller: _Caller) -> None:
+        self._selector.unregister(caller.connection)
+        caller.connection.close()
+        with self._lock:
+            lost = [attempt for attempt, each in self._callers.items() if each is caller]
+            for attempt in lost:
+                del self._callers[attempt]
+            guests = [attempt for attempt in self._attempts.values() if attempt.host in lost and attempt.run is None]
+        for guest in guests:
+            self._send_again(guest)
+
+    def _send_again(self, guest: Departed) -> None:
+        """Find another place for an attempt whose host did not take it."""
+        guest.host = None
+        self._departing.put(functools.partial(self._send_off, guest))
+
+    def _read(self, caller: _Caller, calls: list[tuple[_Caller, list[Any]]]) -> bool:
+        """Read what has come. False: the caller is gone, or is none of ours."""
+        try:
+            if caller.unsent:
+                self._flush(caller)
+            received = caller.connection.recv(1 << 20)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        caller.unread += received
+        *lines, caller.unread = caller.unread.split(b"\n")
+        for line in lines:
+            try:
+                call = json.loads(line.decode())
+                token, number, name, *_ = call
+                known = token in self._attempts
+            except (ValueError, TypeError, RecursionError):
+                return False
+            caller.is_known |= known
+            calls.append((caller, call))
+        return bool(received) and (caller.is_known or len(caller.unread) < 4096)
+
+    def _flush(self, caller: _Caller) -> None:
+        import selectors
+        with contextlib.suppress(OSError):
+            del caller.unsent[:caller.connection.send(caller.unsent)]
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if caller.unsent else 0)
+        if self._selector.get_key(caller.connection).events != wanted:
+            self._selector.modify(caller.connection, wanted, caller)
+
+    def _send(self, caller: _Caller, message: list[Any]) -> None:
+        line = _dump(message).encode() + b"\n"
+        if not caller.unsent:
+            with contextlib.suppress(OSError):            # a connection that is lost will be read from, and dropped
+                line = line[caller.connection.send(line):]
+        if line:
+            caller.unsent += line
+            if caller.connection.fileno() >= 0:
+                self._flush(caller)
+
+    def _pass_on_news(self) -> None:
+        while self._news:
+            attempt, news, value = self._news.popleft()
+            caller = self._callers.get(attempt)
+            if caller is not None:
+                self._send(caller, [0, attempt.token, news, value])
+            elif news == "run":
+                guest = self._attempts.get(json.loads(value)["token"])
+                if guest is not None:
+                    self._send_again(guest)
+
+    def _answer(self, calls: list[tuple[_Caller, list[Any]]]) -> None:
+        """Carry calls out, what they save in one transaction, and answer them."""
+        saves = []
+        for caller, (token, number, name, *arguments) in calls:
+            attempt = self._attempts.get(token)
+            if attempt is None or attempt.ticket.void or name != "hello" and self._callers.get(attempt) is not caller:
+                self._send(caller, [number, None, "gone", ""])
+            elif name in ("save", "tell"):
+                if name == "tell":
+                    attempt.hear(*arguments)
+                saves.append((caller, number, attempt, arguments[0] if name == "save" else None, arguments[-1]))
+            else:
+                self._send(caller, self._reply(caller, attempt, number, name, arguments))
+        if saves:
+            try:
+                stored = self._runner._store.write(lambda tx: tx.save_states([save[2:] for save in saves]))
+                replies = [[True] if each else [None, "gone", ""] for each in stored]
+            except Exception as error:
+                replies = [self._refusal(error)] * len(saves)
+            for (caller, number, *_), reply in zip(saves, replies):
+                self._send(caller, [number, *reply])
+
+    def _reply(self, caller: _Caller, attempt: Departed, number: int, name: str, arguments: list[Any]) -> list[Any]:
+        if name in ONCE and number in attempt.replies:
+            return attempt.replies[number]
+        try:
+            value = [getattr(self, "_call_" + name)(caller, attempt, *arguments)]
+        except BaseException as error:                    # JobStopped is one of these
+            value = self._refusal(error)
+        if name in ONCE:
+            attempt.replies[number] = [number, *value]
+            if len(attempt.replies) > 100:
+                attempt.replies.popitem(last=False)
+        return [number, *value]
+
+    def _refusal(self, error: BaseException) -> list[Any]:
+        if self._runner._store.closed:
+            return [None, "gone", ""]
+        return [None, _type_name(error), str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)]
+
+    # what an attempt may ask for
+
+    def _call_hello(self, caller: _Caller, attempt: Departed, run: str) -> list[Any]:
+        if attempt.run is None:
+            attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
+        if attempt.run != run:
+            raise JobStopped(f"attempt {attempt.number} of job {attempt.id} executes elsewhere")
+        with self._lock:
+            self._callers[attempt] = caller
+        return [attempt.stop_requested, attempt.reason]
+
+    def _call_submit(self, caller: _Caller, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
+        submission = Submission(new["name"])
+        for name, value in new.items():
+            setattr(submission, name, value)
+        submission.submitter, submission.author = self._runner._id, (attempt.id, attempt.number)
+        self._runner._has_submitted = True
+        parent = self._runner._attempts.get(submission.parent_id)      # type: ignore[arg-type]
+        if parent is not None:
+            parent.has_children = True
+        return self._runner._store.write(lambda tx: tx.submit(submission) if arguments is None else [*tx.submit_many(submission, arguments)])
+
+    def _call_operate(self, caller: _Caller, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
+        if operation not in TRANSITIONS:
+            raise ValueError(f"there is no operation {_short(operation)}")
+        self._runner._operate(operation, job_id, by)
+
+    def _call_info(self, caller: _Caller, attempt: Departed, job_id: int) -> dict[str, Any]:
+        return self._runner._info(job_id)
+
+    def _call_logs(self, caller: _Caller, attempt: Departed, job_id: int, *filters: Any) -> list[dict[str, Any]]:
+        return self._runner._logs(job_id, *filters)
+
+    def _call_outcome(self, caller: _Caller, attempt: Departed, job_id: int) -> dict[str, Any] | None:
+        rows = self._runner._store.read(OUTCOME_OF, {"id": job_id})
+        return dict(rows[0]) if rows else None
+
+    def _call_watch(self, caller: _Caller, attempt: Departed, job_id: int) -> None:
+        self._runner.get(job_id).add_done_callback(lambda job: self.tell(attempt, "over", [
+            job_id, self._call_outcome(caller, attempt, job_id)]))
+
+    def _call_leave(self, caller: _Caller, attempt: Departed) -> None:
+        with self._lock:
+            attempt.engine.hosts.append(attempt)
+        self._runner._pool.leave(attempt)
+
+    def _call_ask_back(self, caller: _Caller, attempt: Departed) -> bool:
+        with self._lock:
+            if attempt in attempt.engine.hosts:
+                attempt.engine.hosts.remove(attempt)
+        return self._runner._pool.ask_back(attempt, _News(self, attempt, "place"))
+
+    def _call_ended(self, caller: _Caller, attempt: Departed, outcome: str) -> None:
+        attempt.take_over(json.loads(outcome))
+        self._end(attempt)
+
+    # going down
+
+    def close(self) -> None:
+        self._closed = True
+        self._departing.put(None)
+        self._wake()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: keep no connection of the parent's open."""
+        if self._listener is not None:
+            for key in list(self._selector.get_map().values()):
+                key.fileobj.close()                       # type: ignore[union-attr]
+            self._waker.close()
+
+
+# Over there.
+
+_links: dict[tuple[str, int], Link] = {}
+_links_lock = threading.Lock()                            # guards _links
+
+
+def run_attempt(payload: str) -> str:
+    """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For engines: the one
+    function that they call."""
+    return _attempt_of(payload).execute()
+
+
+def _attempt_of(payload: str) -> AttemptThere:
+    given = json.loads(payload)
+    return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given)
+
+
+def _link_to(address: tuple[str, int], path: str, runner_id: int) -> Link:
+    with _links_lock:
+        link = _links.get(address)
+        if link is None or link.runner._id != runner_id or link.runner.path != path:
+            link = _links[address] = Link(address, path, runner_id)
+        return link
+
+
+class AttemptThere(Attempt):
+    """An attempt in the process that executes it. It joins its runner when it first has something to say or to ask, or after
+    JOIN_SECONDS."""
+
+    _stop = joined = False
+    told_positions: str | None = None
+
+    def __init__(self, link: Link, given: dict[str, Any]) -> None:
+        import secrets
+        super().__init__(link.runner, (*given["claim"], 0))
+        self.link, self.token, self.run = link, given["token"], secrets.token_hex(8)
+        self.own_place: threading.Event = _Event()
+        self._module, self._function = given["module"], given["function"]
+
+    def execute(self) -> str:
+        """Call the function; return the outcome, as JSON."""
+        import importlib
+        _capture_log_records()
+        try:
+            function: Any = importlib.import_module(self._module)
+            for name in self._function.split("."):
+                function = getattr(function, name)
+            _registry.by_name[self.name] = function
+        except Exception as error:
+            self.fail(error)
+        else:
+            self.link.begin(self)
+            if self.options.get("timeout"):
+                self.join()                               # the time runs from now on
+            self.runner._perform(self)
+        lines, report, positions = self.link.part_from(self)
+        return _dump({"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran, "waited": self.waited,
+                      "lines": lines, "report": report, "positions": positions})
+
+    def join(self) -> None:
+        if not self.joined:
+            self.link.join(self)
+
+    @property
+    def stop_requested(self) -> bool:                     # type: ignore[override]
+        self.join()
+        return self._stop
+
+    @stop_requested.setter
+    def stop_requested(self, value: bool) -> None:
+        self._stop = value
+
+    def checkpoint(self, state: Any = _UNSET) -> None:
+        self.join()
+        super().checkpoint(state)
+
+    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+        self.join()
+        yield from super().each(iterable, total)
+
+    def sleep(self, seconds: float) -> None:
+        self.join()
+        super().sleep(seconds)
+
+    def _note_progress(self, done: float, total: float | None, message: str | None) -> None:
+        self.join()
+        super()._note_progress(done, total, message)
+
+    def _save(self, state: str | None) -> None:
+        if state is not None:                             # positions alone go with what is told next
+            self.link.call(self, "save", state, self.unsaved_positions())
+            self._state = state
+        self._saved_at = time.monotonic()
+
+    def unsaid(self) -> tuple[list[Any] | None, str | None]:
+        """Return what is new of the progress and the positions."""
+        report, positions = self.report_to_save(), self.unsaved_positions()
+        new_positions = positions if positions != self.told_positions else None
+        self.told_positions = positions
+        return None if report is None else list(report), new_positions
+
+
+class RunnerThere(Runner):
+    """What stands for the runner in the process of an attempt: asks it through the link."""
+
+    def __init__(self, link: Link, path: str, runner_id: int) -> None:
+        Submitter.__init__(self, self, {})
+        self._link, self.path, self._id = link, path, runner_id
+        self._store = _StoreThere(link)                   # type: ignore[assignment]
+        self._costs, self._begun, self._clock = Costs(), deque(maxlen=1), time.time
+        self._attempts, self._lines, self._lines_dropped, self._exceptions = {}, deque(), 0, OrderedDict()
+        self._handle_lock, self._watched, self._held = threading.Lock(), {}, set()
+        self._to_call_back, self._callback_thread, self._callbacks_left = queue.SimpleQueue(), None, 0
+        self._shut = self._inline = self._ends_missed = False
+
+    def _watch(self, handle: Job) -> None:
+        with self._handle_lock:
+            self._watched.setdefault(handle.id, []).append(weakref.ref(handle))
+        self._link.call(None, "watch", handle.id)
+
+    def _info(self, job_id: int) -> dict[str, Any]:
+        return self._link.call(None, "info", job_id)
+
+    def _status(self, job_id: int) -> str:
+        return self._info(job_id)["status"]
+
+    def _logs(self, *filters: Any) -> list[dict[str, Any]]:
+        return self._link.call(None, "logs", *filters)
+
+    def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
+        self._link.call(None, "operate", operation, job_id, by)
+        return Job(self, job_id) if handle is None or operation in ("resume", "restart") and handle._state != "PENDING" else handle
+
+    def _keep_log_line(self, attempt: Attempt, record: logging.LogRecord) -> None:
+        attempt.join()                                    # type: ignore[attr-defined]
+        super()._keep_log_line(attempt, record)
+
+    def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+        begun = time.monotonic()
+        self._link.call(attempt, "leave")
+        try:
+            return wait(timeout)
+        finally:
+            attempt.own_place.clear()                     # type: ignore[attr-defined]
+            if self._link.call(attempt, "ask_back"):
+                while not attempt.own_place.wait(0.5) and not attempt.ticket.void:        # type: ignore[attr-defined]
+                    pass
+            attempt.waited += time.monotonic() - begun
+
+
+class _StoreThere:
+    """What stands for the store in the process of an attempt: the one transaction and the one query that handles and submits need."""
+
+    closed = forked = False
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.outcomes: dict[int, dict[str, Any] | None] = {}      # of jobs that are over, as the runner has told unasked
+
+    def write(self, run: Callable[[Any], Any]) -> Any:
+        return run(self)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or in a job without "
+                           "executor= and isolate=")
+
+    def submit(self, new: Submission, arguments: list[str | None] | None = None) -> Any:
+        return self._link.call(None, "submit", {name: getattr(new, name) for name in Submission.__slots__}, arguments)
+
+    submit_many = submit
+
+    def read(self, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        if sql != OUTCOME_OF:
+            return self.ask_of_the_runner()
+        job_id = parameters["id"]
+        outcome = self.outcomes.pop(job_id) if job_id in self.outcomes else self._link.call(None, "outcome", job_id)
+        return [] if outcome is None else [outcome]
+
+
+class Link:
+    """The connection of this process to a runner's callback. A thread of its own keeps it, hears, and tells what is new."""
+
+    def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
+        self._address = address
+        self.runner = RunnerThere(self, path, runner_id)
+        self._lock = threading.Lock()                     # guards all below, and the sending
+        self._telling = threading.Lock()                  # held while what is new is told
+        self._socket: Any = None
+        self._needed = _Event()                           # somebody began, or has something to say
+        self._attempts: dict[str, AttemptThere] = {}      # that execute here, by token
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, list[Any]] = {}            # without an answer: message, event, token, answer
+        self._thread: threading.Thread | None = None
+        self._told_at = 0.0
+
+    def begin(self, attempt: AttemptThere) -> None:
+        """Look after an attempt that begins here."""
+        with self._lock:
+            self._attempts[attempt.token] = attempt
+            self.runner._attempts[attempt.id] = attempt
+            if self._thread is None:
+                self._thread = threading.Thread(target=contextvars.Context().run, args=(self._run,), name="bgjobs-link", daemon=True)
+                self._thread.start()
+        self._needed.set()
+
+    @library_code
+    def join(self, attempt: AttemptThere) -> None:
+        """Make an attempt known to its runner. Raises JobStopped."""
+        with self._lock:
+            if attempt.joined:
+                return
+            attempt.joined = True
+        stop, reason = self.call(attempt, "hello", attempt.run)
+        if stop:
+            attempt.request_stop(reason, force=True)
+
+    @library_code
+    def call(self, attempt: Attempt | None, name: str, *arguments: Any) -> Any:
+        """Ask the runner for something and return what it says. Raises JobStopped when it is not there any more, or the attempt is
+        superseded; else what it raised there."""
+        attempt = attempt or _current.get() or next(iter(self._attempts.values()), None)
+        if attempt is None or attempt.runner is not self.runner:
+            raise JobStopped("the attempt that this belongs to has ended")
+        attempt.join()                                    # type: ignore[attr-defined]
+        call = self._post(attempt.token, name, *arguments)       # type: ignore[attr-defined]
+        call[1].wait()
+        return self._value(attempt, call[3])
+
+    def _value(self, attempt: Attempt, answer: list[Any]) -> Any:
+        value, *error = answer
+        if not error:
+            return value
+        kind, text = error
+        if kind in ("gone", "JobStopped"):
+            attempt.supersede() if kind == "gone" else None
+            raise JobStopped(text or f"attempt {attempt.number} of job {attempt.id} has been superseded")
+        known = {each.__name__: each for each in (StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)}
+        raise known.get(kind, BgjobsError)(text)
+
+    def _post(self, token: str, name: str, *arguments: Any) -> list[Any]:
+        with self._lock:
+            number = next(self._numbers)
+            message = _dump([token, number, name, *arguments]).encode() + b"\n"
+            call = self._calls[number] = [message, _Event(), token, None]
+            self._send(message)
+        self._needed.set()
+        return call
+
+    def _send(self, message: bytes) -> None:
+        """Send a line; if that fails it is sent once there is a connection again. Called under the lock."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendall(message)
+
+    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
+        """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the rest."""
+        with self._telling, self._lock:
+            self._attempts.pop(attempt.token, None)
+            lines = self._take_lines(attempt)
+            if self.runner._attempts.get(attempt.id) is attempt:
+                del self.runner._attempts[attempt.id]
+        deadline = time.monotonic() + RETRY_SECONDS
+        while attempt.joined and any(call[2] == attempt.token for call in list(self._calls.values())) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return lines, *attempt.unsaid()
+
+    def _take_lines(self, attempt: Attempt) -> list[Any]:
+        """Take the log lines of an attempt that nobody has been told."""
+        lines, others = [], []
+        for _ in range(len(self.runner._lines)):
+            line = self.runner._lines.popleft()
+            if line[0] == attempt.id and line[4] == attempt.number:
+                lines.append(line[1:4])
+            else:
+                others.append(line)
+        self.runner._lines.extendleft(reversed(others))
+        return lines
+
+    def _run(self) -> None:
+        used_at = time.monotonic()
+        try:
+            while True:
+                with self._lock:
+                    if self._attempts or self._calls:
+                        used_at = time.monotonic()
+                    elif time.monotonic() - used_at > 60:
+                        if self._socket is not None:
+                            self._socket.close()
+                        self._socket = self._thread = None
+                        return
+                if self._socket is not None:
+                    self._hear(TELL_SECONDS)
+                elif not self._calls and not any(attempt.joined for attempt in list(self._attempts.values())):
+                    self._needed.wait(TELL_SECONDS if self._attempts else 10.0)
+                    self._needed.clear()
+                elif not self._connect():
+                    return self._give_up()
+                self._tell()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _connect(self) -> bool:
+        import socket
+        deadline, pause = time.monotonic() + RETRY_SECONDS, 0.02
+        while True:
+            try:
+                connection = socket.create_connection(self._address, timeout=5)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with self._lock:
+            self._socket, self._unread = connection, b""
+            joined = {call[2] for call in self._calls.values() if b'"hello"' in call[0][:80]}
+            for attempt in list(self._attempts.values()):
+                if attempt.joined and attempt.token not in joined:      # known to the runner from another connection
+                    number = next(self._numbers)
+                    self._calls[number] = [_dump([attempt.token, number, "hello", attempt.run]).encode() + b"\n", _Event(), attempt.token, None]
+            hellos = [call for call in self._calls.values() if b'"hello"' in call[0][:80]]
+            for call in hellos + [call for call in self._calls.values() if call not in hellos]:
+                self._send(call[0])
+        return True
+
+    def _hear(self, seconds: float) -> None:
+        import selectors
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return
+        try:
+            received = self._socket.recv(1 << 20)
+        except OSError:
+            received = b""
+        if not received:
+            self._socket.close()
+            self._socket = None
+            return
+        *lines, self._unread = (self._unread + received).split(b"\n")
+        for line in lines:
+            number, *rest = json.loads(line)
+            if number:
+                call = self._calls.pop(number, None)
+                if call is not None:
+                    call[3] = rest
+                    call[1].set()
+                    self._heed(call[2], rest)
+            else:
+                self._receive(*rest)
+
+    def _heed(self, token: str, answer: list[Any]) -> None:
+        """Notice what answers to calls that nobody waits for say."""
+        attempt = self._attempts.get(token)
+        if attempt is None:
+            return
+        if answer[1:2] == ["gone"]:
+            attempt.supersede()
+        elif isinstance(answer[0], list) and len(answer[0]) == 2 and answer[0][0] is True:      # hello: it is to stop
+            attempt.request_stop(answer[0][1], force=True)
+
+    def _receive(self, token: str, news: str, value: Any) -> None:
+        attempt = self._attempts.get(token)
+        if news == "over":
+            self.runner._store.outcomes[value[0]] = value[1]      # type: ignore[attr-defined]
+            self.runner._complete_handles([value[0]])
+        elif news == "run":
+            threading.Thread(target=self._run_guest, args=(value,), name="bgjobs-guest", daemon=True).start()
+        elif attempt is None:
+            pass
+        elif news == "stop":
+            attempt.request_stop(value, force=True)
+        elif news == "void":
+            attempt.supersede()
+        elif news == "place":
+            attempt.own_place.set()
+
+    def _run_guest(self, payload: str) -> None:
+        """Execute another attempt while one of this process waits."""
+        attempt = _attempt_of(payload)
+        with contextlib.suppress(JobStopped):
+            attempt.join()
+            outcome = attempt.execute()
+            with self._lock:
+                self._attempts[attempt.token] = attempt   # until the runner has the outcome
+            self._post(attempt.token, "ended", outcome)[1].wait()
+        with self._lock:
+            self._attempts.pop(attempt.token, None)
+
+    def _tell(self) -> None:
+        """Tell the runner what is new of each attempt."""
+        with self._telling:
+            if len(self._calls) > 1_000 or time.monotonic() < self._told_at + TELL_SECONDS:
+                return                                    # it does not keep up; or it was told just now
+            self._told_at = time.monotonic()
+            for attempt in list(self._attempts.values()):
+                if not attempt.joined and time.monotonic() - attempt.claimed_at > JOIN_SECONDS:
+                    attempt.joined = True
+                    self._post(attempt.token, "hello", attempt.run)
+                lines, (report, positions) = self._take_lines(attempt), attempt.unsaid()
+                if lines or report is not None or positions is not None:
+                    self._post(attempt.token, "tell", lines, report, positions)
+
+    def _give_up(self) -> None:
+        """Stop what executes here: its runner is gone."""
+        with self._lock:
+            self._thread = None
+            attempts, calls = list(self._attempts.values()), list(self._calls.values())
+            self._calls.clear()
+        for attempt in attempts:
+            attempt.request_stop(force=True)
+        for call in calls:
+            call[3] = [None, "JobStopped", f"the runner at {self._address[0]}:{self._address[1]} does not answer"]
+            call[1].set()
+
+
+# ---- 14 The default runner ------------------------------------------------------------------------------------
 
 _default: Runner | None = None
 _default_lock = threading.Lock()                              # guards _default
@@ -5802,7 +6914,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
-# ---- 14 Status page -------------------------------------------------------------------------------------------
+# ---- 15 Status page -------------------------------------------------------------------------------------------
 #
 # Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are answered
 # (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token that only
@@ -7479,7 +8591,7 @@ def serve_page(page: Page, host: str, port: int) -> str:
     return f"http://{name}:{server.server_port}/"
 
 
-# ---- 15 Command line ------------------------------------------------------------------------------------------
+# ---- 16 Command line ------------------------------------------------------------------------------------------
 
 def fingerprint(folder: str) -> dict[str, Any]:
     """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""

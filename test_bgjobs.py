@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import random
@@ -5267,7 +5268,386 @@ def many_children():
     bgjobs.submit_many(add, [(i,) for i in range(30)])
 
 
-# ---- 14 Status page -------------------------------------------------------------------------------------------
+# ---- 13 Elsewhere ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Let isolated processes find the files compiled."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", bytecode_folder())
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture(params=["threads", "processes", "isolate"])
+def elsewhere(request, make, quick_processes):
+    """A runner whose functions execute elsewhere, and the options that make it so."""
+    if request.param == "isolate":
+        yield make(max_workers=2).options(isolate=True)
+        return
+    executor = concurrent.futures.ThreadPoolExecutor(2) if request.param == "threads" else concurrent.futures.ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn"))
+    with executor:
+        runner = make(executor=executor)
+        yield runner
+        runner.close()
+
+
+@pytest.fixture
+def spawned(make, quick_processes):
+    """A runner with a process pool that is replaced when it breaks."""
+    pools = []
+
+    def pool():
+        pools.append(concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")))
+        return pools[-1]
+    yield make(executor=pool, max_workers=2)
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Hand(concurrent.futures.Executor):
+    """An executor that does what the test says: it keeps what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def submit(self, fn, /, *args):
+        future = concurrent.futures.Future()
+        self.calls.append((future, fn, args))
+        return future
+
+    def execute(self, index=0):
+        """Make one of the calls in a thread of its own; return the thread."""
+        future, fn, args = self.calls[index]
+        thread = threading.Thread(target=lambda: fn(*args) if future.done() or future.running() else (
+            future.set_running_or_notify_cancel(), future.set_result(fn(*args))))
+        thread.start()
+        return thread
+
+
+def where():
+    return os.getpid()
+
+
+def steps(name, count):
+    """Save a state at each step, and wait for the gate's file at the last one."""
+    job = bgjobs.current_job()
+    step = (job.state or {"step": 0})["step"]
+    while step < count:
+        step += 1
+        job.checkpoint(state={"step": step})
+        job.progress(step, count, f"step {step}")
+    logging.getLogger("app").warning("step %d of attempt %d", step, job.attempt)
+    while not os.path.exists(name):
+        job.sleep(0.01)
+    return [step, job.attempt, job.run_by]
+
+
+def take_items(name, count):
+    job = bgjobs.current_job()
+    for item in job.each(range(count)):
+        job.log.info("item %d", item)
+        while item == count - 1 and not os.path.exists(name):
+            job.sleep(0.01)
+
+
+def isolated_children(count):
+    many = bgjobs.options(isolate=True)
+    return [job.result() for job in [many.submit(add, n, n) for n in range(count)]] + bgjobs.submit_many(add, [(1,)])
+
+
+def spin_quietly():
+    while True:
+        pass
+
+
+def die_once(name):
+    if not os.path.exists(name):
+        open(name, "w").close()
+        os._exit(3)
+    return bgjobs.current_job().attempt
+
+
+def print_and_leave_a_thread():
+    print("this is no outcome")
+    threading.Thread(target=time.sleep, args=(0.3,)).start()
+    return os.getpid()
+
+
+def ask_much():
+    job = bgjobs.current_job()
+    child = bgjobs.options(label="child", delay=1000).submit(add, 1)
+    told = [child.status, child.label, child.parent_id == job.id, bgjobs.get(child.id).info()["name"]]
+    child.stop(by="its parent")
+    told += [child.status, child.logs()[-1]["message"], child.cancel(), child.cancelled()]
+    for question in (bgjobs.jobs, bgjobs.stats, lambda: child.resume(), lambda: bgjobs.get(10**6)):
+        try:
+            question()
+        except Exception as error:
+            told.append(type(error).__name__)
+    return told
+
+
+class TestElsewhere:
+    def test_a_function_executes_there_and_reports_as_it_does_here(self, elsewhere, tmp_path):
+        assert elsewhere.submit(add, 1, 2).result(20) == 3
+        failed = elsewhere.submit(fail, "over there")
+        with pytest.raises(bgjobs.JobFailed, match="ValueError: over there") as caught:
+            failed.result(20)
+        assert "in fail" in str(caught.value.traceback) and failed.errors == 1
+        job = elsewhere.options(run_by="ann", label="Steps").submit(steps, str(tmp_path / "go"), 5)
+        wait_for(lambda: job.progress == 1.0 and job.logs(), 20)
+        assert job.status == "running" and job.state == {"step": 5} and job.info()["message"] == "step 5"
+        assert [line["message"] for line in job.logs()] == ["step 5 of attempt 1"] and job.logs()[0]["level"] == "WARNING"
+        job.stop()
+        wait_for(lambda: job.status == "stopped", 5)
+        (tmp_path / "go").touch()
+        job.resume()
+        assert job.result(20) == [5, 2, "ann"] and [line["message"] for line in job.logs()][-1] == "step 5 of attempt 2"
+        consistent(job._runner)
+
+    def test_each_goes_on_after_the_last_item_that_was_told(self, elsewhere, tmp_path):
+        job = elsewhere.submit(take_items, str(tmp_path / "go"), 300)
+        wait_for(lambda: len(job.logs()) == 300, 20)
+        job.stop()
+        wait_for(lambda: job.status == "stopped", 5)
+        (tmp_path / "go").touch()
+        job.resume().result(20)
+        assert [line["message"] for line in job.logs() if line["message"].startswith("item")] == [
+            *(f"item {n}" for n in range(300)), "item 299"]
+
+    def test_a_place_that_waits_for_a_child_executes_it(self, elsewhere):
+        assert elsewhere.submit(nested, 6).result(30) == 6                      # two places, seven that wait or execute
+        assert elsewhere.submit(sum_of_children, 8).result(30) == 56
+        consistent(elsewhere.submit(add)._runner)
+
+    def test_what_a_function_asks_and_does_there(self, elsewhere):
+        assert elsewhere.submit(ask_much).result(30) == [
+            "pending", "child", True, "test_bgjobs.add", "stopped", "stop by its parent", True, True,
+            "RuntimeError", "RuntimeError", "InvalidOperation", "KeyError"]
+
+    def test_isolated_attempts_have_processes_of_their_own(self, make, quick_processes, capfd, tmp_path):
+        runner = make(max_workers=2)
+        isolated = runner.options(isolate=True)
+        first = isolated.submit(where).result(20)
+        assert first != os.getpid() and isolated.submit(where).result(20) == first        # it is kept warm
+        assert isolated.submit(isolated_children, 4).result(20)[:4] == [0, 2, 4, 6]
+        left = isolated.submit(print_and_leave_a_thread).result(20)
+        assert isolated.submit(where).result(20) != left
+        with pytest.raises(bgjobs.BgjobsError, match="the process of its own died under it: exit code 9"):
+            isolated.submit(die).result(20)
+        assert isolated.options(retries=1, backoff=0).submit(die_once, str(tmp_path / "died")).result(20) == 2
+        assert runner.submit(where).result(20) == os.getpid()
+        assert "this is no outcome" in capfd.readouterr().err
+        runner.close()
+        wait_for(lambda: not is_alive(first))
+
+    def test_force_stop_and_timeout_kill_isolated_ones_and_free_their_places(self, make, quick_processes, monkeypatch):
+        monkeypatch.setattr(bgjobs, "GRACE_SECONDS", 0.2)
+        runner = make(max_workers=1)
+        job = runner.options(isolate=True).submit(spin_quietly)
+        wait_for(lambda: job.status == "running" and job._runner._attempts[job.id].run, 20)
+        job.stop()
+        assert job.status == "stopping"
+        job.force_stop()
+        assert job.status == "stopped" and runner.submit(add, 1).result(20) == 1
+        wait_for(lambda: runner._pool.abandoned == 0)
+        late = runner.options(isolate=True, timeout=0.3).submit(spin_quietly)
+        with pytest.raises(TimeoutError, match="longer than its timeout of 0.3 s"):
+            late.result(20)
+        wait_for(lambda: runner._pool.abandoned == 0)
+        consistent(runner)
+
+    def test_a_worker_that_dies_is_a_failed_attempt_and_the_engine_is_replaced(self, spawned, tmp_path):
+        with pytest.raises(concurrent.futures.BrokenExecutor):
+            spawned.submit(die).result(30)
+        assert spawned.submit(add, 1, 2).result(30) == 3
+        assert spawned.options(retries=1, backoff=0).submit(die_once, str(tmp_path / "died")).result(30) == 2
+        consistent(spawned)
+
+    def test_jobs_wait_for_an_executor_that_takes_none(self, make, monkeypatch, caplog):
+        monkeypatch.setattr(bgjobs, "BROKEN_SECONDS", 0.5)
+        executor = concurrent.futures.ThreadPoolExecutor(1)
+        executor.shutdown()
+        runner = make(executor=executor)
+        jobs = [runner.submit(add, n) for n in range(20)]
+        wait_for(lambda: all(job.phase == "unknown function" for job in jobs))
+        wait_for(lambda: any("cannot schedule new futures after shutdown" in line["message"] for job in jobs for line in job.logs()))
+        assert "its executor takes no job" in caplog.text
+        executor._shutdown = False
+        assert [job.result(10) for job in jobs] == [*range(20)] and {job.attempt for job in jobs} == {1}
+        consistent(runner)
+        executor._shutdown = True
+
+    def test_a_hostile_executor_loses_repeats_and_garbles(self, make):
+        hand = Hand()
+        runner = make(executor=hand, max_workers=3)
+        lost, twice, garbled, after = runner.submit(add, 1), runner.submit(steps, os.devnull, 3), runner.submit(add, 2), runner.submit(add, 3)
+        wait_for(lambda: len(hand.calls) == 3)
+        hand.execute(1).join()
+        assert twice.result(10) == [3, 1, None]
+        hand.execute(1).join()                                                  # the second time it finds itself refused
+        assert twice.attempt == 1 and twice.status == "finished"
+        hand.calls[2][0].set_result("no outcome")
+        assert isinstance(garbled.exception(10), ValueError) and garbled.status == "failed"
+        wait_for(lambda: len(hand.calls) == 4)
+        hand.execute(3).join()
+        assert after.result(10) == 3
+        lost.stop()
+        lost.force_stop()
+        wait_for(lambda: hand.calls[0][0].cancelled())
+        assert lost.status == "stopped"
+        lost.resume()
+        wait_for(lambda: len(hand.calls) == 5)
+        hand.execute(4).join()
+        assert lost.result(10) == 1 and runner._pool.abandoned == 0
+        consistent(runner)
+
+    def test_many_are_in_flight_without_a_thread_for_each(self, make):
+        hand = Hand()
+        runner = make(executor=hand, max_workers=1_000)
+        threads = threading.active_count()
+        jobs = runner.submit_many(add, [(n,) for n in range(1_000)])
+        wait_for(lambda: len(hand.calls) == 1_000)
+        assert threading.active_count() < threads + 10
+        for future, fn, args in list(hand.calls):
+            future.set_result(fn(*args))
+        assert [runner.get(job).result(20) for job in jobs] == [*range(1_000)]
+        consistent(runner)
+
+    def test_a_connection_that_is_lost_is_made_again_and_nothing_is_done_twice(self, make):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            job = runner.submit(children_with_pauses, 60)
+            for _ in range(6):
+                wait_for(lambda: runner._callback._callers)
+                for caller in set(runner._callback._callers.values()):
+                    with contextlib.suppress(OSError):
+                        caller.connection.shutdown(socket.SHUT_RDWR)
+                time.sleep(0.1)
+            ids = job.result(20)
+            assert len(ids) == len(set(ids)) == 60 == job.info()["children"]["total"]
+            consistent(runner)
+            runner.close()
+
+    def test_an_attempt_whose_runner_is_gone_stops_at_its_next_checkpoint(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.3)
+        hand = Hand()
+        runner = make(executor=hand)
+        job = runner.submit(steps, "/nowhere", 10**9)
+        wait_for(lambda: hand.calls)
+        thread = hand.execute()
+        wait_for(lambda: job.state)
+        runner.close(0)
+        thread.join(5)
+        assert json.loads(hand.calls[0][0].result(0))["outcome"] in ("halted", "released")
+        again = make(start=False)
+        assert again.get(job.id).status == "pending" and again.get(job.id).state["step"] >= 1
+
+    def test_strangers_and_the_superseded_are_refused_at_the_callback(self, make):
+        hand = Hand()
+        runner = make(executor=hand)
+        job = runner.submit(add, 1)
+        wait_for(lambda: hand.calls)
+        given = json.loads(hand.calls[0][2][0])
+        assert given["callback"][0] == "127.0.0.1"
+
+        def ask(*lines):
+            with socket.create_connection(given["callback"], timeout=5) as connection:
+                connection.sendall(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
+                connection.shutdown(socket.SHUT_WR)
+                return sorted(json.loads(line) for line in connection.makefile())
+        token = given["token"]
+        for bad in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b"[" * 3_000 + b"\n", b"a" * 10_000, [[], 1, "hello", "x"]):
+            assert ask(bad) == []
+        for unknown in ([None, 1, "info", 1], ["wrong", 1, "save", "1", None], ["wrong", 1, "info", job.id], ["wrong", 1, "hello", "x"]):
+            assert ask(unknown) == [[1, None, "gone", ""]]
+        assert ask([token, 1, "save", "5", None]) == [[1, None, "gone", ""]]           # it has not said hello
+        assert ask([token, 1, "hello", "x"], [token, 2, "save", "5", None], [token, 3, "nonsense"], [token, 4, "operate", "drop", 1, None],
+                   [token, 5, "info", 99], [token, 6, "save", "6"]) == [
+            [1, [False, "halted"]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
+            [4, None, "ValueError", "there is no operation 'drop'"], [5, None, "KeyError", f"there is no job 99 in {runner.path}"], [6, True]]
+        assert ask([token, 1, "hello", "y"])[0][2] == "JobStopped"                         # another execution of the same attempt
+        assert job.state == 6
+        job.stop()
+        job.force_stop()
+        assert ask([token, 1, "hello", "x"], [token, 2, "save", "7", None])[-1][2] == "gone" and job.state == 6
+
+    def test_the_modules_of_an_isolated_function_start_no_runner(self, tmp_path, quick_processes):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, os
+            runner = bgjobs.start("jobs.db", max_workers=2)
+            url = bgjobs.serve(port=0)
+            @bgjobs.job(isolate=True)
+            def where():
+                return [os.getpid(), runner._started, url]
+            """))
+        code, out, err = finish(python("""
+            import app, bgjobs, os
+            pid, started, url = app.runner.submit(app.where).result(20)
+            print(pid != os.getpid(), started, repr(url), app.runner._started, app.url != "")
+            """, cwd=tmp_path))
+        assert (code, out, err) == (0, "True False '' True True\n", "")
+
+    def test_an_isolated_process_ends_with_its_app(self, tmp_path, quick_processes):
+        process = python("""
+            import bgjobs, test_bgjobs, sys, time
+            runner = bgjobs.Runner(sys.argv[1])
+            print(runner.options(isolate=True).submit(test_bgjobs.where).result(20), flush=True)
+            runner.options(isolate=True).submit(test_bgjobs.spin_quietly)
+            time.sleep(0.5)
+            print([each["pid"] for each in []], flush=True)
+            time.sleep(60)
+            """, tmp_path / "jobs.db")
+        pid = int(process.stdout.readline())
+        process.stdout.readline()
+        process.kill()
+        finish(process)
+        wait_for(lambda: not is_alive(pid))
+
+    def test_bad_executors_are_refused(self, make, tmp_path):
+        for bad in (5, "x", object()):
+            with pytest.raises(ValueError, match="executor must be a concurrent.futures.Executor, what makes one, or None"):
+                make(executor=bad)
+        with pytest.raises(TypeError, match="executor is an option of a function"):
+            bgjobs.options(executor=None)
+        for bad in (5, "x", ":80", "host:", "host:x"):
+            with pytest.raises(ValueError, match='callback must be "host:port"'):
+                make(callback=bad)
+        assert make(str(tmp_path / "a.db"), executor=concurrent.futures.ThreadPoolExecutor(3)).max_workers == 3
+
+    def test_functions_say_where_they_execute(self, make):
+        here, there = Hand(), Hand()
+        bgjobs.job(executor=there)(echo)
+        bgjobs.job(executor=None)(note)
+        try:
+            runner = make(executor=here, callback="127.0.0.1:0")
+            runner.submit(add, 1), runner.submit(echo, 2)
+            runner.submit(note, 3).result(10)
+            wait_for(lambda: here.calls and there.calls)
+            assert seen == [3] and len(here.calls) == len(there.calls) == 1
+            there.execute().join(), here.execute().join()
+        finally:
+            del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+        return "Z" not in pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def children_with_pauses(count):
+    ids = []
+    for n in range(count):
+        ids.append(bgjobs.submit(add, n).id)
+        bgjobs.current_job().sleep(0.01)
+    return ids
+
+
+# ---- 15 Status page -------------------------------------------------------------------------------------------
 
 class Visitor:
     """A browser's manners towards a page, without the browser."""
@@ -5944,7 +6324,7 @@ class TestInTheBrowser:
             browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
 
 
-# ---- 15 Command line ------------------------------------------------------------------------------------------
+# ---- 16 Command line ------------------------------------------------------------------------------------------
 
 def bgjobs_command(*arguments, cwd=None, **environment):
     return subprocess.run([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
