@@ -533,7 +533,8 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function with default options for its jobs (those of `options`); it is returned unchanged.
+    """Decorate a function with default options for its jobs (those of `options`); it is returned unchanged. executor: where it executes
+    instead, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the runner's.
 
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
@@ -6845,7 +6846,7 @@ def options(**options: Any) -> Submitter:
     is stopped then, after a grace of 5 s by force, and has failed with a TimeoutError. max_running: at most so many attempts of
     this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays
     stopping until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of
-    running again. tz: the time zone of `every`. secret: argument names that people do not get to see. parent: a Job to become
+    running again. isolate=True: in a process of its own. tz: the time zone of `every`. secret: argument names that people do not get to see. parent: a Job to become
     its child, None for a root. connection: the app's open sqlite3.Connection to the same file: the job exists if and only if its
     transaction commits; ask the handle for nothing but its id before.
     """
