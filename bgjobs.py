@@ -6155,7 +6155,7 @@ class Callback:
     def _hear(self) -> None:
         while not self._closed:
             calls: list[tuple[_Caller, list[Any]]] = []
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(JOIN_SECONDS if self._news else None):
                 if key.fileobj is self._listener:
                     self._admit()
                 elif key.fileobj is self._wakened:
@@ -6245,10 +6245,15 @@ class Callback:
                 self._flush(caller)
 
     def _pass_on_news(self) -> None:
-        while self._news:
+        for _ in range(len(self._news)):
             attempt, news, value = self._news.popleft()
             caller = self._callers.get(attempt)
-            if caller is not None:
+            if news == "stop" and attempt.run is None and attempt.future is not None and not attempt.is_back and not attempt.engine.isolates:
+                if time.monotonic() - attempt.begun > 3 * JOIN_SECONDS:      # it waits for its turn: one that executes would have joined
+                    self.discard(attempt)
+                else:
+                    self._news.append((attempt, news, value))
+            elif caller is not None:
                 self._send(caller, [0, attempt.token, news, value])
             elif news == "run":
                 guest = self._attempts.get(json.loads(value)["token"])
@@ -6381,6 +6386,16 @@ def run_attempt(payload: str) -> str:
 def _attempt_of(payload: str) -> AttemptThere:
     given = json.loads(payload)
     return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given)
+
+
+def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
+    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
+    for daemon in (True, False):
+        with contextlib.suppress(RuntimeError):
+            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
+            thread.start()
+            return thread
+    raise RuntimeError("no thread can be started")
 
 
 def _link_to(address: tuple[str, int], path: str, runner_id: int) -> Link:
@@ -6560,6 +6575,7 @@ class Link:
         self._calls: dict[int, list[Any]] = {}            # without an answer: message, event, token, answer
         self._thread: threading.Thread | None = None
         self._told_at = 0.0
+        self._idle_seconds = 60.0                         # until an unused connection is closed
 
     def begin(self, attempt: AttemptThere) -> None:
         """Look after an attempt that begins here."""
@@ -6567,8 +6583,9 @@ class Link:
             self._attempts[attempt.token] = attempt
             self.runner._attempts[attempt.id] = attempt
             if self._thread is None:
-                self._thread = threading.Thread(target=contextvars.Context().run, args=(self._run,), name="bgjobs-link", daemon=True)
-                self._thread.start()
+                self._thread = _start_thread("bgjobs-link", self._run)
+                if not self._thread.daemon:
+                    self._idle_seconds = 1.0              # it holds up the end of its interpreter
         self._needed.set()
 
     @library_code
@@ -6651,7 +6668,7 @@ class Link:
                 with self._lock:
                     if self._attempts or self._calls:
                         used_at = time.monotonic()
-                    elif time.monotonic() - used_at > 60:
+                    elif time.monotonic() - used_at > self._idle_seconds:
                         if self._socket is not None:
                             self._socket.close()
                         self._socket = self._thread = None
@@ -6659,7 +6676,7 @@ class Link:
                 if self._socket is not None:
                     self._hear(TELL_SECONDS)
                 elif not self._calls and not any(attempt.joined for attempt in list(self._attempts.values())):
-                    self._needed.wait(TELL_SECONDS if self._attempts else 10.0)
+                    self._needed.wait(TELL_SECONDS if self._attempts else self._idle_seconds)
                     self._needed.clear()
                 elif not self._connect():
                     return self._give_up()
@@ -6736,7 +6753,7 @@ class Link:
             self.runner._store.outcomes[value[0]] = value[1]      # type: ignore[attr-defined]
             self.runner._complete_handles([value[0]])
         elif news == "run":
-            threading.Thread(target=self._run_guest, args=(value,), name="bgjobs-guest", daemon=True).start()
+            _start_thread("bgjobs-guest", self._run_guest, value)
         elif attempt is None:
             pass
         elif news == "stop":

@@ -5503,6 +5503,21 @@ class TestElsewhere:
         assert lost.result(10) == 1 and runner._pool.abandoned == 0
         consistent(runner)
 
+    def test_what_an_executor_has_not_begun_is_taken_back(self, make):
+        hand = Hand()
+        runner = make(executor=hand)
+        stopped, released = runner.submit(add, 1), runner.submit(add, 2)
+        wait_for(lambda: len(hand.calls) == 2)
+        stopped.stop()
+        wait_for(lambda: stopped.status == "stopped", 5)
+        assert hand.calls[0][0].cancelled() and stopped.attempt == 0
+        begun = time.monotonic()
+        runner.close(20)
+        assert time.monotonic() - begun < 15 and hand.calls[1][0].cancelled()
+        again = make(start=False)
+        assert again.get(released.id).status == "pending" and again.get(released.id).attempt == 0
+        consistent(again)
+
     def test_many_are_in_flight_without_a_thread_for_each(self, make):
         hand = Hand()
         runner = make(executor=hand, max_workers=1_000)
