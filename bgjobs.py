@@ -33,7 +33,8 @@ How it hangs together. A thread that wants to write (submit, checkpoint, an oper
 hands a function to the store. One of the threads that wait leads: it opens one transaction, runs what
 all of them brought, lets the runner record the outcomes of ended attempts and claim the next jobs in it, and
 commits. So the batches grow with the load and a caller alone pays no hand-over. Claimed jobs go to the pool,
-whose workers execute them. A service thread looks after what comes by the clock or from other processes.
+whose workers execute them, or to an executor, whose processes speak to the runner over a port of its own. A service
+thread looks after what comes by the clock or from other processes.
 
 Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
            6 Force stop   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle   12 Runner
