@@ -161,12 +161,15 @@ def lineage(jobs, job):
         job = jobs[job["parent_id"]]
 
 
-def python(code, *arguments, cwd=None, **environment):
+def python(code, *arguments, cwd=None, **variables):
     """Start a Python process that can import bgjobs and this file, and compiles them once for all such processes."""
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "",
-                                 "PYTHONPYCACHEPREFIX": bytecode_folder(), **environment})
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**variables))
+
+
+def environment(**more):
+    """Return the variables with which a process imports these files, which are compiled once for all of them."""
+    return {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode_folder(), **more}
 
 
 @functools.cache
@@ -6341,9 +6344,9 @@ class TestInTheBrowser:
 
 # ---- 16 Command line ------------------------------------------------------------------------------------------
 
-def bgjobs_command(*arguments, cwd=None, **environment):
-    return subprocess.run([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=60, env={**os.environ, **environment})
+def bgjobs_command(*arguments, cwd=None, **variables):
+    return subprocess.run([sys.executable, "-m", "bgjobs", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=60, env=environment(**variables))
 
 
 class TestCommandLine:
@@ -6547,8 +6550,7 @@ class TestReadme:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "app.py"]
         else:
             command = [sys.executable, "app.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                              env={**os.environ, "PYTHONPATH": str(HERE)})
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment())
         assert done.returncode == 0, done.stderr + done.stdout
 
     def test_the_first_example_of_the_docstring_is_that_of_the_readme(self):
