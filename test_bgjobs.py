@@ -3857,18 +3857,21 @@ def submit_through():
     gate("submit through").wait(20)
 
 
-committed_through = []
+committed_through = []                                           # thread and connection, which only that may close
 
 
 def submit_and_commit(path, options):
-    committed_through.append(sqlite3.connect(path, **options))
-    bgjobs.options(connection=committed_through[-1]).submit(add, 1)
-    committed_through[-1].commit()
+    db = sqlite3.connect(path, **options)
+    committed_through.append((threading.get_ident(), db))
+    bgjobs.options(connection=db).submit(add, 1)
+    db.commit()
 
 
 def close_those():
-    while committed_through:
-        committed_through.pop().close()
+    for thread, db in list(committed_through):
+        if thread == threading.get_ident():
+            db.close()
+            committed_through.remove((thread, db))
 
 
 shared_connections = []
@@ -3903,10 +3906,10 @@ class TestConnection:
         assert job.result(10) is None and db.execute("SELECT count(*) FROM orders").fetchone() == (2,)
 
     def test_what_a_job_committed_is_no_lost_transaction_in_any_mode(self, make, path, caplog):
-        runner = make(max_workers=1)                             # one thread, which may close them
+        runner = make(max_workers=1)
         for options in self.MODES:
             assert runner.submit(submit_and_commit, path, options).result(10) is None
-        runner.submit(close_those).result(10)
+        wait_for(lambda: (runner.submit(close_those).result(10), not committed_through)[1])
         assert "transaction of its own" not in caplog.text
 
     @pytest.mark.parametrize("options", [{"isolation_level": None}, {"autocommit": False}] if sys.version_info >= (3, 12) else
