@@ -3360,6 +3360,8 @@ class Pool:
         lead = self._settle(attempt)
         with self._changed:
             self._executing.discard(attempt)
+            if attempt in self._returning:                # it died while it waited for its place
+                self._returning.remove(attempt)
             if attempt.abandoned:
                 lead |= self._forget_abandoned()
             starting = self._free(attempt) if attempt.has_place else []
@@ -5776,6 +5778,7 @@ def _leave_to_parent() -> None:
 
 JOIN_SECONDS = 0.3                 # after which an attempt that has nothing to say can be told to stop, all the same
 RETRY_SECONDS = 10.0               # that an attempt tries to reach its runner, before it stops
+STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
 BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
 ONCE = ("submit", "operate", "leave", "ask_back", "ended")         # calls that are carried out once, however often they come
@@ -5809,8 +5812,11 @@ class Engine:
                 self._executor = self._make()             # in place of the broken one
                 return self._executor.submit(run_attempt, payload)
         except Exception:
-            self._broken_until = time.monotonic() + BROKEN_SECONDS
+            self.note_broken()
             raise
+
+    def note_broken(self) -> None:
+        self._broken_until = time.monotonic() + BROKEN_SECONDS
 
     def discard(self, future: Any) -> None:
         """Give up on a call: kill its process if it has one of its own, else cancel what has not begun."""
@@ -5840,27 +5846,24 @@ class IsolatedProcesses(Executor):
         return future
 
     def _run(self, future: Future[str], payload: str) -> None:
-        process, answer = None, b""
+        answer = b""
         try:
             process = self._warm_process() or self._start()
-            with self._lock:
-                self._running[future] = process
-                if future in self._unwanted:
-                    process.kill()
-            with contextlib.suppress(OSError):
-                process.stdin.write(payload.encode() + b"\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
         except Exception as error:
-            future.set_exception(error)
-            return
-        finally:
-            with self._lock:
-                self._running.pop(future, None)
-                self._unwanted.discard(future)
-        stays_warm = answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES
-        if stays_warm:
-            with self._lock:
+            return future.set_exception(error)
+        with self._lock:
+            self._running[future] = process
+            if future in self._unwanted:
+                process.kill()
+        with contextlib.suppress(OSError):
+            process.stdin.write(payload.encode() + b"\n")
+            process.stdin.flush()
+            answer = self._answer_of(process)
+        with self._lock:                                  # from here on nobody kills it for this call
+            del self._running[future]
+            stays_warm = answer[:1] == b"+" and future not in self._unwanted and len(self._warm) < WARM_PROCESSES
+            self._unwanted.discard(future)
+            if stays_warm:
                 self._warm.append(process)
         if answer.endswith(b"\n"):
             future.set_result(answer[1:].decode())
@@ -5872,6 +5875,18 @@ class IsolatedProcesses(Executor):
         if not future.done():
             code = process.returncode
             future.set_exception(BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}")))
+
+    @staticmethod
+    def _answer_of(process: Any) -> bytes:
+        """Wait for a process's answer; b"": it has died. What it forked may live on with its pipes, so their end does not tell."""
+        import selectors
+        if os.name != "nt":
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                while not selector.select(0.5):
+                    if process.poll() is not None and not selector.select(0):
+                        return b""
+        return process.stdout.readline()
 
     def _warm_process(self) -> Any:
         while self._warm:
@@ -5887,15 +5902,16 @@ class IsolatedProcesses(Executor):
         name, folder = (__name__, []) if __name__ != "__main__" else (_module_name("__main__"), [os.path.dirname(os.path.abspath(__file__))])
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
                "__import__('importlib').import_module(name).serve_process()"
-        return subprocess.Popen([sys.executable, "-c", code, json.dumps([sys.path + folder, name])], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-c", code, json.dumps([sys.path + folder, name])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                start_new_session=True)             # Ctrl-C in a terminal is for the app, which tells us
 
     def kill(self, future: Future[str]) -> None:
         with self._lock:
             process = self._running.get(future)
-            if process is None and not future.done():
+            if process is not None:
+                process.kill()
+            if not future.done():
                 self._unwanted.add(future)
-        if process is not None:
-            process.kill()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
@@ -5910,10 +5926,8 @@ class IsolatedProcesses(Executor):
 
 def serve_process() -> None:
     """Execute the attempts whose payloads come on standard input, a line each; be a process of IsolatedProcesses."""
-    import signal
     global _serves_attempts
     _serves_attempts = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is for the app, which tells us
     threading.Thread(target=_end_with, args=(os.getppid(),), name="bgjobs-parent", daemon=True).start()
     payloads, outcomes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull) as nothing:
@@ -6007,6 +6021,7 @@ class _Caller:
         self.connection, self.since = connection, time.monotonic()
         self.unread, self.unsent = bytearray(), bytearray()
         self.is_known = False                             # it has shown a token
+        self.dropped_at = math.inf                        # monotonic
 
 
 class _News:
@@ -6026,9 +6041,11 @@ class Callback:
     def __init__(self, runner: Runner, address: str | None) -> None:
         self._runner, self._address = runner, address
         self._departing: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()                     # guards the four below
+        self._lock = threading.Lock()                     # guards the five below
         self._attempts: dict[str, Departed] = {}          # by token
         self._callers: dict[Departed, _Caller] = {}
+        self._guests: dict[Departed, _Caller] = {}        # with the connection of the process that executes them
+        self._strangers = 0                               # connections that have shown no token yet
         self._news: deque[tuple[Departed, str, Any]] = deque()
         self._threads: list[threading.Thread] = []
         self._listener: Any = None
@@ -6078,6 +6095,7 @@ class Callback:
             if host is None:
                 attempt.future = engine.submit(payload)
         except Exception as error:                        # the job waits until the executor takes it
+            engine.note_broken()
             text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
             with contextlib.suppress(StoreError):
                 runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
@@ -6102,7 +6120,10 @@ class Callback:
                 attempt.take_over(json.loads(future.result()))
         except BaseException as error:                    # the engine's: a process of it died, or was taken away
             attempt.ran = attempt.worked = time.monotonic() - attempt.begun
-            attempt.fail(error)
+            if self._runner._shut_claims:                 # Ctrl-C went to its processes, too
+                attempt.outcome = RELEASED
+            else:
+                attempt.fail(error)
             with self._lock:
                 guests = [each for each in self._attempts.values() if each.host is attempt]
             for guest in guests:
@@ -6115,6 +6136,7 @@ class Callback:
             again, attempt.is_back = attempt.is_back, True
             self._attempts.pop(attempt.token, None)
             self._callers.pop(attempt, None)
+            self._guests.pop(attempt, None)
             if attempt in attempt.engine.hosts:
                 attempt.engine.hosts.remove(attempt)
         if again:
@@ -6155,25 +6177,42 @@ class Callback:
 
     def _hear(self) -> None:
         while not self._closed:
-            calls: list[tuple[_Caller, list[Any]]] = []
-            for key, _ in self._selector.select(JOIN_SECONDS if self._news else None):
-                if key.fileobj is self._listener:
-                    self._admit()
-                elif key.fileobj is self._wakened:
-                    with contextlib.suppress(OSError):
-                        self._wakened.recv(65536)
-                elif not self._read(key.data, calls):
-                    self._drop(key.data)
             try:
-                self._answer(calls)
-                self._pass_on_news()
+                self._hear_once()
             except Exception:
                 _log.exception("the callback for attempts elsewhere failed")
-            time.sleep(min(0.02, 0.0002 * len(self._callers)))      # many callers: more of them in one transaction
+                time.sleep(0.1)
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()                           # type: ignore[union-attr]
         self._selector.close()
         self._waker.close()
+
+    def _hear_once(self) -> None:
+        calls: list[tuple[_Caller, list[Any]]] = []
+        for key, _ in self._selector.select(JOIN_SECONDS if self._news or self._guests else None if self._strangers == 0 else 1.0):
+            if key.fileobj is self._listener:
+                self._admit()
+            elif key.fileobj is self._wakened:
+                with contextlib.suppress(OSError):
+                    self._wakened.recv(65536)
+            elif key.data.connection.fileno() >= 0 and not self._read(key.data, calls):
+                self._drop(key.data)
+        self._answer(calls)
+        self._pass_on_news()
+        self._look_after_connections()
+        time.sleep(min(0.02, 0.0002 * len(self._callers)))       # many callers: more of them in one transaction
+
+    def _look_after_connections(self) -> None:
+        """Drop who has shown no token in time; fail the guests whose process does not come back."""
+        now, callers = time.monotonic(), [key.data for key in list(self._selector.get_map().values()) if key.data is not None]
+        strangers = [caller for caller in callers if not caller.is_known]
+        self._strangers = len(strangers)
+        for caller in strangers:
+            if now - caller.since > STRANGER_SECONDS or len(caller.unsent) > 65_536:
+                self._drop(caller)
+        for guest in [guest for guest, caller in list(self._guests.items()) if caller.dropped_at < now - RETRY_SECONDS]:
+            guest.fail(BgjobsError("the process that executed it is gone"))
+            self._end(guest)
 
     def _admit(self) -> None:
         import selectors
@@ -6183,25 +6222,24 @@ class Callback:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._selector.register(connection, selectors.EVENT_READ, _Caller(connection))
-        now = time.monotonic()
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None and not key.data.is_known and now - key.data.since > 10:
-                self._drop(key.data)
 
     def _drop(self, caller: _Caller) -> None:
+        if caller.connection.fileno() < 0:
+            return
         self._selector.unregister(caller.connection)
         caller.connection.close()
+        caller.dropped_at = time.monotonic()
         with self._lock:
-            lost = [attempt for attempt, each in self._callers.items() if each is caller]
-            for attempt in lost:
+            for attempt in [attempt for attempt, each in self._callers.items() if each is caller]:
                 del self._callers[attempt]
-            guests = [attempt for attempt in self._attempts.values() if attempt.host in lost and attempt.run is None]
-        for guest in guests:
+            not_begun = [guest for guest, each in self._guests.items() if each is caller and guest.run is None]
+        for guest in not_begun:
             self._send_again(guest)
 
     def _send_again(self, guest: Departed) -> None:
         """Find another place for an attempt whose host did not take it."""
         guest.host = None
+        self._guests.pop(guest, None)
         self._departing.put(functools.partial(self._send_off, guest))
 
     def _read(self, caller: _Caller, calls: list[tuple[_Caller, list[Any]]]) -> bool:
@@ -6220,6 +6258,8 @@ class Callback:
             try:
                 call = json.loads(line.decode())
                 token, number, name, *_ = call
+                if (type(token), type(number), type(name)) != (str, int, str):
+                    return False
                 known = token in self._attempts
             except (ValueError, TypeError, RecursionError):
                 return False
@@ -6249,24 +6289,28 @@ class Callback:
         for _ in range(len(self._news)):
             attempt, news, value = self._news.popleft()
             caller = self._callers.get(attempt)
-            if news == "stop" and attempt.run is None and attempt.future is not None and not attempt.is_back and not attempt.engine.isolates:
+            if attempt.is_back and news != "run":
+                continue
+            if news == "run":
+                guest = self._attempts.get(json.loads(value)["token"])
+                if guest is not None and caller is None:
+                    self._send_again(guest)
+                elif guest is not None:
+                    self._guests[guest] = caller          # type: ignore[assignment]
+            if caller is not None:
+                self._send(caller, [0, attempt.token, news, value])
+            elif news == "stop" and attempt.run is None and attempt.future is not None and not attempt.engine.isolates:
                 if time.monotonic() - attempt.begun > 3 * JOIN_SECONDS:      # it waits for its turn: one that executes would have joined
                     self.discard(attempt)
                 else:
                     self._news.append((attempt, news, value))
-            elif caller is not None:
-                self._send(caller, [0, attempt.token, news, value])
-            elif news == "run":
-                guest = self._attempts.get(json.loads(value)["token"])
-                if guest is not None:
-                    self._send_again(guest)
 
     def _answer(self, calls: list[tuple[_Caller, list[Any]]]) -> None:
         """Carry calls out, what they save in one transaction, and answer them."""
         saves = []
         for caller, (token, number, name, *arguments) in calls:
             attempt = self._attempts.get(token)
-            if attempt is None or attempt.ticket.void or name != "hello" and self._callers.get(attempt) is not caller:
+            if attempt is None or name != "ended" and (attempt.ticket.void or name != "hello" and self._callers.get(attempt) is not caller):
                 self._send(caller, [number, None, "gone", ""])
             elif name in ("save", "tell"):
                 if name == "tell":
@@ -6310,7 +6354,9 @@ class Callback:
             raise JobStopped(f"attempt {attempt.number} of job {attempt.id} executes elsewhere")
         with self._lock:
             self._callers[attempt] = caller
-        return [attempt.stop_requested, attempt.reason]
+            if attempt in self._guests:
+                self._guests[attempt] = caller
+        return [attempt.stop_requested, attempt.reason, attempt.has_place]
 
     def _call_submit(self, caller: _Caller, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
         submission = Submission(new["name"])
@@ -6437,7 +6483,9 @@ class AttemptThere(Attempt):
             if self.options.get("timeout"):
                 self.join()                               # the time runs from now on
             self.runner._perform(self)
-        lines, report, positions = self.link.part_from(self)
+        return self.outcome_as_json(*self.link.part_from(self))
+
+    def outcome_as_json(self, lines: list[Any], report: list[Any] | None, positions: str | None) -> str:
         return _dump({"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran, "waited": self.waited,
                       "lines": lines, "report": report, "positions": positions})
 
@@ -6500,7 +6548,9 @@ class RunnerThere(Runner):
     def _watch(self, handle: Job) -> None:
         with self._handle_lock:
             self._watched.setdefault(handle.id, []).append(weakref.ref(handle))
-        self._link.call(None, "watch", handle.id)
+        attempt = self._link.attempt_here()
+        self._link.watched[handle.id] = attempt.token
+        self._link.call(attempt, "watch", handle.id)
 
     def _info(self, job_id: int) -> dict[str, Any]:
         return self._link.call(None, "info", job_id)
@@ -6557,7 +6607,7 @@ class _StoreThere:
         if sql != OUTCOME_OF:
             return self.ask_of_the_runner()
         job_id = parameters["id"]
-        outcome = self.outcomes.pop(job_id) if job_id in self.outcomes else self._link.call(None, "outcome", job_id)
+        outcome = self.outcomes.get(job_id) or self._link.call(None, "outcome", job_id)
         return [] if outcome is None else [outcome]
 
 
@@ -6573,7 +6623,9 @@ class Link:
         self._needed = _Event()                           # somebody began, or has something to say
         self._attempts: dict[str, AttemptThere] = {}      # that execute here, by token
         self._numbers = itertools.count(1)
-        self._calls: dict[int, list[Any]] = {}            # without an answer: message, event, token, answer
+        self._calls: dict[int, list[Any]] = {}            # without an answer: message, event, token, answer, name
+        self._gone = False                                # the runner, as far as is known
+        self.watched: dict[int, str] = {}                 # jobs whose end somebody here waits for -> the token that asked
         self._thread: threading.Thread | None = None
         self._told_at = 0.0
         self._idle_seconds = 60.0                         # until an unused connection is closed
@@ -6584,6 +6636,7 @@ class Link:
             self._attempts[attempt.token] = attempt
             self.runner._attempts[attempt.id] = attempt
             if self._thread is None:
+                self._gone = False                        # it may be back
                 self._thread = _start_thread("bgjobs-link", self._run)
                 if not self._thread.daemon:
                     self._idle_seconds = 1.0              # it holds up the end of its interpreter
@@ -6596,21 +6649,26 @@ class Link:
             if attempt.joined:
                 return
             attempt.joined = True
-        stop, reason = self.call(attempt, "hello", attempt.run)
-        if stop:
-            attempt.request_stop(reason, force=True)
+        self.call(attempt, "hello", attempt.run)
 
     @library_code
     def call(self, attempt: Attempt | None, name: str, *arguments: Any) -> Any:
         """Ask the runner for something and return what it says. Raises JobStopped when it is not there any more, or the attempt is
         superseded; else what it raised there."""
-        attempt = attempt or _current.get() or next(iter(self._attempts.values()), None)
-        if attempt is None or attempt.runner is not self.runner:
-            raise JobStopped("the attempt that this belongs to has ended")
+        attempt = attempt or self.attempt_here()
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the link's own thread cannot wait for an answer")
         attempt.join()                                    # type: ignore[attr-defined]
         call = self._post(attempt.token, name, *arguments)       # type: ignore[attr-defined]
         call[1].wait()
         return self._value(attempt, call[3])
+
+    def attempt_here(self) -> AttemptThere:
+        """Return the attempt that this is called in; in another thread, one of this process. Raises JobStopped: there is none."""
+        attempt = _current.get() or next(iter(self._attempts.values()), None)
+        if attempt is None or attempt.runner is not self.runner:
+            raise JobStopped("the attempt that this belongs to has ended")
+        return attempt                                    # type: ignore[return-value]
 
     def _value(self, attempt: Attempt, answer: list[Any]) -> Any:
         value, *error = answer
@@ -6627,10 +6685,18 @@ class Link:
         with self._lock:
             number = next(self._numbers)
             message = _dump([token, number, name, *arguments]).encode() + b"\n"
-            call = self._calls[number] = [message, _Event(), token, None]
-            self._send(message)
+            call = [message, _Event(), token, None, name]
+            if self._gone:
+                self._refuse(call)
+            else:
+                self._calls[number] = call
+                self._send(message)
         self._needed.set()
         return call
+
+    def _refuse(self, call: list[Any]) -> None:
+        call[3] = [None, "JobStopped", f"the runner at {self._address[0]}:{self._address[1]} does not answer"]
+        call[1].set()
 
     def _send(self, message: bytes) -> None:
         """Send a line; if that fails it is sent once there is a connection again. Called under the lock."""
@@ -6702,13 +6768,13 @@ class Link:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._socket, self._unread = connection, b""
-            joined = {call[2] for call in self._calls.values() if b'"hello"' in call[0][:80]}
-            for attempt in list(self._attempts.values()):
-                if attempt.joined and attempt.token not in joined:      # known to the runner from another connection
-                    number = next(self._numbers)
-                    self._calls[number] = [_dump([attempt.token, number, "hello", attempt.run]).encode() + b"\n", _Event(), attempt.token, None]
-            hellos = [call for call in self._calls.values() if b'"hello"' in call[0][:80]]
-            for call in hellos + [call for call in self._calls.values() if call not in hellos]:
+            said = {call[2] for call in self._calls.values() if call[4] == "hello"}
+            again = [(attempt.token, "hello", attempt.run) for attempt in self._attempts.values() if attempt.joined and attempt.token not in said]
+            again += [(token, "watch", job_id) for job_id, token in self.watched.items() if token in self._attempts]     # news may be lost
+            for token, name, argument in again:
+                number = next(self._numbers)
+                self._calls[number] = [_dump([token, number, name, argument]).encode() + b"\n", _Event(), token, None, name]
+            for call in sorted(self._calls.values(), key=lambda call: call[4] != "hello"):
                 self._send(call[0])
         return True
 
@@ -6732,27 +6798,30 @@ class Link:
             if number:
                 call = self._calls.pop(number, None)
                 if call is not None:
+                    self._heed(call[2], call[4], rest)
                     call[3] = rest
                     call[1].set()
-                    self._heed(call[2], rest)
             else:
                 self._receive(*rest)
 
-    def _heed(self, token: str, answer: list[Any]) -> None:
+    def _heed(self, token: str, name: str, answer: list[Any]) -> None:
         """Notice what answers to calls that nobody waits for say."""
         attempt = self._attempts.get(token)
         if attempt is None:
             return
         if answer[1:2] == ["gone"]:
             attempt.supersede()
-        elif isinstance(answer[0], list) and len(answer[0]) == 2 and answer[0][0] is True:      # hello: it is to stop
-            attempt.request_stop(answer[0][1], force=True)
+        elif name == "hello" and len(answer) == 1:
+            stop, reason, has_place = answer[0]
+            if stop:
+                attempt.request_stop(reason, force=True)
+            if has_place:
+                attempt.own_place.set()
 
     def _receive(self, token: str, news: str, value: Any) -> None:
         attempt = self._attempts.get(token)
         if news == "over":
-            self.runner._store.outcomes[value[0]] = value[1]      # type: ignore[attr-defined]
-            self.runner._complete_handles([value[0]])
+            _start_thread("bgjobs-ends", self._complete, *value)      # somebody may hold a handle's lock and wait for an answer
         elif news == "run":
             _start_thread("bgjobs-guest", self._run_guest, value)
         elif attempt is None:
@@ -6764,15 +6833,24 @@ class Link:
         elif news == "place":
             attempt.own_place.set()
 
+    def _complete(self, job_id: int, outcome: dict[str, Any] | None) -> None:
+        """Complete the handles of a job that is over."""
+        self.watched.pop(job_id, None)
+        self.runner._store.outcomes[job_id] = outcome             # type: ignore[attr-defined]
+        self.runner._complete_handles([job_id])
+        self.runner._store.outcomes.pop(job_id, None)             # type: ignore[attr-defined]
+
     def _run_guest(self, payload: str) -> None:
         """Execute another attempt while one of this process waits."""
         attempt = _attempt_of(payload)
-        with contextlib.suppress(JobStopped):
+        try:
             attempt.join()
             outcome = attempt.execute()
-            with self._lock:
-                self._attempts[attempt.token] = attempt   # until the runner has the outcome
-            self._post(attempt.token, "ended", outcome)[1].wait()
+        except JobStopped:                                # it has been superseded already
+            outcome = attempt.outcome_as_json([], None, None)
+        with self._lock:
+            self._attempts[attempt.token] = attempt       # until the runner has the outcome
+        self._post(attempt.token, "ended", outcome)[1].wait()
         with self._lock:
             self._attempts.pop(attempt.token, None)
 
@@ -6793,14 +6871,13 @@ class Link:
     def _give_up(self) -> None:
         """Stop what executes here: its runner is gone."""
         with self._lock:
-            self._thread = None
+            self._thread, self._gone = None, True
             attempts, calls = list(self._attempts.values()), list(self._calls.values())
             self._calls.clear()
         for attempt in attempts:
             attempt.request_stop(force=True)
         for call in calls:
-            call[3] = [None, "JobStopped", f"the runner at {self._address[0]}:{self._address[1]} does not answer"]
-            call[1].set()
+            self._refuse(call)
 
 
 # ---- 14 The default runner ------------------------------------------------------------------------------------

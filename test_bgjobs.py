@@ -5579,20 +5579,120 @@ class TestElsewhere:
                 connection.shutdown(socket.SHUT_WR)
                 return sorted(json.loads(line) for line in connection.makefile())
         token = given["token"]
-        for bad in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b"[" * 3_000 + b"\n", b"a" * 10_000, [[], 1, "hello", "x"]):
+        for bad in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b"[" * 3_000 + b"\n", b"a" * 10_000, [[], 1, "hello", "x"], [None, 1, "info", 1],
+                    b'["x",NaN,"y"]\n', ["x", 1e999, "y"], ["x", {}, "y"]):
             assert ask(bad) == []
-        for unknown in ([None, 1, "info", 1], ["wrong", 1, "save", "1", None], ["wrong", 1, "info", job.id], ["wrong", 1, "hello", "x"]):
+        for unknown in (["wrong", 1, "save", "1", None], ["wrong", 1, "info", job.id], ["wrong", 1, "hello", "x"]):
             assert ask(unknown) == [[1, None, "gone", ""]]
         assert ask([token, 1, "save", "5", None]) == [[1, None, "gone", ""]]           # it has not said hello
         assert ask([token, 1, "hello", "x"], [token, 2, "save", "5", None], [token, 3, "nonsense"], [token, 4, "operate", "drop", 1, None],
                    [token, 5, "info", 99], [token, 6, "save", "6"]) == [
-            [1, [False, "halted"]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
+            [1, [False, "halted", True]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
             [4, None, "ValueError", "there is no operation 'drop'"], [5, None, "KeyError", f"there is no job 99 in {runner.path}"], [6, True]]
         assert ask([token, 1, "hello", "y"])[0][2] == "JobStopped"                         # another execution of the same attempt
         assert job.state == 6
         job.stop()
         job.force_stop()
         assert ask([token, 1, "hello", "x"], [token, 2, "save", "7", None])[-1][2] == "gone" and job.state == 6
+
+    def test_strangers_who_stay_are_dropped_and_the_callback_lives(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "STRANGER_SECONDS", 0.3)
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            assert runner.submit(nested, 1).result(10) == 1
+            address = runner._callback._listener.getsockname()
+            strangers = [socket.create_connection(address) for _ in range(50)]
+            for _ in range(8):
+                time.sleep(0.1)
+                for stranger in strangers:
+                    with contextlib.suppress(OSError):
+                        stranger.sendall(b"x")
+            wait_for(lambda: runner._callback._strangers == 0)
+            for stranger in strangers:
+                stranger.close()
+            assert runner.submit(nested, 1).result(10) == 1
+            runner.close()
+
+    def test_a_guest_that_is_force_stopped_leaves_no_place_taken(self, make):
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            runner = make(executor=executor, max_workers=1)
+            for _ in range(3):
+                parent = runner.submit(wait_for_held, "guest")
+                child = wait_for(lambda: next(iter(runner.jobs(parent=parent.id, status="running")), None))
+                wait_for(lambda: seen[-1:] == ["guest"])
+                child.stop()
+                child.force_stop()
+                child.cancel()
+                gate("guest").set()
+                parent.exception(10)
+                wait_for(lambda: runner._pool.abandoned == 0 and not runner._callback._attempts)
+                gates.pop("guest"), seen.clear()
+            assert runner.submit(add, 1).result(10) == 1
+            consistent(runner)
+            runner.close()
+
+    def test_the_end_of_a_child_reaches_all_its_handles_also_after_a_loss(self, make):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            job = runner.submit(wait_for_two_handles)
+            wait_for(lambda: runner._callback._callers and len(runner.jobs(status="running")) == 2)
+            wait_for(lambda: seen[-1:] == ["held child"])
+            for _ in range(3):                                                # its log says hello meanwhile
+                for caller in set(runner._callback._callers.values()):
+                    caller.connection.shutdown(socket.SHUT_RDWR)
+                gate("held child").set()
+                time.sleep(0.05)
+            assert job.result(10) == 2 and any(line["message"] == "hello" for line in job.logs())
+            consistent(runner)
+            runner.close()
+
+    def test_a_call_after_the_runner_was_given_up_stops_at_once(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.2)
+        hand = Hand()
+        runner = make(executor=hand)
+        runner.submit(save_later, "later")
+        wait_for(lambda: hand.calls)
+        thread = hand.execute()
+        wait_for(lambda: seen[-1:] == ["later"])
+        runner.close(0)
+        time.sleep(1.0)
+        gate("later").set()
+        thread.join(5)
+        assert not thread.is_alive() and json.loads(hand.calls[0][0].result(0))["outcome"] in ("halted", "released")
+
+    def test_a_force_stop_kills_nobody_elses_process(self, make, quick_processes):
+        runner = make(max_workers=1)
+        isolated = runner.options(isolate=True)
+        isolated.submit(where).result(20)
+        for _ in range(15):
+            first, second = isolated.submit(nap, 0.03), isolated.submit(nap, 0.03)
+            time.sleep(0.03)
+            with contextlib.suppress(bgjobs.InvalidOperation):
+                first.stop()
+                first.force_stop()
+            assert second.result(20) is None
+        wait_for(lambda: runner._pool.abandoned == 0)
+
+    def test_an_isolated_crash_is_noticed_though_a_forked_child_lives(self, make, quick_processes):
+        job = make(max_workers=1).options(isolate=True).submit(fork_and_die)
+        with pytest.raises(bgjobs.BgjobsError, match="died under it: signal 9"):
+            job.result(20)
+
+    def test_an_attempt_that_dies_while_it_waits_for_its_place_frees_it(self, idle):
+        pool, returned = idle._pool, []
+        attempts = []
+        for _ in range(2):
+            attempt = bgjobs.Departed(idle, (1, None, None, "x", 0, None, None, None, None, None, None, 0, 0, None, None, None, None, 0, None,
+                                             0.0, 0, 0), bgjobs.Engine(Hand()))
+            attempts.append(attempt)
+        pool.size, pool._depart, pool._settle, pool._claim = 1, returned.append, lambda attempt: False, lambda: None
+        pool.put(attempts[:1])
+        pool.leave(attempts[0])
+        pool.put(attempts[1:])
+        assert returned == attempts and pool.ask_back(attempts[0], threading.Event())
+        pool.end(attempts[0])
+        pool.end(attempts[1])
+        assert pool._busy == 0 and not pool._returning and not pool._executing
 
     def test_the_modules_of_an_isolated_function_start_no_runner(self, tmp_path, quick_processes):
         (tmp_path / "app.py").write_text(textwrap.dedent("""
@@ -5650,6 +5750,30 @@ class TestElsewhere:
             there.execute().join(), here.execute().join()
         finally:
             del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+
+
+def wait_for_held(name):
+    return bgjobs.submit(hold, name).result()
+
+
+def wait_for_two_handles():
+    child = bgjobs.submit(hold, "held child")
+    bgjobs.current_job().log.info("hello")
+    done, _ = concurrent.futures.wait([bgjobs.get(child.id), bgjobs.get(child.id)], timeout=15)
+    return len(done)
+
+
+def save_later(name):
+    bgjobs.current_job().checkpoint(state=0)
+    hold(name)
+    bgjobs.current_job().checkpoint(state=1)
+
+
+def fork_and_die():
+    if os.fork() == 0:
+        time.sleep(8)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_alive(pid):
