@@ -5894,6 +5894,9 @@ class IsolatedProcesses(Executor):
                 process = self._warm.pop() if self._warm else None
             if process is not None and process.poll() is None:
                 return process
+            if process is not None:                       # somebody has killed it
+                with process:
+                    pass
         return None
 
     @staticmethod

@@ -5445,6 +5445,10 @@ class TestElsewhere:
         assert isolated.options(retries=1, backoff=0).submit(die_once, str(tmp_path / "died")).result(20) == 2
         assert runner.submit(where).result(20) == os.getpid()
         assert "this is no outcome" in capfd.readouterr().err
+        warm = isolated.submit(where).result(20)
+        os.kill(warm, signal.SIGKILL)
+        wait_for(lambda: not is_alive(warm))
+        assert isolated.submit(where).result(20) != warm
         runner.close()
         wait_for(lambda: not is_alive(first))
 
