@@ -5447,7 +5447,8 @@ class TestElsewhere:
         assert "this is no outcome" in capfd.readouterr().err
         warm = isolated.submit(where).result(20)
         os.kill(warm, signal.SIGKILL)
-        wait_for(lambda: not is_alive(warm))
+        processes, = (engine._executor for engine in runner._engines.values())
+        wait_for(lambda: all(process.poll() is not None for process in processes._warm if process.pid == warm))
         assert isolated.submit(where).result(20) != warm
         runner.close()
         wait_for(lambda: not is_alive(first))
