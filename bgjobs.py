@@ -5837,11 +5837,12 @@ class IsolatedProcesses(Executor):
     def __init__(self) -> None:
         self._lock = threading.Lock()                     # guards the three below
         self._warm: list[Any] = []
-        self._running: dict[Future[str], Any] = {}
-        self._unwanted: set[Future[str]] = set()          # to be killed as soon as they have a process
+        self._running: dict[Future[str], Any] = {}        # from submit to the answer; None: without a process yet
+        self._unwanted: set[Future[str]] = set()          # of those: killed, or to be as soon as they have a process
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[str]:
         future: Future[str] = Future()
+        self._running[future] = None
         threading.Thread(target=self._run, args=(future, *args), name="bgjobs-isolated", daemon=True).start()
         return future
 
@@ -5850,6 +5851,7 @@ class IsolatedProcesses(Executor):
         try:
             process = self._warm_process() or self._start()
         except Exception as error:
+            del self._running[future]
             return future.set_exception(error)
         with self._lock:
             self._running[future] = process
@@ -5910,11 +5912,10 @@ class IsolatedProcesses(Executor):
 
     def kill(self, future: Future[str]) -> None:
         with self._lock:
-            process = self._running.get(future)
-            if process is not None:
-                process.kill()
-            if not future.done():
+            if future in self._running:
                 self._unwanted.add(future)
+                if self._running[future] is not None:
+                    self._running[future].kill()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         with self._lock:
@@ -5939,7 +5940,7 @@ def serve_process() -> None:
     for payload in payloads:
         outcome = run_attempt(payload.decode())
         is_clean = all(thread is threading.current_thread() or thread.name.startswith("bgjobs-") for thread in threading.enumerate())
-        outcomes.write(b"+-"[not is_clean:][:1] + outcome.encode() + b"\n")
+        outcomes.write((b"+" if is_clean else b"-") + outcome.encode() + b"\n")
         outcomes.flush()
         if not is_clean:
             return
@@ -6122,16 +6123,20 @@ class Callback:
             else:
                 attempt.take_over(json.loads(future.result()))
         except BaseException as error:                    # the engine's: a process of it died, or was taken away
-            attempt.ran = attempt.worked = time.monotonic() - attempt.begun
-            if self._runner._shut_claims:                 # Ctrl-C went to its processes, too
-                attempt.outcome = RELEASED
-            else:
-                attempt.fail(error)
             with self._lock:
                 guests = [each for each in self._attempts.values() if each.host is attempt]
-            for guest in guests:
-                guest.fail(error)
-                self._end(guest)
+            for lost in (*guests, attempt):
+                self._lose(lost, error)
+            return
+        self._end(attempt)
+
+    def _lose(self, attempt: Departed, error: BaseException) -> None:
+        """End an attempt whose process is gone."""
+        attempt.ran = attempt.worked = time.monotonic() - attempt.begun
+        if self._runner._shut_claims:                     # Ctrl-C went to its processes, too
+            attempt.outcome = RELEASED
+        else:
+            attempt.fail(error)
         self._end(attempt)
 
     def _end(self, attempt: Departed) -> None:
@@ -6214,8 +6219,7 @@ class Callback:
             if now - caller.since > STRANGER_SECONDS or len(caller.unsent) > 65_536:
                 self._drop(caller)
         for guest in [guest for guest, caller in list(self._guests.items()) if caller.dropped_at < now - RETRY_SECONDS]:
-            guest.fail(BgjobsError("the process that executed it is gone"))
-            self._end(guest)
+            self._lose(guest, BgjobsError("the process that executed it is gone"))
 
     def _admit(self) -> None:
         import selectors
@@ -6608,7 +6612,7 @@ class _StoreThere:
 
     def read(self, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
         if sql != OUTCOME_OF:
-            return self.ask_of_the_runner()
+            return self.__getattr__("read")
         job_id = parameters["id"]
         outcome = self.outcomes.get(job_id) or self._link.call(None, "outcome", job_id)
         return [] if outcome is None else [outcome]
@@ -6846,6 +6850,7 @@ class Link:
     def _run_guest(self, payload: str) -> None:
         """Execute another attempt while one of this process waits."""
         attempt = _attempt_of(payload)
+        self.begin(attempt)                               # the answer to its hello may be a stop
         try:
             attempt.join()
             outcome = attempt.execute()
