@@ -6671,19 +6671,79 @@ class TestCommandLine:
 
 # ---- README ---------------------------------------------------------------------------------------------------
 
+# What the README's examples of mounting import, for machines without it: the least that they use of it.
+STAND_INS = {
+    "flask.py": """
+        class Flask:
+            def __init__(self, name):
+                self.wsgi_app = lambda environ, start_response: (start_response("404 Not Found", []), [b""])[1]
+            def __call__(self, environ, start_response):
+                return self.wsgi_app(environ, start_response)
+        """,
+    "werkzeug/middleware/dispatcher.py": """
+        from wsgiref.util import shift_path_info
+        class DispatcherMiddleware:
+            def __init__(self, app, mounts):
+                self.app, self.mounts = app, mounts
+            def __call__(self, environ, start_response):
+                mounted = self.mounts.get("/" + environ["PATH_INFO"].split("/")[1])
+                if mounted:
+                    shift_path_info(environ)
+                return (mounted or self.app)(environ, start_response)
+        """,
+    "django/core/wsgi.py": """
+        def get_wsgi_application():
+            return lambda environ, start_response: (start_response("404 Not Found", []), [b""])[1]
+        """,
+}
+ASK = """
+    import base64, sys
+    sys.path.append("stand_ins")
+    import app
+    from wsgiref.util import setup_testing_defaults
+    def ask(path, **more):
+        environ, answers = {"PATH_INFO": path, "HTTP_HOST": "example.org", **more}, []
+        setup_testing_defaults(environ)
+        mounted = app.application if hasattr(app, "application") else app.app
+        body = b"".join(mounted(environ, lambda status, headers: answers.append(status[:3])))
+        return answers[0], body
+    login = {"HTTP_AUTHORIZATION": "Basic " + base64.b64encode("ann:…".encode()).decode()}
+    assert ask("/elsewhere")[0] == "404" and ask("/jobs")[0] == "308" and ask("/jobs/")[0] == "401"
+    assert b"<title>bgjobs</title>" in ask("/jobs/", **login)[1] and b'"jobs":[]' in ask("/jobs/api/jobs", **login)[1]
+    """
+
+
 class TestReadme:
-    BLOCKS = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    TEXT = (HERE / "README.md").read_text()
+    BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 
     @pytest.mark.parametrize("number", range(len(BLOCKS)))
     def test_its_code_runs(self, number, tmp_path):
         (tmp_path / "app.py").write_text(self.BLOCKS[number])
+        command = [sys.executable, "app.py"]
         if "def test_" in self.BLOCKS[number]:
-            shutil.copy(HERE / "bgjobs.py", tmp_path)
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "app.py"]
-        else:
-            command = [sys.executable, "app.py"]
+        if "bgjobs.wsgi(" in self.BLOCKS[number]:
+            command = [sys.executable, "-c", textwrap.dedent(ASK)]
+            for name, code in STAND_INS.items():
+                file = tmp_path / "stand_ins" / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(textwrap.dedent(code))
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment())
         assert done.returncode == 0, done.stderr + done.stdout
+
+    def test_its_commands_run(self, tmp_path):
+        demo, run = re.findall(r"^    python3 bgjobs.py (demo|run) (.*)$", self.TEXT, re.M)
+        shutil.copy(HERE / "bgjobs.py", tmp_path)
+        done = bgjobs_command("run", *run[1].split("#")[0].split(), cwd=tmp_path)
+        assert done.returncode == 0 and int(done.stdout) == (HERE / "bgjobs.py").stat().st_size
+        assert demo[1] == "/usr/share"                           # TestCommandLine runs it on a small folder
+
+    def test_its_links_lead_somewhere(self):
+        anchors = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
+                   for title in re.findall(r"^#+ (.*)$", self.TEXT, re.M)}
+        for link in re.findall(r"\]\(([^)]*)\)", self.TEXT):
+            assert link[1:] in anchors if link.startswith("#") else (HERE / link).is_file(), link
 
     def test_the_first_example_of_the_docstring_is_that_of_the_readme(self):
         example = textwrap.dedent(bgjobs.__doc__.split("\n\n", 1)[1].split("\n\nWords.")[0])
