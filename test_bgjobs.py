@@ -3597,7 +3597,7 @@ class TestRetention:
         idle.submit(children, 12)
         idle.drain()
         clock.now += 8 * 86_400
-        idle._store.write(lambda tx: tx.prune(0, 5, clock.now, clock.now))
+        idle._store.write(lambda tx: tx.remove([1, 2, 3, 4, 5]))
         assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
         assert idle.prune() == 8
 
@@ -3641,14 +3641,14 @@ class TestRetention:
             clock.now += 3_600 * 9
         before = idle.stats("7d")["total"]
         clock.now += 86_400 * 3
-        idle._fold_statistics()
+        bgjobs.fold_statistics(idle)
         assert idle.stats("7d")["total"] == before
         assert [idle.stats(window)["total"] for window in ("7d", "30d")] == [before] * 2
         assert all(minute % 120 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
         clock.now += 86_400 * 40
-        idle._fold_statistics()
+        bgjobs.fold_statistics(idle)
         assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
-        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in idle._metrics()
+        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle)
 
     def test_a_jobs_log_keeps_its_newest_lines(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
@@ -3675,15 +3675,15 @@ class TestRetention:
         root = idle.submit(children, 6)
         idle.drain()
         clock.now += 100
-        prune, calls = bgjobs.Transaction.prune, []
+        remove, calls = bgjobs.Transaction.remove, []
 
-        def die(tx, **bounds):
-            calls.append(bounds)
+        def die(tx, ids):
+            calls.append(ids)
             if len(calls) > 2:
                 raise ZeroDivisionError
-            return prune(tx, **bounds)
-        monkeypatch.setattr(bgjobs.Transaction, "prune", die)
-        with pytest.raises(ZeroDivisionError):
+            return remove(tx, ids)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(bgjobs.Transaction, "remove", die)
             idle.prune(0, 0)
         assert 1 < len(idle.jobs()) < 7 and root.restart().status == "pending"
         idle.drain()
