@@ -2424,6 +2424,7 @@ class Store:
             with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
                 db.backup(copy, progress=give_up)
                 copy.execute("DELETE FROM bgjobs_runners")       # none of them has the copy: what it shows as running is taken back
+                copy.execute("DELETE FROM bgjobs_registered")
                 copy.commit()
         except BaseException as error:
             for rest in (path, path + "-journal"):

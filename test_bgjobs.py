@@ -3454,6 +3454,16 @@ class TestSchedules:
             assert len(made) > len(due) / 2
             consistent(runner)
 
+    def test_in_a_backup_nobody_has_registered_them(self, make, tmp_path):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.every("1h", add, 1)
+        with bgjobs.Runner(idle.backup(tmp_path / "backup.db"), start=False, clock=clock) as copy:
+            clock.now += 3_600
+            assert copy.drain() == 0 and not copy.schedules()[0].info()["registered"]
+            copy.schedules()[0].remove()
+            assert copy.schedules() == []
+
     def test_a_schedule_inside_a_job_and_by_decorator_and_options(self, runner):
         assert runner.submit(register_a_schedule).result(5) == "declared there"
         schedule, = runner.schedules()
