@@ -4177,7 +4177,8 @@ class Schedule:
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
 AGES = 1 << 40             # minutes: the part of all that is older than the windows
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}     # seconds that jobs are kept once they are over, cancelled as finished
-PRUNE_IDS = 2_000          # ids that one transaction of a prune looks at
+PRUNE_IDS = 2_000          # ids that a prune looks at together
+PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs; one may have thousands of log lines
 
 SUMS = "SELECT {by}, " + ", ".join(
     f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES
@@ -4186,7 +4187,7 @@ FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last
 # A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
     WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished
-    OR r.status = 'failed' AND r.finished_at < :failed)"""
+    OR r.status = 'failed' AND r.finished_at < :failed) ORDER BY j.id DESC"""
 
 
 def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, Any]:
@@ -4276,18 +4277,24 @@ def remove_expired(runner: Runner, finished: float, failed: float) -> int:
     """Remove whole trees that are over for so many seconds, and return how many jobs that were; see Runner.prune."""
     if not _are_seconds([finished, failed]):
         raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
-    now, removed = runner._clock(), 0
+    before = {"finished": runner._clock() - finished, "failed": runner._clock() - failed}
+    removed = 0
     for after in reversed(range(0, runner._store.read(HIGHEST_ID)[0][0], PRUNE_IDS)):      # a root goes after its descendants
-        which = {"after": after, "until": after + PRUNE_IDS, "finished": now - finished, "failed": now - failed}
-
-        def remove(tx: Transaction) -> int:
-            ids = [job_id for job_id, in tx.execute(EXPIRED, which).fetchall()]
-            tx.remove(ids)
-            return len(ids)
-        if runner._store.read(EXPIRED + " LIMIT 1", which):
-            removed += runner._store.write(remove)
-        current_job().checkpoint()
+        which = {"after": after, "until": after + PRUNE_IDS, **before}
+        while runner._store.read(EXPIRED + " LIMIT 1", which):
+            removed += runner._store.write(lambda tx: _remove_some(tx, which))
+            current_job().checkpoint()
     return removed
+
+
+def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
+    """Remove jobs that have expired for PRUNE_SECONDS, since all who write wait so long; return how many that were."""
+    ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
+    for count, (job_id,) in enumerate(ids, 1):
+        tx.remove([job_id])
+        if time.perf_counter() > until:
+            return count
+    return len(ids)
 
 
 # ---- 12 Runner ------------------------------------------------------------------------------------------------

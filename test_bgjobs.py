@@ -3611,6 +3611,17 @@ class TestRetention:
         assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
         assert idle.prune() == 8
 
+    def test_who_writes_meanwhile_waits_only_for_some_of_the_log_lines(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "PRUNE_SECONDS", 0.0)
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.submit(children, 9)
+        idle.drain()
+        clock.now += 100
+        remove, sizes = bgjobs._remove_some, []
+        monkeypatch.setattr(bgjobs, "_remove_some", lambda tx, which: sizes.append(remove(tx, which)) or sizes[-1])
+        assert idle.prune(0, 0) == 10 and sizes == [1] * 10 and idle.jobs() == []
+
     def test_it_runs_by_itself_as_a_system_job_and_over_a_month_the_file_stays_bounded(self, make, path):
         clock = Clock()
         runner = make(max_workers=2, clock=clock)
