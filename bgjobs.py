@@ -4044,15 +4044,8 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
     if not isinstance(schedule, str):
         schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
     zone = zone_of(options.get("tz", _registry.declared.get(fn, {}).get("tz")))[1]
-    times = schedule_of(schedule, zone)
-    arguments = f"{new.args or ''}{new.kwargs or ''}"
-    if '"secret"' in (new.options or ""):                 # people see the key
-        import hashlib
-        arguments = hashlib.sha256(arguments.encode()).hexdigest()
-    key = new.key or f"{new.name}({arguments})"
-    if len(key) > 500:
-        raise ValueError(f"the arguments of {new.name} are too long to know its schedule by; give it a key")
-    asked = schedule, zone, new.name, arguments
+    times, key = schedule_of(schedule, zone), new.key or _known_by(new)
+    asked = schedule, zone, new.name, new.args, new.kwargs
     known = runner._schedules.setdefault(key, asked)
     if known != asked:
         what = f"the key {key!r} is taken by {known[2]}" if new.key else f"{new.name} with these arguments is scheduled already"
@@ -4067,10 +4060,13 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
     return Schedule(runner, runner._store.write(save))
 
 
-def _schedules(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
-    cursor = tx.execute(sql, parameters)
-    cursor.row_factory = sqlite3.Row
-    return cursor.fetchall()
+def _known_by(new: Submission) -> str:
+    """Return the key of a schedule that was given none: the call. People see it, so it has no long or secret arguments."""
+    arguments = f"{new.args or ''}{new.kwargs or ''}"
+    if len(arguments) > 400 or '"secret"' in (new.options or ""):
+        import hashlib
+        arguments = hashlib.sha256(arguments.encode()).hexdigest()
+    return f"{new.name}({arguments})"
 
 
 def run_schedules(tx: Transaction) -> None:
@@ -4086,8 +4082,14 @@ def clock_was_set_back(tx: Transaction) -> None:
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": min(row["next_at"], _next_time(row, tx.now))})
 
 
+def _schedules(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
+    cursor = tx.execute(sql, parameters)
+    cursor.row_factory = sqlite3.Row
+    return cursor.fetchall()
+
+
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Submit the job of a schedule that is due next at `next_at`; return its id. None: the last one is not over, so it is skipped."""
+    """Submit a schedule's job and return its id; None: the last one is not over, so it is skipped. `next_at`: when it is due next."""
     job = None
     if row["job_status"] in (None, *OVER):
         new = Submission(row["name"])
@@ -4102,11 +4104,11 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
     """Return when a schedule is due next. Never later than if it began now, for the clock may have been set back; in an hour,
     if it cannot be told here: another process has written it, with other time zones."""
     try:
-        schedule = schedule_of(row["schedule"], row["zone"])
+        times = schedule_of(row["schedule"], row["zone"])
     except ValueError as error:
         _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; looking again in an hour")
         return now + 3_600
-    return min(schedule.next(row["next_at"], now), schedule.first(now))
+    return min(times.next(row["next_at"], now), times.first(now))
 
 
 class Schedule:
@@ -4200,8 +4202,8 @@ def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, 
     count_created(runner)
 
     def sums(by: str) -> dict[Any, dict[str, Any]]:
-        rows = runner._store.read(SUMS.format(by=by), {"first": first, "last": last, "name": name})
-        return {row[0]: _counted(row) for row in rows}
+        bounds = {"first": first, "last": last, "name": name}
+        return {row[0]: _counted(row) for row in runner._store.read(SUMS.format(by=by), bounds)}
     parts = sums(f"minute / {step}")
     return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
             "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)} for part in range(first // step, last // step + 1)],
@@ -4214,10 +4216,10 @@ _NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": N
 
 def _counted(row: sqlite3.Row) -> dict[str, Any]:
     """Return a row of SUMS as the JSON interface has it."""
-    def measured(name: str, count: int) -> dict[str, float] | None:
-        return {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count else None
-    return {**{name: row[name] for name in ("created", "started", "finished", "failed")},
-            "waiting": measured("waiting", row["started"]), "running": measured("running", row["finished"] + row["failed"])}
+    counted = {name: row[name] for name in _NOTHING}
+    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
+        counted[name] = {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count else None
+    return counted
 
 
 def count_created(runner: Runner) -> None:
@@ -4228,28 +4230,28 @@ def count_created(runner: Runner) -> None:
 
 def metrics(runner: Runner) -> str:
     """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
-    lines = []
-
-    def metric(name: str, kind: str, help: str, values: Iterable[tuple[str, float]]) -> None:
-        lines.extend([f"# HELP bgjobs_{name} {help}", f"# TYPE bgjobs_{name} {kind}"])
-        lines.extend(f"bgjobs_{name}{labels} {value!r}" for labels, value in values)
-
-    def label(name: str, value: str) -> str:
-        escaped = value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
-        return f'{{{name}="{escaped}"}}'
-    metric("jobs", "gauge", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
-           [(label("status", status), count) for status, count in runner._store.counts({"system": True}).items()])
     count_created(runner)
     functions = runner._store.read(SUMS.format(by="name"), {"first": 0, "last": AGES, "name": None})
-    for name, help in (("created", "Jobs submitted."), ("started", "Jobs started for the first time."),
-                       ("finished", "Jobs finished."), ("failed", "Jobs failed for good."),
-                       ("waiting", "Seconds from creation or due time to the start."), ("running", "Seconds that ended jobs ran.")):
-        unit = "_seconds" if name in ("waiting", "running") else ""
-        metric(f"{name}{unit}_total", "counter", help, [(label("function", row["name"]), row[name]) for row in functions])
     runners = runner._store.read(RUNNERS)
-    metric("runners", "gauge", "Processes that have the file open to run or submit jobs.", [("", len(runners))])
-    metric("abandoned_threads", "gauge", "Threads of superseded attempts that live on.", [("", sum(row["abandoned"] for row in runners))])
-    return "\n".join(lines) + "\n"
+    counters = {"created": "Jobs submitted.", "started": "Jobs started for the first time.", "finished": "Jobs finished.",
+                "failed": "Jobs failed for good.", "waiting": "Seconds from creation or due time to the start.",
+                "running": "Seconds that ended jobs ran."}
+    return "".join([
+        _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.", runner._store.counts({"system": True}), "status"),
+        *(_metric(f"{name}_seconds_total" if name in ("waiting", "running") else f"{name}_total", help,
+                  {row["name"]: row[name] for row in functions}, "function") for name, help in counters.items()),
+        _metric("runners", "Processes that have the file open to run or submit jobs.", {"": len(runners)}),
+        _metric("abandoned_threads", "Threads of superseded attempts that live on.", {"": sum(row["abandoned"] for row in runners)})])
+
+
+def _metric(name: str, help: str, values: dict[str, float], label: str = "") -> str:
+    """Return the lines of a metric, a value for each value of the label; without a label it has one."""
+    lines = f"# HELP bgjobs_{name} {help}\n# TYPE bgjobs_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+    for of, value in values.items():
+        escaped = of.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+        labels = f'{{{label}="{escaped}"}}' if label else ""
+        lines += f"bgjobs_{name}{labels} {value!r}\n"
+    return lines
 
 
 @job(name="bgjobs.housekeeping")

@@ -3464,6 +3464,12 @@ class TestSchedules:
             copy.schedules()[0].remove()
             assert copy.schedules() == []
 
+    def test_arguments_may_be_long_and_the_key_shows_no_secret(self, idle):
+        long, other = idle.every("1h", add, "x" * 1_000), idle.every("1h", add, "x" * 1_001)
+        secret = idle.options(secret=["b"]).every("1h", add, 1, b="hush")
+        assert long.id != other.id and len(long.info()["key"]) < 120 and "hush" not in secret.info()["key"]
+        assert idle.every("1h", add, "x" * 1_000).id == long.id
+
     def test_a_schedule_inside_a_job_and_by_decorator_and_options(self, runner):
         assert runner.submit(register_a_schedule).result(5) == "declared there"
         schedule, = runner.schedules()
