@@ -1240,8 +1240,8 @@ SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) 
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
 # What was created is counted by its ids, when somebody asks or before some of it is removed: a submit pays nothing for it.
-UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0, 0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
-    WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
+UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0, 0.0, NULL, NULL, 0.0, NULL, NULL
+    FROM bgjobs_jobs WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
 NOTE_COUNTED = "UPDATE bgjobs_clock SET counted_id = max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"
 
 HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
@@ -1916,7 +1916,7 @@ class Transaction:
         self._count(top["parent_id"], -top["done"], -top["failed"], -top["running"], -top["tree_progress"], -top["total"])
 
     def remove(self, ids: list[int]) -> None:
-        """Delete jobs, with their logs and attempts. The statistics keep them, and their ids are not given out again."""
+        """Delete jobs, with their logs and attempts. Statistics keep them, and their ids are not given out again."""
         self.count_created()
         self.over += ids                                # who waits for one of them learns that it is gone
         for sql in (DELETE_JOB, DELETE_LOGS, DELETE_ATTEMPTS):
@@ -4004,12 +4004,12 @@ class Job(Future):                                        # type: ignore[type-ar
 
 # ---- 14 Schedules ---------------------------------------------------------------------------------------------
 #
-# A schedule is a row: a function, its arguments and options, and the times at which a job is made of them. Code registers it
-# at each start; once no living process has it in its code, the row stays, for people to see, but makes no more jobs.
-# The transaction that submits a job moves `next_at` past the present. So a time makes one job, whichever process
-# sees it first, and all the times that were missed make one, too.
+# A schedule is a row: a function with its arguments and options, and the times at which to make a job of them. Code
+# registers it at each start. Once no living process has it in its code, it makes no more jobs, and the row stays for
+# people to see. The transaction that submits a job moves `next_at` past the present: so each time makes one job,
+# whichever process looks first, and all the times that were missed make one, too.
 
-_JOB = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "max_running")     # what its jobs are made of
+_JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "max_running")
 SCHEDULE = """SELECT s.*, EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = s.id) AS registered,
     (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
 SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
@@ -4017,11 +4017,12 @@ ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
 DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
-# Its time stays while the code does not change it, unless the clock was set back.
-SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at, {", ".join(_JOB)})
-    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB)}) ON CONFLICT (key) DO UPDATE SET
+# One whose times change is due anew. Else next_at stays, unless the clock was set back.
+SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
+    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
+    ON CONFLICT (key) DO UPDATE SET
     next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first) ELSE :first END,
-    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB)}"""
+    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
 SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = "INSERT OR IGNORE INTO bgjobs_registered VALUES (:schedule, :runner)"
 TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now, job_id = ifnull(:job, job_id),
@@ -4032,104 +4033,76 @@ REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id
 UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
 
 
-def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
-             options: dict[str, Any]) -> Schedule:
-    """Store a schedule that the code of a runner has, or find it by its key; see Submitter.every."""
-    for name in ("delay", "run_at", "parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is no option of a schedule")
-    new = runner._submission(fn, {**options, "parent": None})
-    new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None for given in (args, kwargs))
-    new.low_priority = new.low_priority or 0
-    if not isinstance(schedule, str):
-        schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
-    zone = zone_of(options.get("tz", _registry.declared.get(fn, {}).get("tz")))[1]
-    times, key = schedule_of(schedule, zone), new.key or _known_by(new)
-    asked = schedule, zone, new.name, new.args, new.kwargs
-    known = runner._schedules.setdefault(key, asked)
-    if known != asked:
-        what = f"the key {key!r} is taken by {known[2]}" if new.key else f"{new.name} with these arguments is scheduled already"
-        raise ValueError(f"{what}, {known[0]}; give each schedule a key of its own")
-
-    def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**{name: getattr(new, name) for name in _JOB}, "key": key, "schedule": schedule, "zone": zone,
-                                   "now": tx.now, "first": times.first(tx.now)})
-        schedule_id = tx.execute(SCHEDULE_ID, {"key": key}).fetchone()[0]
-        tx.execute(REGISTER, {"schedule": schedule_id, "runner": runner._id})
-        return schedule_id
-    return Schedule(runner, runner._store.write(save))
-
-
-def _known_by(new: Submission) -> str:
-    """Return the key of a schedule that was given none: the call. People see it, so it has no long or secret arguments."""
-    arguments = f"{new.args or ''}{new.kwargs or ''}"
-    if len(arguments) > 400 or '"secret"' in (new.options or ""):
-        import hashlib
-        arguments = hashlib.sha256(arguments.encode()).hexdigest()
-    return f"{new.name}({arguments})"
-
-
-def run_schedules(tx: Transaction) -> None:
-    """Submit a job for each schedule that is due, once for all the times it was, unless its last one is not over."""
-    for row in _schedules(tx, DUE_SCHEDULES, now=tx.now):
-        if _make_job(tx, row, _next_time(row, tx.now)) is None:
-            tx.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
-
-
-def clock_was_set_back(tx: Transaction) -> None:
-    """Have no schedule wait until the clock shows the time again at which it would have been due."""
-    for row in _schedules(tx, SCHEDULE):
-        tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": min(row["next_at"], _next_time(row, tx.now))})
-
-
 def _schedules(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
 
 
+def _next_time(row: sqlite3.Row, now: float) -> float:
+    """Return when a schedule is due next: never later than if it began now, for the clock may have been set back.
+
+    In an hour, if that cannot be told here: another process wrote the schedule, and has other time zones.
+    """
+    try:
+        times = schedule_of(row["schedule"], row["zone"])
+    except ValueError as error:
+        _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
+             "looking again in an hour")
+        return now + 3_600
+    return min(times.next(row["next_at"], now), times.first(now))
+
+
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Submit a schedule's job and return its id; None: the last one is not over, so it is skipped. `next_at`: when it is due next."""
+    """Submit a schedule's job and note when it is due next; return the job's id, or None: the last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         new = Submission(row["name"])
-        for name in _JOB:
+        for name in _JOB_COLUMNS:
             setattr(new, name, row[name])
         job = tx.submit(new)
     tx.execute(TICK, {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
     return job
 
 
-def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next. Never later than if it began now, for the clock may have been set back; in an hour,
-    if it cannot be told here: another process has written it, with other time zones."""
-    try:
-        times = schedule_of(row["schedule"], row["zone"])
-    except ValueError as error:
-        _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; looking again in an hour")
-        return now + 3_600
-    return min(times.next(row["next_at"], now), times.first(now))
+def run_schedules(tx: Transaction) -> None:
+    """Make a job for each schedule that is due, one for all the times it was, unless its last one is not over."""
+    for row in _schedules(tx, DUE_SCHEDULES, now=tx.now):
+        if _make_job(tx, row, _next_time(row, tx.now)) is None:
+            tx.log(row["job_id"], logging.WARNING,
+                   f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
+
+
+def clock_was_set_back(tx: Transaction) -> None:
+    """Have no schedule wait until the clock shows again the time at which it would have been due."""
+    for row in _schedules(tx, SCHEDULE):
+        next_at = min(row["next_at"], _next_time(row, tx.now))
+        tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
+
+
+def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
+    """Return the `info` of a schedule: a dict of the JSON interface."""
+    followed = row["registered"] and not row["paused"]
+    return {**{name: row[name] for name in ("id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
+                                            "job_status", "runs", "skipped")},
+            **{name: bool(row[name]) for name in ("low_priority", "system", "paused", "registered")},
+            **shown_arguments(row, kept_options(row["options"]).get("secret", ())),
+            "tz": row["zone"], "next_at": row["next_at"] if followed else None}
 
 
 class Schedule:
-    """What `every` returns: a schedule in the file. Its methods raise KeyError once it was removed."""
+    """What `every` returns: a schedule in the file. Once it was removed, its methods raise KeyError."""
 
     def __init__(self, runner: Runner, schedule_id: int) -> None:
         self._runner, self.id = runner, schedule_id
 
     def info(self) -> dict[str, Any]:
-        """Return what there is to know, as JSON values. Times are Unix seconds. registered: the code of a living process has it;
-        one that no code has runs no more. skipped: times at which the last job was not over."""
-        row = self._found(self._runner._store.read(ONE_SCHEDULE, {"id": self.id}))
-        followed = row["registered"] and not row["paused"]
-        return {**{name: row[name] for name in ("id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id", "job_status",
-                                                "runs", "skipped")},
-                **{name: bool(row[name]) for name in ("low_priority", "system", "paused", "registered")},
-                **shown_arguments(row, kept_options(row["options"]).get("secret", ())),
-                "tz": row["zone"], "next_at": row["next_at"] if followed else None}
+        """Return all that is known of it, as JSON values. Times are Unix seconds. registered: the code of a living
+        process has it, else it makes no more jobs. skipped: how often its last job was not over when it was due."""
+        return describe_schedule(self._found(self._runner._store.read(ONE_SCHEDULE, {"id": self.id})))
 
     def pause(self) -> Schedule:
-        """Let no more jobs be made, in any process, until it is resumed."""
+        """Make no more jobs, in any process, until it is resumed."""
         return self._set_paused(True)
 
     def resume(self) -> Schedule:
@@ -4137,12 +4110,12 @@ class Schedule:
         return self._set_paused(False)
 
     def run_now(self) -> Job:
-        """Submit its job now; the times stay. InvalidOperation: the last one is not over."""
+        """Submit its job now; its times stay. InvalidOperation: the last job is not over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
             if job is None:
-                raise InvalidOperation(f"job {row['job_id']} of schedule {self.id} ({row['name']}) is {row['job_status']}; "
-                                       "wait until it is over")
+                raise InvalidOperation(f"job {row['job_id']} of schedule {self.id} ({row['name']}) is "
+                                       f"{row['job_status']}; wait until it is over")
             return job
         return Job(self._runner, self._change(run))
 
@@ -4150,13 +4123,15 @@ class Schedule:
         """Delete it. InvalidOperation: the code of another living process has it."""
         def remove(tx: Transaction, row: sqlite3.Row) -> str:
             if not tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._runner._id}).rowcount:
-                raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of another process that runs; remove it there")
+                raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of another process that "
+                                       "runs; remove it there")
             tx.execute(UNREGISTER_ALL, {"id": self.id})
             return row["key"]
         self._runner._schedules.pop(self._change(remove), None)
 
     def _set_paused(self, paused: bool) -> Schedule:
-        self._change(lambda tx, row: tx.execute(SET_NEXT, {"id": self.id, "paused": paused, "next_at": _next_time(row, tx.now)}))
+        self._change(lambda tx, row: tx.execute(SET_NEXT, {
+            "id": self.id, "paused": paused, "next_at": _next_time(row, tx.now)}))
         return self
 
     def _change(self, change: Callable[[Transaction, sqlite3.Row], Any]) -> Any:
@@ -4171,14 +4146,56 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
+def _call_as_key(new: Submission) -> str:
+    """Return the key of a schedule that was given none: function and arguments, hashed if they are secret or long."""
+    arguments = f"{new.args or ''}{new.kwargs or ''}"
+    if len(arguments) > 400 or '"secret"' in (new.options or ""):
+        import hashlib
+        arguments = hashlib.sha256(arguments.encode()).hexdigest()
+    return f"{new.name}({arguments})"
+
+
+def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...],
+             kwargs: dict[str, Any], options: dict[str, Any]) -> Schedule:
+    """Store a schedule that the code of this runner has; see Submitter.every."""
+    for name in ("delay", "run_at", "parent", "connection"):
+        if name in options:
+            raise TypeError(f"{name} is no option of a schedule")
+    new = runner._submission(fn, {**options, "parent": None})
+    new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
+                            for given in (args, kwargs))
+    new.low_priority = new.low_priority or 0
+    if not isinstance(schedule, str):
+        schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
+    zone = zone_of(options.get("tz", _registry.declared.get(fn, {}).get("tz")))[1]
+    times = schedule_of(schedule, zone)
+    key = new.key or _call_as_key(new)
+    asked = schedule, zone, new.name, new.args, new.kwargs
+    known = runner._schedules.setdefault(key, asked)
+    if known != asked:
+        what = (f"the key {key!r} is taken by {known[2]}" if new.key else
+                f"{new.name} with these arguments is scheduled already")
+        raise ValueError(f"{what}, {known[0]}; give each schedule a key of its own")
+
+    def save(tx: Transaction) -> int:
+        tx.execute(SAVE_SCHEDULE, {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+                                   "schedule": schedule, "now": tx.now, "first": times.first(tx.now)})
+        schedule_id = tx.execute(SCHEDULE_ID, {"key": key}).fetchone()[0]
+        tx.execute(REGISTER, {"schedule": schedule_id, "runner": runner._id})
+        return schedule_id
+    return Schedule(runner, runner._store.write(save))
+
+
 # ---- 15 Statistics and retention ------------------------------------------------------------------------------
 #
-# Transactions count what happens to jobs, by minute and function, in bgjobs_stats; so it outlives them. Every hour a system job sums up
-# the minutes that have left a window by the parts of the next longer one, and removes the trees that are over for long.
+# Transactions count what happens to jobs, by minute and function, in bgjobs_stats; so it outlives the jobs. Every hour
+# a system job sums up what has left a window of `stats`, by the parts of the next longer one, and removes the trees
+# that have been over for long.
 
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
-AGES = 1 << 40             # minutes: the part of all that is older than the windows
-RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}     # seconds that jobs are kept once they are over, cancelled as finished
+AGES = 1 << 40             # minutes: one part for all that is older than the windows
+# Seconds that trees are kept once they are over, cancelled ones as finished.
+RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
 PRUNE_IDS = 2_000          # ids that a prune looks at together
 PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs; one may have thousands of log lines
 
@@ -4188,8 +4205,26 @@ SUMS = "SELECT {by}, " + ", ".join(
 FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
 # A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished
-    OR r.status = 'failed' AND r.finished_at < :failed) ORDER BY j.id DESC"""
+    WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status = 'failed' AND r.finished_at < :failed
+    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished) ORDER BY j.id DESC"""
+
+
+def count_created(runner: Runner) -> None:
+    """Bring the statistics up to date with what was created and begun by now."""
+    if runner._begun or runner._store.read(UNCOUNTED):
+        runner._store.write(Transaction.count_created)
+
+
+_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
+
+
+def _counted(row: sqlite3.Row) -> dict[str, Any]:
+    """Return a row of SUMS as the JSON interface has it."""
+    counted = {name: row[name] for name in _NOTHING}
+    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
+        counted[name] = None if count == 0 else {
+            "avg": row[name] / count, "min": row[name + "_min"], "max": row[name + "_max"]}
+    return counted
 
 
 def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, Any]:
@@ -4206,42 +4241,10 @@ def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, 
         return {row[0]: _counted(row) for row in runner._store.read(SUMS.format(by=by), bounds)}
     parts = sums(f"minute / {step}")
     return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
-            "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)} for part in range(first // step, last // step + 1)],
+            "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)}
+                      for part in range(first // step, last // step + 1)],
             "total": sums("NULL").get(None, _NOTHING),
             "functions": [{"name": name, **counted} for name, counted in sums("name").items()]}
-
-
-_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
-
-
-def _counted(row: sqlite3.Row) -> dict[str, Any]:
-    """Return a row of SUMS as the JSON interface has it."""
-    counted = {name: row[name] for name in _NOTHING}
-    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
-        counted[name] = {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count else None
-    return counted
-
-
-def count_created(runner: Runner) -> None:
-    """Have counted what was created and begun by now."""
-    if runner._begun or runner._store.read(UNCOUNTED):
-        runner._store.write(Transaction.count_created)
-
-
-def metrics(runner: Runner) -> str:
-    """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
-    count_created(runner)
-    functions = runner._store.read(SUMS.format(by="name"), {"first": 0, "last": AGES, "name": None})
-    runners = runner._store.read(RUNNERS)
-    counters = {"created": "Jobs submitted.", "started": "Jobs started for the first time.", "finished": "Jobs finished.",
-                "failed": "Jobs failed for good.", "waiting": "Seconds from creation or due time to the start.",
-                "running": "Seconds that ended jobs ran."}
-    return "".join([
-        _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.", runner._store.counts({"system": True}), "status"),
-        *(_metric(f"{name}_seconds_total" if name in ("waiting", "running") else f"{name}_total", help,
-                  {row["name"]: row[name] for row in functions}, "function") for name, help in counters.items()),
-        _metric("runners", "Processes that have the file open to run or submit jobs.", {"": len(runners)}),
-        _metric("abandoned_threads", "Threads of superseded attempts that live on.", {"": sum(row["abandoned"] for row in runners)})])
 
 
 def _metric(name: str, help: str, values: dict[str, float], label: str = "") -> str:
@@ -4254,16 +4257,27 @@ def _metric(name: str, help: str, values: dict[str, float], label: str = "") -> 
     return lines
 
 
-@job(name="bgjobs.housekeeping")
-def housekeeping(finished: float, failed: float) -> int:
-    """Fold the statistics and prune the file of the runner whose job this is. Each started runner schedules it hourly."""
-    runner = _current.get().runner                        # type: ignore[union-attr]
-    fold_statistics(runner)
-    return runner.prune(finished, failed)
+def metrics(runner: Runner) -> str:
+    """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
+    count_created(runner)
+    functions = runner._store.read(SUMS.format(by="name"), {"first": 0, "last": AGES, "name": None})
+    runners = runner._store.read(RUNNERS)
+    counters = {"created_total": "Jobs submitted.", "started_total": "Jobs started for the first time.",
+                "finished_total": "Jobs finished.", "failed_total": "Jobs failed for good.",
+                "waiting_seconds_total": "Seconds from creation or due time to the start.",
+                "running_seconds_total": "Seconds that ended jobs ran."}
+    return "".join([
+        _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
+                runner._store.counts({"system": True}), "status"),
+        *(_metric(name, help, {row["name"]: row[name.partition("_")[0]] for row in functions}, "function")
+          for name, help in counters.items()),
+        _metric("runners", "Processes that have the file open to run or submit jobs.", {"": len(runners)}),
+        _metric("abandoned_threads", "Threads of superseded attempts that live on.",
+                {"": sum(row["abandoned"] for row in runners)})])
 
 
 def fold_statistics(runner: Runner) -> None:
-    """Keep the statistics of each window by its parts once they have left the shorter one, and after the longest only sums."""
+    """Sum up what has left each window by the parts of the next longer one, and after the longest for good."""
     now = int(runner._clock() // 60)
     for (count, step), (_, longer) in itertools.pairwise((*WINDOWS.values(), (1, AGES))):
         bounds = {"first": 0, "last": now - (count + 1) * step, "name": None}
@@ -4275,28 +4289,44 @@ def fold_statistics(runner: Runner) -> None:
         runner._store.write(fold)
 
 
-def remove_expired(runner: Runner, finished: float, failed: float) -> int:
-    """Remove whole trees that are over for so many seconds, and return how many jobs that were; see Runner.prune."""
-    if not _are_seconds([finished, failed]):
-        raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
-    before = {"finished": runner._clock() - finished, "failed": runner._clock() - failed}
-    removed = 0
-    for after in reversed(range(0, runner._store.read(HIGHEST_ID)[0][0], PRUNE_IDS)):      # a root goes after its descendants
-        which = {"after": after, "until": after + PRUNE_IDS, **before}
-        while runner._store.read(EXPIRED + " LIMIT 1", which):
-            removed += runner._store.write(lambda tx: _remove_some(tx, which))
-            current_job().checkpoint()
-    return removed
-
-
 def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
-    """Remove jobs that have expired for PRUNE_SECONDS, since all who write wait so long; return how many that were."""
+    """Remove expired jobs for PRUNE_SECONDS, since all who write wait so long; return how many that were."""
     ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
     for count, (job_id,) in enumerate(ids, 1):
         tx.remove([job_id])
         if time.perf_counter() > until:
             return count
     return len(ids)
+
+
+def remove_expired(runner: Runner, finished: float, failed: float) -> int:
+    """Remove whole trees that are over for so many seconds, and return how many jobs that were; see Runner.prune."""
+    if not _are_seconds([finished, failed]):
+        raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
+    now, removed = runner._clock(), 0
+    highest = runner._store.read(HIGHEST_ID)[0][0]
+    for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
+        which = {"after": after, "until": after + PRUNE_IDS, "finished": now - finished, "failed": now - failed}
+        while runner._store.read(EXPIRED + " LIMIT 1", which):
+            removed += runner._store.write(lambda tx: _remove_some(tx, which))
+            current_job().checkpoint()
+    return removed
+
+
+@job(name="bgjobs.housekeeping")
+def housekeeping(finished: float, failed: float) -> int:
+    """Fold the statistics and prune the file of the runner whose job this is."""
+    runner = _current.get().runner                        # type: ignore[union-attr]
+    fold_statistics(runner)
+    return remove_expired(runner, finished, failed)
+
+
+def keep_house(runner: Runner) -> None:
+    """Have the file looked after every hour, by one process at a time. Each runner that starts sees to it."""
+    if runner._retention is not None:
+        label = "Housekeeping: remove what is over for long"
+        hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
+        hourly.every("1h", housekeeping, **runner._retention)
 
 
 # ---- 12 Runner ------------------------------------------------------------------------------------------------
@@ -4471,7 +4501,7 @@ class Runner(Submitter, Executor):
         self._begun_taken: list[tuple[str, float]] = []
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
-        self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
+        self._schedules: dict[str, tuple[Any, ...]] = {}  # that this code has, by key: times, zone, function, arguments
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
         self._has_submitted = False
@@ -5109,9 +5139,7 @@ class Runner(Submitter, Executor):
             _capture_log_records()
             self._recover_dead()
             self._started = True
-            if self._retention is not None:
-                once = self.options(key="bgjobs.housekeeping", system=True, label="Housekeeping: remove what is over for long")
-                once.every("1h", housekeeping, **self._retention)
+            keep_house(self)
             self._ensure_service()
             self._store.kick()
         return self
@@ -8377,7 +8405,9 @@ class Page:
             except ValueError as error:
                 raise _Refused(400, str(error)) from None
         if parts == ["schedules"]:
-            return 200, "application/json", _json_bytes({"schedules": [schedule.info() for schedule in self._runner.schedules()]})
+            return 200, "application/json", _json_bytes({
+                "schedules": [describe_schedule(row)
+                              for row in self._runner._store.read(SCHEDULES, {"system": False})]})
         if parts == ["runners"]:
             return 200, "application/json", _json_bytes({"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]})
         if parts[0] == "jobs" and len(parts) in (2, 3) and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 19:

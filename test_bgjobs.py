@@ -3479,6 +3479,11 @@ class TestSchedules:
         with pytest.raises(TypeError, match="lambda"):
             runner.every("1h", lambda: 0)
 
+    def test_one_removed_on_the_page_may_be_registered_with_other_times(self, visitor, runner):
+        schedule = runner.every("1h", add, 1)
+        assert visitor.post("api/schedules/remove", {"ids": [schedule.id]})["done"] == [schedule.id]
+        assert runner.every("2h", add, 1).info()["schedule"] == "2h"
+
     def test_the_api_lists_them_and_secrets_stay_secret(self, visitor, idle):
         idle.options(secret=["b"]).every("1h", add, 1, b="hush")
         answer = visitor.get("api/schedules")
