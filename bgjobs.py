@@ -4033,7 +4033,8 @@ REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id
 UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
 
 
-def _schedules(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
+def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
+    """Return the rows of a query within a transaction, their columns by name."""
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
@@ -4067,7 +4068,7 @@ def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
 
 def run_schedules(tx: Transaction) -> None:
     """Make a job for each schedule that is due, one for all the times it was, unless its last one is not over."""
-    for row in _schedules(tx, DUE_SCHEDULES, now=tx.now):
+    for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
         if _make_job(tx, row, _next_time(row, tx.now)) is None:
             tx.log(row["job_id"], logging.WARNING,
                    f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
@@ -4075,7 +4076,7 @@ def run_schedules(tx: Transaction) -> None:
 
 def clock_was_set_back(tx: Transaction) -> None:
     """Have no schedule wait until the clock shows again the time at which it would have been due."""
-    for row in _schedules(tx, SCHEDULE):
+    for row in _rows(tx, SCHEDULE):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
 
@@ -4135,7 +4136,7 @@ class Schedule:
         return self
 
     def _change(self, change: Callable[[Transaction, sqlite3.Row], Any]) -> Any:
-        return self._runner._store.write(lambda tx: change(tx, self._found(_schedules(tx, ONE_SCHEDULE, id=self.id))))
+        return self._runner._store.write(lambda tx: change(tx, self._found(_rows(tx, ONE_SCHEDULE, id=self.id))))
 
     def _found(self, rows: list[sqlite3.Row]) -> sqlite3.Row:
         if not rows:
@@ -4199,6 +4200,7 @@ RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
 PRUNE_IDS = 2_000          # ids that a prune looks at together
 PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs; one may have thousands of log lines
 
+# {by}: what the rows begin with, and there is one for each.
 SUMS = "SELECT {by}, " + ", ".join(
     f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES
     ) + " FROM bgjobs_stats WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"
