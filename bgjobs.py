@@ -1215,32 +1215,11 @@ PARKED_BELOW = """WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:hold
 HOLDERS_OF_NAME = "SELECT id FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
 HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND deaths > 0 AND owner IS NOT NULL"
 
-SCHEDULE = """SELECT s.*, EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = s.id) AS registered,
-    (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
-SCHEDULES = SCHEDULE + " ORDER BY system, name, id"
-ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
-DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
-NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
-    AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
-SCHEDULE_WITH_KEY = "SELECT id, schedule, zone, next_at FROM bgjobs_schedules WHERE key = :key"
-INSERT_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, name, args, kwargs, options, label, run_by, low_priority,
-    system, max_running, created_at, next_at) VALUES (:key, :schedule, :zone, :name, :args, :kwargs, :options, :label, :run_by, :low_priority,
-    :system, :max_running, :now, :next_at)"""
-UPDATE_SCHEDULE = """UPDATE bgjobs_schedules SET schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
-    options = :options, label = :label, run_by = :run_by, low_priority = :low_priority, system = :system, max_running = :max_running,
-    next_at = ifnull(:next_at, next_at) WHERE key = :key"""
-REGISTER = "INSERT OR IGNORE INTO bgjobs_registered VALUES (:schedule, :runner)"
-UNREGISTER = "DELETE FROM bgjobs_registered WHERE runner_id = :id"
-TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now, job_id = ifnull(:job, job_id),
-    runs = runs + (:job IS NOT NULL), skipped = skipped + (:job IS NULL) WHERE id = :id"""
-PAUSE_SCHEDULE = "UPDATE bgjobs_schedules SET paused = :paused, next_at = :next_at WHERE id = :id"
-RUN_NOW = "UPDATE bgjobs_schedules SET last_at = :now, job_id = :job, runs = runs + 1 WHERE id = :id"
-REMOVE_SCHEDULE = "DELETE FROM bgjobs_schedules WHERE id = :id"
-
 SAVE_RUNNER = """INSERT INTO bgjobs_runners (id, pid, host, workers, started_at, heartbeat_at, abandoned, lock_file)
     VALUES (:id, :pid, :host, :workers, :now, :now, :abandoned, :lock_file)
     ON CONFLICT (id) DO UPDATE SET heartbeat_at = :now, abandoned = :abandoned, lock_file = :lock_file"""
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
+UNREGISTER = "DELETE FROM bgjobs_registered WHERE runner_id = :id"
 LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
 OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options, name, max_running FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
@@ -1260,18 +1239,11 @@ SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) 
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
-_SUMS = ", ".join(f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES)
-FOLD = f"SELECT {{part}} AS part, name, {_SUMS} FROM bgjobs_stats WHERE minute BETWEEN :first AND :last GROUP BY part, name"
 # What was created is counted by its ids, when somebody asks or before some of it is removed: a submit pays nothing for it.
-UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*) FROM bgjobs_jobs
-    WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
+UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0, 0.0, NULL, NULL, 0.0, NULL, NULL
+    FROM bgjobs_jobs WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
 NOTE_COUNTED = "UPDATE bgjobs_clock SET counted_id = max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"
-FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
 
-# A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
-EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished
-    OR r.status = 'failed' AND r.finished_at < :failed)"""
 HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 TRIM_LOG = """DELETE FROM bgjobs_logs WHERE job_id = :id AND id <= (SELECT id FROM bgjobs_logs WHERE job_id = :id
     ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
@@ -1299,14 +1271,6 @@ class Submission:
         self.submitter: int | None = None
         self.parent_id: int | None = None
         self.author: tuple[int, int] | None = None      # job id and attempt, when a job submits: a superseded one may not
-
-
-def _scheduled(row: dict[str, Any]) -> Submission:
-    """Return the job that a row of bgjobs_schedules makes."""
-    new = Submission(row["name"])
-    for column in ("args", "kwargs", "options", "label", "run_by", "low_priority", "system", "max_running"):
-        setattr(new, column, row[column])
-    return new
 
 
 SUSPECT = 2                # deaths of its process after which a job runs with no other such one beside it
@@ -1788,6 +1752,11 @@ class Transaction:
             minute = int(self.now // 60)
             self.executemany(SAVE_TALLY, [(minute, name, *tally.row()) for name, tally in self._tallies.items()])
 
+    def count_created(self) -> None:
+        """Bring the statistics up to date with what was created."""
+        self.executemany(SAVE_TALLY, self.execute(UNCOUNTED).fetchall())
+        self.execute(NOTE_COUNTED)
+
     def apply(self) -> None:
         """Write the counts of ancestors and the virtual times of roots; close parents whose last child is over."""
         while self._changes or self._freed:
@@ -1943,88 +1912,22 @@ class Transaction:
         """Delete a job's descendants, with their logs, and take them out of its ancestors' counts."""
         if not descendants:
             return
-        self.count_created()
-        ids = [(row["id"],) for row in descendants]
-        self.over += [row["id"] for row in descendants]  # who waits for one of them learns that it is gone
-        self.executemany(DELETE_JOB, ids)
-        self.executemany(DELETE_LOGS, ids)
-        self.executemany(DELETE_ATTEMPTS, ids)
-        self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
+        self.remove([row["id"] for row in descendants])
         self._count(top["parent_id"], -top["done"], -top["failed"], -top["running"], -top["tree_progress"], -top["total"])
+
+    def remove(self, ids: list[int]) -> None:
+        """Delete jobs, with their logs and attempts. Statistics keep them, and their ids are not given out again."""
+        self.count_created()
+        self.over += ids                                # who waits for one of them learns that it is gone
+        for sql in (DELETE_JOB, DELETE_LOGS, DELETE_ATTEMPTS):
+            self.executemany(sql, [(job_id,) for job_id in ids])
+        self.execute(NOTE_REMOVED, {"id": max(ids, default=0)})
 
     # by the clock, and after a crash
 
     def wake_due(self) -> bool:
         """Make the jobs ready whose time has come."""
         return self._make_ready(self.execute(DUE, {"now": self.now}).fetchall())
-
-    def register(self, key: str, schedule: str, zone: str | None, new: Submission, runner: int) -> int:
-        """Store a schedule that a runner's code has, and return its id. One that changes is due anew; else it keeps its time."""
-        found = self.execute(SCHEDULE_WITH_KEY, {"key": key}).fetchone()
-        row = {"key": key, "schedule": schedule, "zone": zone, "name": new.name, "args": new.args, "kwargs": new.kwargs,
-               "options": new.options, "label": new.label, "run_by": new.run_by, "low_priority": new.low_priority or 0, "system": new.system,
-               "max_running": new.max_running, "now": self.now, "next_at": None}
-        first = schedule_of(schedule, zone).first(self.now)
-        if found is None or found[1:3] != (schedule, zone) or found[3] > first:      # the last: the clock was set back
-            row["next_at"] = first
-        if found is None:
-            schedule_id = self.execute(INSERT_SCHEDULE, row).lastrowid
-        else:
-            schedule_id = found[0]
-            self.execute(UPDATE_SCHEDULE, row)
-        self.execute(REGISTER, {"schedule": schedule_id, "runner": runner})
-        return schedule_id
-
-    def _schedule(self, sql: str, **parameters: Any) -> list[dict[str, Any]]:
-        cursor = self.execute(sql, {"now": self.now, **parameters})
-        return [dict(zip([column[0] for column in cursor.description], row)) for row in cursor.fetchall()]
-
-    def run_schedules(self) -> None:
-        """Submit a job for each schedule that is due, once for all the times it was, unless its last one is not over."""
-        for row in self._schedule(DUE_SCHEDULES):
-            job = None
-            if row["job_status"] in (None, *OVER):
-                job = self.submit(_scheduled(row))
-            else:
-                self.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
-            self.execute(TICK, {"id": row["id"], "next_at": self._next_time(row), "now": self.now, "job": job})
-
-    def clock_was_set_back(self) -> None:
-        """Have no schedule wait until the clock shows the time again at which it would have been due."""
-        for row in self._schedule(SCHEDULES):
-            self.execute(PAUSE_SCHEDULE, {"id": row["id"], "paused": row["paused"], "next_at": min(row["next_at"], self._next_time(row))})
-
-    def _next_time(self, row: dict[str, Any]) -> float:
-        """Return when a schedule is due next. Never later than if it began now, for the clock may have been set back; in an hour,
-        if it cannot be told here: another process has written it, with other time zones."""
-        try:
-            schedule = schedule_of(row["schedule"], row["zone"])
-        except ValueError as error:
-            _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; looking again in an hour")
-            return self.now + 3_600
-        return min(schedule.next(row["next_at"], self.now), schedule.first(self.now))
-
-    def operate_schedule(self, operation: str, schedule_id: int, runner: int) -> int | None:
-        """Pause, resume, run or remove a schedule; return the id of the job that this made. KeyError: there is none."""
-        if operation == "remove":
-            self.execute(UNREGISTER + " AND schedule_id = :schedule", {"id": runner, "schedule": schedule_id})
-        rows = self._schedule(ONE_SCHEDULE, id=schedule_id)
-        if not rows:
-            raise KeyError(schedule_id)
-        row, = rows
-        if operation == "remove":
-            if row["registered"]:
-                raise InvalidOperation(f"schedule {schedule_id} ({row['name']}) is in the code of another process that runs; remove it there")
-            self.execute(REMOVE_SCHEDULE, {"id": schedule_id})
-        elif operation == "run_now":
-            if row["job_status"] not in (None, *OVER):
-                raise InvalidOperation(f"job {row['job_id']} of schedule {schedule_id} ({row['name']}) is {row['job_status']}; wait until it is over")
-            job = self.submit(_scheduled(row))
-            self.execute(RUN_NOW, {"id": schedule_id, "now": self.now, "job": job})
-            return job
-        else:                                             # what was missed in the pause is not made up for
-            self.execute(PAUSE_SCHEDULE, {"id": schedule_id, "paused": int(operation == "pause"), "next_at": self._next_time(row)})
-        return None
 
     def unpark(self, key: str) -> bool:
         """Make the jobs ready that were parked with this key."""
@@ -2092,31 +1995,6 @@ class Transaction:
             self.execute(FORGET_DEATHS, {"id": job_id, "killer": killer})
             if parked == "suspect":
                 self._make_ready([(job_id, parent_id, root_id, low)])
-
-    def prune(self, after: int, until: int, finished: float, failed: float) -> int:
-        """Remove the jobs with ids up to `until` whose root was over before these times, with their logs; return how many."""
-        ids = self.execute(EXPIRED, {"after": after, "until": until, "finished": finished, "failed": failed}).fetchall()
-        if ids:
-            self.count_created()
-            self.over += [job_id for job_id, in ids]
-            self.executemany(DELETE_JOB, ids)
-            self.executemany(DELETE_LOGS, ids)
-            self.executemany(DELETE_ATTEMPTS, ids)
-            self.execute(NOTE_REMOVED, {"id": max(ids)[0]})
-        return len(ids)
-
-    def count_created(self) -> None:
-        """Bring the statistics up to date with what was created."""
-        rows = self.execute(UNCOUNTED).fetchall()
-        self.executemany(SAVE_TALLY, [(minute, name, count, 0, 0, 0, 0.0, None, None, 0.0, None, None) for minute, name, count in rows])
-        self.execute(NOTE_COUNTED)
-
-    def fold_statistics(self, part: str, last: int) -> None:
-        """Sum the minutes of the statistics up to `last` up by an SQL expression of the minute."""
-        bounds = {"first": 0, "last": last}
-        rows = self.execute(FOLD.format(part=part), bounds).fetchall()
-        self.execute(FORGET_MINUTES, bounds)
-        self.executemany(SAVE_TALLY, rows)
 
     def log(self, job_id: int, level: int, message: str) -> None:
         """Add one line to a job's log."""
@@ -2191,10 +2069,6 @@ LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_
 ONE_JOB = "= :id"
 WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
-
-STATS = f"""SELECT {{by}} AS part, {_SUMS} FROM bgjobs_stats
-    WHERE minute BETWEEN :first AND :last AND (:name IS NULL OR name = :name) GROUP BY part"""
-WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 SEARCH_SECONDS = 0.006             # how long people's searches look at one job after the other; they may go on from there
@@ -2550,6 +2424,7 @@ class Store:
             with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
                 db.backup(copy, progress=give_up)
                 copy.execute("DELETE FROM bgjobs_runners")       # none of them has the copy: what it shows as running is taken back
+                copy.execute("DELETE FROM bgjobs_registered")
                 copy.commit()
         except BaseException as error:
             for rest in (path, path + "-journal"):
@@ -4127,6 +4002,335 @@ class Job(Future):                                        # type: ignore[type-ar
             return f"<Job {self.id}>"
 
 
+# ---- 14 Schedules ---------------------------------------------------------------------------------------------
+#
+# A schedule is a row: a function with its arguments and options, and the times at which to make a job of them. Code
+# registers it at each start. Once no living process has it in its code, it makes no more jobs, and the row stays for
+# people to see. The transaction that submits a job moves `next_at` past the present: so each time makes one job,
+# whichever process looks first, and all the times that were missed make one, too.
+
+_JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "max_running")
+SCHEDULE = """SELECT s.*, EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = s.id) AS registered,
+    (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
+SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
+ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
+DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
+NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
+    AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
+# One whose times change is due anew. Else next_at stays, unless the clock was set back.
+SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
+    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
+    ON CONFLICT (key) DO UPDATE SET
+    next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first) ELSE :first END,
+    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
+SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
+REGISTER = "INSERT OR IGNORE INTO bgjobs_registered VALUES (:schedule, :runner)"
+TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now, job_id = ifnull(:job, job_id),
+    runs = runs + (:job IS NOT NULL), skipped = skipped + (:job IS NULL) WHERE id = :id"""
+SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
+REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id
+    AND NOT EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id AND runner_id <> :runner)"""
+UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
+
+
+def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
+    """Return the rows of a query within a transaction, their columns by name."""
+    cursor = tx.execute(sql, parameters)
+    cursor.row_factory = sqlite3.Row
+    return cursor.fetchall()
+
+
+def _next_time(row: sqlite3.Row, now: float) -> float:
+    """Return when a schedule is due next: never later than if it began now, for the clock may have been set back.
+
+    In an hour, if that cannot be told here: another process wrote the schedule, and has other time zones.
+    """
+    try:
+        times = schedule_of(row["schedule"], row["zone"])
+    except ValueError as error:
+        _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
+             "looking again in an hour")
+        return now + 3_600
+    return min(times.next(row["next_at"], now), times.first(now))
+
+
+def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
+    """Submit a schedule's job and note when it is due next; return the job's id, or None: the last one is not over."""
+    job = None
+    if row["job_status"] in (None, *OVER):
+        new = Submission(row["name"])
+        for name in _JOB_COLUMNS:
+            setattr(new, name, row[name])
+        job = tx.submit(new)
+    tx.execute(TICK, {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
+    return job
+
+
+def run_schedules(tx: Transaction) -> None:
+    """Make a job for each schedule that is due, one for all the times it was, unless its last one is not over."""
+    for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
+        if _make_job(tx, row, _next_time(row, tx.now)) is None:
+            tx.log(row["job_id"], logging.WARNING,
+                   f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
+
+
+def clock_was_set_back(tx: Transaction) -> None:
+    """Have no schedule wait until the clock shows again the time at which it would have been due."""
+    for row in _rows(tx, SCHEDULE):
+        next_at = min(row["next_at"], _next_time(row, tx.now))
+        tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
+
+
+def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
+    """Return the `info` of a schedule: a dict of the JSON interface."""
+    followed = row["registered"] and not row["paused"]
+    return {**{name: row[name] for name in ("id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
+                                            "job_status", "runs", "skipped")},
+            **{name: bool(row[name]) for name in ("low_priority", "system", "paused", "registered")},
+            **shown_arguments(row, kept_options(row["options"]).get("secret", ())),
+            "tz": row["zone"], "next_at": row["next_at"] if followed else None}
+
+
+class Schedule:
+    """What `every` returns: a schedule in the file. Once it was removed, its methods raise KeyError."""
+
+    def __init__(self, runner: Runner, schedule_id: int) -> None:
+        self._runner, self.id = runner, schedule_id
+
+    def info(self) -> dict[str, Any]:
+        """Return all that is known of it, as JSON values. Times are Unix seconds. registered: the code of a living
+        process has it, else it makes no more jobs. skipped: how often its last job was not over when it was due."""
+        return describe_schedule(self._found(self._runner._store.read(ONE_SCHEDULE, {"id": self.id})))
+
+    def pause(self) -> Schedule:
+        """Make no more jobs, in any process, until it is resumed."""
+        return self._set_paused(True)
+
+    def resume(self) -> Schedule:
+        """Go on with the next time; what was missed in the pause is not made up for."""
+        return self._set_paused(False)
+
+    def run_now(self) -> Job:
+        """Submit its job now; its times stay. InvalidOperation: the last job is not over."""
+        def run(tx: Transaction, row: sqlite3.Row) -> int:
+            job = _make_job(tx, row, row["next_at"])
+            if job is None:
+                raise InvalidOperation(f"job {row['job_id']} of schedule {self.id} ({row['name']}) is "
+                                       f"{row['job_status']}; wait until it is over")
+            return job
+        return Job(self._runner, self._change(run))
+
+    def remove(self) -> None:
+        """Delete it. InvalidOperation: the code of another living process has it."""
+        def remove(tx: Transaction, row: sqlite3.Row) -> str:
+            if not tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._runner._id}).rowcount:
+                raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of another process that "
+                                       "runs; remove it there")
+            tx.execute(UNREGISTER_ALL, {"id": self.id})
+            return row["key"]
+        self._runner._schedules.pop(self._change(remove), None)
+
+    def _set_paused(self, paused: bool) -> Schedule:
+        self._change(lambda tx, row: tx.execute(SET_NEXT, {
+            "id": self.id, "paused": paused, "next_at": _next_time(row, tx.now)}))
+        return self
+
+    def _change(self, change: Callable[[Transaction, sqlite3.Row], Any]) -> Any:
+        return self._runner._store.write(lambda tx: change(tx, self._found(_rows(tx, ONE_SCHEDULE, id=self.id))))
+
+    def _found(self, rows: list[sqlite3.Row]) -> sqlite3.Row:
+        if not rows:
+            raise KeyError(f"there is no schedule {self.id} in {self._runner.path}")
+        return rows[0]
+
+    def __repr__(self) -> str:
+        return f"<Schedule {self.id}>"
+
+
+def _call_as_key(new: Submission) -> str:
+    """Return the key of a schedule that was given none: function and arguments, hashed if they are secret or long."""
+    arguments = f"{new.args or ''}{new.kwargs or ''}"
+    if len(arguments) > 400 or '"secret"' in (new.options or ""):
+        import hashlib
+        arguments = hashlib.sha256(arguments.encode()).hexdigest()
+    return f"{new.name}({arguments})"
+
+
+def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...],
+             kwargs: dict[str, Any], options: dict[str, Any]) -> Schedule:
+    """Store a schedule that the code of this runner has; see Submitter.every."""
+    for name in ("delay", "run_at", "parent", "connection"):
+        if name in options:
+            raise TypeError(f"{name} is no option of a schedule")
+    new = runner._submission(fn, {**options, "parent": None})
+    new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
+                            for given in (args, kwargs))
+    new.low_priority = new.low_priority or 0
+    if not isinstance(schedule, str):
+        schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
+    zone = zone_of(options.get("tz", _registry.declared.get(fn, {}).get("tz")))[1]
+    times = schedule_of(schedule, zone)
+    key = new.key or _call_as_key(new)
+    asked = schedule, zone, new.name, new.args, new.kwargs
+    known = runner._schedules.setdefault(key, asked)
+    if known != asked:
+        what = (f"the key {key!r} is taken by {known[2]}" if new.key else
+                f"{new.name} with these arguments is scheduled already")
+        raise ValueError(f"{what}, {known[0]}; give each schedule a key of its own")
+
+    def save(tx: Transaction) -> int:
+        tx.execute(SAVE_SCHEDULE, {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+                                   "schedule": schedule, "now": tx.now, "first": times.first(tx.now)})
+        schedule_id = tx.execute(SCHEDULE_ID, {"key": key}).fetchone()[0]
+        tx.execute(REGISTER, {"schedule": schedule_id, "runner": runner._id})
+        return schedule_id
+    return Schedule(runner, runner._store.write(save))
+
+
+# ---- 15 Statistics and retention ------------------------------------------------------------------------------
+#
+# Transactions count what happens to jobs, by minute and function, in bgjobs_stats; so it outlives the jobs. Every hour
+# a system job sums up what has left a window of `stats`, by the parts of the next longer one, and removes the trees
+# that have been over for long.
+
+WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
+AGES = 1 << 40             # minutes: one part for all that is older than the windows
+# Seconds that trees are kept once they are over, cancelled ones as finished.
+RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
+PRUNE_IDS = 2_000          # ids that a prune looks at together
+PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs; one may have thousands of log lines
+
+# {by}: what the rows begin with, and there is one for each.
+SUMS = "SELECT {by}, " + ", ".join(
+    f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES
+    ) + " FROM bgjobs_stats WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"
+FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
+# A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
+EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
+    WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status = 'failed' AND r.finished_at < :failed
+    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished) ORDER BY j.id DESC"""
+
+
+def count_created(runner: Runner) -> None:
+    """Bring the statistics up to date with what was created and begun by now."""
+    if runner._begun or runner._store.read(UNCOUNTED):
+        runner._store.write(Transaction.count_created)
+
+
+_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
+
+
+def _counted(row: sqlite3.Row) -> dict[str, Any]:
+    """Return a row of SUMS as the JSON interface has it."""
+    counted = {name: row[name] for name in _NOTHING}
+    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
+        counted[name] = None if count == 0 else {
+            "avg": row[name] / count, "min": row[name + "_min"], "max": row[name + "_max"]}
+    return counted
+
+
+def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, Any]:
+    """Return what was counted in a window; see Runner.stats."""
+    if not isinstance(window, str) or window not in WINDOWS:
+        raise ValueError(f"window must be {', '.join(WINDOWS)}, got {_short(window)}")
+    count, step = WINDOWS[window]
+    last = int(runner._clock() // 60)
+    first = (last // step - count + 1) * step
+    count_created(runner)
+
+    def sums(by: str) -> dict[Any, dict[str, Any]]:
+        bounds = {"first": first, "last": last, "name": name}
+        return {row[0]: _counted(row) for row in runner._store.read(SUMS.format(by=by), bounds)}
+    parts = sums(f"minute / {step}")
+    return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
+            "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)}
+                      for part in range(first // step, last // step + 1)],
+            "total": sums("NULL").get(None, _NOTHING),
+            "functions": [{"name": name, **counted} for name, counted in sums("name").items()]}
+
+
+def _metric(name: str, help: str, values: dict[str, float], label: str = "") -> str:
+    """Return the lines of a metric, a value for each value of the label; without a label it has one."""
+    lines = f"# HELP bgjobs_{name} {help}\n# TYPE bgjobs_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+    for of, value in values.items():
+        escaped = of.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+        labels = f'{{{label}="{escaped}"}}' if label else ""
+        lines += f"bgjobs_{name}{labels} {value!r}\n"
+    return lines
+
+
+def metrics(runner: Runner) -> str:
+    """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
+    count_created(runner)
+    functions = runner._store.read(SUMS.format(by="name"), {"first": 0, "last": AGES, "name": None})
+    runners = runner._store.read(RUNNERS)
+    counters = {"created_total": "Jobs submitted.", "started_total": "Jobs started for the first time.",
+                "finished_total": "Jobs finished.", "failed_total": "Jobs failed for good.",
+                "waiting_seconds_total": "Seconds from creation or due time to the start.",
+                "running_seconds_total": "Seconds that ended jobs ran."}
+    return "".join([
+        _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
+                runner._store.counts({"system": True}), "status"),
+        *(_metric(name, help, {row["name"]: row[name.partition("_")[0]] for row in functions}, "function")
+          for name, help in counters.items()),
+        _metric("runners", "Processes that have the file open to run or submit jobs.", {"": len(runners)}),
+        _metric("abandoned_threads", "Threads of superseded attempts that live on.",
+                {"": sum(row["abandoned"] for row in runners)})])
+
+
+def fold_statistics(runner: Runner) -> None:
+    """Sum up what has left each window by the parts of the next longer one, and after the longest for good."""
+    now = int(runner._clock() // 60)
+    for (count, step), (_, longer) in itertools.pairwise((*WINDOWS.values(), (1, AGES))):
+        bounds = {"first": 0, "last": now - (count + 1) * step, "name": None}
+
+        def fold(tx: Transaction) -> None:
+            sums = tx.execute(SUMS.format(by=f"minute / {longer} * {longer}, name"), bounds).fetchall()
+            tx.execute(FORGET_MINUTES, bounds)
+            tx.executemany(SAVE_TALLY, sums)
+        runner._store.write(fold)
+
+
+def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
+    """Remove expired jobs for PRUNE_SECONDS, since all who write wait so long; return how many that were."""
+    ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
+    for count, (job_id,) in enumerate(ids, 1):
+        tx.remove([job_id])
+        if time.perf_counter() > until:
+            return count
+    return len(ids)
+
+
+def remove_expired(runner: Runner, finished: float, failed: float) -> int:
+    """Remove whole trees that are over for so many seconds, and return how many jobs that were; see Runner.prune."""
+    if not _are_seconds([finished, failed]):
+        raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
+    now, removed = runner._clock(), 0
+    highest = runner._store.read(HIGHEST_ID)[0][0]
+    for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
+        which = {"after": after, "until": after + PRUNE_IDS, "finished": now - finished, "failed": now - failed}
+        while runner._store.read(EXPIRED + " LIMIT 1", which):
+            removed += runner._store.write(lambda tx: _remove_some(tx, which))
+            current_job().checkpoint()
+    return removed
+
+
+@job(name="bgjobs.housekeeping")
+def housekeeping(finished: float, failed: float) -> int:
+    """Fold the statistics and prune the file of the runner whose job this is."""
+    runner = _current.get().runner                        # type: ignore[union-attr]
+    fold_statistics(runner)
+    return remove_expired(runner, finished, failed)
+
+
+def keep_house(runner: Runner) -> None:
+    """Have the file looked after every hour, by one process at a time. Each runner that starts sees to it."""
+    if runner._retention is not None:
+        label = "Housekeeping: remove what is over for long"
+        hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
+        hourly.every("1h", housekeeping, **runner._retention)
+
+
 # ---- 12 Runner ------------------------------------------------------------------------------------------------
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
@@ -4135,63 +4339,9 @@ GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when th
 STANDING_CLOCK_SECONDS = 5.0   # then a job that waits, in drain, for another time is an error
 ATTEMPTS_A_JOB = 100       # that are kept, for people to see
 LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
-RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}     # seconds that jobs are kept once they are over, cancelled as finished
-PRUNE_IDS = 2_000          # ids that one transaction of a prune looks at
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
-
-
-class Schedule:
-    """What `every` returns: a schedule in the file."""
-
-    def __init__(self, runner: Runner, schedule_id: int) -> None:
-        self._runner, self.id = runner, schedule_id
-
-    def info(self) -> dict[str, Any]:
-        """Return what there is to know, as JSON values. Times are Unix seconds. registered: the code of a living process has it;
-        one that no code has runs no more. skipped: times at which the last job was not over. KeyError: it was removed."""
-        rows = self._runner._store.read(ONE_SCHEDULE, {"id": self.id})
-        if not rows:
-            raise KeyError(f"there is no schedule {self.id} in {self._runner.path}")
-        row = dict(rows[0])
-        secret = kept_options(row["options"]).get("secret", ())
-        live = row["registered"] and not row["paused"]
-        return {"id": row["id"], "key": row["key"], "schedule": row["schedule"], "tz": row["zone"], "name": row["name"], "label": row["label"],
-                "run_by": row["run_by"], "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
-                **shown_arguments(rows[0], secret), "next_at": row["next_at"] if live else None, "last_at": row["last_at"],
-                "job_id": row["job_id"], "job_status": row["job_status"], "runs": row["runs"], "skipped": row["skipped"],
-                "paused": bool(row["paused"]), "registered": bool(row["registered"])}
-
-    def pause(self) -> Schedule:
-        """Let no more jobs be made, in any process, until it is resumed."""
-        self._operate("pause")
-        return self
-
-    def resume(self) -> Schedule:
-        """Go on with the next time; what was missed in the pause is not made up for."""
-        self._operate("resume")
-        return self
-
-    def remove(self) -> None:
-        """Delete it. InvalidOperation: the code of another living process has it."""
-        key = self.info()["key"]
-        self._operate("remove")
-        self._runner._schedules.pop(key, None)
-
-    def run_now(self) -> Job:
-        """Submit its job now; the times stay. InvalidOperation: the last one is not over."""
-        return Job(self._runner, self._operate("run_now"))
-
-    def _operate(self, operation: str) -> Any:
-        runner = self._runner
-        try:
-            return runner._store.write(lambda tx: tx.operate_schedule(operation, self.id, runner._id))
-        except KeyError:
-            raise KeyError(f"there is no schedule {self.id} in {runner.path}") from None
-
-    def __repr__(self) -> str:
-        return f"<Schedule {self.id}>"
 
 
 class Submitter:
@@ -4235,7 +4385,7 @@ class Submitter:
         have changed. What was missed while no process ran comes once; while its last job is not over, a time is skipped.
         ValueError: a bad schedule, or the same one at other times; give each a key then. TypeError: as submit.
         """
-        return (self._of or default_runner())._every(schedule, fn, args, kwargs, self._options)
+        return register(self._of or default_runner(), schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
         """Return a Submitter with these options added."""
@@ -4258,14 +4408,6 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
         for job in jobs:
             job.cancel()
         raise
-
-
-@job(name="bgjobs.housekeeping")
-def housekeeping(finished: float, failed: float) -> int:
-    """Prune the file of the runner whose job this is, and fold its statistics. Each started runner schedules it hourly."""
-    runner = _current.get().runner                        # type: ignore[union-attr]
-    runner._fold_statistics()
-    return runner.prune(finished, failed)
 
 
 class Runner(Submitter, Executor):
@@ -4361,7 +4503,7 @@ class Runner(Submitter, Executor):
         self._begun_taken: list[tuple[str, float]] = []
         self._lines_dropped = 0
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
-        self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
+        self._schedules: dict[str, tuple[Any, ...]] = {}  # that this code has, by key: times, zone, function, arguments
         self._started = self._shut = self._shut_claims = self._inline = False
         self._close_lock = threading.Lock()              # only one thread closes
         self._has_submitted = False
@@ -4442,37 +4584,9 @@ class Runner(Submitter, Executor):
             kind = TypeError if isinstance(error, TypeError) else BgjobsError
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
 
-    def _every(self, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
-               ) -> Schedule:
-        bad = [name for name in ("delay", "run_at", "parent", "connection") if name in options]
-        if bad:
-            raise TypeError(f"{bad[0]} is no option of a schedule")
-        new = self._submission(fn, {**options, "parent": None})
-        new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None for given in (args, kwargs))
-        if not isinstance(schedule, str):
-            schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
-        tz = options.get("tz", _registry.declared.get(fn, {}).get("tz"))
-        zone = zone_of(tz)[1]
-        schedule_of(schedule, zone)
-        arguments = f"{new.args or ''}{new.kwargs or ''}"
-        if '"secret"' in (new.options or ""):
-            import hashlib
-            arguments = hashlib.sha256(arguments.encode()).hexdigest()
-        key = new.key or f"{new.name}({arguments})"
-        if len(key) > 500:
-            raise ValueError(f"the arguments of {new.name} are too long to know its schedule by; give it a key")
-        known = self._schedules.setdefault(key, (schedule, zone, new.name, arguments))
-        if known != (schedule, zone, new.name, arguments):
-            what = f"the key {key!r} is taken by {known[2]}" if new.key else f"{new.name} with these arguments is scheduled already"
-            raise ValueError(f"{what}, {known[0]}; give each schedule a key of its own")
-        schedule_id = self._store.write(lambda tx: tx.register(key, schedule, zone, new, self._id))
-        if self._started:
-            self._ensure_service()
-        return Schedule(self, schedule_id)
-
     def schedules(self, system: bool = False) -> list[Schedule]:
         """Return the schedules in the file, also those that no code has any more. system=True adds those of the library."""
-        return [Schedule(self, row["id"]) for row in self._store.read(SCHEDULES) if system or not row["system"]]
+        return [Schedule(self, row["id"]) for row in self._store.read(SCHEDULES, {"system": system})]
 
     def _submission(self, fn: Callable[..., Any], options: dict[str, Any]) -> Submission:
         """Return the row for a job of this function, but for its arguments."""
@@ -5027,9 +5141,7 @@ class Runner(Submitter, Executor):
             _capture_log_records()
             self._recover_dead()
             self._started = True
-            if self._retention is not None:
-                options = {"key": "bgjobs.housekeeping", "system": True, "label": "Housekeeping: remove what is over for long"}
-                self._every("1h", housekeeping, (), self._retention, options)
+            keep_house(self)
             self._ensure_service()
             self._store.kick()
         return self
@@ -5049,7 +5161,7 @@ class Runner(Submitter, Executor):
             raise RuntimeError("drain() is for a runner that was made with start=False; this one runs its jobs itself")
         _capture_log_records()
         self._recover_dead()
-        self._store.write(lambda tx: tx.clock_was_set_back())    # a clock for tests may have been
+        self._store.write(clock_was_set_back)      # a clock for tests may have been
         self._inline, ran = True, 0
         try:
             while self._run_one():
@@ -5060,7 +5172,7 @@ class Runner(Submitter, Executor):
 
     def _run_one(self) -> bool:
         def claim(tx: Transaction) -> list[tuple[Any, ...]]:
-            tx.run_schedules()
+            run_schedules(tx)
             tx.wake_due()
             return tx.claim(self._id, 1, 1, 0, 0.0, 1, self._costs)
         rows = self._store.write(claim)
@@ -5304,24 +5416,7 @@ class Runner(Submitter, Executor):
     def prune(self, finished: float = RETENTION["finished"], failed: float = RETENTION["failed"]) -> int:
         """Remove whole trees that are over for so many seconds (cancelled ones as finished), with their logs; return how many
         jobs that were. In many short transactions; in a job each is followed by a checkpoint."""
-        if not _are_seconds([finished, failed]):
-            raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
-        now, removed = self._clock(), 0
-        before = {"finished": now - finished, "failed": now - failed}
-        for after in reversed(range(0, self._store.read(HIGHEST_ID)[0][0], PRUNE_IDS)):      # a root goes after its descendants
-            ids = {"after": after, "until": after + PRUNE_IDS}
-            if self._store.read(EXPIRED + " LIMIT 1", {**ids, **before}):
-                removed += self._store.write(lambda tx: tx.prune(**ids, **before))
-            current_job().checkpoint()
-        return removed
-
-    def _fold_statistics(self) -> None:
-        """Keep the statistics of each window by its parts once they have left the shorter one, and after the longest only sums."""
-        minute = int(self._clock() // 60)
-        for (count, step), (_, next_step) in itertools.pairwise(WINDOWS.values()):
-            last = (minute - (count + 1) * step) // next_step * next_step - 1
-            self._store.write(lambda tx: tx.fold_statistics(f"minute / {next_step} * {next_step}", last))
-        self._store.write(lambda tx: tx.fold_statistics("0", minute - 31 * 1_440))
+        return remove_expired(self, finished, failed)
 
     # statistics
 
@@ -5332,50 +5427,7 @@ class Runner(Submitter, Executor):
         "total": the same over all parts, "functions": [the same for each "name"]}. from, to and at are Unix seconds. waiting,
         from its creation or due time to a job's start, and running, until its end, are {"avg", "min", "max"} in seconds, or None.
         """
-        if not isinstance(window, str) or window not in WINDOWS:
-            raise ValueError(f"window must be {', '.join(WINDOWS)}, got {_short(window)}")
-        count, step = WINDOWS[window]
-        last = int(self._clock() // 60)
-        first = (last // step - count + 1) * step
-        bounds = {"first": first, "last": last, "name": name}
-        self._count_created()
-
-        def sums(by: str) -> dict[Any, sqlite3.Row]:
-            return {row["part"]: row for row in self._store.read(STATS.format(by=by), bounds)}
-        parts, functions = sums(f"minute / {step}"), sums("name")
-        return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
-                "parts": [{"at": part * step * 60, **_counted(parts.get(part))} for part in range(first // step, last // step + 1)],
-                "total": _counted(sums("NULL").get(None)),
-                "functions": [{"name": name, **_counted(row)} for name, row in functions.items()]}
-
-    def _count_created(self) -> None:
-        if self._begun or self._store.read(UNCOUNTED):
-            self._store.write(lambda tx: tx.count_created())
-
-    def _metrics(self) -> str:
-        """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
-        lines = []
-
-        def metric(name: str, kind: str, help: str, values: Iterable[tuple[str, float]]) -> None:
-            lines.extend([f"# HELP bgjobs_{name} {help}", f"# TYPE bgjobs_{name} {kind}"])
-            lines.extend(f"bgjobs_{name}{labels} {value!r}" for labels, value in values)
-
-        def label(name: str, value: str) -> str:
-            escaped = value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
-            return f'{{{name}="{escaped}"}}'
-        metric("jobs", "gauge", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
-               [(label("status", status), count) for status, count in self._store.counts({"system": True}).items()])
-        self._count_created()
-        functions = self._store.read(STATS.format(by="name"), {"first": 0, "last": 1 << 62, "name": None})
-        for name, help in (("created", "Jobs submitted."), ("started", "Jobs started for the first time."),
-                           ("finished", "Jobs finished."), ("failed", "Jobs failed for good."),
-                           ("waiting", "Seconds from creation or due time to the start."), ("running", "Seconds that ended jobs ran.")):
-            unit = "_seconds" if name in ("waiting", "running") else ""
-            metric(f"{name}{unit}_total", "counter", help, [(label("function", row["part"]), row[name]) for row in functions])
-        runners = self._store.read(RUNNERS)
-        metric("runners", "gauge", "Processes that have the file open to run or submit jobs.", [("", len(runners))])
-        metric("abandoned_threads", "gauge", "Threads of superseded attempts that live on.", [("", sum(row["abandoned"] for row in runners))])
-        return "\n".join(lines) + "\n"
+        return read_statistics(self, window, name)
 
     # the page
 
@@ -5398,17 +5450,6 @@ class Runner(Submitter, Executor):
         answers to besides loopback (["example.org"]).
         """
         return Page(self, **options)
-
-
-def _counted(row: sqlite3.Row | None) -> dict[str, Any]:
-    """Return one row of STATS as the JSON interface has it."""
-    if row is None or row["created"] is None:
-        return {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
-
-    def measured(name: str, count: int) -> dict[str, float] | None:
-        return {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count > 0 else None
-    return {**{name: row[name] for name in ("created", "started", "finished", "failed")},
-            "waiting": measured("waiting", row["started"]), "running": measured("running", row["finished"] + row["failed"])}
 
 
 def _check_limit(limit: Any) -> None:
@@ -5542,14 +5583,14 @@ class _Service:
     def _wake_due(self) -> None:
         runner, before, self._clock_at = self._runner, self._clock_at, self._runner._clock()
         if self._clock_at < before - 1.0:
-            runner._store.write(lambda tx: tx.clock_was_set_back())
+            runner._store.write(clock_was_set_back)
             self._look_at_due = True
         if self._look_at_due:
             self._look_at_due = False
             due = [runner._store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
             self._due_at = min((at for at in due if at is not None), default=None)
         if self._due_at is not None and self._due_at <= self._clock_at:
-            runner._store.write(lambda tx: (runner._shut or tx.run_schedules(), tx.wake_due()))
+            runner._store.write(lambda tx: (runner._shut or run_schedules(tx), tx.wake_due()))
             self._look_at_due = True
 
     def _every_half_second(self) -> None:
@@ -5561,7 +5602,7 @@ class _Service:
             return
         if self._seconds % 60 == 0:
             runner._store.shorten_wal()
-            runner._count_created()
+            count_created(runner)
         abandoned = runner._pool.abandoned
         if self._seconds % HEARTBEAT_SECONDS == 0 or abandoned != self._abandoned:
             runner._store.write(lambda tx: runner._save_runner(tx, runner._id, abandoned))
@@ -6958,7 +6999,7 @@ def options(**options: Any) -> Submitter:
 
 def every(schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
     """Runner.every on the default runner: `every("15m", tidy)`, `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
-    return default_runner()._every(schedule, fn, args, kwargs, {})
+    return default_runner().every(schedule, fn, *args, **kwargs)
 
 
 def schedules(system: bool = False) -> list[Schedule]:
@@ -8270,7 +8311,7 @@ class Page:
             self._runner._store.read("SELECT 1")
             return 200, "text/plain", b"ok\n"
         if path == "metrics":
-            return 200, "text/plain; version=0.0.4", self._runner._metrics().encode()
+            return 200, "text/plain; version=0.0.4", metrics(self._runner).encode()
         asset = path.removeprefix("jobs/")
         if asset == "page.css":
             return 200, "text/css", PAGE_CSS.encode()
@@ -8366,7 +8407,9 @@ class Page:
             except ValueError as error:
                 raise _Refused(400, str(error)) from None
         if parts == ["schedules"]:
-            return 200, "application/json", _json_bytes({"schedules": [schedule.info() for schedule in self._runner.schedules()]})
+            return 200, "application/json", _json_bytes({
+                "schedules": [describe_schedule(row)
+                              for row in self._runner._store.read(SCHEDULES, {"system": False})]})
         if parts == ["runners"]:
             return 200, "application/json", _json_bytes({"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]})
         if parts[0] == "jobs" and len(parts) in (2, 3) and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 19:
@@ -8500,7 +8543,7 @@ class Page:
                 if kind == "jobs":
                     self._runner._operate(operation, each, by)
                 else:
-                    Schedule(self._runner, each)._operate(operation)
+                    getattr(Schedule(self._runner, each), operation)()
                 done.append(each)
             except InvalidOperation as error:
                 refused.append({"id": each, "why": str(error)})

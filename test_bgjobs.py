@@ -3454,6 +3454,22 @@ class TestSchedules:
             assert len(made) > len(due) / 2
             consistent(runner)
 
+    def test_in_a_backup_nobody_has_registered_them(self, make, tmp_path):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.every("1h", add, 1)
+        with bgjobs.Runner(idle.backup(tmp_path / "backup.db"), start=False, clock=clock) as copy:
+            clock.now += 3_600
+            assert copy.drain() == 0 and not copy.schedules()[0].info()["registered"]
+            copy.schedules()[0].remove()
+            assert copy.schedules() == []
+
+    def test_arguments_may_be_long_and_the_key_shows_no_secret(self, idle):
+        long, other = idle.every("1h", add, "x" * 1_000), idle.every("1h", add, "x" * 1_001)
+        secret = idle.options(secret=["b"]).every("1h", add, 1, b="hush")
+        assert long.id != other.id and len(long.info()["key"]) < 120 and "hush" not in secret.info()["key"]
+        assert idle.every("1h", add, "x" * 1_000).id == long.id
+
     def test_a_schedule_inside_a_job_and_by_decorator_and_options(self, runner):
         assert runner.submit(register_a_schedule).result(5) == "declared there"
         schedule, = runner.schedules()
@@ -3462,6 +3478,11 @@ class TestSchedules:
             runner.options(delay=5).every("1h", add, 1)
         with pytest.raises(TypeError, match="lambda"):
             runner.every("1h", lambda: 0)
+
+    def test_one_removed_on_the_page_may_be_registered_with_other_times(self, visitor, runner):
+        schedule = runner.every("1h", add, 1)
+        assert visitor.post("api/schedules/remove", {"ids": [schedule.id]})["done"] == [schedule.id]
+        assert runner.every("2h", add, 1).info()["schedule"] == "2h"
 
     def test_the_api_lists_them_and_secrets_stay_secret(self, visitor, idle):
         idle.options(secret=["b"]).every("1h", add, 1, b="hush")
@@ -3597,9 +3618,20 @@ class TestRetention:
         idle.submit(children, 12)
         idle.drain()
         clock.now += 8 * 86_400
-        idle._store.write(lambda tx: tx.prune(0, 5, clock.now, clock.now))
+        idle._store.write(lambda tx: tx.remove([1, 2, 3, 4, 5]))
         assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
         assert idle.prune() == 8
+
+    def test_who_writes_meanwhile_waits_only_for_some_of_the_log_lines(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "PRUNE_SECONDS", 0.0)
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        idle.submit(children, 9)
+        idle.drain()
+        clock.now += 100
+        remove, sizes = bgjobs._remove_some, []
+        monkeypatch.setattr(bgjobs, "_remove_some", lambda tx, which: sizes.append(remove(tx, which)) or sizes[-1])
+        assert idle.prune(0, 0) == 10 and sizes == [1] * 10 and idle.jobs() == []
 
     def test_it_runs_by_itself_as_a_system_job_and_over_a_month_the_file_stays_bounded(self, make, path):
         clock = Clock()
@@ -3641,14 +3673,14 @@ class TestRetention:
             clock.now += 3_600 * 9
         before = idle.stats("7d")["total"]
         clock.now += 86_400 * 3
-        idle._fold_statistics()
+        bgjobs.fold_statistics(idle)
         assert idle.stats("7d")["total"] == before
         assert [idle.stats(window)["total"] for window in ("7d", "30d")] == [before] * 2
         assert all(minute % 120 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
         clock.now += 86_400 * 40
-        idle._fold_statistics()
+        bgjobs.fold_statistics(idle)
         assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
-        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in idle._metrics()
+        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle)
 
     def test_a_jobs_log_keeps_its_newest_lines(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
@@ -3675,15 +3707,15 @@ class TestRetention:
         root = idle.submit(children, 6)
         idle.drain()
         clock.now += 100
-        prune, calls = bgjobs.Transaction.prune, []
+        remove, calls = bgjobs.Transaction.remove, []
 
-        def die(tx, **bounds):
-            calls.append(bounds)
+        def die(tx, ids):
+            calls.append(ids)
             if len(calls) > 2:
                 raise ZeroDivisionError
-            return prune(tx, **bounds)
-        monkeypatch.setattr(bgjobs.Transaction, "prune", die)
-        with pytest.raises(ZeroDivisionError):
+            return remove(tx, ids)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(bgjobs.Transaction, "remove", die)
             idle.prune(0, 0)
         assert 1 < len(idle.jobs()) < 7 and root.restart().status == "pending"
         idle.drain()
