@@ -37,8 +37,9 @@ whose workers execute them, or to an executor, whose processes speak to the runn
 thread looks after what comes by the clock or from other processes.
 
 Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
-           6 Force stop   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle   12 Runner
-           13 Elsewhere   14 The default runner   15 Status page   16 Command line
+           6 Force stop   7 Tables and statements   8 Transactions   9 Store   10 What people see   11 Worker pool
+           12 Inside a job   13 The handle   14 Schedules   15 Statistics and retention   16 Runner
+           17 Clock, processes and exit   18 Elsewhere   19 The default runner   20 Status page   21 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -1032,18 +1033,21 @@ class _HandleLock:
         return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
-# ---- 7 Transactions -------------------------------------------------------------------------------------------
+# ---- 7 Tables and statements ----------------------------------------------------------------------------------
 #
-# A job that is pending and has no queue waits for its time, or is `parked`: out of the way until what that column names
-# comes, a process that knows its function ("function NAME"), the end of another job of its name ("limit NAME"), or that of a
-# job which is suspected, like this one, of taking its process down ("suspect").
+# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority. Waiting for its
+# time: `run_at`, and no queue. Or `parked`, out of the way until what that column names comes: a process that knows its
+# function ("function NAME"), the end of another job of its name ("limit NAME"), or the end of a job that is suspected, like
+# this one, of taking its process down ("suspect").
 #
-# `queue` of a job is its lane while it is ready to be claimed (0 normal, 1 low priority), else NULL. `lane` of a root is
-# the best queue in its tree, so that (lane, vtime) finds the next root and (root_id, queue, id) its oldest ready child.
-# Each job carries counts over its descendants (total, done, failed, running; `open` is its direct children that
-# are not over), which the transaction adds up and writes once for each ancestor, however many children it touched.
+# `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime) finds the next root and
+# (root_id, queue, id) its oldest ready child. `owner` is the runner that executes the job, NULL once its function has returned.
+#
+# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its direct children that are
+# not over). A transaction adds up what it changes and writes each ancestor once, however many of its descendants it touched.
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = ((
+TABLES = {sql.split()[2]: sql for sql in (
+    "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
@@ -1057,6 +1061,33 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
         tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_gained REAL, tree_seconds REAL,
         phase TEXT, parked TEXT, max_running INTEGER, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
+    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
+        level INTEGER NOT NULL, message TEXT NOT NULL)""",
+    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did not end it.
+    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+        outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up
+    # to which the statistics have counted what was created. token: of the status page, whichever process serves it.
+    """CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
+        counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
+    """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
+        lock_file TEXT)""",
+    "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
+    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
+        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT, low_priority INTEGER NOT NULL,
+        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
+        runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
+    # Which living runners' code has which schedules.
+    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
+        PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
+    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
+    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started INTEGER NOT NULL,
+        finished INTEGER NOT NULL, failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+        running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
+)}
+
+INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     "CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL",
     # system and parent_id are there for the lists of people, which this index counts and has in order by itself.
@@ -1069,32 +1100,51 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = ((
     """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
         AND status IN ('pending', 'running', 'stopping', 'stopped')""",
     "CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL",
-    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
-        level INTEGER NOT NULL, message TEXT NOT NULL)""",
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
-    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did not end it.
-    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
-        outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up to
-    # which the statistics have counted what was created. token: of the status page, whichever process serves it.
-    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL, counted_id INTEGER NOT NULL, token TEXT)",
-    "INSERT INTO bgjobs_clock VALUES (0, 0, 0, NULL)",
-    """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
-        lock_file TEXT)""",
-    "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
-    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
-        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT, low_priority INTEGER NOT NULL,
-        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
-        runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
-    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
-    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started INTEGER NOT NULL,
-        finished INTEGER NOT NULL, failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
-        running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
-    # Which living runners' code has which schedules.
-    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
-        PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-),)
+)
+
+# A file of an older version gets the tables above; its rows keep the columns that are still there, and new ones get their
+# defaults. So a change of the schema is made above, with a default for a new column that is NOT NULL, and gets an entry here:
+# version of the file -> what else its rows need, once they are in the new tables, to be as the next version has them.
+UPGRADES: dict[int, tuple[str, ...]] = {
+    0: ("INSERT INTO bgjobs_schema VALUES (0)", "INSERT INTO bgjobs_clock DEFAULT VALUES"),      # a new file
+    1: ("UPDATE bgjobs_jobs SET parked = 'function ' || name WHERE status = 'pending' AND phase = 'unknown function' AND parked IS NULL",
+        """UPDATE bgjobs_jobs SET waited = max(0.0, started_at - max(created_at, CASE WHEN run_at <= started_at THEN run_at ELSE 0.0 END))
+            WHERE started_at IS NOT NULL AND waited IS NULL"""),
+}
+SCHEMA_VERSION = len(UPGRADES)
+ALL_VERSIONS_HAVE = ("bgjobs_jobs", "bgjobs_clock", "bgjobs_runners")
+
+
+def rebuild(db: sqlite3.Connection, version: int) -> None:
+    """Make the tables of a file with this version those of now, in the transaction that is open.
+
+    The app's own tables stay as they are, and so do the triggers and indexes it may have on ours. The connection has
+    foreign_keys off and legacy_alter_table on, else SQLite would have the app's views, triggers and foreign keys follow the
+    older tables out of the way.
+    """
+    apps_own = db.execute("""SELECT sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL
+        AND name NOT LIKE 'bgjobs\\_%' ESCAPE '\\' AND tbl_name IN (SELECT value FROM json_each(?))""", [json.dumps([*TABLES])]).fetchall()
+    for table, create in TABLES.items():
+        older = _columns_of(db, table)
+        if older:
+            db.execute(f"ALTER TABLE {table} RENAME TO bgjobs_older")
+        db.execute(create)
+        if older:
+            columns = ", ".join(name for name in _columns_of(db, table) if name in older)
+            db.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM bgjobs_older")
+            db.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])      # AUTOINCREMENT goes on where it was
+            db.execute("UPDATE sqlite_sequence SET name = ? WHERE name = 'bgjobs_older'", [table])
+            db.execute("DROP TABLE bgjobs_older")         # with its indexes: those of now may have the same names
+    changes = [sql for step in range(version, SCHEMA_VERSION) for sql in UPGRADES[step]]
+    for statement in (*INDEXES, *changes, *(sql for sql, in apps_own)):
+        db.execute(statement)
+    db.execute("UPDATE bgjobs_schema SET version = ?", [SCHEMA_VERSION])
+
+
+def _columns_of(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
 
 _SUBMITTED = ("id, name, status, queue, lane, vtime, created_at, run_at, submitter, parent_id, root_id, low_priority, system, "
               "label, run_by, key, options, args, kwargs")
@@ -2203,8 +2253,6 @@ WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the file's lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that going down can cut it short
-SCHEMA_VERSION = len(MIGRATIONS)
-TABLES = ("bgjobs_schema", *(sql.split()[2] for sqls in MIGRATIONS for sql in sqls if sql.startswith("CREATE TABLE")))
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2426,21 +2474,19 @@ class Store:
         self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()     # the WAL is there from the first read on
 
     def _migrate(self) -> None:
+        """Bring the tables in the file to this version. What is cut short, by a kill even, leaves the file as it was."""
         db = self._writer
         if db.in_transaction:
             db.execute("ROLLBACK")
         if self._schema_version() == SCHEMA_VERSION:
             return
+        db.execute("PRAGMA foreign_keys = OFF")           # these two do nothing within a transaction
+        db.execute("PRAGMA legacy_alter_table = ON")
         db.execute("BEGIN IMMEDIATE")
         try:
             version = self._schema_version()
-            if version == 0:
-                db.execute("CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)")
-                db.execute("INSERT INTO bgjobs_schema VALUES (0)")
-            for statements in MIGRATIONS[version:]:
-                for statement in statements:
-                    db.execute(statement)
-            db.execute("UPDATE bgjobs_schema SET version = :version", {"version": SCHEMA_VERSION})
+            if version < SCHEMA_VERSION:                  # no other process was quicker
+                rebuild(db, version)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -2455,12 +2501,13 @@ class Store:
             return 0
         rows = execute("SELECT version FROM bgjobs_schema").fetchall() if "bgjobs_schema" in found else []
         version = rows[0][0] if len(rows) == 1 else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        if not (isinstance(version, int) and version > 0):
+            wrong = f"its schema version is {_short(version)}"
+        elif version > SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema version {version}, and this bgjobs {__version__} knows up to "
                              f"{SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
-        wrong = "" if isinstance(version, int) and version > 0 else f"its schema version is {_short(version)}"
-        if version == SCHEMA_VERSION:
-            lacking = [name for name in TABLES if name not in found]
+        else:
+            lacking = [name for name in (TABLES if version == SCHEMA_VERSION else ALL_VERSIONS_HAVE) if name not in found]
             wrong = f"it lacks {', '.join(lacking)}" if lacking else "" if execute(CLOCK).fetchone() else "bgjobs_clock is empty"
         if wrong:
             raise StoreError(f"cannot use {self.path} as a job file: somebody has changed its bgjobs_ tables: {wrong}; restore it from "
