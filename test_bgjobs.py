@@ -4602,7 +4602,7 @@ class TestTrees:
             idle.options(parent=root).submit_many(add, [(1,)] * count)
             calls = itertools.count()
             idle._store._writer.set_trace_callback(lambda sql: next(calls))
-            idle._store.write(lambda tx: [tx._change(root.id), tx.apply()])
+            idle._store.write(lambda tx: [tx._changes[root.id], tx.apply()])
             idle._store._writer.set_trace_callback(None)
             return next(calls)
         assert writes(10_000) == writes(100)
