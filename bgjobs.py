@@ -1536,7 +1536,6 @@ class Transaction:
         self._changes: defaultdict[int, _Change] = defaultdict(_Change)      # by job id; not applied yet
         self._freed: set[str] = set()                     # keys of limits below which attempts have ended; not applied yet
         self._slots: dict[str, set[int]] = {}             # key of a limit -> jobs that run, while claiming
-        self._reported: set[int] = set()                  # jobs whose attempts learn after the commit what was saved of them
         self._tallies: defaultdict[str, _Tally] = defaultdict(_Tally)        # by name of the function
         self.over: list[int] = []                         # jobs that became over
         self.parked = 0                                   # jobs that claims have put out of the way
@@ -1655,18 +1654,16 @@ class Transaction:
         while True:
             self.apply()                                  # what this transaction submitted, or parked, counts
             parked = self.parked
-            if free + ahead > len(claims):
-                claims += self._claim_lane(0, owner, max(0, free - len(claims)), ahead, planned, workers, costs)
-            low_room = min(low_free, free - len(claims))
-            if low_room > 0:
-                low = self._claim_lane(1, owner, low_room, 0, 0.0, workers, costs)
-                low_free -= len(low)
-                claims += low
+            claims += self._claim_lane(0, owner, free - len(claims), ahead, planned, workers, costs)
+            low = self._claim_lane(1, owner, min(low_free, free - len(claims)), 0, 0.0, workers, costs)
+            low_free -= len(low)
+            claims += low
             if len(claims) >= free or self.parked == parked or self.parked >= PARKED_A_CLAIM:
                 return claims
 
     def _claim_lane(self, lane: int, owner: int, free: int, ahead: int, planned: float, workers: int, costs: Costs) -> list[Claim]:
-        ready = list(map(Claim._make, self.execute(READY_ROOTS, {"lane": lane, "limit": free + ahead}).fetchall()))
+        limit = max(0, free) + ahead
+        ready = list(map(Claim._make, self.execute(READY_ROOTS, {"lane": lane, "limit": limit}))) if limit else []
         if not ready:
             return []
         claims, tag, budget = [], 0, AHEAD_SECONDS * workers
@@ -1677,10 +1674,10 @@ class Transaction:
             if (job.max_running is not None or job.deaths >= SUSPECT) and not self._take_slots(job):
                 return None
             return (plans.get(job.name) or plans.setdefault(job.name, costs.plan(job.name)))[0]
-        for root, job, tag, charge in self._in_fair_order(ready, lane, free + ahead, charge_for):
+        for root, job, tag, charge in self._in_fair_order(ready, lane, limit, charge_for):
             if len(claims) >= free:                       # ahead of a free worker: only while they are known to be short
                 planned += plans[job.name][1]
-                if planned > budget or len(claims) >= free + ahead or job.options is not None and '"recover":false' in job.options:
+                if planned > budget or len(claims) >= limit or job.options is not None and '"recover":false' in job.options:
                     break
             claims.append(Claim(*job[:-1], charge))
             if job.parent_id is None and job.total == 0:
@@ -1781,7 +1778,7 @@ class Transaction:
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
         self.apply()                                      # the children that this transaction submitted count
-        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children and a.number == 1 and a.id not in self._reported]
+        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children and a.number == 1 and not a.has_reported]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
         if plain and self.executemany(FINISH, rows).rowcount < len(plain):      # some were superseded, or got a child from outside
             plain = [a for a in plain if self.value(JUST_FINISHED, id=a.id, attempt=a.number, now=self.now)]
@@ -1802,7 +1799,7 @@ class Transaction:
         self._tally_end(attempt.name, attempt.system, FINISHED, attempt.ran_before + attempt.ran)
         self._free_slots(attempt)
         if attempt.parent_id is not None:
-            self._count(attempt.parent_id, done=1, running=-1, progress=1.0 - (attempt.saved_progress or 0.0))
+            self._count(attempt.parent_id, done=1, running=-1, progress=1.0)
             self._changes[attempt.parent_id].open -= 1
             self._changes[attempt.root_id].charge += attempt.correction
 
@@ -2243,14 +2240,13 @@ class Transaction:
                                          "gained": report.rate.gained, "seconds": report.rate.seconds, "step": report.step,
                                          "message": report.message})
             self._count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
-            self._reported.add(job.id)
-            self.after_commit.append(lambda: setattr(attempt, "saved_progress", report.progress))
+            attempt.has_reported = True
 
     def add_charge(self, attempt: Attempt, more: int) -> None:
         """Charge an attempt that runs longer than estimated for what it has run by now."""
         if self.execute(ADD_CHARGE, {"id": attempt.id, "attempt": attempt.number, "more": more}).rowcount == 1:
             self._changes[attempt.root_id or attempt.id].charge += more
-            self._reported.add(attempt.id)
+            attempt.has_reported = True
             self.after_commit.append(lambda: setattr(attempt, "charge", attempt.charge + more))
 
 
@@ -3644,6 +3640,7 @@ class Attempt(JobContext):
     place: Any = None                                     # what is set when one that waited has a place again
     engine: Engine | None = None                          # that executes it elsewhere
     unsaved_progress: Report | None = None
+    has_reported = False                                  # the file knows of its progress, or of more charge than its claim's
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
     _pace: Pace | None = None
     _loops = 0                                            # of each(), the next one's number
