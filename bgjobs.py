@@ -89,16 +89,17 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
-           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs", "options",
-           "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
+           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs",
+           "options", "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
 
 
 def _say(level: int, text: str) -> None:
-    """Log a message of the library's own, from a thread of its own: handlers are the app's and may block, and no job may own it."""
+    """Log a message of the library's own, in a thread of its own: the app's handlers may block, and no job may own it."""
     with contextlib.suppress(RuntimeError):               # the interpreter ends
-        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log", daemon=True).start()
+        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log",
+                         daemon=True).start()
 
 
 # ---- 1 Words and rules ----------------------------------------------------------------------------------------
@@ -127,10 +128,10 @@ TRANSITIONS: dict[str, dict[str, str]] = {
     "remove_low_priority": {status: status for status in _NOT_OVER},
 }
 
-RETURNED, RAISED, HALTED = "returned", "raised", "halted"           # outcomes of an attempt: what its function did;
-RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # or it is given back: begun, not begun, unknown here
-TIMED_OUT = "timed out"                                              # the reason to stop one; it ends as RAISED
-OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}       # in words
+RETURNED, RAISED, HALTED = "returned", "raised", "halted"          # outcomes of an attempt: what its function did;
+RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"     # or it is given back: begun, not begun, unknown here
+TIMED_OUT = "timed out"                                             # the reason to stop one; it ends as RAISED
+OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}     # in words
 
 
 class BgjobsError(Exception):
@@ -157,9 +158,10 @@ class JobStopped(BaseException):
     """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False) -> list[str]:
-    """Return the operations that a job with this status and these options allows now; `active_below`: a descendant runs."""
-    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; there is no use in offering it
+def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False
+                       ) -> list[str]:
+    """Return the operations that a job with this status and these options allows; `active_below`: a descendant runs."""
+    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; no use in offering it
     if active_below:
         unfit |= {"cancel", "restart"}
     return [name for name, moves in TRANSITIONS.items()
@@ -1040,16 +1042,18 @@ class _HandleLock:
 
 # ---- 7 Tables and statements ----------------------------------------------------------------------------------
 #
-# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority. Waiting for its
-# time: `run_at`, and no queue. Or `parked`, out of the way until what that column names comes: a process that knows its
-# function ("function NAME"), the end of another job of its name ("limit NAME"), or the end of a job that is suspected, like
-# this one, of taking its process down ("suspect").
+# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority. Waiting
+# for its time: `run_at`, and no queue. Or `parked`, out of the way until what that column names comes: a process that
+# knows its function ("function NAME"), the end of another job of its name ("limit NAME"), or the end of a job that is
+# suspected, like this one, of taking its process down ("suspect").
 #
-# `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime) finds the next root and
-# (root_id, queue, id) its oldest ready child. `owner` is the runner that executes the job, NULL once its function has returned.
+# `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime) finds the next root
+# and (root_id, queue, id) its oldest ready child. `owner` is the runner that executes the job, NULL once its function
+# has returned.
 #
-# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its direct children that are
-# not over). A transaction adds up what it changes and writes each ancestor once, however many of its descendants it touched.
+# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its direct children
+# that are not over). A transaction adds up what it changes and writes each ancestor once, however many of its
+# descendants it touched.
 
 TABLES = {sql.split()[2]: sql for sql in (
     "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
@@ -1057,7 +1061,8 @@ TABLES = {sql.split()[2]: sql for sql in (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
         charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
-        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0, died_with TEXT,
+        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
+        died_with TEXT,
         own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
         total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
@@ -1068,33 +1073,42 @@ TABLES = {sql.split()[2]: sql for sql in (
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
         level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did not end it.
-    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did
+    # not end it.
+    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL
+        NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up
-    # to which the statistics have counted what was created. token: of the status page, whichever process serves it.
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again.
+    # counted_id: up to which the statistics have counted what was created. token: of the status page, whichever
+    # process serves it.
     """CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
         counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
+        abandoned INTEGER NOT NULL DEFAULT 0,
         lock_file TEXT)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
-    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
-        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT, low_priority INTEGER NOT NULL,
-        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
+    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone
+        TEXT,
+        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
+        low_priority INTEGER NOT NULL,
+        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL,
+        job_id INTEGER,
         runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
     # Which living runners' code has which schedules.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
     # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
-    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started INTEGER NOT NULL,
+    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started
+        INTEGER NOT NULL,
         finished INTEGER NOT NULL, failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
 )}
 
 INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
-    "CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL",
+    """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT
+        NULL""",
     # system and parent_id are there for the lists of people, which this index counts and has in order by itself.
     "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id) WHERE status <> 'pending'",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
@@ -1104,18 +1118,21 @@ INDEXES = (
     "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths > 0",
     """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
         AND status IN ('pending', 'running', 'stopping', 'stopped')""",
-    "CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL",
+    """CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT
+        NULL""",
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# A file of an older version gets the tables above; its rows keep the columns that are still there, and new ones get their
-# defaults. So a change of the schema is made above, with a default for a new column that is NOT NULL, and gets an entry here:
-# version of the file -> what else its rows need, once they are in the new tables, to be as the next version has them.
+# A file of an older version gets the tables above; its rows keep the columns that are still there, and new ones get
+# their defaults. So a change of the schema is made above, with a default for a new column that is NOT NULL, and gets
+# an entry here: version of the file -> what else its rows need, once they are in the new tables, to be as the next
+# version has them.
 UPGRADES: dict[int, tuple[str, ...]] = {
     0: ("INSERT INTO bgjobs_schema VALUES (0)", "INSERT INTO bgjobs_clock DEFAULT VALUES"),      # a new file
-    1: ("UPDATE bgjobs_jobs SET parked = 'function ' || name WHERE status = 'pending' AND phase = 'unknown function' AND parked IS NULL",
-        """UPDATE bgjobs_jobs SET waited = max(0.0, started_at - max(created_at, CASE WHEN run_at <= started_at THEN run_at ELSE 0.0 END))
-            WHERE started_at IS NOT NULL AND waited IS NULL"""),
+    1: ("""UPDATE bgjobs_jobs SET parked = 'function ' || name
+            WHERE status = 'pending' AND phase = 'unknown function' AND parked IS NULL""",
+        """UPDATE bgjobs_jobs SET waited = max(0.0, started_at - CASE WHEN run_at BETWEEN created_at AND started_at
+            THEN run_at ELSE created_at END) WHERE started_at IS NOT NULL AND waited IS NULL"""),
 }
 SCHEMA_VERSION = len(UPGRADES)
 ALL_VERSIONS_HAVE = ("bgjobs_jobs", "bgjobs_clock", "bgjobs_runners")
@@ -1124,12 +1141,13 @@ ALL_VERSIONS_HAVE = ("bgjobs_jobs", "bgjobs_clock", "bgjobs_runners")
 def rebuild(db: sqlite3.Connection, version: int) -> None:
     """Make the tables of a file with this version those of now, in the transaction that is open.
 
-    The app's own tables stay as they are, and so do the triggers and indexes it may have on ours. The connection has
-    foreign_keys off and legacy_alter_table on, else SQLite would have the app's views, triggers and foreign keys follow the
-    older tables out of the way.
+    The app's own tables stay as they are, and so do the triggers and indexes that it may have on ours. The connection
+    has foreign_keys off and legacy_alter_table on: else the app's views, triggers and foreign keys would follow the older
+    tables out of the way.
     """
     apps_own = db.execute("""SELECT sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL
-        AND name NOT LIKE 'bgjobs\\_%' ESCAPE '\\' AND tbl_name IN (SELECT value FROM json_each(?))""", [json.dumps([*TABLES])]).fetchall()
+        AND name NOT LIKE 'bgjobs\\_%' ESCAPE '\\' AND tbl_name IN (SELECT value FROM json_each(?))""",
+                          [json.dumps([*TABLES])]).fetchall()
     for table, create in TABLES.items():
         older = _columns_of(db, table)
         if older:
@@ -1172,7 +1190,7 @@ class JobRow(NamedTuple):
     lane: int | None
     parked: str | None
     vtime: int                                            # microseconds; of a root
-    charge: int                                           # microseconds that vtime has been charged for the attempt that executes
+    charge: int                                           # microseconds: what its attempt has added to vtime
     run_at: float | None
     started_at: float | None                              # the first attempt, since creation or restart
     since: float | None                                   # active since then, else None
@@ -1185,7 +1203,7 @@ class JobRow(NamedTuple):
     done: int
     failed: int
     running: int
-    tree_progress: float                                  # the sum of their progress, its rate, and when that was last taken
+    tree_progress: float                                  # the sum of their progress; when it changed, its Rate
     tree_at: float | None
     tree_gained: float | None
     tree_seconds: float | None
@@ -1207,10 +1225,12 @@ class JobRow(NamedTuple):
 
 
 # Cast, since SQLite keeps any type in any column: a row that somebody else has written must not stop the claims of all.
-_REALS = ("run_at", "started_at", "since", "duration", "progress", "tree_progress", "tree_at", "tree_gained", "tree_seconds")
+_REALS = ("run_at", "started_at", "since", "duration", "progress", "tree_progress", "tree_at", "tree_gained",
+          "tree_seconds")
 _AS_THEY_ARE = ("id", "parent_id", "root_id", "name", "status", "options", "key", "parked", "error")
-_JOB = ", ".join(name if name in _AS_THEY_ARE else f"CAST({name} AS {'REAL' if name in _REALS else 'INTEGER'}) AS {name}"
-                 for name in JobRow._fields)
+_JOB = ", ".join(
+    name if name in _AS_THEY_ARE else f"CAST({name} AS {'REAL' if name in _REALS else 'INTEGER'}) AS {name}"
+    for name in JobRow._fields)
 
 
 class Claim(NamedTuple):
@@ -1240,20 +1260,22 @@ class Claim(NamedTuple):
     charge: int                                           # microseconds
 
 
-_CLAIMED = ("id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions, "
-            "CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL), "
-            "CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER), "
-            "CAST(CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END AS REAL), CAST(duration AS REAL), system, 0")
+_CLAIMED = """id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions,
+    CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL),
+    CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER),
+    CAST(CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END AS REAL), CAST(duration AS REAL),
+    system, 0"""
 
-# submit. A root starts at the queue's virtual time. INSERT_MANY takes a batch, five times as quick as a statement for each job:
-# a JSON array of their encoded arguments.
-_SUBMITTED = ("id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at, submitter, low_priority, system, label, "
-              "run_by, options, key, args, kwargs")
+# submit. A root starts at the queue's virtual time. INSERT_MANY takes a batch, five times as quick as a statement for
+# each job: a JSON array of their encoded arguments.
+_SUBMITTED = """id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at, submitter, low_priority,
+    system, label, run_by, options, key, args, kwargs"""
 _AS_ROOT, _AS_CHILD = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL", "NULL, 0, ?, ?"
 _VALUES = "?, 'pending'" + ", ?" * 9
 NEXT_ID = "SELECT max((SELECT last_id FROM bgjobs_clock), ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"
 INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
-INSERT_MANY = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"
+INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM
+    json_each(?)"""
 INSERT_ROOT, INSERT_CHILD, INSERT_ROOTS, INSERT_CHILDREN = (
     sql.format(place) for sql in (INSERT_JOB, INSERT_MANY) for place in (_AS_ROOT, _AS_CHILD))
 LIMIT = "UPDATE bgjobs_jobs SET max_running = :limit, parked = :key, phase = :phase WHERE id BETWEEN :first AND :last"
@@ -1274,55 +1296,73 @@ READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
-# Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own tree.
-CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner = :owner,
+# Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own
+# tree.
+CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner =
+    :owner,
     waited = CASE WHEN started_at IS NULL THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END,
-    since = :now, started_at = ifnull(started_at, :now), phase = NULL, gained = NULL WHERE id IN (SELECT value FROM json_each(:ids))"""
+    since = :now, started_at = ifnull(started_at, :now), phase = NULL, gained = NULL WHERE id IN (SELECT value FROM
+    json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
 
 # what attempts report; one that has been superseded is refused
 _OF_ATTEMPT = "WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"
-SAVE_STATE = f"UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions) {_OF_ATTEMPT}"
-SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained, seconds = :seconds, step = :step,
+SAVE_STATE = f"""UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
+    {_OF_ATTEMPT}"""
+SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained, seconds =
+    :seconds, step = :step,
     message = :message WHERE id = :id"""
 ADD_CHARGE = f"UPDATE bgjobs_jobs SET charge = charge + :more {_OF_ATTEMPT}"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
-# One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON array of
-# [job, at, level, message, attempt].
-INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+# One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON
+# array of [job, at, level, message, attempt].
+INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT json_extract(value, '$[0]'),
+    json_extract(value, '$[1]'),
     json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
     (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]') AND superseded < json_extract(value, '$[4]'))"""
 
-# the end of attempts. FINISH: of a first one that returned and left no children; MOVE: of all others, and what else changes a status.
-FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
+# the end of attempts. FINISH is for the first attempt of a job that returned and has no children; others take several
+# statements: RECORD what the function left, MOVE the job to its next status, perhaps take its number back or refuse
+# what it still says.
+FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result
+    = ?,
     vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-JUST_FINISHED = "SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt AND finished_at = :now AND status = 'finished'"
+JUST_FINISHED = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt AND finished_at = :now AND status =
+    'finished'"""
+RECORD = """UPDATE bgjobs_jobs SET returned = :returned, result = :result, error = ifnull(:error, error),
+    own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions) WHERE id = :id"""
+UNSPEND = """UPDATE bgjobs_jobs SET attempt = attempt - 1, started_at = CASE WHEN started_at = since THEN NULL ELSE
+    started_at END
+    WHERE id = :id"""
+SUPERSEDE = "UPDATE bgjobs_jobs SET superseded = attempt WHERE id = :id"
 MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked, phase = :phase, goes_on = 0,
     run_at = ifnull(:run_at, run_at), finished_at = :finished_at, since = :since, duration = duration + :ran,
-    returned = ifnull(:returned, returned), result = ifnull(:result, result), error = ifnull(:error, error),
-    own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions),
-    charge = CASE WHEN :executes THEN charge ELSE 0 END, owner = CASE WHEN :executes THEN owner END,
-    attempt = attempt - :unspent, started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-    superseded = CASE WHEN :supersede THEN attempt ELSE superseded END WHERE id = :id"""
+    charge = CASE WHEN :executes THEN charge ELSE 0 END, owner = CASE WHEN :executes THEN owner END WHERE id = :id"""
 INSERT_ATTEMPT = "INSERT OR IGNORE INTO bgjobs_attempts VALUES (:id, :number, :started_at, :ended_at, :outcome, :error)"
 TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :keep"
-ATTEMPTS = "SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts WHERE job_id = :id ORDER BY number"
+ATTEMPTS = """SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts WHERE job_id = :id
+    ORDER BY number"""
 
 # trees
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
-SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
+SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?,
+    tree_at = ?,
     tree_gained = ?, tree_seconds = ?, lane = ?, vtime = ? WHERE id = ?"""
-SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id
+SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id
+    = tree.id
     AND j.parent_id IS NOT NULL) SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
 
 # operations
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL, step = NULL,
-    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, died_with = NULL, started_at = NULL,
-    finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL,
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL,
+    step = NULL,
+    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, died_with =
+    NULL, started_at = NULL,
+    finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0,
+    tree_at = NULL,
     tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
 GO_ON = "UPDATE bgjobs_jobs SET goes_on = :goes_on WHERE id = :id AND goes_on <> :goes_on"
 ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0, died_with = NULL WHERE id = :id"
@@ -1335,7 +1375,8 @@ NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 # jobs that wait for their time, or are parked
 DUE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
     AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
-NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending' AND parked IS NULL"
+NEXT_DUE = """SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'
+    AND parked IS NULL"""
 MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, parked = NULL, phase = NULL WHERE id = :id"
 PARK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
 PARKED_KEYS = """WITH RECURSIVE keys(found) AS (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
@@ -1383,13 +1424,16 @@ OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 # died_with: the runners that died under the job since it was last acquitted; `deaths` is their number.
-COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1, died_with = json_insert(ifnull(died_with, '[]'), '$[#]', :owner)
+COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1, died_with = json_insert(ifnull(died_with, '[]'), '$[#]',
+    :owner)
     WHERE id = :id"""
 DIED_BESIDE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE deaths > 0 AND id <> :id
     AND EXISTS (SELECT 1 FROM json_each(died_with) WHERE value IN
     (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :id))))"""
-FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value) FROM json_each(died_with)
-    WHERE value NOT IN (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
+FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value) FROM
+    json_each(died_with)
+    WHERE value NOT IN (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id
+    = :id"""
 
 _TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max", "running", "running_min", "running_max")
 SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) VALUES ({", ".join("?" * 12)})
@@ -1416,9 +1460,9 @@ SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
 # ---- 8 Transactions -------------------------------------------------------------------------------------------
 #
-# What writes do to jobs. All of it happens in a Transaction, and the order is the same everywhere: change the jobs themselves,
-# adding up what that means for their ancestors and roots; `apply` writes those, and closes the parents whose last child is over.
-# What decides by counts, lanes or virtual times calls `apply` first.
+# What writes do to jobs. All of it happens in a Transaction, and the order is the same everywhere: change the jobs
+# themselves, adding up what that means for their ancestors and roots; `apply` writes those, and closes the parents
+# whose last child is over. What decides by counts, lanes or virtual times calls `apply` first.
 
 SUSPECT = 2                # deaths of its process after which a job runs with no other such one beside it
 DEATHS = 3                 # after which it is failed
@@ -1442,7 +1486,7 @@ class Submission:
     max_running: int | None = None
     submitter: int | None = None
     parent_id: int | None = None
-    author: tuple[int, int] | None = None                 # job id and attempt, when a job submits: a superseded one may not
+    author: tuple[int, int] | None = None                 # when a job submits: its id and attempt
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1457,7 +1501,7 @@ def _scheduled(row: dict[str, Any]) -> Submission:
 
 
 def kept_options(text: str | None) -> dict[str, Any]:
-    """Return the options that a row keeps. Those that somebody else has written and nobody can read: {"unreadable": why}."""
+    """Return the options that a row keeps; {"unreadable": why}, if somebody else has written what nobody can read."""
     if not text:
         return {}
     try:
@@ -1495,7 +1539,8 @@ def status_after(job: JobRow, outcome: str, retries: bool = False) -> str:
 def contribution(status: str, progress: float | None) -> dict[str, float]:
     """Return what a job in `status` adds to the counts and the progress of its ancestors."""
     over = status in OVER
-    return {"done": over, "failed": status == FAILED, "running": status in ACTIVE, "progress": 1.0 if over else progress or 0.0}
+    return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
+            "progress": 1.0 if over else progress or 0.0}
 
 
 class _Tally:
@@ -1534,12 +1579,12 @@ class Transaction:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                         # parent id -> it and its ancestors, up to the root
         self._changes: defaultdict[int, _Change] = defaultdict(_Change)      # by job id; not applied yet
-        self._freed: set[str] = set()                     # keys of limits below which attempts have ended; not applied yet
+        self._freed: set[str] = set()                     # limits below which attempts have ended; not applied yet
         self._slots: dict[str, set[int]] = {}             # key of a limit -> jobs that run, while claiming
         self._tallies: defaultdict[str, _Tally] = defaultdict(_Tally)        # by name of the function
         self.over: list[int] = []                         # jobs that became over
         self.parked = 0                                   # jobs that claims have put out of the way
-        self.trees: list[tuple[str, float]] = []          # names of jobs with children that finished, and their durations
+        self.trees: list[tuple[str, float]] = []          # jobs with children that finished: name and duration
         self.after_commit: list[Callable[[], None]] = []
 
     def value(self, sql: str, **parameters: Any) -> Any:
@@ -1575,36 +1620,43 @@ class Transaction:
 
     def submit(self, new: Submission) -> int:
         """Store one job and return its id; with a key, that of the job which has it already."""
-        queue, values = self._values(new)
+        (queue, values), is_root = self._values(new), new.parent_id is None
         if new.key is not None:
-            holder = self.value(ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY, key=new.key, parent=new.parent_id)
+            holder = self.value(ROOT_WITH_KEY if is_root else CHILD_WITH_KEY, key=new.key, parent=new.parent_id)
             if holder is not None:
                 return holder
-        job_id = self.execute(INSERT_ROOT if new.parent_id is None else INSERT_CHILD, (*values, new.key, new.args, new.kwargs)).lastrowid
+        inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD, (*values, new.key, new.args, new.kwargs))
+        job_id = inserted.lastrowid
         self._submitted(new, job_id, 1, queue)
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
         (queue, values), first = self._values(new), self.value(NEXT_ID)
-        self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN, (first, *values, json.dumps(arguments)))
+        self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
+                     (first, *values, json.dumps(arguments)))
         self._submitted(new, first, len(arguments), queue)
         return range(first, first + len(arguments))
 
     def _values(self, new: Submission) -> tuple[int | None, tuple[Any, ...]]:
-        """Return the queue that a new job is ready in, or None, and what is written of it, if author and parent allow it now."""
+        """Return the queue in which a new job is ready, or None, and the parameters of its INSERT.
+
+        Raises what _admit does.
+        """
         root_id, low, run_by = self._admit(new)
         waits = new.run_at is not None and new.run_at > self.now
         queue = None if waits or new.max_running is not None and self._is_held_up(new) else low
         place = (queue,) if root_id is None else (new.parent_id, root_id)
-        return queue, (*place, new.name, queue, self.now, new.run_at, new.submitter, low, new.system, new.label, run_by, new.options)
+        return queue, (*place, new.name, queue, self.now, new.run_at, new.submitter, low, new.system, new.label,
+                       run_by, new.options)
 
     def _submitted(self, new: Submission, first: int, count: int, queue: int | None) -> None:
-        """Write the limit of new jobs, count them for their ancestors, and wake the root. (A new root has its lane by now.)"""
+        """Write the limit of new jobs; if they are children, count them for their ancestors and wake their root."""
         if new.max_running is not None:
             parked = queue is None and (new.run_at is None or new.run_at <= self.now)
-            self.execute(LIMIT, {"first": first, "last": first + count - 1, "limit": new.max_running,
-                                 "key": f"limit {new.name}" if parked else None, "phase": "limit reached" if parked else None})
+            key, phase = (f"limit {new.name}", "limit reached") if parked else (None, None)
+            self.execute(LIMIT, {"first": first, "last": first + count - 1, "limit": new.max_running, "key": key,
+                                 "phase": phase})
         if new.parent_id is not None:
             self._count(new.parent_id, total=count)
             self._changes[new.parent_id].open += count
@@ -1612,7 +1664,10 @@ class Transaction:
                 self._wake(self._lineage(new.parent_id)[-1], queue)
 
     def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
-        """Return the root's id (None: the job is one), low_priority and run_by, if author and parent allow the job now."""
+        """Return the id of the root (None: the job is one), low_priority and run_by of a new job.
+
+        JobStopped, InvalidOperation: its author, or its parent, may have no children now.
+        """
         if new.author is not None:
             self.check_author(new.author)
         if new.parent_id is None:
@@ -1638,17 +1693,20 @@ class Transaction:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
     def _is_held_up(self, new: Submission) -> bool:
-        """Tell whether others of a new job's name are parked, behind which it has to wait, since none of those that run is above it."""
+        """Return whether a new job waits behind others of its name that are parked: none that runs may wait for it."""
         key = f"limit {new.name}"
         return self.execute(PARKED, {"key": key}).fetchone() is not None \
             and not self._holders(key).intersection(self._lineage(new.parent_id))
 
     # claim
 
-    def claim(self, owner: int, free: int, low_free: int, ahead: int, planned: float, workers: int, costs: Costs) -> list[Claim]:
-        """Claim jobs for `free` places in fair order, and up to `ahead` more that are short, for `workers` that will be free
-        soon, where `planned` seconds of work wait already. Low-priority jobs get at most `low_free` places and only what normal
-        ones leave."""
+    def claim(self, owner: int, free: int, low_free: int, ahead: int, planned: float, workers: int, costs: Costs
+              ) -> list[Claim]:
+        """Claim jobs for the free places of a runner, in fair order.
+
+        Up to `ahead` more are claimed if they are short, for `workers` that will be free soon, where `planned` seconds
+        of work wait already. Low-priority jobs get at most `low_free` places, and only those that normal ones leave.
+        """
         claims: list[Claim] = []
         self._slots.clear()
         while True:
@@ -1661,7 +1719,8 @@ class Transaction:
             if len(claims) >= free or self.parked == parked or self.parked >= PARKED_A_CLAIM:
                 return claims
 
-    def _claim_lane(self, lane: int, owner: int, free: int, ahead: int, planned: float, workers: int, costs: Costs) -> list[Claim]:
+    def _claim_lane(self, lane: int, owner: int, free: int, ahead: int, planned: float, workers: int, costs: Costs
+                    ) -> list[Claim]:
         limit = max(0, free) + ahead
         ready = list(map(Claim._make, self.execute(READY_ROOTS, {"lane": lane, "limit": limit}))) if limit else []
         if not ready:
@@ -1675,9 +1734,10 @@ class Transaction:
                 return None
             return (plans.get(job.name) or plans.setdefault(job.name, costs.plan(job.name)))[0]
         for root, job, tag, charge in self._in_fair_order(ready, lane, limit, charge_for):
-            if len(claims) >= free:                       # ahead of a free worker: only while they are known to be short
+            if len(claims) >= free:                       # ahead of a free worker: only what is known to be short
                 planned += plans[job.name][1]
-                if planned > budget or len(claims) >= limit or job.options is not None and '"recover":false' in job.options:
+                once = job.options is not None and '"recover":false' in job.options
+                if planned > budget or len(claims) >= limit or once:
                     break
             claims.append(Claim(*job[:-1], charge))
             if job.parent_id is None and job.total == 0:
@@ -1699,8 +1759,9 @@ class Transaction:
         """Yield what fair_order does for these roots. Where all of them are single jobs, none comes twice: no heap."""
         if any(root.total for root in roots):
             chunk = max(4, limit // len(roots) + 1)
-            return fair_order([(root.vtime, root.id, self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
-                               for root in roots], charge)
+            return fair_order([
+                (root.vtime, root.id, self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                for root in roots], charge)
         roots.sort(key=operator.attrgetter("vtime", "id"))
         return ((root.id, root, root.vtime, cost) for root in roots if (cost := charge(root)) is not None)
 
@@ -1710,7 +1771,8 @@ class Transaction:
             yield root
         after = 0
         while True:
-            rows = self.execute(READY_CHILDREN, {"root": root.id, "lane": lane, "after": after, "limit": chunk}).fetchall()
+            page = {"root": root.id, "lane": lane, "after": after, "limit": chunk}
+            rows = self.execute(READY_CHILDREN, page).fetchall()
             yield from map(Claim._make, rows)
             if len(rows) < chunk or self.parked >= PARKED_A_CLAIM:
                 return
@@ -1725,7 +1787,8 @@ class Transaction:
             if key not in self._slots:
                 self._slots[key] = self._holders(key)
             if not self._has_room(self._slots[key], limit, job.parent_id):
-                self.execute(PARK, {"id": job.id, "key": key, "phase": "interrupted" if key == "suspect" else "limit reached"})
+                phase = "interrupted" if key == "suspect" else "limit reached"
+                self.execute(PARK, {"id": job.id, "key": key, "phase": phase})
                 self._changes[job.root_id or job.id].relane = True
                 self.parked += 1
                 return False
@@ -1739,7 +1802,7 @@ class Transaction:
             self._freed.update(slots_of(job))
 
     def unpark_next(self, key: str) -> None:
-        """Make as many jobs ready as a limit has slots free, and descendants of those that run, which may wait for them."""
+        """Make as many jobs ready as a limit leaves slots, and descendants of those that run, which may wait for them."""
         running = self._holders(key)
 
         def make_ready(job: JobRow) -> bool:
@@ -1757,11 +1820,12 @@ class Transaction:
     def _holders(self, key: str) -> set[int]:
         """Return the jobs that run and count for a limit."""
         kind, _, name = key.partition(" ")
-        return {job_id for job_id, in self.execute(HOLDERS_SUSPECT if kind == "suspect" else HOLDERS_OF_NAME, {"name": name})}
+        sql = HOLDERS_SUSPECT if kind == "suspect" else HOLDERS_OF_NAME
+        return {job_id for job_id, in self.execute(sql, {"name": name})}
 
     def _has_room(self, running: set[int], limit: int, parent_id: int | None) -> bool:
-        """Tell whether a child of this parent may run beside those. Its ancestors do not count: they may wait for it."""
-        return len(running) < limit or parent_id is not None and len(running.difference(self._lineage(parent_id))) < limit
+        """Return whether a child of this parent may run beside these. Its ancestors do not count, for they may wait."""
+        return len(running) < limit or len(running.difference(self._lineage(parent_id))) < limit
 
     def _next_parked(self, key: str) -> JobRow | None:
         """Return the oldest job of the tree that has run least, normal before low priority, as far as 64 trees."""
@@ -1770,17 +1834,22 @@ class Transaction:
             heads += found
             after = found[0].root
         clock = self.value(CLOCK)
-        return min(heads, default=None, key=lambda head: (
-            head.low_priority, entry_tag((head if head.root_id is None else self._job(head.root_id)).vtime, clock), head.id))
+
+        def turn(head: JobRow) -> tuple[int, int, int]:
+            root = head if head.root_id is None else self._job(head.root_id)
+            return head.low_priority, entry_tag(root.vtime, clock), head.id
+        return min(heads, default=None, key=turn)
 
     # the end of attempts
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
         self.apply()                                      # the children that this transaction submitted count
-        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children and a.number == 1 and not a.has_reported]
+        plain = [a for a in attempts
+                 if a.outcome == RETURNED and a.number == 1 and not a.has_children and not a.has_reported]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
-        if plain and self.executemany(FINISH, rows).rowcount < len(plain):      # some were superseded, or got a child from outside
+        if plain and self.executemany(FINISH, rows).rowcount < len(plain):
+            # Some were superseded, or got a child from outside.
             plain = [a for a in plain if self.value(JUST_FINISHED, id=a.id, attempt=a.number, now=self.now)]
         for attempt in plain:
             self._count_finished(attempt)
@@ -1790,8 +1859,11 @@ class Transaction:
                 self._end(attempt)
 
     def finish_superseded(self, attempt: Attempt) -> bool:
-        """Record the outcome of an attempt that goes on executing, and accept nothing from it any more. False: it has ended."""
-        return self._end(attempt, supersede=True)
+        """Record the outcome of an attempt that still executes, and accept nothing more from it. False: it has ended."""
+        ends = self._end(attempt)
+        if ends:
+            self.execute(SUPERSEDE, {"id": attempt.id})
+        return ends
 
     def _count_finished(self, attempt: Attempt) -> None:
         """Count an attempt that FINISH has written."""
@@ -1803,7 +1875,7 @@ class Transaction:
             self._changes[attempt.parent_id].open -= 1
             self._changes[attempt.root_id].charge += attempt.correction
 
-    def _end(self, attempt: Attempt, supersede: bool = False) -> bool:
+    def _end(self, attempt: Attempt) -> bool:
         """Record any outcome. False: the attempt has been superseded."""
         self.apply()                                      # the counts must be true before they decide
         if attempt.unsaved_progress is not None:
@@ -1814,18 +1886,21 @@ class Transaction:
         outcome, error = attempt.outcome, attempt.error if attempt.outcome == RAISED else None
         retries = outcome == RAISED and job.own_errors < attempt.options.get("retries", 0)
         returned = outcome in (RETURNED, RAISED) and not retries
-        unspent = outcome in (UNSPENT, UNKNOWN)
         status = status_after(job, outcome, retries)
-        more: dict[str, Any] = {}
+        if outcome in (UNSPENT, UNKNOWN):
+            self.execute(UNSPEND, {"id": job.id})
+        elif attempt.number > 1 or not returned:
+            timed_out = outcome == RAISED and attempt.reason == TIMED_OUT
+            self._keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
+        self.execute(RECORD, {"id": job.id, "returned": returned, "result": attempt.result, "error": error,
+                              "positions": attempt.unsaved_positions()})
+        waits: dict[str, Any] = {}                        # what for, where it is not a worker
         if retries:
-            more["run_at"] = self._announce_retry(attempt, job.own_errors + 1, status)
+            waits["run_at"] = self._announce_retry(attempt, job.own_errors + 1, status)
         if status == PENDING:
-            more["phase"] = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
-            more["parked"] = f"function {job.name}" if outcome == UNKNOWN else None
-        if not unspent and (attempt.number > 1 or not returned):
-            self._keep_attempt(job, TIMED_OUT if outcome == RAISED and attempt.reason == TIMED_OUT else OUTCOMES[outcome], error)
-        self._end_attempt(job, status, attempt.ran, attempt.worked, returned=int(returned), result=attempt.result, error=error,
-                          positions=attempt.unsaved_positions(), unspent=int(unspent), supersede=supersede, **more)
+            waits["phase"] = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
+            waits["parked"] = f"function {job.name}" if outcome == UNKNOWN else None
+        self._end_attempt(job, status, attempt.ran, attempt.worked, **waits)
         return True
 
     def _announce_retry(self, attempt: Attempt, failures: int, status: str) -> float | None:
@@ -1838,33 +1913,36 @@ class Transaction:
 
     def _keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
         """Keep, for people, what became of an attempt; error is one of dump_error."""
-        said = json.loads(error) if error else {}
-        self.execute(INSERT_ATTEMPT, {"id": job.id, "number": job.attempt, "started_at": job.since, "ended_at": self.now,
-                                      "outcome": outcome, "error": _text(f"{said['type']}: {said['text']}", 500) if said else None})
+        if error is not None:
+            raised = json.loads(error)
+            error = _text(f"{raised['type']}: {raised['text']}", 500)
+        self.execute(INSERT_ATTEMPT, {"id": job.id, "number": job.attempt, "started_at": job.since,
+                                      "ended_at": self.now, "outcome": outcome, "error": error})
         if job.attempt > ATTEMPTS_A_JOB:
             self.execute(TRIM_ATTEMPTS, {"id": job.id, "number": job.attempt, "keep": ATTEMPTS_A_JOB})
 
-    def _end_attempt(self, job: JobRow, status: str, ran: float, worked: float, **changes: Any) -> None:
-        """End the attempt that executes: its tree has run for `worked` seconds, its slots are free, and the job moves on."""
+    def _end_attempt(self, job: JobRow, status: str, ran: float, worked: float, **waits: Any) -> None:
+        """End the attempt that executes: charge its root for `worked` seconds, free its slots, and move the job on."""
         self._changes[job.root].charge += int(worked * 1e6) - job.charge
         self._free_slots(job)
-        self._move(job, status, ran, **changes)
+        self._move(job, status, ran, **waits)
 
-    def _move(self, job: JobRow, status: str, ran: float | None = None, **changes: Any) -> None:
-        """Move a job to a status, with other columns of MOVE if they change, and add up what that means for others.
+    def _move(self, job: JobRow, status: str, ran: float | None = None, *, run_at: float | None = None,
+              parked: str | None = None, phase: str | None = None) -> None:
+        """Change a job's status, and add up what that means for others.
 
-        ran: the seconds that it was active, where that is not the time since it became so.
+        ran: the seconds that it was active, where that is not the time since it became so. run_at, parked: what it
+        waits for if it becomes pending and is not ready.
         """
         executes = status == STOPPING                     # up to its next checkpoint
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
-        waits = changes.get("run_at") is not None or job.run_at is not None and job.run_at > self.now and job.started_at is None
-        queue = job.low_priority if status == PENDING and not waits and changes.get("parked") is None else None
-        self.execute(MOVE, {
-            "returned": None, "result": None, "error": None, "positions": None, "run_at": None, "phase": None, "parked": None,
-            "unspent": 0, "supersede": False, **changes, "id": job.id, "status": status, "queue": queue, "ran": ran, "executes": executes,
-            "since": job.since if executes else self.now if status == RUNNING else None,
-            "finished_at": self.now if status in OVER else None})
+        waits = run_at or parked or job.run_at is not None and job.run_at > self.now and job.started_at is None
+        queue = job.low_priority if status == PENDING and not waits else None
+        self.execute(MOVE, {"id": job.id, "status": status, "queue": queue, "parked": parked, "phase": phase,
+                            "run_at": run_at, "ran": ran, "executes": executes,
+                            "since": job.since if executes else self.now if status == RUNNING else None,
+                            "finished_at": self.now if status in OVER else None})
         if status in OVER and job.status not in OVER:
             self.over.append(job.id)
         if status in (FINISHED, FAILED):
@@ -1884,7 +1962,8 @@ class Transaction:
 
     # what is added up
 
-    def _count(self, parent_id: int | None, *, total: int = 0, done: int = 0, failed: int = 0, running: int = 0, progress: float = 0.0) -> None:
+    def _count(self, parent_id: int | None, *, total: int = 0, done: int = 0, failed: int = 0, running: int = 0,
+               progress: float = 0.0) -> None:
         """Add to the counts of a job's ancestors, from its parent up."""
         for ancestor in self._lineage(parent_id):
             change = self._changes[ancestor]
@@ -1904,8 +1983,10 @@ class Transaction:
         self._changes.clear()
 
     def apply(self) -> None:
-        """Write the counts of ancestors and the virtual times of roots; close parents whose last child is over; give freed slots
-        to those that wait for them."""
+        """Write what is added up: counts of ancestors, virtual times and lanes of roots; and give freed slots out.
+
+        A parent whose last child is over is closed, which may mean the same for its own parent.
+        """
         while self._changes or self._freed:
             freed, self._freed = self._freed, set()
             for key in freed:
@@ -1921,7 +2002,7 @@ class Transaction:
         pace = job.tree_at, job.tree_gained, job.tree_seconds
         if change.progress:
             elapsed = job.duration + (max(0.0, self.now - job.since) if job.since else 0.0)
-            gap = self.now - max(job.tree_at or 0.0, job.since or 0.0)      # what happened before a resume took no time of this run
+            gap = self.now - max(job.tree_at or 0.0, job.since or 0.0)      # a pause before a resume is none of it
             pace = self.now, *Rate(job.tree_gained or 0.0, job.tree_seconds or 0.0).after(change.progress, gap, elapsed)
         if change.relane:
             lane = self.value(BEST_LANE, root=job.id)
@@ -1929,8 +2010,9 @@ class Transaction:
             if job.lane is None:                          # it was idle
                 vtime = entry_tag(vtime, self.value(CLOCK))
             lane = change.wake if lane is None else min(lane, change.wake)
-        self.execute(SAVE_TREE, (open_, job.total + change.total, job.done + change.done, job.failed + change.failed,
-                                 job.running + change.running, job.tree_progress + change.progress, *pace, lane, vtime, job.id))
+        self.execute(SAVE_TREE, (
+            open_, job.total + change.total, job.done + change.done, job.failed + change.failed,
+            job.running + change.running, job.tree_progress + change.progress, *pace, lane, vtime, job.id))
         if open_ == 0 and job.returned and job.status in (RUNNING, STOPPED):
             self._move(job, FINISHED if job.error is None else FAILED)
 
@@ -1951,7 +2033,7 @@ class Transaction:
             minute = int(self.now // 60)
             self.executemany(SAVE_TALLY, [(minute, name, *tally.row()) for name, tally in self._tallies.items()])
 
-    # operations: one method for each, which tells whether it was applied to a job; `top` is the one that it was asked for
+    # operations: a method for each returns whether it did something to a job; `top` is the one that it was asked for
 
     def operate(self, operation: str, job_id: int, by: str | None, author: tuple[int, int] | None = None) -> list[int]:
         """Apply an operation to a job and those descendants that allow it; return the ids it was applied to.
@@ -1983,7 +2065,7 @@ class Transaction:
             raise refusal(f"job {top.id}", top.status, operation, [name for name in allowed if name != operation], why)
         options, fits = kept_options(top.options), top.status in TRANSITIONS[operation]
         active = next((job.id for job in below if job.status in ACTIVE), None)
-        for_others = operation == "force_stop" and top.status == STOPPED and any(job.status == STOPPING for job in below)
+        for_others = operation == "force_stop" and top.status == STOPPED and STOPPING in [job.status for job in below]
         why = objection(operation, options, bool(top.system))
         if why or not (fits or for_others):
             refuse(why if fits else "", allowed_operations(top.status, options, bool(top.system), active is not None))
@@ -2000,7 +2082,7 @@ class Transaction:
             return job is top
         if job.status in OVER or objection("stop", kept_options(job.options), bool(job.system)):
             return False
-        self._move(job, STOPPING if job.executes else STOPPED)      # where nothing executes, there is no checkpoint to wait for
+        self._move(job, STOPPING if job.executes else STOPPED)      # else there is no checkpoint to wait for
         return True
 
     def _resume(self, job: JobRow, top: JobRow) -> bool:
@@ -2024,7 +2106,8 @@ class Transaction:
             return False
         ran = max(0.0, self.now - (job.since or self.now))
         self._keep_attempt(job, "force-stopped")
-        self._end_attempt(job, STOPPED, ran, ran, supersede=True)
+        self.execute(SUPERSEDE, {"id": job.id})
+        self._end_attempt(job, STOPPED, ran, ran)
         return True
 
     def _cancel(self, job: JobRow, top: JobRow) -> bool:
@@ -2154,12 +2237,13 @@ class Transaction:
         return sorted(self.jobs(OWNED, owner=owner), reverse=True)
 
     def recover(self, owner: int) -> int:
-        """Take the jobs of a runner whose process died back: running to pending, stopping to stopped, at the third death to failed."""
+        """Take back the jobs of a runner whose process died, and forget it; return how many there were."""
         jobs, seen = self.owned(owner), self.value(LAST_SEEN, id=owner)
+        until = 0.0 if seen is None else min(self.now, seen + HEARTBEAT_SECONDS)
         for job in jobs:
             self.execute(COUNT_DEATH, {"id": job.id, "owner": owner})
         for job in jobs:
-            self.take_back(job.id, "its process died", 0.0 if seen is None else min(self.now, seen + HEARTBEAT_SECONDS), died=True)
+            self.take_back(job.id, "its process died", until, died=True)
         self.remove_runner(owner)
         return len(jobs)
 
@@ -2169,8 +2253,10 @@ class Transaction:
         self.execute(UNREGISTER, {"id": runner})
 
     def take_back(self, job_id: int, why: str, until: float, died: bool = False) -> None:
-        """Supersede the attempt of a job that executes, which ran until then: as one that was given back, or that raised, if the
-        job may not run again."""
+        """Supersede the attempt of a job, which ran until then: running becomes pending, stopping becomes stopped.
+
+        If it may not run again (recover=False, or the third process died under it) it ends as if it had raised.
+        """
         self.apply()
         job, error = self._job(job_id), None
         if not job.stops and not kept_options(job.options).get("recover", True):
@@ -2181,8 +2267,11 @@ class Transaction:
         status = status_after(job, RELEASED if error is None else RAISED)
         ran = max(0.0, until - (job.since or until))
         self._keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-        self._end_attempt(job, status, ran, ran, supersede=True, returned=int(error is not None),
-                          error=error and dump_error("Interrupted", error, ""), phase="interrupted" if status == PENDING else None)
+        self.execute(SUPERSEDE, {"id": job_id})
+        if error is not None:
+            self.execute(RECORD, {"id": job_id, "returned": True, "result": None, "positions": None,
+                                  "error": dump_error("Interrupted", error, "")})
+        self._end_attempt(job, status, ran, ran, phase="interrupted" if status == PENDING else None)
         self.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
     def _acquit_others(self, killer: int) -> None:
@@ -2225,20 +2314,20 @@ class Transaction:
 
     def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state; False when it has been superseded."""
-        return self.save_states([(attempt, state, positions)])[0]
+        return self.execute(SAVE_STATE, {"id": attempt.id, "attempt": attempt.number, "state": state,
+                                         "positions": positions}).rowcount == 1
 
     def save_states(self, saves: list[tuple[Attempt, str | None, str | None]]) -> list[bool]:
         """Store the states of many attempts as `save_state` does; where state and positions are None it only tells."""
-        rows = [{"id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions} for attempt, state, positions in saves]
-        return [self.execute(SAVE_STATE, row).rowcount == 1 for row in rows]
+        return [self.save_state(*save) for save in saves]
 
     def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         job = self._executing(attempt)
         if job is not None:
-            self.execute(SAVE_PROGRESS, {"id": job.id, "at": self.now - report.age, "progress": report.progress,
-                                         "gained": report.rate.gained, "seconds": report.rate.seconds, "step": report.step,
-                                         "message": report.message})
+            self.execute(SAVE_PROGRESS, {
+                "id": job.id, "at": self.now - report.age, "progress": report.progress, "gained": report.rate.gained,
+                "seconds": report.rate.seconds, "step": report.step, "message": report.message})
             self._count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
             attempt.has_reported = True
 
