@@ -29,12 +29,18 @@ kill -9. A job runs at least once: again only because its process died, somebody
 Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
 been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
 
-How it hangs together. A thread that wants to write (submit, checkpoint, an operation, a worker with an outcome)
-hands a function to the store. One of the threads that wait leads: it opens one transaction, runs what
-all of them brought, lets the runner record the outcomes of ended attempts and claim the next jobs in it, and
-commits. So the batches grow with the load and a caller alone pays no hand-over. Claimed jobs go to the pool,
-whose workers execute them, or to an executor, whose processes speak to the runner over a port of its own. A service
-thread looks after what comes by the clock or from other processes.
+How it hangs together. What happens to a call, and where to read about it:
+
+    submit   The runner (16) encodes the call (2, 3) and hands the store (9) a function that writes it (8).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of them brought,
+             records the outcomes of ended attempts, claims the next jobs for free workers, and commits. So batches
+             grow with the load, and a caller alone pays no hand-over.
+    claim    The root that has had the least time is next (5), with its oldest ready job (8).
+    run      A worker of the pool (11) calls the function, as an Attempt (12). Or an executor's process does, which
+             speaks to the runner over a port of its own (18).
+    finish   The outcome waits for the next transaction. After its commit the handles (13) of what is over are told.
+
+A service thread (17) looks after what comes by the clock, or from other processes: schedules, retries, stops, deaths.
 
 Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
            6 Force stop   7 Tables and statements   8 Transactions   9 Store   10 What people see   11 Worker pool
@@ -96,7 +102,7 @@ _log = logging.getLogger("bgjobs")
 
 
 def _say(level: int, text: str) -> None:
-    """Log a message of the library's own, in a thread of its own: the app's handlers may block, and no job may own it."""
+    """Log a message of the library's own, in a thread of its own: the app's handlers may block; no job may own it."""
     with contextlib.suppress(RuntimeError):               # the interpreter ends
         threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log",
                          daemon=True).start()
@@ -132,6 +138,7 @@ RETURNED, RAISED, HALTED = "returned", "raised", "halted"          # outcomes of
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"     # or it is given back: begun, not begun, unknown here
 TIMED_OUT = "timed out"                                             # the reason to stop one; it ends as RAISED
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}     # in words
+PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}    # of jobs that are pending again
 
 
 class BgjobsError(Exception):
@@ -1060,12 +1067,12 @@ TABLES = {sql.split()[2]: sql for sql in (
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
-        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
-        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
-        died_with TEXT,
-        own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
-        total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
-        running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER,
+        returned INTEGER NOT NULL DEFAULT 0, goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0,
+        deaths INTEGER NOT NULL DEFAULT 0, died_with TEXT, own_errors INTEGER NOT NULL DEFAULT 0,
+        open INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
+        failed INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0,
+        low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL, since REAL,
         duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, gained REAL, seconds REAL, step REAL,
         tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_gained REAL, tree_seconds REAL,
@@ -1073,53 +1080,52 @@ TABLES = {sql.split()[2]: sql for sql in (
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
         level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did
-    # not end it.
-    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL
-        NOT NULL,
+    # Of attempts, for people: those alone that their job's row does not tell, others than the one that ended it.
+    """CREATE TABLE bgjobs_attempts (
+        job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
     # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again.
     # counted_id: up to which the statistics have counted what was created. token: of the status page, whichever
     # process serves it.
     """CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
         counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
-    """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INTEGER NOT NULL DEFAULT 0,
-        lock_file TEXT)""",
+    """CREATE TABLE bgjobs_runners (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL, workers INTEGER NOT NULL,
+        started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0, lock_file TEXT)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
-    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone
-        TEXT,
+    """CREATE TABLE bgjobs_schedules (
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
-        low_priority INTEGER NOT NULL,
-        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL,
-        job_id INTEGER,
+        low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
+        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
         runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
     # Which living runners' code has which schedules.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
     # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
-    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started
-        INTEGER NOT NULL,
-        finished INTEGER NOT NULL, failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+    """CREATE TABLE bgjobs_stats (
+        minute INTEGER NOT NULL, name TEXT NOT NULL,
+        created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL, failed INTEGER NOT NULL,
+        waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
 )}
 
 INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
-    """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT
-        NULL""",
+    """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
+        WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
     # system and parent_id are there for the lists of people, which this index counts and has in order by itself.
     "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id) WHERE status <> 'pending'",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
-    "CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'",
+    """CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at)
+        WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'""",
     "CREATE INDEX bgjobs_parked ON bgjobs_jobs(parked, root_id) WHERE parked IS NOT NULL",
     "CREATE INDEX bgjobs_limited ON bgjobs_jobs(name) WHERE max_running IS NOT NULL AND owner IS NOT NULL",
     "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths > 0",
-    """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
-        AND status IN ('pending', 'running', 'stopping', 'stopped')""",
-    """CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT
-        NULL""",
+    """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key)
+        WHERE key IS NOT NULL AND parent_id IS NULL AND status IN ('pending', 'running', 'stopping', 'stopped')""",
+    """CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key)
+        WHERE key IS NOT NULL AND parent_id IS NOT NULL""",
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
@@ -1274,8 +1280,8 @@ _AS_ROOT, _AS_CHILD = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL", "NULL, 
 _VALUES = "?, 'pending'" + ", ?" * 9
 NEXT_ID = "SELECT max((SELECT last_id FROM bgjobs_clock), ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"
 INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
-INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM
-    json_each(?)"""
+INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
+    SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
 INSERT_ROOT, INSERT_CHILD, INSERT_ROOTS, INSERT_CHILDREN = (
     sql.format(place) for sql in (INSERT_JOB, INSERT_MANY) for place in (_AS_ROOT, _AS_CHILD))
 LIMIT = "UPDATE bgjobs_jobs SET max_running = :limit, parked = :key, phase = :phase WHERE id BETWEEN :first AND :last"
@@ -1298,72 +1304,65 @@ READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AN
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
 # Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own
 # tree.
-CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner =
-    :owner,
-    waited = CASE WHEN started_at IS NULL THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END,
-    since = :now, started_at = ifnull(started_at, :now), phase = NULL, gained = NULL WHERE id IN (SELECT value FROM
-    json_each(:ids))"""
+CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, phase = NULL,
+    charge = :charge, owner = :owner, since = :now, started_at = ifnull(started_at, :now), gained = NULL,
+    waited = CASE WHEN started_at IS NULL THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
+    WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
 
 # what attempts report; one that has been superseded is refused
 _OF_ATTEMPT = "WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"
 SAVE_STATE = f"""UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
     {_OF_ATTEMPT}"""
-SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained, seconds =
-    :seconds, step = :step,
-    message = :message WHERE id = :id"""
+SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained,
+    seconds = :seconds, step = :step, message = :message WHERE id = :id"""
 ADD_CHARGE = f"UPDATE bgjobs_jobs SET charge = charge + :more {_OF_ATTEMPT}"
 INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
 # One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON
 # array of [job, at, level, message, attempt].
-INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT json_extract(value, '$[0]'),
-    json_extract(value, '$[1]'),
-    json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
+INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
     (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]') AND superseded < json_extract(value, '$[4]'))"""
 
 # the end of attempts. FINISH is for the first attempt of a job that returned and has no children; others take several
 # statements: RECORD what the function left, MOVE the job to its next status, perhaps take its number back or refuse
 # what it still says.
-FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result
-    = ?,
-    vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
+FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?,
+    result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-JUST_FINISHED = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt AND finished_at = :now AND status =
-    'finished'"""
+JUST_FINISHED = """SELECT 1 FROM bgjobs_jobs
+    WHERE id = :id AND attempt = :attempt AND status = 'finished' AND finished_at = :now"""
 RECORD = """UPDATE bgjobs_jobs SET returned = :returned, result = :result, error = ifnull(:error, error),
     own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions) WHERE id = :id"""
-UNSPEND = """UPDATE bgjobs_jobs SET attempt = attempt - 1, started_at = CASE WHEN started_at = since THEN NULL ELSE
-    started_at END
-    WHERE id = :id"""
+UNSPEND = """UPDATE bgjobs_jobs SET attempt = attempt - 1,
+    started_at = CASE WHEN started_at = since THEN NULL ELSE started_at END WHERE id = :id"""
 SUPERSEDE = "UPDATE bgjobs_jobs SET superseded = attempt WHERE id = :id"
 MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked, phase = :phase, goes_on = 0,
     run_at = ifnull(:run_at, run_at), finished_at = :finished_at, since = :since, duration = duration + :ran,
     charge = CASE WHEN :executes THEN charge ELSE 0 END, owner = CASE WHEN :executes THEN owner END WHERE id = :id"""
 INSERT_ATTEMPT = "INSERT OR IGNORE INTO bgjobs_attempts VALUES (:id, :number, :started_at, :ended_at, :outcome, :error)"
 TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :keep"
-ATTEMPTS = """SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts WHERE job_id = :id
-    ORDER BY number"""
+ATTEMPTS = """SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts
+    WHERE job_id = :id ORDER BY number"""
 
 # trees
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
 SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?,
-    tree_at = ?,
-    tree_gained = ?, tree_seconds = ?, lane = ?, vtime = ? WHERE id = ?"""
-SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id
-    = tree.id
-    AND j.parent_id IS NOT NULL) SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
+    tree_at = ?, tree_gained = ?, tree_seconds = ?, lane = ?, vtime = ? WHERE id = ?"""
+SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
+    SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
+    SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
 
 # operations
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL,
-    step = NULL,
-    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, died_with =
-    NULL, started_at = NULL,
-    finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0,
-    tree_at = NULL,
-    tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL, error = NULL,
+    progress = NULL, progress_at = NULL, gained = NULL, step = NULL, own_errors = 0, returned = 0, goes_on = 0,
+    deaths = 0, died_with = NULL, started_at = NULL, finished_at = NULL, duration = 0,
+    open = 0, total = 0, done = 0, failed = 0, running = 0,
+    tree_progress = 0, tree_at = NULL, tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
 GO_ON = "UPDATE bgjobs_jobs SET goes_on = :goes_on WHERE id = :id AND goes_on <> :goes_on"
 ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0, died_with = NULL WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
@@ -1373,8 +1372,8 @@ DELETE_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ?"
 NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 # jobs that wait for their time, or are parked
-DUE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
-    AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
+DUE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL AND queue IS NULL
+    AND status = 'pending' AND parked IS NULL LIMIT 1000"""
 NEXT_DUE = """SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'
     AND parked IS NULL"""
 MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, parked = NULL, phase = NULL WHERE id = :id"
@@ -1424,17 +1423,14 @@ OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 # died_with: the runners that died under the job since it was last acquitted; `deaths` is their number.
-COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1, died_with = json_insert(ifnull(died_with, '[]'), '$[#]',
-    :owner)
-    WHERE id = :id"""
+COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1,
+    died_with = json_insert(ifnull(died_with, '[]'), '$[#]', :owner) WHERE id = :id"""
 DIED_BESIDE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE deaths > 0 AND id <> :id
     AND EXISTS (SELECT 1 FROM json_each(died_with) WHERE value IN
     (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :id))))"""
-FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value) FROM
-    json_each(died_with)
-    WHERE value NOT IN (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id
-    = :id"""
-
+FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value)
+    FROM json_each(died_with) WHERE value NOT IN
+    (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
 _TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max", "running", "running_min", "running_max")
 SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) VALUES ({", ".join("?" * 12)})
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
@@ -1894,22 +1890,18 @@ class Transaction:
             self._keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
         self.execute(RECORD, {"id": job.id, "returned": returned, "result": attempt.result, "error": error,
                               "positions": attempt.unsaved_positions()})
-        waits: dict[str, Any] = {}                        # what for, where it is not a worker
-        if retries:
-            waits["run_at"] = self._announce_retry(attempt, job.own_errors + 1, status)
-        if status == PENDING:
-            waits["phase"] = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}.get(outcome)
-            waits["parked"] = f"function {job.name}" if outcome == UNKNOWN else None
-        self._end_attempt(job, status, attempt.ran, attempt.worked, **waits)
+        self._end_attempt(job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
+                          run_at=self._announce_retry(attempt, job.own_errors + 1, status) if retries else None,
+                          parked=f"function {job.name}" if outcome == UNKNOWN else None)
         return True
 
-    def _announce_retry(self, attempt: Attempt, failures: int, status: str) -> float | None:
-        """Write in the log when the next attempt is due, and return it; None: when the job is resumed."""
+    def _announce_retry(self, attempt: Attempt, failures: int, status: str) -> float:
+        """Return when the next attempt is due, and tell the job's log."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING,
                  f"attempt {attempt.number} failed; retry {failures} of {attempt.options['retries']} {when}")
-        return self.now + pause if status == PENDING else None
+        return self.now + pause
 
     def _keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
         """Keep, for people, what became of an attempt; error is one of dump_error."""
@@ -1931,10 +1923,12 @@ class Transaction:
               parked: str | None = None, phase: str | None = None) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: the seconds that it was active, where that is not the time since it became so. run_at, parked: what it
-        waits for if it becomes pending and is not ready.
+        ran: the seconds that it was active, where that is not the time since it became so. run_at, parked, phase: what
+        it waits for if it becomes pending and is not ready, and the word for that.
         """
         executes = status == STOPPING                     # up to its next checkpoint
+        if status != PENDING:
+            run_at = parked = phase = None
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
         waits = run_at or parked or job.run_at is not None and job.run_at > self.now and job.started_at is None
@@ -2271,7 +2265,7 @@ class Transaction:
         if error is not None:
             self.execute(RECORD, {"id": job_id, "returned": True, "result": None, "positions": None,
                                   "error": dump_error("Interrupted", error, "")})
-        self._end_attempt(job, status, ran, ran, phase="interrupted" if status == PENDING else None)
+        self._end_attempt(job, status, ran, ran, phase=PHASES[RELEASED])
         self.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
     def _acquit_others(self, killer: int) -> None:
