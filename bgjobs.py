@@ -2083,7 +2083,7 @@ class Transaction:
         if job.status == STOPPING and job is not top:
             self.execute(GO_ON, {"id": job.id, "goes_on": 1})       # as soon as it has stopped
             return True
-        if job.status != STOPPED and not job.status == top.status == FAILED:
+        if not (job.status == STOPPED or job.status == FAILED == top.status):      # of a failed one, the failed ones too
             return False
         if job.deaths:
             self.execute(ACQUIT, {"id": job.id})          # somebody has looked at it

@@ -2237,6 +2237,21 @@ class TestStore:
         runner._store._commit([bad, good], "some")           # the bad one has each run again alone
         assert isinstance(bad.error, ZeroDivisionError) and second._state == "CANCELLED_AND_NOTIFIED"
 
+    def test_a_job_to_stop_that_fails_by_its_third_death_is_stopped_while_children_are_open(self, idle):
+        parent = idle.submit(add, 1)
+        child = idle.options(parent=parent).submit(add, 2)
+        claimed(idle, 1)
+        parent.stop()
+        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", [parent.id]))
+        idle._store.write(lambda tx: tx.recover(idle._id))
+        assert (parent.status, child.status) == ("stopped", "stopped")
+        consistent(idle)
+        parent.resume()
+        assert (parent.status, parent.phase, child.status) == ("running", "waiting for children", "pending")
+        idle.drain()
+        assert (parent.status, child.result()) == ("failed", 2) and "died under it 3 times" in parent.error
+        consistent(idle)
+
     def test_a_root_that_is_resumed_has_no_credit(self, idle):
         job = idle.submit(add, 1)
         job.stop()
