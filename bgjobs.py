@@ -123,7 +123,7 @@ ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
 _NOT_OVER = (PENDING, RUNNING, STOPPING, STOPPED)
 
-# operation -> {status it is allowed in: status that follows}. What refines it is said in Transaction.operate.
+# operation -> {status it is allowed in: status that follows}. Transaction has a method for each, which refines that.
 TRANSITIONS: dict[str, dict[str, str]] = {
     "stop": {PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
     "resume": {STOPPED: PENDING, FAILED: PENDING},
