@@ -1559,13 +1559,10 @@ class _Tally:
 class _Change:
     """What one transaction adds up for one job that has descendants, or for one root."""
 
-    __slots__ = ("open", "total", "done", "failed", "running", "progress", "charge", "wake", "relane")
-
-    def __init__(self) -> None:
-        self.open = self.total = self.done = self.failed = self.running = self.charge = 0
-        self.progress = 0.0
-        self.wake: int | None = None       # a job became ready in this lane
-        self.relane = False                # ready jobs went away: look the best lane up
+    open = total = done = failed = running = charge = 0
+    progress = 0.0
+    wake: int | None = None                               # a job became ready in this lane
+    relane = False                                        # ready jobs went away: look the best lane up
 
 
 class Transaction:
