@@ -29,16 +29,23 @@ kill -9. A job runs at least once: again only because its process died, somebody
 Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
 been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
 
-How it hangs together. A thread that wants to write (submit, checkpoint, an operation, a worker with an outcome)
-hands a function to the store. One of the threads that wait leads: it opens one transaction, runs what
-all of them brought, lets the runner record the outcomes of ended attempts and claim the next jobs in it, and
-commits. So the batches grow with the load and a caller alone pays no hand-over. Claimed jobs go to the pool,
-whose workers execute them, or to an executor, whose processes speak to the runner over a port of its own. A service
-thread looks after what comes by the clock or from other processes.
+How it hangs together. What happens to a call, and where to read about it:
+
+    submit   The runner (16) encodes the call (2, 3) and hands the store (9) a function that writes it (8).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of them brought,
+             records the outcomes of ended attempts, claims the next jobs for free workers, and commits. So batches
+             grow with the load, and a caller alone pays no hand-over.
+    claim    The root that has had the least time is next (5), with its oldest ready job (8).
+    run      A worker of the pool (11) calls the function, as an Attempt (12). Or an executor's process does, which
+             speaks to the runner over a port of its own (18).
+    finish   The outcome waits for the next transaction. After its commit the handles (13) of what is over are told.
+
+A service thread (17) looks after what comes by the clock, or from other processes: schedules, retries, stops, deaths.
 
 Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
-           6 Force stop   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle   12 Runner
-           13 Elsewhere   14 The default runner   15 Status page   16 Command line
+           6 Force stop   7 Tables and statements   8 Transactions   9 Store   10 What people see   11 Worker pool
+           12 Inside a job   13 The handle   14 Schedules   15 Statistics and retention   16 Runner
+           17 Clock, processes and exit   18 Elsewhere   19 The default runner   20 Status page   21 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -81,23 +88,24 @@ import time
 import traceback
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
-           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs", "options",
-           "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
+           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs",
+           "options", "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
 
 
 def _say(level: int, text: str) -> None:
-    """Log a message of the library's own, from a thread of its own: handlers are the app's and may block, and no job may own it."""
+    """Log a message of the library's own, in a thread of its own: the app's handlers may block; no job may own it."""
     with contextlib.suppress(RuntimeError):               # the interpreter ends
-        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log", daemon=True).start()
+        threading.Thread(target=contextvars.Context().run, args=(_log.log, level, "%s", text), name="bgjobs-log",
+                         daemon=True).start()
 
 
 # ---- 1 Words and rules ----------------------------------------------------------------------------------------
@@ -115,7 +123,7 @@ ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
 _NOT_OVER = (PENDING, RUNNING, STOPPING, STOPPED)
 
-# operation -> {status it is allowed in: status that follows}. What refines it is said in Transaction.operate.
+# operation -> {status it is allowed in: status that follows}. Transaction has a method for each, which refines that.
 TRANSITIONS: dict[str, dict[str, str]] = {
     "stop": {PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
     "resume": {STOPPED: PENDING, FAILED: PENDING},
@@ -125,6 +133,12 @@ TRANSITIONS: dict[str, dict[str, str]] = {
     "set_low_priority": {status: status for status in _NOT_OVER},
     "remove_low_priority": {status: status for status in _NOT_OVER},
 }
+
+RETURNED, RAISED, HALTED = "returned", "raised", "halted"          # outcomes of an attempt: what its function did;
+RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"     # or it is given back: begun, not begun, unknown here
+TIMED_OUT = "timed out"                                             # the reason to stop one; it ends as RAISED
+OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}     # in words
+PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}    # of jobs that are pending again
 
 
 class BgjobsError(Exception):
@@ -151,9 +165,10 @@ class JobStopped(BaseException):
     """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False) -> list[str]:
-    """Return the operations that a job with this status and these options allows now; `active_below`: a descendant runs."""
-    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; there is no use in offering it
+def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False
+                       ) -> list[str]:
+    """Return the operations that a job with this status and these options allows; `active_below`: a descendant runs."""
+    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; no use in offering it
     if active_below:
         unfit |= {"cancel", "restart"}
     return [name for name, moves in TRANSITIONS.items()
@@ -1032,208 +1047,369 @@ class _HandleLock:
         return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
-# ---- 7 Transactions -------------------------------------------------------------------------------------------
+# ---- 7 Tables and statements ----------------------------------------------------------------------------------
 #
-# A job that is pending and has no queue waits for its time, or is `parked`: out of the way until what that column names
-# comes, a process that knows its function ("function NAME"), the end of another job of its name ("limit NAME"), or that of a
-# job which is suspected, like this one, of taking its process down ("suspect").
+# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority. Waiting
+# for its time: `run_at`, and no queue. Or `parked`, out of the way until what that column names comes: a process that
+# knows its function ("function NAME"), the end of another job of its name ("limit NAME"), or the end of a job that is
+# suspected, like this one, of taking its process down ("suspect").
 #
-# `queue` of a job is its lane while it is ready to be claimed (0 normal, 1 low priority), else NULL. `lane` of a root is
-# the best queue in its tree, so that (lane, vtime) finds the next root and (root_id, queue, id) its oldest ready child.
-# Each job carries counts over its descendants (total, done, failed, running; `open` is its direct children that
-# are not over), which the transaction adds up and writes once for each ancestor, however many children it touched.
+# `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime) finds the next root
+# and (root_id, queue, id) its oldest ready child. `owner` is the runner that executes the job, NULL once its function
+# has returned.
+#
+# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its direct children
+# that are not over). A transaction adds up what it changes and writes each ancestor once, however many of its
+# descendants it touched.
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = ((
+TABLES = {sql.split()[2]: sql for sql in (
+    "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
-        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
-        goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0, died_with TEXT,
-        own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
-        total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
-        running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER,
+        returned INTEGER NOT NULL DEFAULT 0, goes_on INTEGER NOT NULL DEFAULT 0, superseded INTEGER NOT NULL DEFAULT 0,
+        deaths INTEGER NOT NULL DEFAULT 0, died_with TEXT, own_errors INTEGER NOT NULL DEFAULT 0,
+        open INTEGER NOT NULL DEFAULT 0, total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
+        failed INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0,
+        low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL, since REAL,
         duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, gained REAL, seconds REAL, step REAL,
         tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_gained REAL, tree_seconds REAL,
         phase TEXT, parked TEXT, max_running INTEGER, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
-    "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
-    "CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL",
-    # system and parent_id are there for the lists of people, which this index counts and has in order by itself.
-    "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id) WHERE status <> 'pending'",
-    "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
-    "CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'",
-    "CREATE INDEX bgjobs_parked ON bgjobs_jobs(parked, root_id) WHERE parked IS NOT NULL",
-    "CREATE INDEX bgjobs_limited ON bgjobs_jobs(name) WHERE max_running IS NOT NULL AND owner IS NOT NULL",
-    "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths > 0",
-    """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
-        AND status IN ('pending', 'running', 'stopping', 'stopped')""",
-    "CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
         level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
-    # What people see of attempts; of those alone that are not told by their job's row: more than one, or one that did not end it.
-    """CREATE TABLE bgjobs_attempts (job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+    # Of attempts, for people: those alone that their job's row does not tell, others than the one that ended it.
+    """CREATE TABLE bgjobs_attempts (
+        job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again. counted_id: up to
-    # which the statistics have counted what was created. token: of the status page, whichever process serves it.
-    "CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL, counted_id INTEGER NOT NULL, token TEXT)",
-    "INSERT INTO bgjobs_clock VALUES (0, 0, 0, NULL)",
-    """CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0,
-        lock_file TEXT)""",
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not given out again.
+    # counted_id: up to which the statistics have counted what was created. token: of the status page, whichever
+    # process serves it.
+    """CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
+        counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
+    """CREATE TABLE bgjobs_runners (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL, workers INTEGER NOT NULL,
+        started_at REAL NOT NULL, heartbeat_at REAL NOT NULL, abandoned INTEGER NOT NULL DEFAULT 0, lock_file TEXT)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL, tree_seconds REAL) WITHOUT ROWID",
-    """CREATE TABLE bgjobs_schedules (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
-        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT, low_priority INTEGER NOT NULL,
-        system INTEGER NOT NULL, max_running INTEGER, created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
+    """CREATE TABLE bgjobs_schedules (
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
+        name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
+        low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
+        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
         runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0, paused INTEGER NOT NULL DEFAULT 0)""",
-    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
-    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL, started INTEGER NOT NULL,
-        finished INTEGER NOT NULL, failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
-        running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
     # Which living runners' code has which schedules.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-),)
+    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older than the windows.
+    """CREATE TABLE bgjobs_stats (
+        minute INTEGER NOT NULL, name TEXT NOT NULL,
+        created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL, failed INTEGER NOT NULL,
+        waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+        running REAL NOT NULL, running_min REAL, running_max REAL, PRIMARY KEY (minute, name)) WITHOUT ROWID""",
+)}
 
-_SUBMITTED = ("id, name, status, queue, lane, vtime, created_at, run_at, submitter, parent_id, root_id, low_priority, system, "
-              "label, run_by, key, options, args, kwargs")
+INDEXES = (
+    "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
+    """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
+        WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
+    # system and parent_id are there for the lists of people, which this index counts and has in order by itself.
+    "CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id) WHERE status <> 'pending'",
+    "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
+    """CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at)
+        WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'""",
+    "CREATE INDEX bgjobs_parked ON bgjobs_jobs(parked, root_id) WHERE parked IS NOT NULL",
+    "CREATE INDEX bgjobs_limited ON bgjobs_jobs(name) WHERE max_running IS NOT NULL AND owner IS NOT NULL",
+    "CREATE INDEX bgjobs_suspects ON bgjobs_jobs(deaths) WHERE deaths > 0",
+    """CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key)
+        WHERE key IS NOT NULL AND parent_id IS NULL AND status IN ('pending', 'running', 'stopping', 'stopped')""",
+    """CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key)
+        WHERE key IS NOT NULL AND parent_id IS NOT NULL""",
+    "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
+)
+
+# A file of an older version gets the tables above; its rows keep the columns that are still there, and new ones get
+# their defaults. So a change of the schema is made above, with a default for a new column that is NOT NULL, and gets
+# an entry here: version of the file -> what else its rows need, once they are in the new tables, to be as the next
+# version has them.
+UPGRADES: dict[int, tuple[str, ...]] = {
+    0: ("INSERT INTO bgjobs_schema VALUES (0)", "INSERT INTO bgjobs_clock DEFAULT VALUES"),      # a new file
+    1: ("""UPDATE bgjobs_jobs SET parked = 'function ' || name
+            WHERE status = 'pending' AND phase = 'unknown function' AND parked IS NULL""",
+        """UPDATE bgjobs_jobs SET waited = max(0.0, started_at - CASE WHEN run_at BETWEEN created_at AND started_at
+            THEN run_at ELSE created_at END) WHERE started_at IS NOT NULL AND waited IS NULL"""),
+}
+SCHEMA_VERSION = len(UPGRADES)
+ALL_VERSIONS_HAVE = ("bgjobs_jobs", "bgjobs_clock", "bgjobs_runners")
+
+
+def rebuild(db: sqlite3.Connection, version: int) -> None:
+    """Make the tables of a file with this version those of now, in the transaction that is open.
+
+    The app's own tables stay as they are, and so do the triggers and indexes that it may have on ours. The connection
+    has foreign_keys off and legacy_alter_table on: else the app's views, triggers and foreign keys would follow the older
+    tables out of the way.
+    """
+    apps_own = db.execute("""SELECT sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL
+        AND name NOT LIKE 'bgjobs\\_%' ESCAPE '\\' AND tbl_name IN (SELECT value FROM json_each(?))""",
+                          [json.dumps([*TABLES])]).fetchall()
+    for table, create in TABLES.items():
+        older = _columns_of(db, table)
+        if older:
+            db.execute(f"ALTER TABLE {table} RENAME TO bgjobs_older")
+        db.execute(create)
+        if older:
+            columns = ", ".join(name for name in _columns_of(db, table) if name in older)
+            db.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM bgjobs_older")
+            db.execute("DELETE FROM sqlite_sequence WHERE name = ?", [table])      # AUTOINCREMENT goes on where it was
+            db.execute("UPDATE sqlite_sequence SET name = ? WHERE name = 'bgjobs_older'", [table])
+            db.execute("DROP TABLE bgjobs_older")         # with its indexes: those of now may have the same names
+    changes = [sql for step in range(version, SCHEMA_VERSION) for sql in UPGRADES[step]]
+    for statement in (*INDEXES, *changes, *(sql for sql, in apps_own)):
+        db.execute(statement)
+    db.execute("UPDATE bgjobs_schema SET version = ?", [SCHEMA_VERSION])
+
+
+def _columns_of(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+class JobRow(NamedTuple):
+    """A job as transactions see it: columns of bgjobs_jobs."""
+
+    id: int
+    parent_id: int | None
+    root_id: int | None                                   # None: it is a root
+    name: str
+    status: str
+    attempt: int                                          # number of the newest
+    returned: int                                         # its function has, and is not called again
+    goes_on: int                                          # stopping, and resumed already: pending once it has stopped
+    options: str | None                                   # JSON
+    key: str | None
+    system: int
+    low_priority: int
+    max_running: int | None
+    deaths: int                                           # of processes that executed it
+    queue: int | None
+    lane: int | None
+    parked: str | None
+    vtime: int                                            # microseconds; of a root
+    charge: int                                           # microseconds: what its attempt has added to vtime
+    run_at: float | None
+    started_at: float | None                              # the first attempt, since creation or restart
+    since: float | None                                   # active since then, else None
+    duration: float                                       # seconds active, before `since`
+    progress: float | None                                # its own
+    error: str | None                                     # JSON
+    own_errors: int
+    open: int                                             # counts over its descendants, as said above
+    total: int
+    done: int
+    failed: int
+    running: int
+    tree_progress: float                                  # the sum of their progress; when it changed, its Rate
+    tree_at: float | None
+    tree_gained: float | None
+    tree_seconds: float | None
+
+    @property
+    def root(self) -> int:
+        """The id of the root of its tree."""
+        return self.root_id or self.id
+
+    @property
+    def executes(self) -> bool:
+        """An attempt of it executes."""
+        return self.status in ACTIVE and not self.returned
+
+    @property
+    def stops(self) -> bool:
+        """It is to be stopped when its attempt has ended."""
+        return self.status == STOPPING and not self.goes_on
+
+
+# Cast, since SQLite keeps any type in any column: a row that somebody else has written must not stop the claims of all.
+_REALS = ("run_at", "started_at", "since", "duration", "progress", "tree_progress", "tree_at", "tree_gained",
+          "tree_seconds")
+_AS_THEY_ARE = ("id", "parent_id", "root_id", "name", "status", "options", "key", "parked", "error")
+_JOB = ", ".join(
+    name if name in _AS_THEY_ARE else f"CAST({name} AS {'REAL' if name in _REALS else 'INTEGER'}) AS {name}"
+    for name in JobRow._fields)
+
+
+class Claim(NamedTuple):
+    """A job that has been claimed: what an attempt is made of."""
+
+    id: int
+    parent_id: int | None
+    root_id: int | None
+    name: str
+    number: int                                           # of its attempts before this one
+    args: str | None                                      # JSON, as the next four
+    kwargs: str | None
+    state: str | None
+    positions: str | None
+    options: str | None
+    run_by: str | None
+    low_priority: int
+    total: int                                            # descendants
+    progress: float | None
+    vtime: int
+    queue: int | None
+    max_running: int | None
+    deaths: int
+    due: float | None                                     # since when it waits, if it never began
+    duration: float
+    system: int
+    charge: int                                           # microseconds
+
+
+_CLAIMED = """id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions,
+    CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL),
+    CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER),
+    CAST(CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END AS REAL), CAST(duration AS REAL),
+    system, 0"""
+
+# submit. A root starts at the queue's virtual time. INSERT_MANY takes a batch, five times as quick as a statement for
+# each job: a JSON array of their encoded arguments.
+_SUBMITTED = """id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at, submitter, low_priority,
+    system, label, run_by, options, key, args, kwargs"""
+_AS_ROOT, _AS_CHILD = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL", "NULL, 0, ?, ?"
+_VALUES = "?, 'pending'" + ", ?" * 9
 NEXT_ID = "SELECT max((SELECT last_id FROM bgjobs_clock), ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"
-INSERT_ROOT = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), ?, 'pending', ?, ?,
-    (SELECT vtime FROM bgjobs_clock), ?, ?, ?, NULL, NULL, ?, ?, ?, ?, ?, ?, ?, ?)"""
-INSERT_CHILD = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), ?, 'pending', ?, NULL, 0, ?, ?, ?, ?, ?, ?,
-    ?, ?, ?, ?, ?, ?, ?)"""
-# One statement for a batch: five times as quick as a statement for each job. The encoded arguments are its JSON array.
-INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED}) SELECT :first + key, :name, 'pending', :queue, :lane, :vtime, :now, :run_at,
-    :submitter, :parent, :root, :low, :system, :label, :run_by, NULL, :options, value, NULL FROM json_each(:batch)"""
-CLOCK = "SELECT vtime FROM bgjobs_clock"
-PAGE_TOKEN = "SELECT token FROM bgjobs_clock WHERE token IS NOT NULL"
-KEEP_PAGE_TOKEN = "UPDATE bgjobs_clock SET token = :token WHERE token IS NULL"
-TAKE_LOCK = "UPDATE bgjobs_clock SET vtime = vtime WHERE 0"
-ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
+INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
+INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
+    SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
+INSERT_ROOT, INSERT_CHILD, INSERT_ROOTS, INSERT_CHILDREN = (
+    sql.format(place) for sql in (INSERT_JOB, INSERT_MANY) for place in (_AS_ROOT, _AS_CHILD))
+LIMIT = "UPDATE bgjobs_jobs SET max_running = :limit, parked = :key, phase = :phase WHERE id BETWEEN :first AND :last"
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL AND parent_id IS NULL
     AND status IN ('pending', 'running', 'stopping', 'stopped')"""
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key AND key IS NOT NULL
     AND parent_id IS NOT NULL"""
 PARENT_OF = "SELECT parent_id FROM bgjobs_jobs WHERE id = :id"
 STANDING = "SELECT status, attempt, root_id, low_priority, run_by, options FROM bgjobs_jobs WHERE id = :id"
+CLOCK = "SELECT vtime FROM bgjobs_clock"
+ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
+PAGE_TOKEN = "SELECT token FROM bgjobs_clock WHERE token IS NOT NULL"
+KEEP_PAGE_TOKEN = "UPDATE bgjobs_clock SET token = :token WHERE token IS NULL"
+TAKE_LOCK = "UPDATE bgjobs_clock SET vtime = vtime WHERE 0"
 
-# Cast, since SQLite keeps any type in any column: a row that somebody else has written must not stop the claims of all.
-_CLAIMED = ("id, parent_id, root_id, CAST(name AS TEXT), CAST(attempt AS INTEGER), args, kwargs, state, positions, "
-            "CAST(options AS TEXT), run_by, CAST(low_priority AS INTEGER), CAST(total AS INTEGER), CAST(progress AS REAL), "
-            "CAST(vtime AS INTEGER), queue, CAST(max_running AS INTEGER), CAST(deaths AS INTEGER), "
-            "CAST(CASE WHEN started_at IS NULL THEN max(created_at, ifnull(run_at, 0.0)) END AS REAL), CAST(duration AS REAL), system")
+# claim
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane AND id > :after
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
-# Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own tree.
-CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, charge = :charge, owner = :owner,
-    waited = CASE WHEN started_at IS NULL THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END,
-    since = :now, started_at = ifnull(started_at, :now), phase = NULL, gained = NULL WHERE id IN (SELECT value FROM json_each(:ids))"""
+# Jobs that are charged alike are claimed by one statement; :ids is a JSON array. A root without children is its own
+# tree.
+CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL, phase = NULL,
+    charge = :charge, owner = :owner, since = :now, started_at = ifnull(started_at, :now), gained = NULL,
+    waited = CASE WHEN started_at IS NULL THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
+    WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
-FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?, result = ?,
-    vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
-    WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-JUST_FINISHED = "SELECT 1 FROM bgjobs_jobs WHERE id = ? AND attempt = ? AND finished_at = ? AND status = 'finished'"
-STILL_ACTIVE = """SELECT status, own_errors FROM bgjobs_jobs
-    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
-END_ATTEMPT = """UPDATE bgjobs_jobs SET status = :status, returned = :returned, finished_at = :finished_at, since = :since,
-    duration = duration + :ran, result = :result, error = ifnull(:error, error), own_errors = own_errors + :errors,
-    state = ifnull(:state, state), positions = ifnull(:positions, positions), attempt = attempt - :unspent,
-    started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-    queue = :queue, parked = :parked, goes_on = 0, phase = :phase, run_at = ifnull(:run_at, run_at), charge = 0, owner = NULL
-    WHERE id = :id"""
-SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
-    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
-SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained, seconds = :seconds, step = :step,
-    message = :message
-    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
-ADD_CHARGE = """UPDATE bgjobs_jobs SET charge = charge + :more
-    WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"""
 
-TREE_ROW = """SELECT name, status, returned, error, parent_id, root_id, open, total, done, failed, running, tree_progress, tree_at,
-    tree_gained, tree_seconds, duration, since, lane, vtime, progress, low_priority, goes_on, deaths, system
-    FROM bgjobs_jobs WHERE id = :id"""
+# what attempts report; one that has been superseded is refused
+_OF_ATTEMPT = "WHERE id = :id AND attempt = :attempt AND returned = 0 AND status IN ('running', 'stopping')"
+SAVE_STATE = f"""UPDATE bgjobs_jobs SET state = ifnull(:state, state), positions = ifnull(:positions, positions)
+    {_OF_ATTEMPT}"""
+SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, progress_at = :at, gained = :gained,
+    seconds = :seconds, step = :step, message = :message WHERE id = :id"""
+ADD_CHARGE = f"UPDATE bgjobs_jobs SET charge = charge + :more {_OF_ATTEMPT}"
+INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
+# One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON
+# array of [job, at, level, message, attempt].
+INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
+    (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]') AND superseded < json_extract(value, '$[4]'))"""
+
+# the end of attempts. FINISH is for the first attempt of a job that returned and has no children; others take several
+# statements: RECORD what the function left, MOVE the job to its next status, perhaps take its number back or refuse
+# what it still says.
+FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?, duration = duration + ?,
+    result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
+    WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
+JUST_FINISHED = """SELECT 1 FROM bgjobs_jobs
+    WHERE id = :id AND attempt = :attempt AND status = 'finished' AND finished_at = :now"""
+RECORD = """UPDATE bgjobs_jobs SET returned = :returned, result = :result, error = ifnull(:error, error),
+    own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions) WHERE id = :id"""
+UNSPEND = """UPDATE bgjobs_jobs SET attempt = attempt - 1,
+    started_at = CASE WHEN started_at = since THEN NULL ELSE started_at END WHERE id = :id"""
+SUPERSEDE = "UPDATE bgjobs_jobs SET superseded = attempt WHERE id = :id"
+MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked, phase = :phase, goes_on = 0,
+    run_at = ifnull(:run_at, run_at), finished_at = :finished_at, since = :since, duration = duration + :ran,
+    charge = CASE WHEN :executes THEN charge ELSE 0 END, owner = CASE WHEN :executes THEN owner END WHERE id = :id"""
+INSERT_ATTEMPT = "INSERT OR IGNORE INTO bgjobs_attempts VALUES (:id, :number, :started_at, :ended_at, :outcome, :error)"
+TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :keep"
+ATTEMPTS = """SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts
+    WHERE job_id = :id ORDER BY number"""
+
+# trees
+TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL SELECT min(queue)
     FROM bgjobs_jobs WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
-SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?, tree_at = ?,
-    tree_gained = ?, tree_seconds = ?, lane = ?, vtime = ? WHERE id = ?"""
-CLOSE_PARENT = """UPDATE bgjobs_jobs SET status = :status, finished_at = :now, duration = :duration, since = NULL, phase = NULL
-    WHERE id = :id"""
+SAVE_TREE = """UPDATE bgjobs_jobs SET open = ?, total = ?, done = ?, failed = ?, running = ?, tree_progress = ?,
+    tree_at = ?, tree_gained = ?, tree_seconds = ?, lane = ?, vtime = ? WHERE id = ?"""
+SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
+    SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
+    SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
 
-SUBTREE = """WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id
-    AND j.parent_id IS NOT NULL)
-    SELECT j.id, j.parent_id, j.root_id, j.name, j.status, j.returned, j.options, j.system, j.low_priority, j.queue,
-    j.progress, j.since, j.open, j.total, j.done, j.failed, j.running, j.tree_progress, j.run_at, j.key, j.charge, j.max_running,
-    j.deaths, j.started_at, j.attempt
-    FROM tree JOIN bgjobs_jobs j ON j.id = tree.id"""
-MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = NULL, goes_on = 0, phase = :phase,
-    finished_at = :finished_at, since = :since, duration = duration + :ran, charge = :charge,
-    superseded = CASE WHEN :supersede THEN attempt ELSE superseded END,
-    owner = CASE WHEN :status IN ('running', 'stopping') THEN owner END WHERE id = :id"""
+# operations
 SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, progress = NULL, progress_at = NULL, gained = NULL, step = NULL,
-    message = NULL, result = NULL, error = NULL, own_errors = 0, returned = 0, goes_on = 0, deaths = 0, died_with = NULL, started_at = NULL,
-    finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0, running = 0, tree_progress = 0, tree_at = NULL,
-    tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
+RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL, error = NULL,
+    progress = NULL, progress_at = NULL, gained = NULL, step = NULL, own_errors = 0, returned = 0, goes_on = 0,
+    deaths = 0, died_with = NULL, started_at = NULL, finished_at = NULL, duration = 0,
+    open = 0, total = 0, done = 0, failed = 0, running = 0,
+    tree_progress = 0, tree_at = NULL, tree_gained = NULL, tree_seconds = NULL WHERE id = :id"""
 GO_ON = "UPDATE bgjobs_jobs SET goes_on = :goes_on WHERE id = :id AND goes_on <> :goes_on"
 ACQUIT = "UPDATE bgjobs_jobs SET deaths = 0, died_with = NULL WHERE id = :id"
 REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
 DELETE_JOB = "DELETE FROM bgjobs_jobs WHERE id = ?"
 DELETE_LOGS = "DELETE FROM bgjobs_logs WHERE job_id = ?"
 DELETE_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ?"
-INSERT_ATTEMPT = "INSERT OR IGNORE INTO bgjobs_attempts VALUES (:id, :number, :started_at, :ended_at, :outcome, :error)"
-TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :keep"
-ATTEMPTS = "SELECT number AS attempt, started_at, ended_at, outcome, error FROM bgjobs_attempts WHERE job_id = :id ORDER BY number"
 NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
-INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
-# One statement for all, since a thread that computes holds each one up by the interpreter lock; :lines is a JSON array of
-# [job, at, level, message, attempt].
-INSERT_LINES = """INSERT INTO bgjobs_logs (job_id, at, level, message) SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-    json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines) WHERE EXISTS
-    (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]') AND superseded < json_extract(value, '$[4]'))"""
 
-DUE = """SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
-    AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
-NEXT_DUE = "SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending' AND parked IS NULL"
+# jobs that wait for their time, or are parked
+DUE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL AND queue IS NULL
+    AND status = 'pending' AND parked IS NULL LIMIT 1000"""
+NEXT_DUE = """SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending'
+    AND parked IS NULL"""
 MAKE_READY = "UPDATE bgjobs_jobs SET queue = :queue, parked = NULL, phase = NULL WHERE id = :id"
 PARK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
-LIMIT = "UPDATE bgjobs_jobs SET max_running = :limit, parked = :key, phase = :phase WHERE id BETWEEN :first AND :last"
 PARKED_KEYS = """WITH RECURSIVE keys(found) AS (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
     SELECT (SELECT min(parked) FROM bgjobs_jobs WHERE parked > found) FROM keys WHERE found IS NOT NULL)
     SELECT found FROM keys WHERE found IS NOT NULL"""
-PARKED = "SELECT id, parent_id, root_id, low_priority FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
-PARKED_ROOT = """SELECT id, parent_id, root_id, low_priority, max_running, deaths FROM bgjobs_jobs
-    WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1"""
-PARKED_CHILD = """SELECT id, parent_id, root_id, low_priority, max_running, deaths FROM bgjobs_jobs
-    WHERE parked = :key AND root_id > :after ORDER BY root_id, id LIMIT 1"""
-VTIME = "SELECT vtime FROM bgjobs_jobs WHERE id = :id"
-PARKED_BELOW = """WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:holders) UNION
+PARKED = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
+PARKED_ROOT = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1"
+PARKED_CHILD = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id > :after ORDER BY root_id, id LIMIT 1"
+PARKED_BELOW = f"""WITH RECURSIVE below(id) AS (SELECT value FROM json_each(:holders) UNION
     SELECT j.id FROM below JOIN bgjobs_jobs j ON j.parent_id = below.id WHERE j.open > 0 OR j.parked = :key)
-    SELECT j.id, parent_id, root_id, low_priority, max_running, deaths FROM below JOIN bgjobs_jobs j USING (id) WHERE parked = :key LIMIT 100"""
+    SELECT {_JOB} FROM below JOIN bgjobs_jobs USING (id) WHERE parked = :key LIMIT 100"""
 HOLDERS_OF_NAME = "SELECT id FROM bgjobs_jobs WHERE name = :name AND max_running IS NOT NULL AND owner IS NOT NULL"
 HOLDERS_SUSPECT = "SELECT id FROM bgjobs_jobs WHERE deaths >= 2 AND deaths > 0 AND owner IS NOT NULL"
 
+# runners, and those that have died
 SAVE_RUNNER = """INSERT INTO bgjobs_runners (id, pid, host, workers, started_at, heartbeat_at, abandoned, lock_file)
     VALUES (:id, :pid, :host, :workers, :now, :now, :abandoned, :lock_file)
     ON CONFLICT (id) DO UPDATE SET heartbeat_at = :now, abandoned = :abandoned, lock_file = :lock_file"""
 REMOVE_RUNNER = "DELETE FROM bgjobs_runners WHERE id = :id"
 UNREGISTER = "DELETE FROM bgjobs_registered WHERE runner_id = :id"
 LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
-OWNED = """SELECT id, parent_id, root_id, status, attempt, low_priority, since, charge, options, name, max_running FROM bgjobs_jobs
+OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE status IN ('running', 'stopping') AND owner IS NOT NULL
     AND status <> 'pending' AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
-SUPERSEDE = "UPDATE bgjobs_jobs SET superseded = attempt WHERE id = :id"
 # died_with: the runners that died under the job since it was last acquitted; `deaths` is their number.
-COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1, died_with = json_insert(ifnull(died_with, '[]'), '$[#]', :owner)
-    WHERE id = :id"""
-DIED_BESIDE = """SELECT id, parent_id, root_id, low_priority, parked FROM bgjobs_jobs WHERE deaths > 0 AND id <> :id
+COUNT_DEATH = """UPDATE bgjobs_jobs SET deaths = deaths + 1,
+    died_with = json_insert(ifnull(died_with, '[]'), '$[#]', :owner) WHERE id = :id"""
+DIED_BESIDE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE deaths > 0 AND id <> :id
     AND EXISTS (SELECT 1 FROM json_each(died_with) WHERE value IN
     (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :id))))"""
-FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value) FROM json_each(died_with)
-    WHERE value NOT IN (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
+FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value)
+    FROM json_each(died_with) WHERE value NOT IN
+    (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
 _TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max", "running", "running_min", "running_max")
 SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) VALUES ({", ".join("?" * 12)})
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
@@ -1250,37 +1426,44 @@ TRIM_LOG = """DELETE FROM bgjobs_logs WHERE job_id = :id AND id <= (SELECT id FR
 SAVE_COST = "INSERT OR REPLACE INTO bgjobs_functions VALUES (?, ?, ?)"
 
 
-class Submission:
-    """One job that is to be stored: its columns, encoded, and who it comes from."""
-
-    __slots__ = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "key", "run_at",
-                 "max_running", "submitter", "parent_id", "author")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.args: str | None = None
-        self.kwargs: str | None = None
-        self.options: str | None = None
-        self.label: str | None = None
-        self.run_by: str | None = None        # None: the parent's
-        self.low_priority: int | None = None  # None: the parent's
-        self.system = 0
-        self.key: str | None = None
-        self.run_at: float | None = None
-        self.max_running: int | None = None
-        self.submitter: int | None = None
-        self.parent_id: int | None = None
-        self.author: tuple[int, int] | None = None      # job id and attempt, when a job submits: a superseded one may not
-
+# ---- 8 Transactions -------------------------------------------------------------------------------------------
+#
+# What writes do to jobs. All of it happens in a Transaction, and the order is the same everywhere: change the jobs
+# themselves, adding up what that means for their ancestors and roots; `apply` writes those, and closes the parents
+# whose last child is over. What decides by counts, lanes or virtual times calls `apply` first.
 
 SUSPECT = 2                # deaths of its process after which a job runs with no other such one beside it
 DEATHS = 3                 # after which it is failed
 HEARTBEAT_SECONDS = 15     # for people to see; what tells the dead from the living is _Presence
 PARKED_A_CLAIM = 200       # jobs that one claim puts out of the way; then others get their turn to write
+ATTEMPTS_A_JOB = 100       # that are kept, for people to see
+
+
+class Submission:
+    """One job that is to be stored: its columns, encoded, and who it comes from."""
+
+    args: str | None = None
+    kwargs: str | None = None
+    options: str | None = None
+    label: str | None = None
+    run_by: str | None = None                             # None: the parent's
+    low_priority: int | None = None                       # None: the parent's
+    system = 0
+    key: str | None = None
+    run_at: float | None = None
+    max_running: int | None = None
+    submitter: int | None = None
+    parent_id: int | None = None
+    author: tuple[int, int] | None = None                 # when a job submits: its id and attempt
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 
 
 def kept_options(text: str | None) -> dict[str, Any]:
-    """Return the options that a row keeps. Those that somebody else has written and nobody can read: {"unreadable": why}."""
+    """Return the options that a row keeps; {"unreadable": why}, if somebody else has written what nobody can read."""
     if not text:
         return {}
     try:
@@ -1295,45 +1478,57 @@ def kept_options(text: str | None) -> dict[str, Any]:
         return {"unreadable": _text(error)}
 
 
-def slots_of(name: str, max_running: int | None, deaths: int) -> dict[str, int]:
+def dump_error(type: str, text: str, trace: str) -> str:
+    """Return the `error` column: what a function raised."""
+    return json.dumps({"type": _text(type), "text": _text(text), "traceback": _text(trace, 64 * 1024)})
+
+
+def slots_of(job: Claim | JobRow | Attempt) -> dict[str, int]:
     """Return the limits that a job counts for, as {what it is parked by: how many may run}."""
-    slots = {} if max_running is None else {f"limit {name}": max_running}
-    return slots if deaths < SUSPECT else {**slots, "suspect": 1}
+    slots = {} if job.max_running is None else {f"limit {job.name}": job.max_running}
+    return slots if job.deaths < SUSPECT else {**slots, "suspect": 1}
+
+
+def status_after(job: JobRow, outcome: str, retries: bool = False) -> str:
+    """Return the status of a job whose attempt has ended so; `retries`: what it raised is no reason to end."""
+    if outcome == RETURNED or outcome == RAISED and not retries:       # the function is not called again
+        if job.open == 0:
+            return FINISHED if outcome == RETURNED else FAILED
+        return STOPPED if job.stops else RUNNING
+    return STOPPED if job.stops or outcome == HALTED and not job.goes_on else PENDING
+
+
+def contribution(status: str, progress: float | None) -> dict[str, float]:
+    """Return what a job in `status` adds to the counts and the progress of its ancestors."""
+    over = status in OVER
+    return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
+            "progress": 1.0 if over else progress or 0.0}
 
 
 class _Tally:
-    """What one transaction counts for the statistics of one function."""
+    """What one transaction counts for the statistics of one function: seconds, one number for each job."""
 
-    __slots__ = ("started", "finished", "failed", "waiting", "running")
+    __slots__ = ("waiting", "finished", "failed")
 
     def __init__(self) -> None:
-        self.started = self.finished = self.failed = 0
         self.waiting: list[float] = []
-        self.running: list[float] = []
+        self.finished: list[float] = []
+        self.failed: list[float] = []
 
     def row(self) -> tuple[Any, ...]:
         """Return the columns of _TALLIES."""
-        measured = [value for some in (self.waiting, self.running)
+        measured = [value for some in (self.waiting, self.finished + self.failed)
                     for value in (sum(some), min(some, default=None), max(some, default=None))]
-        return 0, self.started, self.finished, self.failed, *measured
+        return 0, len(self.waiting), len(self.finished), len(self.failed), *measured
 
 
 class _Change:
     """What one transaction adds up for one job that has descendants, or for one root."""
 
-    __slots__ = ("open", "total", "done", "failed", "running", "progress", "charge", "wake", "relane")
-
-    def __init__(self) -> None:
-        self.open = self.total = self.done = self.failed = self.running = self.charge = 0
-        self.progress = 0.0
-        self.wake: int | None = None       # a job became ready in this lane
-        self.relane = False                # ready jobs went away: look the best lane up
-
-
-def _contribution(status: str, progress: float | None) -> tuple[int, int, int, float]:
-    """Return what a job in `status` adds to done, failed, running and progress of its ancestors."""
-    over = status in OVER
-    return over, status == FAILED, status in ACTIVE, 1.0 if over else progress or 0.0
+    open = total = done = failed = running = charge = 0
+    progress = 0.0
+    wake: int | None = None                               # a job became ready in this lane
+    relane = False                                        # ready jobs went away: look the best lane up
 
 
 class Transaction:
@@ -1341,26 +1536,32 @@ class Transaction:
 
     def __init__(self, db: sqlite3.Connection | _Through, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
-        self._lineages = lineages                       # parent id -> it and its ancestors, up to the root
-        self._changes: dict[int, _Change] = {}
-        self._reported: dict[int, tuple[float, int]] = {}   # job id -> progress and more charge that this transaction saved
-        self._tallies: dict[str, _Tally] = {}           # by name of the function
-        self.over: list[int] = []                       # jobs that became over
-        self.parked = 0                                 # jobs that claims have put out of the way
-        self._slots: dict[str, set[int]] = {}           # key of a limit -> jobs that run, while claiming
-        self._freed: set[str] = set()                   # keys of limits below which attempts have ended
-        self.trees: list[tuple[str, float]] = []        # names of jobs with children that finished, and their durations
+        self._lineages = lineages                         # parent id -> it and its ancestors, up to the root
+        self._changes: defaultdict[int, _Change] = defaultdict(_Change)      # by job id; not applied yet
+        self._freed: set[str] = set()                     # limits below which attempts have ended; not applied yet
+        self._slots: dict[str, set[int]] = {}             # key of a limit -> jobs that run, while claiming
+        self._tallies: defaultdict[str, _Tally] = defaultdict(_Tally)        # by name of the function
+        self.over: list[int] = []                         # jobs that became over
+        self.parked = 0                                   # jobs that claims have put out of the way
+        self.trees: list[tuple[str, float]] = []          # jobs with children that finished: name and duration
         self.after_commit: list[Callable[[], None]] = []
 
-    def forget_changes(self) -> None:
-        """Drop what is added up and not applied, after a ROLLBACK TO."""
-        self._changes.clear()
+    def value(self, sql: str, **parameters: Any) -> Any:
+        """Return the first value that a query finds, or None."""
+        row = self.execute(sql, parameters).fetchone()
+        return None if row is None else row[0]
 
-    def _change(self, job_id: int) -> _Change:
-        change = self._changes.get(job_id)
-        if change is None:
-            change = self._changes[job_id] = _Change()
-        return change
+    def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
+        """Return the jobs that a query for the columns of JobRow finds."""
+        return [JobRow._make(row) for row in self.execute(sql, parameters).fetchall()]
+
+    def _job(self, job_id: int) -> JobRow | None:
+        return next(iter(self.jobs(TREE_ROW, id=job_id)), None)
+
+    def _executing(self, attempt: Attempt) -> JobRow | None:
+        """Return the job of an attempt, or None: the attempt has been superseded, or has ended."""
+        job = self._job(attempt.id)
+        return job if job is not None and job.executes and job.attempt == attempt.number else None
 
     def _lineage(self, parent_id: int | None) -> tuple[int, ...]:
         """Return the ids from a job's parent up to its root; they never change."""
@@ -1368,8 +1569,7 @@ class Transaction:
             return ()
         line = self._lineages.get(parent_id)
         if line is None:
-            row = self.execute(PARENT_OF, {"id": parent_id}).fetchone()
-            line = (parent_id, *(self._lineage(row[0]) if row else ()))
+            line = (parent_id, *self._lineage(self.value(PARENT_OF, id=parent_id)))
             if len(self._lineages) > 10_000:
                 self._lineages.clear()
             self._lineages[parent_id] = line
@@ -1379,56 +1579,54 @@ class Transaction:
 
     def submit(self, new: Submission) -> int:
         """Store one job and return its id; with a key, that of the job which has it already."""
-        root_id, low, run_by = self._admit(new)
+        (queue, values), is_root = self._values(new), new.parent_id is None
         if new.key is not None:
-            found = self.execute(ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY,
-                                 {"key": new.key, "parent": new.parent_id}).fetchone()
-            if found:
-                return found[0]
-        queue = self._queue_of(new, low)
-        shared = (self.now, new.run_at, new.submitter)
-        rest = (low, new.system, new.label, run_by, new.key, new.options, new.args, new.kwargs)
-        if root_id is None:
-            job_id = self.execute(INSERT_ROOT, (new.name, queue, queue, *shared, *rest)).lastrowid
-        else:
-            job_id = self.execute(INSERT_CHILD, (new.name, queue, *shared, new.parent_id, root_id, *rest)).lastrowid
-            self._adopt(new.parent_id, 1, queue)
-        if new.max_running is not None:
-            self._limit(new, range(job_id, job_id + 1), queue)
+            holder = self.value(ROOT_WITH_KEY if is_root else CHILD_WITH_KEY, key=new.key, parent=new.parent_id)
+            if holder is not None:
+                return holder
+        inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD, (*values, new.key, new.args, new.kwargs))
+        job_id = inserted.lastrowid
+        self._submitted(new, job_id, 1, queue)
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
+        (queue, values), first = self._values(new), self.value(NEXT_ID)
+        self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
+                     (first, *values, json.dumps(arguments)))
+        self._submitted(new, first, len(arguments), queue)
+        return range(first, first + len(arguments))
+
+    def _values(self, new: Submission) -> tuple[int | None, tuple[Any, ...]]:
+        """Return the queue in which a new job is ready, or None, and the parameters of its INSERT.
+
+        Raises what _admit does.
+        """
         root_id, low, run_by = self._admit(new)
-        queue = self._queue_of(new, low)
-        first = self.execute(NEXT_ID).fetchone()[0]
-        ids = range(first, first + len(arguments))
-        lane, vtime = (queue, self.execute(CLOCK).fetchone()[0]) if root_id is None else (None, 0)
-        self.execute(INSERT_MANY, {
-            "first": first, "name": new.name, "queue": queue, "lane": lane, "vtime": vtime, "now": self.now, "run_at": new.run_at,
-            "submitter": new.submitter, "parent": new.parent_id, "root": root_id, "low": low, "system": new.system,
-            "label": new.label, "run_by": run_by, "options": new.options, "batch": json.dumps(arguments)})
-        if root_id is not None:
-            self._adopt(new.parent_id, len(arguments), queue)
+        waits = new.run_at is not None and new.run_at > self.now
+        queue = None if waits or new.max_running is not None and self._is_held_up(new) else low
+        place = (queue,) if root_id is None else (new.parent_id, root_id)
+        return queue, (*place, new.name, queue, self.now, new.run_at, new.submitter, low, new.system, new.label,
+                       run_by, new.options)
+
+    def _submitted(self, new: Submission, first: int, count: int, queue: int | None) -> None:
+        """Write the limit of new jobs; if they are children, count them for their ancestors and wake their root."""
         if new.max_running is not None:
-            self._limit(new, ids, queue)
-        return ids
-
-    def _queue_of(self, new: Submission, low: int) -> int | None:
-        """Return the queue a new job is ready in, or None: it waits for its time, or at the end of those its limit holds up."""
-        if new.run_at is not None and new.run_at > self.now:
-            return None
-        key = f"limit {new.name}"
-        behind_others = new.max_running is not None and self.execute(PARKED, {"key": key}).fetchone() is not None
-        return low if not behind_others or self._holders(key).intersection(self._lineage(new.parent_id)) else None
-
-    def _limit(self, new: Submission, ids: range, queue: int | None) -> None:
-        parked = queue is None and (new.run_at is None or new.run_at <= self.now)
-        self.execute(LIMIT, {"first": ids[0], "last": ids[-1], "limit": new.max_running, "key": f"limit {new.name}" if parked else None,
-                             "phase": "limit reached" if parked else None})
+            parked = queue is None and (new.run_at is None or new.run_at <= self.now)
+            key, phase = (f"limit {new.name}", "limit reached") if parked else (None, None)
+            self.execute(LIMIT, {"first": first, "last": first + count - 1, "limit": new.max_running, "key": key,
+                                 "phase": phase})
+        if new.parent_id is not None:
+            self._count(new.parent_id, total=count)
+            self._changes[new.parent_id].open += count
+            if queue is not None:
+                self._wake(self._lineage(new.parent_id)[-1], queue)
 
     def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
-        """Return the root's id (None: the job is one), low_priority and run_by, if author and parent allow the job now."""
+        """Return the id of the root (None: the job is one), low_priority and run_by of a new job.
+
+        JobStopped, InvalidOperation: its author, or its parent, may have no children now.
+        """
         if new.author is not None:
             self.check_author(new.author)
         if new.parent_id is None:
@@ -1440,9 +1638,10 @@ class Transaction:
         by_itself = new.author is not None and new.author[0] == new.parent_id
         if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
             raise JobStopped(f"job {new.parent_id} was asked to stop")
-        if status in OVER or status in (STOPPING, STOPPED) and not by_itself:
-            raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no {'more ' if status in OVER else ''}children"
-                                   f"{'' if status in OVER else ' before it is resumed'}")
+        if status in OVER:
+            raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no more children")
+        if status in (STOPPING, STOPPED) and not by_itself:
+            raise InvalidOperation(f"job {new.parent_id} is {status}; it takes no children before it is resumed")
         return (root_id or new.parent_id, low if new.low_priority is None else new.low_priority,
                 run_by if new.run_by is None else new.run_by)
 
@@ -1452,299 +1651,338 @@ class Transaction:
         if row is None or row[1] != author[1] or row[0] not in ACTIVE:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
-    def _adopt(self, parent_id: int, count: int, queue: int | None) -> None:
-        """Count new children for all their ancestors, and wake the root."""
-        self._count(parent_id, 0, 0, 0, 0.0, count)
-        self._change(parent_id).open += count
-        if queue is not None:
-            self._wake(self._lineage(parent_id)[-1], queue)
-
-    def _wake(self, root_id: int, queue: int) -> None:
-        change = self._change(root_id)
-        change.wake = queue if change.wake is None else min(change.wake, queue)
+    def _is_held_up(self, new: Submission) -> bool:
+        """Return whether a new job waits behind others of its name that are parked: none that runs may wait for it."""
+        key = f"limit {new.name}"
+        return self.execute(PARKED, {"key": key}).fetchone() is not None \
+            and not self._holders(key).intersection(self._lineage(new.parent_id))
 
     # claim
 
     def claim(self, owner: int, free: int, low_free: int, ahead: int, planned: float, workers: int, costs: Costs
-              ) -> list[tuple[Any, ...]]:
-        """Claim jobs for `free` places in fair order, and up to `ahead` more that are short, for `workers` that will be free
-        soon, where `planned` seconds of work wait already. Low-priority jobs get at most `low_free` places and only what normal ones leave.
-        Returns rows of _CLAIMED, each with its charge appended."""
-        claims: list[tuple[Any, ...]] = []
+              ) -> list[Claim]:
+        """Claim jobs for the free places of a runner, in fair order.
+
+        Up to `ahead` more are claimed if they are short, for `workers` that will be free soon, where `planned` seconds
+        of work wait already. Low-priority jobs get at most `low_free` places, and only those that normal ones leave.
+        """
+        claims: list[Claim] = []
         self._slots.clear()
         while True:
-            self.apply()                                # what this transaction submitted, or parked, counts
-            parked, normal = self.parked, []
-            if free + ahead > len(claims):
-                normal = self._claim_lane(0, owner, max(0, free - len(claims)), ahead, planned, workers, costs)
-            claims += normal
-            low_room = min(low_free, free - len(claims))
-            if low_room > 0:
-                low = self._claim_lane(1, owner, low_room, 0, 0.0, workers, costs)
-                low_free -= len(low)
-                claims += low
+            self.apply()                                  # what this transaction submitted, or parked, counts
+            parked = self.parked
+            claims += self._claim_lane(0, owner, free - len(claims), ahead, planned, workers, costs)
+            low = self._claim_lane(1, owner, min(low_free, free - len(claims)), 0, 0.0, workers, costs)
+            low_free -= len(low)
+            claims += low
             if len(claims) >= free or self.parked == parked or self.parked >= PARKED_A_CLAIM:
                 return claims
 
     def _claim_lane(self, lane: int, owner: int, free: int, ahead: int, planned: float, workers: int, costs: Costs
-                    ) -> list[tuple[Any, ...]]:
-        roots = self.execute(READY_ROOTS, {"lane": lane, "limit": free + ahead}).fetchall()
-        if not roots:
+                    ) -> list[Claim]:
+        limit = max(0, free) + ahead
+        ready = list(map(Claim._make, self.execute(READY_ROOTS, {"lane": lane, "limit": limit}))) if limit else []
+        if not ready:
             return []
         claims, tag, budget = [], 0, AHEAD_SECONDS * workers
-        singles: dict[int, list[int]] = {}                # charge -> ids
-        others: dict[int, list[int]] = {}
+        batches: defaultdict[tuple[str, int], list[int]] = defaultdict(list)      # statement and charge -> ids
         plans: dict[str, tuple[int, float]] = {}          # all jobs of a batch and a name cost alike
 
-        def charge_for(row: tuple[Any, ...]) -> int | None:
-            if (row[16] is not None or row[17] >= SUSPECT) and not self._take_slots(row):
+        def charge_for(job: Claim) -> int | None:
+            if (job.max_running is not None or job.deaths >= SUSPECT) and not self._take_slots(job):
                 return None
-            return (plans.get(row[3]) or plans.setdefault(row[3], costs.plan(row[3])))[0]
-        for root, row, tag, charge in self._in_fair_order(roots, lane, free + ahead, charge_for):
-            if len(claims) >= free:                       # ahead of a free worker: only while they are known to be short
-                planned += plans[row[3]][1]
-                if planned > budget or len(claims) >= free + ahead or row[9] is not None and '"recover":false' in row[9]:
+            return (plans.get(job.name) or plans.setdefault(job.name, costs.plan(job.name)))[0]
+        for root, job, tag, charge in self._in_fair_order(ready, lane, limit, charge_for):
+            if len(claims) >= free:                       # ahead of a free worker: only what is known to be short
+                planned += plans[job.name][1]
+                once = job.options is not None and '"recover":false' in job.options
+                if planned > budget or len(claims) >= limit or once:
                     break
-            claims.append((*row, charge))
-            if row[1] is None and row[12] == 0:
-                singles.setdefault(charge, []).append(row[0])
+            claims.append(Claim(*job[:-1], charge))
+            if job.parent_id is None and job.total == 0:
+                batches[CLAIM_SINGLE, charge].append(job.id)
                 continue
-            others.setdefault(charge, []).append(row[0])
-            self._count(row[1], 0, 0, 1, 0.0)
-            change = self._change(root)
+            batches[CLAIM, charge].append(job.id)
+            self._count(job.parent_id, running=1)
+            change = self._changes[root]
             change.charge += charge
             change.relane = True
-        for sql, ids_by_charge in ((CLAIM_SINGLE, singles), (CLAIM, others)):
-            for charge, ids in ids_by_charge.items():
-                self.execute(sql, {"charge": charge, "owner": owner, "now": self.now, "ids": json.dumps(ids)})
+        for (sql, charge), ids in batches.items():
+            self.execute(sql, {"charge": charge, "owner": owner, "now": self.now, "ids": json.dumps(ids)})
         if tag:
             self.execute(ADVANCE_CLOCK, {"tag": tag})
         return claims
 
-    def _take_slots(self, row: tuple[Any, ...]) -> bool:
-        """Count a job that is limited, by max_running or as a suspect, as running; or park it, if it may not run now."""
-        keys = slots_of(row[3], row[16], row[17])
-        for key, limit in keys.items():
+    def _in_fair_order(self, roots: list[Claim], lane: int, limit: int, charge: Callable[[Claim], int | None]
+                       ) -> Iterator[tuple[int, Claim, int, int]]:
+        """Yield what fair_order does for these roots. Where all of them are single jobs, none comes twice: no heap."""
+        if any(root.total for root in roots):
+            chunk = max(4, limit // len(roots) + 1)
+            return fair_order([
+                (root.vtime, root.id, self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                for root in roots], charge)
+        roots.sort(key=operator.attrgetter("vtime", "id"))
+        return ((root.id, root, root.vtime, cost) for root in roots if (cost := charge(root)) is not None)
+
+    def _ready_jobs(self, root: Claim, lane: int, chunk: int) -> Iterator[Claim]:
+        """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
+        if root.queue == lane:
+            yield root
+        after = 0
+        while True:
+            page = {"root": root.id, "lane": lane, "after": after, "limit": chunk}
+            rows = self.execute(READY_CHILDREN, page).fetchall()
+            yield from map(Claim._make, rows)
+            if len(rows) < chunk or self.parked >= PARKED_A_CLAIM:
+                return
+            after = rows[-1][0]
+
+    # limits: max_running of a name, and one suspect at a time
+
+    def _take_slots(self, job: Claim) -> bool:
+        """Count a job that is limited as running; or park it, if it may not run now."""
+        slots = slots_of(job)
+        for key, limit in slots.items():
             if key not in self._slots:
                 self._slots[key] = self._holders(key)
-            if not self._has_room(self._slots[key], limit, row[1]):
-                self.execute(PARK, {"id": row[0], "key": key, "phase": "limit reached" if key != "suspect" else "interrupted"})
-                self._change(row[2] or row[0]).relane = True
+            if not self._has_room(self._slots[key], limit, job.parent_id):
+                phase = "interrupted" if key == "suspect" else "limit reached"
+                self.execute(PARK, {"id": job.id, "key": key, "phase": phase})
+                self._changes[job.root_id or job.id].relane = True
                 self.parked += 1
                 return False
-        for key in keys:
-            self._slots[key].add(row[0])
+        for key in slots:
+            self._slots[key].add(job.id)
         return True
 
-    def _free_slots(self, name: str, max_running: int | None, deaths: int) -> None:
+    def _free_slots(self, job: JobRow | Attempt) -> None:
         """Note that an attempt has ended; apply() makes ready what waited for that."""
-        if max_running is not None or deaths >= SUSPECT:
-            self._freed.update(slots_of(name, max_running, deaths))
+        if job.max_running is not None or job.deaths >= SUSPECT:
+            self._freed.update(slots_of(job))
 
     def unpark_next(self, key: str) -> None:
-        """Make as many jobs ready as a limit has slots free."""
-        def make_ready(job: tuple[Any, ...]) -> bool:
-            room = self._has_room(running, slots_of(name, job[4], job[5])[key], job[1])
+        """Make as many jobs ready as a limit leaves slots, and descendants of those that run, which may wait for them."""
+        running = self._holders(key)
+
+        def make_ready(job: JobRow) -> bool:
+            room = self._has_room(running, slots_of(job)[key], job.parent_id)
             if room:
-                self._make_ready([job[:4]])
-                running.add(job[0])
+                self._make_ready([job])
+                running.add(job.id)
             return room
-        name, running = key.partition(" ")[2], self._holders(key)
         while (following := self._next_parked(key)) is not None and make_ready(following):
             pass
         if following is not None:
-            for descendant in self.execute(PARKED_BELOW, {"key": key, "holders": json.dumps([*running])}).fetchall():
+            for descendant in self.jobs(PARKED_BELOW, key=key, holders=json.dumps([*running])):
                 make_ready(descendant)
 
     def _holders(self, key: str) -> set[int]:
         """Return the jobs that run and count for a limit."""
-        return {row[0] for row in self.execute(HOLDERS_SUSPECT if key == "suspect" else HOLDERS_OF_NAME, {"name": key.partition(" ")[2]})}
+        kind, _, name = key.partition(" ")
+        sql = HOLDERS_SUSPECT if kind == "suspect" else HOLDERS_OF_NAME
+        return {job_id for job_id, in self.execute(sql, {"name": name})}
 
     def _has_room(self, running: set[int], limit: int, parent_id: int | None) -> bool:
-        """Tell whether a child of this parent may run beside those. Its ancestors do not count: they may wait for it."""
-        return len(running) < limit or parent_id is not None and len(running.difference(self._lineage(parent_id))) < limit
+        """Return whether a child of this parent may run beside these. Its ancestors do not count, for they may wait."""
+        return len(running) < limit or len(running.difference(self._lineage(parent_id))) < limit
 
-    def _next_parked(self, key: str) -> tuple[Any, ...] | None:
+    def _next_parked(self, key: str) -> JobRow | None:
         """Return the oldest job of the tree that has run least, normal before low priority, as far as 64 trees."""
-        heads, after = self.execute(PARKED_ROOT, {"key": key}).fetchall(), 0
-        while len(heads) < 64 and (head := self.execute(PARKED_CHILD, {"key": key, "after": after}).fetchone()):
-            heads.append(head)
-            after = head[2]
-        clock = self.execute(CLOCK).fetchone()[0]
-        return min(heads, default=None, key=lambda head: (
-            head[3], entry_tag(self.execute(VTIME, {"id": head[2] or head[0]}).fetchone()[0], clock), head[0]))
+        heads, after = self.jobs(PARKED_ROOT, key=key), 0
+        while len(heads) < 64 and (found := self.jobs(PARKED_CHILD, key=key, after=after)):
+            heads += found
+            after = found[0].root
+        clock = self.value(CLOCK)
 
-    def _in_fair_order(self, roots: list[tuple[Any, ...]], lane: int, limit: int, charge: Callable[[tuple[Any, ...]], int | None]
-                       ) -> Iterator[tuple[int, Any, int, int]]:
-        """Yield what fair_order does for rows of roots. Where all of them are single jobs, none comes twice: no heap."""
-        if any(row[12] for row in roots):
-            chunk = max(4, limit // len(roots) + 1)
-            return fair_order([(row[14], row[0], self._ready_jobs(row, lane, chunk) if row[12] else iter((row,)))
-                               for row in roots], charge)
-        roots.sort(key=operator.itemgetter(14, 0))
-        return ((row[0], row, row[14], cost) for row in roots if (cost := charge(row)) is not None)
-
-    def _ready_jobs(self, root: tuple[Any, ...], lane: int, chunk: int) -> Iterator[tuple[Any, ...]]:
-        """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
-        if root[15] == lane:
-            yield root
-        after = 0
-        while True:
-            rows = self.execute(READY_CHILDREN, {"root": root[0], "lane": lane, "after": after, "limit": chunk}).fetchall()
-            yield from rows
-            if len(rows) < chunk or self.parked >= PARKED_A_CLAIM:
-                return
-            after = rows[-1][0]
+        def turn(head: JobRow) -> tuple[int, int, int]:
+            root = head if head.root_id is None else self._job(head.root_id)
+            return head.low_priority, entry_tag(root.vtime, clock), head.id
+        return min(heads, default=None, key=turn)
 
     # the end of attempts
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.apply()                                    # the children that this transaction submitted count
-        plain = [a for a in attempts if a.outcome == RETURNED and not a.has_children and a.number == 1]
-        if plain:
-            rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
-            if self.executemany(FINISH, rows).rowcount == len(rows):
-                for attempt in plain:
-                    self._ended(attempt)
-            else:                                       # some were superseded or got a child from outside: one by one
-                for attempt, row in zip(plain, rows):
-                    if self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone():
-                        self._end(attempt)
-                    elif self.execute(JUST_FINISHED, (attempt.id, attempt.number, self.now)).fetchone():
-                        self._ended(attempt)
+        self.apply()                                      # the children that this transaction submitted count
+        plain = [a for a in attempts
+                 if a.outcome == RETURNED and a.number == 1 and not a.has_children and not a.has_reported]
+        rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id, a.number) for a in plain]
+        if plain and self.executemany(FINISH, rows).rowcount < len(plain):
+            # Some were superseded, or got a child from outside.
+            plain = [a for a in plain if self.value(JUST_FINISHED, id=a.id, attempt=a.number, now=self.now)]
+        for attempt in plain:
+            self._count_finished(attempt)
+        recorded = set(plain)
         for attempt in attempts:
-            if attempt.outcome != RETURNED or attempt.has_children or attempt.number > 1:
+            if attempt not in recorded:
                 self._end(attempt)
 
     def finish_superseded(self, attempt: Attempt) -> bool:
-        """Record the outcome of an attempt that goes on executing, and accept nothing from it any more. False: it has ended."""
-        active = self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone() is not None
-        if active:
-            self._end(attempt)
+        """Record the outcome of an attempt that still executes, and accept nothing more from it. False: it has ended."""
+        ends = self._end(attempt)
+        if ends:
             self.execute(SUPERSEDE, {"id": attempt.id})
-        return active
+        return ends
 
-    def _ended(self, attempt: Attempt) -> None:
-        """Count a leaf that FINISH has written."""
+    def _count_finished(self, attempt: Attempt) -> None:
+        """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
         self._tally_end(attempt.name, attempt.system, FINISHED, attempt.ran_before + attempt.ran)
-        self._free_slots(attempt.name, attempt.max_running, attempt.deaths)
+        self._free_slots(attempt)
         if attempt.parent_id is not None:
-            progress, charged = self._saved(attempt)
-            self._count(attempt.parent_id, 1, 0, -1, 1.0 - progress)
-            self._change(attempt.parent_id).open -= 1
-            self._change(attempt.root_id).charge += attempt.correction - charged
+            self._count(attempt.parent_id, done=1, running=-1, progress=1.0)
+            self._changes[attempt.parent_id].open -= 1
+            self._changes[attempt.root_id].charge += attempt.correction
 
-    def _end(self, attempt: Attempt) -> None:
-        """Record any outcome, unless the attempt has been superseded."""
-        self.apply()                                    # the counts must be true before they decide
-        found = self.execute(STILL_ACTIVE, {"id": attempt.id, "attempt": attempt.number}).fetchone()
-        if found is None:
-            return
+    def _end(self, attempt: Attempt) -> bool:
+        """Record any outcome. False: the attempt has been superseded."""
+        self.apply()                                      # the counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.save_progress(attempt, attempt.unsaved_progress)
-        progress, charged = self._saved(attempt)
-        row = self._row(attempt.id)
-        outcome, over = attempt.outcome, row["open"] == 0
-        stops = found[0] == STOPPING and not row["goes_on"]
-        end: dict[str, Any] = {"id": attempt.id, "ran": attempt.ran, "result": None, "error": None, "errors": 0, "queue": None,
-                               "returned": 0, "state": None, "positions": attempt.unsaved_positions(),
-                               "phase": None, "parked": None, "run_at": None, "unspent": 0, "since": None, "finished_at": None}
-        if outcome == RETURNED:
-            status = FINISHED if over else STOPPED if stops else RUNNING
-            end.update(result=attempt.result, returned=1)
-        elif outcome == RAISED and found[1] < attempt.options.get("retries", 0):
-            pause = pause_before_retry(attempt.options, found[1] + 1)
-            status = STOPPED if stops else PENDING
-            end.update(error=attempt.error, errors=1, run_at=self.now + (0.0 if stops else pause), phase=None if stops else "retrying")
-            when = "when it is resumed" if stops else f"in {pause:,.1f} s"
-            self.log(attempt.id, logging.WARNING,
-                     f"attempt {attempt.number} failed; retry {found[1] + 1} of {attempt.options['retries']} {when}")
-        elif outcome == RAISED:
-            status = FAILED if over else STOPPED if stops else RUNNING
-            end.update(error=attempt.error, errors=1, returned=1)
-        elif outcome == HALTED and not row["goes_on"]:
-            status = STOPPED
-        else:                                           # given back: RELEASED, UNSPENT or UNKNOWN; or resumed already
-            status = STOPPED if stops else PENDING
-            end["unspent"] = int(outcome in (UNSPENT, UNKNOWN))
-            if status == PENDING and outcome == UNKNOWN:
-                end.update(parked=f"function {attempt.name}", phase="unknown function")
-            elif status == PENDING:
-                end.update(queue=row["low_priority"], phase="interrupted" if outcome == RELEASED else None)
-        if status in OVER:
-            end["finished_at"] = self.now
-            self._tally_end(attempt.name, attempt.system, status, row["duration"] + attempt.ran)
-            if status == FINISHED and row["total"]:
-                self.trees.append((attempt.name, row["duration"] + attempt.ran))
-        if status == RUNNING:
-            end["since"] = self.now
-        if not end["unspent"] and (attempt.number > 1 or not end["returned"]):
-            word = "timed out" if outcome == RAISED and attempt.reason == TIMED_OUT else OUTCOMES[outcome]
-            self._keep_attempt(attempt.id, attempt.number, row["since"], word, attempt.error)
-        self.execute(END_ATTEMPT, {**end, "status": status})
-        self._free_slots(attempt.name, attempt.max_running, attempt.deaths)
-        root_id = attempt.root_id or attempt.id
-        self._change(root_id).charge += attempt.correction - charged
-        self._moved(attempt.id, attempt.parent_id, found[0], status, progress)
-        if end["queue"] is not None:
-            self._wake(root_id, end["queue"])
+        job = self._executing(attempt)
+        if job is None:
+            return False
+        outcome, error = attempt.outcome, attempt.error if attempt.outcome == RAISED else None
+        retries = outcome == RAISED and job.own_errors < attempt.options.get("retries", 0)
+        returned = outcome in (RETURNED, RAISED) and not retries
+        status = status_after(job, outcome, retries)
+        if outcome in (UNSPENT, UNKNOWN):
+            self.execute(UNSPEND, {"id": job.id})
+        elif attempt.number > 1 or not returned:
+            timed_out = outcome == RAISED and attempt.reason == TIMED_OUT
+            self._keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
+        self.execute(RECORD, {"id": job.id, "returned": returned, "result": attempt.result, "error": error,
+                              "positions": attempt.unsaved_positions()})
+        self._end_attempt(job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
+                          run_at=self._announce_retry(attempt, job.own_errors + 1, status) if retries else None,
+                          parked=f"function {job.name}" if outcome == UNKNOWN else None)
+        return True
 
-    def _keep_attempt(self, job_id: int, number: int, started_at: float | None, outcome: str, error: str | None) -> None:
+    def _announce_retry(self, attempt: Attempt, failures: int, status: str) -> float:
+        """Return when the next attempt is due, and tell the job's log."""
+        pause = pause_before_retry(attempt.options, failures)
+        when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
+        self.log(attempt.id, logging.WARNING,
+                 f"attempt {attempt.number} failed; retry {failures} of {attempt.options['retries']} {when}")
+        return self.now + pause
+
+    def _keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
         """Keep, for people, what became of an attempt; error is one of dump_error."""
-        said = json.loads(error) if error else {}
-        self.execute(INSERT_ATTEMPT, {"id": job_id, "number": number, "started_at": started_at, "ended_at": self.now, "outcome": outcome,
-                                      "error": _text(f"{said['type']}: {said['text']}", 500) if said else None})
-        if number > ATTEMPTS_A_JOB:
-            self.execute(TRIM_ATTEMPTS, {"id": job_id, "number": number, "keep": ATTEMPTS_A_JOB})
+        if error is not None:
+            raised = json.loads(error)
+            error = _text(f"{raised['type']}: {raised['text']}", 500)
+        self.execute(INSERT_ATTEMPT, {"id": job.id, "number": job.attempt, "started_at": job.since,
+                                      "ended_at": self.now, "outcome": outcome, "error": error})
+        if job.attempt > ATTEMPTS_A_JOB:
+            self.execute(TRIM_ATTEMPTS, {"id": job.id, "number": job.attempt, "keep": ATTEMPTS_A_JOB})
 
-    def _moved(self, job_id: int, parent_id: int | None, old: str, new: str, progress: float | None) -> None:
-        """Count a change of status for the ancestors."""
-        if new in OVER and old not in OVER:
-            self.over.append(job_id)
-        if parent_id is None or old == new:
-            return
-        over, failed, active, gained = (after - before for after, before in
-                                        zip(_contribution(new, progress), _contribution(old, progress)))
-        self._count(parent_id, over, failed, active, gained)
-        self._change(parent_id).open -= over
+    def _end_attempt(self, job: JobRow, status: str, ran: float, worked: float, **waits: Any) -> None:
+        """End the attempt that executes: charge its root for `worked` seconds, free its slots, and move the job on."""
+        self._changes[job.root].charge += int(worked * 1e6) - job.charge
+        self._free_slots(job)
+        self._move(job, status, ran, **waits)
 
-    def _count(self, parent_id: int | None, done: int, failed: int, running: int, progress: float, total: int = 0) -> None:
+    def _move(self, job: JobRow, status: str, ran: float | None = None, *, run_at: float | None = None,
+              parked: str | None = None, phase: str | None = None) -> None:
+        """Change a job's status, and add up what that means for others.
+
+        ran: the seconds that it was active, where that is not the time since it became so. run_at, parked, phase: what
+        it waits for if it becomes pending and is not ready, and the word for that.
+        """
+        executes = status == STOPPING                     # up to its next checkpoint
+        if status != PENDING:
+            run_at = parked = phase = None
+        if ran is None:
+            ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
+        waits = run_at or parked or job.run_at is not None and job.run_at > self.now and job.started_at is None
+        queue = job.low_priority if status == PENDING and not waits else None
+        self.execute(MOVE, {"id": job.id, "status": status, "queue": queue, "parked": parked, "phase": phase,
+                            "run_at": run_at, "ran": ran, "executes": executes,
+                            "since": job.since if executes else self.now if status == RUNNING else None,
+                            "finished_at": self.now if status in OVER else None})
+        if status in OVER and job.status not in OVER:
+            self.over.append(job.id)
+        if status in (FINISHED, FAILED):
+            self._tally_end(job.name, job.system, status, job.duration + ran)
+        if status == FINISHED and job.total:
+            self.trees.append((job.name, job.duration + ran))
+        if job.parent_id is not None:
+            before, after = contribution(job.status, job.progress), contribution(status, job.progress)
+            self._count(job.parent_id, **{name: after[name] - before[name] for name in after})
+            self._changes[job.parent_id].open -= after["done"] - before["done"]
+        if job.queue is not None:
+            self._changes[job.root].relane = True
+        if queue is not None:
+            self._wake(job.root, queue)
+        if job.returned and status not in OVER:
+            self._changes.setdefault(job.id, _Change())   # its last child may be over already: apply() looks
+
+    # what is added up
+
+    def _count(self, parent_id: int | None, *, total: int = 0, done: int = 0, failed: int = 0, running: int = 0,
+               progress: float = 0.0) -> None:
         """Add to the counts of a job's ancestors, from its parent up."""
         for ancestor in self._lineage(parent_id):
-            change = self._change(ancestor)
+            change = self._changes[ancestor]
+            change.total += total
             change.done += done
             change.failed += failed
             change.running += running
             change.progress += progress
-            change.total += total
 
-    def _row(self, job_id: int) -> dict[str, Any]:
-        cursor = self.execute(TREE_ROW, {"id": job_id})
-        return dict(zip((column[0] for column in cursor.description), cursor.fetchone()))
+    def _wake(self, root_id: int, queue: int) -> None:
+        """Note that a job of a tree became ready."""
+        change = self._changes[root_id]
+        change.wake = queue if change.wake is None else min(change.wake, queue)
 
-    # what is added up
+    def forget_changes(self) -> None:
+        """Drop what is added up and not applied, after a ROLLBACK TO."""
+        self._changes.clear()
 
-    def _tally(self, name: str) -> _Tally:
-        tally = self._tallies.get(name)
-        if tally is None:
-            tally = self._tallies[name] = _Tally()
-        return tally
+    def apply(self) -> None:
+        """Write what is added up: counts of ancestors, virtual times and lanes of roots; and give freed slots out.
+
+        A parent whose last child is over is closed, which may mean the same for its own parent.
+        """
+        while self._changes or self._freed:
+            freed, self._freed = self._freed, set()
+            for key in freed:
+                self.unpark_next(key)
+            changes, self._changes = self._changes, defaultdict(_Change)
+            for job_id, change in changes.items():
+                job = self._job(job_id)
+                if job is not None:
+                    self._apply(job, change)
+
+    def _apply(self, job: JobRow, change: _Change) -> None:
+        open_, vtime, lane = job.open + change.open, job.vtime + change.charge, job.lane
+        pace = job.tree_at, job.tree_gained, job.tree_seconds
+        if change.progress:
+            elapsed = job.duration + (max(0.0, self.now - job.since) if job.since else 0.0)
+            gap = self.now - max(job.tree_at or 0.0, job.since or 0.0)      # a pause before a resume is none of it
+            pace = self.now, *Rate(job.tree_gained or 0.0, job.tree_seconds or 0.0).after(change.progress, gap, elapsed)
+        if change.relane:
+            lane = self.value(BEST_LANE, root=job.id)
+        if change.wake is not None:
+            if job.lane is None:                          # it was idle
+                vtime = entry_tag(vtime, self.value(CLOCK))
+            lane = change.wake if lane is None else min(lane, change.wake)
+        self.execute(SAVE_TREE, (
+            open_, job.total + change.total, job.done + change.done, job.failed + change.failed,
+            job.running + change.running, job.tree_progress + change.progress, *pace, lane, vtime, job.id))
+        if open_ == 0 and job.returned and job.status in (RUNNING, STOPPED):
+            self._move(job, FINISHED if job.error is None else FAILED)
+
+    # what is counted for the statistics
 
     def count_start(self, name: str, waited: float) -> None:
-        """Count a job that has begun, for the first time."""
-        self._tally(name).started += 1
-        self._tally(name).waiting.append(waited)
+        """Count a job that has begun, for the first time, after so many seconds."""
+        self._tallies[name].waiting.append(waited)
 
     def _tally_end(self, name: str, system: Any, status: str, seconds: float) -> None:
         if not system:
-            tally = self._tally(name)
-            if status == FINISHED:
-                tally.finished += 1
-            else:
-                tally.failed += 1
-            tally.running.append(seconds)
+            tally = self._tallies[name]
+            (tally.finished if status == FINISHED else tally.failed).append(seconds)
 
     def save_tallies(self) -> None:
         """Write what was counted for the statistics; the last thing in a transaction."""
@@ -1757,53 +1995,7 @@ class Transaction:
         self.executemany(SAVE_TALLY, self.execute(UNCOUNTED).fetchall())
         self.execute(NOTE_COUNTED)
 
-    def apply(self) -> None:
-        """Write the counts of ancestors and the virtual times of roots; close parents whose last child is over."""
-        while self._changes or self._freed:
-            freed, self._freed = self._freed, set()
-            for key in freed:
-                self.unpark_next(key)
-            changes, self._changes = self._changes, {}
-            for job_id, change in changes.items():
-                row = self.execute(TREE_ROW, {"id": job_id}).fetchone()
-                if row is not None:
-                    self._apply(job_id, change, row)
-
-    def _apply(self, job_id: int, change: _Change, row: tuple[Any, ...]) -> None:
-        (name, status, returned, error, parent_id, root_id, open_, total, done, failed, running, tree_progress, tree_at, tree_gained,
-         tree_seconds, duration, since, lane, vtime, progress, _, _, _, system) = row
-        open_ += change.open
-        total += change.total
-        if change.progress:
-            elapsed = duration + max(0.0, self.now - since if since else 0.0)
-            gap = self.now - max(tree_at or 0.0, since or 0.0)      # what happened before a resume took no time of this run
-            tree_gained, tree_seconds = Rate(tree_gained or 0.0, tree_seconds or 0.0).after(change.progress, gap, elapsed)
-            tree_at = self.now
-            tree_progress += change.progress
-        vtime += change.charge
-        idle = lane is None
-        if change.relane:
-            lane = self.execute(BEST_LANE, {"root": job_id}).fetchone()[0]
-        if change.wake is not None:
-            if idle:
-                vtime = entry_tag(vtime, self.execute(CLOCK).fetchone()[0])
-            lane = change.wake if lane is None else min(lane, change.wake)
-        self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
-                                 tree_at, tree_gained, tree_seconds, lane, vtime, job_id))
-        if open_ == 0 and returned and status in (RUNNING, STOPPED):
-            self._close(job_id, name, system, parent_id, status, error, duration + max(0.0, self.now - (since or self.now)), progress)
-
-    def _close(self, job_id: int, name: str, system: int, parent_id: int | None, status: str, error: str | None, duration: float,
-               progress: float | None) -> None:
-        """End a job whose function has returned and whose last child is over."""
-        end = FAILED if error is not None else FINISHED
-        self.execute(CLOSE_PARENT, {"id": job_id, "status": end, "now": self.now, "duration": duration})
-        if end == FINISHED:
-            self.trees.append((name, duration))
-        self._tally_end(name, system, end, duration)
-        self._moved(job_id, parent_id, status, end, progress)
-
-    # operations
+    # operations: a method for each returns whether it did something to a job; `top` is the one that it was asked for
 
     def operate(self, operation: str, job_id: int, by: str | None, author: tuple[int, int] | None = None) -> list[int]:
         """Apply an operation to a job and those descendants that allow it; return the ids it was applied to.
@@ -1813,107 +2005,102 @@ class Transaction:
         if author is not None:
             self.check_author(author)
         self.apply()
-        cursor = self.execute(SUBTREE, {"id": job_id})
-        columns = [column[0] for column in cursor.description]
-        tree = [dict(zip(columns, row)) for row in cursor.fetchall()]
+        tree = self.jobs(SUBTREE, id=job_id)
         if not tree:
             raise KeyError(job_id)
         top = tree[0]
-        self._check_operation(operation, top, tree)
+        self._check_operation(operation, top, tree[1:])
         if operation == "restart":
             self._forget_descendants(top, tree[1:])
-            tree = tree[:1]
-        moved = [row["id"] for row in tree if self._operate_on(operation, row, top)]
+            tree = [top]
+        carry_out = getattr(self, f"_{operation}")
+        moved = [job.id for job in tree if carry_out(job, top)]
         if moved:
             text = f"{operation.replace('_', ' ')}{f' by {by}' if by else ''}"
             self.log(job_id, logging.INFO, f"{text} ({len(moved):,} jobs of the tree)" if len(moved) > 1 else text)
         self.apply()
         return moved
 
-    def _check_operation(self, operation: str, top: dict[str, Any], tree: list[dict[str, Any]]) -> None:
-        options, job = kept_options(top["options"]), f"job {top['id']}"
-        active = next((row["id"] for row in tree if row["status"] in ACTIVE and row is not top), None)
-        allowed = allowed_operations(top["status"], options, bool(top["system"]), active is not None)
-        why = objection(operation, options, bool(top["system"]))
-        below = operation == "force_stop" and top["status"] == STOPPED and any(row["status"] == STOPPING for row in tree)
-        if why or top["status"] not in TRANSITIONS[operation] and not below:
-            raise refusal(job, top["status"], operation, [name for name in allowed if name != operation],
-                          why if top["status"] in TRANSITIONS[operation] else "")
+    def _check_operation(self, operation: str, top: JobRow, below: list[JobRow]) -> None:
+        """Raise InvalidOperation if a job does not allow an operation."""
+        def refuse(why: str, allowed: Iterable[str] = ()) -> None:
+            raise refusal(f"job {top.id}", top.status, operation, [name for name in allowed if name != operation], why)
+        options, fits = kept_options(top.options), top.status in TRANSITIONS[operation]
+        active = next((job.id for job in below if job.status in ACTIVE), None)
+        for_others = operation == "force_stop" and top.status == STOPPED and STOPPING in [job.status for job in below]
+        why = objection(operation, options, bool(top.system))
+        if why or not (fits or for_others):
+            refuse(why if fits else "", allowed_operations(top.status, options, bool(top.system), active is not None))
         if operation in ("cancel", "restart") and active is not None:
-            raise refusal(job, top["status"], operation, [], f"its descendant job {active} is still running; stop it first")
-        if top["key"] and top["status"] in OVER and top["parent_id"] is None:
-            holder = self.execute(ROOT_WITH_KEY, {"key": top["key"]}).fetchone()
-            if holder:
-                raise refusal(job, top["status"], operation, [], f"job {holder[0]} has its key {top['key']!r} now")
+            refuse(f"its descendant job {active} is still running; stop it first")
+        if top.key and top.status in OVER and top.parent_id is None:
+            holder = self.value(ROOT_WITH_KEY, key=top.key)
+            if holder is not None:
+                refuse(f"job {holder} has its key {top.key!r} now")
 
-    def _operate_on(self, operation: str, row: dict[str, Any], top: dict[str, Any]) -> bool:
-        """Apply an operation to one job of the tree, if its status allows it."""
-        status, options = row["status"], kept_options(row["options"])
-        new = TRANSITIONS[operation].get(status)
-        if operation == "resume" and status == STOPPING and row is not top:
-            self.execute(GO_ON, {"id": row["id"], "goes_on": 1})     # as soon as it has stopped
-            return True
-        if operation == "force_stop" and row is top and status == STOPPED:
-            return False                                # for the sake of its descendants
-        if new is None or row is not top and (operation == "resume" and status == FAILED and top["status"] != FAILED
-                                              or operation == "restart"):
+    def _stop(self, job: JobRow, top: JobRow) -> bool:
+        if job.status in (STOPPING, STOPPED):
+            self.execute(GO_ON, {"id": job.id, "goes_on": 0})
+            return job is top
+        if job.status in OVER or objection("stop", kept_options(job.options), bool(job.system)):
             return False
-        if operation == "stop":
-            if status in (STOPPING, STOPPED):
-                self.execute(GO_ON, {"id": row["id"], "goes_on": 0})
-                return row is top
-            if objection(operation, options, bool(row["system"])):
-                return False
-        if operation.endswith("low_priority"):
-            return self._set_low_priority(row, int(operation == "set_low_priority"))
-        since, ran, root_id = None, 0.0, row["root_id"] or row["id"]
-        if status in ACTIVE:
-            ran = max(0.0, self.now - (row["since"] or self.now))
-            since = row["since"]
-            if new == STOPPING and row["returned"]:     # nothing executes: there is no checkpoint to wait for
-                new = STOPPED
-            if new == STOPPED:
-                since = None
-                if not row["returned"]:
-                    self._keep_attempt(row["id"], row["attempt"], row["since"], "force-stopped", None)
-                    self._change(root_id).charge += int(ran * 1e6) - row["charge"]
-                    self._free_slots(row["name"], row["max_running"], row["deaths"])
-        if operation == "resume" and row["returned"] and status == STOPPED:
-            new, since = RUNNING, self.now              # waits for its children again
-        elif operation == "resume" and row["returned"]:
-            self.execute(REOPEN, {"id": row["id"]})
-        if operation == "resume" and row["deaths"]:
-            self.execute(ACQUIT, {"id": row["id"]})     # somebody has looked at it
-        if operation == "restart":
-            self.execute(RESET, {"id": row["id"]})
-            row["progress"] = None
-        later = row["run_at"] is not None and row["run_at"] > self.now and row["started_at"] is None      # no retry's pause
-        queue = row["low_priority"] if new == PENDING and not later else None
-        self.execute(MOVE, {"id": row["id"], "status": new, "queue": queue, "phase": None, "since": since,
-                            "finished_at": self.now if new in OVER else None, "charge": row["charge"] if new in ACTIVE else 0,
-                            "ran": ran if new == STOPPED else 0.0, "supersede": operation == "force_stop"})
-        self._moved(row["id"], row["parent_id"], status, new, row["progress"])
-        change = self._change(root_id)
-        change.relane = True
-        if row["returned"]:
-            self._change(row["id"])                     # its last child may be over already: apply() looks
-        if queue is not None:
-            self._wake(root_id, queue)
+        self._move(job, STOPPING if job.executes else STOPPED)      # else there is no checkpoint to wait for
         return True
 
-    def _set_low_priority(self, row: dict[str, Any], low: int) -> bool:
-        if row["low_priority"] != low:
-            ready = row["queue"] is not None
-            self.execute(SET_LOW_PRIORITY, {"id": row["id"], "low": low, "queue": low if ready else None})
-            self._change(row["root_id"] or row["id"]).relane = True
+    def _resume(self, job: JobRow, top: JobRow) -> bool:
+        if job.status == STOPPING and job is not top:
+            self.execute(GO_ON, {"id": job.id, "goes_on": 1})       # as soon as it has stopped
+            return True
+        if not (job.status == STOPPED or job.status == FAILED == top.status):      # of a failed one, the failed ones too
+            return False
+        if job.deaths:
+            self.execute(ACQUIT, {"id": job.id})          # somebody has looked at it
+        if job.returned and job.status == STOPPED:
+            self._move(job, RUNNING)                      # waits for its children again
+            return True
+        if job.returned:
+            self.execute(REOPEN, {"id": job.id})
+        self._move(job, PENDING)
         return True
 
-    def _forget_descendants(self, top: dict[str, Any], descendants: list[dict[str, Any]]) -> None:
-        """Delete a job's descendants, with their logs, and take them out of its ancestors' counts."""
-        if not descendants:
-            return
-        self.remove([row["id"] for row in descendants])
-        self._count(top["parent_id"], -top["done"], -top["failed"], -top["running"], -top["tree_progress"], -top["total"])
+    def _force_stop(self, job: JobRow, top: JobRow) -> bool:
+        if job.status != STOPPING:
+            return False
+        ran = max(0.0, self.now - (job.since or self.now))
+        self._keep_attempt(job, "force-stopped")
+        self.execute(SUPERSEDE, {"id": job.id})
+        self._end_attempt(job, STOPPED, ran, ran)
+        return True
+
+    def _cancel(self, job: JobRow, top: JobRow) -> bool:
+        if job.status not in (PENDING, STOPPED):
+            return False
+        self._move(job, CANCELLED)
+        return True
+
+    def _restart(self, job: JobRow, top: JobRow) -> bool:
+        self.execute(RESET, {"id": job.id})
+        self._move(job._replace(progress=None), PENDING)
+        return True
+
+    def _set_low_priority(self, job: JobRow, top: JobRow, low: int = 1) -> bool:
+        if job.status in OVER:
+            return False
+        if job.low_priority != low:
+            self.execute(SET_LOW_PRIORITY, {"id": job.id, "low": low, "queue": None if job.queue is None else low})
+            self._changes[job.root].relane = True
+        return True
+
+    def _remove_low_priority(self, job: JobRow, top: JobRow) -> bool:
+        return self._set_low_priority(job, top, 0)
+
+    def _forget_descendants(self, top: JobRow, descendants: list[JobRow]) -> None:
+        """Delete a job's descendants and take them out of its ancestors' counts."""
+        if descendants:
+            self.remove([job.id for job in descendants])
+            self._count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed, running=-top.running,
+                        progress=-top.tree_progress)
+            self._changes[top.root].relane = True
 
     def remove(self, ids: list[int]) -> None:
         """Delete jobs, with their logs and attempts. Statistics keep them, and their ids are not given out again."""
@@ -1927,74 +2114,66 @@ class Transaction:
 
     def wake_due(self) -> bool:
         """Make the jobs ready whose time has come."""
-        return self._make_ready(self.execute(DUE, {"now": self.now}).fetchall())
+        return self._make_ready(self.jobs(DUE, now=self.now))
 
     def unpark(self, key: str) -> bool:
         """Make the jobs ready that were parked with this key."""
-        return self._make_ready(self.execute(PARKED, {"key": key}).fetchall())
+        return self._make_ready(self.jobs(PARKED, key=key))
 
-    def _make_ready(self, rows: list[tuple[Any, ...]]) -> bool:
-        for job_id, parent_id, root_id, low in rows:
-            self.execute(MAKE_READY, {"id": job_id, "queue": low})
-            self._wake(root_id or job_id, low)
-        return bool(rows)
+    def _make_ready(self, jobs: list[JobRow]) -> bool:
+        for job in jobs:
+            self.execute(MAKE_READY, {"id": job.id, "queue": job.low_priority})
+            self._wake(job.root, job.low_priority)
+        return bool(jobs)
+
+    def owned(self, owner: int) -> list[JobRow]:
+        """Return the jobs that a runner executes, the newest first: so children come before their parents."""
+        return sorted(self.jobs(OWNED, owner=owner), reverse=True)
 
     def recover(self, owner: int) -> int:
-        """Take the jobs of a runner whose process died back: running to pending, stopping to stopped, at the third death to failed."""
-        rows = sorted(self.execute(OWNED, {"owner": owner}).fetchall(), reverse=True)
-        seen = self.execute(LAST_SEEN, {"id": owner}).fetchone()
-        for row in rows:
-            self.execute(COUNT_DEATH, {"id": row[0], "owner": owner})
-        for row in rows:                                # children before their parents, which only waited for them
-            self.take_back(row, "its process died", min(self.now, seen[0] + HEARTBEAT_SECONDS) if seen else 0.0, died=True)
+        """Take back the jobs of a runner whose process died, and forget it; return how many there were."""
+        jobs, seen = self.owned(owner), self.value(LAST_SEEN, id=owner)
+        until = 0.0 if seen is None else min(self.now, seen + HEARTBEAT_SECONDS)
+        for job in jobs:
+            self.execute(COUNT_DEATH, {"id": job.id, "owner": owner})
+        for job in jobs:
+            self.take_back(job.id, "its process died", until, died=True)
         self.remove_runner(owner)
-        return len(rows)
+        return len(jobs)
 
     def remove_runner(self, runner: int) -> None:
         """Forget a runner, and what its code had registered."""
         self.execute(REMOVE_RUNNER, {"id": runner})
         self.execute(UNREGISTER, {"id": runner})
 
-    def take_back(self, owned: tuple[Any, ...], why: str, until: float, died: bool = False) -> None:
-        """Supersede the attempt of a job, a row of OWNED, that ran until then: running to pending, stopping to stopped."""
-        job_id, parent_id, root_id, status, number, low, since, charge, options, name, max_running = owned
+    def take_back(self, job_id: int, why: str, until: float, died: bool = False) -> None:
+        """Supersede the attempt of a job, which ran until then: running becomes pending, stopping becomes stopped.
+
+        If it may not run again (recover=False, or the third process died under it) it ends as if it had raised.
+        """
         self.apply()
-        self._keep_attempt(job_id, number, since, "interrupted" if died else "given back", None)
-        row = self._row(job_id)
-        deaths = row["deaths"]
-        new, error = (STOPPED if status == STOPPING and not row["goes_on"] else PENDING), None
-        if new == PENDING and not kept_options(options).get("recover", True):
+        job, error = self._job(job_id), None
+        if not job.stops and not kept_options(job.options).get("recover", True):
             error = f"{why} while it ran, and it was declared recover=False"
-        elif died and deaths >= DEATHS:
-            error = f"its process died under it {deaths} times; resume gives it another try"
+        elif died and job.deaths >= DEATHS:
+            error = f"its process died under it {job.deaths} times; resume gives it another try"
             self._acquit_others(job_id)
-        if error is not None:
-            new = FAILED if row["open"] == 0 else RUNNING
-        ran = max(0.0, until - (since or until))
-        queue = low if new == PENDING else None
-        self.execute(END_ATTEMPT, {
-            "id": job_id, "status": new, "returned": int(error is not None), "finished_at": self.now if new == FAILED else None,
-            "since": self.now if new == RUNNING else None, "ran": ran, "result": None,
-            "error": error and dump_error("Interrupted", error, ""), "errors": int(error is not None), "state": None,
-            "positions": None, "unspent": 0, "queue": queue, "parked": None, "run_at": None,
-            "phase": "interrupted" if new == PENDING else None})
-        root = root_id or job_id
-        self._change(root).charge += int(ran * 1e6) - charge
-        self._moved(job_id, parent_id, status, new, row["progress"])
-        if new == FAILED:
-            self._tally_end(name, row["system"], new, row["duration"] + ran)
-        self._free_slots(name, max_running, deaths - died)       # what it was when it was claimed
+        status = status_after(job, RELEASED if error is None else RAISED)
+        ran = max(0.0, until - (job.since or until))
+        self._keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
         self.execute(SUPERSEDE, {"id": job_id})
-        if queue is not None:
-            self._wake(root, queue)
-        self.log(job_id, logging.WARNING, f"{error or why}; {new} now")
+        if error is not None:
+            self.execute(RECORD, {"id": job_id, "returned": True, "result": None, "positions": None,
+                                  "error": dump_error("Interrupted", error, "")})
+        self._end_attempt(job, status, ran, ran, phase=PHASES[RELEASED])
+        self.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
     def _acquit_others(self, killer: int) -> None:
         """Do not hold the deaths for which a job has been failed against those that ran beside it."""
-        for job_id, parent_id, root_id, low, parked in self.execute(DIED_BESIDE, {"id": killer}).fetchall():
-            self.execute(FORGET_DEATHS, {"id": job_id, "killer": killer})
-            if parked == "suspect":
-                self._make_ready([(job_id, parent_id, root_id, low)])
+        for job in self.jobs(DIED_BESIDE, id=killer):
+            self.execute(FORGET_DEATHS, {"id": job.id, "killer": killer})
+            if job.parked == "suspect":
+                self._make_ready([job])
 
     def log(self, job_id: int, level: int, message: str) -> None:
         """Add one line to a job's log."""
@@ -2009,39 +2188,24 @@ class Transaction:
 
     def save_states(self, saves: list[tuple[Attempt, str | None, str | None]]) -> list[bool]:
         """Store the states of many attempts as `save_state` does; where state and positions are None it only tells."""
-        rows = [{"id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions} for attempt, state, positions in saves]
-        if self.executemany(SAVE_STATE, rows).rowcount == len(saves):
-            return [True] * len(saves)
         return [self.save_state(*save) for save in saves]
 
     def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
-        saved = self.execute(SAVE_PROGRESS, {"id": attempt.id, "attempt": attempt.number, "at": self.now - report.age,
-                                             "progress": report.progress, "gained": report.rate.gained,
-                                             "seconds": report.rate.seconds, "step": report.step,
-                                             "message": report.message})
-        if saved.rowcount == 1:
-            before, charged = self._saved(attempt)
-            self._count(attempt.parent_id, 0, 0, 0, (report.progress or 0.0) - before)
-            self._reported[attempt.id] = report.progress or 0.0, charged
-            self.after_commit.append(lambda: setattr(attempt, "saved_progress", report.progress))
+        job = self._executing(attempt)
+        if job is not None:
+            self.execute(SAVE_PROGRESS, {
+                "id": job.id, "at": self.now - report.age, "progress": report.progress, "gained": report.rate.gained,
+                "seconds": report.rate.seconds, "step": report.step, "message": report.message})
+            self._count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
+            attempt.has_reported = True
 
     def add_charge(self, attempt: Attempt, more: int) -> None:
         """Charge an attempt that runs longer than estimated for what it has run by now."""
         if self.execute(ADD_CHARGE, {"id": attempt.id, "attempt": attempt.number, "more": more}).rowcount == 1:
-            before, charged = self._saved(attempt)
-            self._change(attempt.root_id or attempt.id).charge += more
-            self._reported[attempt.id] = before, charged + more
+            self._changes[attempt.root_id or attempt.id].charge += more
+            attempt.has_reported = True
             self.after_commit.append(lambda: setattr(attempt, "charge", attempt.charge + more))
-
-    def _saved(self, attempt: Attempt) -> tuple[float, int]:
-        """Return the progress that is in the file, and what this transaction has charged beyond attempt.charge."""
-        return self._reported.get(attempt.id) or (attempt.saved_progress or 0.0, 0)
-
-
-def dump_error(type: str, text: str, trace: str) -> str:
-    """Return the `error` column: what a function raised."""
-    return json.dumps({"type": _text(type), "text": _text(text), "traceback": _text(trace, 64 * 1024)})
 
 
 # ---- 8 Store --------------------------------------------------------------------------------------------------
@@ -2077,8 +2241,6 @@ WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the file's lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that going down can cut it short
-SCHEMA_VERSION = len(MIGRATIONS)
-TABLES = ("bgjobs_schema", *(sql.split()[2] for sqls in MIGRATIONS for sql in sqls if sql.startswith("CREATE TABLE")))
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2300,21 +2462,19 @@ class Store:
         self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()     # the WAL is there from the first read on
 
     def _migrate(self) -> None:
+        """Bring the tables in the file to this version. What is cut short, by a kill even, leaves the file as it was."""
         db = self._writer
         if db.in_transaction:
             db.execute("ROLLBACK")
         if self._schema_version() == SCHEMA_VERSION:
             return
+        db.execute("PRAGMA foreign_keys = OFF")           # these two do nothing within a transaction
+        db.execute("PRAGMA legacy_alter_table = ON")
         db.execute("BEGIN IMMEDIATE")
         try:
             version = self._schema_version()
-            if version == 0:
-                db.execute("CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)")
-                db.execute("INSERT INTO bgjobs_schema VALUES (0)")
-            for statements in MIGRATIONS[version:]:
-                for statement in statements:
-                    db.execute(statement)
-            db.execute("UPDATE bgjobs_schema SET version = :version", {"version": SCHEMA_VERSION})
+            if version < SCHEMA_VERSION:                  # no other process was quicker
+                rebuild(db, version)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -2329,12 +2489,13 @@ class Store:
             return 0
         rows = execute("SELECT version FROM bgjobs_schema").fetchall() if "bgjobs_schema" in found else []
         version = rows[0][0] if len(rows) == 1 else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        if not (isinstance(version, int) and version > 0):
+            wrong = f"its schema version is {_short(version)}"
+        elif version > SCHEMA_VERSION:
             raise StoreError(f"{self.path} has schema version {version}, and this bgjobs {__version__} knows up to "
                              f"{SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
-        wrong = "" if isinstance(version, int) and version > 0 else f"its schema version is {_short(version)}"
-        if version == SCHEMA_VERSION:
-            lacking = [name for name in TABLES if name not in found]
+        else:
+            lacking = [name for name in (TABLES if version == SCHEMA_VERSION else ALL_VERSIONS_HAVE) if name not in found]
             wrong = f"it lacks {', '.join(lacking)}" if lacking else "" if execute(CLOCK).fetchone() else "bgjobs_clock is empty"
         if wrong:
             raise StoreError(f"cannot use {self.path} as a job file: somebody has changed its bgjobs_ tables: {wrong}; restore it from "
@@ -3419,12 +3580,6 @@ class JobContext:
 
 _outside = JobContext()
 
-RETURNED, RAISED, HALTED = "returned", "raised", "halted"           # outcomes of an attempt's function;
-RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one that is given back: begun, not begun, unknown here
-TIMED_OUT = "timed out"                                              # the reason to stop one; it ends as RAISED
-OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}       # in words
-
-
 class Attempt(JobContext):
     """One execution of a job's function by this process."""
 
@@ -3440,6 +3595,7 @@ class Attempt(JobContext):
     place: Any = None                                     # what is set when one that waited has a place again
     engine: Engine | None = None                          # that executes it elsewhere
     unsaved_progress: Report | None = None
+    has_reported = False                                  # the file knows of its progress, or of more charge than its claim's
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
     _pace: Pace | None = None
     _loops = 0                                            # of each(), the next one's number
@@ -4337,7 +4493,6 @@ SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait 
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
 GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
 STANDING_CLOCK_SECONDS = 5.0   # then a job that waits, in drain, for another time is an error
-ATTEMPTS_A_JOB = 100       # that are kept, for people to see
 LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
@@ -4716,8 +4871,8 @@ class Runner(Submitter, Executor):
         self._backlog = len(rows) >= free or low_free <= 0
         return [self._attempt(row) for row in rows]
 
-    def _attempt(self, claim: tuple[Any, ...]) -> Attempt:
-        name, options, system = claim[3], claim[9], claim[20]
+    def _attempt(self, claim: Claim) -> Attempt:
+        name, options, system = claim.name, claim.options, claim.system
         engine = self._engine_for(name, options) if (self._executor is not None or _registry.has_executors) and not system \
             or options and '"isolate":true' in options else None
         return Attempt(self, claim) if engine is None else Departed(self, claim, engine)
@@ -5171,13 +5326,13 @@ class Runner(Submitter, Executor):
         return ran
 
     def _run_one(self) -> bool:
-        def claim(tx: Transaction) -> list[tuple[Any, ...]]:
+        def claim(tx: Transaction) -> list[Claim]:
             run_schedules(tx)
             tx.wake_due()
             return tx.claim(self._id, 1, 1, 0, 0.0, 1, self._costs)
         rows = self._store.write(claim)
         for row in rows:
-            attempt = self._attempts[row[0]] = Attempt(self, row)
+            attempt = self._attempts[row.id] = Attempt(self, row)
             self._execute(attempt)
             self._settle(attempt)
             self._store.kick()
@@ -5299,9 +5454,9 @@ class Runner(Submitter, Executor):
 
     def _release(self, tx: Transaction, why: str, keep: Callable[[int], bool]) -> None:
         """Make jobs pending again that this runner has claimed, but those to keep; their attempts are superseded."""
-        for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
-            if not keep(row[0]):
-                tx.take_back(row, why, tx.now)
+        for job in tx.owned(self._id):
+            if not keep(job.id):
+                tx.take_back(job.id, why, tx.now)
 
     def _release_lost(self) -> None:
         """Make jobs pending again that were claimed and never reached the pool: Ctrl-C came right after the commit."""
@@ -6647,7 +6802,7 @@ class _StoreThere:
                            "executor= and isolate=")
 
     def submit(self, new: Submission, arguments: list[str | None] | None = None) -> Any:
-        return self._link.call(None, "submit", {name: getattr(new, name) for name in Submission.__slots__}, arguments)
+        return self._link.call(None, "submit", vars(new), arguments)
 
     submit_many = submit
 

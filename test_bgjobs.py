@@ -1719,7 +1719,7 @@ class TestStore:
         """Counted in SQLite's own steps, not in time."""
         def steps(backlog):
             with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-                for statement in bgjobs.MIGRATIONS[0]:
+                for statement in (*bgjobs.TABLES.values(), *bgjobs.INDEXES, *bgjobs.UPGRADES[0]):
                     db.execute(statement)
                 db.execute("WITH RECURSIVE k(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM k WHERE i < ?) INSERT INTO bgjobs_jobs "
                            "(name, status, queue, lane, created_at) SELECT 'f', 'pending', 0, 0, 0 FROM k", [backlog])
@@ -2237,6 +2237,21 @@ class TestStore:
         runner._store._commit([bad, good], "some")           # the bad one has each run again alone
         assert isinstance(bad.error, ZeroDivisionError) and second._state == "CANCELLED_AND_NOTIFIED"
 
+    def test_a_job_to_stop_that_fails_by_its_third_death_is_stopped_while_children_are_open(self, idle):
+        parent = idle.submit(add, 1)
+        child = idle.options(parent=parent).submit(add, 2)
+        claimed(idle, 1)
+        parent.stop()
+        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", [parent.id]))
+        idle._store.write(lambda tx: tx.recover(idle._id))
+        assert (parent.status, child.status) == ("stopped", "stopped")
+        consistent(idle)
+        parent.resume()
+        assert (parent.status, parent.phase, child.status) == ("running", "waiting for children", "pending")
+        idle.drain()
+        assert (parent.status, child.result()) == ("failed", 2) and "died under it 3 times" in parent.error
+        consistent(idle)
+
     def test_a_root_that_is_resumed_has_no_credit(self, idle):
         job = idle.submit(add, 1)
         job.stop()
@@ -2317,6 +2332,149 @@ class TestStore:
             ids(status="done")
         with pytest.raises(TypeError, match="unknown filter 'colour'"):
             ids(colour=1)
+
+
+# The tables of the first version whose files people have, and what such a file may hold.
+FIRST_SCHEMA = """
+CREATE TABLE bgjobs_schema (version INTEGER NOT NULL);
+INSERT INTO bgjobs_schema VALUES (1);
+CREATE TABLE bgjobs_jobs (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER NOT NULL DEFAULT 0,
+    parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
+    charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER NOT NULL DEFAULT 0,
+    deaths INTEGER NOT NULL DEFAULT 0, own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
+    total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+    running INTEGER NOT NULL DEFAULT 0, low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+    created_at REAL NOT NULL, run_at REAL, started_at REAL, finished_at REAL, since REAL,
+    duration REAL NOT NULL DEFAULT 0, progress REAL, progress_at REAL, pace REAL,
+    tree_progress REAL NOT NULL DEFAULT 0, tree_at REAL, tree_pace REAL,
+    phase TEXT, label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
+    args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT);
+CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL;
+CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue) WHERE parent_id IS NOT NULL AND queue IS NOT NULL;
+CREATE INDEX bgjobs_begun ON bgjobs_jobs(status) WHERE status <> 'pending';
+CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL;
+CREATE INDEX bgjobs_due ON bgjobs_jobs(run_at) WHERE run_at IS NOT NULL AND queue IS NULL AND status = 'pending';
+CREATE INDEX bgjobs_parked ON bgjobs_jobs(name) WHERE phase = 'unknown function';
+CREATE UNIQUE INDEX bgjobs_root_key ON bgjobs_jobs(key) WHERE key IS NOT NULL AND parent_id IS NULL
+    AND status IN ('pending', 'running', 'stopping', 'stopped');
+CREATE UNIQUE INDEX bgjobs_child_key ON bgjobs_jobs(parent_id, key) WHERE key IS NOT NULL AND parent_id IS NOT NULL;
+CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL, at REAL NOT NULL,
+    level INTEGER NOT NULL, message TEXT NOT NULL);
+CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id);
+CREATE TABLE bgjobs_clock (vtime INTEGER NOT NULL, last_id INTEGER NOT NULL);
+INSERT INTO bgjobs_clock VALUES (0, 0);
+CREATE TABLE bgjobs_runners (id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
+    workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL);
+CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
+"""
+FIRST_ROWS = """
+INSERT INTO bgjobs_jobs (id, name, status, queue, lane, vtime, created_at, args) VALUES (1, 'test_bgjobs.add', 'pending', 0, 0, 5, 100.0, '[1,2]');
+INSERT INTO bgjobs_jobs (id, name, status, attempt, returned, created_at, started_at, finished_at, duration, args, result)
+    VALUES (2, 'test_bgjobs.add', 'finished', 1, 1, 100.0, 101.5, 102.0, 0.5, '[20,1]', '21');
+INSERT INTO bgjobs_jobs (id, name, status, attempt, returned, own_errors, created_at, started_at, finished_at, error) VALUES
+    (3, 'test_bgjobs.fail', 'failed', 1, 1, 1, 100.0, 101.0, 102.0, '{"type": "ValueError", "text": "boom", "traceback": "Traceback: boom"}');
+INSERT INTO bgjobs_jobs (id, name, status, attempt, created_at, started_at, duration, args, state, positions, options, run_by)
+    VALUES (4, 'test_bgjobs.fail_until', 'stopped', 1, 100.0, 101.0, 0.5, '[2]', '7', '[1]', '{"retries":3}', 'ann');
+INSERT INTO bgjobs_jobs (id, name, status, attempt, returned, open, total, done, failed, tree_progress, lane, created_at, started_at, since)
+    VALUES (5, 'test_bgjobs.add', 'running', 1, 1, 1, 3, 2, 1, 2.0, 0, 100.0, 101.0, 101.0);
+INSERT INTO bgjobs_jobs (id, name, status, attempt, returned, parent_id, root_id, key, created_at, started_at, finished_at, result)
+    VALUES (6, 'test_bgjobs.add', 'finished', 1, 1, 5, 5, 'a', 100.0, 101.0, 102.0, '1');
+INSERT INTO bgjobs_jobs (id, name, status, attempt, returned, own_errors, parent_id, root_id, created_at, started_at, finished_at, error) VALUES
+    (7, 'test_bgjobs.fail', 'failed', 1, 1, 1, 5, 5, 100.0, 101.0, 102.0, '{"type": "ValueError", "text": "boom", "traceback": "Traceback: boom"}');
+INSERT INTO bgjobs_jobs (id, name, status, queue, parent_id, root_id, created_at, args) VALUES (8, 'test_bgjobs.add', 'pending', 0, 5, 5, 100.0, '[3]');
+INSERT INTO bgjobs_jobs (id, name, status, phase, created_at) VALUES (9, 'gone.nowhere', 'pending', 'unknown function', 100.0);
+INSERT INTO bgjobs_logs (id, job_id, at, level, message) VALUES (1, 4, 101.0, 20, 'one'), (2, 4, 102.0, 30, 'two');
+INSERT INTO bgjobs_functions VALUES ('test_bgjobs.add', 0.25);
+INSERT INTO bgjobs_runners VALUES (30, 1, 'host', 4, 100.0, 100.0);
+DELETE FROM bgjobs_runners;
+UPDATE bgjobs_clock SET vtime = 5, last_id = 11;
+CREATE TABLE orders (id INTEGER PRIMARY KEY, job_id INTEGER REFERENCES bgjobs_jobs (id) ON DELETE CASCADE);
+INSERT INTO orders VALUES (1, 2);
+CREATE TABLE ended (job_id INTEGER);
+CREATE VIEW waiting AS SELECT id FROM bgjobs_jobs WHERE status = 'pending';
+CREATE TRIGGER note_end AFTER UPDATE OF status ON bgjobs_jobs WHEN new.status = 'finished' BEGIN INSERT INTO ended VALUES (new.id); END;
+CREATE INDEX by_label ON bgjobs_jobs (label);
+"""
+SCHEMA_IN_FILE = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE tbl_name LIKE 'bgjobs%' AND name NOT IN ('note_end', 'by_label') ORDER BY name"
+
+
+class TestOlderFiles:
+    @pytest.fixture
+    def older(self, tmp_path):
+        path = str(tmp_path / "older.db")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(FIRST_SCHEMA + FIRST_ROWS)
+        return path
+
+    def test_a_file_of_the_first_version_gets_the_tables_of_a_new_file_and_keeps_its_rows(self, older, idle, make):
+        upgraded = make(older, start=False)
+        assert rows(upgraded, SCHEMA_IN_FILE) == rows(idle, SCHEMA_IN_FILE)
+        assert rows(upgraded, "SELECT version FROM bgjobs_schema") == [(bgjobs.SCHEMA_VERSION,)]
+        assert rows(upgraded, "SELECT vtime, last_id, counted_id, token FROM bgjobs_clock") == [(5, 11, 0, None)]
+        assert rows(upgraded, "SELECT * FROM bgjobs_functions") == [("test_bgjobs.add", 0.25, None)]
+        assert rows(upgraded, "SELECT id FROM bgjobs_runners") == [(31,)], "ids of runners are given once"
+        assert rows(upgraded, "PRAGMA integrity_check") == [("ok",)]
+        consistent(upgraded)
+        finished, failed, stopped, unknown = (upgraded.get(i) for i in (2, 3, 4, 9))
+        assert (finished.result(), finished.duration, finished.waiting) == (21, 0.5, 1.5)
+        assert "boom" in failed.error and stopped.state == 7 and stopped.run_by == "ann"
+        assert [line["message"] for line in stopped.logs()] == ["one", "two"]
+        assert unknown.phase == "unknown function" and upgraded.submit(add, 1).id == 12
+        assert upgraded.get(5).children == {"total": 3, "done": 2, "failed": 1, "running": 0}
+
+    def test_its_jobs_run_on_and_take_operations(self, older, make):
+        runner = make(older, max_workers=2)
+        assert runner.get(1).result(10) == 3 and runner.get(5).result(10) is None
+        wait_for(lambda: runner.get(8).status == "finished")
+        stopped = runner.get(4).resume()
+        assert stopped.result(10) == 8 and stopped.attempt == 2
+        assert runner.get(2).restart().result(10) == 21
+        with pytest.raises(bgjobs.JobFailed, match="boom"):
+            runner.get(3).result(10)
+        with pytest.raises(ValueError, match="boom"):
+            runner.get(3).resume().result(10)
+        runner.get(9).cancel()
+        assert runner.get(9).status == "cancelled"
+        consistent(runner)
+
+    def test_what_the_app_has_in_the_file_stays_as_it_was(self, older, make):
+        sql = "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE '%bgjobs%' ORDER BY name"
+        with contextlib.closing(sqlite3.connect(older)) as db:
+            before = db.execute(sql).fetchall()
+        upgraded = make(older, start=False)
+        assert rows(upgraded, sql) == before and len(before) == 6        # sqlite_sequence is among them
+        assert rows(upgraded, "SELECT * FROM orders") == [(1, 2)] and rows(upgraded, "PRAGMA foreign_key_check") == []
+        assert rows(upgraded, "SELECT id FROM waiting") == [(1,), (8,), (9,)]
+        assert rows(upgraded, "SELECT * FROM ended") == []
+        upgraded.drain()
+        assert rows(upgraded, "SELECT job_id FROM ended ORDER BY job_id") == [(1,), (5,), (8,)]
+
+    def test_an_upgrade_that_is_cut_short_leaves_the_file_as_it_was(self, older, monkeypatch):
+        def content():
+            with contextlib.closing(sqlite3.connect(older)) as db:
+                return list(db.iterdump())
+        before = content()
+        monkeypatch.setitem(bgjobs.UPGRADES, 1, (*bgjobs.UPGRADES[1], "SELECT 1 FROM nothing_there"))
+        with pytest.raises(bgjobs.StoreError, match="nothing_there"):
+            bgjobs.Runner(older, start=False)
+        assert content() == before
+
+    def test_processes_that_open_it_at_once_upgrade_it_once(self, older):
+        code = """
+            import sys, bgjobs, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], start=False)
+            print(runner.submit(test_bgjobs.add, 1).id)
+            runner.close()
+        """
+        ended = [finish(process) for process in [python(code, older) for _ in range(4)]]
+        assert sorted(int(out) for _, out, _ in ended) == [12, 13, 14, 15], ended
+
+    def test_a_damaged_one_is_refused(self, older):
+        with contextlib.closing(sqlite3.connect(older)) as db:
+            db.execute("DROP TABLE bgjobs_clock")
+        with pytest.raises(bgjobs.StoreError, match="it lacks bgjobs_clock; restore it from a backup"):
+            bgjobs.Runner(older, start=False)
 
 
 class TestDisk:
@@ -4491,7 +4649,7 @@ class TestTrees:
             idle.options(parent=root).submit_many(add, [(1,)] * count)
             calls = itertools.count()
             idle._store._writer.set_trace_callback(lambda sql: next(calls))
-            idle._store.write(lambda tx: [tx._change(root.id), tx.apply()])
+            idle._store.write(lambda tx: [tx._changes[root.id], tx.apply()])
             idle._store._writer.set_trace_callback(None)
             return next(calls)
         assert writes(10_000) == writes(100)
