@@ -84,7 +84,7 @@ import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -863,90 +863,85 @@ class Report(NamedTuple):
 
 # ---- 6 Force stop ---------------------------------------------------------------------------------------------
 #
-# A force stop refuses the attempt in the file first; then it raises JobStopped in the attempt's thread, wherever that is, with
-# PyThreadState_SetAsyncExc. Guarantee: it is raised at most once, in the job's function or what that calls, never in the
-# library's code (where it would leave a lock or a transaction open) and never after the attempt, in a thread that has
-# gone on to the next. Each attempt has a ticket for that. The function runs with the ticket on the table. Library
-# code that the function calls takes it and puts it back; the attempt takes it for good when its function has ended. To
-# raise something in the thread takes the ticket, too, and it is not put back then: whoever finds it gone waits until
-# the exception is on its way, and takes that back if it has been caught already.
+# A force stop refuses the attempt in the file first. Then it raises JobStopped in the attempt's thread, with
+# PyThreadState_SetAsyncExc: out of nowhere, between two bytecodes. The job's function has to live with that. The library must
+# not: it would leave a lock or a transaction open. Nor must the job that the thread executes next. So the promise is: it is
+# raised at most once, in the attempt's function or what that calls, never in the library's code, and never after the attempt.
+#
+# For that each attempt has a ticket, which lies on the table while its function runs. Library code that the function calls
+# takes it and puts it back (`library_code`), and the attempt keeps it when the function has ended. A force stop takes it, too,
+# raises the exception, and does not put it back. If it finds the ticket gone, it raises nothing: the thread sees `void`
+# when it comes back from the library. If the thread finds the ticket gone, an exception is on its way: it waits for that, and
+# takes it back if it has been raised and caught before, or is not raised yet.
 
 class Ticket:
-    """The right to raise JobStopped once in the thread of an attempt."""
+    """The right to raise JobStopped once in the thread of an attempt. All but `use` is for that thread."""
 
-    __slots__ = ("_free", "_nested", "_raised", "_spent", "void", "thread")
+    __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
 
     def __init__(self) -> None:
-        self._free = threading.Lock()      # held: the ticket is taken
-        self._free.acquire()
-        self._nested = 1                   # library code within library code; only the attempt's thread counts
-        self._raised = False
+        self._taken = threading.Lock()     # at first, by the attempt
+        self._taken.acquire()
+        self._depth = 1                    # of library code that calls library code
+        self._raised = False               # by a force stop, from outside
         self._spent = False                # nothing will be raised from outside any more
         self.void = False                  # the attempt has been superseded: it goes on in no library call
         self.thread = 0                    # the attempt's
 
     def take(self, quietly: bool = False) -> None:
         """Enter library code. Raises JobStopped, unless quietly: the attempt has been superseded."""
-        if self._nested == 0:
-            if not self._spent and not self._free.acquire(False):
-                self._await_exception()
-            self._spent |= self.void
+        if self._depth == 0:
+            self._take()
             if self._spent and not quietly:
                 raise JobStopped("the attempt has been superseded")
-        self._nested += 1
+        self._depth += 1
 
     def put_back(self) -> None:
         """Leave library code. Raises JobStopped, once: the attempt has been superseded meanwhile."""
-        self._nested -= 1
-        if self._nested == 0 and not self._spent:
-            self._free.release()
+        self._depth -= 1
+        if self._depth == 0 and not self._spent:
+            self._taken.release()
             if self.void:
                 self.take()
 
     def keep(self) -> None:
         """Take the ticket for good. JobStopped may be raised in here for the last time."""
-        if self._nested == 0 and not self._spent and not self._free.acquire(False):
-            self._await_exception()
-        self._nested = 1
+        if self._depth == 0:
+            self._take()
+        self._depth = 1
+
+    def _take(self) -> None:
+        if not self._spent and not self._taken.acquire(False):
+            while not self._raised:
+                time.sleep(0.0001)
+            _raise_in_thread(self.thread, None)
+        self._spent |= self.void
 
     def use(self) -> None:
         """From another thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns there."""
         self.void = True
-        if self._free.acquire(False):
+        if self._taken.acquire(False):
             if _is_logging(self.thread):
-                threading.Thread(target=self._raise_after_logging, name="bgjobs-force-stop", daemon=True).start()
+                threading.Thread(target=self._raise, name="bgjobs-force-stop", daemon=True).start()
             else:
                 self._raise()
 
     def _raise(self) -> None:
-        _raise_in_thread(self.thread, JobStopped)
-        self._raised = True
-
-    def _raise_after_logging(self) -> None:
-        """Let the app's logging get out of its handlers' locks: all threads need those. At its next record it waits for us."""
+        """Raise it once the app's logging is out of its handlers' locks, which all threads need. At its next record it waits for us."""
         pause = 0.001
         while _is_logging(self.thread):
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        self._raise()
-
-    def _await_exception(self) -> None:
-        while not self._raised:
-            time.sleep(0.0001)
-        _raise_in_thread(self.thread, None)
-        self._spent = True
+        _raise_in_thread(self.thread, JobStopped)
+        self._raised = True
 
 
 def _is_logging(thread: int) -> bool:
-    """Tell whether a thread is somewhere below a call of `logging`, unless it waits there for our exception."""
+    """Return whether a thread is somewhere below a call of `logging`, unless it waits there for our exception."""
     frame = sys._current_frames().get(thread)
-    if frame is not None and frame.f_code is Ticket._await_exception.__code__:
+    if frame is None or frame.f_code is Ticket._take.__code__:
         return False
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] == "logging":
-            return True
-        frame = frame.f_back
-    return False
+    return any(each.f_globals.get("__name__", "").partition(".")[0] == "logging" for each, _ in traceback.walk_stack(frame))
 
 
 def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
@@ -981,9 +976,9 @@ def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# Ctrl-C in the main thread may come at any call or return in Python code, so also at the end of Condition.__enter__ and at the
-# begin of Condition.__exit__: the lock would be held for ever. A lock's own, in C, are one step with the `with`. So we have
-# `with` find those.
+# Ctrl-C comes out of nowhere, too, in the main thread: at any call or return in Python code. It must not find a lock that is
+# taken and not yet, or no longer, in the care of a `with` block. A lock's own __enter__ and __exit__, in C, are one step with the
+# `with`; those of a Condition are Python code. So here are conditions by which `with` finds those of the lock in them.
 
 class _Condition(threading.Condition):
     """A condition that Ctrl-C does not leave locked."""
@@ -1000,36 +995,26 @@ class _Event(threading.Event):
         self._cond = _Condition(threading.Lock())
 
 
-class _HandleLock:
-    """The lock of a handle, which `wait` and `as_completed` take inside a job: who holds it has the ticket, too."""
+class _HandleCondition(_Condition):
+    """The condition of a handle, which the stdlib's `wait` and `as_completed` lock inside a job: who has it locked has the
+    ticket, too."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._release_save = self._lock._release_save             # type: ignore[attr-defined]
-        self._acquire_restore = self._lock._acquire_restore       # type: ignore[attr-defined]
-        self._is_owned = self._lock._is_owned                     # type: ignore[attr-defined]
+        super().__init__()
+        del self.acquire, self.release                    # the lock's own, which Condition puts there
 
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        ticket = _here.ticket
-        if ticket is not None:
-            ticket.take(quietly=True)                     # also while a generator of the stdlib's cleans up
-        acquired = self._lock.acquire(blocking, timeout)
-        if not acquired and ticket is not None:
-            ticket.put_back()
-        return acquired
+    def acquire(self) -> bool:
+        if _here.ticket is not None:
+            _here.ticket.take(quietly=True)               # also while a generator of the stdlib's cleans up
+        return self._lock.acquire()
 
     def release(self) -> None:
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
 
-    @property
-    def __enter__(self) -> Any:
-        return self._lock.__enter__ if _here.ticket is None else self.acquire
-
-    @property
-    def __exit__(self) -> Any:
-        return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
+    __enter__ = property(lambda self: self._lock.__enter__ if _here.ticket is None else self.acquire)       # type: ignore[assignment]
+    __exit__ = property(lambda self: self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release())
 
 
 # ---- 7 Transactions -------------------------------------------------------------------------------------------
@@ -3194,7 +3179,7 @@ def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, 
     return {"args": args, "kwargs": kwargs}
 
 
-# ---- 9 Worker pool --------------------------------------------------------------------------------------------
+# ---- 11 Worker pool -------------------------------------------------------------------------------------------
 
 ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for each place; then no job is claimed
 
@@ -3203,67 +3188,74 @@ class Pool:
     """`size` places in which attempts execute, and the threads for them, made when needed and reused. One that executes in
     another process takes a place as well, but no thread: it is handed to `depart`, and `end` is called when it is back.
 
-    An attempt that waits for another job gives its place away and asks for one when it goes on. Places go to those
-    that return and to claimed jobs in turn, so neither starves, waiting never deadlocks, and never do more than `size`
-    attempts execute, but for one when all of those that do have become low priority meanwhile.
+    An attempt comes here `claimed` and is `placed` as soon as there is a place for it. While it waits for another job it is
+    `away` and its place is another's; when it goes on it is `returning`, until it is placed again. A force stop makes it
+    `abandoned`: it has no place any more, and its thread ends with it.
+
+    Places go to the returning and to the claimed in turn, so neither starve, waiting never deadlocks, and no more than `size`
+    attempts execute. Low priority never takes the last of several places. More attempts than that may become low priority while
+    they execute: they go on, and those in excess count as if they had left their places.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
                  claim: Callable[[], None], depart: Callable[[Attempt], None]) -> None:
         self.size = size
-        self._reserve = 1 if size > 1 else 0              # places that low priority never takes
+        self._low_size = max(1, size - 1)                 # places that low priority may take
         self._execute = execute
-        self._settle, self._claim = settle, claim         # settle tells whether to claim at once
+        self._settle, self._claim = settle, claim         # settle returns whether to claim at once
         self._depart = depart                             # called under the lock
-        # `_changed` guards everything below; no user code and no SQL runs under it.
-        self._changed = _Condition()
-        self._queue: deque[Attempt] = deque()             # claimed
-        self._returning: deque[Attempt] = deque()         # they have waited, and go on with the next place
-        self._handed: deque[Attempt] = deque()            # claimed ones that have a place, for the next idle thread
-        self._returning_first = True
-        self._executing: set[Attempt] = set()
-        self._busy = self._low_busy = 0                   # places taken; those by low priority
-        self._idle = 0                                    # threads without work
-        self.lingers = False                              # one of them does not sleep yet: it claims in a moment
+        # `_lock` guards everything below; no user code and no SQL runs under it. An attempt is in one of the five.
+        self._lock = threading.Lock()
+        self._claimed: deque[Attempt] = deque()
+        self.placed: set[Attempt] = set()
+        self._away: set[Attempt] = set()
+        self._returning: dict[Attempt, Any] = {}          # in order, with what is set when it has a place
+        self._abandoned: set[Attempt] = set()
+        self._returning_next = True                       # it is their turn
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()      # placed, for the next idle thread; None: it ends
+        self._needed = 0                                  # threads that execute an attempt, or are to
         self._threads: set[threading.Thread] = set()
-        self.abandoned = 0                                # superseded attempts whose threads live on
-        self._closed = self.forked = False
+        self.lingers = False                              # one of them does not sleep yet: it claims in a moment
+        self.forked = False
+
+    @property
+    def abandoned(self) -> int:
+        """How many superseded attempts still execute."""
+        return len(self._abandoned)
 
     @property
     def is_clogged(self) -> bool:
-        """Tell whether so many abandoned threads live on that no more jobs should be claimed."""
+        """Whether so many superseded attempts still execute that no more jobs should be claimed."""
         return self.abandoned >= ABANDONED_A_PLACE * self.size
-
-    def room(self) -> tuple[int, int, int, list[Attempt]]:
-        """Return the free places, those that low-priority jobs may take, those that are about to get free (whose attempts
-        are still short ones), and the claimed jobs that wait."""
-        long_since = time.monotonic() - 2 * AHEAD_SECONDS
-        with self._changed:
-            waiting = list(self._queue)
-            if self.is_clogged:
-                return 0, 0, 0, waiting
-            low_returning = sum(attempt.low_priority for attempt in self._returning)
-            low_room = self.size - self._reserve - self._low_busy - sum(attempt.low_priority for attempt in waiting)
-            long = sum(attempt.has_place and 0 < attempt.begun < long_since for attempt in self._executing)
-            returning = len(self._returning) - low_returning + max(0, min(low_returning, low_room))
-            free = self._places - self._busy - returning - len(waiting)
-            return free, low_room - low_returning, self.size - long, waiting
-
-    @property
-    def _places(self) -> int:
-        """The places there are. Attempts that became low priority while they ran are not interrupted; the reserve comes on top."""
-        return self.size + max(0, self._low_busy - (self.size - self._reserve))
-
-    def take_back_stuck(self) -> list[Attempt]:
-        """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
-        with self._changed:
-            stuck = self._queue and time.monotonic() - self._queue[0].claimed_at > 5 * AHEAD_SECONDS
-        return self.take_back() if stuck else []
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether no claimed job waits for a place."""
-        return not self._queue
+        """Whether no claimed attempt waits for a place."""
+        return not self._claimed
+
+    def has(self, attempt: Attempt) -> bool:
+        """Return whether an attempt waits here for its turn, or executes and has not been abandoned."""
+        with self._lock:
+            return attempt in self._claimed or self._executes(attempt)
+
+    def _executes(self, attempt: Attempt) -> bool:
+        return attempt in self.placed or attempt in self._away or attempt in self._returning
+
+    def room(self) -> tuple[int, int, int, list[Attempt]]:
+        """Return the places left for new claims, how many of them may be of low priority, the places that are about to get free
+        (whose attempts are still short ones), and the claimed attempts that wait."""
+        long_since = time.monotonic() - 2 * AHEAD_SECONDS
+        with self._lock:
+            waiting = list(self._claimed)
+            if self.is_clogged:
+                return 0, 0, 0, waiting
+            long = sum(0 < attempt.begun < long_since for attempt in self.placed)
+            return *self._left_by([*self.placed, *self._returning, *waiting]), self.size - long, waiting
+
+    def _left_by(self, attempts: Collection[Attempt]) -> tuple[int, int]:
+        """Return the places that these attempts leave, and how many more of low priority may come."""
+        low_left = self._low_size - sum(attempt.low_priority for attempt in attempts)
+        return self.size - len(attempts) + max(0, -low_left), low_left
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
         """Have claimed attempts executed, in this order; they are known to be `work` seconds of work.
@@ -3271,109 +3263,76 @@ class Pool:
         To wake a thread costs more than a tiny job: only so many are woken as the work is worth. The service thread calls it
         without attempts, and gives the rest of the free places out.
         """
-        with self._changed:
-            self._queue.extend(attempts)
-            if not attempts:                              # threads that Ctrl-C kept from being started are not counted on
-                started = {thread for thread in self._threads if thread.ident is not None}
-                self._idle -= len(self._threads) - len(started)
-                self._threads = started
-            starting = self._give_places(work / HAND_SECONDS + 1)
-        self._start(starting)
+        with self._lock:
+            self._claimed.extend(attempts)
+            self._give(work / HAND_SECONDS + 1)
 
-    def _give_places(self, hands: float = 1) -> list[threading.Thread]:
-        """Hand free places out; return the threads to start for them. Called under the lock."""
-        while self._busy < self._places and hands >= 1:
-            full = self._low_busy >= self.size - self._reserve
-            back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
-            if back is not None and (self._returning_first or not self._queue):
-                attempt = back
-                self._returning.remove(attempt)
-            elif not self._queue:
-                break
+    def _give(self, hands: float = 1, hand: Callable[[Attempt], None] | None = None) -> None:
+        """Give free places out, to as many attempts as `hands` says; hand those over that need a thread, by default to idle ones
+        or new ones. Called under the lock, at the end of whatever may have freed a place."""
+        while hands >= 1 and (attempt := self._next()) is not None:
+            self._returning_next = attempt not in self._returning
+            # Ctrl-C may come between any two of these. In this order no place stays taken by what nobody executes.
+            if not self._returning_next:
+                attempt.waited += time.monotonic() - attempt.left_at
+                self._returning[attempt].set()
+                del self._returning[attempt]
             else:
-                attempt = self._queue.popleft()
-            self._returning_first = not self._returning_first
-            attempt.has_place = True
-            self._busy += 1
-            self._low_busy += attempt.low_priority
-            if attempt is back:
-                attempt.place.set()                       # type: ignore[union-attr]
-            elif attempt.engine is not None:
-                self._executing.add(attempt)
-                self._depart(attempt)
-                continue
-            else:
-                self._handed.append(attempt)
-            hands -= 1
-        if not self._handed:
-            return []
-        self._changed.notify(len(self._handed))
-        starting = [threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
-                    for _ in range(len(self._handed) - self._idle)]
-        self._idle += len(starting)
-        self._threads.update(starting)
-        return starting
+                self._claimed.remove(attempt)
+                (self._depart if attempt.engine is not None else hand or self._hand)(attempt)
+            self.placed.add(attempt)
+            hands -= attempt.engine is None
+        while len(self._threads) < self._needed and self._start_thread():
+            pass
 
-    def _start(self, threads: list[threading.Thread]) -> None:
-        for thread in threads:
-            try:
-                thread.start()
-            except RuntimeError as error:                 # the service thread's put() tries again
-                _say(logging.ERROR, f"bgjobs: {error}")
-                with self._changed:
-                    self._idle -= 1
-                    self._threads.discard(thread)
+    def _next(self) -> Attempt | None:
+        """Return whose turn it is, if there is a place for it."""
+        left, low_left = self._left_by(self.placed)
+        waiting = (self._returning, self._claimed) if self._returning_next else (self._claimed, self._returning)
+        fit = (attempt for attempt in itertools.chain(*waiting) if low_left > 0 or not attempt.low_priority)
+        return next(fit, None) if left > 0 else None
+
+    def _hand(self, attempt: Attempt) -> None:
+        self._needed += 1
+        self._handed.put(attempt)
+
+    def _start_thread(self) -> bool:
+        thread = threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:                     # there are too many; the service thread's put() tries again
+            _say(logging.ERROR, f"bgjobs: {error}")
+            return False
+        self._threads.add(thread)
+        return True
 
     def _work(self) -> None:
-        """What a worker thread does: execute, have the outcome recorded, take the next job over with the place."""
-        attempt = self._next_handed()
+        """What a worker thread does: execute an attempt, have its outcome recorded, go on with the next one in its place."""
+        attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
             if self.forked:                               # by the function; this is the child, and ends: the parent has the job
                 return
             lead = self._settle(attempt)
-            starting: list[threading.Thread] = []
-            with self._changed:
-                self._executing.discard(attempt)
-                retires = attempt.abandoned               # another thread has taken this one's part
+            following: list[Attempt] = []
+            with self._lock:
+                retires = attempt in self._abandoned      # nobody knows what the exception has left in this thread
+                lead |= self._take_out(attempt)
+                self._give(hand=None if lead or retires else following.append)
+                if not following:
+                    self._needed -= 1
                 if retires:
-                    lead |= self._forget_abandoned()
                     self._threads.discard(threading.current_thread())
-                elif lead or self._returning or not self._queue or self._queue[0].engine is not None or self._busy > self.size:
-                    starting = self._free(attempt)
-                    self._idle += 1
-                    attempt = None                        # an idle worker keeps nothing alive
-                else:
-                    attempt = self._take_over(attempt)
-            self._start(starting)
             if lead:
                 self._claim()
             if retires:
                 return
+            attempt = following.pop() if following else None      # an idle worker keeps nothing alive
             if attempt is None:
                 if not lead and not self.lingers:
                     self._linger()
-                attempt = self._next_handed()
-
-    def end(self, attempt: Attempt) -> None:
-        """Have the outcome of an attempt that executed elsewhere recorded, and give its place to the next."""
-        lead = self._settle(attempt)
-        with self._changed:
-            self._executing.discard(attempt)
-            if attempt in self._returning:                # it died while it waited for its place
-                self._returning.remove(attempt)
-            if attempt.abandoned:
-                lead |= self._forget_abandoned()
-            starting = self._free(attempt) if attempt.has_place else []
-        self._start(starting)
-        if lead:
-            self._claim()
-
-    def _forget_abandoned(self) -> bool:
-        """Count one abandoned attempt less; tell whether that lets jobs be claimed again. Called under the lock."""
-        clogged = self.is_clogged
-        self.abandoned -= 1
-        return clogged
+                attempt = self._handed.get()
+        self._handed.put(None)                            # for the next thread
 
     def _linger(self) -> None:
         """Look again in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for each."""
@@ -3382,61 +3341,43 @@ class Pool:
         self.lingers = False
         self._claim()
 
-    def _next_handed(self) -> Attempt | None:
-        """Wait for an attempt that has been given a place; None when the pool is closed."""
-        with self._changed:
-            self._threads.add(threading.current_thread())
-            while not self._handed and not self._closed:
-                self._changed.wait()
-            self._idle -= 1
-            if not self._handed:
-                self._threads.discard(threading.current_thread())
-                return None
-            attempt = self._handed.popleft()
-            self._executing.add(attempt)
-            return attempt
+    def end(self, attempt: Attempt) -> None:
+        """Have the outcome of an attempt that executed elsewhere recorded, and give its place to the next."""
+        lead = self._settle(attempt)
+        with self._lock:
+            lead |= self._take_out(attempt)
+            self._give()
+        if lead:
+            self._claim()
 
-    def _take_over(self, ended: Attempt) -> Attempt:
-        """Give the place of an ended attempt to the first claimed one. Called under the lock."""
-        attempt = self._queue.popleft()
-        ended.has_place, attempt.has_place = False, True
-        self._low_busy += attempt.low_priority - ended.low_priority
-        self._executing.add(attempt)
-        return attempt
-
-    def _free(self, attempt: Attempt) -> list[threading.Thread]:
-        """Take the place of an attempt away and give it to the next. Called under the lock."""
-        attempt.has_place = False
-        self._busy -= 1
-        self._low_busy -= attempt.low_priority
-        return self._give_places()
+    def _take_out(self, attempt: Attempt) -> bool:
+        """Forget an attempt that executed; return whether that lets jobs be claimed again. Called under the lock."""
+        clogged = self.is_clogged
+        for attempts in (self.placed, self._away, self._abandoned):
+            attempts.discard(attempt)
+        if attempt in self._returning:                    # who waits for its place goes on without
+            self._returning.pop(attempt).set()
+        return clogged
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the place of a superseded attempt away. Its thread ends with it; another takes its part."""
-        with self._changed:
-            if attempt.abandoned or attempt not in self._executing:
+        """Take the place of a superseded attempt away. Its thread ends with it; another one takes its part."""
+        with self._lock:
+            if not self._executes(attempt):
                 return
-            attempt.abandoned = True
-            self.abandoned += 1
-            if attempt in self._returning:                # it stops without a place
-                self._returning.remove(attempt)
-                attempt.place.set()                       # type: ignore[union-attr]
-            starting = self._free(attempt) if attempt.has_place else []
+            self._take_out(attempt)
+            self._abandoned.add(attempt)
+            self._give()
             clogged = self.is_clogged
-        self._start(starting)
         if clogged:
             _say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of this process: no more jobs are "
                  "claimed until some of them end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Have the place that an attempt holds, or will get, count as one of low priority, or not."""
-        with self._changed:
-            if attempt.has_place:
-                self._low_busy += low - attempt.low_priority
+        """Have an attempt count as one of low priority, or not."""
+        with self._lock:
             attempt.low_priority = low
-            starting = self._give_places()                # one that returns may take the reserve now
-        self._start(starting)
+            self._give()                                  # one that returns may take the last place now
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
@@ -3449,52 +3390,45 @@ class Pool:
             if self.ask_back(attempt, place):
                 while not place.wait(1.0):                # Ctrl-C may have come between the setting and the waking
                     pass
-                attempt.waited += time.monotonic() - attempt.left_at
 
     def leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt away that begins to wait."""
-        with self._changed:
+        with self._lock:
             attempt.waits += 1
-            leaves = attempt.waits == 1 and attempt.has_place
+            leaves = attempt in self.placed
             if leaves:
                 attempt.left_at = time.monotonic()
-            starting = self._free(attempt) if leaves else []
-        self._start(starting)
+                self.placed.remove(attempt)
+                self._away.add(attempt)
+                self._give()
         if leaves:
             self._claim()
 
     def ask_back(self, attempt: Attempt, place: Any) -> bool:
         """Have `place.set()` called as soon as there is a place for an attempt that has waited. False: it needs none."""
-        with self._changed:
+        with self._lock:
             attempt.waits -= 1
-            returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
+            returns = attempt.waits == 0 and attempt in self._away
             if returns:
-                attempt.place = place
-                self._returning.append(attempt)
-            starting = self._give_places() if returns else []
-        self._start(starting)
+                self._away.remove(attempt)
+                self._returning[attempt] = place
+                self._give()
         return returns
 
-    def has(self, attempt: Attempt) -> bool:
-        """Tell whether an attempt waits for its thread, or has one."""
-        with self._changed:
-            return attempt in self._executing or attempt in self._handed or attempt in self._queue
-
-    def take_back(self) -> list[Attempt]:
-        """Take out the claimed attempts that have no place yet."""
-        with self._changed:
-            attempts = list(self._queue)
-            self._queue.clear()
+    def take_back(self, waited: float = 0.0) -> list[Attempt]:
+        """Take out the claimed attempts that have no place yet, if the first one has waited for so many seconds."""
+        with self._lock:
+            if not self._claimed or time.monotonic() - self._claimed[0].claimed_at < waited:
+                return []
+            attempts = list(self._claimed)
+            self._claimed.clear()
         return attempts
 
     def close(self, seconds: float) -> None:
         """Let the threads end as they become idle; wait for that for some seconds."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            threads = [thread for thread in self._threads if thread.ident is not None and thread is not threading.current_thread()]
-        for thread in threads:
+        self._handed.put(None)
+        for thread in self._threads - {threading.current_thread()}:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -3560,9 +3494,7 @@ class Attempt(JobContext):
     error: str | None = None
     exception: BaseException | None = None
     thread: int | None = None                             # while it executes
-    has_place = abandoned = False                         # these four are the pool's
-    waits = lines = lines_at_trim = 0                     # lines: logged, and those of them when its log was trimmed last
-    place: Any = None                                     # what is set when one that waited has a place again
+    waits = lines = lines_at_trim = 0                     # waits: of its threads; lines: logged, and those of them when its log was trimmed last
     engine: Engine | None = None                          # that executes it elsewhere
     unsaved_progress: Report | None = None
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
@@ -3587,6 +3519,11 @@ class Attempt(JobContext):
         self._loop_positions: list[int] = []
         self._turns: list[tuple[float, float | None]] = []    # of the loops of each() that are under way: done, total
         self._wakes: list[Any] = []                       # what a stop request sets
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a place in the pool is its own: not while it waits for another job."""
+        return self in self.runner._pool.placed
 
     @property
     def correction(self) -> int:
@@ -3897,7 +3834,7 @@ class Job(Future):                                        # type: ignore[type-ar
     def _made_condition(self) -> threading.Condition:
         if self._lazy_condition is None:
             with self._runner._handle_lock:
-                self._lazy_condition = self._lazy_condition or _Condition(_HandleLock())       # type: ignore[arg-type]
+                self._lazy_condition = self._lazy_condition or _HandleCondition()
         return self._lazy_condition
 
     name = _live("name", "The stable name of the function.")
@@ -5284,7 +5221,7 @@ class Runner(Submitter, Executor):
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
-        stuck = self._pool.take_back_stuck()
+        stuck = self._pool.take_back(5 * AHEAD_SECONDS)
         if stuck:
             self._ended.extend(stuck)
             self._store.kick()

@@ -1440,7 +1440,7 @@ class TestForceStop:
         assert job.status == "running" and job.attempt == 4 and list(runner._attempts) == [job.id]
         job.stop()
         wait_for(lambda: job.status == "stopped")
-        assert runner._pool.abandoned == 0 and runner._pool._busy == 0
+        assert runner._pool.abandoned == 0 and not runner._pool.placed
 
     def test_lines_that_a_superseded_attempt_logs_are_refused(self, make, path):
         runner = make(max_workers=1)
@@ -4177,7 +4177,7 @@ class TestTrees:
         gate("normal").set()
         gate("third").set()
         third.result(10)
-        assert runner._pool._low_busy == 0
+        assert low_places(runner) == 0
 
     def test_low_priority_set_on_all_that_runs_leaves_room_for_a_normal_job(self, make):
         runner = make(max_workers=2)
@@ -4191,19 +4191,19 @@ class TestTrees:
         second = runner.submit(add, 1, 2)
         gate("low 0").set()
         assert held[0].result(10) is None
-        assert runner._pool._busy == 2                       # two places again, both taken
+        assert len(runner._pool.placed) == 2                 # two places again, both taken
         gate("low 1").set()
         assert second.result(10) == 3
         normal.result(10)
         held[1].result(10)
-        wait_for(lambda: (runner._pool._busy, runner._pool._low_busy) == (0, 0))
+        wait_for(lambda: not runner._pool.placed)
 
     def test_low_priority_parents_that_wait_for_the_low_place_keep_no_normal_job_waiting(self, make):
         runner = make(max_workers=2, start=False)
         parents = [runner.options(low_priority=True).submit(low_parent_of, f"child {n}") for n in range(2)]
         runner.start()                                       # with both there, so that neither child comes before a parent
         wait_for(lambda: parents[0].children["total"] == 1 and parents[1].children["total"] == 1)
-        wait_for(lambda: runner._pool._low_busy == 1)
+        wait_for(lambda: low_places(runner) == 1)
         assert runner.submit(add, 1, 2).result(10) == 3
         gate("child 0").set()
         assert runner.submit(add, 1, 2).result(10) == 3
@@ -4237,7 +4237,7 @@ class TestTrees:
         one, two = make(max_workers=1), make(str(tmp_path / "two.db"), max_workers=1)
         others.append(two)
         assert one.submit(wait_elsewhere).result(10) == 3
-        wait_for(lambda: [runner._pool._busy for runner in (one, two)] == [0, 0])
+        wait_for(lambda: not one._pool.placed and not two._pool.placed)
 
     def test_a_tree_with_a_running_descendant_is_not_restarted_over_it(self, make):
         runner = make(max_workers=2)
@@ -4522,6 +4522,10 @@ def count_executing(seconds=0.002):
     seen.append(len(executing))
     time.sleep(seconds)
     executing.pop()
+
+
+def low_places(runner):
+    return sum(attempt.low_priority for attempt in list(runner._pool.placed))
 
 
 async def nested_coroutine(depth):
@@ -5160,7 +5164,7 @@ class TestRunner:
         with pytest.raises(ValueError, match="it takes no children from"):
             one.options(parent=two.get(1)).submit(add, 1)
 
-    @pytest.mark.parametrize("where", ["_committed", "_announce", "_pool.put", "_pool._start", "_pool.room"])
+    @pytest.mark.parametrize("where", ["_committed", "_announce", "_pool.put", "_pool._start_thread", "_pool.room"])
     def test_a_ctrl_c_in_the_leading_thread_loses_no_claim_and_no_end(self, make, monkeypatch, where):
         runner = make(max_workers=1)
         job = runner.submit(hold, "interrupted")
@@ -5227,7 +5231,7 @@ class TestRunner:
 
     def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
         job = runner.submit(add, 1)
-        for condition in (runner._pool._changed, runner._over, bgjobs._Event()._cond, job._condition):
+        for condition in (runner._pool._lock, runner._over, bgjobs._Event()._cond, job._condition):
             for step in (condition.__enter__, condition.__exit__):
                 assert isinstance(step, types.BuiltinMethodType)          # in C: one step
         job.result(10)
@@ -5256,7 +5260,7 @@ def interrupt_once(monkeypatch, holder, name):
     method = getattr(holder, name)
 
     def call(*args, **options):
-        if threading.current_thread() is threading.main_thread() and (name != "_start" or args[0]):
+        if threading.current_thread() is threading.main_thread():
             monkeypatch.setattr(holder, name, method)
             raise KeyboardInterrupt
         return method(*args, **options)
@@ -5697,7 +5701,7 @@ class TestElsewhere:
         assert returned == attempts and pool.ask_back(attempts[0], threading.Event())
         pool.end(attempts[0])
         pool.end(attempts[1])
-        assert pool._busy == 0 and not pool._returning and not pool._executing
+        assert not (pool.placed or pool._away or pool._returning)
 
     def test_the_modules_of_an_isolated_function_start_no_runner(self, tmp_path, quick_processes):
         (tmp_path / "app.py").write_text(textwrap.dedent("""
