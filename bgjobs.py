@@ -84,7 +84,7 @@ import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Collection, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -3204,10 +3204,10 @@ class Pool:
         self._execute = execute
         self._settle, self._claim = settle, claim         # settle returns whether to claim at once
         self._depart = depart                             # called under the lock
-        # `_lock` guards everything below; no user code and no SQL runs under it. An attempt is in one of the five.
+        # `_lock` guards everything below; no user code and no SQL runs under it. An attempt is in one of these.
         self._lock = threading.Lock()
         self._claimed: deque[Attempt] = deque()
-        self.placed: set[Attempt] = set()
+        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()      # of normal and of low priority
         self._away: set[Attempt] = set()
         self._returning: dict[Attempt, Any] = {}          # in order, with what is set when it has a place
         self._abandoned: set[Attempt] = set()
@@ -3238,8 +3238,12 @@ class Pool:
         with self._lock:
             return attempt in self._claimed or self._executes(attempt)
 
+    def is_placed(self, attempt: Attempt) -> bool:
+        """Return whether an attempt has a place."""
+        return attempt in self._placed[attempt.low_priority]
+
     def _executes(self, attempt: Attempt) -> bool:
-        return attempt in self.placed or attempt in self._away or attempt in self._returning
+        return self.is_placed(attempt) or attempt in self._away or attempt in self._returning
 
     def room(self) -> tuple[int, int, int, list[Attempt]]:
         """Return the places left for new claims, how many of them may be of low priority, the places that are about to get free
@@ -3249,13 +3253,14 @@ class Pool:
             waiting = list(self._claimed)
             if self.is_clogged:
                 return 0, 0, 0, waiting
-            long = sum(0 < attempt.begun < long_since for attempt in self.placed)
-            return *self._left_by([*self.placed, *self._returning, *waiting]), self.size - long, waiting
+            coming = [attempt.low_priority for attempt in (*self._returning, *waiting)]
+            long = sum(0 < attempt.begun < long_since for attempt in itertools.chain(*self._placed))
+            return *self._left(len(coming) - sum(coming), sum(coming)), self.size - long, waiting
 
-    def _left_by(self, attempts: Collection[Attempt]) -> tuple[int, int]:
-        """Return the places that these attempts leave, and how many more of low priority may come."""
-        low_left = self._low_size - sum(attempt.low_priority for attempt in attempts)
-        return self.size - len(attempts) + max(0, -low_left), low_left
+    def _left(self, normal: int = 0, low: int = 0) -> tuple[int, int]:
+        """Return how many places are left, and for how many of low priority, if so many attempts come before."""
+        normal, low = normal + len(self._placed[0]), low + len(self._placed[1])
+        return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
         """Have claimed attempts executed, in this order; they are known to be `work` seconds of work.
@@ -3280,17 +3285,19 @@ class Pool:
             else:
                 self._claimed.remove(attempt)
                 (self._depart if attempt.engine is not None else hand or self._hand)(attempt)
-            self.placed.add(attempt)
+            self._placed[attempt.low_priority].add(attempt)
             hands -= attempt.engine is None
         while len(self._threads) < self._needed and self._start_thread():
             pass
 
     def _next(self) -> Attempt | None:
         """Return whose turn it is, if there is a place for it."""
-        left, low_left = self._left_by(self.placed)
+        left, low_left = self._left()
         waiting = (self._returning, self._claimed) if self._returning_next else (self._claimed, self._returning)
-        fit = (attempt for attempt in itertools.chain(*waiting) if low_left > 0 or not attempt.low_priority)
-        return next(fit, None) if left > 0 else None
+        for attempt in itertools.chain(*waiting) if left > 0 else ():
+            if low_left > 0 or not attempt.low_priority:
+                return attempt
+        return None
 
     def _hand(self, attempt: Attempt) -> None:
         self._needed += 1
@@ -3352,8 +3359,8 @@ class Pool:
 
     def _take_out(self, attempt: Attempt) -> bool:
         """Forget an attempt that executed; return whether that lets jobs be claimed again. Called under the lock."""
-        clogged = self.is_clogged
-        for attempts in (self.placed, self._away, self._abandoned):
+        clogged = bool(self._abandoned) and self.is_clogged
+        for attempts in (*self._placed, self._away, self._abandoned):
             attempts.discard(attempt)
         if attempt in self._returning:                    # who waits for its place goes on without
             self._returning.pop(attempt).set()
@@ -3376,7 +3383,10 @@ class Pool:
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
         """Have an attempt count as one of low priority, or not."""
         with self._lock:
+            if self.is_placed(attempt):
+                self._placed[low].add(attempt)
             attempt.low_priority = low
+            self._placed[not low].discard(attempt)
             self._give()                                  # one that returns may take the last place now
 
     @contextlib.contextmanager
@@ -3395,10 +3405,10 @@ class Pool:
         """Give the place of an attempt away that begins to wait."""
         with self._lock:
             attempt.waits += 1
-            leaves = attempt in self.placed
+            leaves = self.is_placed(attempt)
             if leaves:
                 attempt.left_at = time.monotonic()
-                self.placed.remove(attempt)
+                self._placed[attempt.low_priority].remove(attempt)
                 self._away.add(attempt)
                 self._give()
         if leaves:
@@ -3523,7 +3533,7 @@ class Attempt(JobContext):
     @property
     def has_place(self) -> bool:
         """Whether a place in the pool is its own: not while it waits for another job."""
-        return self in self.runner._pool.placed
+        return self.runner._pool.is_placed(self)
 
     @property
     def correction(self) -> int:
