@@ -3442,14 +3442,19 @@ class Pool:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-# ---- 10 Inside a job ------------------------------------------------------------------------------------------
+# ---- 12 Inside a job ------------------------------------------------------------------------------------------
 
 _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjobs_current", default=None)
 
 
 class JobContext:
-    """What `current_job()` returns. Outside a job, as here, all of it works and does nothing."""
+    """What `current_job()` returns: the job that this code runs in. Outside of one, all of it works and does nothing.
+
+    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: what the last checkpoint saved, or None; a
+    copy of it. stop_requested: whether the next checkpoint raises JobStopped. Outside of a job these are None, 0 and False.
+    Any thread that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one at a time.
+    """
 
     id: int | None = None
     name: str | None = None
@@ -3460,29 +3465,30 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A logger of the standard library; inside a job its records go to the job's log, too."""
+        """A logger of the standard library; inside a job its records go to the job's log, too, within a second."""
         return _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Be stopped here, if that was asked for; with `state`, save it first (JSON values; returns after the commit).
+        """Stop here, if that was asked for; with `state`, save it first. The next attempt finds it as `current_job().state`.
 
-        The next attempt finds it as `current_job().state`. Costs next to nothing without state: call it in every turn
-        of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
+        state: any value that arguments may have. With it, the call blocks until the commit. Without it the call costs next to
+        nothing: make it in every turn of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
         """
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Tell how far the job is: `done` of `total` units. Shown within a second. Never a checkpoint."""
+        """Report that `done` of `total` units are done, and a line about it for people. Shown within a second. Never blocks,
+        never a checkpoint."""
 
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-        """Yield the items, with progress and a checkpoint between them.
+        """Yield the items, with a checkpoint before each of them and at the end, and report the progress.
 
         A resumed attempt goes on after the last item whose turn was completed: the iterable must then give the same
-        items in the same order. `total`: how many there are, where the iterable has no length.
+        items in the same order. `total`: how many there are, where the iterable has no length. Raises JobStopped.
         """
         yield from iterable
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, and be stopped at once if that is asked for. Raises JobStopped."""
+        """Sleep, and wake up at once when the job is to stop. Raises JobStopped."""
         time.sleep(seconds)
 
 
@@ -3498,23 +3504,27 @@ class Attempt(JobContext):
     """One execution of a job's function by this process."""
 
     # Defaults that most attempts never change stand here: an attempt is made for each job.
-    begun = ran = worked = waited = left_at = 0.0         # monotonic; seconds: in all, without waiting for others, waiting; monotonic
+    thread: int | None = None                             # while it executes
+    engine: Engine | None = None                          # that executes it elsewhere
+    begun = left_at = 0.0                                 # monotonic: when it began; when it gave its place away
+    ran = worked = waited = 0.0                           # seconds: in all; without waiting for others; waiting
+    waits = 0                                             # of its threads, at present
+    lines = lines_at_trim = 0                             # that it has logged; those of them when its log was trimmed last
+    connections: dict[sqlite3.Connection, int] = {}       # the app's, in whose transactions it has submitted: the last id
+
     outcome, reason = UNSPENT, HALTED                     # how the function ended; how it ends when it stops
     result: str | None = None
     error: str | None = None
     exception: BaseException | None = None
-    thread: int | None = None                             # while it executes
-    waits = lines = lines_at_trim = 0                     # waits: of its threads; lines: logged, and those of them when its log was trimmed last
-    engine: Engine | None = None                          # that executes it elsewhere
     unsaved_progress: Report | None = None
+
+    _attention = False                                    # a checkpoint has more to do than to go on
+    _operation: threading.Event | None = None             # it lets this pass first
+    _saved_at = 0.0
+    _loops = 0                                            # the number of the next loop of each()
     _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
     _pace: Pace | None = None
-    _loops = 0                                            # of each(), the next one's number
-    _attention = False                                    # a checkpoint has more to do than to go on
-    _operation: threading.Event | None = None
-    _saved_at = 0.0
     _logger: logging.Logger | None = None
-    connections: dict[sqlite3.Connection, int] = {}       # the app's, in whose transactions the function has submitted: the last id
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
         (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
@@ -3526,13 +3536,13 @@ class Attempt(JobContext):
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self._loop_positions: list[int] = []
-        self._turns: list[tuple[float, float | None]] = []    # of the loops of each() that are under way: done, total
-        self._wakes: list[Any] = []                       # what a stop request sets
+        self._loop_positions: list[int] = []              # of the loops of each(): how many turns are completed
+        self._turns: list[tuple[float, float | None]] = []    # of those that are under way, outermost first: done, total
+        self._wakes: list[Callable[[], None]] = []        # what a stop request calls
 
     @property
     def has_place(self) -> bool:
-        """Whether a place in the pool is its own: not while it waits for another job."""
+        """Whether it has a place in the pool: not while it waits for another job."""
         return self.runner._pool.is_placed(self)
 
     @property
@@ -3543,6 +3553,10 @@ class Attempt(JobContext):
     @property
     def took_too_long(self) -> TimeoutError:
         return TimeoutError(f"attempt {self.number} took longer than its timeout of {self.options['timeout']:,g} s")
+
+    @property
+    def superseded(self) -> JobStopped:
+        return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
         """Make this error the attempt's outcome. Never raises, whatever the error's own methods do."""
@@ -3558,7 +3572,7 @@ class Attempt(JobContext):
         self.reason = reason
         self.stop_requested = self._attention = True
         for wake in list(self._wakes):
-            wake.set()
+            wake()
 
     def let_pass(self, operation: threading.Event) -> None:
         """Have the next checkpoint wait for an operation on its way: a loop that only computes would hold it up by the
@@ -3595,33 +3609,42 @@ class Attempt(JobContext):
     @library_code
     def sleep(self, seconds: float) -> None:
         wake = _Event()
-        with self.woken_by_stop(wake):
+        with self.woken_by_stop(wake.set):
             wake.wait(seconds)
         self.raise_if_stopped()
 
     @contextlib.contextmanager
-    def woken_by_stop(self, wake: Any) -> Iterator[None]:
-        """Have a stop request call `wake.set()` during the block."""
+    def woken_by_stop(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Have a stop request call `wake` during the block."""
         self._wakes.append(wake)
         try:
             if self.stop_requested:                       # it came before this was in the list
-                wake.set()
+                wake()
             yield
         finally:
             self._wakes.remove(wake)
+
+    def wait_for(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
+        """Wait until `over()`, which is asked when the condition is notified or a stop requested. The worker's place is given
+        away meanwhile."""
+        def wait(seconds: float | None) -> bool:
+            with condition:
+                return condition.wait_for(over, seconds)
+        with self.woken_by_stop(functools.partial(_notify, condition)):
+            self.runner._wait_in_job(self, wait, timeout)
 
     # state
 
     @property
     def state(self) -> Any:
-        """What the last checkpoint saved, or None. A copy: only checkpoint(state=...) changes what is saved."""
+        """A copy: only checkpoint(state=...) changes what is saved."""
         return decode(self._state)
 
     def _save(self, state: str | None) -> None:
         positions = self.unsaved_positions()
         if not self.runner._store.write(lambda tx: tx.save_state(self, state, positions)):
             self.request_stop()
-            raise JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
+            raise self.superseded
         if state is not None:
             self._state = state
         self._saved_at = time.monotonic()
@@ -3630,45 +3653,43 @@ class Attempt(JobContext):
         """Return how far each loop of each() is, as JSON, or None."""
         return json.dumps(self._loop_positions) if self._loop_positions else None
 
+    # A function may have several loops of each(), one after the other or one inside another's turns. They are numbered as they
+    # begin, and a list has the completed turns of each. With a turn, the loops inside it are done with: they leave the list, and
+    # those of the next turn get their numbers again. So a resumed attempt, whose loops begin in the same order, finds its own.
+
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-        positions, loop = self._resumed_positions(), self._loops
+        positions = self._loop_positions = self._loop_positions or json.loads(self._positions or "[]")
+        loop, depth = self._loops, len(self._turns)
         self._loops += 1
         if loop == len(positions):
             positions.append(0)
+        done = positions[loop]
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
         total = None if total is None else float(total)
-        done = positions[loop]
-        turns, depth = self._turns, len(self._turns)
-        turns.append((done, total))
         try:
-            for item in itertools.islice(iterable, done, None) if done else iterable:
+            for item in itertools.islice(iterable, done, None):
                 self._report_turn(depth, done, total)
                 if self._attention:
                     self._attend()
                 yield item
                 done += 1
-                positions[loop:] = [done]                 # the loops inside this turn are done with: the next turn's are new
+                positions[loop:] = [done]
                 self._loops = loop + 1
                 if time.monotonic() - self._saved_at > 0.1:
                     self._save(None)
             self._report_turn(depth, done, total)
         finally:
-            del turns[depth:]
+            del self._turns[depth:]
         self.raise_if_stopped()
 
     def _report_turn(self, depth: int, done: float, total: float | None) -> None:
         """Report the progress of a loop of each(); one inside another's turn refines the outer one's."""
-        turns = self._turns
-        turns[depth:] = [(done, total)]
-        for outer_done, outer_total in reversed(turns[:depth]):
+        outer = self._turns[:depth]
+        self._turns[depth:] = [(done, total)]
+        for outer_done, outer_total in reversed(outer):
             done, total = outer_done + (done / total if total else 0.0), outer_total
         self._note_progress(done, total, None)
-
-    def _resumed_positions(self) -> list[int]:
-        if not self._loop_positions and self._positions:
-            self._loop_positions = json.loads(self._positions)
-        return self._loop_positions
 
     # progress and log
 
@@ -3707,6 +3728,11 @@ class Attempt(JobContext):
         if self._logger is None:
             self._logger = _JobLogger(self)
         return self._logger
+
+
+def _notify(condition: threading.Condition) -> None:
+    with condition:
+        condition.notify_all()
 
 
 class _JobLogger(logging.Logger):
@@ -3750,11 +3776,7 @@ def current_job() -> JobContext:
     return _current.get() or _outside
 
 
-# ---- 11 The handle --------------------------------------------------------------------------------------------
-
-def _live(name: str, what: str) -> Any:
-    return property(lambda self: self.info()[name], doc=what + " Read from the store at each access.")
-
+# ---- 13 The handle --------------------------------------------------------------------------------------------
 
 class _Waiters(list):                                     # type: ignore[type-arg]
     """A Future's list of waiters. `wait` and `as_completed` append theirs before they wait on its event; inside a job
@@ -3777,49 +3799,47 @@ class _PlaceGivingEvent(_Event):
         """Wait until the event is set. A stop comes at the next checkpoint, but a force stop at once: raises JobStopped."""
         attempt = self._attempt
         if not self.is_set():
-            with attempt.woken_by_stop(_Notifier(self._cond)):
-                attempt.runner._wait_in_job(attempt, self._wait, timeout)
+            attempt.wait_for(self._cond, lambda: self.is_set() or attempt.ticket.void, timeout)
             if attempt.ticket.void:
-                raise JobStopped(f"attempt {attempt.number} of job {attempt.id} has been superseded")
+                raise attempt.superseded
         return self.is_set()
-
-    def _wait(self, timeout: float | None) -> bool:
-        with self._cond:
-            return self._cond.wait_for(lambda: self.is_set() or self._attempt.ticket.void, timeout)
 
     @library_code
     def clear(self) -> None:
         super().clear()
 
 
-class _Notifier:
-    """Has the looks of an event to a stop request: setting it wakes who waits on the condition."""
+def _live(name: str, what: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
+    return property(lambda self: read(self.info()[name]), doc=what + " Read from the store at each access.")
 
-    def __init__(self, condition: threading.Condition) -> None:
-        self._condition = condition
 
-    def set(self) -> None:
-        with self._condition:
-            self._condition.notify_all()
+def _typed(value: Any) -> Any:
+    """Return a JSON value of `info()` with dates and the like as they were given."""
+    return decode(json.dumps(value))
 
 
 class Job(Future):                                        # type: ignore[type-arg]
-    """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked.
+    """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked. Any thread may use it.
 
     `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and `resume` of a failed
-    job, return a new handle. Attributes raise KeyError when the job has been removed.
+    job, return a new handle, while attributes stay true on both. `await job` works, too.
+
+    Attributes are read without waiting for writers, and raise KeyError when the job has been removed. Operations return after
+    their commit: they block for that, but not for the job. They take `by=`, who asked, for the job's log; and raise
+    InvalidOperation, whose text says what the job's status does allow, KeyError, or StoreError when the file cannot be written.
     """
 
+    _state = "PENDING"
+    _result: Any = None
+    _exception: BaseException | None = None
+    _lazy_condition: threading.Condition | None = None    # made when somebody first waits: see _condition
+
     def __init__(self, runner: Runner, job_id: int, created_at: float | None = None) -> None:
-        self._created_at = created_at                     # of one whose transaction may be rolled back; None: it is stored
-        # What Future.__init__ sets, but for the condition, which is made when somebody first waits: see _condition.
         self._runner, self.id = runner, job_id
-        self._state = "PENDING"
-        self._result: Any = None
-        self._exception: BaseException | None = None
+        self._created_at = created_at                     # of one whose transaction may be rolled back; None: it is stored
+        # With the four above, this is what Future.__init__ sets.
         self._waiters = _Waiters()
         self._done_callbacks: list[Callable[[Future[Any]], Any]] = []
-        self._lazy_condition: threading.Condition | None = None
 
     def _stored(self) -> int:
         """Return the id, as long as it is this job's: a transaction that is rolled back leaves its ids to others. KeyError."""
@@ -3831,57 +3851,29 @@ class Job(Future):                                        # type: ignore[type-ar
                 self._created_at = None
         return self.id
 
-    @property
-    def _condition(self) -> threading.Condition:
-        """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
-        if self._lazy_condition is None:
-            self._stored()
-            self._runner._watch(self)
-            self._made_condition()
-        return self._lazy_condition                       # type: ignore[return-value]
-
-    @library_code
-    def _made_condition(self) -> threading.Condition:
-        if self._lazy_condition is None:
-            with self._runner._handle_lock:
-                self._lazy_condition = self._lazy_condition or _HandleCondition()
-        return self._lazy_condition
-
     name = _live("name", "The stable name of the function.")
     label = _live("label", "A title for people, or None.")
     status = _live("status", "One of the seven statuses.")
     phase = _live("phase", "What refines the status for people, or \"\".")
     created_at = _live("created_at", "Unix seconds.")
-    started_at = _live("started_at", "Unix seconds of the first attempt, or None.")
+    started_at = _live("started_at", "Unix seconds of the first attempt since creation or restart, or None.")
     finished_at = _live("finished_at", "Unix seconds, or None.")
-    waiting = _live("waiting", "Seconds from creation, or its due time, to the start.")
-    duration = _live("duration", "Seconds it has been running, all attempts.")
-    errors = _live("errors", "Its own failed attempts plus failed descendants.")
+    waiting = _live("waiting", "Seconds from creation, or its due time, to the start, or until now.")
+    duration = _live("duration", "Seconds that its attempts have been running, all together.")
+    errors = _live("errors", "How many of its own attempts and of its descendants have failed.")
     low_priority = _live("low_priority", "Whether it runs in periods of low load only.")
     run_by = _live("run_by", "Who asked for it, or None.")
     progress = _live("progress", "0 to 1, or None.")
     eta = _live("eta", "Seconds left, or None.")
-    children = _live("children", "{total, done, failed, running} over all descendants.")
+    children = _live("children", "{\"total\", \"done\", \"failed\", \"running\"}, counts over all descendants.")
     parent_id = _live("parent_id", "The parent's id, or None.")
     root_id = _live("root_id", "The id of its tree's root.")
     attempt = _live("attempt", "The number of the newest attempt, 0 before the first.")
-    error = _live("error", "The traceback of the newest failure, or None.")
-    operations = _live("operations", "The operations its status allows now.")
-
-    @property
-    def args(self) -> list[Any]:
-        """Its positional arguments, secret ones masked. Read from the store at each access."""
-        return decode(json.dumps(self.info()["args"]))
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """Its keyword arguments, secret ones masked. Read from the store at each access."""
-        return decode(json.dumps(self.info()["kwargs"]))
-
-    @property
-    def state(self) -> Any:
-        """What its last checkpoint saved, or None. Read from the store at each access."""
-        return decode(json.dumps(self.info()["state"]))
+    args = _live("args", "A list of its positional arguments, secret ones masked.", _typed)
+    kwargs = _live("kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
+    state = _live("state", "What its last checkpoint saved, or None.", _typed)
+    error = _live("error", "The traceback of the newest failure, a text, or None.")
+    operations = _live("operations", "A list of the operations that its status allows now.")
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
@@ -3894,14 +3886,14 @@ class Job(Future):                                        # type: ignore[type-ar
 
         level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does. since,
         until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree: those of all
-        descendants, too.
+        descendants, too. ValueError: a bad value.
         """
         return self._runner._logs(self._stored(), level, text, since, until, after, limit, tree, regex)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job:
-        """Stop the job and its descendants at their next checkpoint; at once where none executes. Returns at once."""
+        """Stop the job and its descendants at their next checkpoint; at once where none executes. Does not wait for that."""
         return self._runner._operate("stop", self._stored(), by, self)
 
     def resume(self, *, by: str | None = None) -> Job:
@@ -3922,29 +3914,39 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def cancel(self, *, by: str | None = None) -> bool:
         """Discard a pending or stopped job for good. Returns whether it is cancelled; never raises InvalidOperation."""
-        if self._state != "PENDING":
-            return self._state == CANCELLED_AND_NOTIFIED
-        try:
-            self._runner._operate("cancel", self._stored(), by, self)
-        except (InvalidOperation, StoreError):            # StoreError: the runner is shut down
-            return self.cancelled()
-        return True
+        if self._state == "PENDING":
+            with contextlib.suppress(InvalidOperation, StoreError):          # StoreError: the runner is shut down
+                self._runner._operate("cancel", self._stored(), by, self)
+                return True
+        return self.cancelled()
 
     # the Future part
 
+    @property
+    def _condition(self) -> threading.Condition:
+        """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
+        if self._lazy_condition is None:
+            self._stored()
+            self._runner._watch(self)
+        return self._made_condition()
+
+    def _made_condition(self) -> threading.Condition:
+        return self._lazy_condition or vars(self).setdefault("_lazy_condition", _HandleCondition())       # atomic: all get one
+
     def done(self) -> bool:
-        """Tell whether the job is over."""
+        """Return whether the job is over."""
         return self._look() in OVER
 
     def running(self) -> bool:
-        """Tell whether the job is running or stopping."""
+        """Return whether the job is running or stopping."""
         return self._look() in ACTIVE
 
     def cancelled(self) -> bool:
-        """Tell whether the job has been cancelled."""
+        """Return whether the job has been cancelled."""
         return self._look() == CANCELLED
 
     def _look(self) -> str:
+        """Return the status; complete the handle if the job is over."""
         if self._state == CANCELLED_AND_NOTIFIED:
             return CANCELLED
         if self._state == FUTURE_FINISHED:
@@ -3959,10 +3961,9 @@ class Job(Future):                                        # type: ignore[type-ar
         """Return what the function returned, once the job and all its descendants are over.
 
         timeout: seconds, None waits on. In a job this is a checkpoint, and the worker's place is given away meanwhile.
-        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError.
+        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError; in a job JobStopped.
         """
-        self._await_end(timeout)
-        error = super().exception(0)
+        error = self.exception(timeout)
         if error is None:                                 # Future.result asks for its truth
             return self._result
         try:
@@ -3973,59 +3974,52 @@ class Job(Future):                                        # type: ignore[type-ar
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the function raised, or None, once the job is over. Waits and raises as `result` does."""
-        self._await_end(timeout)
+        self._wait_for_end(timeout)
         return super().exception(0)
 
-    def _await_end(self, timeout: float | None, given_up: Callable[[], bool] = lambda: False) -> None:
+    def _wait_for_end(self, timeout: float | None, given_up: Callable[[], bool] = lambda: False) -> None:
         if self._state == "PENDING":
-            self.done()
-        if self._state == "PENDING":                      # also when it was over and has been resumed by now
-            attempt = _current.get()
-            if attempt is None:
-                self._wait(timeout, lambda: self._state != "PENDING")
-                return
-            with attempt.woken_by_stop(_Notifier(self._condition)):
-                attempt.runner._wait_in_job(attempt, lambda seconds: self._wait(
-                    seconds, lambda: self._state != "PENDING" or attempt.stop_requested or given_up()), timeout)
+            self._look()
+        if self._state != "PENDING":
+            return
+        attempt, condition = _current.get(), self._condition
+        if attempt is None:
+            with condition:
+                condition.wait_for(lambda: self._state != "PENDING", timeout)
+        else:
+            attempt.wait_for(condition, lambda: self._state != "PENDING" or attempt.stop_requested or given_up(), timeout)
             attempt.raise_if_stopped()
-
-    def _wait(self, timeout: float | None, over: Callable[[], bool]) -> bool:
-        condition = self._condition
-        with condition:
-            return condition.wait_for(over, timeout)
 
     def __await__(self) -> Any:
         import asyncio
-        if _current.get() is None:
-            return asyncio.wrap_future(self).__await__()
-        return self._await_in_job().__await__()
+        return (asyncio.wrap_future(self) if _current.get() is None else self._await_in_job()).__await__()
 
     async def _await_in_job(self) -> Any:
         """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled task goes
         on when the attempt has its place again."""
         import asyncio
         loop, cancelled = asyncio.get_running_loop(), []
+        outcome: Future[Any] = Future()
         end = loop.create_future()
 
         def wait() -> None:
-            outcome: Future[Any] = Future()
             try:
-                self._await_end(None, lambda: bool(cancelled))
+                self._wait_for_end(None, lambda: bool(cancelled))
                 outcome.set_result(Future.result(self, 0))
             except BaseException as error:
                 outcome.set_exception(error)
             with contextlib.suppress(RuntimeError):           # a force stop has ended the loop
-                loop.call_soon_threadsafe(end.set_result, outcome)
+                loop.call_soon_threadsafe(end.set_result, None)
         threading.Thread(target=contextvars.copy_context().run, args=(wait,), name="bgjobs-await", daemon=True).start()
         while not end.done():
             try:
                 await asyncio.wait([end])
             except asyncio.CancelledError as error:
                 cancelled.append(error)
-                _Notifier(self._condition).set()
+                _notify(self._condition)
         if cancelled:
             raise cancelled[0]
-        return end.result().result()
+        return outcome.result()
 
     @library_code
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
@@ -4033,39 +4027,42 @@ class Job(Future):                                        # type: ignore[type-ar
         if self._state == "PENDING":
             self._runner._hold(self)
         super().add_done_callback(fn)
-        self.done()
+        self._look()
 
     @library_code
     def _complete(self) -> None:
         """Take the outcome over from the store, once. Wakes who waits; callbacks are called in a thread of their own."""
         rows = self._runner._store.read(OUTCOME_OF, {"id": self.id})
-        row = rows[0] if rows else {"status": "removed"}
-        if row["status"] not in (*OVER, "removed"):
+        status = rows[0]["status"] if rows else "removed"
+        if status not in (*OVER, "removed"):
             return
         condition = self._made_condition()
         with condition:
             if self._state != "PENDING":
                 return
-            state = CANCELLED_AND_NOTIFIED if row["status"] == CANCELLED else FUTURE_FINISHED
-            if row["status"] == CANCELLED:
-                for waiter in self._waiters:
-                    waiter.add_cancelled(self)
+            if status == CANCELLED:
+                state, tell = CANCELLED_AND_NOTIFIED, "add_cancelled"
             else:
-                try:
-                    if row["status"] == "removed":
-                        self._exception = BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
-                    elif row["status"] == FINISHED:
-                        self._result = decode(row["result"])
-                    else:
-                        self._exception = self._runner._exception_of(self.id, row)
-                except Exception as error:
-                    self._exception = BgjobsError(f"job {self.id} is {row['status']}, but its outcome cannot be read: {_text(error)}")
-                    self._exception.__cause__ = error
-                for waiter in self._waiters:
-                    waiter.add_result(self) if self._exception is None else waiter.add_exception(self)
+                self._result, self._exception = self._outcome(status, rows)
+                state, tell = FUTURE_FINISHED, "add_result" if self._exception is None else "add_exception"
+            for waiter in self._waiters:
+                getattr(waiter, tell)(self)
             condition.notify_all()
             self._state = state                           # last: what Ctrl-C cuts short is done again
         self._runner._call_back(self)
+
+    def _outcome(self, status: str, rows: list[sqlite3.Row]) -> tuple[Any, BaseException | None]:
+        """Return the result and the exception of a job that is over and has not been cancelled."""
+        try:
+            if status == "removed":
+                return None, BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
+            if status == FINISHED:
+                return decode(rows[0]["result"]), None
+            return None, self._runner._exception_of(self.id, rows[0])
+        except Exception as error:
+            unreadable = BgjobsError(f"job {self.id} is {status}, but its outcome cannot be read: {_text(error)}")
+            unreadable.__cause__ = error
+            return None, unreadable
 
     def __repr__(self) -> str:
         try:
@@ -4287,7 +4284,7 @@ class Runner(Submitter, Executor):
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
         self._pool = Pool(self.max_workers, self._execute, self._settle, self._store.kick, self._callback.depart)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
-        # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
+        # `_handle_lock` guards _watched and _held; no SQL runs under it.
         self._handle_lock = threading.Lock()
         self._watched: dict[int, list[weakref.ref[Job]]] = {}
         self._held: set[Job] = set()                     # handles with callbacks live until these were called
