@@ -863,19 +863,21 @@ class Report(NamedTuple):
 
 # ---- 6 Force stop ---------------------------------------------------------------------------------------------
 #
-# A force stop refuses the attempt in the file first. Then it raises JobStopped in the attempt's thread, with
-# PyThreadState_SetAsyncExc: out of nowhere, between two bytecodes. The job's function has to live with that. The library must
-# not: it would leave a lock or a transaction open. Nor must the job that the thread executes next. So the promise is: it is
-# raised at most once, in the attempt's function or what that calls, never in the library's code, and never after the attempt.
+# A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's thread, between any two
+# bytecodes, with PyThreadState_SetAsyncExc. In the job's function that may happen. In the library's code it would leave
+# a lock or a transaction open, and once the function has ended it would hit the next job of that thread. So the promise
+# is: it is raised at most once, in the function or what that calls, never in the library, and never after the function.
 #
-# For that each attempt has a ticket, which lies on the table while its function runs. Library code that the function calls
-# takes it and puts it back (`library_code`), and the attempt keeps it when the function has ended. A force stop takes it, too,
-# raises the exception, and does not put it back. If it finds the ticket gone, it raises nothing: the thread sees `void`
-# when it comes back from the library. If the thread finds the ticket gone, an exception is on its way: it waits for that, and
-# takes it back if it has been raised and caught before, or is not raised yet.
+# For that, each attempt has a ticket, which lies on the table while the function runs. Where the function calls the
+# library, the thread takes the ticket, and puts it back on return (`library_code`); it keeps it when the function has
+# ended. A force stop takes it as well, raises the exception, and never puts it back.   If the force stop finds the
+# ticket gone, it only leaves word (`void`): on its way back from the library the thread raises the exception itself.
+# If the thread finds the ticket gone, the exception is on its way, or was raised and caught before. It waits until that
+# is sure, takes back what has not been raised yet, and raises it itself.
 
 class Ticket:
-    """The right to raise JobStopped once in the thread of an attempt. All but `use` is for that thread."""
+    """The right to raise JobStopped once in the thread of an attempt. `use` is for a force stop, the rest for that
+    thread."""
 
     __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
 
@@ -918,7 +920,8 @@ class Ticket:
         self._spent |= self.void
 
     def use(self) -> None:
-        """From another thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns there."""
+        """From any thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns
+        there."""
         self.void = True
         if self._taken.acquire(False):
             if _is_logging(self.thread):
@@ -927,7 +930,8 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise it once the app's logging is out of its handlers' locks, which all threads need. At its next record it waits for us."""
+        """Raise it when the thread holds no lock of the app's logging, which all threads need. (A record that it logs
+        meanwhile is a call of the library, which waits for us.)"""
         pause = 0.001
         while _is_logging(self.thread):
             time.sleep(pause)
@@ -937,11 +941,12 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is somewhere below a call of `logging`, unless it waits there for our exception."""
+    """Return whether a thread is in a call of `logging`, unless it waits there for our exception."""
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
-    return any(each.f_globals.get("__name__", "").partition(".")[0] == "logging" for each, _ in traceback.walk_stack(frame))
+    modules = (each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame))
+    return any(module.partition(".")[0] == "logging" for module in modules)
 
 
 def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
@@ -976,9 +981,9 @@ def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# Ctrl-C comes out of nowhere, too, in the main thread: at any call or return in Python code. It must not find a lock that is
-# taken and not yet, or no longer, in the care of a `with` block. A lock's own __enter__ and __exit__, in C, are one step with the
-# `with`; those of a Condition are Python code. So here are conditions by which `with` finds those of the lock in them.
+# Ctrl-C raises an exception in the main thread, at any call or return in Python code: also at the end of
+# Condition.__enter__ and at the begin of Condition.__exit__. There the lock would stay taken for ever. A lock's own
+# __enter__ and __exit__ are written in C and one step with the `with` block. So here `with condition` calls those.
 
 class _Condition(threading.Condition):
     """A condition that Ctrl-C does not leave locked."""
@@ -996,8 +1001,8 @@ class _Event(threading.Event):
 
 
 class _HandleCondition(_Condition):
-    """The condition of a handle, which the stdlib's `wait` and `as_completed` lock inside a job: who has it locked has the
-    ticket, too."""
+    """The condition of a handle. Inside a job, `wait` and `as_completed` lock it, which are no library code of ours: so
+    who locks it takes the ticket, and puts it back with the lock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1013,8 +1018,13 @@ class _HandleCondition(_Condition):
         if _here.ticket is not None:
             _here.ticket.put_back()
 
-    __enter__ = property(lambda self: self._lock.__enter__ if _here.ticket is None else self.acquire)       # type: ignore[assignment]
-    __exit__ = property(lambda self: self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release())
+    @property
+    def __enter__(self) -> Any:                           # type: ignore[override]
+        return self._lock.__enter__ if _here.ticket is None else self.acquire
+
+    @property
+    def __exit__(self) -> Any:                            # type: ignore[override]
+        return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
 # ---- 7 Transactions -------------------------------------------------------------------------------------------
@@ -3185,16 +3195,17 @@ ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for ea
 
 
 class Pool:
-    """`size` places in which attempts execute, and the threads for them, made when needed and reused. One that executes in
-    another process takes a place as well, but no thread: it is handed to `depart`, and `end` is called when it is back.
+    """`size` places in which attempts execute, and the threads for them, made when needed and reused. An attempt that
+    executes in another process takes a place, too, but no thread: it is handed to `depart`, and who brings its outcome
+    calls `end`.
 
-    An attempt comes here `claimed` and is `placed` as soon as there is a place for it. While it waits for another job it is
-    `away` and its place is another's; when it goes on it is `returning`, until it is placed again. A force stop makes it
-    `abandoned`: it has no place any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* as soon as there is a place for it. One that waits for another job
+    is *away*, and its place is given to others; when it goes on it is *returning*, until it is placed again. So waiting
+    never deadlocks, and no more than `size` attempts execute. Places go to the returning and the claimed in turn:
+    neither starve. A force stop makes an attempt *abandoned*: it has no place any more, and its thread ends with it.
 
-    Places go to the returning and to the claimed in turn, so neither starve, waiting never deadlocks, and no more than `size`
-    attempts execute. Low priority never takes the last of several places. More attempts than that may become low priority while
-    they execute: they go on, and those in excess count as if they had left their places.
+    Low priority never takes the last of several places. When all that executes has become low priority meanwhile it
+    goes on, and one place more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
@@ -3204,7 +3215,7 @@ class Pool:
         self._execute = execute
         self._settle, self._claim = settle, claim         # settle returns whether to claim at once
         self._depart = depart                             # called under the lock
-        # `_lock` guards everything below; no user code and no SQL runs under it. An attempt is in one of these.
+        # `_lock` guards everything below; no user code and no SQL runs under it. An attempt is in one of these five.
         self._lock = threading.Lock()
         self._claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()      # of normal and of low priority
@@ -3212,7 +3223,7 @@ class Pool:
         self._returning: dict[Attempt, Any] = {}          # in order, with what is set when it has a place
         self._abandoned: set[Attempt] = set()
         self._returning_next = True                       # it is their turn
-        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()      # placed, for the next idle thread; None: it ends
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()    # for the next idle thread; None: it ends
         self._needed = 0                                  # threads that execute an attempt, or are to
         self._threads: set[threading.Thread] = set()
         self.lingers = False                              # one of them does not sleep yet: it claims in a moment
@@ -3245,9 +3256,11 @@ class Pool:
     def _executes(self, attempt: Attempt) -> bool:
         return self.is_placed(attempt) or attempt in self._away or attempt in self._returning
 
+    # places
+
     def room(self) -> tuple[int, int, int, list[Attempt]]:
-        """Return the places left for new claims, how many of them may be of low priority, the places that are about to get free
-        (whose attempts are still short ones), and the claimed attempts that wait."""
+        """Return how many more jobs there is a place for, how many of low priority, how many places are about to get
+        free (those whose attempts are still short ones), and the claimed attempts that wait."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             waiting = list(self._claimed)
@@ -3258,27 +3271,27 @@ class Pool:
             return *self._left(len(coming) - sum(coming), sum(coming)), self.size - long, waiting
 
     def _left(self, normal: int = 0, low: int = 0) -> tuple[int, int]:
-        """Return how many places are left, and for how many of low priority, if so many attempts come before."""
+        """Return how many places are left, and for how many of low priority, once so many more attempts have theirs."""
         normal, low = normal + len(self._placed[0]), low + len(self._placed[1])
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
         """Have claimed attempts executed, in this order; they are known to be `work` seconds of work.
 
-        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. The service thread calls it
-        without attempts, and gives the rest of the free places out.
+        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. The service thread
+        calls it without attempts, and gives the rest of the free places out.
         """
         with self._lock:
             self._claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, hand: Callable[[Attempt], None] | None = None) -> None:
-        """Give free places out, to as many attempts as `hands` says; hand those over that need a thread, by default to idle ones
-        or new ones. Called under the lock, at the end of whatever may have freed a place."""
+        """Give free places out, and wake at most so many threads. `hand` takes an attempt that needs one; by default it
+        is for an idle thread, or a new one. Called under the lock, after whatever may have freed a place."""
         while hands >= 1 and (attempt := self._next()) is not None:
-            self._returning_next = attempt not in self._returning
-            # Ctrl-C may come between any two of these. In this order no place stays taken by what nobody executes.
-            if not self._returning_next:
+            returns = attempt in self._returning
+            # In this order: wherever Ctrl-C comes, no place stays taken for what nobody executes.
+            if returns:
                 attempt.waited += time.monotonic() - attempt.left_at
                 self._returning[attempt].set()
                 del self._returning[attempt]
@@ -3286,18 +3299,21 @@ class Pool:
                 self._claimed.remove(attempt)
                 (self._depart if attempt.engine is not None else hand or self._hand)(attempt)
             self._placed[attempt.low_priority].add(attempt)
+            self._returning_next = not returns
             hands -= attempt.engine is None
         while len(self._threads) < self._needed and self._start_thread():
             pass
 
     def _next(self) -> Attempt | None:
-        """Return whose turn it is, if there is a place for it."""
+        """Return the attempt whose turn it is, or None: there is no place for any."""
         left, low_left = self._left()
         waiting = (self._returning, self._claimed) if self._returning_next else (self._claimed, self._returning)
         for attempt in itertools.chain(*waiting) if left > 0 else ():
             if low_left > 0 or not attempt.low_priority:
                 return attempt
         return None
+
+    # threads
 
     def _hand(self, attempt: Attempt) -> None:
         self._needed += 1
@@ -3314,11 +3330,11 @@ class Pool:
         return True
 
     def _work(self) -> None:
-        """What a worker thread does: execute an attempt, have its outcome recorded, go on with the next one in its place."""
+        """What a worker does: execute an attempt, have its outcome recorded, go on with the next one in its place."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if self.forked:                               # by the function; this is the child, and ends: the parent has the job
+            if self.forked:                               # by the function; this is the child: the parent has the job
                 return
             lead = self._settle(attempt)
             following: list[Attempt] = []
@@ -3342,11 +3358,14 @@ class Pool:
         self._handed.put(None)                            # for the next thread
 
     def _linger(self) -> None:
-        """Look again in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for each."""
+        """Claim in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for
+        each."""
         self.lingers = True
         time.sleep(LINGER_SECONDS)
         self.lingers = False
         self._claim()
+
+    # ends
 
     def end(self, attempt: Attempt) -> None:
         """Have the outcome of an attempt that executed elsewhere recorded, and give its place to the next."""
@@ -3359,7 +3378,7 @@ class Pool:
 
     def _take_out(self, attempt: Attempt) -> bool:
         """Forget an attempt that executed; return whether that lets jobs be claimed again. Called under the lock."""
-        clogged = bool(self._abandoned) and self.is_clogged
+        clogged = self.is_clogged
         for attempts in (*self._placed, self._away, self._abandoned):
             attempts.discard(attempt)
         if attempt in self._returning:                    # who waits for its place goes on without
@@ -3367,7 +3386,7 @@ class Pool:
         return clogged
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the place of a superseded attempt away. Its thread ends with it; another one takes its part."""
+        """Take the place of a superseded attempt away. Its thread lives on as long as it does; others take its part."""
         with self._lock:
             if not self._executes(attempt):
                 return
@@ -3376,8 +3395,8 @@ class Pool:
             self._give()
             clogged = self.is_clogged
         if clogged:
-            _say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of this process: no more jobs are "
-                 "claimed until some of them end")
+            _say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of this process: no more "
+                 "jobs are claimed until some of them end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
@@ -3388,6 +3407,8 @@ class Pool:
             attempt.low_priority = low
             self._placed[not low].discard(attempt)
             self._give()                                  # one that returns may take the last place now
+
+    # waiting for other jobs
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
@@ -3415,7 +3436,8 @@ class Pool:
             self._claim()
 
     def ask_back(self, attempt: Attempt, place: Any) -> bool:
-        """Have `place.set()` called as soon as there is a place for an attempt that has waited. False: it needs none."""
+        """Have `place.set()` called as soon as there is a place for an attempt that has waited. False: it needs none.
+        Returns at once."""
         with self._lock:
             attempt.waits -= 1
             returns = attempt.waits == 0 and attempt in self._away
@@ -3424,6 +3446,8 @@ class Pool:
                 self._returning[attempt] = place
                 self._give()
         return returns
+
+    # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
         """Take out the claimed attempts that have no place yet, if the first one has waited for so many seconds."""
@@ -3451,9 +3475,10 @@ _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjob
 class JobContext:
     """What `current_job()` returns: the job that this code runs in. Outside of one, all of it works and does nothing.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: what the last checkpoint saved, or None; a
-    copy of it. stop_requested: whether the next checkpoint raises JobStopped. Outside of a job these are None, 0 and False.
-    Any thread that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one at a time.
+    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: what the last checkpoint saved, or
+    None; a copy of it. stop_requested: whether the next checkpoint raises JobStopped. Outside of a job these are None,
+    0 and False. Any thread that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but
+    `each` is for one at a time.
     """
 
     id: int | None = None
@@ -3469,15 +3494,17 @@ class JobContext:
         return _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Stop here, if that was asked for; with `state`, save it first. The next attempt finds it as `current_job().state`.
+        """Stop here if that was asked for; with `state`, save it first, for the next attempt's `current_job().state`.
 
-        state: any value that arguments may have. With it, the call blocks until the commit. Without it the call costs next to
-        nothing: make it in every turn of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
+        state: any value that arguments may have. With it, the call blocks until the commit. Without it, it costs next
+        to nothing: call it in every turn of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
         """
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Report that `done` of `total` units are done, and a line about it for people. Shown within a second. Never blocks,
-        never a checkpoint."""
+        """Report that `done` of `total` units are done, with a line for people. Shown within a second.
+
+        Returns at once; never a checkpoint. total=None: nobody knows; then no progress and no ETA is shown.
+        """
 
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
         """Yield the items, with a checkpoint before each of them and at the end, and report the progress.
@@ -3495,7 +3522,7 @@ class JobContext:
 _outside = JobContext()
 
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"           # outcomes of an attempt's function;
-RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one that is given back: begun, not begun, unknown here
+RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"       # of one given back: begun, not begun, unknown here
 TIMED_OUT = "timed out"                                              # the reason to stop one; it ends as RAISED
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}       # in words
 
@@ -3509,8 +3536,8 @@ class Attempt(JobContext):
     begun = left_at = 0.0                                 # monotonic: when it began; when it gave its place away
     ran = worked = waited = 0.0                           # seconds: in all; without waiting for others; waiting
     waits = 0                                             # of its threads, at present
-    lines = lines_at_trim = 0                             # that it has logged; those of them when its log was trimmed last
-    connections: dict[sqlite3.Connection, int] = {}       # the app's, in whose transactions it has submitted: the last id
+    lines = lines_at_trim = 0                             # logged; of those, when its log was trimmed last
+    connections: dict[sqlite3.Connection, int] = {}       # the app's, by which it has submitted: the last id
 
     outcome, reason = UNSPENT, HALTED                     # how the function ended; how it ends when it stops
     result: str | None = None
@@ -3522,14 +3549,14 @@ class Attempt(JobContext):
     _operation: threading.Event | None = None             # it lets this pass first
     _saved_at = 0.0
     _loops = 0                                            # the number of the next loop of each()
-    _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
+    _progress: tuple[float, float | None, str | None, float] | None = None    # done, total, message, monotonic: newest
     _pace: Pace | None = None
     _logger: logging.Logger | None = None
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
-        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
-         self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths, self.due, self.ran_before,
-         self.system, self.charge) = claim
+        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions,
+         options, self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths,
+         self.due, self.ran_before, self.system, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
         self.options = kept_options(options) if options else {}
@@ -3537,7 +3564,7 @@ class Attempt(JobContext):
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
         self._loop_positions: list[int] = []              # of the loops of each(): how many turns are completed
-        self._turns: list[tuple[float, float | None]] = []    # of those that are under way, outermost first: done, total
+        self._turns: list[tuple[float, float | None]] = []    # of the loops under way, outermost first: done, total
         self._wakes: list[Callable[[], None]] = []        # what a stop request calls
 
     @property
@@ -3625,8 +3652,8 @@ class Attempt(JobContext):
             self._wakes.remove(wake)
 
     def wait_for(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
-        """Wait until `over()`, which is asked when the condition is notified or a stop requested. The worker's place is given
-        away meanwhile."""
+        """Wait until `over()`, which is asked when the condition is notified or a stop requested. The worker's place is
+        given away meanwhile."""
         def wait(seconds: float | None) -> bool:
             with condition:
                 return condition.wait_for(over, seconds)
@@ -3653,9 +3680,10 @@ class Attempt(JobContext):
         """Return how far each loop of each() is, as JSON, or None."""
         return json.dumps(self._loop_positions) if self._loop_positions else None
 
-    # A function may have several loops of each(), one after the other or one inside another's turns. They are numbered as they
-    # begin, and a list has the completed turns of each. With a turn, the loops inside it are done with: they leave the list, and
-    # those of the next turn get their numbers again. So a resumed attempt, whose loops begin in the same order, finds its own.
+    # A function may have several loops of each(), one after the other or one inside another's turns. They are numbered
+    # as they begin, and a list has the completed turns of each. With a turn, the loops inside it are done with: they
+    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose loops begin in the
+    # same order, finds its own.
 
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
         positions = self._loop_positions = self._loop_positions or json.loads(self._positions or "[]")
@@ -3736,7 +3764,7 @@ def _notify(condition: threading.Condition) -> None:
 
 
 class _JobLogger(logging.Logger):
-    """A job's own logger: its records go to the job's log, and on to the app's handlers as those of "bgjobs.job" would."""
+    """A job's own logger: its records go to the job's log, and to the app's handlers as those of "bgjobs.job" would."""
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__("bgjobs.job", logging.DEBUG)
@@ -3764,7 +3792,7 @@ def _capture_log_records() -> None:
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = _current.get()
-        if attempt is not None and record.name not in ("bgjobs.job", None):      # None: of makeLogRecord, which emits nothing
+        if attempt is not None and record.name not in ("bgjobs.job", None):      # None: makeLogRecord emits nothing
             attempt.runner._keep_log_line(attempt, record)
         return record
     make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
@@ -3796,7 +3824,7 @@ class _PlaceGivingEvent(_Event):
 
     @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the event is set. A stop comes at the next checkpoint, but a force stop at once: raises JobStopped."""
+        """Wait until the event is set. A stop waits for the next checkpoint; a force stop raises JobStopped at once."""
         attempt = self._attempt
         if not self.is_set():
             attempt.wait_for(self._cond, lambda: self.is_set() or attempt.ticket.void, timeout)
@@ -3819,14 +3847,14 @@ def _typed(value: Any) -> Any:
 
 
 class Job(Future):                                        # type: ignore[type-arg]
-    """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked. Any thread may use it.
+    """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked.
 
     `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and `resume` of a failed
-    job, return a new handle, while attributes stay true on both. `await job` works, too.
+    job, return a new handle, while attributes stay true on both. `await job` works, too. Any thread may use a handle.
 
-    Attributes are read without waiting for writers, and raise KeyError when the job has been removed. Operations return after
-    their commit: they block for that, but not for the job. They take `by=`, who asked, for the job's log; and raise
-    InvalidOperation, whose text says what the job's status does allow, KeyError, or StoreError when the file cannot be written.
+    Attributes are read without waiting for writers; KeyError: the job has been removed. Operations block until their
+    commit, not until the job has followed. They take `by=`, who asked, for the job's log. Raises InvalidOperation: the
+    job's status does not allow it, the text says what it does; KeyError; StoreError: the file cannot be written.
     """
 
     _state = "PENDING"
@@ -3836,13 +3864,14 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def __init__(self, runner: Runner, job_id: int, created_at: float | None = None) -> None:
         self._runner, self.id = runner, job_id
-        self._created_at = created_at                     # of one whose transaction may be rolled back; None: it is stored
+        self._created_at = created_at                     # while its transaction may be rolled back; None: it is stored
         # With the four above, this is what Future.__init__ sets.
         self._waiters = _Waiters()
         self._done_callbacks: list[Callable[[Future[Any]], Any]] = []
 
     def _stored(self) -> int:
-        """Return the id, as long as it is this job's: a transaction that is rolled back leaves its ids to others. KeyError."""
+        """Return the id while it is this job's: a transaction that is rolled back leaves its ids to others.
+        KeyError."""
         if self._created_at is not None:
             rows = self._runner._store.read(CREATED_AT, {"id": self.id})
             if rows and rows[0][0] != self._created_at:
@@ -3880,20 +3909,20 @@ class Job(Future):                                        # type: ignore[type-ar
         return self._runner._info(self._stored())
 
     def logs(self, *, level: str | int | None = None, text: str | None = None, regex: str | None = None,
-             since: float | None = None, until: float | None = None, after: int = 0, limit: int | None = None, tree: bool = False
-             ) -> list[dict[str, Any]]:
+             since: float | None = None, until: float | None = None, after: int = 0, limit: int | None = None,
+             tree: bool = False) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does. since,
-        until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree: those of all
-        descendants, too. ValueError: a bad value.
+        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does.
+        since, until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree:
+        those of all descendants, too. ValueError: a bad value.
         """
         return self._runner._logs(self._stored(), level, text, since, until, after, limit, tree, regex)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job:
-        """Stop the job and its descendants at their next checkpoint; at once where none executes. Does not wait for that."""
+        """Stop the job and its descendants at their next checkpoint, or now where none executes. Returns before it."""
         return self._runner._operate("stop", self._stored(), by, self)
 
     def resume(self, *, by: str | None = None) -> Job:
@@ -3910,7 +3939,8 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job:
         """Have the job and its descendants run in periods of low load only, or no longer so."""
-        return self._runner._operate("set_low_priority" if low_priority else "remove_low_priority", self._stored(), by, self)
+        operation = "set_low_priority" if low_priority else "remove_low_priority"
+        return self._runner._operate(operation, self._stored(), by, self)
 
     def cancel(self, *, by: str | None = None) -> bool:
         """Discard a pending or stopped job for good. Returns whether it is cancelled; never raises InvalidOperation."""
@@ -3931,7 +3961,7 @@ class Job(Future):                                        # type: ignore[type-ar
         return self._made_condition()
 
     def _made_condition(self) -> threading.Condition:
-        return self._lazy_condition or vars(self).setdefault("_lazy_condition", _HandleCondition())       # atomic: all get one
+        return self._lazy_condition or vars(self).setdefault("_lazy_condition", _HandleCondition())      # atomic
 
     def done(self) -> bool:
         """Return whether the job is over."""
@@ -3961,7 +3991,8 @@ class Job(Future):                                        # type: ignore[type-ar
         """Return what the function returned, once the job and all its descendants are over.
 
         timeout: seconds, None waits on. In a job this is a checkpoint, and the worker's place is given away meanwhile.
-        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError; in a job JobStopped.
+        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError; inside
+        a job also JobStopped.
         """
         error = self.exception(timeout)
         if error is None:                                 # Future.result asks for its truth
@@ -3983,20 +4014,23 @@ class Job(Future):                                        # type: ignore[type-ar
         if self._state != "PENDING":
             return
         attempt, condition = _current.get(), self._condition
-        if attempt is None:
-            with condition:
-                condition.wait_for(lambda: self._state != "PENDING", timeout)
-        else:
-            attempt.wait_for(condition, lambda: self._state != "PENDING" or attempt.stop_requested or given_up(), timeout)
+
+        def over() -> bool:
+            return self._state != "PENDING" or attempt is not None and attempt.stop_requested or given_up()
+        if attempt is not None:
+            attempt.wait_for(condition, over, timeout)
             attempt.raise_if_stopped()
+        else:
+            with condition:
+                condition.wait_for(over, timeout)
 
     def __await__(self) -> Any:
         import asyncio
         return (asyncio.wrap_future(self) if _current.get() is None else self._await_in_job()).__await__()
 
     async def _await_in_job(self) -> Any:
-        """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled task goes
-        on when the attempt has its place again."""
+        """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled
+        task goes on when the attempt has its place again."""
         import asyncio
         loop, cancelled = asyncio.get_running_loop(), []
         outcome: Future[Any] = Future()
@@ -4031,7 +4065,7 @@ class Job(Future):                                        # type: ignore[type-ar
 
     @library_code
     def _complete(self) -> None:
-        """Take the outcome over from the store, once. Wakes who waits; callbacks are called in a thread of their own."""
+        """Take the outcome over from the store, once. Wakes who waits; callbacks come in a thread of their own."""
         rows = self._runner._store.read(OUTCOME_OF, {"id": self.id})
         status = rows[0]["status"] if rows else "removed"
         if status not in (*OVER, "removed"):
