@@ -3223,7 +3223,7 @@ class Pool:
         self._returning: dict[Attempt, Any] = {}          # in order, with what is set when it has a place
         self._abandoned: set[Attempt] = set()
         self._returning_next = True                       # it is their turn
-        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()    # for the next idle thread; None: it ends
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()    # for the next idle thread; None: end
         self._needed = 0                                  # threads that execute an attempt, or are to
         self._threads: set[threading.Thread] = set()
         self.lingers = False                              # one of them does not sleep yet: it claims in a moment
@@ -3503,7 +3503,7 @@ class JobContext:
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Report that `done` of `total` units are done, with a line for people. Shown within a second.
 
-        Returns at once; never a checkpoint. total=None: nobody knows; then no progress and no ETA is shown.
+        Returns at once; never a checkpoint. total=None: nobody knows; then no share is shown.
         """
 
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
@@ -3565,7 +3565,7 @@ class Attempt(JobContext):
         self.ticket = Ticket()
         self._loop_positions: list[int] = []              # of the loops of each(): how many turns are completed
         self._turns: list[tuple[float, float | None]] = []    # of the loops under way, outermost first: done, total
-        self._wakes: list[Callable[[], None]] = []        # what a stop request calls
+        self._waits_on: list[threading.Condition] = []    # of its threads that wait; a stop request wakes them
 
     @property
     def has_place(self) -> bool:
@@ -3598,8 +3598,9 @@ class Attempt(JobContext):
             return
         self.reason = reason
         self.stop_requested = self._attention = True
-        for wake in list(self._wakes):
-            wake()
+        for condition in list(self._waits_on):
+            with condition:
+                condition.notify_all()
 
     def let_pass(self, operation: threading.Event) -> None:
         """Have the next checkpoint wait for an operation on its way: a loop that only computes would hold it up by the
@@ -3609,8 +3610,8 @@ class Attempt(JobContext):
 
     def supersede(self) -> None:
         """Have JobStopped raised wherever the function is. From any thread, once the store refuses this attempt."""
-        self.request_stop(force=True)
         self.ticket.use()
+        self.request_stop(force=True)                     # now: who wakes up looks at the ticket
 
     def raise_if_stopped(self) -> None:
         """Be a checkpoint. Raises JobStopped."""
@@ -3635,30 +3636,21 @@ class Attempt(JobContext):
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        wake = _Event()
-        with self.woken_by_stop(wake.set):
-            wake.wait(seconds)
+        self._wait(_Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
-
-    @contextlib.contextmanager
-    def woken_by_stop(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Have a stop request call `wake` during the block."""
-        self._wakes.append(wake)
-        try:
-            if self.stop_requested:                       # it came before this was in the list
-                wake()
-            yield
-        finally:
-            self._wakes.remove(wake)
 
     def wait_for(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
         """Wait until `over()`, which is asked when the condition is notified or a stop requested. The worker's place is
         given away meanwhile."""
-        def wait(seconds: float | None) -> bool:
+        self.runner._wait_in_job(self, functools.partial(self._wait, condition, over), timeout)
+
+    def _wait(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> bool:
+        self._waits_on.append(condition)
+        try:
             with condition:
-                return condition.wait_for(over, seconds)
-        with self.woken_by_stop(functools.partial(_notify, condition)):
-            self.runner._wait_in_job(self, wait, timeout)
+                return condition.wait_for(over, timeout)
+        finally:
+            self._waits_on.remove(condition)
 
     # state
 
@@ -3756,11 +3748,6 @@ class Attempt(JobContext):
         if self._logger is None:
             self._logger = _JobLogger(self)
         return self._logger
-
-
-def _notify(condition: threading.Condition) -> None:
-    with condition:
-        condition.notify_all()
 
 
 class _JobLogger(logging.Logger):
@@ -4050,7 +4037,8 @@ class Job(Future):                                        # type: ignore[type-ar
                 await asyncio.wait([end])
             except asyncio.CancelledError as error:
                 cancelled.append(error)
-                _notify(self._condition)
+                with self._condition:
+                    self._condition.notify_all()
         if cancelled:
             raise cancelled[0]
         return outcome.result()
