@@ -870,14 +870,13 @@ class Report(NamedTuple):
 #
 # For that, each attempt has a ticket, which lies on the table while the function runs. Where the function calls the
 # library, the thread takes the ticket, and puts it back on return (`library_code`); it keeps it when the function has
-# ended. A force stop takes it as well, raises the exception, and never puts it back.   If the force stop finds the
-# ticket gone, it only leaves word (`void`): on its way back from the library the thread raises the exception itself.
-# If the thread finds the ticket gone, the exception is on its way, or was raised and caught before. It waits until that
-# is sure, takes back what has not been raised yet, and raises it itself.
+# ended. A force stop takes it as well, raises the exception, and never puts it back. Who finds the ticket gone:
+# - the force stop only leaves word (`void`); on its way back from the library the thread raises the exception itself;
+# - the thread waits until the exception has been sent, since it may come any moment; if it has not been raised by then,
+#   or was raised before and caught, it takes it back and raises one itself.
 
 class Ticket:
-    """The right to raise JobStopped once in the thread of an attempt. `use` is for a force stop, the rest for that
-    thread."""
+    """The right to raise JobStopped once in the thread of an attempt. All but `use` is for that thread to call."""
 
     __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
 
@@ -920,8 +919,7 @@ class Ticket:
         self._spent |= self.void
 
     def use(self) -> None:
-        """From any thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns
-        there."""
+        """Raise JobStopped in the attempt's thread: now if it is in its function, else when it returns there."""
         self.void = True
         if self._taken.acquire(False):
             if _is_logging(self.thread):
@@ -1001,8 +999,8 @@ class _Event(threading.Event):
 
 
 class _HandleCondition(_Condition):
-    """The condition of a handle. Inside a job, `wait` and `as_completed` lock it, which are no library code of ours: so
-    who locks it takes the ticket, and puts it back with the lock."""
+    """The condition of a handle. In a job the stdlib's `wait` and `as_completed` lock it; a force stop must not hit
+    them then, so who locks it takes the ticket, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3378,12 +3376,13 @@ class Pool:
 
     def _take_out(self, attempt: Attempt) -> bool:
         """Forget an attempt that executed; return whether that lets jobs be claimed again. Called under the lock."""
-        clogged = self.is_clogged
-        for attempts in (*self._placed, self._away, self._abandoned):
-            attempts.discard(attempt)
+        unclogs = attempt in self._abandoned and self.is_clogged
+        self._placed[attempt.low_priority].discard(attempt)
+        self._away.discard(attempt)
+        self._abandoned.discard(attempt)
         if attempt in self._returning:                    # who waits for its place goes on without
             self._returning.pop(attempt).set()
-        return clogged
+        return unclogs
 
     def abandon(self, attempt: Attempt) -> None:
         """Take the place of a superseded attempt away. Its thread lives on as long as it does; others take its part."""
