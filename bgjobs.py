@@ -3446,7 +3446,11 @@ class Pool:
                 self._give()
         return returns
 
-    # going down
+    # giving claims back, and going down
+
+    def take_back_stuck(self) -> list[Attempt]:
+        """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
+        return self.take_back(5 * AHEAD_SECONDS)
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
         """Take out the claimed attempts that have no place yet, if the first one has waited for so many seconds."""
@@ -5249,7 +5253,7 @@ class Runner(Submitter, Executor):
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
-        stuck = self._pool.take_back(5 * AHEAD_SECONDS)
+        stuck = self._pool.take_back_stuck()
         if stuck:
             self._ended.extend(stuck)
             self._store.kick()
