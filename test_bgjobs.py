@@ -1542,6 +1542,18 @@ class TestForceStop:
         wait_for(lambda: seen.count("unwound") == 2)
         assert other.status == "stopped" and "went on" not in seen
 
+    def test_who_waits_inside_wait_wakes_up_when_the_ticket_is_void_not_before(self, make, monkeypatch):
+        use = bgjobs.Ticket.use
+        monkeypatch.setattr(bgjobs.Ticket, "use", lambda ticket: (time.sleep(0.05), use(ticket)))
+        runner = make(max_workers=2)
+        seen.clear()
+        job = runner.submit(wait_for_child, "told late")
+        wait_for(lambda: "told late" in seen)
+        job.stop()
+        job.force_stop()
+        wait_for(lambda: "unwound" in seen)
+        gate("told late").set()
+
     def test_a_taken_ticket_puts_the_exception_off_and_it_is_raised_once(self):
         ticket = bgjobs.Ticket()
         ticket.thread = threading.get_ident()
