@@ -878,90 +878,88 @@ class Report(NamedTuple):
 
 # ---- 6 Force stop ---------------------------------------------------------------------------------------------
 #
-# A force stop refuses the attempt in the file first; then it raises JobStopped in the attempt's thread, wherever that is, with
-# PyThreadState_SetAsyncExc. Guarantee: it is raised at most once, in the job's function or what that calls, never in the
-# library's code (where it would leave a lock or a transaction open) and never after the attempt, in a thread that has
-# gone on to the next. Each attempt has a ticket for that. The function runs with the ticket on the table. Library
-# code that the function calls takes it and puts it back; the attempt takes it for good when its function has ended. To
-# raise something in the thread takes the ticket, too, and it is not put back then: whoever finds it gone waits until
-# the exception is on its way, and takes that back if it has been caught already.
+# A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's thread, between any two
+# bytecodes, with PyThreadState_SetAsyncExc. In the job's function that may happen. In the library's code it would leave
+# a lock or a transaction open, and once the function has ended it would hit the next job of that thread. So the promise
+# is: it is raised at most once, in the function or what that calls, never in the library, and never after the function.
+#
+# For that, each attempt has a ticket, which lies on the table while the function runs. Where the function calls the
+# library, the thread takes the ticket, and puts it back on return (`library_code`); it keeps it when the function has
+# ended. A force stop takes it as well, raises the exception, and never puts it back. Who finds the ticket gone:
+# - the force stop only leaves word (`void`); on its way back from the library the thread raises the exception itself;
+# - the thread waits until the exception has been sent, since it may come any moment; if it has not been raised by then,
+#   or was raised before and caught, it takes it back and raises one itself.
 
 class Ticket:
-    """The right to raise JobStopped once in the thread of an attempt."""
+    """The right to raise JobStopped once in the thread of an attempt. All but `use` is for that thread to call."""
 
-    __slots__ = ("_free", "_nested", "_raised", "_spent", "void", "thread")
+    __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
 
     def __init__(self) -> None:
-        self._free = threading.Lock()      # held: the ticket is taken
-        self._free.acquire()
-        self._nested = 1                   # library code within library code; only the attempt's thread counts
-        self._raised = False
+        self._taken = threading.Lock()     # at first, by the attempt
+        self._taken.acquire()
+        self._depth = 1                    # of library code that calls library code
+        self._raised = False               # by a force stop, from outside
         self._spent = False                # nothing will be raised from outside any more
         self.void = False                  # the attempt has been superseded: it goes on in no library call
         self.thread = 0                    # the attempt's
 
     def take(self, quietly: bool = False) -> None:
         """Enter library code. Raises JobStopped, unless quietly: the attempt has been superseded."""
-        if self._nested == 0:
-            if not self._spent and not self._free.acquire(False):
-                self._await_exception()
-            self._spent |= self.void
+        if self._depth == 0:
+            self._take()
             if self._spent and not quietly:
                 raise JobStopped("the attempt has been superseded")
-        self._nested += 1
+        self._depth += 1
 
     def put_back(self) -> None:
         """Leave library code. Raises JobStopped, once: the attempt has been superseded meanwhile."""
-        self._nested -= 1
-        if self._nested == 0 and not self._spent:
-            self._free.release()
+        self._depth -= 1
+        if self._depth == 0 and not self._spent:
+            self._taken.release()
             if self.void:
                 self.take()
 
     def keep(self) -> None:
         """Take the ticket for good. JobStopped may be raised in here for the last time."""
-        if self._nested == 0 and not self._spent and not self._free.acquire(False):
-            self._await_exception()
-        self._nested = 1
+        if self._depth == 0:
+            self._take()
+        self._depth = 1
+
+    def _take(self) -> None:
+        if not self._spent and not self._taken.acquire(False):
+            while not self._raised:
+                time.sleep(0.0001)
+            _raise_in_thread(self.thread, None)
+        self._spent |= self.void
 
     def use(self) -> None:
-        """From another thread: raise JobStopped in the attempt's, now if it is in its function, else when it returns there."""
+        """Raise JobStopped in the attempt's thread: now if it is in its function, else when it returns there."""
         self.void = True
-        if self._free.acquire(False):
+        if self._taken.acquire(False):
             if _is_logging(self.thread):
-                threading.Thread(target=self._raise_after_logging, name="bgjobs-force-stop", daemon=True).start()
+                threading.Thread(target=self._raise, name="bgjobs-force-stop", daemon=True).start()
             else:
                 self._raise()
 
     def _raise(self) -> None:
-        _raise_in_thread(self.thread, JobStopped)
-        self._raised = True
-
-    def _raise_after_logging(self) -> None:
-        """Let the app's logging get out of its handlers' locks: all threads need those. At its next record it waits for us."""
+        """Raise it when the thread holds no lock of the app's logging, which all threads need. (A record that it logs
+        meanwhile is a call of the library, which waits for us.)"""
         pause = 0.001
         while _is_logging(self.thread):
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        self._raise()
-
-    def _await_exception(self) -> None:
-        while not self._raised:
-            time.sleep(0.0001)
-        _raise_in_thread(self.thread, None)
-        self._spent = True
+        _raise_in_thread(self.thread, JobStopped)
+        self._raised = True
 
 
 def _is_logging(thread: int) -> bool:
-    """Tell whether a thread is somewhere below a call of `logging`, unless it waits there for our exception."""
+    """Return whether a thread is in a call of `logging`, unless it waits there for our exception."""
     frame = sys._current_frames().get(thread)
-    if frame is not None and frame.f_code is Ticket._await_exception.__code__:
+    if frame is None or frame.f_code is Ticket._take.__code__:
         return False
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] == "logging":
-            return True
-        frame = frame.f_back
-    return False
+    modules = (each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame))
+    return any(module.partition(".")[0] == "logging" for module in modules)
 
 
 def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
@@ -996,9 +994,9 @@ def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# Ctrl-C in the main thread may come at any call or return in Python code, so also at the end of Condition.__enter__ and at the
-# begin of Condition.__exit__: the lock would be held for ever. A lock's own, in C, are one step with the `with`. So we have
-# `with` find those.
+# Ctrl-C raises an exception in the main thread, at any call or return in Python code: also at the end of
+# Condition.__enter__ and at the begin of Condition.__exit__. There the lock would stay taken for ever. A lock's own
+# __enter__ and __exit__ are written in C and one step with the `with` block. So here `with condition` calls those.
 
 class _Condition(threading.Condition):
     """A condition that Ctrl-C does not leave locked."""
@@ -1015,23 +1013,18 @@ class _Event(threading.Event):
         self._cond = _Condition(threading.Lock())
 
 
-class _HandleLock:
-    """The lock of a handle, which `wait` and `as_completed` take inside a job: who holds it has the ticket, too."""
+class _HandleCondition(_Condition):
+    """The condition of a handle. In a job the stdlib's `wait` and `as_completed` lock it; a force stop must not hit
+    them then, so who locks it takes the ticket, too."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._release_save = self._lock._release_save             # type: ignore[attr-defined]
-        self._acquire_restore = self._lock._acquire_restore       # type: ignore[attr-defined]
-        self._is_owned = self._lock._is_owned                     # type: ignore[attr-defined]
+        super().__init__()
+        del self.acquire, self.release                    # the lock's own, which Condition puts there
 
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        ticket = _here.ticket
-        if ticket is not None:
-            ticket.take(quietly=True)                     # also while a generator of the stdlib's cleans up
-        acquired = self._lock.acquire(blocking, timeout)
-        if not acquired and ticket is not None:
-            ticket.put_back()
-        return acquired
+    def acquire(self) -> bool:
+        if _here.ticket is not None:
+            _here.ticket.take(quietly=True)               # also while a generator of the stdlib's cleans up
+        return self._lock.acquire()
 
     def release(self) -> None:
         self._lock.release()
@@ -1039,11 +1032,11 @@ class _HandleLock:
             _here.ticket.put_back()
 
     @property
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Any:                           # type: ignore[override]
         return self._lock.__enter__ if _here.ticket is None else self.acquire
 
     @property
-    def __exit__(self) -> Any:
+    def __exit__(self) -> Any:                            # type: ignore[override]
         return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
@@ -3230,249 +3223,227 @@ def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, 
     return {"args": args, "kwargs": kwargs}
 
 
-# ---- 9 Worker pool --------------------------------------------------------------------------------------------
+# ---- 11 Worker pool -------------------------------------------------------------------------------------------
 
 ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for each place; then no job is claimed
 
 
 class Pool:
-    """`size` places in which attempts execute, and the threads for them, made when needed and reused. One that executes in
-    another process takes a place as well, but no thread: it is handed to `depart`, and `end` is called when it is back.
+    """`size` places in which attempts execute, and the threads for them, made when needed and reused. An attempt that
+    executes in another process takes a place, too, but no thread: it is handed to `depart`, and who brings its outcome
+    calls `end`.
 
-    An attempt that waits for another job gives its place away and asks for one when it goes on. Places go to those
-    that return and to claimed jobs in turn, so neither starves, waiting never deadlocks, and never do more than `size`
-    attempts execute, but for one when all of those that do have become low priority meanwhile.
+    An attempt comes here *claimed*, and is *placed* as soon as there is a place for it. One that waits for another job
+    is *away*, and its place is given to others; when it goes on it is *returning*, until it is placed again. So waiting
+    never deadlocks, and no more than `size` attempts execute. Places go to the returning and the claimed in turn:
+    neither starve. A force stop makes an attempt *abandoned*: it has no place any more, and its thread ends with it.
+
+    Low priority never takes the last of several places. When all that executes has become low priority meanwhile it
+    goes on, and one place more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
                  claim: Callable[[], None], depart: Callable[[Attempt], None]) -> None:
         self.size = size
-        self._reserve = 1 if size > 1 else 0              # places that low priority never takes
+        self._low_size = max(1, size - 1)                 # places that low priority may take
         self._execute = execute
-        self._settle, self._claim = settle, claim         # settle tells whether to claim at once
+        self._settle, self._claim = settle, claim         # settle returns whether to claim at once
         self._depart = depart                             # called under the lock
-        # `_changed` guards everything below; no user code and no SQL runs under it.
-        self._changed = _Condition()
-        self._queue: deque[Attempt] = deque()             # claimed
-        self._returning: deque[Attempt] = deque()         # they have waited, and go on with the next place
-        self._handed: deque[Attempt] = deque()            # claimed ones that have a place, for the next idle thread
-        self._returning_first = True
-        self._executing: set[Attempt] = set()
-        self._busy = self._low_busy = 0                   # places taken; those by low priority
-        self._idle = 0                                    # threads without work
-        self.lingers = False                              # one of them does not sleep yet: it claims in a moment
+        # `_lock` guards everything below; no user code and no SQL runs under it. An attempt is in one of these five.
+        self._lock = threading.Lock()
+        self._claimed: deque[Attempt] = deque()
+        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()      # of normal and of low priority
+        self._away: set[Attempt] = set()
+        self._returning: dict[Attempt, Any] = {}          # in order, with what is set when it has a place
+        self._abandoned: set[Attempt] = set()
+        self._returning_next = True                       # it is their turn
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()    # for the next idle thread; None: end
+        self._needed = 0                                  # threads that execute an attempt, or are to
         self._threads: set[threading.Thread] = set()
-        self.abandoned = 0                                # superseded attempts whose threads live on
-        self._closed = self.forked = False
+        self.lingers = False                              # one of them does not sleep yet: it claims in a moment
+        self.forked = False
+
+    @property
+    def abandoned(self) -> int:
+        """How many superseded attempts still execute."""
+        return len(self._abandoned)
 
     @property
     def is_clogged(self) -> bool:
-        """Tell whether so many abandoned threads live on that no more jobs should be claimed."""
+        """Whether so many superseded attempts still execute that no more jobs should be claimed."""
         return self.abandoned >= ABANDONED_A_PLACE * self.size
-
-    def room(self) -> tuple[int, int, int, list[Attempt]]:
-        """Return the free places, those that low-priority jobs may take, those that are about to get free (whose attempts
-        are still short ones), and the claimed jobs that wait."""
-        long_since = time.monotonic() - 2 * AHEAD_SECONDS
-        with self._changed:
-            waiting = list(self._queue)
-            if self.is_clogged:
-                return 0, 0, 0, waiting
-            low_returning = sum(attempt.low_priority for attempt in self._returning)
-            low_room = self.size - self._reserve - self._low_busy - sum(attempt.low_priority for attempt in waiting)
-            long = sum(attempt.has_place and 0 < attempt.begun < long_since for attempt in self._executing)
-            returning = len(self._returning) - low_returning + max(0, min(low_returning, low_room))
-            free = self._places - self._busy - returning - len(waiting)
-            return free, low_room - low_returning, self.size - long, waiting
-
-    @property
-    def _places(self) -> int:
-        """The places there are. Attempts that became low priority while they ran are not interrupted; the reserve comes on top."""
-        return self.size + max(0, self._low_busy - (self.size - self._reserve))
-
-    def take_back_stuck(self) -> list[Attempt]:
-        """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
-        with self._changed:
-            stuck = self._queue and time.monotonic() - self._queue[0].claimed_at > 5 * AHEAD_SECONDS
-        return self.take_back() if stuck else []
 
     @property
     def is_empty(self) -> bool:
-        """Tell whether no claimed job waits for a place."""
-        return not self._queue
+        """Whether no claimed attempt waits for a place."""
+        return not self._claimed
+
+    def has(self, attempt: Attempt) -> bool:
+        """Return whether an attempt waits here for its turn, or executes and has not been abandoned."""
+        with self._lock:
+            return attempt in self._claimed or self._executes(attempt)
+
+    def is_placed(self, attempt: Attempt) -> bool:
+        """Return whether an attempt has a place."""
+        return attempt in self._placed[attempt.low_priority]
+
+    def _executes(self, attempt: Attempt) -> bool:
+        return self.is_placed(attempt) or attempt in self._away or attempt in self._returning
+
+    # places
+
+    def room(self) -> tuple[int, int, int, list[Attempt]]:
+        """Return how many more jobs there is a place for, how many of low priority, how many places are about to get
+        free (those whose attempts are still short ones), and the claimed attempts that wait."""
+        long_since = time.monotonic() - 2 * AHEAD_SECONDS
+        with self._lock:
+            waiting = list(self._claimed)
+            if self.is_clogged:
+                return 0, 0, 0, waiting
+            coming = [attempt.low_priority for attempt in (*self._returning, *waiting)]
+            long = sum(0 < attempt.begun < long_since for attempt in itertools.chain(*self._placed))
+            return *self._left(len(coming) - sum(coming), sum(coming)), self.size - long, waiting
+
+    def _left(self, normal: int = 0, low: int = 0) -> tuple[int, int]:
+        """Return how many places are left, and for how many of low priority, once so many more attempts have theirs."""
+        normal, low = normal + len(self._placed[0]), low + len(self._placed[1])
+        return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
         """Have claimed attempts executed, in this order; they are known to be `work` seconds of work.
 
-        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. The service thread calls it
-        without attempts, and gives the rest of the free places out.
+        To wake a thread costs more than a tiny job: only so many are woken as the work is worth. The service thread
+        calls it without attempts, and gives the rest of the free places out.
         """
-        with self._changed:
-            self._queue.extend(attempts)
-            if not attempts:                              # threads that Ctrl-C kept from being started are not counted on
-                started = {thread for thread in self._threads if thread.ident is not None}
-                self._idle -= len(self._threads) - len(started)
-                self._threads = started
-            starting = self._give_places(work / HAND_SECONDS + 1)
-        self._start(starting)
+        with self._lock:
+            self._claimed.extend(attempts)
+            self._give(work / HAND_SECONDS + 1)
 
-    def _give_places(self, hands: float = 1) -> list[threading.Thread]:
-        """Hand free places out; return the threads to start for them. Called under the lock."""
-        while self._busy < self._places and hands >= 1:
-            full = self._low_busy >= self.size - self._reserve
-            back = next((attempt for attempt in self._returning if not (full and attempt.low_priority)), None)
-            if back is not None and (self._returning_first or not self._queue):
-                attempt = back
-                self._returning.remove(attempt)
-            elif not self._queue:
-                break
+    def _give(self, hands: float = 1, hand: Callable[[Attempt], None] | None = None) -> None:
+        """Give free places out, and wake at most so many threads. `hand` takes an attempt that needs one; by default it
+        is for an idle thread, or a new one. Called under the lock, after whatever may have freed a place."""
+        while hands >= 1 and (attempt := self._next()) is not None:
+            returns = attempt in self._returning
+            # In this order: wherever Ctrl-C comes, no place stays taken for what nobody executes.
+            if returns:
+                attempt.waited += time.monotonic() - attempt.left_at
+                self._returning[attempt].set()
+                del self._returning[attempt]
             else:
-                attempt = self._queue.popleft()
-            self._returning_first = not self._returning_first
-            attempt.has_place = True
-            self._busy += 1
-            self._low_busy += attempt.low_priority
-            if attempt is back:
-                attempt.place.set()                       # type: ignore[union-attr]
-            elif attempt.engine is not None:
-                self._executing.add(attempt)
-                self._depart(attempt)
-                continue
-            else:
-                self._handed.append(attempt)
-            hands -= 1
-        if not self._handed:
-            return []
-        self._changed.notify(len(self._handed))
-        starting = [threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
-                    for _ in range(len(self._handed) - self._idle)]
-        self._idle += len(starting)
-        self._threads.update(starting)
-        return starting
+                self._claimed.remove(attempt)
+                (self._depart if attempt.engine is not None else hand or self._hand)(attempt)
+            self._placed[attempt.low_priority].add(attempt)
+            self._returning_next = not returns
+            hands -= attempt.engine is None
+        while len(self._threads) < self._needed and self._start_thread():
+            pass
 
-    def _start(self, threads: list[threading.Thread]) -> None:
-        for thread in threads:
-            try:
-                thread.start()
-            except RuntimeError as error:                 # the service thread's put() tries again
-                _say(logging.ERROR, f"bgjobs: {error}")
-                with self._changed:
-                    self._idle -= 1
-                    self._threads.discard(thread)
+    def _next(self) -> Attempt | None:
+        """Return the attempt whose turn it is, or None: there is no place for any."""
+        left, low_left = self._left()
+        waiting = (self._returning, self._claimed) if self._returning_next else (self._claimed, self._returning)
+        for attempt in itertools.chain(*waiting) if left > 0 else ():
+            if low_left > 0 or not attempt.low_priority:
+                return attempt
+        return None
+
+    # threads
+
+    def _hand(self, attempt: Attempt) -> None:
+        self._needed += 1
+        self._handed.put(attempt)
+
+    def _start_thread(self) -> bool:
+        thread = threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:                     # there are too many; the service thread's put() tries again
+            _say(logging.ERROR, f"bgjobs: {error}")
+            return False
+        self._threads.add(thread)
+        return True
 
     def _work(self) -> None:
-        """What a worker thread does: execute, have the outcome recorded, take the next job over with the place."""
-        attempt = self._next_handed()
+        """What a worker does: execute an attempt, have its outcome recorded, go on with the next one in its place."""
+        attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if self.forked:                               # by the function; this is the child, and ends: the parent has the job
+            if self.forked:                               # by the function; this is the child: the parent has the job
                 return
             lead = self._settle(attempt)
-            starting: list[threading.Thread] = []
-            with self._changed:
-                self._executing.discard(attempt)
-                retires = attempt.abandoned               # another thread has taken this one's part
+            following: list[Attempt] = []
+            with self._lock:
+                retires = attempt in self._abandoned      # nobody knows what the exception has left in this thread
+                lead |= self._take_out(attempt)
+                self._give(hand=None if lead or retires else following.append)
+                if not following:
+                    self._needed -= 1
                 if retires:
-                    lead |= self._forget_abandoned()
                     self._threads.discard(threading.current_thread())
-                elif lead or self._returning or not self._queue or self._queue[0].engine is not None or self._busy > self.size:
-                    starting = self._free(attempt)
-                    self._idle += 1
-                    attempt = None                        # an idle worker keeps nothing alive
-                else:
-                    attempt = self._take_over(attempt)
-            self._start(starting)
             if lead:
                 self._claim()
             if retires:
                 return
+            attempt = following.pop() if following else None      # an idle worker keeps nothing alive
             if attempt is None:
                 if not lead and not self.lingers:
                     self._linger()
-                attempt = self._next_handed()
-
-    def end(self, attempt: Attempt) -> None:
-        """Have the outcome of an attempt that executed elsewhere recorded, and give its place to the next."""
-        lead = self._settle(attempt)
-        with self._changed:
-            self._executing.discard(attempt)
-            if attempt in self._returning:                # it died while it waited for its place
-                self._returning.remove(attempt)
-            if attempt.abandoned:
-                lead |= self._forget_abandoned()
-            starting = self._free(attempt) if attempt.has_place else []
-        self._start(starting)
-        if lead:
-            self._claim()
-
-    def _forget_abandoned(self) -> bool:
-        """Count one abandoned attempt less; tell whether that lets jobs be claimed again. Called under the lock."""
-        clogged = self.is_clogged
-        self.abandoned -= 1
-        return clogged
+                attempt = self._handed.get()
+        self._handed.put(None)                            # for the next thread
 
     def _linger(self) -> None:
-        """Look again in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for each."""
+        """Claim in a moment: where jobs keep coming and nobody waits for them, that spares a claim and a wake-up for
+        each."""
         self.lingers = True
         time.sleep(LINGER_SECONDS)
         self.lingers = False
         self._claim()
 
-    def _next_handed(self) -> Attempt | None:
-        """Wait for an attempt that has been given a place; None when the pool is closed."""
-        with self._changed:
-            self._threads.add(threading.current_thread())
-            while not self._handed and not self._closed:
-                self._changed.wait()
-            self._idle -= 1
-            if not self._handed:
-                self._threads.discard(threading.current_thread())
-                return None
-            attempt = self._handed.popleft()
-            self._executing.add(attempt)
-            return attempt
+    # ends
 
-    def _take_over(self, ended: Attempt) -> Attempt:
-        """Give the place of an ended attempt to the first claimed one. Called under the lock."""
-        attempt = self._queue.popleft()
-        ended.has_place, attempt.has_place = False, True
-        self._low_busy += attempt.low_priority - ended.low_priority
-        self._executing.add(attempt)
-        return attempt
+    def end(self, attempt: Attempt) -> None:
+        """Have the outcome of an attempt that executed elsewhere recorded, and give its place to the next."""
+        lead = self._settle(attempt)
+        with self._lock:
+            lead |= self._take_out(attempt)
+            self._give()
+        if lead:
+            self._claim()
 
-    def _free(self, attempt: Attempt) -> list[threading.Thread]:
-        """Take the place of an attempt away and give it to the next. Called under the lock."""
-        attempt.has_place = False
-        self._busy -= 1
-        self._low_busy -= attempt.low_priority
-        return self._give_places()
+    def _take_out(self, attempt: Attempt) -> bool:
+        """Forget an attempt that executed; return whether that lets jobs be claimed again. Called under the lock."""
+        unclogs = attempt in self._abandoned and self.is_clogged
+        self._placed[attempt.low_priority].discard(attempt)
+        self._away.discard(attempt)
+        self._abandoned.discard(attempt)
+        if attempt in self._returning:                    # who waits for its place goes on without
+            self._returning.pop(attempt).set()
+        return unclogs
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the place of a superseded attempt away. Its thread ends with it; another takes its part."""
-        with self._changed:
-            if attempt.abandoned or attempt not in self._executing:
+        """Take the place of a superseded attempt away. Its thread lives on as long as it does; others take its part."""
+        with self._lock:
+            if not self._executes(attempt):
                 return
-            attempt.abandoned = True
-            self.abandoned += 1
-            if attempt in self._returning:                # it stops without a place
-                self._returning.remove(attempt)
-                attempt.place.set()                       # type: ignore[union-attr]
-            starting = self._free(attempt) if attempt.has_place else []
+            self._take_out(attempt)
+            self._abandoned.add(attempt)
+            self._give()
             clogged = self.is_clogged
-        self._start(starting)
         if clogged:
-            _say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of this process: no more jobs are "
-                 "claimed until some of them end")
+            _say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of this process: no more "
+                 "jobs are claimed until some of them end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Have the place that an attempt holds, or will get, count as one of low priority, or not."""
-        with self._changed:
-            if attempt.has_place:
-                self._low_busy += low - attempt.low_priority
+        """Have an attempt count as one of low priority, or not."""
+        with self._lock:
+            if self.is_placed(attempt):
+                self._placed[low].add(attempt)
             attempt.low_priority = low
-            starting = self._give_places()                # one that returns may take the reserve now
-        self._start(starting)
+            self._placed[not low].discard(attempt)
+            self._give()                                  # one that returns may take the last place now
+
+    # waiting for other jobs
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
@@ -3485,63 +3456,69 @@ class Pool:
             if self.ask_back(attempt, place):
                 while not place.wait(1.0):                # Ctrl-C may have come between the setting and the waking
                     pass
-                attempt.waited += time.monotonic() - attempt.left_at
 
     def leave(self, attempt: Attempt) -> None:
         """Give the place of an attempt away that begins to wait."""
-        with self._changed:
+        with self._lock:
             attempt.waits += 1
-            leaves = attempt.waits == 1 and attempt.has_place
+            leaves = self.is_placed(attempt)
             if leaves:
                 attempt.left_at = time.monotonic()
-            starting = self._free(attempt) if leaves else []
-        self._start(starting)
+                self._placed[attempt.low_priority].remove(attempt)
+                self._away.add(attempt)
+                self._give()
         if leaves:
             self._claim()
 
     def ask_back(self, attempt: Attempt, place: Any) -> bool:
-        """Have `place.set()` called as soon as there is a place for an attempt that has waited. False: it needs none."""
-        with self._changed:
+        """Have `place.set()` called as soon as there is a place for an attempt that has waited. False: it needs none.
+        Returns at once."""
+        with self._lock:
             attempt.waits -= 1
-            returns = attempt.waits == 0 and not attempt.has_place and not attempt.abandoned
+            returns = attempt.waits == 0 and attempt in self._away
             if returns:
-                attempt.place = place
-                self._returning.append(attempt)
-            starting = self._give_places() if returns else []
-        self._start(starting)
+                self._away.remove(attempt)
+                self._returning[attempt] = place
+                self._give()
         return returns
 
-    def has(self, attempt: Attempt) -> bool:
-        """Tell whether an attempt waits for its thread, or has one."""
-        with self._changed:
-            return attempt in self._executing or attempt in self._handed or attempt in self._queue
+    # giving claims back, and going down
 
-    def take_back(self) -> list[Attempt]:
-        """Take out the claimed attempts that have no place yet."""
-        with self._changed:
-            attempts = list(self._queue)
-            self._queue.clear()
+    def take_back_stuck(self) -> list[Attempt]:
+        """Take out the claimed attempts if they have waited for too long: those before them turned out long."""
+        return self.take_back(5 * AHEAD_SECONDS)
+
+    def take_back(self, waited: float = 0.0) -> list[Attempt]:
+        """Take out the claimed attempts that have no place yet, if the first one has waited for so many seconds."""
+        with self._lock:
+            if not self._claimed or time.monotonic() - self._claimed[0].claimed_at < waited:
+                return []
+            attempts = list(self._claimed)
+            self._claimed.clear()
         return attempts
 
     def close(self, seconds: float) -> None:
         """Let the threads end as they become idle; wait for that for some seconds."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            threads = [thread for thread in self._threads if thread.ident is not None and thread is not threading.current_thread()]
-        for thread in threads:
+        self._handed.put(None)
+        for thread in self._threads - {threading.current_thread()}:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-# ---- 10 Inside a job ------------------------------------------------------------------------------------------
+# ---- 12 Inside a job ------------------------------------------------------------------------------------------
 
 _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjobs_current", default=None)
 
 
 class JobContext:
-    """What `current_job()` returns. Outside a job, as here, all of it works and does nothing."""
+    """What `current_job()` returns: the job that this code runs in. Outside of one, all of it works and does nothing.
+
+    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: what the last checkpoint saved, or
+    None; a copy of it. stop_requested: whether the next checkpoint raises JobStopped. Outside of a job these are None,
+    0 and False. Any thread that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but
+    `each` is for one at a time.
+    """
 
     id: int | None = None
     name: str | None = None
@@ -3552,72 +3529,83 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A logger of the standard library; inside a job its records go to the job's log, too."""
+        """A logger of the standard library; inside a job its records go to the job's log, too, within a second."""
         return _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Be stopped here, if that was asked for; with `state`, save it first (JSON values; returns after the commit).
+        """Stop here if that was asked for; with `state`, save it first, for the next attempt's `current_job().state`.
 
-        The next attempt finds it as `current_job().state`. Costs next to nothing without state: call it in every turn
-        of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
+        state: any value that arguments may have. With it, the call blocks until the commit. Without it, it costs next
+        to nothing: call it in every turn of a loop. Raises JobStopped: stop now; TypeError: the state cannot be stored.
         """
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Tell how far the job is: `done` of `total` units. Shown within a second. Never a checkpoint."""
+        """Report that `done` of `total` units are done, with a line for people. Shown within a second.
+
+        Returns at once; never a checkpoint. total=None: nobody knows; then no share is shown.
+        """
 
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-        """Yield the items, with progress and a checkpoint between them.
+        """Yield the items, with a checkpoint before each of them and at the end, and report the progress.
 
         A resumed attempt goes on after the last item whose turn was completed: the iterable must then give the same
-        items in the same order. `total`: how many there are, where the iterable has no length.
+        items in the same order. `total`: how many there are, where the iterable has no length. Raises JobStopped.
         """
         yield from iterable
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, and be stopped at once if that is asked for. Raises JobStopped."""
+        """Sleep, and wake up at once when the job is to stop. Raises JobStopped."""
         time.sleep(seconds)
 
 
 _outside = JobContext()
 
+
 class Attempt(JobContext):
     """One execution of a job's function by this process."""
 
     # Defaults that most attempts never change stand here: an attempt is made for each job.
-    begun = ran = worked = waited = left_at = 0.0         # monotonic; seconds: in all, without waiting for others, waiting; monotonic
+    thread: int | None = None                             # while it executes
+    engine: Engine | None = None                          # that executes it elsewhere
+    begun = left_at = 0.0                                 # monotonic: when it began; when it gave its place away
+    ran = worked = waited = 0.0                           # seconds: in all; without waiting for others; waiting
+    waits = 0                                             # of its threads, at present
+    lines = lines_at_trim = 0                             # logged; of those, when its log was trimmed last
+    connections: dict[sqlite3.Connection, int] = {}       # the app's, by which it has submitted: the last id
+
     outcome, reason = UNSPENT, HALTED                     # how the function ended; how it ends when it stops
     result: str | None = None
     error: str | None = None
     exception: BaseException | None = None
-    thread: int | None = None                             # while it executes
-    has_place = abandoned = False                         # these four are the pool's
-    waits = lines = lines_at_trim = 0                     # lines: logged, and those of them when its log was trimmed last
-    place: Any = None                                     # what is set when one that waited has a place again
-    engine: Engine | None = None                          # that executes it elsewhere
     unsaved_progress: Report | None = None
-    has_reported = False                                  # the file knows of its progress, or of more charge than its claim's
-    _progress: tuple[float, float | None, str | None, float] | None = None    # the newest: done, total, message, monotonic seconds
-    _pace: Pace | None = None
-    _loops = 0                                            # of each(), the next one's number
+    has_reported = False                                  # the file knows of its progress, or of a charge beyond its claim's
+
     _attention = False                                    # a checkpoint has more to do than to go on
-    _operation: threading.Event | None = None
+    _operation: threading.Event | None = None             # it lets this pass first
     _saved_at = 0.0
+    _loops = 0                                            # the number of the next loop of each()
+    _progress: tuple[float, float | None, str | None, float] | None = None    # done, total, message, monotonic: newest
+    _pace: Pace | None = None
     _logger: logging.Logger | None = None
-    connections: dict[sqlite3.Connection, int] = {}       # the app's, in whose transactions the function has submitted: the last id
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...]) -> None:
-        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions, options,
-         self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths, self.due, self.ran_before,
-         self.system, self.charge) = claim
+        (self.id, self.parent_id, self.root_id, self.name, number, self.args, self.kwargs, self._state, self._positions,
+         options, self.run_by, self.low_priority, total, self.saved_progress, _, _, self.max_running, self.deaths,
+         self.due, self.ran_before, self.system, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
         self.options = kept_options(options) if options else {}
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self._loop_positions: list[int] = []
-        self._turns: list[tuple[float, float | None]] = []    # of the loops of each() that are under way: done, total
-        self._wakes: list[Any] = []                       # what a stop request sets
+        self._loop_positions: list[int] = []              # of the loops of each(): how many turns are completed
+        self._turns: list[tuple[float, float | None]] = []    # of the loops under way, outermost first: done, total
+        self._waits_on: list[threading.Condition] = []    # of its threads that wait; a stop request wakes them
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it has a place in the pool: not while it waits for another job."""
+        return self.runner._pool.is_placed(self)
 
     @property
     def correction(self) -> int:
@@ -3627,6 +3615,10 @@ class Attempt(JobContext):
     @property
     def took_too_long(self) -> TimeoutError:
         return TimeoutError(f"attempt {self.number} took longer than its timeout of {self.options['timeout']:,g} s")
+
+    @property
+    def superseded(self) -> JobStopped:
+        return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
         """Make this error the attempt's outcome. Never raises, whatever the error's own methods do."""
@@ -3641,8 +3633,9 @@ class Attempt(JobContext):
             return
         self.reason = reason
         self.stop_requested = self._attention = True
-        for wake in list(self._wakes):
-            wake.set()
+        for condition in list(self._waits_on):
+            with condition:
+                condition.notify_all()
 
     def let_pass(self, operation: threading.Event) -> None:
         """Have the next checkpoint wait for an operation on its way: a loop that only computes would hold it up by the
@@ -3652,8 +3645,8 @@ class Attempt(JobContext):
 
     def supersede(self) -> None:
         """Have JobStopped raised wherever the function is. From any thread, once the store refuses this attempt."""
-        self.request_stop(force=True)
         self.ticket.use()
+        self.request_stop(force=True)                     # now: who wakes up looks at the ticket
 
     def raise_if_stopped(self) -> None:
         """Be a checkpoint. Raises JobStopped."""
@@ -3678,34 +3671,34 @@ class Attempt(JobContext):
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        wake = _Event()
-        with self.woken_by_stop(wake):
-            wake.wait(seconds)
+        self._wait(_Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
-    @contextlib.contextmanager
-    def woken_by_stop(self, wake: Any) -> Iterator[None]:
-        """Have a stop request call `wake.set()` during the block."""
-        self._wakes.append(wake)
+    def wait_for(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> None:
+        """Wait until `over()`, which is asked when the condition is notified or a stop requested. The worker's place is
+        given away meanwhile."""
+        self.runner._wait_in_job(self, functools.partial(self._wait, condition, over), timeout)
+
+    def _wait(self, condition: threading.Condition, over: Callable[[], bool], timeout: float | None) -> bool:
+        self._waits_on.append(condition)
         try:
-            if self.stop_requested:                       # it came before this was in the list
-                wake.set()
-            yield
+            with condition:
+                return condition.wait_for(over, timeout)
         finally:
-            self._wakes.remove(wake)
+            self._waits_on.remove(condition)
 
     # state
 
     @property
     def state(self) -> Any:
-        """What the last checkpoint saved, or None. A copy: only checkpoint(state=...) changes what is saved."""
+        """A copy: only checkpoint(state=...) changes what is saved."""
         return decode(self._state)
 
     def _save(self, state: str | None) -> None:
         positions = self.unsaved_positions()
         if not self.runner._store.write(lambda tx: tx.save_state(self, state, positions)):
             self.request_stop()
-            raise JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
+            raise self.superseded
         if state is not None:
             self._state = state
         self._saved_at = time.monotonic()
@@ -3714,45 +3707,44 @@ class Attempt(JobContext):
         """Return how far each loop of each() is, as JSON, or None."""
         return json.dumps(self._loop_positions) if self._loop_positions else None
 
+    # A function may have several loops of each(), one after the other or one inside another's turns. They are numbered
+    # as they begin, and a list has the completed turns of each. With a turn, the loops inside it are done with: they
+    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose loops begin in the
+    # same order, finds its own.
+
     def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-        positions, loop = self._resumed_positions(), self._loops
+        positions = self._loop_positions = self._loop_positions or json.loads(self._positions or "[]")
+        loop, depth = self._loops, len(self._turns)
         self._loops += 1
         if loop == len(positions):
             positions.append(0)
+        done = positions[loop]
         if total is None and hasattr(iterable, "__len__"):
             total = len(iterable)
         total = None if total is None else float(total)
-        done = positions[loop]
-        turns, depth = self._turns, len(self._turns)
-        turns.append((done, total))
         try:
-            for item in itertools.islice(iterable, done, None) if done else iterable:
+            for item in itertools.islice(iterable, done, None):
                 self._report_turn(depth, done, total)
                 if self._attention:
                     self._attend()
                 yield item
                 done += 1
-                positions[loop:] = [done]                 # the loops inside this turn are done with: the next turn's are new
+                positions[loop:] = [done]
                 self._loops = loop + 1
                 if time.monotonic() - self._saved_at > 0.1:
                     self._save(None)
             self._report_turn(depth, done, total)
         finally:
-            del turns[depth:]
+            del self._turns[depth:]
         self.raise_if_stopped()
 
     def _report_turn(self, depth: int, done: float, total: float | None) -> None:
         """Report the progress of a loop of each(); one inside another's turn refines the outer one's."""
-        turns = self._turns
-        turns[depth:] = [(done, total)]
-        for outer_done, outer_total in reversed(turns[:depth]):
+        outer = self._turns[:depth]
+        self._turns[depth:] = [(done, total)]
+        for outer_done, outer_total in reversed(outer):
             done, total = outer_done + (done / total if total else 0.0), outer_total
         self._note_progress(done, total, None)
-
-    def _resumed_positions(self) -> list[int]:
-        if not self._loop_positions and self._positions:
-            self._loop_positions = json.loads(self._positions)
-        return self._loop_positions
 
     # progress and log
 
@@ -3794,7 +3786,7 @@ class Attempt(JobContext):
 
 
 class _JobLogger(logging.Logger):
-    """A job's own logger: its records go to the job's log, and on to the app's handlers as those of "bgjobs.job" would."""
+    """A job's own logger: its records go to the job's log, and to the app's handlers as those of "bgjobs.job" would."""
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__("bgjobs.job", logging.DEBUG)
@@ -3822,7 +3814,7 @@ def _capture_log_records() -> None:
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = _current.get()
-        if attempt is not None and record.name not in ("bgjobs.job", None):      # None: of makeLogRecord, which emits nothing
+        if attempt is not None and record.name not in ("bgjobs.job", None):      # None: makeLogRecord emits nothing
             attempt.runner._keep_log_line(attempt, record)
         return record
     make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
@@ -3834,11 +3826,7 @@ def current_job() -> JobContext:
     return _current.get() or _outside
 
 
-# ---- 11 The handle --------------------------------------------------------------------------------------------
-
-def _live(name: str, what: str) -> Any:
-    return property(lambda self: self.info()[name], doc=what + " Read from the store at each access.")
-
+# ---- 13 The handle --------------------------------------------------------------------------------------------
 
 class _Waiters(list):                                     # type: ignore[type-arg]
     """A Future's list of waiters. `wait` and `as_completed` append theirs before they wait on its event; inside a job
@@ -3858,55 +3846,54 @@ class _PlaceGivingEvent(_Event):
 
     @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the event is set. A stop comes at the next checkpoint, but a force stop at once: raises JobStopped."""
+        """Wait until the event is set. A stop waits for the next checkpoint; a force stop raises JobStopped at once."""
         attempt = self._attempt
         if not self.is_set():
-            with attempt.woken_by_stop(_Notifier(self._cond)):
-                attempt.runner._wait_in_job(attempt, self._wait, timeout)
+            attempt.wait_for(self._cond, lambda: self.is_set() or attempt.ticket.void, timeout)
             if attempt.ticket.void:
-                raise JobStopped(f"attempt {attempt.number} of job {attempt.id} has been superseded")
+                raise attempt.superseded
         return self.is_set()
-
-    def _wait(self, timeout: float | None) -> bool:
-        with self._cond:
-            return self._cond.wait_for(lambda: self.is_set() or self._attempt.ticket.void, timeout)
 
     @library_code
     def clear(self) -> None:
         super().clear()
 
 
-class _Notifier:
-    """Has the looks of an event to a stop request: setting it wakes who waits on the condition."""
+def _live(name: str, what: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
+    return property(lambda self: read(self.info()[name]), doc=what + " Read from the store at each access.")
 
-    def __init__(self, condition: threading.Condition) -> None:
-        self._condition = condition
 
-    def set(self) -> None:
-        with self._condition:
-            self._condition.notify_all()
+def _typed(value: Any) -> Any:
+    """Return a JSON value of `info()` with dates and the like as they were given."""
+    return decode(json.dumps(value))
 
 
 class Job(Future):                                        # type: ignore[type-arg]
     """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked.
 
     `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and `resume` of a failed
-    job, return a new handle. Attributes raise KeyError when the job has been removed.
+    job, return a new handle, while attributes stay true on both. `await job` works, too. Any thread may use a handle.
+
+    Attributes are read without waiting for writers; KeyError: the job has been removed. Operations block until their
+    commit, not until the job has followed. They take `by=`, who asked, for the job's log. Raises InvalidOperation: the
+    job's status does not allow it, the text says what it does; KeyError; StoreError: the file cannot be written.
     """
 
+    _state = "PENDING"
+    _result: Any = None
+    _exception: BaseException | None = None
+    _lazy_condition: threading.Condition | None = None    # made when somebody first waits: see _condition
+
     def __init__(self, runner: Runner, job_id: int, created_at: float | None = None) -> None:
-        self._created_at = created_at                     # of one whose transaction may be rolled back; None: it is stored
-        # What Future.__init__ sets, but for the condition, which is made when somebody first waits: see _condition.
         self._runner, self.id = runner, job_id
-        self._state = "PENDING"
-        self._result: Any = None
-        self._exception: BaseException | None = None
+        self._created_at = created_at                     # while its transaction may be rolled back; None: it is stored
+        # With the four above, this is what Future.__init__ sets.
         self._waiters = _Waiters()
         self._done_callbacks: list[Callable[[Future[Any]], Any]] = []
-        self._lazy_condition: threading.Condition | None = None
 
     def _stored(self) -> int:
-        """Return the id, as long as it is this job's: a transaction that is rolled back leaves its ids to others. KeyError."""
+        """Return the id while it is this job's: a transaction that is rolled back leaves its ids to others.
+        KeyError."""
         if self._created_at is not None:
             rows = self._runner._store.read(CREATED_AT, {"id": self.id})
             if rows and rows[0][0] != self._created_at:
@@ -3915,77 +3902,49 @@ class Job(Future):                                        # type: ignore[type-ar
                 self._created_at = None
         return self.id
 
-    @property
-    def _condition(self) -> threading.Condition:
-        """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
-        if self._lazy_condition is None:
-            self._stored()
-            self._runner._watch(self)
-            self._made_condition()
-        return self._lazy_condition                       # type: ignore[return-value]
-
-    @library_code
-    def _made_condition(self) -> threading.Condition:
-        if self._lazy_condition is None:
-            with self._runner._handle_lock:
-                self._lazy_condition = self._lazy_condition or _Condition(_HandleLock())       # type: ignore[arg-type]
-        return self._lazy_condition
-
     name = _live("name", "The stable name of the function.")
     label = _live("label", "A title for people, or None.")
     status = _live("status", "One of the seven statuses.")
     phase = _live("phase", "What refines the status for people, or \"\".")
     created_at = _live("created_at", "Unix seconds.")
-    started_at = _live("started_at", "Unix seconds of the first attempt, or None.")
+    started_at = _live("started_at", "Unix seconds of the first attempt since creation or restart, or None.")
     finished_at = _live("finished_at", "Unix seconds, or None.")
-    waiting = _live("waiting", "Seconds from creation, or its due time, to the start.")
-    duration = _live("duration", "Seconds it has been running, all attempts.")
-    errors = _live("errors", "Its own failed attempts plus failed descendants.")
+    waiting = _live("waiting", "Seconds from creation, or its due time, to the start, or until now.")
+    duration = _live("duration", "Seconds that its attempts have been running, all together.")
+    errors = _live("errors", "How many of its own attempts and of its descendants have failed.")
     low_priority = _live("low_priority", "Whether it runs in periods of low load only.")
     run_by = _live("run_by", "Who asked for it, or None.")
     progress = _live("progress", "0 to 1, or None.")
     eta = _live("eta", "Seconds left, or None.")
-    children = _live("children", "{total, done, failed, running} over all descendants.")
+    children = _live("children", "{\"total\", \"done\", \"failed\", \"running\"}, counts over all descendants.")
     parent_id = _live("parent_id", "The parent's id, or None.")
     root_id = _live("root_id", "The id of its tree's root.")
     attempt = _live("attempt", "The number of the newest attempt, 0 before the first.")
-    error = _live("error", "The traceback of the newest failure, or None.")
-    operations = _live("operations", "The operations its status allows now.")
-
-    @property
-    def args(self) -> list[Any]:
-        """Its positional arguments, secret ones masked. Read from the store at each access."""
-        return decode(json.dumps(self.info()["args"]))
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """Its keyword arguments, secret ones masked. Read from the store at each access."""
-        return decode(json.dumps(self.info()["kwargs"]))
-
-    @property
-    def state(self) -> Any:
-        """What its last checkpoint saved, or None. Read from the store at each access."""
-        return decode(json.dumps(self.info()["state"]))
+    args = _live("args", "A list of its positional arguments, secret ones masked.", _typed)
+    kwargs = _live("kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
+    state = _live("state", "What its last checkpoint saved, or None.", _typed)
+    error = _live("error", "The traceback of the newest failure, a text, or None.")
+    operations = _live("operations", "A list of the operations that its status allows now.")
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._runner._info(self._stored())
 
     def logs(self, *, level: str | int | None = None, text: str | None = None, regex: str | None = None,
-             since: float | None = None, until: float | None = None, after: int = 0, limit: int | None = None, tree: bool = False
-             ) -> list[dict[str, Any]]:
+             since: float | None = None, until: float | None = None, after: int = 0, limit: int | None = None,
+             tree: bool = False) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does. since,
-        until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree: those of all
-        descendants, too.
+        level: the least, as a name or number. text: contained, in any case. regex: found in it, as `re.search` does.
+        since, until: Unix seconds. after: a line's id. limit: how many at most; without `after` the newest ones. tree:
+        those of all descendants, too. ValueError: a bad value.
         """
         return self._runner._logs(self._stored(), level, text, since, until, after, limit, tree, regex)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job:
-        """Stop the job and its descendants at their next checkpoint; at once where none executes. Returns at once."""
+        """Stop the job and its descendants at their next checkpoint, or now where none executes. Returns before it."""
         return self._runner._operate("stop", self._stored(), by, self)
 
     def resume(self, *, by: str | None = None) -> Job:
@@ -4002,33 +3961,44 @@ class Job(Future):                                        # type: ignore[type-ar
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job:
         """Have the job and its descendants run in periods of low load only, or no longer so."""
-        return self._runner._operate("set_low_priority" if low_priority else "remove_low_priority", self._stored(), by, self)
+        operation = "set_low_priority" if low_priority else "remove_low_priority"
+        return self._runner._operate(operation, self._stored(), by, self)
 
     def cancel(self, *, by: str | None = None) -> bool:
         """Discard a pending or stopped job for good. Returns whether it is cancelled; never raises InvalidOperation."""
-        if self._state != "PENDING":
-            return self._state == CANCELLED_AND_NOTIFIED
-        try:
-            self._runner._operate("cancel", self._stored(), by, self)
-        except (InvalidOperation, StoreError):            # StoreError: the runner is shut down
-            return self.cancelled()
-        return True
+        if self._state == "PENDING":
+            with contextlib.suppress(InvalidOperation, StoreError):          # StoreError: the runner is shut down
+                self._runner._operate("cancel", self._stored(), by, self)
+                return True
+        return self.cancelled()
 
     # the Future part
 
+    @property
+    def _condition(self) -> threading.Condition:
+        """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
+        if self._lazy_condition is None:
+            self._stored()
+            self._runner._watch(self)
+        return self._made_condition()
+
+    def _made_condition(self) -> threading.Condition:
+        return self._lazy_condition or vars(self).setdefault("_lazy_condition", _HandleCondition())      # atomic
+
     def done(self) -> bool:
-        """Tell whether the job is over."""
+        """Return whether the job is over."""
         return self._look() in OVER
 
     def running(self) -> bool:
-        """Tell whether the job is running or stopping."""
+        """Return whether the job is running or stopping."""
         return self._look() in ACTIVE
 
     def cancelled(self) -> bool:
-        """Tell whether the job has been cancelled."""
+        """Return whether the job has been cancelled."""
         return self._look() == CANCELLED
 
     def _look(self) -> str:
+        """Return the status; complete the handle if the job is over."""
         if self._state == CANCELLED_AND_NOTIFIED:
             return CANCELLED
         if self._state == FUTURE_FINISHED:
@@ -4043,10 +4013,10 @@ class Job(Future):                                        # type: ignore[type-ar
         """Return what the function returned, once the job and all its descendants are over.
 
         timeout: seconds, None waits on. In a job this is a checkpoint, and the worker's place is given away meanwhile.
-        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError.
+        Raises what the function raised (JobFailed, where another process ran it), TimeoutError, CancelledError; inside
+        a job also JobStopped.
         """
-        self._await_end(timeout)
-        error = super().exception(0)
+        error = self.exception(timeout)
         if error is None:                                 # Future.result asks for its truth
             return self._result
         try:
@@ -4057,59 +4027,56 @@ class Job(Future):                                        # type: ignore[type-ar
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what the function raised, or None, once the job is over. Waits and raises as `result` does."""
-        self._await_end(timeout)
+        self._wait_for_end(timeout)
         return super().exception(0)
 
-    def _await_end(self, timeout: float | None, given_up: Callable[[], bool] = lambda: False) -> None:
+    def _wait_for_end(self, timeout: float | None, given_up: Callable[[], bool] = lambda: False) -> None:
         if self._state == "PENDING":
-            self.done()
-        if self._state == "PENDING":                      # also when it was over and has been resumed by now
-            attempt = _current.get()
-            if attempt is None:
-                self._wait(timeout, lambda: self._state != "PENDING")
-                return
-            with attempt.woken_by_stop(_Notifier(self._condition)):
-                attempt.runner._wait_in_job(attempt, lambda seconds: self._wait(
-                    seconds, lambda: self._state != "PENDING" or attempt.stop_requested or given_up()), timeout)
-            attempt.raise_if_stopped()
+            self._look()
+        if self._state != "PENDING":
+            return
+        attempt, condition = _current.get(), self._condition
 
-    def _wait(self, timeout: float | None, over: Callable[[], bool]) -> bool:
-        condition = self._condition
-        with condition:
-            return condition.wait_for(over, timeout)
+        def over() -> bool:
+            return self._state != "PENDING" or attempt is not None and attempt.stop_requested or given_up()
+        if attempt is not None:
+            attempt.wait_for(condition, over, timeout)
+            attempt.raise_if_stopped()
+        else:
+            with condition:
+                condition.wait_for(over, timeout)
 
     def __await__(self) -> Any:
         import asyncio
-        if _current.get() is None:
-            return asyncio.wrap_future(self).__await__()
-        return self._await_in_job().__await__()
+        return (asyncio.wrap_future(self) if _current.get() is None else self._await_in_job()).__await__()
 
     async def _await_in_job(self) -> Any:
-        """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled task goes
-        on when the attempt has its place again."""
+        """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled
+        task goes on when the attempt has its place again."""
         import asyncio
         loop, cancelled = asyncio.get_running_loop(), []
+        outcome: Future[Any] = Future()
         end = loop.create_future()
 
         def wait() -> None:
-            outcome: Future[Any] = Future()
             try:
-                self._await_end(None, lambda: bool(cancelled))
+                self._wait_for_end(None, lambda: bool(cancelled))
                 outcome.set_result(Future.result(self, 0))
             except BaseException as error:
                 outcome.set_exception(error)
             with contextlib.suppress(RuntimeError):           # a force stop has ended the loop
-                loop.call_soon_threadsafe(end.set_result, outcome)
+                loop.call_soon_threadsafe(end.set_result, None)
         threading.Thread(target=contextvars.copy_context().run, args=(wait,), name="bgjobs-await", daemon=True).start()
         while not end.done():
             try:
                 await asyncio.wait([end])
             except asyncio.CancelledError as error:
                 cancelled.append(error)
-                _Notifier(self._condition).set()
+                with self._condition:
+                    self._condition.notify_all()
         if cancelled:
             raise cancelled[0]
-        return end.result().result()
+        return outcome.result()
 
     @library_code
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
@@ -4117,39 +4084,42 @@ class Job(Future):                                        # type: ignore[type-ar
         if self._state == "PENDING":
             self._runner._hold(self)
         super().add_done_callback(fn)
-        self.done()
+        self._look()
 
     @library_code
     def _complete(self) -> None:
-        """Take the outcome over from the store, once. Wakes who waits; callbacks are called in a thread of their own."""
+        """Take the outcome over from the store, once. Wakes who waits; callbacks come in a thread of their own."""
         rows = self._runner._store.read(OUTCOME_OF, {"id": self.id})
-        row = rows[0] if rows else {"status": "removed"}
-        if row["status"] not in (*OVER, "removed"):
+        status = rows[0]["status"] if rows else "removed"
+        if status not in (*OVER, "removed"):
             return
         condition = self._made_condition()
         with condition:
             if self._state != "PENDING":
                 return
-            state = CANCELLED_AND_NOTIFIED if row["status"] == CANCELLED else FUTURE_FINISHED
-            if row["status"] == CANCELLED:
-                for waiter in self._waiters:
-                    waiter.add_cancelled(self)
+            if status == CANCELLED:
+                state, tell = CANCELLED_AND_NOTIFIED, "add_cancelled"
             else:
-                try:
-                    if row["status"] == "removed":
-                        self._exception = BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
-                    elif row["status"] == FINISHED:
-                        self._result = decode(row["result"])
-                    else:
-                        self._exception = self._runner._exception_of(self.id, row)
-                except Exception as error:
-                    self._exception = BgjobsError(f"job {self.id} is {row['status']}, but its outcome cannot be read: {_text(error)}")
-                    self._exception.__cause__ = error
-                for waiter in self._waiters:
-                    waiter.add_result(self) if self._exception is None else waiter.add_exception(self)
+                self._result, self._exception = self._outcome(status, rows)
+                state, tell = FUTURE_FINISHED, "add_result" if self._exception is None else "add_exception"
+            for waiter in self._waiters:
+                getattr(waiter, tell)(self)
             condition.notify_all()
             self._state = state                           # last: what Ctrl-C cuts short is done again
         self._runner._call_back(self)
+
+    def _outcome(self, status: str, rows: list[sqlite3.Row]) -> tuple[Any, BaseException | None]:
+        """Return the result and the exception of a job that is over and has not been cancelled."""
+        try:
+            if status == "removed":
+                return None, BgjobsError(f"job {self.id} has been removed from {self._runner.path}")
+            if status == FINISHED:
+                return decode(rows[0]["result"]), None
+            return None, self._runner._exception_of(self.id, rows[0])
+        except Exception as error:
+            unreadable = BgjobsError(f"job {self.id} is {status}, but its outcome cannot be read: {_text(error)}")
+            unreadable.__cause__ = error
+            return None, unreadable
 
     def __repr__(self) -> str:
         try:
@@ -4637,7 +4607,7 @@ class Runner(Submitter, Executor):
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
         self._pool = Pool(self.max_workers, self._execute, self._settle, self._store.kick, self._callback.depart)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
-        # `_handle_lock` guards _watched, _held and the making of a handle's condition; no SQL runs under it.
+        # `_handle_lock` guards _watched and _held; no SQL runs under it.
         self._handle_lock = threading.Lock()
         self._watched: dict[int, list[weakref.ref[Job]]] = {}
         self._held: set[Job] = set()                     # handles with callbacks live until these were called

@@ -103,6 +103,11 @@ def claimed(runner, count):
     return [bgjobs.Attempt(runner, claim) for claim in claims]
 
 
+def places(runner):
+    """Return how many places are taken by normal and by low priority."""
+    return tuple(map(len, runner._pool._placed))
+
+
 def consistent(runner):
     """Check what must be true of a file at any time: counts and virtual times agree with the jobs, what runs has an owner,
     nothing is lost between the indexes."""
@@ -1440,7 +1445,7 @@ class TestForceStop:
         assert job.status == "running" and job.attempt == 4 and list(runner._attempts) == [job.id]
         job.stop()
         wait_for(lambda: job.status == "stopped")
-        assert runner._pool.abandoned == 0 and runner._pool._busy == 0
+        assert runner._pool.abandoned == 0 and places(runner) == (0, 0)
 
     def test_lines_that_a_superseded_attempt_logs_are_refused(self, make, path):
         runner = make(max_workers=1)
@@ -1536,6 +1541,18 @@ class TestForceStop:
         other.force_stop()
         wait_for(lambda: seen.count("unwound") == 2)
         assert other.status == "stopped" and "went on" not in seen
+
+    def test_who_waits_inside_wait_wakes_up_when_the_ticket_is_void_not_before(self, make, monkeypatch):
+        use = bgjobs.Ticket.use
+        monkeypatch.setattr(bgjobs.Ticket, "use", lambda ticket: (time.sleep(0.05), use(ticket)))
+        runner = make(max_workers=2)
+        seen.clear()
+        job = runner.submit(wait_for_child, "told late")
+        wait_for(lambda: "told late" in seen)
+        job.stop()
+        job.force_stop()
+        wait_for(lambda: "unwound" in seen)
+        gate("told late").set()
 
     def test_a_taken_ticket_puts_the_exception_off_and_it_is_raised_once(self):
         ticket = bgjobs.Ticket()
@@ -4367,7 +4384,7 @@ class TestTrees:
         gate("normal").set()
         gate("third").set()
         third.result(10)
-        assert runner._pool._low_busy == 0
+        assert places(runner)[1] == 0
 
     def test_low_priority_set_on_all_that_runs_leaves_room_for_a_normal_job(self, make):
         runner = make(max_workers=2)
@@ -4381,19 +4398,19 @@ class TestTrees:
         second = runner.submit(add, 1, 2)
         gate("low 0").set()
         assert held[0].result(10) is None
-        assert runner._pool._busy == 2                       # two places again, both taken
+        assert sum(places(runner)) == 2                      # two places again, both taken
         gate("low 1").set()
         assert second.result(10) == 3
         normal.result(10)
         held[1].result(10)
-        wait_for(lambda: (runner._pool._busy, runner._pool._low_busy) == (0, 0))
+        wait_for(lambda: places(runner) == (0, 0))
 
     def test_low_priority_parents_that_wait_for_the_low_place_keep_no_normal_job_waiting(self, make):
         runner = make(max_workers=2, start=False)
         parents = [runner.options(low_priority=True).submit(low_parent_of, f"child {n}") for n in range(2)]
         runner.start()                                       # with both there, so that neither child comes before a parent
         wait_for(lambda: parents[0].children["total"] == 1 and parents[1].children["total"] == 1)
-        wait_for(lambda: runner._pool._low_busy == 1)
+        wait_for(lambda: places(runner)[1] == 1)
         assert runner.submit(add, 1, 2).result(10) == 3
         gate("child 0").set()
         assert runner.submit(add, 1, 2).result(10) == 3
@@ -4427,7 +4444,7 @@ class TestTrees:
         one, two = make(max_workers=1), make(str(tmp_path / "two.db"), max_workers=1)
         others.append(two)
         assert one.submit(wait_elsewhere).result(10) == 3
-        wait_for(lambda: [runner._pool._busy for runner in (one, two)] == [0, 0])
+        wait_for(lambda: [places(runner) for runner in (one, two)] == [(0, 0), (0, 0)])
 
     def test_a_tree_with_a_running_descendant_is_not_restarted_over_it(self, make):
         runner = make(max_workers=2)
@@ -4512,6 +4529,34 @@ class TestTrees:
         for job in [runner.submit(wait_in_threads) for _ in range(3)]:
             job.result(20)
         assert max(seen) <= 2
+
+    def test_several_threads_of_one_job_that_wait_in_turns_keep_no_place_and_ask_for_one(self, idle):
+        idle.submit_many(add, [(1,)] * 2)
+        one, two = claimed(idle, 2)
+        one.engine = two.engine = "elsewhere"                # the pool needs no threads for them
+        pool = bgjobs.Pool(1, None, lambda attempt: False, lambda: None, lambda attempt: None)
+        pool.put([one])
+        pool.leave(one)
+        pool.put([two])
+        place = threading.Event()
+        assert pool.ask_back(one, place)                     # its first thread has waited
+        pool.leave(one)
+        assert not pool.ask_back(one, threading.Event())     # so has the second: one place is asked for already
+        pool.leave(one)
+        pool.end(two)
+        assert place.is_set() and pool.is_placed(one)
+        pool.leave(one)                                      # now both wait
+        assert not pool.is_placed(one)
+        assert not pool.ask_back(one, place) and pool.ask_back(one, place) and pool.is_placed(one)
+
+    def test_a_job_whose_function_returns_while_a_thread_of_it_waits_gives_no_place_back_that_it_has_not(self, make):
+        runner = make(max_workers=1)
+        job = runner.submit(leave_a_waiting_thread)
+        wait_for(lambda: job.phase == "waiting for children" and runner.get(job.id + 1).running())
+        assert runner._pool.room()[0] == 0
+        gate("left waiting").set()
+        job.result(10)
+        wait_for(lambda: runner._pool.room()[0] == 1)
 
     def test_parents_that_poll_do_not_starve_their_children(self, make):
         runner = make(max_workers=1)
@@ -4735,6 +4780,12 @@ async def await_for_a_moment():
 async def wait_in_threads():
     jobs = [bgjobs.submit(count_executing) for _ in range(4)]
     await asyncio.gather(*(asyncio.to_thread(job.result) for job in jobs))
+
+
+def leave_a_waiting_thread():
+    attempt, child = bgjobs.current_job(), bgjobs.submit(hold, "left waiting")
+    threading.Thread(target=contextvars.copy_context().run, args=(child.result,), daemon=True).start()
+    wait_for(lambda: not attempt.has_place)
 
 
 def poll_children():
@@ -5350,7 +5401,7 @@ class TestRunner:
         with pytest.raises(ValueError, match="it takes no children from"):
             one.options(parent=two.get(1)).submit(add, 1)
 
-    @pytest.mark.parametrize("where", ["_committed", "_announce", "_pool.put", "_pool._start", "_pool.room"])
+    @pytest.mark.parametrize("where", ["_committed", "_announce", "_pool.put", "_pool._start_thread", "_pool.room"])
     def test_a_ctrl_c_in_the_leading_thread_loses_no_claim_and_no_end(self, make, monkeypatch, where):
         runner = make(max_workers=1)
         job = runner.submit(hold, "interrupted")
@@ -5417,7 +5468,7 @@ class TestRunner:
 
     def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
         job = runner.submit(add, 1)
-        for condition in (runner._pool._changed, runner._over, bgjobs._Event()._cond, job._condition):
+        for condition in (runner._pool._lock, runner._over, bgjobs._Event()._cond, job._condition):
             for step in (condition.__enter__, condition.__exit__):
                 assert isinstance(step, types.BuiltinMethodType)          # in C: one step
         job.result(10)
@@ -5446,7 +5497,7 @@ def interrupt_once(monkeypatch, holder, name):
     method = getattr(holder, name)
 
     def call(*args, **options):
-        if threading.current_thread() is threading.main_thread() and (name != "_start" or args[0]):
+        if threading.current_thread() is threading.main_thread():
             monkeypatch.setattr(holder, name, method)
             raise KeyboardInterrupt
         return method(*args, **options)
@@ -5887,7 +5938,7 @@ class TestElsewhere:
         assert returned == attempts and pool.ask_back(attempts[0], threading.Event())
         pool.end(attempts[0])
         pool.end(attempts[1])
-        assert pool._busy == 0 and not pool._returning and not pool._executing
+        assert places(idle) == (0, 0) and not pool._returning and not pool._away
 
     def test_the_modules_of_an_isolated_function_start_no_runner(self, tmp_path, quick_processes):
         (tmp_path / "app.py").write_text(textwrap.dedent("""
