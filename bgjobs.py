@@ -7250,7 +7250,8 @@ figure details[open] { max-height: 16rem; overflow: auto; }
   .jobs tr { align-items: start; padding-left: 2rem; }
   .jobs .pick { margin-left: -2rem; }
   .jobs tbody th { flex-basis: calc(100% - 8.875rem); }
-  .job { align-items: start; min-width: 0; max-width: none; }
+  .job { min-width: 0; max-width: none; }
+  tbody .job { align-items: start; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
   td[data-label=Status] { order: 1; flex: 0 0 8rem; padding-top: 0.1875rem; text-align: right; }
   td[data-label=Status] > small { display: block; }
@@ -7378,14 +7379,9 @@ function morph(old, fresh) {
 const alike = (old, fresh) => old && old.key === fresh.key && old.nodeName === fresh.nodeName;
 
 function morphChildren(parent, children) {
-  const olds = [...parent.childNodes];
-  if (olds.length === children.length && olds.every((old, i) => alike(old, children[i]))) {
-    olds.forEach((old, i) => morph(old, children[i]));         // nearly always: as quick as it gets
-    return;
-  }
   // What is gone goes first: to move a node takes the focus away from it, so nothing may be in its place.
   const wanted = new Set(children.map(child => child.key)), keyed = new Map();
-  for (const old of olds) {
+  for (const old of [...parent.childNodes]) {
     if (wanted.has(old.key)) keyed.set(old.key, old);
     else old.remove();
   }
@@ -7887,15 +7883,13 @@ const showsStack = job => runs(job) && (here.stack ?? job.status === "stopping")
 
 function stackDetails(job, stack) {
   const open = showsStack(job);
-  const toggle = event => {
-    event.preventDefault();            // of the browser's own opening
-    here.stack = !open;
-    draw();
+  const toggled = ({ target }) => {
+    if (target.open === open) return;
+    here.stack = target.open;
     poll();
   };
-  return el("details", { key: "stack", open },
-    el("summary", { ".onclick": toggle },
-      job.status === "stopping" ? "Where it is, on its way to a checkpoint" : "Where it is now"),
+  return el("details", { key: "stack", open, ".ontoggle": toggled },
+    el("summary", null, job.status === "stopping" ? "Where it is, on its way to a checkpoint" : "Where it is now"),
     open && el("pre", { tabindex: 0 },
       stack ?? "No thread of this process executes it: it runs in another process, or waits for children."));
 }
@@ -8325,8 +8319,8 @@ class _Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def _as_json(value: Any, status: int = 200, *headers: tuple[str, str]) -> _Answer:
-    return _Answer(_dump(value).encode(), status=status, headers=headers)
+def _json_bytes(value: Any) -> bytes:
+    return _dump(value).encode()
 
 
 class _Refused(Exception):
@@ -8334,7 +8328,7 @@ class _Refused(Exception):
 
     def __init__(self, status: int, text: str, *headers: tuple[str, str], body: Any = None) -> None:
         super().__init__(text)
-        self.answer = _as_json(body or {"error": text}, status, *headers)
+        self.answer = _Answer(_json_bytes(body or {"error": text}), status=status, headers=headers)
 
 
 # The fields of a query string, each with the function that reads it, or raises ValueError with what it must be.
@@ -8488,21 +8482,20 @@ class Page:
         except _Refused as refused:
             answer = refused.answer
         except StoreError as error:                       # which the store has told the log
-            answer = _as_json({"error": str(error)}, 503)
+            answer = _Refused(503, str(error)).answer
         except (Exception, SystemExit):                   # SystemExit: of authorize()
             _log.exception("the status page failed on %s", request.path[:200])
-            answer = _as_json({"error": "internal error; see the app's log"}, 500)
+            answer = _Refused(500, "internal error; see the app's log").answer
         headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), *answer.headers, *_SECURITY_HEADERS]
-        body = answer.body
-        if isinstance(body, bytes):
-            headers.append(("Content-Length", str(len(body))))
-            body = iter([body])
+        if isinstance(answer.body, bytes):
+            headers.append(("Content-Length", str(len(answer.body))))
         start_response(f"{answer.status} {HTTPStatus(answer.status).phrase}", headers)
-        return [b""] if request.is_head else body
+        if request.is_head:
+            return [b""]
+        return [answer.body] if isinstance(answer.body, bytes) else answer.body
 
     def _answer(self, request: _Request) -> _Answer:
-        """Let the request in, and answer it by the table of routes below."""
-        import re
+        """Let the request in, and answer it by the table of routes."""
         self._check_host(request)
         if request.environ.get("PATH_INFO", "") == "" and request.environ.get("SCRIPT_NAME"):
             return self._redirect_to_slash(request)
@@ -8517,20 +8510,25 @@ class Page:
             self._check_token(request)
         elif request.method != "GET":
             raise _Refused(405, f"{request.method} is not allowed here")
-        for method, path, answer, has_etag in self._ROUTES:
-            found = re.fullmatch(path, request.path)
-            if found and method == request.method:
-                break
-        else:
-            raise _Refused(404, "there is nothing at this address")
-        tag = self._etag(request) if has_etag else None
+        function, arguments, has_etag = self._route(request)
+        tag = self._etag(request) if has_etag else ""
         if tag and request.environ.get("HTTP_IF_NONE_MATCH") == tag:
             return _Answer(b"", status=304)
         try:
-            answered = answer(self, request, *found.groups())
+            found = function(self, request, *arguments)
         except ValueError as error:                       # of a parameter
             raise _Refused(400, str(error)) from None
-        return answered._replace(headers=(*answered.headers, ("ETag", tag))) if tag else answered
+        answer = found if isinstance(found, _Answer) else _Answer(_json_bytes(found))
+        return answer._replace(headers=(*answer.headers, ("ETag", tag))) if tag else answer
+
+    def _route(self, request: _Request) -> tuple[Callable[..., Any], tuple[str, ...], bool]:
+        """Return what answers a request, the arguments in its path, and whether the answer has an ETag."""
+        import re
+        for method, path, function, has_etag in self._ROUTES:
+            found = re.fullmatch(path, request.path)
+            if found and method == request.method:
+                return function, found.groups(), has_etag
+        raise _Refused(404, "there is nothing at this address")
 
     def _etag(self, request: _Request) -> str:
         """Return what stays the same until something is committed; of statistics, whose windows move, for a minute."""
@@ -8619,10 +8617,9 @@ class Page:
     def _html(self, request: _Request) -> _Answer:
         return _Answer(PAGE_HTML.encode(), "text/html")
 
-    def _css(self, request: _Request) -> _Answer:
-        return _Answer(PAGE_CSS.encode(), "text/css")
-
-    def _js(self, request: _Request) -> _Answer:
+    def _asset(self, request: _Request, kind: str) -> _Answer:
+        if kind == "css":
+            return _Answer(PAGE_CSS.encode(), "text/css")
         return _Answer(PAGE_JS.encode(), "text/javascript")
 
     def _health(self, request: _Request) -> _Answer:
@@ -8632,19 +8629,19 @@ class Page:
     def _metrics(self, request: _Request) -> _Answer:
         return _Answer(self._runner._metrics().encode(), "text/plain; version=0.0.4")
 
-    # reading
+    # reading: what is returned is sent as JSON
 
-    def _session(self, request: _Request) -> _Answer:
+    def _session(self, request: _Request) -> dict[str, Any]:
         token = self._boot if self._read_only else self._token()      # nothing is written for those who only read
-        return _as_json({"token": token, "read_only": self._read_only, "version": __version__})
+        return {"token": token, "read_only": self._read_only, "version": __version__}
 
     def _list(self, request: _Request) -> _Answer:
         filters = request.fields(_LIST_FIELDS)
         limit = max(1, min(filters.pop("limit", 50), LIST_LIMIT))
         before = filters.pop("before", None) or None
         rows, following, counts, unsure = self._runner._store.page(filters, limit, before)
-        return _as_json({"jobs": self._infos(rows), "next": following, "counts": counts}, 200,
-                        ("X-Bgjobs-At-Least", ",".join(unsure)))      # the statuses whose counts went out of time
+        body = _json_bytes({"jobs": self._infos(rows), "next": following, "counts": counts})
+        return _Answer(body, headers=(("X-Bgjobs-At-Least", ",".join(unsure)),))      # statuses not counted to the end
 
     def _infos(self, rows: list[sqlite3.Row]) -> list[dict[str, Any]]:
         now = self._runner._clock()
@@ -8690,50 +8687,42 @@ class Page:
         except KeyError:
             raise _Refused(404, f"there is no job {number}") from None
 
-    def _job(self, request: _Request, number: str) -> _Answer:
-        return _as_json(self._shown(self._info(number)))
+    def _job(self, request: _Request, number: str) -> dict[str, Any]:
+        return self._shown(self._info(number))
 
-    def _logs(self, request: _Request, number: str) -> _Answer:
+    def _logs(self, request: _Request, number: str) -> dict[str, Any]:
         job_id = self._info(number)["id"]
         filters = {"level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False,
                    **request.fields(_LOG_FIELDS)}
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
-        return _as_json({"logs": self._runner._logs(job_id, **filters)})
+        return {"logs": self._runner._logs(job_id, **filters)}
 
-    def _attempts(self, request: _Request, number: str) -> _Answer:
-        return _as_json(self._runner._attempts_of(self._info(number)["id"]))
+    def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
+        return self._runner._attempts_of(self._info(number)["id"])
 
-    def _stack(self, request: _Request, number: str) -> _Answer:
-        """Answer with where a job's thread in this process is now, from the job's function on, or null."""
+    def _stack(self, request: _Request, number: str) -> dict[str, Any]:
+        """Return where a job's thread in this process is now, from the job's function on."""
         attempt = self._runner._attempts.get(self._info(number)["id"])
         frame = sys._current_frames().get(attempt.thread) if attempt is not None and attempt.thread else None
         frames = traceback.extract_stack(frame) if frame is not None else []
         calls = [i for i, each in enumerate(frames, 1) if each.name == "_call" and each.filename == __file__]
         own = frames[calls[-1]:] if calls else []
-        return _as_json({"stack": "".join(traceback.format_list(own)) or None})
+        return {"stack": "".join(traceback.format_list(own)) or None}
 
-    def _stats(self, request: _Request) -> _Answer:
-        return _as_json(self._runner.stats(**request.fields(_STATS_FIELDS)))
+    def _stats(self, request: _Request) -> dict[str, Any]:
+        return self._runner.stats(**request.fields(_STATS_FIELDS))
 
-    def _schedules(self, request: _Request) -> _Answer:
-        return _as_json({"schedules": [schedule.info() for schedule in self._runner.schedules()]})
+    def _schedules(self, request: _Request) -> dict[str, Any]:
+        return {"schedules": [schedule.info() for schedule in self._runner.schedules()]}
 
-    def _runners(self, request: _Request) -> _Answer:
-        return _as_json({"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]})
+    def _runners(self, request: _Request) -> dict[str, Any]:
+        return {"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]}
 
     # operating
 
-    def _operate_jobs(self, request: _Request, operation: str) -> _Answer:
-        return self._operate(request, operation, TRANSITIONS, "job",
-                             lambda job_id: self._runner._operate(operation, job_id, request.user))
-
-    def _operate_schedules(self, request: _Request, operation: str) -> _Answer:
-        return self._operate(request, operation, SCHEDULE_OPERATIONS, "schedule",
-                             lambda schedule_id: Schedule(self._runner, schedule_id)._operate(operation))
-
-    def _operate(self, request: _Request, operation: str, operations: Iterable[str], kind: str,
-                 operate: Callable[[int], Any]) -> _Answer:
-        """Operate on each thing that the body names, and tell what was done and what was refused."""
+    def _operate(self, request: _Request, kind: str, operation: str) -> dict[str, Any]:
+        """Operate on each job, or schedule, that the body names; return what was done and what was refused."""
+        operations = TRANSITIONS if kind == "job" else SCHEDULE_OPERATIONS
         if operation not in operations:
             raise _Refused(404, f"there is no such operation; there are {', '.join(operations)}")
         body = request.json()
@@ -8741,7 +8730,10 @@ class Page:
         done, refused = [], []
         for each in ids:
             try:
-                operate(each)
+                if kind == "job":
+                    self._runner._operate(operation, each, request.user)
+                else:
+                    Schedule(self._runner, each)._operate(operation)
             except KeyError:
                 status, why = 404, f"there is no {kind} {each}"
             except InvalidOperation as error:
@@ -8753,13 +8745,13 @@ class Page:
         answer = {"done": done, "refused": refused}
         if refused and "ids" in body and len(body["ids"]) == 1:
             raise _Refused(status, why, body=answer)
-        return _as_json(answer)
+        return answer
 
     def _ids_in(self, body: Any, kind: str) -> Iterable[int]:
         """Return the ids that an operation's body names. ValueError: a bad body."""
-        choice = ' or {"filter": {...}}' if kind == "job" else ""
-        if not isinstance(body, dict) or list(body) not in (["ids"], ["filter"] if choice else []):
-            raise ValueError(f'the body must be {{"ids": [...]}}{choice}')
+        may_filter = kind == "job"
+        if not isinstance(body, dict) or set(body) != {"ids"} and not (may_filter and set(body) == {"filter"}):
+            raise ValueError('the body must be {"ids": [...]}' + (' or {"filter": {...}}' if may_filter else ""))
         if "filter" in body:
             return self._matching(body["filter"])
         ids = body["ids"]
@@ -8769,21 +8761,20 @@ class Page:
 
     def _matching(self, given: Any) -> Iterator[int]:
         """Yield the ids of the jobs that pass a filter, newest first. ValueError: a bad one."""
-        if not isinstance(given, dict) or not all(isinstance(v, (str, int, float, type(None))) for v in given.values()):
+        if not isinstance(given, dict) or any(isinstance(value, (dict, list)) for value in given.values()):
             raise ValueError("filter must be an object like the parameters of api/jobs")
-        texts = {name: str(value).lower() if isinstance(value, bool) else str(value)
-                 for name, value in given.items() if value is not None}
+        texts = {name: value if isinstance(value, str) else _dump(value) for name, value in given.items()
+                 if value is not None}
         if "parent" in given:
             texts.setdefault("parent", "none")            # null: root jobs alone
         for rows in self._pages(_read_fields(texts, _FILTER_FIELDS)):
             yield from [row["id"] for row in rows]
 
-    # Method, path, what answers it, given the groups of the path, and whether nothing but a commit changes that answer:
-    # then it has an ETag.
-    _ROUTES: tuple[tuple[str, str, Callable[..., _Answer], bool], ...] = (
+    # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
+    # but a commit changes it.
+    _ROUTES: tuple[tuple[str, str, Callable[..., Any], bool], ...] = (
         ("GET", r"|statistics|schedules|jobs/[0-9]+", _html, False),
-        ("GET", r"(?:jobs/)?page\.css", _css, False),
-        ("GET", r"(?:jobs/)?page\.js", _js, False),
+        ("GET", r"(?:jobs/)?page\.(css|js)", _asset, False),
         ("GET", r"healthz", _health, False),
         ("GET", r"metrics", _metrics, False),
         ("GET", r"api/session", _session, False),
@@ -8796,8 +8787,7 @@ class Page:
         ("GET", r"api/stats", _stats, True),
         ("GET", r"api/schedules", _schedules, True),
         ("GET", r"api/runners", _runners, True),
-        ("POST", r"api/jobs/([^/]+)", _operate_jobs, False),
-        ("POST", r"api/schedules/([^/]+)", _operate_schedules, False),
+        ("POST", r"api/(job|schedule)s/([^/]+)", _operate, False),
     )
 
 
@@ -8865,10 +8855,10 @@ def _page_server(page: Page, host: str, port: int) -> Any:
             return io.StringIO()                          # for tracebacks of clients that went away
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            body = _dump({"error": self.responses.get(code, ("bad request",))[0]})
+            body = _json_bytes({"error": self.responses.get(code, ("bad request",))[0]})
             headers = [("Content-Type", "application/json"), ("Content-Length", len(body)), *_SECURITY_HEADERS]
-            lines = [f"HTTP/1.0 {int(code)} Refused", *(f"{name}: {value}" for name, value in headers), "", body]
-            self.wfile.write("\r\n".join(lines).encode())
+            lines = [f"HTTP/1.0 {int(code)} Refused", *(f"{name}: {value}" for name, value in headers), "", ""]
+            self.wfile.write("\r\n".join(lines).encode() + body)
 
         def log_message(self, format: str, *args: Any) -> None:
             _log.debug("page: " + format, *args)
