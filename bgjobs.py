@@ -7269,7 +7269,7 @@ PAGE_JS = r'''"use strict";
    once a second, so nothing that draws has to know what was there before. */
 
 const POLL_MS = 1500, TIMEOUT_MS = 20000;
-const PAGE = 50, MOST_CHILDREN = 200;                    // jobs in a list; children of each in a tree
+const PAGE = 50, MOST_CHILDREN = 100;                    // jobs in a list; children of each in a tree
 const LOG_PAGE = 500, LOG_MOST = 2000;                   // log lines that are fetched: new ones, earlier ones
 const LOG_LINES = 10000, CONTEXT = 5;                    // that are on the page; around one of them
 const BASE = location.origin + location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");    // where it is mounted
@@ -7529,6 +7529,7 @@ const opened = new Set();              // paths ("7", "7/9") of the rows whose c
 const selected = new Set();            // ids
 let everything = false;                // all that match the filters are, also those that are not shown
 let shown = new Map();                 // id -> job, for every row on the page
+const include = (set, item, isIn) => isIn ? set.add(item) : set.delete(item);
 
 /* Fetch the children of every row that is open, however deep. */
 async function loadOpened(jobs, prefix, signal) {
@@ -7561,7 +7562,7 @@ function jobRows(job, prefix, depth) {
 function checkbox(label, checked, ids) {
   const pick = ({ target }) => {
     everything = false;
-    for (const id of ids) selected[target.checked ? "add" : "delete"](id);
+    for (const id of ids) include(selected, id, target.checked);
     draw();
   };
   return el("label", { class: "pick" },
@@ -7571,7 +7572,7 @@ function checkbox(label, checked, ids) {
 function disclosure(job, path) {
   const isOpen = opened.has(path);
   const toggle = () => {
-    opened[isOpen ? "delete" : "add"](path);
+    include(opened, path, !isOpen);
     poll();
   };
   return button(isOpen ? "\u25be" : "\u25b8", toggle,
@@ -8112,34 +8113,42 @@ function figure({ parts, total, window, from, to }, title, field, tone) {
   const pointed = here.pointed?.title === title ? here.pointed.index : null;
   const part = index =>
     `${clock(parts[index].at)} \u2013 ${clock(parts[index + 1]?.at ?? to)}: ${inWords(values[index]) ?? "no job"}`;
-  const point = index => {
-    here.pointed = index === null ? null : { title, index: Math.max(0, Math.min(parts.length - 1, index)) };
-    draw();
-  };
-  const follow = ({ currentTarget, clientX }) => {
-    const { left, width } = currentTarget.getBoundingClientRect();
-    point(Math.floor((clientX - left) / width * parts.length));
-  };
-  const keys = { ArrowLeft: -1, ArrowRight: 1, Home: -parts.length, End: parts.length };
-  const move = event => {
-    if (!(event.key in keys)) return;
-    event.preventDefault();
-    point((pointed ?? parts.length) + keys[event.key]);
-  };
   const rows = parts.map(({ at }, index) => ({ at, value: values[index] })).filter(({ value }) => value);
   return el("figure", { key: title },
     el("figcaption", null,
-      el("b", null, title),
-      el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
+      el("b", null, title), " ", el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
     el("small", { class: "most", "aria-hidden": "true" }, most > 0 && (isCount(whole) ? count(most) : span(most))),
     svg("svg", {
       viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, preserveAspectRatio: "none", class: tone,
-      role: "img", "aria-label": `${title}, ${summary}. Arrow keys read the parts.`, tabindex: 0,
-      ".onkeydown": move, ".onpointermove": follow, ".onpointerleave": () => point(null), ".onblur": () => point(null),
+      role: "img", "aria-label": `${title}, ${summary}. Arrow keys read the parts.`,
+      ...pointing(title, parts.length, pointed),
     }, drawing(values, most || 1, pointed)),
     el("div", { class: "axis", "aria-hidden": "true" }, small(clock(from)), small(clock(to))),
     el("details", null, el("summary", null, "Data"),
       table([["From", row => clock(row.at)], [title, row => inWords(row.value)]], rows, "at")));
+}
+
+/* The props of a chart whose parts are read by pointer and by arrow keys. */
+function pointing(title, length, pointed) {
+  const point = index => {
+    here.pointed = { title, index: Math.max(0, Math.min(length - 1, index)) };
+    draw();
+  };
+  const leave = () => {
+    here.pointed = null;
+    draw();
+  };
+  const follow = ({ currentTarget, clientX }) => {
+    const { left, width } = currentTarget.getBoundingClientRect();
+    point(Math.floor((clientX - left) / width * length));
+  };
+  const keys = { ArrowLeft: -1, ArrowRight: 1, Home: -length, End: length };
+  const move = event => {
+    if (!(event.key in keys)) return;
+    event.preventDefault();            // of scrolling
+    point((pointed ?? length) + keys[event.key]);
+  };
+  return { tabindex: 0, ".onkeydown": move, ".onpointermove": follow, ".onpointerleave": leave, ".onblur": leave };
 }
 
 /* A bar for each number; or for each run of parts that have seconds, a band from the least to the most and a line

@@ -6159,7 +6159,8 @@ class TestPage:
         assert idle.get(schedule.info()["job_id"]).status == "pending"
         assert "wait until it is over" in visitor.post("api/schedules/run_now", {"ids": [schedule.id]}, 409)["refused"][0]["why"]
         assert visitor.post("api/schedules/remove", {"ids": [99]}, 404)["refused"] == [{"id": 99, "why": "there is no schedule 99"}]
-        visitor.post("api/schedules/pause", {"filter": {}}, 400)
+        for bad in ({"filter": {}}, {}, {"ids": [schedule.id], "filter": {}}):
+            visitor.post("api/schedules/pause", bad, 400)
         visitor.post("api/schedules/stop", {"ids": [schedule.id]}, 404)
 
     def test_no_list_sorts_or_walks_through_all_jobs(self, idle, visitor, monkeypatch):
