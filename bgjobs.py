@@ -7122,7 +7122,8 @@ main[aria-busy] { opacity: 0.6; transition: opacity 0s 0.4s; }
 .path + h1 { margin-top: 0.25rem; }
 .pages { align-items: baseline; margin-top: 1rem; }
 .pages a, .path a { display: inline-block; padding: 0.25rem 0; }
-.export { margin-left: auto; color: var(--quiet); word-spacing: 0.25em; }
+.export { margin-left: auto; color: var(--quiet); }
+.export a { margin-left: 0.5rem; }
 .empty { margin: 2rem 0; }
 .empty pre { width: fit-content; max-width: 100%; }
 
@@ -7730,8 +7731,8 @@ function drawList({ query, data }) {
     el("nav", { key: "pages", "aria-label": "Pages", class: "pages" },
       query.has("before") && link(withParams(query, {}), "Newest"),
       next !== null && link(withParams(query, { before: next }), isPart ? `Search on before #${next}` : "Older"),
-      jobs.length > 0 && el("span", { class: "export" }, "Export all that match: ", exportLink(query, "csv"), " ",
-        exportLink(query, "json"))),
+      jobs.length > 0 && el("span", { class: "export" },
+        "Export all that match:", exportLink(query, "csv"), exportLink(query, "json"))),
   ];
 }
 
@@ -7791,7 +7792,8 @@ const firstSteps = () => empty(
 
 def export(table):
     job = bgjobs.current_job()
-    for row in job.each(read(table)):    # progress, ETA and a place to stop
+    # with progress, ETA and places to stop:
+    for row in job.each(read(table)):
         write(row)
 
 bgjobs.submit(export, "users")`));
