@@ -7430,8 +7430,8 @@ async function bodyOf(response) {
   throw Object.assign(new Error(body.error ?? `The app answered with status ${status}.`), { status });
 }
 
-let known = null;
-const session = async () => known ??= await bodyOf(await fetch(BASE + "api/session", { cache: "no-store" }));
+let granted = null;                    // { token, read_only }
+const session = async () => granted ??= await bodyOf(await fetch(BASE + "api/session", { cache: "no-store" }));
 
 async function post(path, body) {
   const send = async () => fetch(BASE + path, {
@@ -7441,7 +7441,7 @@ async function post(path, body) {
   });
   let response = await send();
   if (response.status === 403) {       // the app was started again since we asked for the token
-    known = null;
+    granted = null;
     response = await send();
   }
   return bodyOf(response);
@@ -8437,12 +8437,14 @@ def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
         is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
         return "'" + value if is_formula else value       # a spreadsheet would execute what a stranger has named a job
 
-    header: list[Iterable[Any]] = [EXPORT_COLUMNS]
+    text = io.StringIO()
+    table = csv.DictWriter(text, EXPORT_COLUMNS)
+    table.writeheader()
     for infos in pages:
-        text = io.StringIO()
-        csv.writer(text).writerows(header + [[cell(info[name]) for name in EXPORT_COLUMNS] for info in infos])
-        header = []
+        table.writerows({name: cell(value) for name, value in info.items()} for info in infos)
         yield text.getvalue()
+        text.seek(0)
+        text.truncate()
 
 
 def _json_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
