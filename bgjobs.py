@@ -7018,11 +7018,11 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
-# ---- 20 Status page --------------------------------------------------------------------------------------------
+# ---- 20 Status page -------------------------------------------------------------------------------------------
 #
-# Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are answered
-# (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token that only
-# a page of this origin can read.
+# Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are
+# answered (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token
+# that only a page of this origin can read.
 
 PAGE_HTML = r'''<!doctype html>
 <html lang="en">
