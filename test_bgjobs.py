@@ -6370,7 +6370,9 @@ class TestInTheBrowser:
         browser.open(runner.serve(port=0) + "statistics")
         wait_for(lambda: "2 in all" in browser.text() and "1 in all" in browser.text())
         browser.click("1 hour")
-        wait_for(lambda: browser.run("return location.search") == "?window=1h" and "2 in all" in browser.text())
+        arrived = "return document.querySelector('main:not([aria-busy]) .tabs [aria-current]')?.innerText"
+        wait_for(lambda: browser.run(arrived) == "1 hour" and browser.run("return location.search") == "?window=1h")
+        assert "2 in all" in browser.text()
         browser.run("""const chart = document.querySelector('figure svg'); chart.focus();
             chart.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft', bubbles: true }))""")
         wait_for(lambda: browser.run("return document.querySelector('figcaption').innerText").endswith((": 2", ": 0")))
