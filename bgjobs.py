@@ -7184,11 +7184,11 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
-# ---- 15 Status page -------------------------------------------------------------------------------------------
+# ---- 20 Status page -------------------------------------------------------------------------------------------
 #
-# Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are answered
-# (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token that only
-# a page of this origin can read.
+# Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are
+# answered (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token
+# that only a page of this origin can read.
 
 PAGE_HTML = r'''<!doctype html>
 <html lang="en">
@@ -7197,7 +7197,9 @@ PAGE_HTML = r'''<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>bgjobs</title>
-<link id="icon" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
+<link id="icon" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
+%3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E
+%3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="page.css">
 <script src="page.js" defer></script>
 </head>
@@ -7213,15 +7215,15 @@ PAGE_HTML = r'''<!doctype html>
 </main>
 <footer id="dock">
   <p id="answer" role="status"></p>
-  <div id="bulk"></div>
+  <div id="bulk" class="buttons"></div>
 </footer>
 <dialog id="confirm" aria-labelledby="confirm-title" aria-describedby="confirm-text">
   <h2 id="confirm-title"></h2>
   <p id="confirm-text"></p>
-  <p class="buttons">
-    <button type="button" id="confirm-no" autofocus>Go back</button>
-    <button type="button" id="confirm-yes" class="grave"></button>
-  </p>
+  <form method="dialog" class="buttons">
+    <button autofocus>Go back</button>
+    <button id="confirm-yes" class="grave" value="yes"></button>
+  </form>
 </dialog>
 </body>
 </html>
@@ -7232,6 +7234,7 @@ PAGE_CSS = r''':root {
   --back: #ffffff; --raised: #f5f6f8; --text: #1c2026; --quiet: #5a6270; --line: #e1e4e9; --edge: #7d8591;
   --accent: #2456c7; --on-accent: #ffffff; --chosen: #eaf0fd;
   --good: #1a7a3c; --bad: #b3261e; --warn: #8a5a00;
+  --side: 1.25rem; --small: 0.8125rem;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -7241,6 +7244,7 @@ PAGE_CSS = r''':root {
   }
 }
 
+/* Text */
 * { box-sizing: border-box; }
 html { scroll-padding: 1rem 0 5rem; accent-color: var(--accent); }
 body {
@@ -7248,82 +7252,109 @@ body {
   background: var(--back); color: var(--text);
   font: 0.875rem/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word;
 }
-header, main, #banner, #dock { padding: 0 1.25rem; }
-main { flex: 1; padding-bottom: 2rem; }
-main[aria-busy] { opacity: 0.6; transition: opacity 0s 0.4s; }
 h1 { font-size: 1.375rem; line-height: 1.25; margin: 1rem 0 0.75rem; }
 h2 { font-size: 0.9375rem; margin: 1.5rem 0 0.375rem; }
 p { margin: 0 0 0.5rem; }
 a { color: var(--accent); text-underline-offset: 0.15em; }
-small { color: var(--quiet); font-size: 0.8125rem; font-weight: normal; }
-code, pre, #log { font: 0.8125rem/1.5 ui-monospace, monospace; }
+small, label, dt { color: var(--quiet); font-size: var(--small); font-weight: normal; }
+time { white-space: nowrap; }
+code, pre, #log { font: var(--small)/1.5 ui-monospace, monospace; }
+pre, #log {
+  margin: 0; padding: 0.625rem 0.75rem; max-height: 26rem; overflow: auto; white-space: pre-wrap;
+  background: var(--raised); border: 1px solid var(--line); border-radius: 4px;
+}
+pre.error { border-left: 3px solid var(--bad); }
+.bad { color: var(--bad); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 h1:focus, main:focus { outline: none; }
-.bad { color: var(--bad); }
-.skip { position: absolute; left: -99rem; }
-.skip:focus { position: static; padding: 0.5rem 1.25rem; }
 
-header { display: flex; align-items: center; gap: 1.5rem; border-bottom: 1px solid var(--line); background: var(--raised); }
-nav { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+/* The frame */
+header, main, #banner, #dock { padding: 0 var(--side); }
+header, #banner, #dock { background: var(--raised); border: 0 solid var(--line); }
+header { display: flex; align-items: center; gap: 1.5rem; border-bottom-width: 1px; }
 header a { padding: 0.625rem 0; color: inherit; text-decoration: none; }
 header a[aria-current] { box-shadow: inset 0 -2px var(--accent); }
-header a:hover, .tabs a:hover, th a:hover { text-decoration: underline; }
-#banner:not(:empty) { margin: 0; padding-block: 0.5rem; color: var(--warn); background: var(--raised); border-bottom: 1px solid var(--line); }
-.path { margin-top: 0.5rem; gap: 0.375rem; }
+#views, .pages, .flags { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+#banner, #answer { margin: 0; }
+#banner:not(:empty) { padding-block: 0.5rem; border-bottom-width: 1px; color: var(--warn); }
+main { flex: 1; padding-bottom: 2rem; }
+main[aria-busy] { opacity: 0.6; transition: opacity 0s 0.4s; }
+#dock { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1rem; }
+#dock:has(:not(:empty)) { padding-block: 0.625rem; border-top-width: 1px; }
+#answer { order: 1; }
+.skip { position: absolute; left: -99rem; }
+.skip:focus { position: static; padding: 0.5rem var(--side); }
+.path { margin-top: 0.5rem; }
 .path + h1 { margin-top: 0.25rem; }
-.pages { display: flex; flex-wrap: wrap; gap: 0 1rem; margin-top: 1rem; color: var(--quiet); }
-.spring { flex: 1; }
-.pages a, .path a { padding: 0.25rem 0; }
+.pages { align-items: baseline; margin-top: 1rem; }
+.pages a, .path a { display: inline-block; padding: 0.25rem 0; }
+.export { margin-left: auto; color: var(--quiet); }
+.export a { margin-left: 0.5rem; }
+.empty { margin: 2rem 0; }
+.empty pre { width: fit-content; max-width: 100%; }
 
 .tabs { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
 .tabs a { display: block; padding: 0.1875rem 0.625rem; border-radius: 1rem; color: inherit; text-decoration: none; }
 .tabs a[aria-current] { background: var(--accent); color: var(--on-accent); }
 .tabs a[aria-current] small { color: inherit; }
+header a:hover, .tabs a:hover, tbody th a:hover { text-decoration: underline; }
 
-form, .filters { display: flex; flex-wrap: wrap; align-items: end; gap: 0.5rem 0.75rem; margin-bottom: 1rem; }
-form label, .filters label { display: grid; color: var(--quiet); font-size: 0.8125rem; }
-.flags { display: flex; flex-wrap: wrap; gap: 0 1rem; }
-label.flag { display: flex; align-items: center; gap: 0.375rem; min-height: 2rem; }
-label.flag, form > a { color: var(--text); }
-form > a { line-height: 2rem; }
-summary { padding: 0.25rem 0; width: fit-content; }
-input, select, button { font: inherit; color: inherit; }
-input:not([type=checkbox]), select {
-  height: 2rem; padding: 0 0.5rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px;
+dialog {
+  max-width: min(30rem, calc(100% - 2rem)); padding: 1.25rem;
+  background: var(--back); color: var(--text); border: 1px solid var(--edge); border-radius: 6px;
+}
+dialog h2 { margin-top: 0; }
+dialog .buttons { justify-content: flex-end; margin-bottom: 0; }
+::backdrop { background: rgb(0 0 0 / 0.45); }
+
+/* What is entered and pressed */
+input, select, button { font: inherit; color: var(--text); }
+input[type=checkbox] { width: 1rem; height: 1rem; margin: 0; }
+input:not([type=checkbox]), select, button {
+  min-height: 2rem; padding: 0 0.5rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px;
 }
 input[type=search] { width: 11rem; }
-input[type=checkbox] { width: 1rem; height: 1rem; margin: 0; }
-button { min-height: 2rem; padding: 0 0.75rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px; cursor: pointer; }
+button { padding: 0 0.75rem; cursor: pointer; }
 button:hover:enabled { border-color: var(--accent); color: var(--accent); }
 button:disabled { color: var(--quiet); border-color: var(--line); cursor: default; }
-button.grave { background: var(--bad); border-color: var(--bad); color: var(--back); }
-button.grave:hover:enabled { color: var(--back); border-color: var(--text); }
-.buttons, #bulk { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; }
-.buttons { margin: 0.75rem 0; }
+button.grave, button.grave:hover:enabled { background: var(--bad); border-color: var(--bad); color: var(--back); }
+button.grave:hover:enabled { border-color: var(--text); }
+.buttons { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.75rem 0; }
+td .buttons, #bulk { margin: 0; }
+.filters { display: flex; flex-wrap: wrap; align-items: end; gap: 0.5rem 0.75rem; margin-bottom: 1rem; }
+.filters label { display: grid; }
+.filters .flag, .flags a { display: flex; align-items: center; gap: 0.375rem; min-height: 2rem; color: var(--text); }
+summary { padding: 0.25rem 0; width: fit-content; }
 
-table { width: 100%; border-collapse: collapse; font-size: 0.8125rem; }
-th, td { padding: 0.25rem 0.4375rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; }
-thead th { color: var(--quiet); font-weight: 600; font-size: 0.8125rem; white-space: nowrap; }
+/* Tables */
+table { width: 100%; border-collapse: collapse; font-size: var(--small); }
+th, td { padding: 0.25rem 0.4375rem; border-bottom: 1px solid var(--line); text-align: left; }
+th:first-child { padding-left: 0; }
+thead th { color: var(--quiet); white-space: nowrap; }
+tbody th { font-weight: 500; overflow-wrap: anywhere; }
 tbody tr:hover { background: var(--raised); }
 tbody tr.selected { background: var(--chosen); }
-td[data-label=Waiting], td[data-label=Duration] { white-space: nowrap; }
+td code { overflow-wrap: anywhere; }
+td > small { display: block; }
+td[data-label=Waiting], td[data-label=Duration], td[data-label=Took] { white-space: nowrap; }
 td[data-label="Run by"] { min-width: 5rem; overflow-wrap: anywhere; }
 td[data-label=Children] { min-width: 7rem; }
-td > small { display: block; }
 td progress { flex: none; width: 6.5rem; }
-.pick { width: 2rem; padding: 0; }
-.pick label { display: grid; place-items: center; min-width: 1.75rem; min-height: 1.75rem; }
-tbody th { padding-left: 0; font-weight: 500; min-width: min(12rem, 100%); }
-tbody th, td code { overflow-wrap: anywhere; }
-.job { display: flex; align-items: center; min-height: 1.75rem; min-width: 12rem; max-width: 22rem; overflow-wrap: anywhere; }
+td .progress { flex-direction: column; align-items: start; }
+.job { display: flex; align-items: center; min-height: 1.75rem; min-width: 14rem; max-width: 24rem; }
 .job a { display: inline-block; padding: 0.1875rem 0; text-decoration: none; }
+.pick { flex: none; display: grid; place-items: center; width: 2rem; height: 1.75rem; }
 .indent { flex: 0 0 1.25rem; }
-.twist { flex: 0 0 1.75rem; min-height: 1.75rem; padding: 0; border: 0; background: none; color: var(--quiet); }
-thead .pick + th { padding-left: 1.75rem; }
-.more { padding-left: 4rem; }
+.twist { flex: none; width: 1.75rem; min-height: 1.75rem; padding: 0; }
+button.twist { border: 0; background: none; color: var(--quiet); }
+.more { padding-left: 5rem; }
 
+/* Jobs */
 .status { white-space: nowrap; }
-.status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 0.4em; border: 1.5px solid; border-radius: 50%; }
+.status::before {
+  content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 0.4em;
+  border: 1.5px solid; border-radius: 50%;
+}
 .status:not([data-status=pending], [data-status=cancelled])::before { background: currentColor; }
 [data-status=running] { color: var(--accent); }
 [data-status=finished] { color: var(--good); }
@@ -7331,77 +7362,70 @@ thead .pick + th { padding-left: 1.75rem; }
 [data-status=stopping], [data-status=stopped], [data-level=WARNING] b { color: var(--warn); }
 [data-status=pending], [data-status=cancelled], [data-level=DEBUG] { color: var(--quiet); }
 .progress { display: flex; align-items: center; gap: 0 0.5rem; white-space: nowrap; }
-td .progress { flex-direction: column; align-items: start; }
-progress { appearance: none; flex: 0 1 26rem; min-width: 4rem; height: 0.375rem; border: 0; border-radius: 1rem; background: var(--line); overflow: hidden; }
+progress {
+  appearance: none; flex: 0 1 26rem; min-width: 4rem; height: 0.375rem;
+  border: 0; border-radius: 1rem; background: var(--line); overflow: hidden;
+}
 progress::-webkit-progress-bar { background: var(--line); }
 progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
-progress[value="1"]::-webkit-progress-value { background: var(--edge); }
-progress[value="1"]::-moz-progress-bar { background: var(--edge); }
-
-pre, #log { margin: 0; padding: 0.625rem 0.75rem; max-height: 26rem; overflow: auto; background: var(--raised); border: 1px solid var(--line); border-radius: 4px; white-space: pre-wrap; }
-pre.error { border-left: 3px solid var(--bad); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 0.75rem 1.25rem; margin: 1.25rem 0; }
-dt { color: var(--quiet); font-size: 0.8125rem; }
+dl, .values, .charts { display: grid; gap: 0.75rem 1.25rem; }
+dl { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); margin: 1.25rem 0; }
 dd { margin: 0; }
-.values { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.25rem; align-items: start; }
-#log { list-style: none; }
+.values { grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); align-items: start; }
+.values h2 { margin-top: 0.75rem; }
 .earlier { margin-bottom: 0.5rem; }
+#log { list-style: none; }
+#log:empty::before { content: "No lines"; color: var(--quiet); }
 #log .twist { min-height: 1.5rem; width: 1.5rem; margin-left: -0.5rem; }
 #log [data-around] { padding-left: 1.5rem; background: var(--chosen); }
-#log:empty::before { content: "No lines"; color: var(--quiet); }
 #log time, #log [data-level=INFO] b { color: var(--quiet); font-weight: normal; }
-.empty { margin: 2rem 0; }
-.empty pre { width: fit-content; max-width: 100%; }
 
-#dock { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1rem; background: var(--raised); }
-#dock:has(:not(:empty)) { padding-block: 0.625rem; border-top: 1px solid var(--line); }
-#answer { order: 1; margin: 0; }
-dialog { max-width: min(30rem, calc(100% - 2rem)); padding: 1.25rem; background: var(--back); color: var(--text); border: 1px solid var(--edge); border-radius: 6px; }
-dialog h2 { margin-top: 0; }
-dialog .buttons { justify-content: flex-end; margin-bottom: 0; }
-::backdrop { background: rgb(0 0 0 / 0.45); }
-
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.25rem 2rem; }
-figure { margin: 0; min-width: 0; }
-.chart { position: relative; border-top: 1px dashed var(--line); }
-.chart svg { display: block; width: 100%; height: 7.5rem; }
-.most { position: absolute; top: 0; right: 0; background: var(--back); padding-left: 0.25rem; }
+/* Charts */
+.charts { grid-template-columns: repeat(auto-fit, minmax(max(min(20rem, 100%), 40%), 1fr)); }
+figure { position: relative; margin: 0; min-width: 0; }
+figcaption { padding-right: 4rem; }
+.most { position: absolute; top: 0; right: 0; }
 .axis { display: flex; justify-content: space-between; }
-.bar { fill: var(--accent); }
+svg { display: block; width: 100%; height: 7.5rem; border-top: 1px dashed var(--line); }
+.bar, .band { fill: var(--accent); }
 .bad .bar { fill: var(--bad); }
-.band { fill: var(--accent); opacity: 0.25; }
+.band { opacity: 0.25; }
 .mean { fill: none; stroke: var(--accent); stroke-width: 2; vector-effect: non-scaling-stroke; }
 .at { fill: var(--text); opacity: 0.12; }
 .base { stroke: var(--edge); vector-effect: non-scaling-stroke; }
 figure table { width: auto; }
 figure details[open] { max-height: 16rem; overflow: auto; }
-td .buttons { margin: 0; }
-.cards:not(.jobs) thead th:first-child { padding-left: 0; }
 
 @media (min-width: 80rem) { .filtering > summary { display: none; } }
-@media (max-width: 79.99rem) {         /* a row is job and status, then the rest, small, each under its name */
-  header, main, #banner, #dock { padding-inline: 0.75rem; }
-  #bulk button:disabled, .cards thead th:not(.pick), td:empty, .twist:empty { display: none; }
-  .cards, .cards tbody, .cards thead { display: block; }
-  .cards tr { display: flex; flex-wrap: wrap; align-items: center; gap: 0 0.875rem; position: relative; padding: 0.25rem 0 0.375rem; border-bottom: 1px solid var(--line); }
-  .jobs tr { padding-left: 2.25rem; }
-  .cards th, .cards td { border: 0; padding: 0; }
-  .pick { position: absolute; left: 0; top: 0.375rem; }
-  .cards:not(.jobs) thead { display: none; }
-  .jobs thead tr { min-height: 2.5rem; }
-  .jobs thead tr::after { content: "Select all"; color: var(--quiet); }
-  .cards tbody th { flex: 1 1 calc(100% - 8.875rem); }
-  .job { min-width: 0; max-width: none; }
+@media (max-width: 79.99rem) {         /* a row is a card: its name, a job's status, the rest after its title */
+  :root { --side: 0.75rem; }
+  #bulk button:disabled, thead, td:empty, .job .twist:empty { display: none; }
+  table, tbody { display: block; }
+  tr { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.875rem; padding: 0.25rem 0 0.375rem; }
+  tr { border-bottom: 1px solid var(--line); }
+  th, td { border: 0; padding: 0; }
+  tbody th { flex: 1 1 100%; }
   td[data-label] { order: 2; }
+  td[data-label]::before { content: attr(data-label) " "; color: var(--quiet); }
+  td > small { display: inline; margin-left: 0.375rem; }
+  td[data-label=Actions] { flex: 1 1 100%; padding: 0.25rem 0; }
+  td:is([data-label=Status], [data-label=Progress], [data-label=Actions])::before { content: none; }
+
+  .jobs thead { display: block; }
+  .jobs thead th:not(:first-child) { display: none; }
+  .jobs tr { align-items: start; padding-left: 2rem; }
+  .jobs .pick { margin-left: -2rem; }
+  .jobs tbody th { flex-basis: calc(100% - 8.875rem); }
+  .job { min-width: 0; max-width: none; }
+  tbody .job { align-items: start; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
-  td[data-label]:not([data-label=Status], [data-label=Progress], [data-label=Actions])::before { content: attr(data-label) " "; color: var(--quiet); }
-  td[data-label=Status] { order: 1; flex: 0 0 8rem; text-align: right; white-space: normal; }
+  td[data-label=Status] { order: 1; flex: 0 0 8rem; padding-top: 0.1875rem; text-align: right; }
+  td[data-label=Status] > small { display: block; }
   td[data-label=Progress] { order: 1; flex: 1 1 100%; }
   td[data-label=Progress]:has(> small) { display: none; }
   td .progress { flex-direction: row; align-items: center; }
   td progress { flex: 0 1 20rem; }
-  td[data-label=Actions] { flex: 1 1 100%; padding: 0.25rem 0; }
 }
 '''
 
@@ -7411,8 +7435,11 @@ PAGE_JS = r'''"use strict";
    elements from it; morph() makes the document look like them. The same happens after every poll and
    once a second, so nothing that draws has to know what was there before. */
 
-const POLL_MS = 1500, TIMEOUT_MS = 20000, PAGE = 50, MOST = 200, LOG_PAGE = 500, LOG_MOST = 2000, LOG_LINES = 10000, CONTEXT = 5;
-const BASE = location.origin + location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");   // wherever the app has mounted us
+const POLL_MS = 1500, TIMEOUT_MS = 20000;
+const PAGE = 50, MOST_CHILDREN = 100;                    // jobs in a list; children of each in a tree
+const LOG_PAGE = 500, LOG_MOST = 2000;                   // log lines that are fetched: new ones, earlier ones
+const LOG_LINES = 10000, CONTEXT = 5;                    // that are on the page; around one of them
+const BASE = location.origin + location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/, "/");    // where it is mounted
 
 const STATUSES = ["pending", "running", "stopping", "stopped", "finished", "failed", "cancelled"];
 
@@ -7428,10 +7455,12 @@ const OPERATIONS = {       // the button, the word in the answer, and what to sa
   set_low_priority: ["Low priority", "set to low priority"],
   remove_low_priority: ["Normal priority", "set to normal priority"],
 };
-
-function changesSomething(operation) {       // called with the job as `this`: is there a use in offering it?
-  return operation !== (this.low_priority ? "set_low_priority" : "remove_low_priority");
-}
+const SCHEDULE_OPERATIONS = {
+  run_now: ["Run now", "submitted"],
+  pause: ["Pause", "paused"],
+  resume: ["Resume", "resumed"],
+  remove: ["Remove", "removed", "Its jobs stay. It comes back when the app registers it again."],
+};
 
 const WHY = {              // what a phase, or else a status, means for someone who waits
   "scheduled": "It starts at the time it was submitted for.",
@@ -7452,27 +7481,52 @@ const WHY = {              // what a phase, or else a status, means for someone 
 /* Build an element. A prop is an attribute; ".name" is a property that morph() keeps current; "key" tells
    siblings apart. Children are elements or text, in arrays if need be; null, false and "" are left out. */
 const el = (tag, props, ...children) => made(document.createElement(tag), props, children);
-const svg = (tag, props, ...children) => made(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
+const svg = (tag, props, ...children) =>
+  made(document.createElementNS("http://www.w3.org/2000/svg", tag), props, children);
 
 function made(node, props, children) {
   node.props = props ?? {};
   for (const name in node.props) setProp(node, name, node.props[name]);
-  node.append(...children.flat(Infinity).filter(isThere));
+  node.append(...flat(children));
   return node;
 }
 
 function setProp(node, name, value) {
-  const property = name[0] === "." ? name.slice(1) : name === "key" && name;
-  if (property) node[property] !== value && (node[property] = value);
-  else if (value === "" || isThere(value)) node.setAttribute(name, value === true ? "" : value);
-  else node.removeAttribute(name);
+  const property = name === "key" ? name : name[0] === "." && name.slice(1);
+  if (property) {
+    if (node[property] !== value) node[property] = value;
+  } else if (value === "" || isThere(value)) {
+    node.setAttribute(name, value === true ? "" : value);
+  } else {
+    node.removeAttribute(name);
+  }
 }
 
 const isThere = value => value !== undefined && value !== null && value !== false && value !== "";
-const flag = (label, props) => el("label", { class: "flag" }, el("input", { type: "checkbox", ...props }), label);
-const button = (label, onclick, props) => el("button", { type: "button", ".onclick": onclick, ...props }, label);
-const link = (path, ...text) => el("a", { href: BASE + path }, ...text);
+const flat = content => content.flat(Infinity).filter(isThere);
 const byId = id => document.getElementById(id);
+const fill = (id, content) => morphChildren(byId(id), flat(content));
+
+const button = (label, onclick, props) => el("button", { type: "button", ".onclick": onclick, ...props }, label);
+const flag = (label, props) => el("label", { class: "flag" }, el("input", { type: "checkbox", ...props }), label);
+const heading = (...text) => el("h1", { tabindex: -1 }, ...text);
+const link = (path, ...text) => el("a", { href: BASE + path }, ...text);
+const section = (title, ...content) => el("section", { key: title }, el("h2", null, title), ...content);
+const small = (...text) => el("small", null, ...text);
+
+const tabs = (label, ...items) => el("nav", { key: label, "aria-label": label }, el("ul", { class: "tabs" }, items));
+const tab = (path, isHere, ...text) =>
+  el("li", null, el("a", { href: BASE + path, "aria-current": isHere && "true" }, ...text));
+
+/* A column is its title and a function from an item to what stands in it. The first one names the item. */
+const table = (columns, items, key) =>
+  tableOf(columns.map(([title]) => title), items.map(item => tableRow(columns, item, { key: item[key] })));
+const tableOf = (titles, rows, props) => el("table", { key: "table", ...props },
+  el("thead", null, el("tr", null, titles.map(title => el("th", { scope: "col" }, title)))),
+  el("tbody", null, rows));
+const tableRow = ([[, name], ...columns], item, props) => el("tr", props,
+  el("th", { scope: "row" }, name(item)),
+  columns.map(([title, cell]) => el("td", { "data-label": title }, cell(item))));
 
 /* Make `old` look like `fresh` by changing only what differs, so that focus, scroll, selected text and
    what someone is typing survive. With ".own" the children are somebody else's business. */
@@ -7492,23 +7546,22 @@ function morph(old, fresh) {
 const alike = (old, fresh) => old && old.key === fresh.key && old.nodeName === fresh.nodeName;
 
 function morphChildren(parent, children) {
-  const olds = [...parent.childNodes];
-  if (olds.length === children.length && olds.every((old, i) => alike(old, children[i]))) {
-    return olds.forEach((old, i) => morph(old, children[i]));          // nearly always: as quick as it gets
-  }
   // What is gone goes first: to move a node takes the focus away from it, so nothing may be in its place.
   const wanted = new Set(children.map(child => child.key)), keyed = new Map();
-  for (const old of olds) wanted.has(old.key) ? keyed.set(old.key, old) : old.remove();
+  for (const old of [...parent.childNodes]) {
+    if (wanted.has(old.key)) keyed.set(old.key, old);
+    else old.remove();
+  }
   let next = parent.firstChild;
   for (const child of children) {
     const old = child.key === undefined ? next : keyed.get(child.key);
-    if (alike(old, child)) {
-      if (old === next) next = next.nextSibling;
-      else parent.insertBefore(old, next);
-      morph(old, child);
-    } else {
+    if (!alike(old, child)) {
       parent.insertBefore(child, next);
+      continue;
     }
+    if (old === next) next = next.nextSibling;
+    else parent.insertBefore(old, next);
+    morph(old, child);
   }
   for (const rest of [...parent.childNodes].slice(children.length)) rest.remove();
 }
@@ -7518,22 +7571,21 @@ function morphChildren(parent, children) {
 /* Path -> [ETag, body]. The browser's cache could do this, but would not say that a body is an old one,
    and what counts up from it would jump back at each poll. */
 const answers = new Map();
-let token = null, readOnly = false;
 let ahead = 0;                         // milliseconds that the app's clock is ahead of this one
 const now = () => Date.now() + ahead;
 
 async function get(path, signal) {
-  const [known, kept] = answers.get(path) ?? [];
-  const headers = known ? { "If-None-Match": known } : {};
+  const [tag, kept] = answers.get(path) ?? [];
+  const headers = tag ? { "If-None-Match": tag } : {};
   const response = await fetch(BASE + path, { signal, headers, cache: "no-store" });
   if (response.status === 304) return kept;
-  const body = await bodyOf(response), etag = response.headers.get("ETag");
-  body.atLeast = response.headers.get("X-Bgjobs-At-Least")?.split(",") ?? [];      // the statuses that were not counted to the end
+  const body = await bodyOf(response);
+  body.atLeast = response.headers.get("X-Bgjobs-At-Least")?.split(",") ?? [];      // statuses not counted to the end
   const off = Date.parse(response.headers.get("Date")) - Date.now();
   ahead = Math.abs(off) > 5000 ? off : 0;                // less is the way here
   for (const each of body.jobs ?? [body]) each.at = now();
   if (answers.size > 200) answers.clear();
-  if (etag) answers.set(path, [etag, body]);
+  answers.set(path, [response.headers.get("ETag"), body]);
   return body;
 }
 
@@ -7544,47 +7596,54 @@ async function bodyOf(response) {
   throw Object.assign(new Error(body.error ?? `The app answered with status ${status}.`), { status });
 }
 
-async function session() {
-  if (!token) ({ token, read_only: readOnly } = await fetch(BASE + "api/session", { cache: "no-store" }).then(bodyOf));
-}
+let granted = null;                    // { token, read_only }
+const session = async () => granted ??= await bodyOf(await fetch(BASE + "api/session", { cache: "no-store" }));
 
-async function post(path, body, again = true) {
-  await session();
-  const headers = { "Content-Type": "application/json", "X-Bgjobs-Token": token };
-  const response = await fetch(BASE + path, { method: "POST", headers, body: JSON.stringify(body) });
-  if (response.status === 403 && again) {                // the app was started again since we asked
-    token = null;
-    return post(path, body, false);
+async function post(path, body) {
+  const send = async () => fetch(BASE + path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json", "X-Bgjobs-Token": (await session()).token },
+    body: JSON.stringify(body),
+  });
+  let response = await send();
+  if (response.status === 403) {       // the app was started again since we asked for the token
+    granted = null;
+    response = await send();
   }
   return bodyOf(response);
 }
 
 // Words ---------------------------------------------------------------------------------------------------
 
-const two = number => String(number).padStart(2, "0");
 const grouped = new Intl.NumberFormat("en");
 const count = number => number > 10000 ? "10,000+" : grouped.format(number);
 const percent = progress => Math.floor(progress * 100) + "%";
-const nameOf = job => /[^\s\p{Cf}]/u.test(job.label ?? "") ? job.label : job.name;      // a label that nobody sees is none
-const named = job => `\u2068${nameOf(job)}\u2069`;         // in a text: whatever its direction, the rest keeps its own
+const listed = (...parts) => parts.filter(Boolean).join(", ");
+const nameOf = job => /[^\s\p{Cf}]/u.test(job.label ?? "") ? job.label : job.name;      // for a label that can be seen
+const named = job => `\u2068${nameOf(job)}\u2069`;       // in a text: whatever its direction, the rest keeps its own
+
+/* 2026-12-31 23:59:59 where the reader is; null for a time that no calendar has. */
+function localTime(seconds) {
+  const date = new Date(seconds * 1000), local = new Date(date - date.getTimezoneOffset() * 60000);
+  return isNaN(local) ? null : local.toISOString().slice(0, 19).replace("T", " ");
+}
 
 function when(seconds, inFull) {
-  if (seconds === null) return null;
-  const date = new Date(seconds * 1000);
-  if (isNaN(date)) return String(seconds);
-  const day = [date.getFullYear(), two(date.getMonth() + 1), two(date.getDate())].join("-");
-  const clock = date.toTimeString().slice(0, 8);
-  const isToday = date.toDateString() === new Date().toDateString();
-  const text = inFull ? `${day} ${clock}` : isToday ? clock : `${day} ${clock.slice(0, 5)}`;
-  return el("time", { datetime: date.toISOString(), title: date.toISOString() }, text);
+  const text = seconds !== null && localTime(seconds);
+  if (!text) return seconds;
+  const isToday = text.slice(0, 10) === localTime(Date.now() / 1000).slice(0, 10);
+  const iso = new Date(seconds * 1000).toISOString();
+  const short = isToday ? text.slice(11) : text.slice(0, 16);
+  return el("time", { datetime: iso, title: iso }, inFull ? text : short);
 }
 
 function span(seconds) {
-  if (seconds < 10) return (seconds && seconds.toFixed(seconds < 1 ? 2 : 1)) + " s";
-  const [days, hours, minutes] = [seconds / 86400, seconds / 3600, seconds / 60].map(Math.floor);
-  if (days) return `${days} d ${two(hours % 24)} h`;
-  if (hours) return `${hours} h ${two(minutes % 60)} min`;
-  return minutes ? `${minutes} min ${two(Math.floor(seconds % 60))} s` : `${Math.floor(seconds)} s`;
+  if (seconds < 0.005) return "0 s";
+  if (seconds < 10) return seconds.toFixed(seconds < 1 ? 2 : 1) + " s";
+  const [days, hours, minutes, rest] = [86400, 3600, 60, 1].map(unit => Math.floor(seconds / unit));
+  if (days) return `${days} d ${hours % 24} h`;
+  if (hours) return `${hours} h ${minutes % 60} min`;
+  return minutes ? `${minutes} min ${rest % 60} s` : `${rest} s`;
 }
 
 /* Seconds since the app said so: what grows in the app grows here between two polls. */
@@ -7600,16 +7659,23 @@ function eta(job) {
   return left < 3600 ? `${Math.round(left / 60)} min left` : `${span(left)} left`;
 }
 
-function childrenOf({ children: { total, done, failed, running } }) {
-  return total > 0 && [`${count(done)} of ${count(total)} done`, running && `${count(running)} running`,
-    failed && `${count(failed)} failed`].filter(Boolean).join(", ");
+const childrenOf = ({ children: { total, done, failed, running } }) => total > 0 && listed(
+  `${count(done)} of ${count(total)} done`,
+  running && `${count(running)} running`,
+  failed && `${count(failed)} failed`);
+
+const statusOf = (status, phase) =>
+  [el("span", { class: "status", "data-status": status }, status), phase && small(phase)];
+
+function progress(job) {
+  if (job.progress === null) return eta(job);
+  const text = small(listed(percent(job.progress), eta(job)));
+  if (job.status === "finished") return text;
+  return el("div", { class: "progress", title: job.message },
+    el("progress", { max: 1, value: job.progress, "aria-label": `Progress of job ${job.id}` }), text);
 }
 
-const status = job => el("span", { class: "status", "data-status": job.status }, job.status);
-
-const progress = job => job.progress === null ? eta(job) : job.status === "finished" ? el("small", null, "100%") : el("div", { class: "progress", title: job.message },
-  el("progress", { max: 1, value: job.progress, "aria-label": `Progress of job ${job.id}` }),
-  el("small", null, [percent(job.progress), eta(job)].filter(Boolean).join(", ")));
+const badCount = number => number > 0 && el("b", { class: "bad" }, count(number));
 
 // The table of jobs ---------------------------------------------------------------------------------------
 
@@ -7618,146 +7684,155 @@ const COLUMNS = [
   ["Waiting", waiting],
   ["Start date", job => when(job.started_at)],
   ["Duration", duration],
-  ["Status", job => [status(job), job.phase && el("small", null, job.phase)]],
-  ["Errors", job => job.errors > 0 && el("b", { class: "bad" }, count(job.errors))],
+  ["Status", job => statusOf(job.status, job.phase)],
+  ["Errors", job => badCount(job.errors)],
   ["Low priority", job => job.low_priority && "yes"],
   ["Run by", job => job.run_by],
   ["Progress", progress],
   ["Children", childrenOf],
 ];
 
-const opened = new Map();              // path of a row ("7", "7/9") -> how many of its children to show
+const opened = new Set();              // paths ("7", "7/9") of the rows whose children are shown
 const selected = new Set();            // ids
 let everything = false;                // all that match the filters are, also those that are not shown
 let shown = new Map();                 // id -> job, for every row on the page
+const include = (set, item, isIn) => isIn ? set.add(item) : set.delete(item);
 
 /* Fetch the children of every row that is open, however deep. */
 async function loadOpened(jobs, prefix, signal) {
   await Promise.all(jobs.map(async job => {
-    const limit = opened.get(prefix + job.id);
-    const kids = limit ? await get(`api/jobs?parent=${job.id}&system=true&limit=${limit}`, signal) : null;
-    if (kids) await loadOpened(kids.jobs, prefix + job.id + "/", signal);
-    job.kids = kids;
+    const path = prefix + job.id, children = `api/jobs?parent=${job.id}&system=true&limit=${MOST_CHILDREN}`;
+    job.kids = opened.has(path) ? await get(children, signal) : null;
+    if (job.kids) await loadOpened(job.kids.jobs, path + "/", signal);
   }));
 }
 
 function jobTable(jobs, prefix = "", more = null) {
-  const ids = jobs.map(job => job.id), chosen = ids.filter(id => selected.has(id)).length;
-  const pickAll = event => pick(ids, event.target.checked);
-  return el("table", { key: "table", class: "cards jobs" },
-    el("thead", null, el("tr", null,
-      el("th", { class: "pick" }, checkbox("Select all", chosen > 0 && chosen === ids.length, pickAll)),
-      ["Job", ...COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
-    el("tbody", null, jobs.map(job => jobRows(job, prefix, 0)), more));
+  const ids = jobs.map(job => job.id), areAll = ids.every(id => selected.has(id));
+  const head = el("div", { class: "job" }, checkbox("Select all", areAll, ids), el("span", { class: "twist" }), "Job");
+  const rows = jobs.map(job => jobRows(job, prefix, 0));
+  return tableOf([head, ...COLUMNS.map(([title]) => title)], [rows, more], { class: "jobs" });
 }
 
 function jobRows(job, prefix, depth) {
   shown.set(job.id, job);
-  const path = prefix + job.id, kids = opened.has(path) && job.kids;
-  const row = el("tr", { key: path, class: selected.has(job.id) && "selected" },
-    el("td", { class: "pick" },
-      checkbox(`Select job ${job.id}`, selected.has(job.id), event => pick([job.id], event.target.checked))),
-    el("th", { scope: "row" }, el("div", { class: "job" },
-      Array.from({ length: Math.min(depth, 8) }, () => el("span", { class: "indent" })),
-      job.children.total > 0 ? disclosure(job, path) : el("span", { class: "twist" }),
-      el("span", null, link(`jobs/${job.id}`, el("bdi", null, nameOf(job))), " ", el("small", null, `#${job.id}`)))),
-    COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(job))));
-  return [row, kids && kids.jobs.map(kid => jobRows(kid, path + "/", depth + 1)), kids && moreRow(job, path, kids)];
+  const path = prefix + job.id, kids = opened.has(path) && job.kids, isSelected = selected.has(job.id);
+  const name = () => el("div", { class: "job" },
+    checkbox(`Select job ${job.id}`, isSelected, [job.id]),
+    Array.from({ length: Math.min(depth, 8) }, () => el("span", { class: "indent" })),
+    job.children.total > 0 ? disclosure(job, path) : el("span", { class: "twist" }),
+    el("span", null, link(`jobs/${job.id}`, el("bdi", null, nameOf(job))), " ", small(`#${job.id}`)));
+  const row = tableRow([["Job", name], ...COLUMNS], job, { key: path, class: isSelected && "selected" });
+  return [row, kids && [kids.jobs.map(kid => jobRows(kid, path + "/", depth + 1)), moreRow(job, path)]];
 }
 
-const checkbox = (label, checked, onchange) => el("label", null,
-  el("input", { type: "checkbox", "aria-label": label, ".checked": checked, ".onchange": onchange }));
+function checkbox(label, checked, ids) {
+  const pick = ({ target }) => {
+    everything = false;
+    for (const id of ids) include(selected, id, target.checked);
+    draw();
+  };
+  return el("label", { class: "pick" },
+    el("input", { type: "checkbox", "aria-label": label, ".checked": checked, ".onchange": pick }));
+}
 
 function disclosure(job, path) {
-  const open = opened.has(path);
-  const toggle = () => (open ? opened.delete(path) : opened.set(path, PAGE), poll());
-  return button(open ? "\u25be" : "\u25b8", toggle,
-    { class: "twist", "aria-expanded": String(open), "aria-label": `Children of job ${job.id}` });
+  const isOpen = opened.has(path);
+  const toggle = () => {
+    include(opened, path, !isOpen);
+    poll();
+  };
+  return button(isOpen ? "\u25be" : "\u25b8", toggle,
+    { class: "twist", "aria-expanded": String(isOpen), "aria-label": `Children of job ${job.id}` });
 }
 
-/* The way to the children that are not shown; beyond MOST of them, a list of their own. */
-function moreRow(job, path, { jobs, next }) {
-  if (next === null) return null;
-  const way = jobs.length < MOST
-    ? button("More children", () => (opened.set(path, Math.min(MOST, jobs.length + PAGE)), poll()))
-    : link(`?parent=${job.id}`, "All children as a list");
-  return el("tr", { key: path + "/more" }, el("td", { class: "more", colspan: COLUMNS.length + 2 }, way));
-}
-
-function pick(ids, on) {
-  everything = false;
-  for (const id of ids) on ? selected.add(id) : selected.delete(id);
-  draw();
-}
+/* The way to all children, where they are too many for a tree. */
+const moreRow = (job, path) => job.kids.next !== null && el("tr", { key: path + "/more" },
+  el("td", { class: "more", colspan: COLUMNS.length + 1 }, link(`?parent=${job.id}`, "All children as a list")));
 
 // Operations ----------------------------------------------------------------------------------------------
 
+const say = text => byId("answer").textContent = text;
+
+/* What may be asked of a job, but for a priority that it has. */
+const offered = job =>
+  job.operations.filter(name => name !== (job.low_priority ? "set_low_priority" : "remove_low_priority"));
+
+function clearSelection() {
+  say("");
+  selected.clear();
+  everything = false;
+  draw();
+}
+
+function selectEverything() {
+  everything = true;
+  draw();
+}
+
 function bulkBar() {
   const ids = [...selected];
-  const clear = () => (say(""), selected.clear(), everything = false, draw());
-  if (everything) return [
-    el("b", null, `All ${matching(here)} that match`),
-    Object.keys(OPERATIONS).map(name => operationButton(name, null)),
-    button("Clear selection", clear),
-  ];
-  if (!ids.length) return byId("answer").textContent ? [button("Close", () => (say(""), draw()))] : [];
-  const allowed = new Set(ids.flatMap(id => shown.get(id).operations.filter(changesSomething, shown.get(id))));
+  if (!ids.length && !everything) return [byId("answer").textContent && button("Close", clearSelection)];
+  const allowed = everything ? Object.keys(OPERATIONS) : ids.flatMap(id => offered(shown.get(id)));
+  const isPart = here.view.load === loadList && (here.data.next !== null || here.query.has("before"));
   return [
-    el("b", null, `${ids.length} selected`),
-    here.view.load === loadList && allowed.size > 0 && (here.data.next !== null || here.query.has("before"))
-      && button(`Select all ${matching(here)} that match`, () => (everything = true, draw())),
-    Object.keys(OPERATIONS).map(name => operationButton(name, ids, { disabled: !allowed.has(name) })),
-    button("Clear selection", clear),
+    el("b", null, everything ? `All ${matching()} that match` : `${ids.length} selected`),
+    isPart && !everything && allowed.length > 0 && button(`Select all ${matching()} that match`, selectEverything),
+    Object.keys(OPERATIONS).map(name =>
+      operationButton(name, everything ? null : ids, { disabled: !allowed.includes(name) })),
+    button("Clear selection", clearSelection),
   ];
 }
 
-/* How many jobs pass all filters, in words. */
-function matching({ query, data: { counts, atLeast } }) {
-  const names = query.has("status") ? [query.get("status")] : STATUSES;
-  const sum = names.reduce((total, name) => total + (counts[name] ?? 0), 0);
-  return grouped.format(sum) + (names.some(name => counts[name] > 10000 || atLeast.includes(name)) ? "+" : "");
+/* How many jobs have one of these statuses, in words. */
+function countOf(statuses, { counts, atLeast }) {
+  const sum = statuses.reduce((total, name) => total + Math.min(counts[name] ?? 0, 10000), 0);
+  return grouped.format(sum) + (statuses.some(name => counts[name] > 10000 || atLeast.includes(name)) ? "+" : "");
 }
+
+const matching = () => countOf(here.query.has("status") ? [here.query.get("status")] : STATUSES, here.data);
 
 const operationButton = (name, ids, props) =>
-  button(OPERATIONS[name][0], () => operate(name, ids), { key: name, ...props });
+  button(OPERATIONS[name][0], () => operateOnJobs(name, ids), { key: name, ...props });
 
-async function operate(operation, ids) {
-  const [label, , grave] = OPERATIONS[operation];
-  const whom = !ids ? `all ${matching(here)} jobs that match` : ids.length === 1 ? `job ${ids[0]} (${named(shown.get(ids[0]))})`
-    : `${ids.length} jobs`;
-  const warning = [!ids && "It goes to each job that passes the filters now, also to those that are not shown.", grave].filter(Boolean).join(" ");
-  const body = ids ? { ids } : { filter: filterOf(here.query) };
+/* ids: null for all jobs that match. */
+function operateOnJobs(name, ids) {
+  const [label, done, warning = ""] = OPERATIONS[name], path = "api/jobs/" + name;
+  if (ids) {
+    const whom = ids.length === 1 ? `job ${ids[0]} (${named(shown.get(ids[0]))})` : `${ids.length} jobs`;
+    return operate(path, [label, done, warning], whom, { ids });
+  }
+  const all = "It goes to each job that passes the filters now, also to those that are not shown. ";
+  const filter = Object.fromEntries(filtersOf(here.query));
+  return operate(path, [label, done, all + warning], `all ${matching()} jobs that match`, { filter });
+}
+
+/* Do it, after a question where there is a warning, and say what came of it. */
+async function operate(path, [label, done, warning], whom, body) {
   if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
-  if (!ids) say("Working on it\u2026");
+  if (body.filter) say("Working on it\u2026");
   try {
-    say(describe(operation, await post("api/jobs/" + operation, body)));
+    say(outcome(done, await post(path, body)));
   } catch (error) {
     say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
   }
   poll();
 }
 
-function describe(operation, { done, refused }) {
+function outcome(word, { done, refused }) {
   const reasons = [...new Set(refused.map(({ why }) => why))];
   const rest = reasons.length > 3 ? `, and ${reasons.length - 3} other reasons` : "";
-  return [
-    (done.length || !refused.length) && `${done.length} ${OPERATIONS[operation][1]}`,
-    refused.length && `${refused.length} refused: ${reasons.slice(0, 3).join(". ")}${rest}`,
-  ].filter(Boolean).join(", ");
+  return listed(
+    (done.length > 0 || !refused.length) && `${done.length} ${word}`,
+    refused.length > 0 && `${refused.length} refused: ${reasons.slice(0, 3).join(". ")}${rest}`);
 }
-
-/* Tell people when what they asked for comes to nothing. */
-const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
-const say = text => byId("answer").textContent = text;
 
 function confirmed(title, text, yes) {
   const dialog = byId("confirm");
   byId("confirm-title").textContent = title;
   byId("confirm-text").textContent = text;
   byId("confirm-yes").textContent = yes;
-  byId("confirm-yes").onclick = () => dialog.close("yes");
-  byId("confirm-no").onclick = () => dialog.close("no");
-  dialog.returnValue = "no";
+  dialog.returnValue = "";             // which Escape leaves as it is
   dialog.showModal();
   return new Promise(resolve => dialog.onclose = () => resolve(dialog.returnValue === "yes"));
 }
@@ -7768,94 +7843,92 @@ const TEXTS = [["q", "Text", "search"], ["name", "Name", "search"], ["run_by", "
   ["created_from", "Created from", "datetime-local"], ["created_to", "Created to", "datetime-local"]];
 const FLAGS = [["errors", "With errors"], ["low_priority", "Low priority"], ["system", "System jobs"],
   ["children", "Children too"]];
+const FILTERS = [...TEXTS, ...FLAGS].map(([name]) => name);
 const isOn = value => value === "true" || value === "1";
 let filtersOpen = false;               // where the window is narrow
 
-/* The page's query string is the interface's, but for local times and for children, who are left out. */
-function listPath(query) {
-  const asked = new URLSearchParams(query);
+/* The filters in the page's query string as the interface has them: times are Unix seconds, and children are left out
+   unless they are asked for. */
+function filtersOf(query) {
+  const filters = new URLSearchParams(query);
   for (const name of ["created_from", "created_to"]) {
-    if (asked.has(name)) asked.set(name, new Date(asked.get(name)) / 1000);
+    if (filters.has(name)) filters.set(name, new Date(filters.get(name)) / 1000);
   }
-  if (!isOn(asked.get("children")) && !asked.has("parent")) asked.set("parent", "none");
-  asked.delete("children");
-  asked.set("limit", PAGE);
-  return "api/jobs?" + asked;
+  if (!isOn(filters.get("children")) && !filters.has("parent")) filters.set("parent", "none");
+  filters.delete("children");
+  filters.delete("before");
+  return filters;
 }
 
-/* What passes the filters, for operations and exports, as the interface has it. */
-function filterOf(query) {
-  const asked = new URLSearchParams(listPath(query).split("?")[1]);
-  asked.delete("limit"), asked.delete("before");
-  return Object.fromEntries(asked);
-}
-
-const withParam = (query, changes) => {
+/* A query string with changes, which lead to the first page of what they find. */
+function withParams(query, changes) {
   const params = new URLSearchParams(query);
   params.delete("before");
-  for (const [name, value] of Object.entries(changes)) value ? params.set(name, value) : params.delete(name);
+  for (const [name, value] of Object.entries(changes)) {
+    if (value) params.set(name, value);
+    else params.delete(name);
+  }
   return String(params) && "?" + params;
-};
+}
 
-const loadList = async ({ query }, signal) => {
-  const answer = await get(listPath(query), signal);
+async function loadList({ query }, signal) {
+  const asked = filtersOf(query);
+  asked.set("limit", PAGE);
+  if (query.has("before")) asked.set("before", query.get("before"));
+  const answer = await get("api/jobs?" + asked, signal);
   await loadOpened(answer.jobs, "", signal);
   return answer;
-};
+}
 
-function drawList({ query, data: { jobs, next, counts, atLeast } }) {
-  const filtered = [...query.keys()].length > 0, parent = query.get("parent");
-  const busy = ["running", "failed"].filter(name => counts[name]).map(name => `${count(counts[name])} ${name}`);
-  document.title = `${busy.join(", ") || "Jobs"} - bgjobs`;
+function drawList({ query, data }) {
+  const { jobs, next, counts } = data, parent = query.get("parent");
+  const busy = ["running", "failed"].map(name => counts[name] && `${count(counts[name])} ${name}`);
+  document.title = `${listed(...busy) || "Jobs"} - bgjobs`;
   markIcon(counts);
+  const statusTab = (name, statuses) => tab(withParams(query, { status: name }), (query.get("status") ?? "") === name,
+    name || "all", " ", small(countOf(statuses, data)));
   const isPart = next !== null && jobs.length < PAGE;    // the time was up
-  const nothingMatches = el("p", { key: "empty", class: "empty" },
-    isPart ? `None of the jobs from #${next} on matches. ` : "No job matches the filters. ", link("", "Show all jobs"));
   return [
-    el("h1", { tabindex: -1 }, parent ? ["Children of ", link(`jobs/${parent}`, `job ${parent}`)] : "Jobs"),
-    tabs(query, counts, atLeast),
+    parent ? heading("Children of ", link(`jobs/${parent}`, `job ${parent}`)) : heading("Jobs"),
+    tabs("Status", statusTab("", STATUSES), STATUSES.map(name => statusTab(name, [name]))),
     filterForm(query),
-    jobs.length ? jobTable(jobs) : filtered ? nothingMatches : firstSteps(),
+    jobs.length > 0 && jobTable(jobs),
+    !jobs.length && (String(query) ? nothingMatches(isPart && next) : firstSteps()),
     el("nav", { key: "pages", "aria-label": "Pages", class: "pages" },
-      query.has("before") && link(withParam(query, {}), "Newest"),
-      next !== null && link(withParam(query, { before: next }), isPart ? `Search on before #${next}` : "Older"),
-      jobs.length > 0 && [el("span", { class: "spring" }), "Export all that match: ",
-        ["csv", "json"].map(format => el("a", { href: `${BASE}api/export?${new URLSearchParams({ ...filterOf(query), format })}`,
-          download: "" }, format.toUpperCase()))]),
+      query.has("before") && link(withParams(query, {}), "Newest"),
+      next !== null && link(withParams(query, { before: next }), isPart ? `Search on before #${next}` : "Older"),
+      jobs.length > 0 && el("span", { class: "export" },
+        "Export all that match:", exportLink(query, "csv"), exportLink(query, "json"))),
   ];
+}
+
+function exportLink(query, format) {
+  const asked = filtersOf(query);
+  asked.set("format", format);
+  return el("a", { href: `${BASE}api/export?${asked}`, download: true }, format.toUpperCase());
 }
 
 /* A dot on the tab's icon: red for failed jobs, green for running ones. */
 let bareIcon;
 function markIcon(counts) {
-  const icon = byId("icon"), colour = counts.failed ? "%23ff5a4f" : counts.running ? "%2344c767" : null;
+  const icon = byId("icon"), colour = counts.failed ? "ff5a4f" : counts.running && "44c767";
   bareIcon ??= icon.getAttribute("href");
-  const dot = colour ? `%3Ccircle cx='12' cy='12' r='4' fill='${colour}' stroke='%23fff'/%3E` : "";
+  const dot = colour ? `%3Ccircle cx='12' cy='12' r='4' fill='%23${colour}' stroke='%23fff'/%3E` : "";
   const href = bareIcon.replace("%3C/svg%3E", dot + "%3C/svg%3E");
   if (icon.getAttribute("href") !== href) icon.setAttribute("href", href);
 }
 
-function tabs(query, counts, atLeast) {
-  const tab = (name, number) => el("li", null, el("a", {
-    href: BASE + withParam(query, { status: name }),
-    "aria-current": (query.get("status") ?? "") === name && "true",
-  }, name || "all", " ", el("small", null, number)));
-  const counted = name => count(counts[name] ?? 0) + (atLeast.includes(name) && counts[name] <= 10000 ? "+" : "");
-  return el("nav", { key: "tabs", "aria-label": "Status" },
-    el("ul", { class: "tabs" }, tab("", matching({ query: new URLSearchParams(), data: { counts, atLeast } })),
-      STATUSES.map(name => tab(name, counted(name)))));
-}
-
 function filterForm(query) {
-  const active = [...TEXTS, ...FLAGS].filter(([name]) => query.has(name)).length;
+  const active = FILTERS.filter(name => query.has(name)).length;
   const toggle = () => { filtersOpen = !filtersOpen; };
-  return el("details", { key: "filters", class: "filtering", open: filtersOpen || matchMedia("(min-width: 80rem)").matches },
+  const open = filtersOpen || matchMedia("(min-width: 80rem)").matches;
+  return el("details", { key: "filters", class: "filtering", open },
     el("summary", { ".onclick": toggle }, active ? `Filters (${active})` : "Filters"),
-    el("form", { id: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
+    el("form", { id: "filters", class: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
       TEXTS.map(([name, label, type]) => el("label", null, label, el("input", { name, type, value: query.get(name) }))),
-      el("div", { class: "flags" }, FLAGS.map(([name, label]) =>
-        flag(label, { name, value: "true", checked: isOn(query.get(name)) }))),
-      active > 0 && link(withParam("", { status: query.get("status") }), "Clear filters")));
+      el("div", { class: "flags" },
+        FLAGS.map(([name, label]) => flag(label, { name, value: "true", checked: isOn(query.get(name)) })),
+        active > 0 && link(withParams("", { status: query.get("status") }), "Clear filters"))));
 }
 
 let typing;
@@ -7868,21 +7941,25 @@ function filterNow(event) {
   event?.preventDefault();
   clearTimeout(typing);
   if (!byId("filters")) return;        // gone to another view meanwhile
-  const entered = new FormData(byId("filters"));
-  const kept = new URLSearchParams(location.search);     // a box has no way to say that something must be false
-  const changes = Object.fromEntries([...TEXTS, ...FLAGS].map(([name]) =>
-    [name, entered.get(name) ?? (isOn(kept.get(name)) ? null : kept.get(name))]));
-  history.replaceState(null, "", BASE + withParam(location.search, changes));
+  const entered = new FormData(byId("filters")), kept = new URLSearchParams(location.search), changes = {};
+  for (const name of FILTERS) {        // a box has no way to say that something must be false: such a filter stays
+    changes[name] = entered.get(name) ?? (isOn(kept.get(name)) ? null : kept.get(name));
+  }
+  history.replaceState(null, "", BASE + withParams(kept, changes));
   visit({ typed: true });
 }
 
-const firstSteps = () => el("section", { key: "empty", class: "empty" },
+const empty = (...content) => el("section", { key: "empty", class: "empty" }, ...content);
+const nothingMatches = before => empty(
+  before ? `None of the jobs from #${before} on matches. ` : "No job matches the filters. ", link("", "Show all jobs"));
+const firstSteps = () => empty(
   el("p", null, "There are no jobs yet. Any importable function is one:"),
   el("pre", null, `import bgjobs
 
 def export(table):
     job = bgjobs.current_job()
-    for row in job.each(read(table)):    # progress, ETA and a place to stop
+    # with progress, ETA and places to stop:
+    for row in job.each(read(table)):
         write(row)
 
 bgjobs.submit(export, "users")`));
@@ -7905,17 +7982,24 @@ const FIELDS = [
   ["Function", job => el("code", null, job.name)],
 ];
 const BLOCKS = [["args", "Arguments"], ["kwargs", "Keyword arguments"], ["state", "Saved state"], ["result", "Result"]];
-const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
+const ATTEMPT_COLUMNS = [
+  ["Attempt", each => String(each.attempt)],
+  ["Start", each => when(each.started_at, true)],
+  ["End", each => when(each.ended_at, true)],
+  ["Took", each => each.started_at !== null && span((each.ended_at ?? now() / 1000) - each.started_at)],
+  ["Outcome", each => each.outcome ?? "under way"],
+  ["Error", each => each.error && el("code", null, each.error)],
+];
 
 async function loadJob(here, signal) {
-  const [id] = here.args, root = "job/" + id;
-  if (!opened.has(root)) opened.set(root, PAGE);
-  const log = here.log ??= { ...NO_LOG, job: id, level: "", text: "", regex: "", tree: "", follow: true, top: 0 };
+  const [id] = here.args, path = "api/jobs/" + id;
+  opened.add("job/" + id);
+  here.log ??= newLog({ job: id, level: "", text: "", regex: "", tree: false, follow: true });
   try {
-    const [job, { attempts, positions }] = await Promise.all([get("api/jobs/" + id, signal), get(`api/jobs/${id}/attempts`, signal),
-      loadLines(log, signal)]);
+    const [job, { attempts, positions }] = await Promise.all(
+      [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
     await loadOpened([job], "job/", signal);
-    const stack = runs(job) && (here.stack ?? job.status === "stopping") ? (await get(`api/jobs/${id}/stack`, signal)).stack : null;
+    const stack = showsStack(job) ? (await get(path + "/stack", signal)).stack : null;
     return { job, stack, attempts, positions };
   } catch (error) {
     if (error.status === 404) return { missing: error.message };
@@ -7924,7 +8008,7 @@ async function loadJob(here, signal) {
 }
 
 function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
-  if (missing) return [el("h1", { tabindex: -1 }, "No such job"), el("p", null, missing, " ", link("", "All jobs"))];
+  if (missing) return [heading("No such job"), el("p", null, missing, " ", link("", "All jobs"))];
   shown.set(job.id, job);
   const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
   document.title = `${job.status}${percentage} - ${named(job)} - bgjobs`;
@@ -7933,108 +8017,92 @@ function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
     el("nav", { key: "path", class: "path", "aria-label": "Path" }, link("", "Jobs"),
       root !== id && [" / ", link(`jobs/${root}`, `root job ${root}`)],
       parent !== null && parent !== root && [" / ", link(`jobs/${parent}`, `parent job ${parent}`)]),
-    el("h1", { tabindex: -1 }, el("bdi", null, nameOf(job)), " ", el("small", null, `#${id}`)),
-    el("p", { key: "status" }, status(job), job.phase && `, ${job.phase}`, " ",
-      el("small", null, WHY[job.phase] ?? WHY[job.status], " ", resumesAt(job, positions))),
-    el("p", { key: "operations", class: "buttons" }, job.operations.filter(changesSomething, job)
-      .map(name => operationButton(name, [id]))),
-    el("div", { key: "progress" }, progress(job), el("small", null, job.message)),
-    runs(job) && stackSection(job, stack),
+    heading(el("bdi", null, nameOf(job)), " ", small(`#${id}`)),
+    el("p", { key: "status" }, statusOf(job.status), job.phase && `, ${job.phase}`, " ",
+      small(WHY[job.phase] ?? WHY[job.status], " ", whereItGoesOn(job, positions))),
+    el("p", { key: "operations", class: "buttons" }, offered(job).map(name => operationButton(name, [id]))),
+    el("div", { key: "progress" }, progress(job), small(job.message)),
+    runs(job) && stackDetails(job, stack),
     job.error && section("Error", el("pre", { class: "error", tabindex: 0 }, job.error)),
     el("dl", { key: "fields" }, FIELDS.map(([title, field]) => [title, field(job)]).map(([title, value]) =>
       isThere(value) && el("div", { key: title }, el("dt", null, title), el("dd", null, value)))),
     el("div", { key: "values", class: "values" }, BLOCKS.map(([name, title]) => !isEmpty(job[name])
       && section(title, el("pre", { tabindex: 0 }, JSON.stringify(job[name], null, 2))))),
-    attempts.length > 1 && section("Attempts", attemptTable(attempts)),
-    kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path, kids))),
+    attempts.length > 1 && section("Attempts", table(ATTEMPT_COLUMNS, attempts, "attempt")),
+    kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path))),
     logSection(log),
   ];
 }
 
-/* Where the next attempt would go on, for a job that has begun and may have one. */
-function resumesAt(job, positions) {
-  if (job.attempt === 0 || job.phase === "waiting for children" || ["finished", "cancelled"].includes(job.status)) return null;
-  const saved = [positions.some(Boolean) && `after item ${positions.map(count).join(", then ")} of job.each()`, job.state !== null && "with the saved state below"];
-  return `${runs(job) ? "Interrupted now, it would go on" : "It would go on"} ${saved.filter(Boolean).join(", ") || "from its beginning: nothing is saved"}.`;
-}
-
-const ATTEMPT_COLUMNS = [
-  ["Start", each => when(each.started_at, true)], ["End", each => when(each.ended_at, true)],
-  ["Took", each => each.started_at !== null && span(Math.max(0, (each.ended_at ?? now() / 1000) - each.started_at))],
-  ["Outcome", each => each.outcome ?? "under way"], ["Error", each => each.error && el("code", null, each.error)],
-];
-
-const attemptTable = attempts => el("table", { class: "cards" },
-  el("thead", null, el("tr", null, ["Attempt", ...ATTEMPT_COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
-  el("tbody", null, attempts.map(each => el("tr", { key: each.attempt }, el("th", { scope: "row" }, String(each.attempt)),
-    ATTEMPT_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each)))))));
-
-/* Why is it still stopping? Here is where its thread is. */
-function stackSection(job, stack) {
-  const open = here.stack ?? job.status === "stopping";
-  const toggle = event => { event.preventDefault(), here.stack = !open, draw(), poll(); };
-  return el("details", { key: "stack", class: "stack", open },
-    el("summary", { ".onclick": toggle }, job.status === "stopping" ? "Where it is, on its way to a checkpoint" : "Where it is now"),
-    open && el("pre", { tabindex: 0 }, stack ?? "No thread of this process executes it: it runs in another process, or waits for children."));
-}
-
-const section = (title, ...content) => el("section", { key: title }, el("h2", null, title), ...content);
 const isEmpty = value => value === null || typeof value === "object" && Object.keys(value).length === 0;
 
-/* What a log starts with: none of its lines on the page, neither `fresh` ones to append nor `earlier` ones to put before the
-   `first`; the last one known is `after`. */
-const NO_LOG = { after: "", first: null, isWhole: false, wrong: "", get fresh() { return []; }, get earlier() { return []; } };
+/* Where the next attempt would go on, for a job that has begun and may have one. */
+function whereItGoesOn(job, positions) {
+  const hasNone = job.attempt === 0 || job.phase === "waiting for children";
+  if (hasNone || job.status === "finished" || job.status === "cancelled") return null;
+  const saved = listed(
+    positions.some(Boolean) && `after item ${positions.map(count).join(", then ")} of job.each()`,
+    job.state !== null && "with the saved state below");
+  return (runs(job) ? "Interrupted now, it would go on " : "It would go on ")
+    + (saved || "from its beginning: nothing is saved") + ".";
+}
 
-const linesPath = (log, more) => `api/jobs/${log.job}/logs?` + new URLSearchParams(Object.entries(
-  { level: log.level, text: log.text, tree: log.tree, ...more }).filter(([, value]) => value));
+/* Why is it still stopping? Here is where its thread is. */
+const showsStack = job => runs(job) && (here.stack ?? job.status === "stopping");
+
+function stackDetails(job, stack) {
+  const open = showsStack(job);
+  const toggled = ({ target }) => {
+    if (target.open === open) return;
+    here.stack = target.open;
+    poll();
+  };
+  return el("details", { key: "stack", open, ".ontoggle": toggled },
+    el("summary", null, job.status === "stopping" ? "Where it is, on its way to a checkpoint" : "Where it is now"),
+    open && el("pre", { tabindex: 0 },
+      stack ?? "No thread of this process executes it: it runs in another process, or waits for children."));
+}
+
+// The log of a job ----------------------------------------------------------------------------------------
+
+const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
+
+/* A log with its filters (others make another log), of which no line is known yet: neither the `first` one nor the
+   last, whose id is `after`. drawLines() has yet to put the `earlier` lines at its beginning and the `fresh` ones at
+   its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used; `top`: how far somebody
+   has scrolled. */
+const newLog = filters =>
+  ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "", top: 0 });
+
+async function getLines({ job, level, text, tree }, where, signal) {
+  const asked = Object.entries({ level, text, tree, ...where }).filter(([, value]) => value);
+  return (await get(`api/jobs/${job}/logs?${new URLSearchParams(asked)}`, signal)).logs;
+}
 
 async function loadLines(log, signal) {
-  const { logs } = await get(linesPath(log, { after: log.after, limit: LOG_PAGE }), signal);
-  const wanted = await matchingLines(log, logs);
-  log.fresh.push(...wanted);
-  log.after = logs.at(-1)?.id ?? log.after;
-  if (!log.first) log.isWhole = logs.length < LOG_PAGE, log.first = logs[0];
+  const lines = await getLines(log, { after: log.after, limit: LOG_PAGE }, signal);
+  log.fresh.push(...await matchingLines(log, lines));
+  log.after = lines.at(-1)?.id ?? log.after;
+  if (!log.first) {
+    log.first = lines[0];
+    log.isWhole = lines.length < LOG_PAGE;
+  }
   while (log.regex && !log.isWhole) await loadEarlier(log, signal);        // it is looked for in all lines
 }
 
 async function loadEarlier(log, signal) {
-  const { logs } = await get(linesPath(log, { until: log.first.at, limit: LOG_MOST }), signal);
-  const earlier = logs.filter(({ id }) => id < log.first.id);
-  log.isWhole = logs.length < LOG_MOST || !earlier.length;
+  const lines = await getLines(log, { until: log.first.at, limit: LOG_MOST }, signal);
+  const earlier = lines.filter(({ id }) => id < log.first.id);
+  log.isWhole = lines.length < LOG_MOST || !earlier.length;
   log.first = earlier[0] ?? log.first;
   log.earlier.unshift(...await matchingLines(log, earlier));
 }
 
-/* The lines are appended by drawLines(); another filter is another log, so it starts with an empty list. */
-function logSection(log) {
-  const refilter = name => event => {
-    const { value, checked, type } = event.target;
-    here.log = { ...here.log, [name]: type === "checkbox" ? checked : value, ...NO_LOG };
-    poll();
-  };
-  const follow = on => { log.follow = on; draw(); drawLines(here, on); };
-  const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) => {      // by a person, who went up
-    if (log.follow && scrollTop < log.top && scrollTop + clientHeight < scrollHeight - 40) follow(false);
-    log.top = scrollTop;
-  };
-  return section("Log",
-    el("p", { class: "filters" },
-      el("label", null, "Level", el("select", { ".value": log.level, ".onchange": refilter("level") },
-        el("option", { value: "" }, "all"), LEVELS.map(name => el("option", { value: name }, `${name} and above`)))),
-      el("label", null, "Text", el("input", { type: "search", ".value": log.text, ".oninput": refilter("text") })),
-      el("label", null, "Regex", el("input", { type: "search", ".value": log.regex, ".oninput": refilter("regex"),
-        "aria-invalid": log.wrong ? "true" : null, "aria-describedby": log.wrong ? "regex-wrong" : null })),
-      flag("Children too", { ".checked": Boolean(log.tree), ".onchange": refilter("tree") }),
-      flag("Follow", { ".checked": log.follow, ".onchange": event => follow(event.target.checked) })),
-    log.wrong && el("p", { key: "wrong", id: "regex-wrong", class: "bad" }, log.wrong),
-    !log.isWhole && button("Earlier lines", () => attempted(loadEarlier(log)), { key: "earlier", class: "earlier" }),
-    el("ol", { id: "log", key: log, ".own": true, ".onscroll": scrolled, tabindex: 0, "aria-label": "Log lines" }));
-}
-
-/* The lines that the log's expression is found in. It is tried here, so that a slow one keeps nobody's app busy, and in a
-   worker, so that it does not keep the page busy either. */
+/* The lines that the log's expression is found in. It is tried here, so that a slow one keeps nobody's app busy,
+   and in a worker, so that it does not keep the page busy either. */
 async function matchingLines(log, lines) {
-  if (!log.regex || log.wrong || !lines.length) return log.wrong ? [] : lines;
+  if (log.wrong) return [];
+  if (!log.regex || !lines.length) return lines;
   const worker = new Worker(BASE + "page.js");
   const { found, error } = await new Promise(resolve => {
     worker.onmessage = ({ data }) => resolve(data);
@@ -8057,12 +8125,44 @@ function tryExpression({ data: [source, messages] }) {
   }
 }
 
+function logSection(log) {
+  const refilter = (name, key) => ({ target }) => {
+    here.log = newLog({ ...here.log, [name]: target[key] });
+    poll();
+  };
+  const search = (label, name, props) => el("label", null, label,
+    el("input", { type: "search", ".value": log[name], ".oninput": refilter(name, "value"), ...props }));
+  const follow = on => {
+    log.follow = on;
+    draw();
+    drawLines(here, on);
+  };
+  const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) => {
+    const isUp = scrollTop < log.top && scrollTop + clientHeight < scrollHeight - 40;
+    if (log.follow && isUp) follow(false);               // a person did that
+    log.top = scrollTop;
+  };
+  return section("Log",
+    el("p", { class: "filters" },
+      el("label", null, "Level", el("select", { ".value": log.level, ".onchange": refilter("level", "value") },
+        el("option", { value: "" }, "all"), LEVELS.map(name => el("option", { value: name }, `${name} and above`)))),
+      search("Text", "text"),
+      search("Regex", "regex", log.wrong ? { "aria-invalid": "true", "aria-describedby": "regex-wrong" } : {}),
+      flag("Children too", { ".checked": log.tree, ".onchange": refilter("tree", "checked") }),
+      flag("Follow", { ".checked": log.follow, ".onchange": ({ target }) => follow(target.checked) })),
+    log.wrong && el("p", { key: "wrong", id: "regex-wrong", class: "bad" }, log.wrong),
+    !log.isWhole && button("Earlier lines", () => attempted(loadEarlier(log)), { key: "earlier", class: "earlier" }),
+    el("ol", { id: "log", key: log, ".own": true, ".onscroll": scrolled, tabindex: 0, "aria-label": "Log lines" }));
+}
+
+/* Say it when what a person asked for comes to nothing. */
+const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
+
+/* Put the lines that have come into the list. */
 function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
   if (data.missing) return;
   const list = byId("log"), isPart = log.level || log.text || log.regex;
-  const around = { class: "twist", "aria-expanded": "false", "aria-label": "The lines around this one", title: "The lines around this one" };
-  const drawn = lines => lines.splice(0).map(line =>
-    logLine(line, log.tree, isPart && button("\u2195", ({ currentTarget }) => attempted(toggleContext(line, currentTarget)), around)));
+  const drawn = lines => lines.splice(0).map(line => logLine(line, log.tree, isPart && contextButton(line)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
   list.prepend(...earlier);
   if (earlier.length) list.scrollTop += list.scrollHeight - height;
@@ -8071,92 +8171,90 @@ function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
   if (log.follow && toTheEnd) list.scrollTop = list.scrollHeight;
 }
 
-const logLine = ({ job_id, at, level, message }, tree, tool, surrounds) => el("li", { "data-level": level, "data-around": surrounds },
-  tool, when(at), " ", tree && [link(`jobs/${job_id}`, `#${job_id}`), " "], el("b", null, level), " ", message);
+const logLine = ({ job_id, at, level, message }, tree, tool, around) =>
+  el("li", { "data-level": level, "data-around": around },
+    tool, when(at), " ", tree && [link(`jobs/${job_id}`, `#${job_id}`), " "], el("b", null, level), " ", message);
+
+const contextButton = line => button("\u2195", ({ currentTarget }) => attempted(toggleContext(line, currentTarget)),
+  { class: "twist", "aria-expanded": "false", title: "The lines around this one" });
 
 /* Show, or hide, what a line's job logged before and after it, whatever the filters say. */
-async function toggleContext(line, toggle) {
-  const item = toggle.parentElement, isOpen = toggle.getAttribute("aria-expanded") === "true";
-  toggle.setAttribute("aria-expanded", String(!isOpen));
-  for (const old of byId("log").querySelectorAll(`[data-around="${line.id}"]`)) old.remove();
-  if (isOpen) return;
+async function toggleContext({ id, at, job_id: job }, toggle) {
+  const isOpen = () => toggle.getAttribute("aria-expanded") === "true";
+  toggle.setAttribute("aria-expanded", String(!isOpen()));
+  for (const old of byId("log").querySelectorAll(`[data-around="${id}"]`)) old.remove();
+  if (!isOpen()) return;
   here.log.follow = false;             // somebody reads
-  const lines = `api/jobs/${line.job_id}/logs?limit=`;
-  const [before, after] = await Promise.all([get(`${lines}${CONTEXT + 1}&until=${line.at}`), get(`${lines}${CONTEXT}&after=${line.id}`)]);
-  const made = logs => logs.map(each => logLine(each, here.log.tree, null, line.id));
-  if (toggle.getAttribute("aria-expanded") === "true") {
-    item.before(...made(before.logs.filter(({ id }) => id < line.id)));
-    item.after(...made(after.logs));
-  }
+  const [before, after] = await Promise.all(
+    [getLines({ job }, { until: at, limit: CONTEXT + 1 }), getLines({ job }, { after: id, limit: CONTEXT })]);
+  if (!isOpen()) return;
+  const drawn = lines => lines.map(line => logLine(line, here.log.tree, null, id));
+  toggle.parentElement.before(...drawn(before.filter(line => line.id < id)));
+  toggle.parentElement.after(...drawn(after));
 }
 
 // Schedules -----------------------------------------------------------------------------------------------
 
-const loadSchedules = async (here, signal) => (await session(), get("api/schedules", signal));
-
-function drawSchedules({ data: { schedules } }) {
-  document.title = "Schedules - bgjobs";
-  return [
-    el("h1", { tabindex: -1 }, "Schedules"),
-    schedules.length ? el("table", { key: "table", class: "cards" },
-      el("thead", null, el("tr", null, ["Function", ...SCHEDULE_COLUMNS.map(([title]) => title), "Actions"]
-        .map(title => el("th", { scope: "col" }, title)))),
-      el("tbody", null, schedules.map(scheduleRow)))
-      : el("section", { key: "empty", class: "empty" },
-        el("p", null, "There are no schedules yet. This makes a job each night:"),
-        el("pre", null, 'bgjobs.every("30 2 * * *", clean_up, tz="UTC")')),
-  ];
-}
-
 const SCHEDULE_COLUMNS = [
-  ["Schedule", each => [el("code", null, each.schedule), each.tz && el("small", null, each.tz)]],
-  ["Next", each => each.next_at !== null ? [when(each.next_at), el("small", null, until(each.next_at))]
-    : each.paused ? "paused" : el("span", { class: "bad" }, "not in the code of any running process")],
+  ["Function", each => el("bdi", { title: each.name }, nameOf(each))],
+  ["Schedule", each => [el("code", null, each.schedule), each.tz && small(each.tz)]],
+  ["Next", nextTime],
   ["Last", each => when(each.last_at)],
   ["Last job", each => each.job_id && [link(`jobs/${each.job_id}`, `#${each.job_id}`), " ",
-    each.job_status ? status({ status: each.job_status }) : el("small", null, "removed since")]],
+    each.job_status ? statusOf(each.job_status) : small("removed since")]],
   ["Runs", each => count(each.runs)],
   ["Skipped", each => each.skipped > 0 && count(each.skipped)],
 ];
 
-function until(at) {
-  const seconds = at - now() / 1000;
-  return seconds > 0 ? `in ${span(Math.ceil(seconds))}` : "due";
-}
-
-function scheduleRow(each) {
-  const act = (label, name) => button(label, () => operateSchedule(name, each), { key: name, "aria-label": `${label}: ${named(each)}` });
-  return el("tr", { key: each.id },
-    el("th", { scope: "row" }, el("bdi", { title: each.name }, nameOf(each))),
-    SCHEDULE_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each))),
-    el("td", { "data-label": "Actions" }, !readOnly && el("div", { class: "buttons" },
-      act("Run now", "run_now"), each.paused ? act("Resume", "resume") : act("Pause", "pause"), !each.registered && act("Remove", "remove"))));
-}
-
-async function operateSchedule(operation, { id, label, name }) {
-  if (operation === "remove" && !await confirmed(`Remove the schedule of ${named({ label, name })}?`,
-    "Its jobs stay. It comes back when the app registers it again.", "Yes, remove")) return;
-  try {
-    const { refused } = await post("api/schedules/" + operation, { ids: [id] });
-    say(refused.length ? refused[0].why : { run_now: "Submitted", pause: "Paused", resume: "Resumed", remove: "Removed" }[operation]);
-  } catch (error) {
-    say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
+function nextTime(each) {
+  if (each.next_at === null) {
+    return each.paused ? "paused" : el("span", { class: "bad" }, "not in the code of any running process");
   }
-  poll();
+  const seconds = each.next_at - now() / 1000;
+  return [when(each.next_at), small(seconds > 0 ? `in ${span(Math.ceil(seconds))}` : "due")];
 }
+
+const loadSchedules = async (here, signal) =>
+  ({ ...await get("api/schedules", signal), isReadOnly: (await session()).read_only });
+
+function drawSchedules({ data: { schedules, isReadOnly } }) {
+  document.title = "Schedules - bgjobs";
+  const columns = isReadOnly ? SCHEDULE_COLUMNS : [...SCHEDULE_COLUMNS, ["Actions", scheduleButtons]];
+  const none = () => empty(
+    el("p", null, "There are no schedules yet. This makes a job each night:"),
+    el("pre", null, 'bgjobs.every("30 2 * * *", clean_up, tz="UTC")'));
+  return [heading("Schedules"), schedules.length ? table(columns, schedules, "id") : none()];
+}
+
+const scheduleButtons = each => el("div", { class: "buttons" },
+  ["run_now", each.paused ? "resume" : "pause", !each.registered && "remove"].filter(Boolean).map(name => {
+    const operation = SCHEDULE_OPERATIONS[name], [label] = operation, whom = `the schedule of ${named(each)}`;
+    return button(label, () => operate("api/schedules/" + name, operation, whom, { ids: [each.id] }),
+      { key: name, "aria-label": `${label}: ${named(each)}` });
+  }));
 
 // Statistics ----------------------------------------------------------------------------------------------
 
 const WINDOWS = [["1h", "1 hour"], ["24h", "24 hours"], ["7d", "7 days"], ["30d", "30 days"]];
-const CHARTS = [          // title, the value of a part (or its average, with a band from least to most), how to say it
-  ["Created", part => part.created, count],
-  ["Failed", part => part.failed, count, "bad"],
-  ["Waiting", part => part.waiting, span],
-  ["Run time", part => part.running, span],
-];
+const CHARTS = [["Created", "created"], ["Failed", "failed", "bad"], ["Waiting", "waiting"], ["Run time", "running"]];
 const CHART_WIDTH = 600, CHART_HEIGHT = 120;
 
-async function loadStatistics({ query }, signal) {
+/* A value of the statistics is a number of jobs, or the seconds { avg, min, max } of some, or null: those of none. */
+const isCount = value => typeof value === "number";
+const inWords = value =>
+  isCount(value) ? count(value) : value && `${span(value.avg)} (${span(value.min)} \u2013 ${span(value.max)})`;
+
+const FUNCTION_COLUMNS = [
+  ["Function", each => link("statistics" + withParams(here.query, { name: each.name }), each.name)],
+  ["Created", each => count(each.created)],
+  ["Started", each => count(each.started)],
+  ["Finished", each => count(each.finished)],
+  ["Failed", each => badCount(each.failed)],
+  ["Waiting", each => inWords(each.waiting)],
+  ["Run time", each => inWords(each.running)],
+];
+
+function loadStatistics({ query }, signal) {
   const asked = new URLSearchParams({ window: query.get("window") ?? "24h" });
   if (query.has("name")) asked.set("name", query.get("name"));
   return get("api/stats?" + asked, signal);
@@ -8164,86 +8262,91 @@ async function loadStatistics({ query }, signal) {
 
 function drawStatistics({ query, data }) {
   document.title = "Statistics - bgjobs";
-  const at = changes => "statistics" + withParam(query, changes);
+  const path = changes => "statistics" + withParams(query, changes);
+  const functions = [...data.functions].sort((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1));
   return [
-    el("h1", { tabindex: -1 }, "Statistics", query.has("name") && [" of ", el("code", null, query.get("name"))]),
-    el("nav", { key: "windows", "aria-label": "Window" }, el("ul", { class: "tabs" }, WINDOWS.map(([window, label]) => el("li", null,
-      el("a", { href: BASE + at({ window }), "aria-current": data.window === window && "true" }, label))),
-    query.has("name") && el("li", null, link(at({ name: "" }), "All functions")))),
+    heading("Statistics", query.has("name") && [" of ", el("code", null, query.get("name"))]),
+    tabs("Window", WINDOWS.map(([window, label]) => tab(path({ window }), data.window === window, label)),
+      query.has("name") && tab(path({ name: "" }), false, "All functions")),
     el("div", { key: "charts", class: "charts" }, CHARTS.map(chart => figure(data, ...chart))),
-    data.functions.length > 0 && section("Functions", el("table", { class: "cards" },
-      el("thead", null, el("tr", null, ["Function", ...FUNCTION_COLUMNS.map(([title]) => title)].map(title => el("th", { scope: "col" }, title)))),
-      el("tbody", null, [...data.functions].sort((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1)).map(each =>
-        el("tr", { key: each.name }, el("th", { scope: "row" }, link(at({ name: each.name }), each.name)),
-          FUNCTION_COLUMNS.map(([title, cell]) => el("td", { "data-label": title }, cell(each)))))))),
+    functions.length > 0 && section("Functions", table(FUNCTION_COLUMNS, functions, "name")),
   ];
 }
 
-const measured = value => value && `${span(value.avg)} (${span(value.min)} \u2013 ${span(value.max)})`;
-const FUNCTION_COLUMNS = [
-  ["Created", each => count(each.created)], ["Started", each => count(each.started)], ["Finished", each => count(each.finished)],
-  ["Failed", each => each.failed > 0 && el("b", { class: "bad" }, count(each.failed))],
-  ["Waiting", each => measured(each.waiting)], ["Run time", each => measured(each.running)],
-];
-
-const clock = (seconds, window) => {
-  const date = new Date(seconds * 1000), time = `${two(date.getHours())}:${two(date.getMinutes())}`;
-  return ["1h", "24h"].includes(window) ? time : `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())} ${time}`;
-};
-
-function figure(data, title, valueOf, say, tone) {
-  const { parts, window } = data, isBand = title === "Waiting" || title === "Run time";
-  const values = parts.map(valueOf), most = Math.max(0, ...values.map(value => isBand ? value?.max ?? 0 : value));
-  const top = most || 1, step = CHART_WIDTH / parts.length, y = value => CHART_HEIGHT - value / top * (CHART_HEIGHT - 4);
-  const total = valueOf(data.total), at = here.pointed?.title === title ? Math.min(here.pointed.index, parts.length - 1) : null;
-  const text = index => `${clock(parts[index].at, window)} \u2013 ${clock(parts[index + 1]?.at ?? data.to, window)}: `
-    + (isBand ? measured(values[index]) ?? "no job" : say(values[index]));
-  const point = index => { here.pointed = index === null ? null : { title, index }; draw(); };
-  const follow = ({ currentTarget, clientX }) => {
-    const { left, width } = currentTarget.getBoundingClientRect();
-    point(Math.max(0, Math.min(parts.length - 1, Math.floor((clientX - left) / width * parts.length))));
-  };
-  const keys = { ArrowLeft: -1, ArrowRight: 1, Home: -parts.length, End: parts.length };
-  const move = event => {
-    if (!(event.key in keys)) return;
-    event.preventDefault();
-    point(Math.max(0, Math.min(parts.length - 1, (at ?? parts.length) + keys[event.key])));
-  };
+function figure({ parts, total, window, from, to }, title, field, tone) {
+  const clock = seconds => localTime(seconds).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
+  const values = parts.map(part => part[field]), whole = total[field];
+  const most = Math.max(...values.map(value => isCount(value) ? value : value?.max ?? 0));
+  const summary = isCount(whole) ? `${count(whole)} in all` : inWords(whole) ?? "no job";
+  const pointed = here.pointed?.title === title ? here.pointed.index : null;
+  const part = index =>
+    `${clock(parts[index].at)} \u2013 ${clock(parts[index + 1]?.at ?? to)}: ${inWords(values[index]) ?? "no job"}`;
+  const rows = parts.map(({ at }, index) => ({ at, value: values[index] })).filter(({ value }) => value);
   return el("figure", { key: title },
-    el("figcaption", null, el("b", null, title), " ", el("small", { role: "status" }, at !== null ? text(at)
-      : isBand ? total ? `${measured(total)}` : "no job" : `${say(total)} in all`)),
-    el("div", { class: "chart" },
-      el("small", { class: "most", "aria-hidden": "true" }, most ? say(most) : ""),
-      svg("svg", { viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, preserveAspectRatio: "none", tabindex: 0, role: "img", class: tone,
-        "aria-label": `${title}, ${isBand ? measured(total) ?? "no job" : `${say(total)} in all`}. Arrow keys read the parts.`,
-        ".onpointermove": follow, ".onpointerleave": () => point(null), ".onkeydown": move, ".onblur": () => point(null) },
-      at !== null && svg("rect", { key: "at", class: "at", x: at * step, y: 0, width: step, height: CHART_HEIGHT }),
-      isBand ? bands(values, step, y) : values.map((value, index) => value > 0 && svg("rect", { key: index, class: "bar",
-        x: index * step + step * 0.1, width: step * 0.8, y: y(value), height: CHART_HEIGHT - y(value) })),
-      svg("line", { key: "base", class: "base", x1: 0, x2: CHART_WIDTH, y1: CHART_HEIGHT, y2: CHART_HEIGHT }))),
-    el("div", { class: "axis", "aria-hidden": "true" }, el("small", null, clock(data.from, window)), el("small", null, clock(data.to, window))),
-    el("details", null, el("summary", null, "Data"), el("table", null,
-      el("thead", null, el("tr", null, ["From", title].map(name => el("th", { scope: "col" }, name)))),
-      el("tbody", null, parts.map((part, index) => [part, values[index]]).filter(([, value]) => value).map(([part, value]) =>
-        el("tr", { key: part.at }, el("th", { scope: "row" }, clock(part.at, window)), el("td", null, isBand ? measured(value) : say(value))))))));
+    el("figcaption", null,
+      el("b", null, title), " ", el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
+    el("small", { class: "most", "aria-hidden": "true" }, most > 0 && (isCount(whole) ? count(most) : span(most))),
+    svg("svg", {
+      viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, preserveAspectRatio: "none", class: tone,
+      role: "img", "aria-label": `${title}, ${summary}. Arrow keys read the parts.`,
+      ...pointing(title, parts.length, pointed),
+    }, drawing(values, most || 1, pointed)),
+    el("div", { class: "axis", "aria-hidden": "true" }, small(clock(from)), small(clock(to))),
+    el("details", null, el("summary", null, "Data"),
+      table([["From", row => clock(row.at)], [title, row => inWords(row.value)]], rows, "at")));
 }
 
-/* For each run of parts that have values: a band from the least to the most, and a line through the averages. */
-function bands(values, step, y) {
-  const runsOf = [];
+/* The props of a chart whose parts are read by pointer and by arrow keys. */
+function pointing(title, length, pointed) {
+  const point = index => {
+    here.pointed = { title, index: Math.max(0, Math.min(length - 1, index)) };
+    draw();
+  };
+  const leave = () => {
+    here.pointed = null;
+    draw();
+  };
+  const follow = ({ currentTarget, clientX }) => {
+    const { left, width } = currentTarget.getBoundingClientRect();
+    point(Math.floor((clientX - left) / width * length));
+  };
+  const keys = { ArrowLeft: -1, ArrowRight: 1, Home: -length, End: length };
+  const move = event => {
+    if (!(event.key in keys)) return;
+    event.preventDefault();            // of scrolling
+    point((pointed ?? length) + keys[event.key]);
+  };
+  return { tabindex: 0, ".onkeydown": move, ".onpointermove": follow, ".onpointerleave": leave, ".onblur": leave };
+}
+
+/* A bar for each number; or for each run of parts that have seconds, a band from the least to the most and a line
+   through the averages. */
+function drawing(values, most, pointed) {
+  const step = CHART_WIDTH / values.length, y = value => CHART_HEIGHT * (1 - value / most);
+  const bar = (value, index) => value > 0 && svg("rect", { key: index, class: "bar",
+    x: (index + 0.1) * step, width: step * 0.8, y: y(value), height: CHART_HEIGHT - y(value) });
+  const band = run => {
+    const edge = name => run.flatMap(index => [index, index + 1].map(x => `${x * step},${y(values[index][name])}`));
+    return svg("g", { key: run[0] },
+      svg("path", { class: "band", d: `M${edge("max").join("L")}L${edge("min").reverse().join("L")}Z` }),
+      svg("path", { class: "mean", d: `M${edge("avg").join("L")}` }));
+  };
+  return [
+    pointed !== null
+      && svg("rect", { key: "at", class: "at", x: pointed * step, y: 0, width: step, height: CHART_HEIGHT }),
+    values.every(isCount) ? values.map(bar) : runsOf(values).map(band),
+    svg("line", { key: "base", class: "base", x1: 0, x2: CHART_WIDTH, y1: CHART_HEIGHT, y2: CHART_HEIGHT }),
+  ];
+}
+
+/* The runs of values that are there, as lists of their indexes. */
+function runsOf(values) {
+  const runs = [];
   values.forEach((value, index) => {
-    if (!value) return;
-    if (index === 0 || !values[index - 1]) runsOf.push([]);
-    runsOf.at(-1).push([index, value]);
+    if (value && !values[index - 1]) runs.push([]);
+    if (value) runs.at(-1).push(index);
   });
-  return runsOf.map(run => {
-    const edges = (name, list = run) => list.flatMap(([index, value]) => [[index, value], [index + 1, value]])
-      .map(([x, value]) => `${x * step},${y(value[name])}`);
-    const [first] = run[0];
-    return svg("g", { key: first },
-      svg("path", { class: "band", d: `M${edges("max").join("L")}L${edges("min").reverse().join("L")}Z` }),
-      svg("path", { class: "mean", d: `M${edges("avg").join("L")}` }));
-  });
+  return runs;
 }
 
 // Where we are, and keeping it current --------------------------------------------------------------------
@@ -8269,14 +8372,17 @@ function routeOf(pathname) {
 
 /* Show what the address says. `typed`: it was the filter form that changed it, so leave that alone. */
 function visit({ typed = false, scroll = 0 } = {}) {
-  const first = here === null;
-  here = { ...routeOf(location.pathname) ?? { view: VIEWS[0], args: [] }, query: new URLSearchParams(location.search), data: null };
+  const isFirst = here === null, route = routeOf(location.pathname) ?? { view: VIEWS[0], args: [] };
+  here = { ...route, query: new URLSearchParams(location.search), data: null };
   everything = false;
-  if (!typed) selected.clear(), say("");
+  if (!typed) {
+    selected.clear();
+    say("");
+  }
   byId("main").setAttribute("aria-busy", "true");
   here.arrive = () => {
     byId("main").removeAttribute("aria-busy");
-    if (typed || first) return;
+    if (typed || isFirst) return;
     byId("filters")?.reset();          // to the values of the address
     byId("main").querySelector("h1").focus({ preventScroll: true });
     scrollTo(0, scroll);
@@ -8284,37 +8390,41 @@ function visit({ typed = false, scroll = 0 } = {}) {
   poll();
 }
 
-const abandonedIn = ({ abandoned, workers, pid, host }) =>
-  `In process ${pid} on ${host}: ${abandoned} force-stopped ${abandoned > 1 ? "attempts have" : "attempt has"} not ended yet. `
-  + (abandoned < 2 * workers ? `At ${2 * workers} of them it takes no more jobs.` : "It takes no more jobs until some of them do.");
+function abandonedIn({ abandoned, workers, pid, host }) {
+  const most = 2 * workers, attempts = abandoned > 1 ? "attempts have" : "attempt has";
+  return `In process ${pid} on ${host}: ${abandoned} force-stopped ${attempts} not ended yet. `
+    + (abandoned < most ? `At ${most} of them it takes no more jobs.` : "It takes no more jobs until some of them do.");
+}
 
 async function poll() {
   clearTimeout(timer);
   polling?.abort();
   const mine = polling = new AbortController(), late = setTimeout(() => mine.abort(), TIMEOUT_MS);
-  let trouble = "";
+  let trouble = "", refused = null;
   try {
     const [data, { runners }] = await Promise.all([here.view.load(here, mine.signal), get("api/runners", mine.signal)]);
     if (mine === polling) here.data = data;
     trouble = runners.filter(runner => runner.abandoned).map(abandonedIn).join(" ");
   } catch (error) {
-    trouble = error.status ? error.message : "The connection to the app is lost. Trying again.";
-    if (mine === polling && error.status) here.refused = error.message;
+    if (error.status) refused = error.message;
+    trouble = refused ?? "The connection to the app is lost. Trying again.";
   }
   clearTimeout(late);
   if (mine !== polling) return;        // somebody could not wait for the next poll
+  here.refused = refused;
   if (byId("banner").textContent !== trouble) byId("banner").textContent = trouble;      // else it is read out again
   if (!document.hidden) timer = setTimeout(poll, POLL_MS);
   draw();
 }
 
-const nothingToShow = ({ refused }) => [el("h1", { tabindex: -1 }, "This cannot be shown"), el("p", null, refused, " ", link("", "All jobs"))];
+const drawRefusal = ({ refused }) =>
+  [heading("This cannot be shown"), el("p", null, refused, " ", link("", "All jobs"))];
 
 function draw() {
   if (!here.data && !here.refused) return;
   const focused = document.activeElement;
   shown = new Map();
-  const content = (here.data ? here.view.draw : nothingToShow)(here);
+  const content = (here.data ? here.view.draw : drawRefusal)(here);
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
   fill("main", content);
   fill("bulk", bulkBar());
@@ -8326,11 +8436,14 @@ function draw() {
   here.arrive = null;
 }
 
-const fill = (id, content) => morphChildren(byId(id), content.flat(Infinity).filter(isThere));
-
+/* Go to another view without leaving the page. */
 function goToLink(event) {
   const a = event.target.closest("a[href]");
-  if (a?.getAttribute("href") === "#main") return event.preventDefault(), byId("main").focus();
+  if (a?.getAttribute("href") === "#main") {
+    event.preventDefault();
+    byId("main").focus();
+    return;
+  }
   if (!a || event.ctrlKey || event.metaKey || event.shiftKey || event.altKey) return;
   if (a.origin !== location.origin || a.hash || !routeOf(a.pathname)) return;
   event.preventDefault();
@@ -8350,345 +8463,167 @@ if (self.document) {
 }
 '''
 
-BODY_LIMIT = 1024 * 1024
+LIST_LIMIT = 500                       # jobs in one answer
+LOG_LIMIT = 2_000                      # log lines in one answer
+BODY_LIMIT = 1024 * 1024               # bytes
 EXPORTS_AT_ONCE = 4                    # each may take as long as its reader
+EXPORT_COLUMNS = (
+    "id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
+    "attempt", "message", "phase", "waiting", "duration", "errors", "low_priority", "system", "progress", "eta",
+    "children", "root_id", "args", "kwargs", "state", "result", "error", "operations")
+SCHEDULE_OPERATIONS = ("pause", "resume", "run_now", "remove")
 _exports = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
-LIST_LIMIT = 500
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-_SECURITY_HEADERS = [
-    ("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; worker-src 'self'; img-src 'self' "
-     "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
-    ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
-    ("Cross-Origin-Resource-Policy", "same-origin"), ("Cross-Origin-Opener-Policy", "same-origin"), ("Cache-Control", "no-cache")]
-_REASONS = {200: "OK", 304: "Not Modified", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-            408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large", 415: "Unsupported Media Type",
-            421: "Misdirected Request", 500: "Internal Server Error", 503: "Service Unavailable"}
+_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+_SECURITY_HEADERS = (                  # on every answer, errors included
+    ("Content-Security-Policy",
+     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; worker-src 'self'; "
+     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cache-Control", "no-cache"),
+)
+
+
+class _Answer(NamedTuple):
+    """What is sent back; a body that comes piece by piece is an iterator."""
+
+    body: bytes | Iterator[bytes]
+    kind: str = "application/json"
+    status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def _json_bytes(value: Any) -> bytes:
+    return _dump(value).encode()
 
 
 class _Refused(Exception):
-    """A request that is answered with an error: its HTTP status, and the text for people."""
+    """A request that is answered with an error: its HTTP status, and the text for people, or a whole body."""
 
-    def __init__(self, status: int, text: str, body: Any = None) -> None:
+    def __init__(self, status: int, text: str, *headers: tuple[str, str], body: Any = None) -> None:
         super().__init__(text)
-        self.status, self.body = status, body if body is not None else {"error": text}
+        self.answer = _Answer(_json_bytes(body or {"error": text}), status=status, headers=headers)
 
 
-class Page:
-    """The status page of a runner, as a WSGI app; the options are those of Runner.serve."""
+# The fields of a query string, each with the function that reads it, or raises ValueError with what it must be.
 
-    def __init__(self, runner: Runner, *, read_only: bool = False, hosts: Iterable[str] = (), password: str | None = None,
-                 authorize: Callable[[dict[str, Any]], str | None] | None = None) -> None:
-        import secrets
-        if password is not None and (not isinstance(password, str) or not password or _text(password, len(password)) != password):
-            raise ValueError("password must be a text that is not empty, without lone surrogates")
-        if isinstance(hosts, str):
-            raise ValueError(f"hosts must be a list of names, got {_short(hosts)}")
-        if authorize is not None and not callable(authorize):
-            raise ValueError(f"authorize must be a function of the request, got {_short(authorize)}")
-        self._runner, self._read_only, self._password, self._authorize = runner, read_only, password, authorize
-        self.is_guarded = password is not None or authorize is not None
-        self._hosts = {host.lower() for host in hosts}
-        self._port: int | None = None                     # of our own server: then the Host header must name it
-        self._boot = secrets.token_hex(4)
+def _whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError("a whole number")
+    return int(text)
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        headers: list[tuple[str, str]] = []
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false", "1", "0"):
+        raise ValueError("true or false")
+    return text in ("true", "1")
+
+
+def _unix_seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("Unix seconds") from None
+
+
+def _parent(text: str) -> int | None:
+    return None if text == "none" else _whole_number(text)
+
+
+_Fields = dict[str, Callable[[str], Any]]
+_FILTER_FIELDS: _Fields = {
+    **dict.fromkeys(FILTERS, str), "errors": _truth, "low_priority": _truth, "system": _truth, "parent": _parent,
+    "created_from": _unix_seconds, "created_to": _unix_seconds}
+_LIST_FIELDS: _Fields = {**_FILTER_FIELDS, "before": _whole_number, "limit": _whole_number}
+_EXPORT_FIELDS: _Fields = {**_FILTER_FIELDS, "format": str}
+_LOG_FIELDS: _Fields = {
+    "level": str, "text": str, "since": _unix_seconds, "until": _unix_seconds, "after": _whole_number,
+    "limit": _whole_number, "tree": _truth}
+_STATS_FIELDS: _Fields = {"window": str, "name": str}
+
+
+def _read_fields(given: dict[str, str], known: _Fields) -> dict[str, Any]:
+    """Return the values of the fields that are not empty. ValueError: an unknown field, or a bad value."""
+    values = {}
+    for name, text in given.items():
+        if text == "":
+            continue
+        if name not in known:
+            raise ValueError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
         try:
-            status, kind, body = self._answer(environ, headers)
-        except _Refused as refused:
-            status, kind, body = refused.status, "application/json", _json_bytes(refused.body)
-        except StoreError as error:                       # which the store has told the log
-            status, kind, body = 503, "application/json", _json_bytes({"error": str(error)})
-        except (Exception, SystemExit):                   # SystemExit: of authorize()
-            _log.exception("the status page failed on %s", environ.get("PATH_INFO", "")[:200])
-            status, kind, body = 500, "application/json", _json_bytes({"error": "internal error; see the app's log"})
-        if isinstance(body, bytes):
-            headers.append(("Content-Length", str(len(body))))
-        start_response(f"{status} {_REASONS[status]}", [("Content-Type", f"{kind}; charset=utf-8"), *headers, *_SECURITY_HEADERS])
-        if environ.get("REQUEST_METHOD") == "HEAD":
-            return [b""]
-        return [body] if isinstance(body, bytes) else body
+            values[name] = known[name](text)
+        except ValueError as wanted:
+            raise ValueError(f"{name} must be {wanted}, got {_short(text)}") from None
+    return values
 
-    def _answer(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes | Iterator[bytes]]:
-        """Return status, content type and body, one that comes piece by piece as an iterator. Raises _Refused."""
-        host = self._check_host(environ)
-        if environ.get("PATH_INFO", "") == "" and environ.get("SCRIPT_NAME"):     # mounted, and asked for without the last slash
-            from urllib.parse import quote
-            query = environ.get("QUERY_STRING")
-            headers.append(("Location", quote(environ["SCRIPT_NAME"].rpartition("/")[2].encode("latin-1")) + "/" + (f"?{query}" if query else "")))
-            return 308, "text/plain", b""
-        if self._runner._store.closed:
-            raise _Refused(503, f"the runner on {self._runner.path} is shut down")
-        path = environ.get("PATH_INFO", "").lstrip("/")
-        method = environ.get("REQUEST_METHOD", "GET")
-        user = "" if path == "healthz" else self._user(environ, headers)
-        if path.startswith("api/"):
-            self._check_origin(environ, host)
-            parts = path.split("/")[1:]
-            if method == "POST":
-                self._check_token(environ)
-                return 200, "application/json", _json_bytes(self._post(parts, _read_json(environ), user))
-        if method not in ("GET", "HEAD"):
-            raise _Refused(405, f"{method} is not allowed here")
-        if path.startswith("api/"):
-            return self._api(parts, environ, headers)
-        if path == "healthz":
-            self._runner._store.read("SELECT 1")
-            return 200, "text/plain", b"ok\n"
-        if path == "metrics":
-            return 200, "text/plain; version=0.0.4", metrics(self._runner).encode()
-        asset = path.removeprefix("jobs/")
-        if asset == "page.css":
-            return 200, "text/css", PAGE_CSS.encode()
-        if asset == "page.js":
-            return 200, "text/javascript", PAGE_JS.encode()
-        if path in ("", "statistics", "schedules") or path != asset and asset.isascii() and asset.isdigit():
-            return 200, "text/html", PAGE_HTML.encode()
-        raise _Refused(404, "there is no such page")
 
-    # who may ask
+class _Request:
+    """What a WSGI environ says. Its body is read when it is asked for."""
 
-    def _check_host(self, environ: dict[str, Any]) -> str:
-        """Return the Host header. _Refused: it is missing, doubled, or a stranger's."""
-        host = environ.get("HTTP_HOST", "").lower()
-        name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdigit() else (host, "", "")
-        # An address, or this machine's own name, cannot be made to lead here by somebody else's DNS.
-        own = name in _LOOPBACK or self.is_guarded and (_is_address(name.strip("[]")) or name == _host_name())
-        if not (own and (self._port is None or (port or "80") == str(self._port)) or host in self._hosts or name in self._hosts):
-            raise _Refused(421, "this host name is not answered; a page that is reached by another name gets hosts=[name]")
-        return host
+    def __init__(self, environ: dict[str, Any]) -> None:
+        self.environ = environ
+        self.is_head = environ.get("REQUEST_METHOD") == "HEAD"
+        self.method: str = "GET" if self.is_head else environ.get("REQUEST_METHOD", "GET")
+        self.host: str = environ.get("HTTP_HOST", "").lower()
+        self.path: str = environ.get("PATH_INFO", "").lstrip("/")
+        self.query: str = environ.get("QUERY_STRING", "")
+        self.user = ""                                    # for the job log: who it is that has been let in
 
-    def _user(self, environ: dict[str, Any], headers: list[tuple[str, str]]) -> str:
-        """Return who asks, a name for the job log. _Refused: somebody who may not."""
-        import base64
-        import hmac
-        if self._authorize is not None:
-            user = self._authorize(environ)
-            if not isinstance(user, str) or not user.strip():            # False, "" and the like admit nobody
-                raise _Refused(403, "you may not see this page")
-            return _text(user, 200)
-        if self._password is None:
-            return "web"
-        kind, _, coded = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    def fields(self, known: _Fields) -> dict[str, Any]:
+        from urllib.parse import parse_qsl
+        return _read_fields(dict(parse_qsl(self.query, max_num_fields=50)), known)
+
+    def json(self) -> Any:
+        length = self.environ.get("CONTENT_LENGTH") or ""
+        if not (length.isascii() and length.isdigit()):
+            raise _Refused(411, "an operation needs a Content-Length")
+        if len(length) > 20 or int(length) > BODY_LIMIT:
+            raise _Refused(413, f"the body is larger than {BODY_LIMIT:,} bytes")
         try:
-            given = base64.b64decode(coded, validate=True) if kind.lower() == "basic" else b":"
-        except ValueError:
-            given = b":"
-        name, _, password = given.partition(b":")
-        if not hmac.compare_digest(password, self._password.encode()):
-            headers.append(("WWW-Authenticate", 'Basic realm="bgjobs", charset="UTF-8"'))
-            raise _Refused(401, "this page needs its password")
-        return _text(name.decode("utf-8", "replace"), 200) or "web"
-
-    def _check_origin(self, environ: dict[str, Any], host: str) -> None:
-        if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
-            raise _Refused(403, "requests from other sites are refused")
-        own = {f"{scheme}://{host}" for scheme in ("https", environ.get("wsgi.url_scheme", "http"))}      # https: of a proxy before us
-        if "HTTP_ORIGIN" in environ and environ["HTTP_ORIGIN"] not in own:
-            raise _Refused(403, "requests from other origins are refused")
-
-    def _token(self) -> str:
-        """Return what an operation must bring: one text for all processes that serve this file's page, known to no other page."""
-        import secrets
-        store = self._runner._store
-        while not (rows := store.read(PAGE_TOKEN)):
-            token = secrets.token_urlsafe(32)
-            store.write(lambda tx: tx.execute(KEEP_PAGE_TOKEN, {"token": token}))
-        return rows[0][0]
-
-    def _check_token(self, environ: dict[str, Any]) -> None:
-        import hmac
-        if self._read_only:
-            raise _Refused(403, "this page is read-only")
-        if "HTTP_ORIGIN" not in environ:
-            raise _Refused(403, "an operation needs the Origin header of this page")
-        token = environ.get("HTTP_X_BGJOBS_TOKEN", "")
-        if not hmac.compare_digest(token.encode("latin-1", "replace"), self._token().encode()):
-            raise _Refused(403, "an operation needs the X-Bgjobs-Token that api/session hands out")
-        if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
-            raise _Refused(415, "the body must be application/json")
-
-    # reading
-
-    def _api(self, parts: list[str], environ: dict[str, Any], headers: list[tuple[str, str]]) -> tuple[int, str, bytes]:
-        if parts == ["session"]:
-            return 200, "application/json", _json_bytes({
-                "token": self._boot if self._read_only else self._token(), "read_only": self._read_only, "version": __version__})
-        minute = f"-{int(time.time() // 60)}" if parts == ["stats"] else ""      # its windows move on
-        asked = hash((*parts, environ.get("QUERY_STRING")))
-        tag = f'W/"{self._boot}{asked:x}-{self._runner._store.version()}{minute}"'
-        if environ.get("HTTP_IF_NONE_MATCH") == tag:
-            return 304, "application/json", b""
-        if parts[-1] not in ("stack", "export"):          # which move on without a commit, or are a file
-            headers.append(("ETag", tag))
-        query = _query(environ.get("QUERY_STRING", ""))
-        if parts == ["export"]:
-            return self._export(query, headers)
-        if parts == ["jobs"]:
-            return 200, "application/json", _json_bytes(self._list(query, headers))
-        if parts == ["stats"]:
-            try:
-                return 200, "application/json", _json_bytes(self._runner.stats(query.get("window", "24h"), query.get("name")))
-            except ValueError as error:
-                raise _Refused(400, str(error)) from None
-        if parts == ["schedules"]:
-            return 200, "application/json", _json_bytes({
-                "schedules": [describe_schedule(row)
-                              for row in self._runner._store.read(SCHEDULES, {"system": False})]})
-        if parts == ["runners"]:
-            return 200, "application/json", _json_bytes({"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]})
-        if parts[0] == "jobs" and len(parts) in (2, 3) and parts[1].isascii() and parts[1].isdigit() and len(parts[1]) < 19:
-            job_id = int(parts[1])
-            try:
-                info = self._runner._info(job_id)
-            except KeyError:
-                raise _Refused(404, f"there is no job {job_id}") from None
-            if len(parts) == 2:
-                return 200, "application/json", _json_bytes(self._shown(info))
-            if parts[2] == "logs":
-                return 200, "application/json", _json_bytes({"logs": self._log_lines(job_id, query)})
-            if parts[2] == "attempts":
-                return 200, "application/json", _json_bytes(self._runner._attempts_of(job_id))
-            if parts[2] == "stack":
-                return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
-        raise _Refused(404, "there is no such resource")
-
-    def _list(self, query: dict[str, str], headers: list[tuple[str, str]]) -> dict[str, Any]:
-        runner, filters = self._runner, _filters(query)
-        limit = max(1, min(_number(query, "limit", 50), LIST_LIMIT))
-        before = _number(query, "before", 0) or None
+            body = self.environ["wsgi.input"].read(int(length))
+        except TimeoutError:
+            raise _Refused(408, "the body did not come in time") from None
         try:
-            rows, following, counts, unsure = runner._store.page(filters, limit, before)
-        except (TypeError, ValueError) as error:
-            raise _Refused(400, str(error)) from None
-        now = runner._clock()
-        infos = [self._shown(describe(row, now, runner._usual)) for row in rows]
-        headers.append(("X-Bgjobs-At-Least", ",".join(unsure)))      # the statuses whose counts went out of time
-        return {"jobs": infos, "next": following, "counts": counts}
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            raise ValueError("the body is not JSON") from None
 
-    def _export(self, query: dict[str, str], headers: list[tuple[str, str]]) -> tuple[int, str, Iterator[bytes]]:
-        """Answer with all jobs that pass the filters, page by page."""
-        import csv
-        import io
-        form = query.pop("format", "csv")
-        if form not in ("csv", "json"):
-            raise _Refused(400, f"format must be csv or json, got {_short(form)}")
-        if {"before", "limit"} & set(query):
-            raise _Refused(400, "an export has all that match: before and limit have no place in it")
-        filters, runner = _filters(query), self._runner
-        pages = self._pages(filters)
-        first = next(pages)                               # a bad filter is refused before the answer begins
-        if not _exports.acquire(blocking=False):
-            raise _Refused(503, f"{EXPORTS_AT_ONCE} exports are under way; try again later")
-        headers.append(("Content-Disposition", f'attachment; filename="jobs.{form}"'))
 
-        def cell(value: Any) -> Any:
-            if isinstance(value, (dict, list)):
-                value = _dump(value)
-            return "'" + value if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value      # no formula of a stranger's
+def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
+    """Yield the pieces of a table of jobs for spreadsheets: a header, then a line for each job."""
+    import csv
+    import io
 
-        def pieces() -> Iterator[bytes]:
-            try:
-                yield b""                                 # from here on the end is reached, whoever drops this
-                begun = False
-                for rows in itertools.chain([first], pages):
-                    infos = [self._shown(describe(row, runner._clock(), runner._usual)) for row in rows]
-                    text = io.StringIO()
-                    if form == "json":
-                        text.writelines(f"{',' if begun or n else '['}\n{_dump(info)}" for n, info in enumerate(infos))
-                    elif infos:
-                        table = csv.writer(text)
-                        if not begun:
-                            table.writerow(infos[0])
-                        table.writerows([cell(value) for value in info.values()] for info in infos)
-                    begun |= bool(infos)
-                    yield text.getvalue().encode()
-                if form == "json":
-                    yield b"\n]\n" if begun else b"[]\n"
-            finally:
-                _exports.release()
-        body = pieces()
-        next(body)
-        return 200, "text/csv" if form == "csv" else "application/json", body
+    def cell(value: Any) -> Any:
+        if isinstance(value, (dict, list)):
+            value = _dump(value)
+        is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+        return "'" + value if is_formula else value       # a spreadsheet would execute what a stranger has named a job
 
-    def _pages(self, filters: dict[str, Any]) -> Iterator[list[sqlite3.Row]]:
-        """Yield all rows that pass, newest first, 500 at a time. _Refused: a bad filter."""
-        before = None
-        while True:
-            try:
-                rows = self._runner._store.find(filters, 500, before)
-            except (TypeError, ValueError) as error:
-                raise _Refused(400, str(error)) from None
-            yield rows
-            if len(rows) < 500:
-                return
-            before = rows[-1]["id"]
+    text = io.StringIO()
+    table = csv.DictWriter(text, EXPORT_COLUMNS)
+    table.writeheader()
+    for infos in pages:
+        table.writerows({name: cell(value) for name, value in info.items()} for info in infos)
+        yield text.getvalue()
+        text.seek(0)
+        text.truncate()
 
-    def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
-        return {**info, "operations": []} if self._read_only else info
 
-    def _log_lines(self, job_id: int, query: dict[str, str]) -> list[dict[str, Any]]:
-        unknown = set(query) - {"level", "text", "since", "until", "after", "limit", "tree"}
-        if unknown:
-            raise _Refused(400, f"unknown filter {sorted(unknown)[0]!r}")
-        try:
-            return self._runner._logs(job_id, query.get("level") or None, query.get("text") or None,
-                                      float(query.get("since") or 0), float(query.get("until") or math.inf),
-                                      _number(query, "after", 0), min(_number(query, "limit", 200), 2_000),
-                                      query.get("tree") in ("true", "1"))
-        except ValueError as error:
-            raise _Refused(400, str(error)) from None
+def _json_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
+    """Yield the pieces of a JSON array of jobs, one a line."""
+    before = "[\n"
+    for infos in pages:
+        if infos:
+            yield before + ",\n".join(map(_dump, infos))
+            before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
 
-    def _stack(self, job_id: int) -> str | None:
-        """Return where a job's thread in this process is now."""
-        attempt = self._runner._attempts.get(job_id)
-        frame = sys._current_frames().get(attempt.thread) if attempt is not None and attempt.thread else None
-        frames = traceback.extract_stack(frame) if frame is not None else []
-        begun = max((i for i, each in enumerate(frames) if each.name == "_call" and each.filename == __file__), default=None)
-        return None if begun is None else "".join(traceback.format_list(frames[begun + 1:])) or None      # from the job's function on
 
-    # operating
-
-    def _post(self, parts: list[str], body: Any, by: str) -> dict[str, Any]:
-        kind, operation = parts if len(parts) == 2 else ("", "")
-        operations = {"jobs": tuple(TRANSITIONS), "schedules": ("pause", "resume", "run_now", "remove")}.get(kind, ())
-        if operation not in operations:
-            raise _Refused(404, f"there is no such operation; there are {', '.join(operations or TRANSITIONS)}")
-        if not isinstance(body, dict) or len(body) != 1 or not set(body) <= {"ids", "filter"} or kind == "schedules" and "filter" in body:
-            raise _Refused(400, 'the body must be {"ids": [...]}' + (' or {"filter": {...}}' if kind == "jobs" else ""))
-        if "ids" in body:
-            ids = body["ids"]
-            if not isinstance(ids, list) or not all(type(i) is int and 0 < i < 1 << 63 for i in ids):
-                raise _Refused(400, f"ids must be a list of {kind[:-1]} ids")
-        else:
-            ids = self._matching(body["filter"])
-        done, refused = [], []
-        for each in ids:
-            try:
-                if kind == "jobs":
-                    self._runner._operate(operation, each, by)
-                else:
-                    getattr(Schedule(self._runner, each), operation)()
-                done.append(each)
-            except InvalidOperation as error:
-                refused.append({"id": each, "why": str(error)})
-            except KeyError:
-                refused.append({"id": each, "why": f"there is no {kind[:-1]} {each}"})
-        answer = {"done": done, "refused": refused}
-        if "ids" in body and len(ids) == 1 and refused:
-            raise _Refused(404 if refused[0]["why"].startswith("there is no") else 409, refused[0]["why"], answer)
-        return answer
-
-    def _matching(self, given: Any) -> Iterator[int]:
-        """Yield the ids that pass a filter, newest first, a page at a time."""
-        if not isinstance(given, dict) or not all(isinstance(v, (str, int, float, bool, type(None))) for v in given.values()):
-            raise _Refused(400, "filter must be an object like the parameters of api/jobs")
-        if {"before", "limit"} & set(given):
-            raise _Refused(400, "an operation applies to all that match: before and limit have no place in its filter")
-        filters = _filters({name: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
-                            for name, value in given.items() if value is not None or name == "parent"})
-        for rows in self._pages(filters):
-            yield from [row["id"] for row in rows]
+_EXPORTS = {"csv": ("text/csv", _csv_of), "json": ("application/json", _json_of)}
 
 
 def _is_address(name: str) -> bool:
@@ -8699,69 +8634,344 @@ def _is_address(name: str) -> bool:
         return False
 
 
-def _host_name() -> str:
-    import socket
-    return socket.gethostname().lower()
+class Page:
+    """The status page of a runner, as a WSGI app; the options are those of Runner.serve."""
 
+    def __init__(self, runner: Runner, *, read_only: bool = False, hosts: Iterable[str] = (),
+                 password: str | None = None, authorize: Callable[[dict[str, Any]], str | None] | None = None) -> None:
+        import secrets
+        if password is not None and not (
+                isinstance(password, str) and password and _text(password, len(password)) == password):
+            raise ValueError("password must be a text that is not empty, without lone surrogates")
+        if isinstance(hosts, str):
+            raise ValueError(f"hosts must be a list of names, got {_short(hosts)}")
+        if authorize is not None and not callable(authorize):
+            raise ValueError(f"authorize must be a function of the request, got {_short(authorize)}")
+        self._runner, self._read_only, self._password, self._authorize = runner, read_only, password, authorize
+        self.is_guarded = password is not None or authorize is not None
+        self._hosts = {host.lower() for host in hosts}
+        self._port: int | None = None                     # of our own server: then the Host header must name it
+        self._boot = secrets.token_hex(4)                 # no ETag outlives this page
 
-def _json_bytes(value: Any) -> bytes:
-    return _dump(value).encode()
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        from http import HTTPStatus
+        request = _Request(environ)
+        try:
+            answer = self._answer(request)
+        except _Refused as refused:
+            answer = refused.answer
+        except StoreError as error:                       # which the store has told the log
+            answer = _Refused(503, str(error)).answer
+        except (Exception, SystemExit):                   # SystemExit: of authorize()
+            _log.exception("the status page failed on %s", request.path[:200])
+            answer = _Refused(500, "internal error; see the app's log").answer
+        headers = [("Content-Type", f"{answer.kind}; charset=utf-8"), *answer.headers, *_SECURITY_HEADERS]
+        if isinstance(answer.body, bytes):
+            headers.append(("Content-Length", str(len(answer.body))))
+        start_response(f"{answer.status} {HTTPStatus(answer.status).phrase}", headers)
+        if request.is_head:
+            return [b""]
+        return [answer.body] if isinstance(answer.body, bytes) else answer.body
 
+    def _answer(self, request: _Request) -> _Answer:
+        """Let the request in, and answer it by the table of routes."""
+        self._check_host(request)
+        if request.environ.get("PATH_INFO", "") == "" and request.environ.get("SCRIPT_NAME"):
+            return self._redirect_to_slash(request)
+        if self._runner._store.closed:
+            raise _Refused(503, f"the runner on {self._runner.path} is shut down")
+        if request.path != "healthz":
+            request.user = self._user(request)
+        is_api = request.path.startswith("api/")
+        if is_api:
+            self._check_origin(request)
+        if is_api and request.method == "POST":
+            self._check_token(request)
+        elif request.method != "GET":
+            raise _Refused(405, f"{request.method} is not allowed here")
+        function, arguments, has_etag = self._route(request)
+        tag = self._etag(request) if has_etag else ""
+        if tag and request.environ.get("HTTP_IF_NONE_MATCH") == tag:
+            return _Answer(b"", status=304)
+        try:
+            found = function(self, request, *arguments)
+        except ValueError as error:                       # of a parameter
+            raise _Refused(400, str(error)) from None
+        answer = found if isinstance(found, _Answer) else _Answer(_json_bytes(found))
+        return answer._replace(headers=(*answer.headers, ("ETag", tag))) if tag else answer
 
-def _read_json(environ: dict[str, Any]) -> Any:
-    length = environ.get("CONTENT_LENGTH") or ""
-    if not (length.isascii() and length.isdigit()):
-        raise _Refused(411, "an operation needs a Content-Length")
-    if len(length) > 20 or int(length) > BODY_LIMIT:
-        raise _Refused(413, f"the body is larger than {BODY_LIMIT:,} bytes")
-    try:
-        body = environ["wsgi.input"].read(int(length))
-    except TimeoutError:
-        raise _Refused(408, "the body did not come in time") from None
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise _Refused(400, "the body is not JSON") from None
+    def _route(self, request: _Request) -> tuple[Callable[..., Any], tuple[str, ...], bool]:
+        """Return what answers a request, the arguments in its path, and whether the answer has an ETag."""
+        import re
+        for method, path, function, has_etag in self._ROUTES:
+            found = re.fullmatch(path, request.path)
+            if found and method == request.method:
+                return function, found.groups(), has_etag
+        raise _Refused(404, "there is nothing at this address")
 
+    def _etag(self, request: _Request) -> str:
+        """Return what stays the same until something is committed; of statistics, whose windows move, for a minute."""
+        asked = hash((request.path, request.query))
+        minute = int(time.time() // 60) if request.path == "api/stats" else 0
+        return f'W/"{self._boot}{asked:x}-{self._runner._store.version()}-{minute}"'
 
-def _query(text: str) -> dict[str, str]:
-    from urllib.parse import parse_qsl
-    try:
-        return dict(parse_qsl(text, max_num_fields=50))
-    except ValueError:
-        raise _Refused(400, "the query string has too many fields") from None
+    def _redirect_to_slash(self, request: _Request) -> _Answer:
+        """Lead from where the page is mounted to the same with a slash at its end, below which the assets are."""
+        from urllib.parse import quote
+        folder = quote(request.environ["SCRIPT_NAME"].rpartition("/")[2].encode("latin-1"))
+        query = f"?{request.query}" if request.query else ""
+        return _Answer(b"", "text/plain", 308, (("Location", f"{folder}/{query}"),))
 
+    # who may ask
 
-def _number(query: dict[str, str], name: str, default: int) -> int:
-    text = query.get(name) or str(default)
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise _Refused(400, f"{name} must be a whole number, got {_short(text)}")
-    return int(text)
+    def _check_host(self, request: _Request) -> None:
+        """Refuse a Host that is missing, doubled, or a stranger's: a web page could have made its name lead here."""
+        import socket
+        name, _, port = request.host.rpartition(":")
+        if not port.isdigit():
+            name, port = request.host, "80"
+        # An address, or this machine's own name, cannot be made to lead here by somebody else's DNS.
+        is_own = name in _LOOPBACK_NAMES or self.is_guarded and (
+            _is_address(name.strip("[]")) or name == socket.gethostname().lower())
+        is_ours = is_own and (self._port is None or port == str(self._port))
+        if not (is_ours or request.host in self._hosts or name in self._hosts):
+            raise _Refused(421, "this host name is not answered; a page that is reached by another name gets "
+                                "hosts=[name]")
 
+    def _user(self, request: _Request) -> str:
+        """Return who asks, a name for the job log. _Refused: somebody who may not."""
+        import hmac
+        if self._authorize is not None:
+            user = self._authorize(request.environ)
+            if not isinstance(user, str) or not user.strip():            # False, "" and the like admit nobody
+                raise _Refused(403, "you may not see this page")
+            return _text(user, 200)
+        if self._password is None:
+            return "web"
+        kind, _, coded = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        try:
+            given = base64.b64decode(coded, validate=True) if kind.lower() == "basic" else b""
+        except ValueError:
+            given = b""
+        name, _, password = given.partition(b":")
+        if not hmac.compare_digest(password, self._password.encode()):
+            raise _Refused(401, "this page needs its password",
+                           ("WWW-Authenticate", 'Basic realm="bgjobs", charset="UTF-8"'))
+        return _text(name.decode("utf-8", "replace"), 200) or "web"
 
-def _filters(query: dict[str, str]) -> dict[str, Any]:
-    """Return the filters of `conditions` from a query string's fields."""
-    filters: dict[str, Any] = {}
-    for name, text in query.items():
-        if name in ("before", "limit") or text == "":
-            continue
-        if name not in FILTERS:
-            raise _Refused(400, f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-        if name in ("errors", "low_priority", "system"):
-            if text not in ("true", "false", "1", "0"):
-                raise _Refused(400, f"{name} must be true or false, got {_short(text)}")
-            filters[name] = text in ("true", "1")
-        elif name == "parent":
-            filters[name] = None if text == "none" else _number(query, name, 0)
-        elif name in ("created_from", "created_to"):
+    def _check_origin(self, request: _Request) -> None:
+        """Refuse what a page of another site, or another port of this machine, makes a browser ask for."""
+        environ = request.environ
+        if environ.get("HTTP_SEC_FETCH_SITE", "same-origin") not in ("same-origin", "none"):
+            raise _Refused(403, "requests from other sites are refused")
+        schemes = ("https", environ.get("wsgi.url_scheme", "http"))      # https: of a proxy before us
+        if environ.get("HTTP_ORIGIN") not in (None, *(f"{scheme}://{request.host}" for scheme in schemes)):
+            raise _Refused(403, "requests from other origins are refused")
+
+    def _check_token(self, request: _Request) -> None:
+        """Refuse an operation that does not come from this page."""
+        import hmac
+        environ = request.environ
+        if self._read_only:
+            raise _Refused(403, "this page is read-only")
+        if "HTTP_ORIGIN" not in environ:
+            raise _Refused(403, "an operation needs the Origin header of this page")
+        token = environ.get("HTTP_X_BGJOBS_TOKEN", "")
+        if not hmac.compare_digest(token.encode("latin-1", "replace"), self._token().encode()):
+            raise _Refused(403, "an operation needs the X-Bgjobs-Token that api/session hands out")
+        if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() != "application/json":
+            raise _Refused(415, "the body must be application/json")
+
+    def _token(self) -> str:
+        """Return what an operation must bring: known to no other page, and to all processes that serve this file's."""
+        import secrets
+        store = self._runner._store
+        while not (rows := store.read(PAGE_TOKEN)):
+            token = secrets.token_urlsafe(32)
+            store.write(lambda tx: tx.execute(KEEP_PAGE_TOKEN, {"token": token}))
+        return rows[0][0]
+
+    # the page, and what looks after the app
+
+    def _html(self, request: _Request) -> _Answer:
+        return _Answer(PAGE_HTML.encode(), "text/html")
+
+    def _asset(self, request: _Request, kind: str) -> _Answer:
+        if kind == "css":
+            return _Answer(PAGE_CSS.encode(), "text/css")
+        return _Answer(PAGE_JS.encode(), "text/javascript")
+
+    def _health(self, request: _Request) -> _Answer:
+        self._runner._store.read("SELECT 1")
+        return _Answer(b"ok\n", "text/plain")
+
+    def _metrics(self, request: _Request) -> _Answer:
+        return _Answer(metrics(self._runner).encode(), "text/plain; version=0.0.4")
+
+    # reading: what is returned is sent as JSON
+
+    def _session(self, request: _Request) -> dict[str, Any]:
+        token = self._boot if self._read_only else self._token()      # nothing is written for those who only read
+        return {"token": token, "read_only": self._read_only, "version": __version__}
+
+    def _list(self, request: _Request) -> _Answer:
+        filters = request.fields(_LIST_FIELDS)
+        limit = max(1, min(filters.pop("limit", 50), LIST_LIMIT))
+        before = filters.pop("before", None) or None
+        rows, following, counts, unsure = self._runner._store.page(filters, limit, before)
+        body = _json_bytes({"jobs": self._infos(rows), "next": following, "counts": counts})
+        return _Answer(body, headers=(("X-Bgjobs-At-Least", ",".join(unsure)),))      # statuses not counted to the end
+
+    def _infos(self, rows: list[sqlite3.Row]) -> list[dict[str, Any]]:
+        now = self._runner._clock()
+        return [self._shown(describe(row, now, self._runner._usual)) for row in rows]
+
+    def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
+        return {**info, "operations": []} if self._read_only else info
+
+    def _pages(self, filters: dict[str, Any]) -> Iterator[list[sqlite3.Row]]:
+        """Yield all rows that pass, newest first, a page at a time."""
+        rows = self._runner._store.find(filters, LIST_LIMIT)
+        yield rows
+        while len(rows) == LIST_LIMIT:
+            rows = self._runner._store.find(filters, LIST_LIMIT, rows[-1]["id"])
+            yield rows
+
+    def _export(self, request: _Request) -> _Answer:
+        """Answer with all jobs that pass the filters, page by page."""
+        filters = request.fields(_EXPORT_FIELDS)
+        form = filters.pop("format", "csv")
+        if form not in _EXPORTS:
+            raise ValueError(f"format must be {' or '.join(_EXPORTS)}, got {_short(form)}")
+        kind, written = _EXPORTS[form]
+        pages = self._pages(filters)
+        first = next(pages)                               # a bad filter is refused before the answer begins
+        if not _exports.acquire(blocking=False):
+            raise _Refused(503, f"{EXPORTS_AT_ONCE} exports are under way; try again later")
+
+        def pieces() -> Iterator[bytes]:
             try:
-                filters[name] = float(text)
-            except ValueError:
-                raise _Refused(400, f"{name} must be Unix seconds, got {_short(text)}") from None
-        else:
-            filters[name] = text
-    return filters
+                yield b""                                 # once here, `finally` is reached, whoever drops this
+                for text in written(map(self._infos, itertools.chain([first], pages))):
+                    yield text.encode()
+            finally:
+                _exports.release()
+        body = pieces()
+        next(body)
+        return _Answer(body, kind, headers=(("Content-Disposition", f'attachment; filename="jobs.{form}"'),))
 
+    def _info(self, number: str) -> dict[str, Any]:
+        try:
+            return self._runner._info(int(number))
+        except KeyError:
+            raise _Refused(404, f"there is no job {number}") from None
+
+    def _job(self, request: _Request, number: str) -> dict[str, Any]:
+        return self._shown(self._info(number))
+
+    def _logs(self, request: _Request, number: str) -> dict[str, Any]:
+        job_id = self._info(number)["id"]
+        filters = {"level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False,
+                   **request.fields(_LOG_FIELDS)}
+        filters["limit"] = min(filters["limit"], LOG_LIMIT)
+        return {"logs": self._runner._logs(job_id, **filters)}
+
+    def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
+        return self._runner._attempts_of(self._info(number)["id"])
+
+    def _stack(self, request: _Request, number: str) -> dict[str, Any]:
+        """Return where a job's thread in this process is now, from the job's function on."""
+        attempt = self._runner._attempts.get(self._info(number)["id"])
+        frame = sys._current_frames().get(attempt.thread) if attempt is not None and attempt.thread else None
+        frames = traceback.extract_stack(frame) if frame is not None else []
+        calls = [i for i, each in enumerate(frames, 1) if each.name == "_call" and each.filename == __file__]
+        own = frames[calls[-1]:] if calls else []
+        return {"stack": "".join(traceback.format_list(own)) or None}
+
+    def _stats(self, request: _Request) -> dict[str, Any]:
+        return self._runner.stats(**request.fields(_STATS_FIELDS))
+
+    def _schedules(self, request: _Request) -> dict[str, Any]:
+        rows = self._runner._store.read(SCHEDULES, {"system": False})
+        return {"schedules": [describe_schedule(row) for row in rows]}
+
+    def _runners(self, request: _Request) -> dict[str, Any]:
+        return {"runners": [dict(row) for row in self._runner._store.read(RUNNERS)]}
+
+    # operating
+
+    def _operate(self, request: _Request, kind: str, operation: str) -> dict[str, Any]:
+        """Operate on each job, or schedule, that the body names; return what was done and what was refused."""
+        operations = TRANSITIONS if kind == "job" else SCHEDULE_OPERATIONS
+        if operation not in operations:
+            raise _Refused(404, f"there is no such operation; there are {', '.join(operations)}")
+        body = request.json()
+        ids = self._ids_in(body, kind)
+        done, refused = [], []
+        for each in ids:
+            try:
+                if kind == "job":
+                    self._runner._operate(operation, each, request.user)
+                else:
+                    getattr(Schedule(self._runner, each), operation)()
+            except KeyError:
+                status, why = 404, f"there is no {kind} {each}"
+            except InvalidOperation as error:
+                status, why = 409, str(error)
+            else:
+                done.append(each)
+                continue
+            refused.append({"id": each, "why": why})
+        answer = {"done": done, "refused": refused}
+        if refused and "ids" in body and len(body["ids"]) == 1:
+            raise _Refused(status, why, body=answer)
+        return answer
+
+    def _ids_in(self, body: Any, kind: str) -> Iterable[int]:
+        """Return the ids that an operation's body names. ValueError: a bad body."""
+        may_filter = kind == "job"
+        if not isinstance(body, dict) or set(body) != {"ids"} and not (may_filter and set(body) == {"filter"}):
+            raise ValueError('the body must be {"ids": [...]}' + (' or {"filter": {...}}' if may_filter else ""))
+        if "filter" in body:
+            return self._matching(body["filter"])
+        ids = body["ids"]
+        if not isinstance(ids, list) or not all(type(each) is int and 0 < each < 1 << 63 for each in ids):
+            raise ValueError(f"ids must be a list of {kind} ids")
+        return ids
+
+    def _matching(self, given: Any) -> Iterator[int]:
+        """Yield the ids of the jobs that pass a filter, newest first. ValueError: a bad one."""
+        if not isinstance(given, dict) or any(isinstance(value, (dict, list)) for value in given.values()):
+            raise ValueError("filter must be an object like the parameters of api/jobs")
+        texts = {name: value if isinstance(value, str) else _dump(value) for name, value in given.items()
+                 if value is not None}
+        if "parent" in given:
+            texts.setdefault("parent", "none")            # null: root jobs alone
+        for rows in self._pages(_read_fields(texts, _FILTER_FIELDS)):
+            yield from [row["id"] for row in rows]
+
+    # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
+    # but a commit changes it.
+    _ROUTES: tuple[tuple[str, str, Callable[..., Any], bool], ...] = (
+        ("GET", r"|statistics|schedules|jobs/[0-9]+", _html, False),
+        ("GET", r"(?:jobs/)?page\.(css|js)", _asset, False),
+        ("GET", r"healthz", _health, False),
+        ("GET", r"metrics", _metrics, False),
+        ("GET", r"api/session", _session, False),
+        ("GET", r"api/jobs", _list, True),
+        ("GET", r"api/export", _export, False),
+        ("GET", r"api/jobs/([0-9]{1,18})", _job, True),
+        ("GET", r"api/jobs/([0-9]{1,18})/logs", _logs, True),
+        ("GET", r"api/jobs/([0-9]{1,18})/attempts", _attempts, True),
+        ("GET", r"api/jobs/([0-9]{1,18})/stack", _stack, False),
+        ("GET", r"api/stats", _stats, True),
+        ("GET", r"api/schedules", _schedules, True),
+        ("GET", r"api/runners", _runners, True),
+        ("POST", r"api/(job|schedule)s/([^/]+)", _operate, False),
+    )
+
+
+# The server
 
 REQUEST_SECONDS = 10.0             # from the first byte of a request to the last of its answer
 CONNECTION_LIMIT = 64
@@ -8769,15 +8979,28 @@ CONNECTION_LIMIT = 64
 
 def serve_page(page: Page, host: str, port: int) -> str:
     """Serve a page with http.server on a daemon thread; return its URL, or "" when the port is taken."""
-    import io
-    import socket
-    from socketserver import ThreadingMixIn
-    from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
-
     if host not in ("127.0.0.1", "localhost", "::1") and not page.is_guarded:
-        raise ValueError(f"host must be a loopback address, got {host!r}, unless password= or authorize= says who may come")
+        raise ValueError(f"host must be a loopback address, got {host!r}, unless password= or authorize= says who may "
+                         "come")
     if not 0 <= port < 65_536:
         raise ValueError(f"port must be 0 to 65535, got {port}")
+    try:
+        server = _page_server(page, host, port)
+    except OSError as error:
+        _log.warning("the status page is not served: port %s of %s cannot be used (%s); jobs go on", port, host, error)
+        return ""
+    page._port = server.server_address[1]
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="bgjobs-page", daemon=True).start()
+    page._runner._servers.append(server)
+    return f"http://{f'[{host}]' if ':' in host else host}:{page._port}/"
+
+
+def _page_server(page: Page, host: str, port: int) -> Any:
+    """Return a server that is bound to its port. Its classes are made here, since what they come from loads late."""
+    import io
+    import socket
+    from socketserver import ThreadingTCPServer
+    from wsgiref.simple_server import WSGIRequestHandler
 
     class DeadlineReader(io.RawIOBase):
         """Reads a socket until an absolute deadline, which one byte now and then cannot push away."""
@@ -8790,7 +9013,10 @@ def serve_page(page: Page, host: str, port: int) -> str:
 
         def readinto(self, buffer: Any) -> int:
             self._connection.settimeout(max(0.001, self._deadline - time.monotonic()))
-            return self._connection.recv_into(buffer)
+            try:
+                return self._connection.recv_into(buffer)
+            finally:
+                self._connection.settimeout(REQUEST_SECONDS)       # for each part of the answer
 
     class Handler(WSGIRequestHandler):
         """One request for each connection: what a refused one leaves unread is never taken for the next."""
@@ -8802,65 +9028,50 @@ def serve_page(page: Page, host: str, port: int) -> str:
             self.rfile = io.BufferedReader(DeadlineReader(self.connection))      # type: ignore[assignment]
 
         def handle(self) -> None:
-            try:
-                self.raw_requestline = self.rfile.readline(65537)
-                if len(self.raw_requestline) > 65536:
-                    self.send_error(414)
-                elif self.raw_requestline and self.parse_request():
-                    self.connection.settimeout(REQUEST_SECONDS)
-                    handler = ServerHandler(self.rfile, self.wfile, io.StringIO(), self.get_environ(), multithread=True)
-                    handler.request_handler = self                               # type: ignore[attr-defined]
-                    handler.run(self.server.get_app())                           # type: ignore[attr-defined]
-            except OSError:
-                pass                                      # the client went away, or was too slow
+            with contextlib.suppress(OSError):            # the client went away, or was too slow
+                super().handle()
+
+        def get_stderr(self) -> Any:
+            return io.StringIO()                          # for tracebacks of clients that went away
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
             body = _json_bytes({"error": self.responses.get(code, ("bad request",))[0]})
-            lines = [f"HTTP/1.0 {int(code)} Refused", "Content-Type: application/json", f"Content-Length: {len(body)}",
-                     *(f"{name}: {value}" for name, value in _SECURITY_HEADERS)]
-            self.wfile.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            headers = [("Content-Type", "application/json"), ("Content-Length", len(body)), *_SECURITY_HEADERS]
+            lines = [f"HTTP/1.0 {int(code)} Refused", *(f"{name}: {value}" for name, value in headers), "", ""]
+            self.wfile.write("\r\n".join(lines).encode() + body)
 
         def log_message(self, format: str, *args: Any) -> None:
             _log.debug("page: " + format, *args)
 
-    class Server(ThreadingMixIn, WSGIServer):
-        daemon_threads, allow_reuse_address, request_queue_size = True, os.name != "nt", 64
+    free = threading.BoundedSemaphore(CONNECTION_LIMIT)
+
+    class Server(ThreadingTCPServer):
+        """A thread for each connection, up to a limit; what comes beyond it is closed at once."""
+
+        daemon_threads = True
+        allow_reuse_address = os.name != "nt"             # where it would let two servers have one port
+        request_queue_size = 64
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        free = threading.BoundedSemaphore(CONNECTION_LIMIT)
 
-        def server_bind(self) -> None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
-            self.socket.bind(self.server_address)
-            self.server_address = self.socket.getsockname()
-            self.server_name, self.server_port = host, self.server_address[1]    # without a look-up in the DNS
-            self.setup_environ()
+        def get_app(self) -> Page:
+            return page
 
-        def process_request(self, request: Any, client_address: Any) -> None:
-            if self.free.acquire(blocking=False):
-                super().process_request(request, client_address)
-            else:
-                self.shutdown_request(request)
+        def verify_request(self, request: Any, client_address: Any) -> bool:
+            return free.acquire(blocking=False)
 
         def process_request_thread(self, request: Any, client_address: Any) -> None:
             try:
                 super().process_request_thread(request, client_address)
             finally:
-                self.free.release()
+                free.release()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             _log.debug("page: a request failed", exc_info=True)
 
-    try:
-        server = Server((host, port), Handler)
-    except OSError as error:
-        _log.warning("the status page is not served: port %s of %s cannot be used (%s); jobs go on", port, host, error)
-        return ""
-    page._port = server.server_port
-    server.set_app(page)
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="bgjobs-page", daemon=True).start()
-    page._runner._servers.append(server)
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{server.server_port}/"
+    server = Server((host, port), Handler)
+    server.base_environ = {                               # type: ignore[attr-defined]
+        "SERVER_NAME": host, "SERVER_PORT": str(server.server_address[1]), "SCRIPT_NAME": "", "CONTENT_LENGTH": ""}
+    return server
 
 
 # ---- 16 Command line ------------------------------------------------------------------------------------------
