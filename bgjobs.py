@@ -60,6 +60,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import bisect
 import builtins
 import contextlib
 import contextvars
@@ -2166,14 +2167,24 @@ def dump_error(type: str, text: str, trace: str) -> str:
     return json.dumps({"type": _text(type), "text": _text(text), "traceback": _text(trace, 64 * 1024)})
 
 
-# ---- 8 Store --------------------------------------------------------------------------------------------------
+# ---- 9 Store --------------------------------------------------------------------------------------------------
+#
+# How a write gets into the file. A thread that wants to write puts a function of the transaction into a queue and tries to
+# lead. One thread leads at a time: it runs all that is in the queue, and what rides along (log lines, outcomes, claims), in one
+# transaction and commits it. The others sleep until theirs is done, or nobody leads any more. So a caller alone pays no
+# hand-over, and the batches grow with the load. If a batch fails, each of its writes is run again alone: only a bad one fails.
+#
+# Ctrl-C may come at any moment of the main thread, and again while that is cleaning up. So the lead is a lock that is left by a single
+# call in C, a write stays in the queue until its transaction has ended, and who sleeps looks again each second.
+#
+# A fork waits at a gate until no thread is inside SQLite: the child would inherit a transaction half done, and locks that
+# nobody opens.
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
 CREATED_AT = "SELECT created_at FROM bgjobs_jobs WHERE id = :id"
 OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE id = :id"
 MEANS = "SELECT name, seconds, tree_seconds FROM bgjobs_functions"
-MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
 RUNNERS = "SELECT id, pid, host, workers, started_at, heartbeat_at, abandoned FROM bgjobs_runners ORDER BY id"
 LOCK_FILES = "SELECT id, lock_file, heartbeat_at FROM bgjobs_runners"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
@@ -2186,19 +2197,11 @@ UNFINISHED_QUERIES = tuple(UNFINISHED.format(status=s) for s in (
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 MY_PENDING = """SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND (submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after ORDER BY id LIMIT 500"""
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id {which} AND id > :after AND level >= :level
-    AND at >= :since AND at <= :until ORDER BY id {order} LIMIT :limit"""
-ONE_JOB = "= :id"
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
-    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
 STATS = f"""SELECT {{by}} AS part, {_SUMS} FROM bgjobs_stats
     WHERE minute BETWEEN :first AND :last AND (:name IS NULL OR name = :name) GROUP BY part"""
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
 
-COUNT_LIMIT = 10_001               # where counting for people ends
-SEARCH_SECONDS = 0.006             # how long people's searches look at one job after the other; they may go on from there
-SEARCH_AT_LEAST = 12_000           # jobs that are looked at, however long that takes
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the file's lock
@@ -2208,52 +2211,12 @@ TABLES = ("bgjobs_schema", *(sql.split()[2] for sqls in MIGRATIONS for sql in sq
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
-class _Through:
-    """What a Transaction needs of an app's connection, whatever factories that has."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).execute(sql, parameters)
-
-    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).executemany(sql, rows)
-
-
-def is_shared(connection: sqlite3.Connection) -> bool:
-    """Tell whether other threads may use a connection."""
-    cursors = []
-
-    def use() -> None:
-        with contextlib.suppress(sqlite3.Error):
-            cursors.append(connection.cursor())
-    thread = threading.Thread(target=use, daemon=True)
-    thread.start()
-    thread.join()
-    return bool(cursors)
-
-
-class _Write:
-    """A write that waits for its transaction; `wake` is released when it is done, or is to lead."""
-
-    __slots__ = ("run", "value", "error", "done", "gone", "leads", "wake")
-
-    def __init__(self, run: Callable[[Transaction], Any]) -> None:
-        self.run = run
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.done = self.gone = self.leads = False
-        self.wake: Any = None
-
-
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours reads: the child would inherit SQLite's global locks, locked. (Out of
-    those when one writes, Store.pause keeps it.)"""
+    """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
 
     def __init__(self) -> None:
         self._door = threading.RLock()                    # held during a fork; reentrant for finalizers that read
-        self._inside: set[int] = set()                    # threads; one that Ctrl-C has left here goes with its next read
+        self._inside: set[int] = set()                    # threads; one that Ctrl-C has left here goes with its next use
 
     def __enter__(self) -> None:
         with self._door:
@@ -2273,29 +2236,29 @@ class _ForkGate:
         """Let threads in again."""
         self._door.release()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: only this thread is here."""
+        self.__init__()                                   # type: ignore[misc]
+
 
 _fork_gate = _ForkGate()
-_inherited: list[Any] = []         # where _never_free has no other means
 
 
-def _never_free(connection: sqlite3.Connection | None) -> None:
-    """Keep a connection of the parent's from being closed in a forked child, by its end, too."""
-    try:
-        import ctypes
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    except (ImportError, AttributeError):                 # not CPython
-        _inherited.append(connection)
+class _Write:
+    """A write that waits for its transaction."""
 
+    __slots__ = ("run", "value", "error", "done", "gone", "wake")
 
-def _uri(path: str) -> str:
-    """Return a file: URI as SQLite reads it."""
-    path = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
+    def __init__(self, run: Callable[[Transaction], Any]) -> None:
+        self.run = run
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.done = False                                 # committed, or failed
+        self.gone = False                                 # Ctrl-C came: nobody waits for it
+        self.wake: queue.SimpleQueue[None] | None = None  # where its thread sleeps, if it does
 
-
-def _decoded(text: bytes) -> str:
-    """Return a text of the file, also one that somebody else has written and that is not UTF-8."""
-    return text.decode("utf-8", "backslashreplace")
+    def fail(self, error: BaseException) -> None:
+        self.error, self.done = error, True
 
 
 def _do_nothing(tx: Transaction) -> None:
@@ -2321,22 +2284,20 @@ class Store:
         # EXTRA also syncs the folder that the rollback journal is deleted from: that is the commit there.
         self._synchronous = "NORMAL" if durability == "process" else "FULL" if journal == "wal" else "EXTRA"
         self._journal = journal
-        self._complaints: dict[str, float] = {}           # what was logged lately, and when
+        # `_lead` is held by the thread that leads; a finalizer that a garbage collection calls there must not wait for it.
+        self._lead = threading.RLock()
+        self._waiting: deque[_Write] = deque()            # until they are done; only who leads takes from it
+        self._again = False                               # more rides along than the last transaction took
+        self.leading = False                              # somebody does; a hint
+        self.closed = self.forked = False
+        self.cut_short = False                            # Ctrl-C came: something may be committed that nobody was told of
+        self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
+        self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._version_lock = threading.Lock()             # guards _version_db
         self._version_db: sqlite3.Connection | None = None
-        self._lineages: dict[int, tuple[int, ...]] = {}
         self._others_version = -1
-        # `_lock` guards _waiting, leading and _again; no SQL and no user code runs under it.
-        # Reentrant, since a garbage collection under it may call a finalizer that writes.
-        self._lock = threading.RLock()
-        self._leader = 0                                  # the leading thread's ident
-        self._leads = _Write(_do_nothing)                 # the write that leads, or was the last to
-        self._waiting: deque[_Write] = deque()            # until they are done
-        self._pause: _Write | None = None                 # a fork's, which leads next
-        self.leading = self._again = self.closed = self.forked = False
-        self.cut_short = False                            # Ctrl-C came: something may be committed that nobody was told of
-        self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
+        self._complaints: dict[str, float] = {}           # what was logged lately, and when
         self._check_path(os.fspath(path))
         try:
             self._writer = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
@@ -2349,6 +2310,297 @@ class Store:
         except sqlite3.Error as error:
             raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
         self._identity, self._checked_at = self._identity_now(), 0.0
+
+    # writing
+
+    @library_code
+    def write(self, run: Callable[[Transaction], Any]) -> Any:
+        """Call `run(transaction)` in the next transaction and return its value, after the commit.
+
+        `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
+        transaction. What it raises is raised here, and nothing of it is stored.
+        """
+        if self._lead._is_owned():                        # type: ignore[attr-defined]
+            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
+                               "have it set a flag or start a thread instead")
+        write = _Write(run)
+        try:
+            self._waiting.append(write)
+            while not write.done:
+                if self._lead_once(kicked=False) or write.done:
+                    continue
+                if write.wake is None:
+                    write.wake = queue.SimpleQueue()      # and look again, now that it can be woken
+                    continue
+                with contextlib.suppress(queue.Empty):    # then who led was cut short
+                    write.wake.get(timeout=1.0)
+        except BaseException:
+            write.gone = self.cut_short = True
+            raise
+        if write.error is not None:
+            raise write.error
+        return write.value
+
+    @library_code
+    def kick(self) -> None:
+        """Lead transactions until nothing rides along any more; return at once if another thread leads, which then sees to it."""
+        self._again = True
+        if not self._lead._is_owned():                    # type: ignore[attr-defined]
+            while self._again and self._lead_once(kicked=True) and not self._waiting:
+                pass
+
+    def _lead_once(self, kicked: bool) -> bool:
+        """Lead one transaction with all that waits. False: another thread leads, or what rides along could not be recorded."""
+        worked = False
+        try:
+            if not self._lead.acquire(blocking=False):
+                return False
+            self.leading, self._again = True, False
+            worked = self._commit([write for write in tuple(self._waiting) if not (write.done or write.gone)], kicked)
+            self._dismiss()
+            self.leading = False
+        except BaseException:
+            self.leading, self.cut_short = False, True
+            raise
+        finally:
+            try:
+                self._lead.release()
+            except RuntimeError:                          # another thread leads
+                pass
+            else:
+                self._pass_on(kicked and worked)
+        return worked
+
+    def _dismiss(self) -> None:
+        """Wake the threads whose writes are done."""
+        while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
+            write = self._waiting.popleft()
+            if write.wake is not None:
+                write.wake.put(None)
+
+    def _pass_on(self, goes_on: bool) -> None:
+        """After leading: let the first thread that waits lead. If none does and there is more to ride along, say so."""
+        heirs = tuple(self._waiting)[:1]
+        if heirs and heirs[0].wake is not None:
+            heirs[0].wake.put(None)
+        elif self._again and not goes_on:
+            self.backlog()
+
+    def _commit(self, batch: list[_Write], kicked: bool) -> bool:
+        """Run a batch, with what rides along, in one transaction. If that fails, each write is run again alone, so that only a bad
+        one fails. False: what rides along could not be recorded; who leads next tries again, the service thread if nobody else."""
+        try:
+            self._transact(batch, kicked)
+            return True
+        except StoreError as error:                       # the file's trouble: each write would wait for it again
+            trouble = error
+            for write in batch:
+                write.fail(copy.copy(error))
+                write.error.__cause__ = error.__cause__   # type: ignore[union-attr]
+        except (Exception, JobStopped) as error:          # JobStopped: a superseded attempt submits
+            trouble = self._explained(error)
+            for write in batch:
+                try:
+                    self._transact([write], None)
+                except (Exception, JobStopped) as own:
+                    write.fail(self._explained(own))
+                self._dismiss()
+            if batch:
+                self._again = True
+                return True
+        self._again = not self.closed
+        if not batch and not self.closed:
+            self.complain(f"cannot record outcomes: {trouble}; trying again")
+            if self.close_by == math.inf:
+                time.sleep(0.05)
+        return False
+
+    def _transact(self, batch: list[_Write], kicked: bool | None) -> None:
+        """Run a batch in one transaction, and what is to follow its commit. kicked: None: nothing rides along."""
+        self._check_open()
+        if time.monotonic() - self._checked_at > 0.005:
+            self.check_file()
+        with _fork_gate:
+            tx = self._run_in_transaction(batch, kicked)
+        for callback in (*tx.after_commit, lambda: self.announce(tx)):
+            try:
+                callback()
+            except Exception as error:                    # it is committed: nothing may make it look failed
+                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
+
+    def _check_open(self) -> None:
+        if self.forked:
+            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its start() "
+                             "here, or make a new Runner")
+        if self.closed:
+            raise StoreError(f"the runner on {self.path} is shut down")
+
+    def _run_in_transaction(self, batch: list[_Write], kicked: bool | None) -> Transaction:
+        db = self._writer
+        if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
+            db.execute("ROLLBACK")
+        self._await_lock("BEGIN IMMEDIATE")
+        committing = False
+        try:
+            tx = Transaction(db, self._lineages, self.clock())
+            if kicked is not None:
+                self.begin(tx)
+            for write in batch:
+                write.value = write.run(tx)
+            if kicked is not None:
+                self.rider(tx, kicked)
+            tx.apply()
+            tx.save_tallies()
+            committing = True
+            self._await_lock("COMMIT")
+            for write in batch:
+                write.done = True
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            elif committing and not isinstance(error, Exception):     # Ctrl-C after the COMMIT
+                for write in batch:
+                    write.done = True
+            self._lineages.clear()
+            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
+                db.text_factory = _decoded                # slower; the transaction is run again
+            raise
+        return tx
+
+    def _await_lock(self, statement: str) -> None:
+        """Execute a BEGIN IMMEDIATE or COMMIT. StoreError: another program holds the lock, for too long."""
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                self._writer.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                if time.monotonic() > min(give_up, self.close_by + 0.4):
+                    if self.close_by < math.inf:          # what else is written while going down is tried once
+                        self._writer.execute("PRAGMA busy_timeout = 0")
+                    raise self._explained(error) from error
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Return an error of SQLite as a StoreError with the remedy; any other as it is."""
+        if not isinstance(error, sqlite3.Error):
+            return error
+        explained = StoreError(f"cannot write to {self.path}: {error}; {_remedy(error)}")
+        explained.__cause__ = error
+        return explained
+
+    def complain(self, text: str) -> None:
+        """Log an error, the same one every ten seconds at most."""
+        now = time.monotonic()
+        if now - self._complaints.get(text, -math.inf) > 10:
+            self._complaints = {text: now} if len(self._complaints) > 20 else {**self._complaints, text: now}
+            _say(logging.ERROR, text)
+
+    # writing in a transaction of the app's own
+
+    def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
+        """Run a write in the transaction of the app's own connection to this file; the app commits, or rolls back. If none is
+        open, one is begun, and committed here where the connection commits each statement by itself. ValueError: the
+        connection is to another file."""
+        self._check_open()
+        db, begins = _Through(connection), not connection.in_transaction
+        text_factory, connection.text_factory = connection.text_factory, str
+        try:
+            file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
+            if not file or not os.path.samefile(file, self.path):
+                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
+                                 "transaction of that file alone")
+            if begins:
+                db.execute("BEGIN IMMEDIATE")
+            try:
+                value = self._run_in_savepoint(db, run)
+                autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
+                if begins and (autocommit is True or autocommit == -1 and connection.isolation_level is None):
+                    db.execute("COMMIT")
+                return value
+            except BaseException:
+                if begins and connection.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            if "locked" in str(error) and not begins:
+                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
+                                 "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
+            raise self._explained(error) from error
+        finally:
+            connection.text_factory = text_factory
+
+    def _run_in_savepoint(self, db: _Through, run: Callable[[Transaction], Any]) -> Any:
+        db.execute("SAVEPOINT bgjobs")
+        try:
+            db.execute(TAKE_LOCK)                         # before anything is read: now it waits for it
+            tx = Transaction(db, {}, self.clock())
+            value = run(tx)
+            tx.apply()
+            tx.save_tallies()
+            return value
+        except BaseException:
+            db.execute("ROLLBACK TO bgjobs")
+            raise
+        finally:
+            db.execute("RELEASE bgjobs")
+
+    # reading
+
+    def connect(self) -> sqlite3.Connection:
+        """Return a new connection for reading, never a new file. The caller closes it."""
+        db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
+        db.row_factory, db.text_factory = sqlite3.Row, _decoded
+        return db
+
+    @library_code
+    def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
+        """Return all rows of a query, on a connection of its own. ValueError: a parameter that SQLite cannot hold."""
+        with _fork_gate:
+            db = None
+            try:
+                try:
+                    db = self._readers.pop()
+                except IndexError:
+                    db = self.connect()
+                rows = db.execute(sql, parameters or {}).fetchall()
+            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+                if db is not None:
+                    db.close()
+                if isinstance(error, sqlite3.Error):
+                    raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+                name, value = next((name, value) for name, value in parameters.items() if isinstance(value, int)
+                                   and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
+                raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
+            if len(self._readers) < 8 and not self.closed:
+                self._readers.append(db)
+            else:
+                db.close()
+            return rows
+
+    def row(self, job_id: int) -> sqlite3.Row:
+        """Return a job's row. KeyError: there is none."""
+        rows = self.read(JOB_ROW, {"id": job_id})
+        if not rows:
+            raise KeyError(f"there is no job {job_id} in {self.path}")
+        return rows[0]
+
+    def version(self) -> int:
+        """Return a number that differs when another connection has committed since: any write, of any process."""
+        with self._version_lock, _fork_gate:
+            try:
+                if self._version_db is None:
+                    self._version_db = self.connect()
+                return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+
+    def changed_by_others(self) -> bool:
+        """Tell whether another connection has written since the last call: another process, or another runner."""
+        version = self.write(lambda tx: tx.execute("PRAGMA data_version").fetchone()[0])
+        changed, self._others_version = version != self._others_version, version
+        return changed
 
     # opening
 
@@ -2366,44 +2618,6 @@ class Store:
             self._writer.execute("SELECT json_array()")
         except sqlite3.OperationalError:                  # an option of the build before 3.38
             raise StoreError("this SQLite was built without its JSON functions; bgjobs needs them") from None
-
-    def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it."""
-        db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
-        db.row_factory, db.text_factory = sqlite3.Row, _decoded
-        return db
-
-    def _identity_now(self) -> list[tuple[int, int]]:
-        """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
-        found = []
-        for path in (self.path, os.path.realpath(self.path) + "-wal")[:2 if self._journal == "wal" else 1]:
-            try:
-                stat = os.stat(path)
-            except OSError:
-                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
-                                 "new runner") from None
-            found.append((stat.st_dev, stat.st_ino))
-            if path == self.path and stat.st_size == 0:
-                raise StoreError(f"{path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
-                                 "beside it, and make a new runner")
-        return found
-
-    def check_file(self) -> None:
-        """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
-        self._checked_at = -math.inf                      # should it fail, the next write looks again at once
-        found = self._identity_now()
-        if found != self._identity:
-            what = self.path + "-wal" if found[0] == self._identity[0] else self.path
-            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: close() this "
-                             "runner, put the right file there, without a -wal beside it, and make a new runner")
-        self._checked_at = time.monotonic()
-
-    def complain(self, text: str) -> None:
-        """Log an error, the same one every ten seconds at most."""
-        now = time.monotonic()
-        if now - self._complaints.get(text, -math.inf) > 10:
-            self._complaints = {text: now} if len(self._complaints) > 20 else {**self._complaints, text: now}
-            _say(logging.ERROR, text)
 
     def _prepare(self) -> None:
         """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
@@ -2467,55 +2681,32 @@ class Store:
                              "a backup, or drop these tables to start anew")
         return version
 
-    def close(self, last: Callable[[Transaction], None] = _do_nothing) -> None:
-        """Run a last write and close the connections. Waits for the transaction under way; writes after it raise StoreError."""
-        def run(tx: Transaction) -> None:
-            last(tx)
-            tx.after_commit.append(lambda: setattr(self, "closed", True))
-        if not self.closed:
+    # the file: that it is the one that was opened, its WAL, its copies, its end
+
+    def _identity_now(self) -> list[tuple[int, int]]:
+        """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
+        found = []
+        for path in (self.path, os.path.realpath(self.path) + "-wal")[:2 if self._journal == "wal" else 1]:
             try:
-                self.write(run)
-            except StoreError:                            # the disk is full, the file is gone, ...
-                self.closed = True
-            self._writer.close()
-            with self._version_lock:
-                if self._version_db is not None:
-                    self._version_db.close()
-            while self._readers:
-                self._readers.pop().close()
+                stat = os.stat(path)
+            except OSError:
+                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
+                                 "new runner") from None
+            found.append((stat.st_dev, stat.st_ino))
+            if path == self.path and stat.st_size == 0:
+                raise StoreError(f"{path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
+                                 "beside it, and make a new runner")
+        return found
 
-    def pause(self) -> None:
-        """Before a fork: take the lead as soon as the transaction under way is over, within a second, and write nothing."""
-        with self._lock:
-            if self._leader == threading.get_ident():
-                return                                  # a signal handler forks
-            pause = self._pause = _Write(_do_nothing)
-            if self.leading:
-                pause.wake = threading.Lock()
-                pause.wake.acquire()
-            else:
-                self._leads, pause.leads, self.leading = pause, True, True
-        if pause.wake is not None:
-            pause.wake.acquire(timeout=1.0)
-        with self._lock:
-            if pause.leads:
-                self._leader = threading.get_ident()
-            else:
-                self._pause = None
-
-    def go_on(self) -> None:
-        """After the fork, in the parent."""
-        pause, self._pause = self._pause, None
-        if pause is not None:
-            self._hand_over(pause)
-
-    def leave_to_parent(self) -> None:
-        """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
-        for connection in (self._writer, self._version_db, *self._readers):
-            _never_free(connection)
-        self._readers, self._version_db, self._waiting, self._pause, self._leader = deque(), None, deque(), None, 0
-        self._lock, self._version_lock = threading.RLock(), threading.Lock()
-        self.leading, self.closed, self.forked = False, True, True
+    def check_file(self) -> None:
+        """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
+        self._checked_at = -math.inf                      # should it fail, the next write looks again at once
+        found = self._identity_now()
+        if found != self._identity:
+            what = self.path + "-wal" if found[0] == self._identity[0] else self.path
+            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: close() this "
+                             "runner, put the right file there, without a -wal beside it, and make a new runner")
+        self._checked_at = time.monotonic()
 
     def shorten_wal(self) -> None:
         """Truncate the WAL if it has grown large, and say so when a reader keeps it from being."""
@@ -2559,424 +2750,30 @@ class Store:
                 raise StoreError(f"cannot back {self.path} up to {path}: {error}; {_remedy(error)}") from error
             raise
 
-    # writing
-
-    @library_code
-    def write(self, run: Callable[[Transaction], Any]) -> Any:
-        """Call `run(transaction)` in the next transaction and return its value, after the commit.
-
-        `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
-        transaction. What it raises is raised here, and nothing of it is stored.
-        """
-        if self.leading and self._leader == threading.get_ident() and not self._leads.gone:
-            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
-                               "have it set a flag or start a thread instead")
-        write = _Write(run)
-        try:
-            with self._lock:
-                if self.leading:
-                    wake = threading.Lock()
-                    wake.acquire()
-                    write.wake = wake
-                self._waiting.append(write)
-                if write.wake is None:
-                    self._leads, write.leads, self.leading = write, True, True
-            # The leader commits this write, too, or hands the lead on.
-            while not (write.leads or write.done) and not write.wake.acquire(timeout=1.0):
-                self._take_over(write)
-            if write.leads:
-                self._lead(write)
-        except BaseException:                           # Ctrl-C: do not count on this thread to lead
-            write.gone = self.cut_short = True
-            self._hand_over(write)
-            raise
-        if write.error is not None:
-            raise write.error
-        return write.value
-
-    @library_code
-    def kick(self) -> None:
-        """Lead transactions until nothing waits for one; return at once if another thread leads already."""
-        write = _Write(_do_nothing)
-        try:
-            with self._lock:
-                if self.leading:
-                    self._again = True                  # whoever leads sees to it
-                    return
-                self._leads, write.leads, self.leading = write, True, True
-            self._lead(write, until_done=True)
-        except BaseException:
-            write.gone = self.cut_short = True
-            self._hand_over(write)
-            raise
-
-    def _lead(self, write: _Write, until_done: bool = False) -> None:
-        """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
-        self._leader = threading.get_ident()
-        try:
-            while True:
-                with self._lock:
-                    batch = [other for other in self._waiting if not (other.done or other.gone)]
-                    self._again = False
-                worked = self._commit(batch, "all" if until_done else "some")
-                self._release()
-                if not until_done or not worked or not self._again or self._waiting or self._pause:
-                    break
-        finally:
-            self._hand_over(write)
-
-    def _hand_over(self, write: _Write) -> None:
-        """Give the lead, if this write has it, to the first waiting thread, or up."""
-        left = False
-        with self._lock:
-            if write.leads:
-                heir = self._pause or next((other for other in self._waiting if not (other.done or other.gone or other is write)), None)
-                left = self._again and heir is None
-                self._leader, self.leading, write.leads = 0, heir is not None, False
-                if heir is not None:                    # no call up to here: it would be a gap for Ctrl-C
-                    self._leads, heir.leads = heir, True
-                    heir.wake.release()
-        if left:
-            self.backlog()
-
-    def _take_over(self, write: _Write) -> None:
-        """Take the lead if Ctrl-C came twice: in the thread that had it, and again before that handed it over."""
-        with self._lock:
-            if self._leads.gone and self._leads.leads and not write.done:
-                self._leads.leads, write.leads, self._leads = False, True, write
-
-    def _release(self) -> None:
-        """Wake those whose writes are done. Ctrl-C may come: then the next leader does the rest."""
-        with self._lock:
-            while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
-                wake = self._waiting[0].wake
-                if wake is not None and wake.locked():
-                    wake.release()
-                self._waiting.popleft()
-
-    def _commit(self, batch: list[_Write], ride: str) -> bool:
-        """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails. False: what
-        rides along could not be recorded; it is tried again by who leads next, the service thread if nobody else."""
-        try:
-            self._transact(batch, ride)
-            return True
-        except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
-            if isinstance(error, StoreError) and batch:   # the file's trouble, and no write's: all would wait for it again
-                for write in batch:
-                    write.error, write.done = copy.copy(error), True
-                    write.error.__cause__ = error.__cause__
-                self._again = bool(ride) and not self.closed
-                return False
-            if ride and batch:
-                for write in batch:
-                    self._commit([write], ride="")
-                    self._release()
-                self._again = True
-            elif batch:
-                batch[0].error, batch[0].done = self._explained(error), True
-            elif not self.closed:
-                self.complain(f"cannot record outcomes: {self._explained(error)}; trying again")
-                if self.close_by == math.inf:
-                    time.sleep(0.05)
-                self._again = True
-                return False
-            return True
-
-    def _transact(self, batch: list[_Write], ride: str) -> None:
-        if self.forked:
-            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its start() "
-                             "here, or make a new Runner")
-        if self.closed:
-            raise StoreError(f"the runner on {self.path} is shut down")
-        if time.monotonic() - self._checked_at > 0.005:
-            self.check_file()
-        tx = self._run_in_transaction(batch, ride)
-        for callback in (*tx.after_commit, lambda: self.announce(tx)):
+    def close(self, last: Callable[[Transaction], None] = _do_nothing) -> None:
+        """Run a last write and close the connections. Waits for the transaction under way; writes after it raise StoreError."""
+        def run(tx: Transaction) -> None:
+            last(tx)
+            tx.after_commit.append(lambda: setattr(self, "closed", True))
+        if not self.closed:
             try:
-                callback()
-            except Exception as error:                    # it is committed: nothing may make it look failed
-                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
+                self.write(run)
+            except StoreError:                            # the disk is full, the file is gone, ...
+                self.closed = True
+            self._writer.close()
+            with self._version_lock:
+                if self._version_db is not None:
+                    self._version_db.close()
+            while self._readers:
+                self._readers.pop().close()
 
-    def _run_in_transaction(self, batch: list[_Write], ride: str) -> Transaction:
-        db = self._writer
-        if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
-            db.execute("ROLLBACK")
-        self._await_lock("BEGIN IMMEDIATE")
-        committing = False
-        try:
-            tx = Transaction(db, self._lineages, self.clock())
-            if ride:
-                self.begin(tx)
-            for write in batch:
-                write.value = write.run(tx)
-            if ride:
-                self.rider(tx, ride == "all")
-            tx.apply()
-            tx.save_tallies()
-            committing = True
-            self._await_lock("COMMIT")
-            for write in batch:
-                write.done = True
-        except BaseException as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            elif committing and not isinstance(error, Exception):     # Ctrl-C after the COMMIT
-                for write in batch:
-                    write.done = True
-            self._lineages.clear()
-            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
-                db.text_factory = _decoded                # slower; the transaction is run again
-            raise
-        return tx
-
-    def _await_lock(self, statement: str) -> None:
-        """Execute a BEGIN IMMEDIATE or COMMIT. StoreError: another program holds the lock, for too long."""
-        give_up = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                self._writer.execute(statement)
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > min(give_up, self.close_by + 0.4):
-                    if self.close_by < math.inf:          # what else is written while going down is tried once
-                        self._writer.execute("PRAGMA busy_timeout = 0")
-                    raise self._explained(error) from error
-
-    def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction of the app's own connection to this file; the app commits, or rolls back. If none is
-        open, one is begun, and committed here where the connection commits each statement by itself. ValueError: the
-        connection is to another file."""
-        if self.forked or self.closed:
-            self._transact([], "")                        # says why not
-        db, begins = _Through(connection), not connection.in_transaction
-        text_factory, connection.text_factory = connection.text_factory, str
-        try:
-            autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
-            file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
-            if not file or not os.path.samefile(file, self.path):
-                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
-                                 "transaction of that file alone")
-            if begins:
-                db.execute("BEGIN IMMEDIATE")
-            try:
-                db.execute("SAVEPOINT bgjobs")
-                try:
-                    db.execute(TAKE_LOCK)                 # before anything is read: now it waits for it
-                    tx = Transaction(db, {}, self.clock())
-                    value = run(tx)
-                    tx.apply()
-                    tx.save_tallies()
-                except BaseException:
-                    db.execute("ROLLBACK TO bgjobs")
-                    raise
-                finally:
-                    db.execute("RELEASE bgjobs")
-                if begins and (autocommit is True or autocommit == -1 and connection.isolation_level is None):
-                    db.execute("COMMIT")
-                return value
-            except BaseException:
-                if begins and connection.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            if "locked" in str(error) and not begins:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
-                                 "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
-            raise self._explained(error) from error
-        finally:
-            connection.text_factory = text_factory
-
-    def _explained(self, error: BaseException) -> BaseException:
-        if isinstance(error, sqlite3.Error):
-            explained = StoreError(f"cannot write to {self.path}: {error}; {_remedy(error)}")
-            explained.__cause__ = error
-            return explained
-        return error
-
-    # reading
-
-    @library_code
-    def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
-        """Return all rows of a query, on a connection of its own."""
-        with _fork_gate:
-            db = None
-            try:
-                db = self._readers.pop() if self._readers else self.connect()
-                rows = db.execute(sql, parameters or {}).fetchall()
-            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
-                if db is not None:
-                    db.close()
-                if isinstance(error, sqlite3.Error):
-                    raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
-                name, value = next((name, value) for name, value in parameters.items() if isinstance(value, int)
-                                   and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
-                raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
-            if len(self._readers) < 8 and not self.closed:
-                self._readers.append(db)
-            else:
-                db.close()
-            return rows
-
-    def version(self) -> int:
-        """Return a number that differs when another connection has committed since: any write, of any process."""
-        with self._version_lock, _fork_gate:
-            try:
-                if self._version_db is None:
-                    self._version_db = self.connect()
-                return self._version_db.execute("PRAGMA data_version").fetchone()[0]
-            except sqlite3.Error as error:
-                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
-
-    def changed_by_others(self) -> bool:
-        """Tell whether another connection has written since the last call: another process, or another runner."""
-        version = self.write(lambda tx: tx.execute("PRAGMA data_version").fetchone()[0])
-        changed, self._others_version = version != self._others_version, version
-        return changed
-
-    def row(self, job_id: int) -> sqlite3.Row:
-        """Return a job's row. KeyError: there is none."""
-        rows = self.read(JOB_ROW, {"id": job_id})
-        if not rows:
-            raise KeyError(job_id)
-        return rows[0]
-
-    def find(self, filters: dict[str, Any], limit: int, before: int | None = None) -> list[sqlite3.Row]:
-        """Return the rows that pass the filters (see `Filters`), newest first, ids below `before`."""
-        where, parameters = conditions(filters)
-        source = ""
-        if filters.get("status") is not None and filters.get("parent") is None:
-            wanted = wanted_of(filters)
-            if all(self._count(ids_of(status)) < COUNT_LIMIT for status in wanted):
-                where.append(f"id IN ({' UNION ALL '.join(f'SELECT * FROM ({ids_of(status)})' for status in wanted)})")
-            else:
-                source = "NOT INDEXED"                   # no index has them in the order of ids, and they are not far
-        if before is not None:
-            where, parameters = [*where, "id < :before"], {**parameters, "before": before}
-        sql = f"SELECT * FROM bgjobs_jobs {source} WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT :limit"
-        return self.read(sql, {**parameters, "limit": limit})
-
-    def page(self, filters: dict[str, Any], limit: int, before: int | None = None
-             ) -> tuple[list[sqlite3.Row], int | None, dict[str, int], list[str]]:
-        """Return what `find` does, as far as it is found in SEARCH_SECONDS, and the id before which to go on, or None; how many
-        jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more than that,
-        since there was no time to count them to the end."""
-        conditions(filters)
-        wanted = wanted_of(filters)
-        where, parameters = conditions({name: value for name, value in filters.items() if name != "status"})
-        if filters.get("parent") is not None:             # the index of children has them in order
-            counts, unsure = self._count_children(where, parameters)
-            ids = self._ids([*where, f"status IN ({', '.join(map(repr, wanted))})"], parameters, limit + 1, before)
-            return self._page_of(ids, limit, None, counts, unsure)
-        roots = "parent" in filters
-        indexed = set(filters) <= {"status", "parent", "system"}       # what has begun is counted in its index alone
-        ordered = indexed and roots and not filters.get("system")      # and found there in the order of ids
-        few = {status: total for status in STATUSES if not indexed or status == PENDING or status in wanted and not ordered
-               if (total := self._count(ids_of(status, roots))) < COUNT_LIMIT}
-        ids: list[int] = []
-        bottom: int | None = 1                            # what was looked at one after the other goes down to there; None: all was
-        counts, unsure = dict.fromkeys(STATUSES, 0), []
-        if not indexed and len(few) < len(STATUSES):
-            bottom = self._scan(filters, where, parameters, 1 << 62, wanted, limit + 1, ids, counts)
-        looks = SEARCH_AT_LEAST // 4                      # where the scan was too short, the statuses with few jobs are counted whole
-        for status in sorted(STATUSES, key=lambda status: few.get(status, 0)) if bottom else ():
-            looks -= few.get(status, 0)
-            if indexed or status in few and (looks >= 0 or len(few) == len(STATUSES)):
-                counts[status] = self._count("SELECT 1 FROM bgjobs_jobs WHERE "
-                                             + " AND ".join([*where, among(status, indexed, roots)]), parameters)
-            elif counts[status] < COUNT_LIMIT:
-                unsure.append(status)
-        if all(status in few or ordered and status != PENDING for status in wanted):
-            ids = sorted((job_id for status in wanted for job_id in self._ids(
-                [*where, among(status, ordered, roots)], parameters, limit + 1, before)), reverse=True)
-            bottom = None
-        elif indexed or before is not None:
-            ids = []
-            bottom = self._scan(filters, where, parameters, before or 1 << 62, wanted, limit + 1, ids, None)
-        return self._page_of(ids, limit, bottom, counts, unsure)
-
-    def _page_of(self, ids: list[int], limit: int, bottom: int | None, counts: dict[str, int], unsure: list[str]
-                 ) -> tuple[list[sqlite3.Row], int | None, dict[str, int], list[str]]:
-        rows = self.read("SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC",
-                         {"ids": json.dumps(ids[:limit])})
-        return rows, ids[limit - 1] if len(ids) > limit else bottom, counts, unsure
-
-    def _ids(self, where: list[str], parameters: dict[str, Any], limit: int, before: int | None) -> list[int]:
-        """Return the ids that fulfil the conditions, the highest first."""
-        return [row[0] for row in self.read(
-            f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([*where, 'id < :before'])} ORDER BY id DESC LIMIT :limit",
-            {**parameters, "limit": limit, "before": before or 1 << 62})]
-
-    def _count(self, query: str, parameters: dict[str, Any] | None = None) -> int:
-        return self.read(f"SELECT count(*) FROM ({query} LIMIT {COUNT_LIMIT})", parameters)[0][0]
-
-    def _count_children(self, where: list[str], parameters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-        rows = self.read(f"SELECT status, count(*) FROM (SELECT status FROM bgjobs_jobs WHERE {' AND '.join(where)} "
-                         f"LIMIT {2 * COUNT_LIMIT}) GROUP BY status", parameters)
-        counts = {**dict.fromkeys(STATUSES, 0), **{row[0]: min(COUNT_LIMIT, row[1]) for row in rows}}
-        complete = sum(row[1] for row in rows) < 2 * COUNT_LIMIT
-        return counts, [] if complete else [status for status in STATUSES if counts[status] < COUNT_LIMIT]
-
-    def _scan(self, filters: dict[str, Any], where: list[str], parameters: dict[str, Any], before: int, wanted: list[str],
-              enough: int, ids: list[int], counts: dict[str, int] | None) -> int | None:
-        """Look at one job after the other, from the newest, until the time is up. Put the first ids of wanted statuses that pass
-        into `ids`, and how many of each status into `counts`, unless it is None: then it ends when there are enough ids. Return
-        the lowest id that was looked at, or None: all were. The dates bound the ids, but for an hour's error of the clock."""
-        deadline = time.perf_counter() + SEARCH_SECONDS
-        newest = self.read(HIGHEST_ID)[0][0]
-        low, high = 1, newest + 1
-        if filters.get("created_from") is not None:
-            low = self._first_id_since(float(filters["created_from"]) - 3_600, newest)
-        if filters.get("created_to") is not None:
-            high = self._first_id_since(float(filters["created_to"]) + 3_600, newest)
-        high, width = min(high, before), SEARCH_AT_LEAST // (4 if "q" in filters else 1)
-        condition = f"bgjobs_jobs NOT INDEXED WHERE {' AND '.join([*where, 'id >= :low', 'id < :high'])}"
-        is_wanted = f"status IN ({', '.join(map(repr, wanted))})"
-        while high > low and width > SEARCH_AT_LEAST // 40 and (counts is not None or len(ids) < enough):
-            begun, bounds = time.perf_counter(), {**parameters, "low": max(low, high - width), "high": high, "limit": enough - len(ids)}
-            here = None
-            if counts is not None:
-                here = dict(map(tuple, self.read(f"SELECT status, count(*) FROM {condition} GROUP BY status", bounds)))
-                for status, number in here.items():
-                    counts[status] = min(COUNT_LIMIT, counts[status] + number)
-            if len(ids) < enough and (here is None or here.keys() & set(wanted)):
-                ids += [row[0] for row in self.read(f"SELECT id FROM {condition} AND {is_wanted} ORDER BY id DESC LIMIT :limit", bounds)]
-            high, now = bounds["low"], time.perf_counter()
-            width = int(width * min(4.0, max(0.0, deadline - now) / max(1e-6, now - begun)))
-        return high if high > low else None
-
-    def _first_id_since(self, created_at: float, newest: int) -> int:
-        """Return the first id that was given out at that time or later, as far as ids and the clock go up together."""
-        low, high = 1, newest + 1
-        while low < high:
-            middle = (low + high) // 2
-            rows = self.read("SELECT id, created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": middle})
-            if rows and rows[0]["id"] < high and rows[0]["created_at"] < created_at:
-                low = rows[0]["id"] + 1
-            else:
-                high = middle
-        return low
-
-    def counts(self, filters: dict[str, Any]) -> dict[str, int]:
-        """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT."""
-        return self.page(filters, 0)[2]
-
-    def logs(self, job_id: int, *, level: int, text: str | None, regex: str | None, since: float, until: float, after: int,
-             limit: int | None, tree: bool) -> list[dict[str, Any]]:
-        """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow `after`."""
-        newest = limit is not None and not after
-        sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
-        rows = self.read(sql, {"id": job_id, "after": after, "level": level, "since": since, "until": until,
-                               "limit": -1 if limit is None or text or regex else limit})
-        lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in rows]
-        if text:
-            lines = [line for line in lines if text.lower() in line["message"].lower()]
-        if regex:
-            import re
-            lines = [line for line in lines if re.search(regex, line["message"])]
-        lines = lines[:limit]
-        return lines[::-1] if newest else lines
+    def leave_to_parent(self) -> None:
+        """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
+        for connection in (self._writer, self._version_db, *self._readers):
+            _never_free(connection)
+        self._readers, self._version_db, self._waiting = deque(), None, deque()
+        self._lead, self._version_lock = threading.RLock(), threading.Lock()
+        self.leading, self.closed, self.forked = False, True, True
 
 
 def _remedy(error: sqlite3.Error) -> str:
@@ -2995,87 +2792,84 @@ def _remedy(error: sqlite3.Error) -> str:
     return "see the error of SQLite above"
 
 
-def wanted_of(filters: dict[str, Any]) -> list[str]:
-    """Return the statuses that pass."""
-    asked = filters.get("status") or STATUSES
-    return [asked] if isinstance(asked, str) else [status for status in STATUSES if status in asked]
+class _Through:
+    """What a Transaction needs of an app's connection, whatever factories that has."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return sqlite3.Cursor(self._connection).execute(sql, parameters)
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
+        return sqlite3.Cursor(self._connection).executemany(sql, rows)
 
 
-def ids_of(status: str, roots: bool = False) -> str:
-    """Return the query for the ids of all jobs of a status, each once, by indexes; roots: of no children that are pending."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE status = '{status}' AND status <> 'pending'"
-    indexes = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-               "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-               "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL", "parked": "parked IS NOT NULL"}
-    return "SELECT id FROM (" + " UNION ALL ".join(       # by name, else it walks through all children there are
-        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE status = 'pending' AND {where}"
-        for index, where in indexes.items() if not (roots and index == "ready_children")) + ")"
+def is_shared(connection: sqlite3.Connection) -> bool:
+    """Tell whether other threads may use a connection."""
+    cursors = []
+
+    def use() -> None:
+        with contextlib.suppress(sqlite3.Error):
+            cursors.append(connection.cursor())
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join()
+    return bool(cursors)
 
 
-def among(status: str, by_index: bool, roots: bool) -> str:
-    """Return the condition by which only the jobs of a status are looked at; by_index: in the index of what has begun, where it
-    answers all that is asked."""
-    return f"status = '{status}' AND " + ("status <> 'pending'" if by_index and status != PENDING else f"id IN ({ids_of(status, roots)})")
+_inherited: list[Any] = []         # where _never_free has no other means
 
 
+def _never_free(connection: sqlite3.Connection | None) -> None:
+    """Keep a connection of the parent's from being closed in a forked child, by its end, too."""
+    try:
+        import ctypes
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    except (ImportError, AttributeError):                 # not CPython
+        _inherited.append(connection)
+
+
+def _uri(path: str) -> str:
+    """Return a file: URI as SQLite reads it."""
+    path = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
+
+
+def _decoded(text: bytes) -> str:
+    """Return a text of the file, also one that somebody else has written and that is not UTF-8."""
+    return text.decode("utf-8", "backslashreplace")
+
+
+# ---- 10 What people see ---------------------------------------------------------------------------------------
+#
+# Lists, counts, a job's `info`, its attempts and its log. With a million jobs in the file a page of people's still comes in a moment,
+# without an index that each submit would have to pay for. So what no index has in order is looked for from the newest job on,
+# SEARCH_LIMIT jobs at a time: a search says where it has come to and goes on from there, and a count says "at least".
+
+COUNT_LIMIT = 10_001               # where counting for people ends
+SEARCH_LIMIT = 40_000              # jobs that one search of people's looks at in the order of ids; a quarter, where it looks for text
+FEW = 10_000                       # jobs of a status, at most, for all of them to be looked at
+
+JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
+MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id {which} AND id > :after AND level >= :level
+    AND at >= :since AND at <= :until ORDER BY id {order} LIMIT :limit"""
+ONE_JOB = "= :id"
+WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
+    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
+
+_ROOTS, _CHILDREN, _NO_SYSTEM = "parent_id IS NULL", "parent_id = :parent AND parent_id IS NOT NULL", "system = 0"
+_CONDITIONS = {
+    "name": "name = :name", "run_by": "run_by = :run_by", "errors": "(own_errors + failed > 0) = :errors",
+    "low_priority": "low_priority = :low_priority", "created_from": "created_at >= :created_from", "created_to": "created_at <= :created_to",
+    "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)
+        OR instr(ifnull(options, ''), '"secret"') = 0 AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
 FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
-
-
-def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions and their parameters for the filters that are given. ValueError: a bad one.
-
-    status, name, run_by: equal. errors, low_priority: True or False. q: an id, or text in the name, label, arguments,
-    message or run_by. parent: an id or a Job; None for roots only. system: True adds the system jobs. created_from,
-    created_to: Unix seconds.
-    """
-    where, parameters = [], {}
-    for name, value in filters.items():
-        if name not in FILTERS:
-            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    if filters.get("status") is not None:
-        statuses = [filters["status"]] if isinstance(filters["status"], str) else list(filters["status"])
-        for status in statuses:
-            if status not in STATUSES:
-                raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
-        names = [f"'{status}'" for status in statuses]
-        where.append(f"status = {names[0]}" if len(names) == 1 else f"status IN ({', '.join(names)})")
-        if PENDING not in statuses:
-            where.append("status <> 'pending'")
-    for name in ("name", "run_by"):
-        if filters.get(name) is not None:
-            if not isinstance(filters[name], str):
-                raise ValueError(f"{name} must be a text, got {_short(filters[name])}")
-            where.append(f"{name} = :{name}")
-            parameters[name] = filters[name]
-    if filters.get("errors") is not None:
-        where.append("own_errors + failed > 0" if filters["errors"] else "own_errors + failed = 0")
-    if filters.get("low_priority") is not None:
-        where.append(f"low_priority = {int(bool(filters['low_priority']))}")
-    if "parent" in filters:
-        parent = filters["parent"]
-        where.append("parent_id IS NULL" if parent is None else "parent_id = :parent AND parent_id IS NOT NULL")
-        parameters["parent"] = getattr(parent, "id", parent)
-    if not filters.get("system"):
-        where.append("system = 0")
-    for name, sign in (("created_from", ">="), ("created_to", "<=")):
-        if filters.get(name) is not None:
-            where.append(f"created_at {sign} :{name}")
-            try:
-                parameters[name] = float(filters[name])
-            except OverflowError:
-                raise ValueError(f"{name} must be Unix seconds, got {_short(filters[name])}") from None
-    if filters.get("q"):
-        where.append(
-            "(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)"
-            " OR instr(ifnull(options, ''), '\"secret\"') = 0 AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))")
-        text = _text(filters["q"])
-        parameters.update(q=text.lower(), json=_dump(text)[1:-1].lower(),      # arguments are ASCII, the rest is escaped
-                          number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
-    return where, parameters
-
-
-# ---- what people see of a job ---------------------------------------------------------------------------------
+# The indexes that have the pending jobs, each once, and what of them. By name, else SQLite walks through all children there are.
+_PENDING = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
+                     "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
+                     "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL", "parked": "parked IS NOT NULL"}
 
 MASK = "\u2022\u2022\u2022"
 COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
@@ -3084,11 +2878,151 @@ _TEXT_COLUMNS = ("name", "status", "phase", "parked", "label", "run_by", "key", 
 _JSON_COLUMNS = ("options", "args", "kwargs", "state", "positions", "result", "error")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions for all filters but the status, and their parameters. TypeError, ValueError: a bad filter.
+
+    status, name, run_by: equal; status may also be a list of them. errors, low_priority: True or False. q: an id, or text in the name,
+    label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True adds the system jobs.
+    created_from, created_to: Unix seconds. None lets all jobs pass, but for the parent.
+    """
+    for name in filters:
+        if name not in FILTERS:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
+    parameters = {name: filters[name] for name in _CONDITIONS if filters.get(name) not in (None, "")}
+    where = [_CONDITIONS[name] for name in parameters]
+    for name, value in parameters.items():
+        if name in ("name", "run_by") and not isinstance(value, str):
+            raise ValueError(f"{name} must be a text, got {_short(value)}")
+        if name in ("errors", "low_priority"):
+            parameters[name] = int(bool(value))
+        if name in ("created_from", "created_to"):
+            try:
+                parameters[name] = float(value)
+            except OverflowError:
+                raise ValueError(f"{name} must be Unix seconds, got {_short(value)}") from None
+    if "q" in parameters:
+        text = _text(parameters["q"])
+        parameters.update(q=text.lower(), json=_dump(text)[1:-1].lower(),      # arguments are ASCII, the rest is escaped
+                          number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
+    if "parent" in filters:
+        parent = filters["parent"]
+        where.append(_ROOTS if parent is None else _CHILDREN)
+        parameters["parent"] = getattr(parent, "id", parent)
+    if not filters.get("system"):
+        where.append(_NO_SYSTEM)
+    return where, parameters
 
 
-_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+def find_jobs(store: Store, filters: dict[str, Any], limit: int, before: int | None = None, most: int | None = None
+              ) -> tuple[list[int], int | None]:
+    """Return the ids of the jobs that pass the filters, the highest first, below `before`; and the id below which to go on, or
+    None: that is all. limit: how many ids, -1: all. most: how many jobs to look at; fewer than `limit` may be found among them."""
+    where, parameters = conditions(filters)
+    parameters.update(before=before or 1 << 62, limit=limit if limit < 0 else limit + 1)
+    statuses, bottom = _wanted_statuses(filters), None
+    if _are_at_hand(store, filters, where, statuses):
+        jobs = " UNION ALL ".join(f"SELECT * FROM (SELECT id FROM ({_of_status(status, where)}) WHERE id < :before ORDER BY id DESC LIMIT :limit)"
+                                  for status in statuses)
+        jobs = f"({jobs}) WHERE 1"
+    else:
+        jobs, bottom = _newest(store, filters, parameters, most)
+        jobs = " AND ".join([jobs, *where, *([] if len(statuses) == len(STATUSES) else [_is_one_of(statuses)])])
+    ids = [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
+    return (ids, bottom) if len(ids) <= limit or limit < 0 else (ids[:limit], min(ids[:limit], default=before))
+
+
+def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more,
+    since not all jobs were looked at."""
+    where, parameters = conditions(filters)
+
+    def count(status: str) -> int:
+        return _count(store, _of_status(status, where), COUNT_LIMIT, parameters)
+    if filters.get("parent") is None and not set(filters) & set(_CONDITIONS):       # the indexes tell
+        return {status: count(status) for status in STATUSES}, []
+    jobs, bottom = _newest(store, filters, parameters, SEARCH_LIMIT)
+    rows = store.read(f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status", parameters)
+    counts = {**dict.fromkeys(STATUSES, 0), **{status: min(COUNT_LIMIT, number) for status, number in rows}}
+    unsure = []
+    for status in STATUSES if bottom else ():
+        if _count(store, _of_status(status, []), FEW // 10) < FEW // 10:
+            counts[status] = count(status)
+        elif counts[status] < COUNT_LIMIT:
+            unsure.append(status)
+    return counts, unsure
+
+
+def _wanted_statuses(filters: dict[str, Any]) -> list[str]:
+    asked = filters.get("status")
+    statuses = list(STATUSES) if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    for status in statuses:
+        if status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
+    return [status for status in STATUSES if status in statuses]
+
+
+def _is_one_of(statuses: list[str]) -> str:
+    """Return the condition for some statuses, such that the index of what has begun serves where it can."""
+    return f"status IN ({', '.join(map(repr, statuses))})" + ("" if PENDING in statuses else " AND status <> 'pending'")
+
+
+def _of_status(status: str, where: list[str]) -> str:
+    """Return the query for the ids of a status that fulfil the conditions, by the indexes of the status."""
+    if status != PENDING:
+        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
+    indexes, where = dict(_PENDING), ["status = 'pending'", *where]
+    if _ROOTS in where:
+        del indexes["ready_children"]
+        where.append("root_id IS NULL")                   # an index tells that of what is parked
+    return " UNION ALL ".join(f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([has, *where])}"
+                              for index, has in indexes.items())
+
+
+def _count(store: Store, query: str, limit: int, parameters: dict[str, Any] | None = None) -> int:
+    return store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0]
+
+
+def _are_at_hand(store: Store, filters: dict[str, Any], where: list[str], statuses: list[str]) -> bool:
+    """Tell whether the indexes have the jobs of these statuses in the order of their ids, or so few that all can be looked at."""
+    by_index = [condition for condition in where if condition in (_ROOTS, _NO_SYSTEM)]
+    in_order = where == [_ROOTS, _NO_SYSTEM]              # as bgjobs_begun has them
+    if filters.get("parent") is not None or not statuses or len(statuses) == len(STATUSES) and not in_order:
+        return False
+    return all(in_order and status != PENDING or _count(store, _of_status(status, by_index), FEW) < FEW for status in statuses)
+
+
+def _newest(store: Store, filters: dict[str, Any], parameters: dict[str, Any], most: int | None) -> tuple[str, int | None]:
+    """Return where to look for jobs, one after the other from the newest on, and the id below which to go on then, or None. Bounds that by
+    the parameters :before and :lowest to `most` jobs."""
+    parameters.setdefault("before", 1 << 62)
+    parameters["lowest"] = 0
+    jobs = "bgjobs_jobs NOT INDEXED WHERE 1" if filters.get("parent") is None else f"bgjobs_jobs WHERE {_CHILDREN}"
+    jobs += " AND id < :before AND id >= :lowest"
+    if most is None:
+        return jobs, None
+    if "created_from" in parameters:                      # the dates bound the ids, but for an hour's error of the clock
+        parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
+    if "created_to" in parameters:
+        parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
+    last = (most // 4 if "q" in parameters else most) - 1
+    rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
+    if not rows:
+        return jobs, None
+    parameters["lowest"] = rows[0][0]
+    return jobs, rows[0][0]
+
+
+def _first_id_since(store: Store, created_at: float) -> int:
+    """Return the first id that was given out at that time or later, as far as ids and the clock go up together."""
+    def created(job_id: int) -> float:
+        rows = store.read("SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": job_id})
+        return rows[0][0] if rows else math.inf
+    return bisect.bisect_left(range(store.read(HIGHEST_ID)[0][0] + 1), created_at, key=created)
+
+
+def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]) -> list[dict[str, Any]]:
+    """Return the `info` of jobs, the highest id first; of those that are still there."""
+    return [describe(row, now, usual) for row in store.read(JOB_ROWS, {"ids": json.dumps(ids)})]
 
 
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
@@ -3098,6 +3032,28 @@ def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None])
         return _described(row, now, usual)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         return _described(_legible(row, error), now, usual)
+
+
+def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
+    options = kept_options(row["options"])
+    values = tuple(row)
+    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
+        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
+    status = row["status"]
+    due = max(row["created_at"], row["run_at"] or 0.0)
+    started_by = now if status == PENDING else row["finished_at"] or due      # of one that has not
+    duration = row["duration"] + (max(0.0, now - row["since"]) if status in ACTIVE and row["since"] else 0.0)
+    error = _parsed(row["error"])
+    return {
+        **{name: row[name] for name in COLUMNS_SEEN},
+        "phase": phase_of(row), "waiting": max(0.0, started_by - due) if row["started_at"] is None else row["waited"], "duration": duration,
+        "errors": row["own_errors"] + row["failed"], "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
+        "progress": progress_of(row), "eta": eta_of(row, now, duration, usual),
+        "children": {name: row[name] for name in ("total", "done", "failed", "running")},
+        "root_id": row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
+        "state": _parsed(row["state"]), "result": _parsed(row["result"]),
+        "error": error and (error["traceback"] or f"{error['type']}: {error['text']}"),
+        "operations": allowed_operations(status, options, bool(row["system"]), row["running"] > 0)}
 
 
 def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
@@ -3111,31 +3067,19 @@ def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
     return {**legible, "error": dump_error("StoreError", f"this row cannot be read: {_text(why)}", "")}
 
 
-def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
-    options = kept_options(row["options"])
-    values = tuple(row)
-    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
-        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
-    status = row["status"]
-    active = status in ACTIVE
-    due = max(row["created_at"], row["run_at"] or 0.0)
-    duration = row["duration"] + (max(0.0, now - row["since"]) if active and row["since"] else 0.0)
-    error = _parse(row["error"]) if row["error"] else None
-    waits_until = now if status == PENDING else row["finished_at"] or due
-    info = {name: row[name] for name in COLUMNS_SEEN}
-    info.update(
-        phase=phase_of(row, now), waiting=max(0.0, waits_until - due) if row["started_at"] is None else row["waited"], duration=duration,
-        errors=row["own_errors"] + row["failed"], low_priority=bool(row["low_priority"]), system=bool(row["system"]),
-        progress=progress_of(row), eta=eta_of(row, now, duration, usual),
-        children={name: row[name] for name in ("total", "done", "failed", "running")},
-        root_id=row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
-        state=_parse(row["state"]) if row["state"] else None, result=_parse(row["result"]) if row["result"] else None,
-        error=error and (error["traceback"] or f"{error['type']}: {error['text']}"),
-        operations=allowed_operations(status, options, bool(row["system"]), row["running"] > 0))
-    return info
+def _parsed(text: str | None) -> Any:
+    """Return the JSON value of a column. ValueError: it is none, or NaN or infinite, which the JSON interface could not pass on."""
+    return _parse(text) if text else None
 
 
-def phase_of(row: sqlite3.Row, now: float) -> str:
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
     """Return what refines the status, for people."""
     if row["status"] == RUNNING:
         return "waiting for children" if row["returned"] else ""
@@ -3184,14 +3128,75 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
 
 def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args = list(_parse(row["args"])) if row["args"] else []
-    kwargs = dict(_parse(row["kwargs"])) if row["kwargs"] else {}
+    args, kwargs = list(_parsed(row["args"]) or ()), dict(_parsed(row["kwargs"]) or {})
     for place in secret:
         if isinstance(place, int) and place < len(args):
             args[place] = MASK
         elif place in kwargs:
             kwargs[place] = MASK
     return {"args": args, "kwargs": kwargs}
+
+
+def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
+    """Return how many seconds jobs of this name have taken lately, here or in another process; None: nobody knows."""
+    if name in costs.changed:
+        return costs.trees.get(name, costs.means.get(name))
+    rows = store.read(MEAN_OF, {"name": name})
+    return rows[0][0] if rows else None
+
+
+def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
+    """Return what is known of a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
+    The last attempt is told by the job itself, unless something followed."""
+    row = store.row(job_id)
+    kept = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
+    if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
+        is_active = row["status"] in ACTIVE and not row["returned"]
+        kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
+                     "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
+    return {"attempts": kept, "positions": _parsed(row["positions"]) or []}
+
+
+def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
+              after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
+    """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow the line `after`."""
+    newest, chosen = limit is not None and not after, text or regex
+    found_in = _search_function(regex)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text must be a text or None, got {_short(text)}")
+    check_limit(limit)
+    rows = store.read(LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC"), {
+        "id": job_id, "after": after or 0, "level": _level_number(level), "since": since or 0.0,
+        "until": math.inf if until is None else until, "limit": -1 if limit is None or chosen else limit})
+    chosen_rows = (row for row in rows if not chosen or (text or "").lower() in row["message"].lower() and found_in(row["message"]))
+    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(chosen_rows, limit)]
+    return lines[::-1] if newest else lines
+
+
+def _search_function(regex: str | None) -> Callable[[str], Any]:
+    """Return a function that tells whether a regular expression is found in a text. ValueError: it is none."""
+    if not regex:
+        return lambda text: True
+    import re
+    try:
+        return re.compile(regex).search
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
+
+
+def _level_number(level: str | int | None) -> int:
+    """Return a log level as `logging` counts. ValueError: it has no such name."""
+    if isinstance(level, str):
+        number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
+        if not isinstance(number, int):
+            raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
+        return number
+    return level or 0
+
+
+def check_limit(limit: Any) -> None:
+    if limit is not None and (type(limit) is not int or limit < 0):
+        raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
 # ---- 9 Worker pool --------------------------------------------------------------------------------------------
@@ -4784,8 +4789,8 @@ class Runner(Submitter, Executor):
     def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
         created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
-        _check_limit(limit)
-        return [Job(self, row["id"]) for row in self._store.find(filters, -1 if limit is None else limit, before)]
+        check_limit(limit)
+        return [Job(self, job_id) for job_id in find_jobs(self._store, filters, -1 if limit is None else limit, before)[0]]
 
     def _status(self, job_id: int) -> str:
         rows = self._store.read(STATUS_OF, {"id": job_id})
@@ -4794,50 +4799,16 @@ class Runner(Submitter, Executor):
         return rows[0][0]
 
     def _info(self, job_id: int) -> dict[str, Any]:
-        try:
-            return describe(self._store.row(job_id), self._clock(), self._usual)
-        except KeyError:
-            raise KeyError(f"there is no job {job_id} in {self.path}") from None
-
-    def _attempts_of(self, job_id: int) -> dict[str, Any]:
-        """Return what is known of a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
-        The last attempt is told by the job itself, unless something followed."""
-        row = self._store.row(job_id)
-        kept = [dict(each) for each in self._store.read(ATTEMPTS, {"id": job_id})]
-        if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
-            is_active = row["status"] in ACTIVE and not row["returned"]
-            kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
-                         "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
-        return {"attempts": kept, "positions": (_parse(row["positions"]) if row["positions"] else None) or []}
+        return describe(self._store.row(job_id), self._clock(), self._usual)
 
     def _usual(self, name: str) -> float | None:
-        """Return how many seconds jobs of this name have taken lately, here or in another process."""
-        if name in self._costs.changed:
-            return self._costs.trees.get(name, self._costs.means.get(name))
-        rows = self._store.read(MEAN_OF, {"name": name})
-        return rows[0][0] if rows else None
+        return usual_seconds(self._store, self._costs, name)
 
-    def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
-              after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
-        if regex is not None:
-            import re
-            try:
-                re.compile(regex)
-            except (re.error, OverflowError, RecursionError, TypeError) as error:
-                raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"text must be a text or None, got {_short(text)}")
-        _check_limit(limit)
-        if isinstance(level, str):
-            number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
-            if not isinstance(number, int):
-                raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
-            level = number
+    def _logs(self, job_id: int, *filters: Any) -> list[dict[str, Any]]:
         if (self._lines or self._lines_taken) and not self._store.closed:
             for _ in range(len(self._lines) // LINES_A_WRITE + 1):
                 self._store.write(_do_nothing)            # who asks sees what was logged by now
-        return self._store.logs(job_id, level=level or 0, text=text, regex=regex, since=since or 0.0,
-                                until=math.inf if until is None else until, after=after or 0, limit=limit, tree=tree)
+        return read_logs(self._store, job_id, *filters)
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
@@ -5364,7 +5335,7 @@ class Runner(Submitter, Executor):
             escaped = value.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
             return f'{{{name}="{escaped}"}}'
         metric("jobs", "gauge", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
-               [(label("status", status), count) for status, count in self._store.counts({"system": True}).items()])
+               [(label("status", status), count) for status, count in count_jobs(self._store, {"system": True})[0].items()])
         self._count_created()
         functions = self._store.read(STATS.format(by="name"), {"first": 0, "last": 1 << 62, "name": None})
         for name, help in (("created", "Jobs submitted."), ("started", "Jobs started for the first time."),
@@ -5409,11 +5380,6 @@ def _counted(row: sqlite3.Row | None) -> dict[str, Any]:
         return {"avg": row[name] / count, "min": row[f"{name}_min"], "max": row[f"{name}_max"]} if count > 0 else None
     return {**{name: row[name] for name in ("created", "started", "finished", "failed")},
             "waiting": measured("waiting", row["started"]), "running": measured("running", row["finished"] + row["failed"])}
-
-
-def _check_limit(limit: Any) -> None:
-    if limit is not None and (type(limit) is not int or limit < 0):
-        raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
 def _not_a_tuple(args: Any) -> tuple[Any, ...]:
@@ -5728,32 +5694,13 @@ def _register_hooks() -> None:
                 print(f"bgjobs: {error}", file=sys.stderr)
     atexit.register(close_all)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)
-
-
-_paused: list[Store] = []          # during a fork
-_one_fork = threading.RLock()      # at a time
-
-
-def _before_fork() -> None:
-    _one_fork.acquire()
-    _paused.extend(runner._store for runner in list(_living) if not runner._store.closed)
-    for store in _paused:
-        store.pause()
-    _fork_gate.shut()                  # last: who leads a transaction may read
-
-
-def _after_fork() -> None:
-    _fork_gate.open()
-    while _paused:
-        _paused.pop().go_on()
-    _one_fork.release()
+        os.register_at_fork(before=_fork_gate.shut, after_in_parent=_fork_gate.open, after_in_child=_leave_to_parent)
 
 
 def _leave_to_parent() -> None:
-    global _default_lock, _fork_gate, _one_fork
-    _default_lock, _fork_gate, _one_fork = threading.Lock(), _ForkGate(), threading.RLock()
-    _paused.clear()
+    global _default_lock
+    _default_lock = threading.Lock()
+    _fork_gate.leave_to_parent()
     _here.ticket = None
     inherited: Any = sys.modules.pop("_bgjobs_presence", None)
     if inherited is not None:
@@ -8380,7 +8327,7 @@ class Page:
             if parts[2] == "logs":
                 return 200, "application/json", _json_bytes({"logs": self._log_lines(job_id, query)})
             if parts[2] == "attempts":
-                return 200, "application/json", _json_bytes(self._runner._attempts_of(job_id))
+                return 200, "application/json", _json_bytes(attempts_of(self._runner._store, job_id))
             if parts[2] == "stack":
                 return 200, "application/json", _json_bytes({"stack": self._stack(job_id)})
         raise _Refused(404, "there is no such resource")
@@ -8390,12 +8337,12 @@ class Page:
         limit = max(1, min(_number(query, "limit", 50), LIST_LIMIT))
         before = _number(query, "before", 0) or None
         try:
-            rows, following, counts, unsure = runner._store.page(filters, limit, before)
+            ids, following = find_jobs(runner._store, filters, limit, before, SEARCH_LIMIT)
+            counts, unsure = count_jobs(runner._store, filters)
         except (TypeError, ValueError) as error:
             raise _Refused(400, str(error)) from None
-        now = runner._clock()
-        infos = [self._shown(describe(row, now, runner._usual)) for row in rows]
-        headers.append(("X-Bgjobs-At-Least", ",".join(unsure)))      # the statuses whose counts went out of time
+        infos = [self._shown(info) for info in describe_jobs(runner._store, ids, runner._clock(), runner._usual)]
+        headers.append(("X-Bgjobs-At-Least", ",".join(unsure)))      # the statuses whose are least ones
         return {"jobs": infos, "next": following, "counts": counts}
 
     def _export(self, query: dict[str, str], headers: list[tuple[str, str]]) -> tuple[int, str, Iterator[bytes]]:
@@ -8423,8 +8370,8 @@ class Page:
             try:
                 yield b""                                 # from here on the end is reached, whoever drops this
                 begun = False
-                for rows in itertools.chain([first], pages):
-                    infos = [self._shown(describe(row, runner._clock(), runner._usual)) for row in rows]
+                for ids in itertools.chain([first], pages):
+                    infos = [self._shown(info) for info in describe_jobs(runner._store, ids, runner._clock(), runner._usual)]
                     text = io.StringIO()
                     if form == "json":
                         text.writelines(f"{',' if begun or n else '['}\n{_dump(info)}" for n, info in enumerate(infos))
@@ -8443,18 +8390,16 @@ class Page:
         next(body)
         return 200, "text/csv" if form == "csv" else "application/json", body
 
-    def _pages(self, filters: dict[str, Any]) -> Iterator[list[sqlite3.Row]]:
-        """Yield all rows that pass, newest first, 500 at a time. _Refused: a bad filter."""
-        before = None
-        while True:
+    def _pages(self, filters: dict[str, Any]) -> Iterator[list[int]]:
+        """Yield the ids of all that pass, newest first, 500 at a time. _Refused: a bad filter."""
+        before, is_first = None, True
+        while is_first or before is not None:
             try:
-                rows = self._runner._store.find(filters, 500, before)
+                ids, before = find_jobs(self._runner._store, filters, 500, before)
             except (TypeError, ValueError) as error:
                 raise _Refused(400, str(error)) from None
-            yield rows
-            if len(rows) < 500:
-                return
-            before = rows[-1]["id"]
+            yield ids
+            is_first = False
 
     def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "operations": []} if self._read_only else info
@@ -8519,8 +8464,8 @@ class Page:
             raise _Refused(400, "an operation applies to all that match: before and limit have no place in its filter")
         filters = _filters({name: str(value).lower() if isinstance(value, bool) else "none" if value is None else str(value)
                             for name, value in given.items() if value is not None or name == "parent"})
-        for rows in self._pages(filters):
-            yield from [row["id"] for row in rows]
+        for ids in self._pages(filters):
+            yield from ids
 
 
 def _is_address(name: str) -> bool:
