@@ -2919,15 +2919,16 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int, before: int | N
     None: that is all. limit: how many ids, -1: all. most: how many jobs to look at; fewer than `limit` may be found among them."""
     where, parameters = conditions(filters)
     parameters.update(before=before or 1 << 62, limit=limit if limit < 0 else limit + 1)
-    statuses, bottom = _wanted_statuses(filters), None
+    statuses, bottom = _statuses(filters), None
+
+    def ids_in(jobs: str) -> list[int]:
+        return [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
     if _are_at_hand(store, filters, where, statuses):
-        jobs = " UNION ALL ".join(f"SELECT * FROM (SELECT id FROM ({_of_status(status, where)}) WHERE id < :before ORDER BY id DESC LIMIT :limit)"
-                                  for status in statuses)
-        jobs = f"({jobs}) WHERE 1"
+        ids = sorted(itertools.chain.from_iterable(ids_in(f"({_of_status(status, where)}) WHERE id < :before") for status in statuses),
+                     reverse=True)
     else:
         jobs, bottom = _newest(store, filters, parameters, most)
-        jobs = " AND ".join([jobs, *where, *([] if len(statuses) == len(STATUSES) else [_is_one_of(statuses)])])
-    ids = [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
+        ids = ids_in(" AND ".join([jobs, *where, *([_is_one_of(statuses)] if len(statuses) < len(STATUSES) else [])]))
     return (ids, bottom) if len(ids) <= limit or limit < 0 else (ids[:limit], min(ids[:limit], default=before))
 
 
@@ -2952,7 +2953,7 @@ def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], l
     return counts, unsure
 
 
-def _wanted_statuses(filters: dict[str, Any]) -> list[str]:
+def _statuses(filters: dict[str, Any]) -> list[str]:
     asked = filters.get("status")
     statuses = list(STATUSES) if asked is None else [asked] if isinstance(asked, str) else list(asked)
     for status in statuses:
