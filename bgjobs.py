@@ -2273,14 +2273,12 @@ class Store:
     commit; `backlog()` when more is waiting and nobody leads.
     """
 
+    begin = rider = announce = backlog = staticmethod(lambda *arguments: None)
+
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str, clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
         self.path, self.clock = os.path.abspath(path), clock
-        self.begin: Callable[[Transaction], None] = lambda tx: None
-        self.rider: Callable[[Transaction, bool], None] = lambda tx, kicked: None
-        self.announce: Callable[[Transaction], None] = lambda tx: None
-        self.backlog: Callable[[], None] = lambda: None
         # EXTRA also syncs the folder that the rollback journal is deleted from: that is the commit there.
         self._synchronous = "NORMAL" if durability == "process" else "FULL" if journal == "wal" else "EXTRA"
         self._journal = journal
@@ -2504,47 +2502,37 @@ class Store:
         open, one is begun, and committed here where the connection commits each statement by itself. ValueError: the
         connection is to another file."""
         self._check_open()
-        db, begins = _Through(connection), not connection.in_transaction
+        db, is_within = _Through(connection), connection.in_transaction
+        autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
+        commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
+        begin, end, undo = (["SAVEPOINT bgjobs"], ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]) if is_within else \
+            (["BEGIN IMMEDIATE"], ["COMMIT"] if commits else [], ["ROLLBACK"])
         text_factory, connection.text_factory = connection.text_factory, str
         try:
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
                                  "transaction of that file alone")
-            if begins:
-                db.execute("BEGIN IMMEDIATE")
+            db.run(begin)
             try:
-                value = self._run_in_savepoint(db, run)
-                autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
-                if begins and (autocommit is True or autocommit == -1 and connection.isolation_level is None):
-                    db.execute("COMMIT")
+                db.execute(TAKE_LOCK)                     # before anything is read: now it waits for it
+                tx = Transaction(db, {}, self.clock())
+                value = run(tx)
+                tx.apply()
+                tx.save_tallies()
+                db.run(end)
                 return value
             except BaseException:
-                if begins and connection.in_transaction:
-                    db.execute("ROLLBACK")
+                if connection.in_transaction:
+                    db.run(undo)
                 raise
         except sqlite3.Error as error:
-            if "locked" in str(error) and not begins:
+            if "locked" in str(error) and is_within:
                 raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
                                  "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
             raise self._explained(error) from error
         finally:
             connection.text_factory = text_factory
-
-    def _run_in_savepoint(self, db: _Through, run: Callable[[Transaction], Any]) -> Any:
-        db.execute("SAVEPOINT bgjobs")
-        try:
-            db.execute(TAKE_LOCK)                         # before anything is read: now it waits for it
-            tx = Transaction(db, {}, self.clock())
-            value = run(tx)
-            tx.apply()
-            tx.save_tallies()
-            return value
-        except BaseException:
-            db.execute("ROLLBACK TO bgjobs")
-            raise
-        finally:
-            db.execute("RELEASE bgjobs")
 
     # reading
 
@@ -2685,18 +2673,16 @@ class Store:
 
     def _identity_now(self) -> list[tuple[int, int]]:
         """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
-        found = []
-        for path in (self.path, os.path.realpath(self.path) + "-wal")[:2 if self._journal == "wal" else 1]:
-            try:
-                stat = os.stat(path)
-            except OSError:
-                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
-                                 "new runner") from None
-            found.append((stat.st_dev, stat.st_ino))
-            if path == self.path and stat.st_size == 0:
-                raise StoreError(f"{path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
-                                 "beside it, and make a new runner")
-        return found
+        wal = os.path.realpath(self.path) + "-wal"
+        try:
+            found = [os.stat(path) for path in ([self.path, wal] if self._journal == "wal" else [self.path])]
+        except OSError as error:
+            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew with close() and a "
+                             "new runner") from None
+        if found[0].st_size == 0:
+            raise StoreError(f"{self.path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
+                             "beside it, and make a new runner")
+        return [(stat.st_dev, stat.st_ino) for stat in found]
 
     def check_file(self) -> None:
         """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
@@ -2804,6 +2790,10 @@ class _Through:
     def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
         return sqlite3.Cursor(self._connection).executemany(sql, rows)
 
+    def run(self, statements: list[str]) -> None:
+        for statement in statements:
+            self.execute(statement)
+
 
 def is_shared(connection: sqlite3.Connection) -> bool:
     """Tell whether other threads may use a connection."""
@@ -2848,8 +2838,8 @@ def _decoded(text: bytes) -> str:
 # SEARCH_LIMIT jobs at a time: a search says where it has come to and goes on from there, and a count says "at least".
 
 COUNT_LIMIT = 10_001               # where counting for people ends
-SEARCH_LIMIT = 40_000              # jobs that one search of people's looks at in the order of ids; a quarter, where it looks for text
-FEW = 10_000                       # jobs of a status, at most, for all of them to be looked at
+SEARCH_LIMIT = 40_000              # jobs that a search looks at, one after the other; a quarter where it looks for text in them
+FEW = 10_000                       # fewer jobs than that of a status are all looked at
 
 JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
 MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
@@ -2859,17 +2849,18 @@ ONE_JOB = "= :id"
 WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
-_ROOTS, _CHILDREN, _NO_SYSTEM = "parent_id IS NULL", "parent_id = :parent AND parent_id IS NOT NULL", "system = 0"
+FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
 _CONDITIONS = {
     "name": "name = :name", "run_by": "run_by = :run_by", "errors": "(own_errors + failed > 0) = :errors",
     "low_priority": "low_priority = :low_priority", "created_from": "created_at >= :created_from", "created_to": "created_at <= :created_to",
     "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)
         OR instr(ifnull(options, ''), '"secret"') = 0 AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
-FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
-# The indexes that have the pending jobs, each once, and what of them. By name, else SQLite walks through all children there are.
-_PENDING = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-                     "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-                     "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL", "parked": "parked IS NOT NULL"}
+_CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
+_ROOTS, _NO_SYSTEM = _BY_INDEX = ["parent_id IS NULL", "system = 0"]      # bgjobs_begun has the jobs of a status with both in the order of ids
+# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children there are.
+_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
+                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
+                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL", "parked": "parked IS NOT NULL"}
 
 MASK = "\u2022\u2022\u2022"
 COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
@@ -2888,7 +2879,7 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     for name in filters:
         if name not in FILTERS:
             raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    parameters = {name: filters[name] for name in _CONDITIONS if filters.get(name) not in (None, "")}
+    parameters = {name: filters[name] for name in _CONDITIONS if filters.get(name) is not None and (name != "q" or filters[name])}
     where = [_CONDITIONS[name] for name in parameters]
     for name, value in parameters.items():
         if name in ("name", "run_by") and not isinstance(value, str):
@@ -2913,49 +2904,46 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     return where, parameters
 
 
-def find_jobs(store: Store, filters: dict[str, Any], limit: int, before: int | None = None, most: int | None = None
+def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None, most: int | None = None
               ) -> tuple[list[int], int | None]:
-    """Return the ids of the jobs that pass the filters, the highest first, below `before`; and the id below which to go on, or
-    None: that is all. limit: how many ids, -1: all. most: how many jobs to look at; fewer than `limit` may be found among them."""
+    """Return the ids of the jobs that pass the filters, the highest first, below `before`; and the id below which to go on, or None:
+    there are no more. limit: how many ids. most: how many jobs to look at; fewer than `limit` may be found among them."""
     where, parameters = conditions(filters)
-    parameters.update(before=before or 1 << 62, limit=limit if limit < 0 else limit + 1)
+    parameters.update(before=1 << 62 if before is None else before, limit=-1 if limit is None else limit + 1)
     statuses, bottom = _statuses(filters), None
 
-    def ids_in(jobs: str) -> list[int]:
+    def ids_of(jobs: str) -> list[int]:
         return [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
-    if _are_at_hand(store, filters, where, statuses):
-        ids = sorted(itertools.chain.from_iterable(ids_in(f"({_of_status(status, where)}) WHERE id < :before") for status in statuses),
-                     reverse=True)
+    if _are_at_hand(store, statuses, where):
+        ids = [job_id for status in statuses for job_id in ids_of(f"({_of_status(status, where)}) WHERE id < :before")]
+        ids.sort(reverse=True)
     else:
-        jobs, bottom = _newest(store, filters, parameters, most)
-        ids = ids_in(" AND ".join([jobs, *where, *([_is_one_of(statuses)] if len(statuses) < len(STATUSES) else [])]))
-    return (ids, bottom) if len(ids) <= limit or limit < 0 else (ids[:limit], min(ids[:limit], default=before))
+        jobs, bottom = _newest(store, where, parameters, most)
+        ids = ids_of(" AND ".join([jobs, *where, _is_one_of(statuses)]))
+    return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more,
-    since not all jobs were looked at."""
+    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more than
+    that, since not all jobs were looked at."""
     where, parameters = conditions(filters)
-
-    def count(status: str) -> int:
-        return _count(store, _of_status(status, where), COUNT_LIMIT, parameters)
-    if filters.get("parent") is None and not set(filters) & set(_CONDITIONS):       # the indexes tell
-        return {status: count(status) for status in STATUSES}, []
-    jobs, bottom = _newest(store, filters, parameters, SEARCH_LIMIT)
-    rows = store.read(f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status", parameters)
-    counts = {**dict.fromkeys(STATUSES, 0), **{status: min(COUNT_LIMIT, number) for status, number in rows}}
-    unsure = []
-    for status in STATUSES if bottom else ():
-        if _count(store, _of_status(status, []), FEW // 10) < FEW // 10:
-            counts[status] = count(status)
-        elif counts[status] < COUNT_LIMIT:
-            unsure.append(status)
-    return counts, unsure
+    counts, unsure = dict.fromkeys(STATUSES, 0), list(STATUSES)
+    is_few = set(where) <= set(_BY_INDEX)                 # then the indexes tell, however many there are
+    if not is_few:
+        jobs, bottom = _newest(store, where, parameters, SEARCH_LIMIT)
+        counts.update(store.read(f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status", parameters))
+        unsure = [status for status in STATUSES if bottom and counts[status] < COUNT_LIMIT]
+    for status in list(unsure):
+        if is_few or _count(store, _of_status(status, []), FEW // 10) < FEW // 10:
+            counts[status] = _count(store, _of_status(status, where), COUNT_LIMIT, parameters)
+            unsure.remove(status)
+    return {status: min(COUNT_LIMIT, counts[status]) for status in STATUSES}, unsure
 
 
 def _statuses(filters: dict[str, Any]) -> list[str]:
+    """Return the statuses that pass. ValueError: there is no such."""
     asked = filters.get("status")
-    statuses = list(STATUSES) if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    statuses = STATUSES if asked is None else [asked] if isinstance(asked, str) else list(asked)
     for status in statuses:
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
@@ -2963,42 +2951,43 @@ def _statuses(filters: dict[str, Any]) -> list[str]:
 
 
 def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for some statuses, such that the index of what has begun serves where it can."""
+    """Return the condition for statuses; one that the index of what has begun answers, where it can."""
+    if len(statuses) == len(STATUSES):
+        return "1"
     return f"status IN ({', '.join(map(repr, statuses))})" + ("" if PENDING in statuses else " AND status <> 'pending'")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of a status that fulfil the conditions, by the indexes of the status."""
+    """Return the query for the ids of the jobs of a status that fulfil the conditions, by the indexes that have this status."""
     if status != PENDING:
         return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
-    indexes, where = dict(_PENDING), ["status = 'pending'", *where]
+    indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
     if _ROOTS in where:
         del indexes["ready_children"]
-        where.append("root_id IS NULL")                   # an index tells that of what is parked
-    return " UNION ALL ".join(f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([has, *where])}"
-                              for index, has in indexes.items())
+        where.append("root_id IS NULL")                   # bgjobs_parked tells that
+    return " UNION ALL ".join(f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
+                              for index, jobs in indexes.items())
 
 
 def _count(store: Store, query: str, limit: int, parameters: dict[str, Any] | None = None) -> int:
     return store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0]
 
 
-def _are_at_hand(store: Store, filters: dict[str, Any], where: list[str], statuses: list[str]) -> bool:
-    """Tell whether the indexes have the jobs of these statuses in the order of their ids, or so few that all can be looked at."""
-    by_index = [condition for condition in where if condition in (_ROOTS, _NO_SYSTEM)]
-    in_order = where == [_ROOTS, _NO_SYSTEM]              # as bgjobs_begun has them
-    if filters.get("parent") is not None or not statuses or len(statuses) == len(STATUSES) and not in_order:
+def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
+    """Tell whether there are indexes with these jobs in the order of ids, or so few jobs of each status that all can be looked at."""
+    in_order = where == _BY_INDEX
+    if _CHILDREN in where or not statuses or len(statuses) == len(STATUSES) and not in_order:
         return False
-    return all(in_order and status != PENDING or _count(store, _of_status(status, by_index), FEW) < FEW for status in statuses)
+    told = [condition for condition in where if condition in _BY_INDEX]
+    return all(in_order and status != PENDING or _count(store, _of_status(status, told), FEW) < FEW for status in statuses)
 
 
-def _newest(store: Store, filters: dict[str, Any], parameters: dict[str, Any], most: int | None) -> tuple[str, int | None]:
-    """Return where to look for jobs, one after the other from the newest on, and the id below which to go on then, or None. Bounds that by
-    the parameters :before and :lowest to `most` jobs."""
+def _newest(store: Store, where: list[str], parameters: dict[str, Any], most: int | None) -> tuple[str, int | None]:
+    """Return where to look for jobs, one after the other from the newest on, and the id below which that goes on, or None. Sets the
+    parameters :before and :lowest, so that `most` jobs are looked at."""
+    jobs = f"bgjobs_jobs {f'WHERE {_CHILDREN}' if _CHILDREN in where else 'NOT INDEXED WHERE 1'} AND id < :before AND id >= :lowest"
     parameters.setdefault("before", 1 << 62)
     parameters["lowest"] = 0
-    jobs = "bgjobs_jobs NOT INDEXED WHERE 1" if filters.get("parent") is None else f"bgjobs_jobs WHERE {_CHILDREN}"
-    jobs += " AND id < :before AND id >= :lowest"
     if most is None:
         return jobs, None
     if "created_from" in parameters:                      # the dates bound the ids, but for an hour's error of the clock
@@ -3006,11 +2995,9 @@ def _newest(store: Store, filters: dict[str, Any], parameters: dict[str, Any], m
     if "created_to" in parameters:
         parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
     last = (most // 4 if "q" in parameters else most) - 1
-    rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
-    if not rows:
-        return jobs, None
-    parameters["lowest"] = rows[0][0]
-    return jobs, rows[0][0]
+    bottom = next(iter(store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)), [None])[0]
+    parameters["lowest"] = bottom or parameters["lowest"]
+    return jobs, bottom
 
 
 def _first_id_since(store: Store, created_at: float) -> int:
@@ -3082,15 +3069,10 @@ _parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
     """Return what refines the status, for people."""
-    if row["status"] == RUNNING:
-        return "waiting for children" if row["returned"] else ""
     if row["status"] != PENDING:
-        return ""
-    if row["parked"] is not None:
-        return row["phase"]
-    if row["run_at"] is not None and row["queue"] is None:
-        return row["phase"] or "scheduled"
-    return row["phase"] or ("waiting for low load" if row["low_priority"] else "")
+        return "waiting for children" if row["status"] == RUNNING and row["returned"] else ""
+    waits_for_its_time = row["run_at"] is not None and row["queue"] is None and row["parked"] is None
+    return row["phase"] or ("scheduled" if waits_for_its_time else "waiting for low load" if row["low_priority"] else "")
 
 
 def progress_of(row: sqlite3.Row) -> float | None:
@@ -4791,7 +4773,7 @@ class Runner(Submitter, Executor):
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
         created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
         check_limit(limit)
-        return [Job(self, job_id) for job_id in find_jobs(self._store, filters, -1 if limit is None else limit, before)[0]]
+        return [Job(self, job_id) for job_id in find_jobs(self._store, filters, limit, before)[0]]
 
     def _status(self, job_id: int) -> str:
         rows = self._store.read(STATUS_OF, {"id": job_id})

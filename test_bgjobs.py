@@ -1674,7 +1674,7 @@ class TestStore:
             everywhere = [(row["id"], row["status"]) for row in idle._store.read(
                 f"SELECT id, status FROM bgjobs_jobs WHERE {' AND '.join(where) or '1'} ORDER BY id DESC", parameters)]
             expected = [job_id for job_id, status in everywhere if status in (filters.get("status") or bgjobs.STATUSES)]
-            assert bgjobs.find_jobs(idle._store, filters, -1) == (expected, None)
+            assert bgjobs.find_jobs(idle._store, filters, None) == (expected, None)
             found, before = [], None
             while True:
                 ids, before = bgjobs.find_jobs(idle._store, filters, 7, before, most)
