@@ -2260,6 +2260,14 @@ class _Write:
     def fail(self, error: BaseException) -> None:
         self.error, self.done = error, True
 
+    def sleep(self) -> None:
+        """Sleep until somebody wakes this thread: it looks then whether the write is done, or it can lead."""
+        if self.wake is None:
+            self.wake = queue.SimpleQueue()               # it looks once more, now that it can be woken
+        else:
+            with contextlib.suppress(queue.Empty):        # Ctrl-C came in the thread that should have woken it
+                self.wake.get(timeout=1.0)
+
 
 def _do_nothing(tx: Transaction) -> None:
     """What a transaction without a write of its own runs: what waits rides along."""
@@ -2306,7 +2314,7 @@ class Store:
                 self._writer.close()
                 raise
         except sqlite3.Error as error:
-            raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
+            raise _store_error(f"use {self.path} as a job file", error)
         self._identity, self._checked_at = self._identity_now(), 0.0
 
     # writing
@@ -2325,13 +2333,8 @@ class Store:
         try:
             self._waiting.append(write)
             while not write.done:
-                if self._lead_once(kicked=False) or write.done:
-                    continue
-                if write.wake is None:
-                    write.wake = queue.SimpleQueue()      # and look again, now that it can be woken
-                    continue
-                with contextlib.suppress(queue.Empty):    # then who led was cut short
-                    write.wake.get(timeout=1.0)
+                if not self._lead_once(kicked=False) and not write.done:
+                    write.sleep()
         except BaseException:
             write.gone = self.cut_short = True
             raise
@@ -2478,15 +2481,10 @@ class Store:
                 if time.monotonic() > min(give_up, self.close_by + 0.4):
                     if self.close_by < math.inf:          # what else is written while going down is tried once
                         self._writer.execute("PRAGMA busy_timeout = 0")
-                    raise self._explained(error) from error
+                    raise self._explained(error)
 
     def _explained(self, error: BaseException) -> BaseException:
-        """Return an error of SQLite as a StoreError with the remedy; any other as it is."""
-        if not isinstance(error, sqlite3.Error):
-            return error
-        explained = StoreError(f"cannot write to {self.path}: {error}; {_remedy(error)}")
-        explained.__cause__ = error
-        return explained
+        return _store_error(f"write to {self.path}", error) if isinstance(error, sqlite3.Error) else error
 
     def complain(self, text: str) -> None:
         """Log an error, the same one every ten seconds at most."""
@@ -2505,32 +2503,33 @@ class Store:
         db, is_within = _Through(connection), connection.in_transaction
         autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
         commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
-        begin, end, undo = (["SAVEPOINT bgjobs"], ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]) if is_within else \
-            (["BEGIN IMMEDIATE"], ["COMMIT"] if commits else [], ["ROLLBACK"])
+        begin, end, undo = ("SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]) if is_within else \
+            ("BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"])
         text_factory, connection.text_factory = connection.text_factory, str
         try:
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
                                  "transaction of that file alone")
-            db.run(begin)
+            db.execute(begin)
             try:
                 db.execute(TAKE_LOCK)                     # before anything is read: now it waits for it
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
                 tx.apply()
                 tx.save_tallies()
-                db.run(end)
+                for statement in end:
+                    db.execute(statement)
                 return value
             except BaseException:
-                if connection.in_transaction:
-                    db.run(undo)
+                for statement in undo if connection.in_transaction else ():
+                    db.execute(statement)
                 raise
         except sqlite3.Error as error:
             if "locked" in str(error) and is_within:
                 raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
                                  "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
-            raise self._explained(error) from error
+            raise self._explained(error)
         finally:
             connection.text_factory = text_factory
 
@@ -2557,7 +2556,7 @@ class Store:
                 if db is not None:
                     db.close()
                 if isinstance(error, sqlite3.Error):
-                    raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+                    raise _store_error(f"read {self.path}", error)
                 name, value = next((name, value) for name, value in parameters.items() if isinstance(value, int)
                                    and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
                 raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
@@ -2582,7 +2581,7 @@ class Store:
                     self._version_db = self.connect()
                 return self._version_db.execute("PRAGMA data_version").fetchone()[0]
             except sqlite3.Error as error:
-                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
+                raise _store_error(f"read {self.path}", error)
 
     def changed_by_others(self) -> bool:
         """Tell whether another connection has written since the last call: another process, or another runner."""
@@ -2733,7 +2732,7 @@ class Store:
                 with contextlib.suppress(OSError):
                     os.remove(rest)
             if isinstance(error, sqlite3.Error):
-                raise StoreError(f"cannot back {self.path} up to {path}: {error}; {_remedy(error)}") from error
+                raise _store_error(f"back {self.path} up to {path}", error)
             raise
 
     def close(self, last: Callable[[Transaction], None] = _do_nothing) -> None:
@@ -2762,20 +2761,20 @@ class Store:
         self.leading, self.closed, self.forked = False, True, True
 
 
-def _remedy(error: sqlite3.Error) -> str:
-    """Return what a person can do about an error of SQLite."""
-    text = str(error)
-    for sign, remedy in (("locked", "another program holds its lock: end it, or wait"),
-                         ("readonly", "make the file and its folder writable"),
-                         ("full", "make room on the disk"),
-                         ("not a database", "give the path of a new file, or of a job file"),
-                         ("malformed", "restore it from a backup"),
-                         ("disk I/O", "make room on the disk; if there is some, look into the system's log for trouble of the disk"),
-                         ("same thread", "give the connection of this thread"),
-                         ("unable to open", "check that the folder exists and is writable")):
-        if sign in text:
-            return remedy
-    return "see the error of SQLite above"
+_REMEDIES = {
+    "locked": "another program holds its lock: end it, or wait", "readonly": "make the file and its folder writable",
+    "full": "make room on the disk", "not a database": "give the path of a new file, or of a job file",
+    "malformed": "restore it from a backup",
+    "disk I/O": "make room on the disk; if there is some, look into the system's log for trouble of the disk",
+    "same thread": "give the connection of this thread", "unable to open": "check that the folder exists and is writable"}
+
+
+def _store_error(doing: str, error: sqlite3.Error) -> StoreError:
+    """Return an error of SQLite as ours: what could not be done, and what a person can do about it."""
+    remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in str(error))
+    explained = StoreError(f"cannot {doing}: {error}; {next(remedies, 'see the error of SQLite above')}")
+    explained.__cause__ = error
+    return explained
 
 
 class _Through:
@@ -2789,10 +2788,6 @@ class _Through:
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
         return sqlite3.Cursor(self._connection).executemany(sql, rows)
-
-    def run(self, statements: list[str]) -> None:
-        for statement in statements:
-            self.execute(statement)
 
 
 def is_shared(connection: sqlite3.Connection) -> bool:
@@ -3143,16 +3138,16 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
 def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
               after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
     """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow the line `after`."""
-    newest, chosen = limit is not None and not after, text or regex
-    found_in = _search_function(regex)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text must be a text or None, got {_short(text)}")
     check_limit(limit)
+    found_in, needle = _search_function(regex), (text or "").lower()
+    newest = limit is not None and not after
     rows = store.read(LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC"), {
         "id": job_id, "after": after or 0, "level": _level_number(level), "since": since or 0.0,
-        "until": math.inf if until is None else until, "limit": -1 if limit is None or chosen else limit})
-    chosen_rows = (row for row in rows if not chosen or (text or "").lower() in row["message"].lower() and found_in(row["message"]))
-    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(chosen_rows, limit)]
+        "until": math.inf if until is None else until, "limit": -1 if limit is None or text or regex else limit})
+    passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
+    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(passing, limit)]
     return lines[::-1] if newest else lines
 
 
