@@ -2169,16 +2169,17 @@ def dump_error(type: str, text: str, trace: str) -> str:
 
 # ---- 9 Store --------------------------------------------------------------------------------------------------
 #
-# How a write gets into the file. A thread that wants to write puts a function of the transaction into a queue and tries to
-# lead. One thread leads at a time: it runs all that is in the queue, and what rides along (log lines, outcomes, claims), in one
-# transaction and commits it. The others sleep until theirs is done, or nobody leads any more. So a caller alone pays no
-# hand-over, and the batches grow with the load. If a batch fails, each of its writes is run again alone: only a bad one fails.
+# How a write gets into the file. A thread that wants to write puts a function of the transaction into a queue and tries
+# to lead. One thread leads at a time: it opens a transaction, runs all that is in the queue, lets ride along what else
+# waits (log lines, outcomes, claims), and commits. The other threads sleep until their writes are done, or nobody leads.
+# So a caller alone pays no hand-over, and batches grow with the load. If a batch fails, each of its writes is run again
+# alone, so that only a bad one fails.
 #
-# Ctrl-C may come at any moment of the main thread, and again while that is cleaning up. So the lead is a lock that is left by a single
-# call in C, a write stays in the queue until its transaction has ended, and who sleeps looks again each second.
+# Ctrl-C may hit the main thread anywhere, and a second one may hit it while it cleans up. Hence the lead is a lock that
+# is released by a single call in C, a write stays in the queue until it is done, and sleepers look again every second.
 #
-# A fork waits at a gate until no thread is inside SQLite: the child would inherit a transaction half done, and locks that
-# nobody opens.
+# A fork waits at a gate until no thread is inside SQLite. Otherwise the child would inherit half a transaction, and
+# locks that nobody will ever release.
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
@@ -2216,7 +2217,7 @@ class _ForkGate:
 
     def __init__(self) -> None:
         self._door = threading.RLock()                    # held during a fork; reentrant for finalizers that read
-        self._inside: set[int] = set()                    # threads; one that Ctrl-C has left here goes with its next use
+        self._inside: set[int] = set()                    # threads; one that Ctrl-C left here goes with its next use
 
     def __enter__(self) -> None:
         with self._door:
@@ -2270,15 +2271,15 @@ class _Write:
 
 
 def _do_nothing(tx: Transaction) -> None:
-    """What a transaction without a write of its own runs: what waits rides along."""
+    """Run a transaction for the sake of what rides along."""
 
 
 class Store:
-    """One SQLite file: a connection that writes, led by one thread at a time, and connections that read.
+    """One SQLite file: a connection that writes, used by one thread at a time, and connections that read.
 
-    Readers never wait for writers (WAL). `begin(transaction)` and `rider(transaction, kicked)` are called at the begin and the
-    end of transactions, so that what else waits (logs, outcomes, claims) shares them; `announce(transaction)` after every
-    commit; `backlog()` when more is waiting and nobody leads.
+    Readers never wait for writers (WAL). The runner sets what rides along: `begin(transaction)` and
+    `rider(transaction, kicked)` are called at the start and the end of a transaction, `announce(transaction)` after every
+    commit, and `backlog()` when more is to ride along and nobody leads.
     """
 
     begin = rider = announce = backlog = staticmethod(lambda *arguments: None)
@@ -2290,14 +2291,15 @@ class Store:
         # EXTRA also syncs the folder that the rollback journal is deleted from: that is the commit there.
         self._synchronous = "NORMAL" if durability == "process" else "FULL" if journal == "wal" else "EXTRA"
         self._journal = journal
-        # `_lead` is held by the thread that leads; a finalizer that a garbage collection calls there must not wait for it.
+        # `_lead` is held by the thread that leads. It knows its owner, so that a finalizer which a garbage collection
+        # runs in that thread does not wait for it.
         self._lead = threading.RLock()
-        self._waiting: deque[_Write] = deque()            # until they are done; only who leads takes from it
-        self._again = False                               # more rides along than the last transaction took
-        self.leading = False                              # somebody does; a hint
+        self._waiting: deque[_Write] = deque()            # writes, until they are done; only the leader removes them
+        self._again = False                               # more is to ride along than the last transaction took
+        self.leading = False                              # a hint: some thread leads
         self.closed = self.forked = False
-        self.cut_short = False                            # Ctrl-C came: something may be committed that nobody was told of
-        self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
+        self.cut_short = False                            # by Ctrl-C: perhaps nobody was told of what was committed
+        self.close_by = math.inf                          # when a runner that goes down gives up what still runs
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._version_lock = threading.Lock()             # guards _version_db
@@ -2327,8 +2329,8 @@ class Store:
         transaction. What it raises is raised here, and nothing of it is stored.
         """
         if self._lead._is_owned():                        # type: ignore[attr-defined]
-            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
-                               "have it set a flag or start a thread instead")
+            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a "
+                               "finalizer; have it set a flag or start a thread instead")
         write = _Write(run)
         try:
             self._waiting.append(write)
@@ -2344,14 +2346,14 @@ class Store:
 
     @library_code
     def kick(self) -> None:
-        """Lead transactions until nothing rides along any more; return at once if another thread leads, which then sees to it."""
+        """Lead transactions until nothing more is to ride along. If another thread leads, that one sees to it."""
         self._again = True
         if not self._lead._is_owned():                    # type: ignore[attr-defined]
             while self._again and self._lead_once(kicked=True) and not self._waiting:
                 pass
 
     def _lead_once(self, kicked: bool) -> bool:
-        """Lead one transaction with all that waits. False: another thread leads, or what rides along could not be recorded."""
+        """Run what waits in one transaction. False: another thread leads, or what rode along could not be recorded."""
         worked = False
         try:
             if not self._lead.acquire(blocking=False):
@@ -2373,14 +2375,14 @@ class Store:
         return worked
 
     def _dismiss(self) -> None:
-        """Wake the threads whose writes are done."""
+        """Take the writes that are done out of the queue, and wake their threads."""
         while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
             write = self._waiting.popleft()
             if write.wake is not None:
                 write.wake.put(None)
 
     def _pass_on(self, goes_on: bool) -> None:
-        """After leading: let the first thread that waits lead. If none does and there is more to ride along, say so."""
+        """After leading: wake the first thread that waits, to lead. If there is none, but more to ride along, say so."""
         heirs = tuple(self._waiting)[:1]
         if heirs and heirs[0].wake is not None:
             heirs[0].wake.put(None)
@@ -2388,12 +2390,12 @@ class Store:
             self.backlog()
 
     def _commit(self, batch: list[_Write], kicked: bool) -> bool:
-        """Run a batch, with what rides along, in one transaction. If that fails, each write is run again alone, so that only a bad
-        one fails. False: what rides along could not be recorded; who leads next tries again, the service thread if nobody else."""
+        """Run a batch in one transaction; if that fails, each write again alone. False: what rides along could not be
+        recorded. Whoever leads next tries again; if nobody else does, that is the service thread."""
         try:
             self._transact(batch, kicked)
             return True
-        except StoreError as error:                       # the file's trouble: each write would wait for it again
+        except StoreError as error:                       # the file's trouble: alone, each would only wait for it again
             trouble = error
             for write in batch:
                 write.fail(copy.copy(error))
@@ -2417,7 +2419,7 @@ class Store:
         return False
 
     def _transact(self, batch: list[_Write], kicked: bool | None) -> None:
-        """Run a batch in one transaction, and what is to follow its commit. kicked: None: nothing rides along."""
+        """Run a batch in one transaction, then what is to follow its commit. kicked is None: nothing rides along."""
         self._check_open()
         if time.monotonic() - self._checked_at > 0.005:
             self.check_file()
@@ -2431,8 +2433,8 @@ class Store:
 
     def _check_open(self) -> None:
         if self.forked:
-            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its start() "
-                             "here, or make a new Runner")
+            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its "
+                             "start() here, or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
@@ -2479,7 +2481,7 @@ class Store:
                 if "locked" not in str(error):
                     raise
                 if time.monotonic() > min(give_up, self.close_by + 0.4):
-                    if self.close_by < math.inf:          # what else is written while going down is tried once
+                    if self.close_by < math.inf:          # going down: what is still written is tried once
                         self._writer.execute("PRAGMA busy_timeout = 0")
                     raise self._explained(error)
 
@@ -2496,24 +2498,26 @@ class Store:
     # writing in a transaction of the app's own
 
     def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction of the app's own connection to this file; the app commits, or rolls back. If none is
-        open, one is begun, and committed here where the connection commits each statement by itself. ValueError: the
-        connection is to another file."""
+        """Run a write in the transaction that is open on a connection of the app's to this file; the app commits it, or
+        rolls it back. If none is open, one is begun, and committed here if the connection commits each statement by
+        itself. ValueError: the connection is to another file."""
         self._check_open()
         db, is_within = _Through(connection), connection.in_transaction
         autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
         commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
-        begin, end, undo = ("SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]) if is_within else \
-            ("BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"])
+        if is_within:
+            begin, end, undo = "SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
+        else:
+            begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
         text_factory, connection.text_factory = connection.text_factory, str
         try:
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
-                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
-                                 "transaction of that file alone")
+                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part "
+                                 "of a transaction of that file alone")
             db.execute(begin)
             try:
-                db.execute(TAKE_LOCK)                     # before anything is read: now it waits for it
+                db.execute(TAKE_LOCK)                     # SQLite waits for it only before anything has been read
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
                 tx.apply()
@@ -2527,8 +2531,9 @@ class Store:
                 raise
         except sqlite3.Error as error:
             if "locked" in str(error) and is_within:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
-                                 "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
+                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or "
+                                 "begin it with BEGIN IMMEDIATE: one that has read may not write once another connection "
+                                 "has written") from error
             raise self._explained(error)
         finally:
             connection.text_factory = text_factory
@@ -2557,8 +2562,9 @@ class Store:
                     db.close()
                 if isinstance(error, sqlite3.Error):
                     raise _store_error(f"read {self.path}", error)
-                name, value = next((name, value) for name, value in parameters.items() if isinstance(value, int)
-                                   and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
+                name, value = next(
+                    (name, value) for name, value in parameters.items() if isinstance(value, int)
+                    and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
                 raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
             if len(self._readers) < 8 and not self.closed:
                 self._readers.append(db)
@@ -2598,7 +2604,8 @@ class Store:
         if os.path.isdir(self.path):
             raise StoreError(f"cannot use {self.path} as a job file: it is a folder; give the path of a file in it")
         if not os.path.isdir(folder):
-            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not exist; create it first")
+            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not exist; "
+                             "create it first")
 
     def _check_json(self) -> None:
         try:
@@ -2607,7 +2614,7 @@ class Store:
             raise StoreError("this SQLite was built without its JSON functions; bgjobs needs them") from None
 
     def _prepare(self) -> None:
-        """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
+        """Bring the schema up to date and switch to WAL. Where several processes do so at once, try again."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2615,7 +2622,8 @@ class Store:
                 mode = self._writer.execute(f"PRAGMA journal_mode = {self._journal}").fetchone()[0]
                 if mode != self._journal:
                     raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
-                                     f"{self._journal!r}; put the file on a local disk, and have all processes use the same mode")
+                                     f"{self._journal!r}; put the file on a local disk, and have all processes use the "
+                                     "same mode")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -2624,7 +2632,7 @@ class Store:
         self._writer.execute(f"PRAGMA synchronous = {self._synchronous}")
         self._writer.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
         self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
-        self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()     # the WAL is there from the first read on
+        self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()      # the first read makes the WAL
 
     def _migrate(self) -> None:
         db = self._writer
@@ -2668,19 +2676,19 @@ class Store:
                              "a backup, or drop these tables to start anew")
         return version
 
-    # the file: that it is the one that was opened, its WAL, its copies, its end
+    # looking after the file
 
     def _identity_now(self) -> list[tuple[int, int]]:
-        """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
+        """Return device and inode of the file and of its WAL, which is there as long as we are connected."""
         wal = os.path.realpath(self.path) + "-wal"
         try:
             found = [os.stat(path) for path in ([self.path, wal] if self._journal == "wal" else [self.path])]
         except OSError as error:
-            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew with close() and a "
-                             "new runner") from None
+            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew with "
+                             "close() and a new runner") from None
         if found[0].st_size == 0:
-            raise StoreError(f"{self.path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
-                             "beside it, and make a new runner")
+            raise StoreError(f"{self.path} was emptied while it was in use; close() this runner, put a backup there, "
+                             "without a -wal beside it, and make a new runner")
         return [(stat.st_dev, stat.st_ino) for stat in found]
 
     def check_file(self) -> None:
@@ -2689,12 +2697,13 @@ class Store:
         found = self._identity_now()
         if found != self._identity:
             what = self.path + "-wal" if found[0] == self._identity[0] else self.path
-            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: close() this "
-                             "runner, put the right file there, without a -wal beside it, and make a new runner")
+            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: "
+                             "close() this runner, put the right file there, without a -wal beside it, and make a new "
+                             "runner")
         self._checked_at = time.monotonic()
 
     def shorten_wal(self) -> None:
-        """Truncate the WAL if it has grown large, and say so when a reader keeps it from being."""
+        """Truncate the WAL if it has grown large; complain if a reader does not let that happen."""
         try:
             size = os.path.getsize(os.path.realpath(self.path) + "-wal")
         except OSError:
@@ -2704,8 +2713,8 @@ class Store:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old read transaction "
-                              "open on it; end that")
+                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old read "
+                              "transaction open on it; end that")
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use."""
@@ -2715,17 +2724,17 @@ class Store:
         except FileExistsError:
             raise ValueError(f"{path} exists; give the path of a new file") from None
         except OSError as error:
-            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path in a folder that exists and is "
-                             "writable") from error
+            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path in a folder that "
+                             "exists and is writable") from error
 
         def give_up(status: int, remaining: int, total: int) -> None:
-            if status != SQLITE_DONE and time.monotonic() > deadline:
-                raise sqlite3.OperationalError("database is locked")      # by another program: it would wait as long as that does
+            if status != SQLITE_DONE and time.monotonic() > deadline:     # SQLite would wait as long as the lock is held
+                raise sqlite3.OperationalError("database is locked")
         deadline = time.monotonic() + _CONNECT["timeout"]
         try:
             with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
                 db.backup(copy, progress=give_up)
-                copy.execute("DELETE FROM bgjobs_runners")       # none of them has the copy: what it shows as running is taken back
+                copy.execute("DELETE FROM bgjobs_runners")       # so that what the copy shows as running is taken back
                 copy.commit()
         except BaseException as error:
             for rest in (path, path + "-journal"):
@@ -2736,7 +2745,7 @@ class Store:
             raise
 
     def close(self, last: Callable[[Transaction], None] = _do_nothing) -> None:
-        """Run a last write and close the connections. Waits for the transaction under way; writes after it raise StoreError."""
+        """Run a last write and close the connections; writes after it raise StoreError. Waits for whoever leads."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
@@ -2753,7 +2762,7 @@ class Store:
                 self._readers.pop().close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
+        """In a forked child: leave the parent's connections alone. They are never used here, nor closed."""
         for connection in (self._writer, self._version_db, *self._readers):
             _never_free(connection)
         self._readers, self._version_db, self._waiting = deque(), None, deque()
@@ -2762,11 +2771,14 @@ class Store:
 
 
 _REMEDIES = {
-    "locked": "another program holds its lock: end it, or wait", "readonly": "make the file and its folder writable",
-    "full": "make room on the disk", "not a database": "give the path of a new file, or of a job file",
+    "locked": "another program holds its lock: end it, or wait",
+    "readonly": "make the file and its folder writable",
+    "full": "make room on the disk",
+    "not a database": "give the path of a new file, or of a job file",
     "malformed": "restore it from a backup",
     "disk I/O": "make room on the disk; if there is some, look into the system's log for trouble of the disk",
-    "same thread": "give the connection of this thread", "unable to open": "check that the folder exists and is writable"}
+    "same thread": "give the connection of this thread",
+    "unable to open": "check that the folder exists and is writable"}
 
 
 def _store_error(doing: str, error: sqlite3.Error) -> StoreError:
@@ -2807,7 +2819,7 @@ _inherited: list[Any] = []         # where _never_free has no other means
 
 
 def _never_free(connection: sqlite3.Connection | None) -> None:
-    """Keep a connection of the parent's from being closed in a forked child, by its end, too."""
+    """Keep a connection of the parent's from ever being closed in a forked child, even at the interpreter's exit."""
     try:
         import ctypes
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2822,59 +2834,70 @@ def _uri(path: str) -> str:
 
 
 def _decoded(text: bytes) -> str:
-    """Return a text of the file, also one that somebody else has written and that is not UTF-8."""
+    """Return a text of the file, even one that is not UTF-8, since somebody else has written it."""
     return text.decode("utf-8", "backslashreplace")
 
 
 # ---- 10 What people see ---------------------------------------------------------------------------------------
 #
-# Lists, counts, a job's `info`, its attempts and its log. With a million jobs in the file a page of people's still comes in a moment,
-# without an index that each submit would have to pay for. So what no index has in order is looked for from the newest job on,
-# SEARCH_LIMIT jobs at a time: a search says where it has come to and goes on from there, and a count says "at least".
+# Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without an
+# index for every filter, which each submit would have to pay for. What no index has in order is searched for from the
+# newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it is "at least".
 
 COUNT_LIMIT = 10_001               # where counting for people ends
-SEARCH_LIMIT = 40_000              # jobs that a search looks at, one after the other; a quarter where it looks for text in them
-FEW = 10_000                       # fewer jobs than that of a status are all looked at
+SEARCH_LIMIT = 40_000              # jobs that one search looks at; a quarter of that if it looks into their texts
+FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
 
 JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
 MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id {which} AND id > :after AND level >= :level
-    AND at >= :since AND at <= :until ORDER BY id {order} LIMIT :limit"""
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
+    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
+    ORDER BY id {order} LIMIT :limit"""
 ONE_JOB = "= :id"
 WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
     ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
 FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
 _CONDITIONS = {
-    "name": "name = :name", "run_by": "run_by = :run_by", "errors": "(own_errors + failed > 0) = :errors",
-    "low_priority": "low_priority = :low_priority", "created_from": "created_at >= :created_from", "created_to": "created_at <= :created_to",
-    "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)
-        OR instr(ifnull(options, ''), '"secret"') = 0 AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
+    "name": "name = :name",
+    "run_by": "run_by = :run_by",
+    "errors": "(own_errors + failed > 0) = :errors",
+    "low_priority": "low_priority = :low_priority",
+    "created_from": "created_at >= :created_from",
+    "created_to": "created_at <= :created_to",
+    "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' ||
+        ifnull(run_by, '')), :q) OR instr(ifnull(options, ''), '"secret"') = 0 AND
+        instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
-_ROOTS, _NO_SYSTEM = _BY_INDEX = ["parent_id IS NULL", "system = 0"]      # bgjobs_begun has the jobs of a status with both in the order of ids
-# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children there are.
+# With both, bgjobs_begun has the jobs of a status in the order of their ids.
+_ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
+# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children.
 _PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
                  "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL", "parked": "parked IS NOT NULL"}
+                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
+                 "parked": "parked IS NOT NULL"}
 
 MASK = "\u2022\u2022\u2022"
-COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
-                "attempt", "message")
+COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
+                "parent_id", "attempt", "message")
 _TEXT_COLUMNS = ("name", "status", "phase", "parked", "label", "run_by", "key", "message")
 _JSON_COLUMNS = ("options", "args", "kwargs", "state", "positions", "result", "error")
 
 
-def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions for all filters but the status, and their parameters. TypeError, ValueError: a bad filter.
+# Lists and counts
 
-    status, name, run_by: equal; status may also be a list of them. errors, low_priority: True or False. q: an id, or text in the name,
-    label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True adds the system jobs.
-    created_from, created_to: Unix seconds. None lets all jobs pass, but for the parent.
+def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions for all filters but the status, and their parameters. TypeError, ValueError: a bad one.
+
+    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
+    part of the name, label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True
+    adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
     """
     for name in filters:
         if name not in FILTERS:
             raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    parameters = {name: filters[name] for name in _CONDITIONS if filters.get(name) is not None and (name != "q" or filters[name])}
+    parameters = {name: value for name, value in filters.items()
+                  if name in _CONDITIONS and value is not None and (value or name != "q")}
     where = [_CONDITIONS[name] for name in parameters]
     for name, value in parameters.items():
         if name in ("name", "run_by") and not isinstance(value, str):
@@ -2888,8 +2911,9 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
                 raise ValueError(f"{name} must be Unix seconds, got {_short(value)}") from None
     if "q" in parameters:
         text = _text(parameters["q"])
-        parameters.update(q=text.lower(), json=_dump(text)[1:-1].lower(),      # arguments are ASCII, the rest is escaped
-                          number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
+        parameters["number"] = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+        parameters["q"] = text.lower()
+        parameters["json"] = _dump(text)[1:-1].lower()    # in arguments all but ASCII is escaped
     if "parent" in filters:
         parent = filters["parent"]
         where.append(_ROOTS if parent is None else _CHILDREN)
@@ -2899,10 +2923,13 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     return where, parameters
 
 
-def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None, most: int | None = None
-              ) -> tuple[list[int], int | None]:
-    """Return the ids of the jobs that pass the filters, the highest first, below `before`; and the id below which to go on, or None:
-    there are no more. limit: how many ids. most: how many jobs to look at; fewer than `limit` may be found among them."""
+def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
+              most: int | None = None) -> tuple[list[int], int | None]:
+    """Return the ids of the jobs that pass the filters, the highest first, and the id below which to go on, or None.
+
+    before: only ids below that. limit: how many at most. most: how many jobs to look at; then there may be fewer than
+    `limit` among them, even none, and more further down.
+    """
     where, parameters = conditions(filters)
     parameters.update(before=1 << 62 if before is None else before, limit=-1 if limit is None else limit + 1)
     statuses, bottom = _statuses(filters), None
@@ -2913,30 +2940,35 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
         ids = [job_id for status in statuses for job_id in ids_of(f"({_of_status(status, where)}) WHERE id < :before")]
         ids.sort(reverse=True)
     else:
-        jobs, bottom = _newest(store, where, parameters, most)
+        jobs = _newest_first(where)
+        bottom = _bound(store, jobs, parameters, most)
         ids = ids_of(" AND ".join([jobs, *where, _is_one_of(statuses)]))
     return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more than
-    that, since not all jobs were looked at."""
+    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT, and which counts are "at least".
+
+    These are the statuses whose jobs were not all looked at.
+    """
     where, parameters = conditions(filters)
     counts, unsure = dict.fromkeys(STATUSES, 0), list(STATUSES)
-    is_few = set(where) <= set(_BY_INDEX)                 # then the indexes tell, however many there are
-    if not is_few:
-        jobs, bottom = _newest(store, where, parameters, SEARCH_LIMIT)
-        counts.update(store.read(f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status", parameters))
+    tell_indexes = set(where) <= set(_INDEXED)            # however many jobs there are
+    if not tell_indexes:
+        jobs = _newest_first(where)
+        bottom = _bound(store, jobs, parameters, SEARCH_LIMIT)
+        sql = f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status"
+        counts.update(store.read(sql, parameters))
         unsure = [status for status in STATUSES if bottom and counts[status] < COUNT_LIMIT]
     for status in list(unsure):
-        if is_few or _count(store, _of_status(status, []), FEW // 10) < FEW // 10:
-            counts[status] = _count(store, _of_status(status, where), COUNT_LIMIT, parameters)
+        if tell_indexes or _are_fewer(store, FEW // 10, _of_status(status, [])):
+            counts[status] = _count(store, COUNT_LIMIT, _of_status(status, where), parameters)
             unsure.remove(status)
     return {status: min(COUNT_LIMIT, counts[status]) for status in STATUSES}, unsure
 
 
 def _statuses(filters: dict[str, Any]) -> list[str]:
-    """Return the statuses that pass. ValueError: there is no such."""
+    """Return the statuses that pass. ValueError: there is no such status."""
     asked = filters.get("status")
     statuses = STATUSES if asked is None else [asked] if isinstance(asked, str) else list(asked)
     for status in statuses:
@@ -2946,71 +2978,89 @@ def _statuses(filters: dict[str, Any]) -> list[str]:
 
 
 def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for statuses; one that the index of what has begun answers, where it can."""
+    """Return the condition for statuses; without pending it is one by which SQLite may use bgjobs_begun."""
     if len(statuses) == len(STATUSES):
         return "1"
     return f"status IN ({', '.join(map(repr, statuses))})" + ("" if PENDING in statuses else " AND status <> 'pending'")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil the conditions, by the indexes that have this status."""
+    """Return the query for the ids of the jobs of one status that fulfil conditions, by the indexes for the status."""
     if status != PENDING:
         return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
     indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
     if _ROOTS in where:
         del indexes["ready_children"]
-        where.append("root_id IS NULL")                   # bgjobs_parked tells that
-    return " UNION ALL ".join(f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
-                              for index, jobs in indexes.items())
+        where.append("root_id IS NULL")                   # bgjobs_parked has that, too
+    return " UNION ALL ".join(
+        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
+        for index, jobs in indexes.items())
 
 
-def _count(store: Store, query: str, limit: int, parameters: dict[str, Any] | None = None) -> int:
+def _count(store: Store, limit: int, query: str, parameters: dict[str, Any] | None = None) -> int:
     return store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0]
 
 
+def _are_fewer(store: Store, number: int, query: str) -> bool:
+    return _count(store, number, query) < number
+
+
 def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether there are indexes with these jobs in the order of ids, or so few jobs of each status that all can be looked at."""
-    in_order = where == _BY_INDEX
+    """Tell whether indexes have the jobs of each of these statuses in order, or so few that they can all be sorted."""
+    in_order = where == _INDEXED
     if _CHILDREN in where or not statuses or len(statuses) == len(STATUSES) and not in_order:
         return False
-    told = [condition for condition in where if condition in _BY_INDEX]
-    return all(in_order and status != PENDING or _count(store, _of_status(status, told), FEW) < FEW for status in statuses)
+    indexed = [condition for condition in where if condition in _INDEXED]
+    return all(in_order and status != PENDING or _are_fewer(store, FEW, _of_status(status, indexed))
+               for status in statuses)
 
 
-def _newest(store: Store, where: list[str], parameters: dict[str, Any], most: int | None) -> tuple[str, int | None]:
-    """Return where to look for jobs, one after the other from the newest on, and the id below which that goes on, or None. Sets the
-    parameters :before and :lowest, so that `most` jobs are looked at."""
-    jobs = f"bgjobs_jobs {f'WHERE {_CHILDREN}' if _CHILDREN in where else 'NOT INDEXED WHERE 1'} AND id < :before AND id >= :lowest"
+def _newest_first(where: list[str]) -> str:
+    """Return where to look at one job after the other, by :before and :lowest, and ORDER BY id DESC."""
+    jobs = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
+    return f"bgjobs_jobs {jobs} AND id < :before AND id >= :lowest"
+
+
+def _bound(store: Store, jobs: str, parameters: dict[str, Any], most: int | None) -> int | None:
+    """Set :before and :lowest so that `most` jobs are between them. Return the id below which to go on, or None."""
     parameters.setdefault("before", 1 << 62)
     parameters["lowest"] = 0
     if most is None:
-        return jobs, None
-    if "created_from" in parameters:                      # the dates bound the ids, but for an hour's error of the clock
+        return None
+    if "created_from" in parameters:                      # ids go up with time, but for an hour's error of the clock
         parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
     if "created_to" in parameters:
         parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
     last = (most // 4 if "q" in parameters else most) - 1
-    bottom = next(iter(store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)), [None])[0]
-    parameters["lowest"] = bottom or parameters["lowest"]
-    return jobs, bottom
+    rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
+    if not rows:
+        return None
+    parameters["lowest"] = rows[0][0]
+    return rows[0][0]
 
 
 def _first_id_since(store: Store, created_at: float) -> int:
-    """Return the first id that was given out at that time or later, as far as ids and the clock go up together."""
+    """Return the first id that was given out at that time or later."""
     def created(job_id: int) -> float:
         rows = store.read("SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": job_id})
         return rows[0][0] if rows else math.inf
     return bisect.bisect_left(range(store.read(HIGHEST_ID)[0][0] + 1), created_at, key=created)
 
 
-def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]) -> list[dict[str, Any]]:
-    """Return the `info` of jobs, the highest id first; of those that are still there."""
+# A job's info
+
+def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]
+                  ) -> list[dict[str, Any]]:
+    """Return the `info` of those of these jobs that are still there, the highest id first."""
     return [describe(row, now, usual) for row in store.read(JOB_ROWS, {"ids": json.dumps(ids)})]
 
 
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
-    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds; `usual(name)` is
-    how long jobs of this name take. Of a row that somebody else has written wrong: what can be read of it."""
+    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds.
+
+    usual: returns how many seconds jobs of a name usually take. Of a row that somebody else has written wrong it
+    returns what can be read: one such row must not cost people the whole list.
+    """
     try:
         return _described(row, now, usual)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -3024,23 +3074,27 @@ def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[s
         raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
     status = row["status"]
     due = max(row["created_at"], row["run_at"] or 0.0)
-    started_by = now if status == PENDING else row["finished_at"] or due      # of one that has not
+    waited_until = now if status == PENDING else row["finished_at"] or due      # of a job that has never started
     duration = row["duration"] + (max(0.0, now - row["since"]) if status in ACTIVE and row["since"] else 0.0)
     error = _parsed(row["error"])
     return {
         **{name: row[name] for name in COLUMNS_SEEN},
-        "phase": phase_of(row), "waiting": max(0.0, started_by - due) if row["started_at"] is None else row["waited"], "duration": duration,
-        "errors": row["own_errors"] + row["failed"], "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
+        "phase": phase_of(row),
+        "waiting": max(0.0, waited_until - due) if row["started_at"] is None else row["waited"],
+        "duration": duration,
+        "errors": row["own_errors"] + row["failed"],
+        "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
         "progress": progress_of(row), "eta": eta_of(row, now, duration, usual),
         "children": {name: row[name] for name in ("total", "done", "failed", "running")},
-        "root_id": row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
+        "root_id": row["root_id"] or row["id"],
+        **shown_arguments(row, options.get("secret", ())),
         "state": _parsed(row["state"]), "result": _parsed(row["result"]),
         "error": error and (error["traceback"] or f"{error['type']}: {error['text']}"),
         "operations": allowed_operations(status, options, bool(row["system"]), row["running"] > 0)}
 
 
 def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
-    """Return a row without what nobody can read, nor values: which of them are secret may be among that."""
+    """Return a row without what nobody can read, nor any values: nobody knows which of them are secret."""
     legible: dict[str, Any] = {}
     for name in row.keys():
         value = None if name in _JSON_COLUMNS else row[name]
@@ -3050,11 +3104,6 @@ def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
     return {**legible, "error": dump_error("StoreError", f"this row cannot be read: {_text(why)}", "")}
 
 
-def _parsed(text: str | None) -> Any:
-    """Return the JSON value of a column. ValueError: it is none, or NaN or infinite, which the JSON interface could not pass on."""
-    return _parse(text) if text else None
-
-
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
@@ -3062,41 +3111,46 @@ def _refuse_constant(name: str) -> None:
 _parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
+def _parsed(text: str | None) -> Any:
+    """Return the JSON value of a column. ValueError: it is no JSON that could be passed on, such as NaN."""
+    return _parse(text) if text else None
+
+
 def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
-    """Return what refines the status, for people."""
+    """Return what refines the status for people, or ""."""
     if row["status"] != PENDING:
         return "waiting for children" if row["status"] == RUNNING and row["returned"] else ""
     waits_for_its_time = row["run_at"] is not None and row["queue"] is None and row["parked"] is None
-    return row["phase"] or ("scheduled" if waits_for_its_time else "waiting for low load" if row["low_priority"] else "")
+    default = "scheduled" if waits_for_its_time else "waiting for low load" if row["low_priority"] else ""
+    return row["phase"] or default
 
 
-def progress_of(row: sqlite3.Row) -> float | None:
-    """Return 0 to 1, or None: the mean over the descendants, and the job itself where it reports progress of its own."""
+def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
+    """Return 0 to 1, or None: the mean over the descendants, and the job itself if it reports progress of its own."""
     if row["status"] == FINISHED:
         return 1.0
     if not row["total"]:
         return row["progress"]
-    own = row["progress"]
     parts, done = row["total"], row["tree_progress"]
-    if own is not None:
-        parts, done = parts + 1, done + (1.0 if row["returned"] else own)
+    if row["progress"] is not None:
+        parts, done = parts + 1, done + (1.0 if row["returned"] else row["progress"])
     return min(1.0, max(0.0, done / parts))
 
 
-def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str], float | None]) -> float | None:
+def eta_of(row: sqlite3.Row | dict[str, Any], now: float, duration: float, usual: Callable[[str], float | None]
+           ) -> float | None:
     """Return the seconds left: from the tree's rate and the attempt's own, else from earlier jobs of the same name."""
     if row["status"] not in ACTIVE:
         return None
     estimates = []
     if row["total"]:
         rate = Rate(row["tree_gained"] or 0.0, row["tree_seconds"] or 0.0)
-        speed = rate.per_second
+        step = max(1, row["running"]) / rate.per_second if rate.per_second else 0.0
         age = now - max(row["tree_at"] or 0.0, row["since"] or 0.0)
-        estimates.append(time_left(row["total"] - row["tree_progress"], rate, max(1, row["running"]) / speed if speed else 0.0, age,
-                                   duration - age))
+        estimates.append(time_left(row["total"] - row["tree_progress"], rate, step, age, duration - age))
     if row["gained"] and not row["returned"]:
-        age = now - row["progress_at"]
-        estimates.append(time_left(1.0 - row["progress"], Rate(row["gained"], row["seconds"]), row["step"], age, duration - age))
+        rate, age = Rate(row["gained"], row["seconds"]), now - row["progress_at"]
+        estimates.append(time_left(1.0 - row["progress"], rate, row["step"], age, duration - age))
     known = [estimate for estimate in estimates if estimate is not None and math.isfinite(estimate)]
     if known:
         return max(known)
@@ -3104,7 +3158,15 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
     return mean - duration if mean is not None and duration < mean else None      # longer than usual: nobody knows
 
 
-def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
+def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
+    """Return how many seconds jobs of this name have taken lately, here or in another process, or None."""
+    if name in costs.changed:
+        return costs.trees.get(name, costs.means.get(name))
+    rows = store.read(MEAN_OF, {"name": name})
+    return rows[0][0] if rows else None
+
+
+def shown_arguments(row: sqlite3.Row | dict[str, Any], secret: Iterable[str | int]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
     args, kwargs = list(_parsed(row["args"]) or ()), dict(_parsed(row["kwargs"]) or {})
     for place in secret:
@@ -3115,35 +3177,38 @@ def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, 
     return {"args": args, "kwargs": kwargs}
 
 
-def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
-    """Return how many seconds jobs of this name have taken lately, here or in another process; None: nobody knows."""
-    if name in costs.changed:
-        return costs.trees.get(name, costs.means.get(name))
-    rows = store.read(MEAN_OF, {"name": name})
-    return rows[0][0] if rows else None
-
+# A job's attempts and its log
 
 def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
-    """Return what is known of a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
-    The last attempt is told by the job itself, unless something followed."""
+    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first. KeyError.
+
+    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The job's own row
+    tells of the last attempt, unless something followed it.
+    """
     row = store.row(job_id)
     kept = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
     if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
         is_active = row["status"] in ACTIVE and not row["returned"]
         kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
-                     "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
+                     "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None,
+                     "error": None})
     return {"attempts": kept, "positions": _parsed(row["positions"]) or []}
 
 
-def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
-              after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
-    """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow the line `after`."""
+def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None,
+              until: float | None, after: int, limit: int | None, tree: bool, regex: str | None = None
+              ) -> list[dict[str, Any]]:
+    """Return log lines of a job, or of its tree, oldest first: the newest `limit` ones, or those that follow `after`.
+
+    The filters are those of Job.logs. ValueError: a bad one.
+    """
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text must be a text or None, got {_short(text)}")
     check_limit(limit)
     found_in, needle = _search_function(regex), (text or "").lower()
     newest = limit is not None and not after
-    rows = store.read(LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC"), {
+    sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
+    rows = store.read(sql, {
         "id": job_id, "after": after or 0, "level": _level_number(level), "since": since or 0.0,
         "until": math.inf if until is None else until, "limit": -1 if limit is None or text or regex else limit})
     passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
@@ -3152,7 +3217,7 @@ def read_logs(store: Store, job_id: int, level: str | int | None, text: str | No
 
 
 def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that tells whether a regular expression is found in a text. ValueError: it is none."""
+    """Return a function that finds a regular expression in a text. ValueError: it is none."""
     if not regex:
         return lambda text: True
     import re
@@ -3163,16 +3228,17 @@ def _search_function(regex: str | None) -> Callable[[str], Any]:
 
 
 def _level_number(level: str | int | None) -> int:
-    """Return a log level as `logging` counts. ValueError: it has no such name."""
-    if isinstance(level, str):
-        number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
-        if not isinstance(number, int):
-            raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
-        return number
-    return level or 0
+    """Return a log level as a number. ValueError: there is no level of this name."""
+    if not isinstance(level, str):
+        return level or 0
+    number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
+    return number
 
 
 def check_limit(limit: Any) -> None:
+    """Raise ValueError unless `limit` is a number of things to return, or None."""
     if limit is not None and (type(limit) is not int or limit < 0):
         raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
