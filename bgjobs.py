@@ -2171,8 +2171,8 @@ def dump_error(type: str, text: str, trace: str) -> str:
 #
 # How a write gets into the file. A thread that wants to write puts a function of the transaction into a queue and tries
 # to lead. One thread leads at a time: it opens a transaction, runs all that is in the queue, lets ride along what else
-# waits (log lines, outcomes, claims), and commits. The other threads sleep until their writes are done, or nobody leads.
-# So a caller alone pays no hand-over, and batches grow with the load. If a batch fails, each of its writes is run again
+# waits (log lines, outcomes, claims), and commits. The others sleep until their writes are done, or nobody leads. So a
+# caller alone pays no hand-over, and batches grow with the load. If a batch fails, each of its writes is run again
 # alone, so that only a bad one fails.
 #
 # Ctrl-C may hit the main thread anywhere, and a second one may hit it while it cleans up. Hence the lead is a lock that
@@ -2197,7 +2197,8 @@ UNFINISHED_QUERIES = tuple(UNFINISHED.format(status=s) for s in (
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id IS NOT NULL",
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 MY_PENDING = """SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND (submitter = :submitter OR
-    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after ORDER BY id LIMIT 500"""
+    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after
+    ORDER BY id LIMIT 500"""
 
 STATS = f"""SELECT {{by}} AS part, {_SUMS} FROM bgjobs_stats
     WHERE minute BETWEEN :first AND :last AND (:name IS NULL OR name = :name) GROUP BY part"""
@@ -2277,9 +2278,9 @@ def _do_nothing(tx: Transaction) -> None:
 class Store:
     """One SQLite file: a connection that writes, used by one thread at a time, and connections that read.
 
-    Readers never wait for writers (WAL). The runner sets what rides along: `begin(transaction)` and
-    `rider(transaction, kicked)` are called at the start and the end of a transaction, `announce(transaction)` after every
-    commit, and `backlog()` when more is to ride along and nobody leads.
+    Readers never wait for writers (WAL). The runner sets what rides along: `begin(transaction)` is called at the start of
+    a transaction and `rider(transaction, kicked)` at its end, `announce(transaction)` after every commit, and `backlog()`
+    when more is to ride along and nobody leads.
     """
 
     begin = rider = announce = backlog = staticmethod(lambda *arguments: None)
@@ -2382,7 +2383,7 @@ class Store:
                 write.wake.put(None)
 
     def _pass_on(self, goes_on: bool) -> None:
-        """After leading: wake the first thread that waits, to lead. If there is none, but more to ride along, say so."""
+        """After leading: wake the first thread that waits, to lead. If there is none, but more to ride along, say it."""
         heirs = tuple(self._waiting)[:1]
         if heirs and heirs[0].wake is not None:
             heirs[0].wake.put(None)
@@ -2433,8 +2434,8 @@ class Store:
 
     def _check_open(self) -> None:
         if self.forked:
-            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its "
-                             "start() here, or make a new Runner")
+            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; "
+                             "call its start() here, or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
@@ -2513,8 +2514,8 @@ class Store:
         try:
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
-                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part "
-                                 "of a transaction of that file alone")
+                raise ValueError(f"the connection is to {file or 'a database in memory'}; "
+                                 f"jobs in {self.path} can be part of a transaction of that file alone")
             db.execute(begin)
             try:
                 db.execute(TAKE_LOCK)                     # SQLite waits for it only before anything has been read
@@ -2531,9 +2532,9 @@ class Store:
                 raise
         except sqlite3.Error as error:
             if "locked" in str(error) and is_within:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or "
-                                 "begin it with BEGIN IMMEDIATE: one that has read may not write once another connection "
-                                 "has written") from error
+                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, "
+                                 "or begin it with BEGIN IMMEDIATE: one that has read may not write once another "
+                                 "connection has written") from error
             raise self._explained(error)
         finally:
             connection.text_factory = text_factory
@@ -2621,9 +2622,9 @@ class Store:
                 self._migrate()
                 mode = self._writer.execute(f"PRAGMA journal_mode = {self._journal}").fetchone()[0]
                 if mode != self._journal:
-                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
-                                     f"{self._journal!r}; put the file on a local disk, and have all processes use the "
-                                     "same mode")
+                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead "
+                                     f"of {self._journal!r}; put the file on a local disk, and have all processes use "
+                                     "the same mode")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -2684,8 +2685,8 @@ class Store:
         try:
             found = [os.stat(path) for path in ([self.path, wal] if self._journal == "wal" else [self.path])]
         except OSError as error:
-            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew with "
-                             "close() and a new runner") from None
+            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew "
+                             "with close() and a new runner") from None
         if found[0].st_size == 0:
             raise StoreError(f"{self.path} was emptied while it was in use; close() this runner, put a backup there, "
                              "without a -wal beside it, and make a new runner")
@@ -2713,8 +2714,8 @@ class Store:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old read "
-                              "transaction open on it; end that")
+                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old "
+                              "read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use."""
@@ -2728,7 +2729,7 @@ class Store:
                              "exists and is writable") from error
 
         def give_up(status: int, remaining: int, total: int) -> None:
-            if status != SQLITE_DONE and time.monotonic() > deadline:     # SQLite would wait as long as the lock is held
+            if status != SQLITE_DONE and time.monotonic() > deadline:     # SQLite itself would wait without end
                 raise sqlite3.OperationalError("database is locked")
         deadline = time.monotonic() + _CONNECT["timeout"]
         try:
