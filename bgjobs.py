@@ -2943,7 +2943,7 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     else:
         jobs = _newest_first(where)
         bottom = _bound(store, jobs, parameters, most)
-        ids = ids_of(" AND ".join([jobs, *where, _is_one_of(statuses)]))
+        ids = ids_of(" AND ".join([jobs, _is_one_of(statuses), *where]))
     return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
