@@ -2846,7 +2846,7 @@ def _decoded(text: bytes) -> str:
 # newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it is "at least".
 
 COUNT_LIMIT = 10_001               # where counting for people ends
-SEARCH_LIMIT = 40_000              # jobs that one search looks at; a quarter of that if it looks into their texts
+SEARCH_LIMIT = 60_000              # jobs that one search looks at; a sixth of that if it looks into their texts
 FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
 
 JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
@@ -2899,7 +2899,7 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
     parameters = {name: value for name, value in filters.items()
                   if name in _CONDITIONS and value is not None and (value or name != "q")}
-    where = [_CONDITIONS[name] for name in parameters]
+    where = [_CONDITIONS[name] for name in parameters if name != "q"]
     for name, value in parameters.items():
         if name in ("name", "run_by") and not isinstance(value, str):
             raise ValueError(f"{name} must be a text, got {_short(value)}")
@@ -2910,17 +2910,18 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
                 parameters[name] = float(value)
             except OverflowError:
                 raise ValueError(f"{name} must be Unix seconds, got {_short(value)}") from None
-    if "q" in parameters:
-        text = _text(parameters["q"])
-        parameters["number"] = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
-        parameters["q"] = text.lower()
-        parameters["json"] = _dump(text)[1:-1].lower()    # in arguments all but ASCII is escaped
     if "parent" in filters:
         parent = filters["parent"]
         where.append(_ROOTS if parent is None else _CHILDREN)
         parameters["parent"] = getattr(parent, "id", parent)
     if not filters.get("system"):
         where.append(_NO_SYSTEM)
+    if "q" in parameters:
+        where.append(_CONDITIONS["q"])                    # last, since it takes long
+        text = _text(parameters["q"])
+        parameters["number"] = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+        parameters["q"] = text.lower()
+        parameters["json"] = _dump(text)[1:-1].lower()    # in arguments all but ASCII is escaped
     return where, parameters
 
 
@@ -3032,7 +3033,7 @@ def _bound(store: Store, jobs: str, parameters: dict[str, Any], most: int | None
         parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
     if "created_to" in parameters:
         parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
-    last = (most // 4 if "q" in parameters else most) - 1
+    last = (most // 6 if "q" in parameters else most) - 1
     rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
     if not rows:
         return None
