@@ -2240,7 +2240,7 @@ class _ForkGate:
 
     def leave_to_parent(self) -> None:
         """In a forked child: only this thread is here."""
-        self.__init__()                                   # type: ignore[misc]
+        self._door, self._inside = threading.RLock(), set()
 
 
 _fork_gate = _ForkGate()
