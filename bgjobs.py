@@ -2278,9 +2278,9 @@ def _do_nothing(tx: Transaction) -> None:
 class Store:
     """One SQLite file: a connection that writes, used by one thread at a time, and connections that read.
 
-    Readers never wait for writers (WAL). The runner sets what rides along: `begin(transaction)` is called at the start of
-    a transaction and `rider(transaction, kicked)` at its end, `announce(transaction)` after every commit, and `backlog()`
-    when more is to ride along and nobody leads.
+    Readers never wait for writers (WAL). The runner sets what rides along: `begin(transaction)` is called at the start
+    of a transaction and `rider(transaction, kicked)` at its end, `announce(transaction)` after every commit, and
+    `backlog()` when more is to ride along and nobody leads.
     """
 
     begin = rider = announce = backlog = staticmethod(lambda *arguments: None)
@@ -2383,7 +2383,7 @@ class Store:
                 write.wake.put(None)
 
     def _pass_on(self, goes_on: bool) -> None:
-        """After leading: wake the first thread that waits, to lead. If there is none, but more to ride along, say it."""
+        """After leading: wake the first thread that waits, to lead; or say that there is more to ride along."""
         heirs = tuple(self._waiting)[:1]
         if heirs and heirs[0].wake is not None:
             heirs[0].wake.put(None)
