@@ -67,6 +67,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import bisect
 import builtins
 import contextlib
 import contextvars
@@ -2201,14 +2202,25 @@ class Transaction:
             self.after_commit.append(lambda: setattr(attempt, "charge", attempt.charge + more))
 
 
-# ---- 8 Store --------------------------------------------------------------------------------------------------
+# ---- 9 Store --------------------------------------------------------------------------------------------------
+#
+# How a write gets into the file. A thread that wants to write puts a function of the transaction into a queue and tries
+# to lead. One thread leads at a time: it opens a transaction, runs all that is in the queue, lets ride along what else
+# waits (log lines, outcomes, claims), and commits. The others sleep until their writes are done, or nobody leads. So a
+# caller alone pays no hand-over, and batches grow with the load. If a batch fails, each of its writes is run again
+# alone, so that only a bad one fails.
+#
+# Ctrl-C may hit the main thread anywhere, and a second one may hit it while it cleans up. Hence the lead is a lock that
+# is released by a single call in C, a write stays in the queue until it is done, and sleepers look again every second.
+#
+# A fork waits at a gate until no thread is inside SQLite. Otherwise the child would inherit half a transaction, and
+# locks that nobody will ever release.
 
 JOB_ROW = "SELECT * FROM bgjobs_jobs WHERE id = :id"
 STATUS_OF = "SELECT status FROM bgjobs_jobs WHERE id = :id"
 CREATED_AT = "SELECT created_at FROM bgjobs_jobs WHERE id = :id"
 OUTCOME_OF = "SELECT status, name, attempt, result, error FROM bgjobs_jobs WHERE id = :id"
 MEANS = "SELECT name, seconds, tree_seconds FROM bgjobs_functions"
-MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
 RUNNERS = "SELECT id, pid, host, workers, started_at, heartbeat_at, abandoned FROM bgjobs_runners ORDER BY id"
 LOCK_FILES = "SELECT id, lock_file, heartbeat_at FROM bgjobs_runners"
 # Ready, or executing, and submitted through this runner or below a job that was. `after` keeps the search short.
@@ -2220,16 +2232,9 @@ UNFINISHED_QUERIES = tuple(UNFINISHED.format(status=s) for s in (
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id IS NOT NULL",
     "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 MY_PENDING = """SELECT id FROM bgjobs_jobs WHERE status = 'pending' AND (submitter = :submitter OR
-    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after ORDER BY id LIMIT 500"""
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE job_id {which} AND id > :after AND level >= :level
-    AND at >= :since AND at <= :until ORDER BY id {order} LIMIT :limit"""
-ONE_JOB = "= :id"
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
-    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
+    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = bgjobs_jobs.root_id) = :submitter) AND id > :after
+    ORDER BY id LIMIT 500"""
 
-COUNT_LIMIT = 10_001               # where counting for people ends
-SEARCH_SECONDS = 0.006             # how long people's searches look at one job after the other; they may go on from there
-SEARCH_AT_LEAST = 12_000           # jobs that are looked at, however long that takes
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 SQLITE_DONE = 101                  # sqlite3 has it by name since Python 3.11
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the file's lock
@@ -2237,52 +2242,12 @@ LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that goi
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
-class _Through:
-    """What a Transaction needs of an app's connection, whatever factories that has."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).execute(sql, parameters)
-
-    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).executemany(sql, rows)
-
-
-def is_shared(connection: sqlite3.Connection) -> bool:
-    """Tell whether other threads may use a connection."""
-    cursors = []
-
-    def use() -> None:
-        with contextlib.suppress(sqlite3.Error):
-            cursors.append(connection.cursor())
-    thread = threading.Thread(target=use, daemon=True)
-    thread.start()
-    thread.join()
-    return bool(cursors)
-
-
-class _Write:
-    """A write that waits for its transaction; `wake` is released when it is done, or is to lead."""
-
-    __slots__ = ("run", "value", "error", "done", "gone", "leads", "wake")
-
-    def __init__(self, run: Callable[[Transaction], Any]) -> None:
-        self.run = run
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.done = self.gone = self.leads = False
-        self.wake: Any = None
-
-
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours reads: the child would inherit SQLite's global locks, locked. (Out of
-    those when one writes, Store.pause keeps it.)"""
+    """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
 
     def __init__(self) -> None:
         self._door = threading.RLock()                    # held during a fork; reentrant for finalizers that read
-        self._inside: set[int] = set()                    # threads; one that Ctrl-C has left here goes with its next read
+        self._inside: set[int] = set()                    # threads; one that Ctrl-C left here goes with its next use
 
     def __enter__(self) -> None:
         with self._door:
@@ -2302,70 +2267,75 @@ class _ForkGate:
         """Let threads in again."""
         self._door.release()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: only this thread is here."""
+        self._door, self._inside = threading.RLock(), set()
+
 
 _fork_gate = _ForkGate()
-_inherited: list[Any] = []         # where _never_free has no other means
 
 
-def _never_free(connection: sqlite3.Connection | None) -> None:
-    """Keep a connection of the parent's from being closed in a forked child, by its end, too."""
-    try:
-        import ctypes
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    except (ImportError, AttributeError):                 # not CPython
-        _inherited.append(connection)
+class _Write:
+    """A write that waits for its transaction."""
 
+    __slots__ = ("run", "value", "error", "done", "gone", "wake")
 
-def _uri(path: str) -> str:
-    """Return a file: URI as SQLite reads it."""
-    path = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
+    def __init__(self, run: Callable[[Transaction], Any]) -> None:
+        self.run = run
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.done = False                                 # committed, or failed
+        self.gone = False                                 # Ctrl-C came: nobody waits for it
+        self.wake: queue.SimpleQueue[None] | None = None  # where its thread sleeps, if it does
 
+    def fail(self, error: BaseException) -> None:
+        self.error, self.done = error, True
 
-def _decoded(text: bytes) -> str:
-    """Return a text of the file, also one that somebody else has written and that is not UTF-8."""
-    return text.decode("utf-8", "backslashreplace")
+    def sleep(self) -> None:
+        """Sleep until somebody wakes this thread: it looks then whether the write is done, or it can lead."""
+        if self.wake is None:
+            self.wake = queue.SimpleQueue()               # it looks once more, now that it can be woken
+        else:
+            with contextlib.suppress(queue.Empty):        # Ctrl-C came in the thread that should have woken it
+                self.wake.get(timeout=1.0)
 
 
 def _do_nothing(tx: Transaction) -> None:
-    """What a transaction without a write of its own runs: what waits rides along."""
+    """Run a transaction for the sake of what rides along."""
 
 
 class Store:
-    """One SQLite file: a connection that writes, led by one thread at a time, and connections that read.
+    """One SQLite file: a connection that writes, used by one thread at a time, and connections that read.
 
-    Readers never wait for writers (WAL). `begin(transaction)` and `rider(transaction, kicked)` are called at the begin and the
-    end of transactions, so that what else waits (logs, outcomes, claims) shares them; `announce(transaction)` after every
-    commit; `backlog()` when more is waiting and nobody leads.
+    Readers never wait for writers (WAL). The runner sets what rides along: `begin(transaction)` is called at the start
+    of a transaction and `rider(transaction, kicked)` at its end, `announce(transaction)` after every commit, and
+    `backlog()` when more is to ride along and nobody leads.
     """
+
+    begin = rider = announce = backlog = staticmethod(lambda *arguments: None)
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str, clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
         self.path, self.clock = os.path.abspath(path), clock
-        self.begin: Callable[[Transaction], None] = lambda tx: None
-        self.rider: Callable[[Transaction, bool], None] = lambda tx, kicked: None
-        self.announce: Callable[[Transaction], None] = lambda tx: None
-        self.backlog: Callable[[], None] = lambda: None
         # EXTRA also syncs the folder that the rollback journal is deleted from: that is the commit there.
         self._synchronous = "NORMAL" if durability == "process" else "FULL" if journal == "wal" else "EXTRA"
         self._journal = journal
-        self._complaints: dict[str, float] = {}           # what was logged lately, and when
+        # `_lead` is held by the thread that leads. It knows its owner, so that a finalizer which a garbage collection
+        # runs in that thread does not wait for it.
+        self._lead = threading.RLock()
+        self._waiting: deque[_Write] = deque()            # writes, until they are done; only the leader removes them
+        self._again = False                               # more is to ride along than the last transaction took
+        self.leading = False                              # a hint: some thread leads
+        self.closed = self.forked = False
+        self.cut_short = False                            # by Ctrl-C: perhaps nobody was told of what was committed
+        self.close_by = math.inf                          # when a runner that goes down gives up what still runs
+        self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._version_lock = threading.Lock()             # guards _version_db
         self._version_db: sqlite3.Connection | None = None
-        self._lineages: dict[int, tuple[int, ...]] = {}
         self._others_version = -1
-        # `_lock` guards _waiting, leading and _again; no SQL and no user code runs under it.
-        # Reentrant, since a garbage collection under it may call a finalizer that writes.
-        self._lock = threading.RLock()
-        self._leader = 0                                  # the leading thread's ident
-        self._leads = _Write(_do_nothing)                 # the write that leads, or was the last to
-        self._waiting: deque[_Write] = deque()            # until they are done
-        self._pause: _Write | None = None                 # a fork's, which leads next
-        self.leading = self._again = self.closed = self.forked = False
-        self.cut_short = False                            # Ctrl-C came: something may be committed that nobody was told of
-        self.close_by = math.inf                          # when what still runs is given back; soon after, no write waits for a lock
+        self._complaints: dict[str, float] = {}           # what was logged lately, and when
         self._check_path(os.fspath(path))
         try:
             self._writer = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
@@ -2376,8 +2346,284 @@ class Store:
                 self._writer.close()
                 raise
         except sqlite3.Error as error:
-            raise StoreError(f"cannot use {self.path} as a job file: {error}; {_remedy(error)}") from error
+            raise _store_error(f"use {self.path} as a job file", error)
         self._identity, self._checked_at = self._identity_now(), 0.0
+
+    # writing
+
+    @library_code
+    def write(self, run: Callable[[Transaction], Any]) -> Any:
+        """Call `run(transaction)` in the next transaction and return its value, after the commit.
+
+        `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
+        transaction. What it raises is raised here, and nothing of it is stored.
+        """
+        if self._lead._is_owned():                        # type: ignore[attr-defined]
+            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a "
+                               "finalizer; have it set a flag or start a thread instead")
+        write = _Write(run)
+        try:
+            self._waiting.append(write)
+            while not write.done:
+                if not self._lead_once(kicked=False) and not write.done:
+                    write.sleep()
+        except BaseException:
+            write.gone = self.cut_short = True
+            raise
+        if write.error is not None:
+            raise write.error
+        return write.value
+
+    @library_code
+    def kick(self) -> None:
+        """Lead transactions until nothing more is to ride along. If another thread leads, that one sees to it."""
+        self._again = True
+        if not self._lead._is_owned():                    # type: ignore[attr-defined]
+            while self._again and self._lead_once(kicked=True) and not self._waiting:
+                pass
+
+    def _lead_once(self, kicked: bool) -> bool:
+        """Run what waits in one transaction. False: another thread leads, or what rode along could not be recorded."""
+        worked = False
+        try:
+            if not self._lead.acquire(blocking=False):
+                return False
+            self.leading, self._again = True, False
+            worked = self._commit([write for write in tuple(self._waiting) if not (write.done or write.gone)], kicked)
+            self._dismiss()
+            self.leading = False
+        except BaseException:
+            self.leading, self.cut_short = False, True
+            raise
+        finally:
+            try:
+                self._lead.release()
+            except RuntimeError:                          # another thread leads
+                pass
+            else:
+                self._pass_on(kicked and worked)
+        return worked
+
+    def _dismiss(self) -> None:
+        """Take the writes that are done out of the queue, and wake their threads."""
+        while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
+            write = self._waiting.popleft()
+            if write.wake is not None:
+                write.wake.put(None)
+
+    def _pass_on(self, goes_on: bool) -> None:
+        """After leading: wake the first thread that waits, to lead; or say that there is more to ride along."""
+        heirs = tuple(self._waiting)[:1]
+        if heirs and heirs[0].wake is not None:
+            heirs[0].wake.put(None)
+        elif self._again and not goes_on:
+            self.backlog()
+
+    def _commit(self, batch: list[_Write], kicked: bool) -> bool:
+        """Run a batch in one transaction; if that fails, each write again alone. False: what rides along could not be
+        recorded. Whoever leads next tries again; if nobody else does, that is the service thread."""
+        try:
+            self._transact(batch, kicked)
+            return True
+        except StoreError as error:                       # the file's trouble: alone, each would only wait for it again
+            trouble = error
+            for write in batch:
+                write.fail(copy.copy(error))
+                write.error.__cause__ = error.__cause__   # type: ignore[union-attr]
+        except (Exception, JobStopped) as error:          # JobStopped: a superseded attempt submits
+            trouble = self._explained(error)
+            for write in batch:
+                try:
+                    self._transact([write], None)
+                except (Exception, JobStopped) as own:
+                    write.fail(self._explained(own))
+                self._dismiss()
+            if batch:
+                self._again = True
+                return True
+        self._again = not self.closed
+        if not batch and not self.closed:
+            self.complain(f"cannot record outcomes: {trouble}; trying again")
+            if self.close_by == math.inf:
+                time.sleep(0.05)
+        return False
+
+    def _transact(self, batch: list[_Write], kicked: bool | None) -> None:
+        """Run a batch in one transaction, then what is to follow its commit. kicked is None: nothing rides along."""
+        self._check_open()
+        if time.monotonic() - self._checked_at > 0.005:
+            self.check_file()
+        with _fork_gate:
+            tx = self._run_in_transaction(batch, kicked)
+        for callback in (*tx.after_commit, lambda: self.announce(tx)):
+            try:
+                callback()
+            except Exception as error:                    # it is committed: nothing may make it look failed
+                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
+
+    def _check_open(self) -> None:
+        if self.forked:
+            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; "
+                             "call its start() here, or make a new Runner")
+        if self.closed:
+            raise StoreError(f"the runner on {self.path} is shut down")
+
+    def _run_in_transaction(self, batch: list[_Write], kicked: bool | None) -> Transaction:
+        db = self._writer
+        if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
+            db.execute("ROLLBACK")
+        self._await_lock("BEGIN IMMEDIATE")
+        committing = False
+        try:
+            tx = Transaction(db, self._lineages, self.clock())
+            if kicked is not None:
+                self.begin(tx)
+            for write in batch:
+                write.value = write.run(tx)
+            if kicked is not None:
+                self.rider(tx, kicked)
+            tx.apply()
+            tx.save_tallies()
+            committing = True
+            self._await_lock("COMMIT")
+            for write in batch:
+                write.done = True
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            elif committing and not isinstance(error, Exception):     # Ctrl-C after the COMMIT
+                for write in batch:
+                    write.done = True
+            self._lineages.clear()
+            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
+                db.text_factory = _decoded                # slower; the transaction is run again
+            raise
+        return tx
+
+    def _await_lock(self, statement: str) -> None:
+        """Execute a BEGIN IMMEDIATE or COMMIT. StoreError: another program holds the lock, for too long."""
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                self._writer.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                if time.monotonic() > min(give_up, self.close_by + 0.4):
+                    if self.close_by < math.inf:          # going down: what is still written is tried once
+                        self._writer.execute("PRAGMA busy_timeout = 0")
+                    raise self._explained(error)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        return _store_error(f"write to {self.path}", error) if isinstance(error, sqlite3.Error) else error
+
+    def complain(self, text: str) -> None:
+        """Log an error, the same one every ten seconds at most."""
+        now = time.monotonic()
+        if now - self._complaints.get(text, -math.inf) > 10:
+            self._complaints = {text: now} if len(self._complaints) > 20 else {**self._complaints, text: now}
+            _say(logging.ERROR, text)
+
+    # writing in a transaction of the app's own
+
+    def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
+        """Run a write in the transaction that is open on a connection of the app's to this file; the app commits it, or
+        rolls it back. If none is open, one is begun, and committed here if the connection commits each statement by
+        itself. ValueError: the connection is to another file."""
+        self._check_open()
+        db, is_within = _Through(connection), connection.in_transaction
+        autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
+        commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
+        if is_within:
+            begin, end, undo = "SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
+        else:
+            begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
+        text_factory, connection.text_factory = connection.text_factory, str
+        try:
+            file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
+            if not file or not os.path.samefile(file, self.path):
+                raise ValueError(f"the connection is to {file or 'a database in memory'}; "
+                                 f"jobs in {self.path} can be part of a transaction of that file alone")
+            db.execute(begin)
+            try:
+                db.execute(TAKE_LOCK)                     # SQLite waits for it only before anything has been read
+                tx = Transaction(db, {}, self.clock())
+                value = run(tx)
+                tx.apply()
+                tx.save_tallies()
+                for statement in end:
+                    db.execute(statement)
+                return value
+            except BaseException:
+                for statement in undo if connection.in_transaction else ():
+                    db.execute(statement)
+                raise
+        except sqlite3.Error as error:
+            if "locked" in str(error) and is_within:
+                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, "
+                                 "or begin it with BEGIN IMMEDIATE: one that has read may not write once another "
+                                 "connection has written") from error
+            raise self._explained(error)
+        finally:
+            connection.text_factory = text_factory
+
+    # reading
+
+    def connect(self) -> sqlite3.Connection:
+        """Return a new connection for reading, never a new file. The caller closes it."""
+        db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
+        db.row_factory, db.text_factory = sqlite3.Row, _decoded
+        return db
+
+    @library_code
+    def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
+        """Return all rows of a query, on a connection of its own. ValueError: a parameter that SQLite cannot hold."""
+        with _fork_gate:
+            db = None
+            try:
+                try:
+                    db = self._readers.pop()
+                except IndexError:
+                    db = self.connect()
+                rows = db.execute(sql, parameters or {}).fetchall()
+            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+                if db is not None:
+                    db.close()
+                if isinstance(error, sqlite3.Error):
+                    raise _store_error(f"read {self.path}", error)
+                name, value = next(
+                    (name, value) for name, value in parameters.items() if isinstance(value, int)
+                    and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
+                raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
+            if len(self._readers) < 8 and not self.closed:
+                self._readers.append(db)
+            else:
+                db.close()
+            return rows
+
+    def row(self, job_id: int) -> sqlite3.Row:
+        """Return a job's row. KeyError: there is none."""
+        rows = self.read(JOB_ROW, {"id": job_id})
+        if not rows:
+            raise KeyError(f"there is no job {job_id} in {self.path}")
+        return rows[0]
+
+    def version(self) -> int:
+        """Return a number that differs when another connection has committed since: any write, of any process."""
+        with self._version_lock, _fork_gate:
+            try:
+                if self._version_db is None:
+                    self._version_db = self.connect()
+                return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+            except sqlite3.Error as error:
+                raise _store_error(f"read {self.path}", error)
+
+    def changed_by_others(self) -> bool:
+        """Tell whether another connection has written since the last call: another process, or another runner."""
+        version = self.write(lambda tx: tx.execute("PRAGMA data_version").fetchone()[0])
+        changed, self._others_version = version != self._others_version, version
+        return changed
 
     # opening
 
@@ -2388,7 +2634,8 @@ class Store:
         if os.path.isdir(self.path):
             raise StoreError(f"cannot use {self.path} as a job file: it is a folder; give the path of a file in it")
         if not os.path.isdir(folder):
-            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not exist; create it first")
+            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not exist; "
+                             "create it first")
 
     def _check_json(self) -> None:
         try:
@@ -2396,54 +2643,17 @@ class Store:
         except sqlite3.OperationalError:                  # an option of the build before 3.38
             raise StoreError("this SQLite was built without its JSON functions; bgjobs needs them") from None
 
-    def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it."""
-        db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
-        db.row_factory, db.text_factory = sqlite3.Row, _decoded
-        return db
-
-    def _identity_now(self) -> list[tuple[int, int]]:
-        """Return what tells the file, and its WAL, which is there as long as we are connected, from others of their names."""
-        found = []
-        for path in (self.path, os.path.realpath(self.path) + "-wal")[:2 if self._journal == "wal" else 1]:
-            try:
-                stat = os.stat(path)
-            except OSError:
-                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, or start anew with close() and a "
-                                 "new runner") from None
-            found.append((stat.st_dev, stat.st_ino))
-            if path == self.path and stat.st_size == 0:
-                raise StoreError(f"{path} was emptied while it was in use; close() this runner, put a backup there, without a -wal "
-                                 "beside it, and make a new runner")
-        return found
-
-    def check_file(self) -> None:
-        """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
-        self._checked_at = -math.inf                      # should it fail, the next write looks again at once
-        found = self._identity_now()
-        if found != self._identity:
-            what = self.path + "-wal" if found[0] == self._identity[0] else self.path
-            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: close() this "
-                             "runner, put the right file there, without a -wal beside it, and make a new runner")
-        self._checked_at = time.monotonic()
-
-    def complain(self, text: str) -> None:
-        """Log an error, the same one every ten seconds at most."""
-        now = time.monotonic()
-        if now - self._complaints.get(text, -math.inf) > 10:
-            self._complaints = {text: now} if len(self._complaints) > 20 else {**self._complaints, text: now}
-            _say(logging.ERROR, text)
-
     def _prepare(self) -> None:
-        """Switch to WAL and bring the schema up to date. Several processes may do so at once: it is tried again."""
+        """Bring the schema up to date and switch to WAL. Where several processes do so at once, try again."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._migrate()
                 mode = self._writer.execute(f"PRAGMA journal_mode = {self._journal}").fetchone()[0]
                 if mode != self._journal:
-                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
-                                     f"{self._journal!r}; put the file on a local disk, and have all processes use the same mode")
+                    raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead "
+                                     f"of {self._journal!r}; put the file on a local disk, and have all processes use "
+                                     "the same mode")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
@@ -2452,7 +2662,7 @@ class Store:
         self._writer.execute(f"PRAGMA synchronous = {self._synchronous}")
         self._writer.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
         self._writer.execute("PRAGMA wal_autocheckpoint = 4000")
-        self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()     # the WAL is there from the first read on
+        self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()      # the first read makes the WAL
 
     def _migrate(self) -> None:
         """Bring the tables in the file to this version. What is cut short, by a kill even, leaves the file as it was."""
@@ -2495,8 +2705,77 @@ class Store:
                              "a backup, or drop these tables to start anew")
         return version
 
+    # looking after the file
+
+    def _identity_now(self) -> list[tuple[int, int]]:
+        """Return device and inode of the file and of its WAL, which is there as long as we are connected."""
+        wal = os.path.realpath(self.path) + "-wal"
+        try:
+            found = [os.stat(path) for path in ([self.path, wal] if self._journal == "wal" else [self.path])]
+        except OSError as error:
+            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew "
+                             "with close() and a new runner") from None
+        if found[0].st_size == 0:
+            raise StoreError(f"{self.path} was emptied while it was in use; close() this runner, put a backup there, "
+                             "without a -wal beside it, and make a new runner")
+        return [(stat.st_dev, stat.st_ino) for stat in found]
+
+    def check_file(self) -> None:
+        """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
+        self._checked_at = -math.inf                      # should it fail, the next write looks again at once
+        found = self._identity_now()
+        if found != self._identity:
+            what = self.path + "-wal" if found[0] == self._identity[0] else self.path
+            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is written any more: "
+                             "close() this runner, put the right file there, without a -wal beside it, and make a new "
+                             "runner")
+        self._checked_at = time.monotonic()
+
+    def shorten_wal(self) -> None:
+        """Truncate the WAL if it has grown large; complain if a reader does not let that happen."""
+        try:
+            size = os.path.getsize(os.path.realpath(self.path) + "-wal")
+        except OSError:
+            return
+        if size > WAL_LIMIT:
+            with contextlib.closing(self.connect()) as db:
+                db.execute("PRAGMA busy_timeout = 100")
+                busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            if busy and size > 4 * WAL_LIMIT:
+                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old "
+                              "read transaction open on it; end that")
+
+    def backup(self, path: str) -> None:
+        """Copy the file as it is at one moment, while it is in use."""
+        self.check_file()
+        try:
+            open(path, "xb").close()
+        except FileExistsError:
+            raise ValueError(f"{path} exists; give the path of a new file") from None
+        except OSError as error:
+            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path in a folder that "
+                             "exists and is writable") from error
+
+        def give_up(status: int, remaining: int, total: int) -> None:
+            if status != SQLITE_DONE and time.monotonic() > deadline:     # SQLite itself would wait without end
+                raise sqlite3.OperationalError("database is locked")
+        deadline = time.monotonic() + _CONNECT["timeout"]
+        try:
+            with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
+                db.backup(copy, progress=give_up)
+                copy.execute("DELETE FROM bgjobs_runners")       # so that what the copy shows as running is taken back
+                copy.execute("DELETE FROM bgjobs_registered")
+                copy.commit()
+        except BaseException as error:
+            for rest in (path, path + "-journal"):
+                with contextlib.suppress(OSError):
+                    os.remove(rest)
+            if isinstance(error, sqlite3.Error):
+                raise _store_error(f"back {self.path} up to {path}", error)
+            raise
+
     def close(self, last: Callable[[Transaction], None] = _do_nothing) -> None:
-        """Run a last write and close the connections. Waits for the transaction under way; writes after it raise StoreError."""
+        """Run a last write and close the connections; writes after it raise StoreError. Waits for whoever leads."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
@@ -2512,625 +2791,341 @@ class Store:
             while self._readers:
                 self._readers.pop().close()
 
-    def pause(self) -> None:
-        """Before a fork: take the lead as soon as the transaction under way is over, within a second, and write nothing."""
-        with self._lock:
-            if self._leader == threading.get_ident():
-                return                                  # a signal handler forks
-            pause = self._pause = _Write(_do_nothing)
-            if self.leading:
-                pause.wake = threading.Lock()
-                pause.wake.acquire()
-            else:
-                self._leads, pause.leads, self.leading = pause, True, True
-        if pause.wake is not None:
-            pause.wake.acquire(timeout=1.0)
-        with self._lock:
-            if pause.leads:
-                self._leader = threading.get_ident()
-            else:
-                self._pause = None
-
-    def go_on(self) -> None:
-        """After the fork, in the parent."""
-        pause, self._pause = self._pause, None
-        if pause is not None:
-            self._hand_over(pause)
-
     def leave_to_parent(self) -> None:
-        """In a forked child: touch nothing that belongs to the parent. Its connections are never used, nor closed, here."""
+        """In a forked child: leave the parent's connections alone. They are never used here, nor closed."""
         for connection in (self._writer, self._version_db, *self._readers):
             _never_free(connection)
-        self._readers, self._version_db, self._waiting, self._pause, self._leader = deque(), None, deque(), None, 0
-        self._lock, self._version_lock = threading.RLock(), threading.Lock()
+        self._readers, self._version_db, self._waiting = deque(), None, deque()
+        self._lead, self._version_lock = threading.RLock(), threading.Lock()
         self.leading, self.closed, self.forked = False, True, True
 
-    def shorten_wal(self) -> None:
-        """Truncate the WAL if it has grown large, and say so when a reader keeps it from being."""
-        try:
-            size = os.path.getsize(os.path.realpath(self.path) + "-wal")
-        except OSError:
-            return
-        if size > WAL_LIMIT:
-            with contextlib.closing(self.connect()) as db:
-                db.execute("PRAGMA busy_timeout = 100")
-                busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-            if busy and size > 4 * WAL_LIMIT:
-                self.complain(f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps an old read transaction "
-                              "open on it; end that")
 
-    def backup(self, path: str) -> None:
-        """Copy the file as it is at one moment, while it is in use."""
-        self.check_file()
-        try:
-            open(path, "xb").close()
-        except FileExistsError:
-            raise ValueError(f"{path} exists; give the path of a new file") from None
-        except OSError as error:
-            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path in a folder that exists and is "
-                             "writable") from error
-
-        def give_up(status: int, remaining: int, total: int) -> None:
-            if status != SQLITE_DONE and time.monotonic() > deadline:
-                raise sqlite3.OperationalError("database is locked")      # by another program: it would wait as long as that does
-        deadline = time.monotonic() + _CONNECT["timeout"]
-        try:
-            with contextlib.closing(self.connect()) as db, contextlib.closing(sqlite3.connect(path)) as copy:
-                db.backup(copy, progress=give_up)
-                copy.execute("DELETE FROM bgjobs_runners")       # none of them has the copy: what it shows as running is taken back
-                copy.execute("DELETE FROM bgjobs_registered")
-                copy.commit()
-        except BaseException as error:
-            for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):
-                    os.remove(rest)
-            if isinstance(error, sqlite3.Error):
-                raise StoreError(f"cannot back {self.path} up to {path}: {error}; {_remedy(error)}") from error
-            raise
-
-    # writing
-
-    @library_code
-    def write(self, run: Callable[[Transaction], Any]) -> Any:
-        """Call `run(transaction)` in the next transaction and return its value, after the commit.
-
-        `run` may be called again when the transaction had to be rolled back, so it has no effect but on the
-        transaction. What it raises is raised here, and nothing of it is stored.
-        """
-        if self.leading and self._leader == threading.get_ident() and not self._leads.gone:
-            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a signal handler, or a finalizer; "
-                               "have it set a flag or start a thread instead")
-        write = _Write(run)
-        try:
-            with self._lock:
-                if self.leading:
-                    wake = threading.Lock()
-                    wake.acquire()
-                    write.wake = wake
-                self._waiting.append(write)
-                if write.wake is None:
-                    self._leads, write.leads, self.leading = write, True, True
-            # The leader commits this write, too, or hands the lead on.
-            while not (write.leads or write.done) and not write.wake.acquire(timeout=1.0):
-                self._take_over(write)
-            if write.leads:
-                self._lead(write)
-        except BaseException:                           # Ctrl-C: do not count on this thread to lead
-            write.gone = self.cut_short = True
-            self._hand_over(write)
-            raise
-        if write.error is not None:
-            raise write.error
-        return write.value
-
-    @library_code
-    def kick(self) -> None:
-        """Lead transactions until nothing waits for one; return at once if another thread leads already."""
-        write = _Write(_do_nothing)
-        try:
-            with self._lock:
-                if self.leading:
-                    self._again = True                  # whoever leads sees to it
-                    return
-                self._leads, write.leads, self.leading = write, True, True
-            self._lead(write, until_done=True)
-        except BaseException:
-            write.gone = self.cut_short = True
-            self._hand_over(write)
-            raise
-
-    def _lead(self, write: _Write, until_done: bool = False) -> None:
-        """Run and commit what waits, then hand the lead to the next waiting thread, if any."""
-        self._leader = threading.get_ident()
-        try:
-            while True:
-                with self._lock:
-                    batch = [other for other in self._waiting if not (other.done or other.gone)]
-                    self._again = False
-                worked = self._commit(batch, "all" if until_done else "some")
-                self._release()
-                if not until_done or not worked or not self._again or self._waiting or self._pause:
-                    break
-        finally:
-            self._hand_over(write)
-
-    def _hand_over(self, write: _Write) -> None:
-        """Give the lead, if this write has it, to the first waiting thread, or up."""
-        left = False
-        with self._lock:
-            if write.leads:
-                heir = self._pause or next((other for other in self._waiting if not (other.done or other.gone or other is write)), None)
-                left = self._again and heir is None
-                self._leader, self.leading, write.leads = 0, heir is not None, False
-                if heir is not None:                    # no call up to here: it would be a gap for Ctrl-C
-                    self._leads, heir.leads = heir, True
-                    heir.wake.release()
-        if left:
-            self.backlog()
-
-    def _take_over(self, write: _Write) -> None:
-        """Take the lead if Ctrl-C came twice: in the thread that had it, and again before that handed it over."""
-        with self._lock:
-            if self._leads.gone and self._leads.leads and not write.done:
-                self._leads.leads, write.leads, self._leads = False, True, write
-
-    def _release(self) -> None:
-        """Wake those whose writes are done. Ctrl-C may come: then the next leader does the rest."""
-        with self._lock:
-            while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
-                wake = self._waiting[0].wake
-                if wake is not None and wake.locked():
-                    wake.release()
-                self._waiting.popleft()
-
-    def _commit(self, batch: list[_Write], ride: str) -> bool:
-        """Run a batch in one transaction. If it fails, each write is run again alone, so that only a bad one fails. False: what
-        rides along could not be recorded; it is tried again by who leads next, the service thread if nobody else."""
-        try:
-            self._transact(batch, ride)
-            return True
-        except (Exception, JobStopped) as error:        # JobStopped: a superseded attempt submits
-            if isinstance(error, StoreError) and batch:   # the file's trouble, and no write's: all would wait for it again
-                for write in batch:
-                    write.error, write.done = copy.copy(error), True
-                    write.error.__cause__ = error.__cause__
-                self._again = bool(ride) and not self.closed
-                return False
-            if ride and batch:
-                for write in batch:
-                    self._commit([write], ride="")
-                    self._release()
-                self._again = True
-            elif batch:
-                batch[0].error, batch[0].done = self._explained(error), True
-            elif not self.closed:
-                self.complain(f"cannot record outcomes: {self._explained(error)}; trying again")
-                if self.close_by == math.inf:
-                    time.sleep(0.05)
-                self._again = True
-                return False
-            return True
-
-    def _transact(self, batch: list[_Write], ride: str) -> None:
-        if self.forked:
-            raise StoreError(f"the runner on {self.path} belongs to the process that this one was forked from; call its start() "
-                             "here, or make a new Runner")
-        if self.closed:
-            raise StoreError(f"the runner on {self.path} is shut down")
-        if time.monotonic() - self._checked_at > 0.005:
-            self.check_file()
-        tx = self._run_in_transaction(batch, ride)
-        for callback in (*tx.after_commit, lambda: self.announce(tx)):
-            try:
-                callback()
-            except Exception as error:                    # it is committed: nothing may make it look failed
-                _say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n{_traceback_of(error)}")
-
-    def _run_in_transaction(self, batch: list[_Write], ride: str) -> Transaction:
-        db = self._writer
-        if db.in_transaction:                             # an exception hit the last leader at an unlucky moment
-            db.execute("ROLLBACK")
-        self._await_lock("BEGIN IMMEDIATE")
-        committing = False
-        try:
-            tx = Transaction(db, self._lineages, self.clock())
-            if ride:
-                self.begin(tx)
-            for write in batch:
-                write.value = write.run(tx)
-            if ride:
-                self.rider(tx, ride == "all")
-            tx.apply()
-            tx.save_tallies()
-            committing = True
-            self._await_lock("COMMIT")
-            for write in batch:
-                write.done = True
-        except BaseException as error:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            elif committing and not isinstance(error, Exception):     # Ctrl-C after the COMMIT
-                for write in batch:
-                    write.done = True
-            self._lineages.clear()
-            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
-                db.text_factory = _decoded                # slower; the transaction is run again
-            raise
-        return tx
-
-    def _await_lock(self, statement: str) -> None:
-        """Execute a BEGIN IMMEDIATE or COMMIT. StoreError: another program holds the lock, for too long."""
-        give_up = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                self._writer.execute(statement)
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > min(give_up, self.close_by + 0.4):
-                    if self.close_by < math.inf:          # what else is written while going down is tried once
-                        self._writer.execute("PRAGMA busy_timeout = 0")
-                    raise self._explained(error) from error
-
-    def write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction of the app's own connection to this file; the app commits, or rolls back. If none is
-        open, one is begun, and committed here where the connection commits each statement by itself. ValueError: the
-        connection is to another file."""
-        if self.forked or self.closed:
-            self._transact([], "")                        # says why not
-        db, begins = _Through(connection), not connection.in_transaction
-        text_factory, connection.text_factory = connection.text_factory, str
-        try:
-            autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
-            file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
-            if not file or not os.path.samefile(file, self.path):
-                raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in {self.path} can be part of a "
-                                 "transaction of that file alone")
-            if begins:
-                db.execute("BEGIN IMMEDIATE")
-            try:
-                db.execute("SAVEPOINT bgjobs")
-                try:
-                    db.execute(TAKE_LOCK)                 # before anything is read: now it waits for it
-                    tx = Transaction(db, {}, self.clock())
-                    value = run(tx)
-                    tx.apply()
-                    tx.save_tallies()
-                except BaseException:
-                    db.execute("ROLLBACK TO bgjobs")
-                    raise
-                finally:
-                    db.execute("RELEASE bgjobs")
-                if begins and (autocommit is True or autocommit == -1 and connection.isolation_level is None):
-                    db.execute("COMMIT")
-                return value
-            except BaseException:
-                if begins and connection.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            if "locked" in str(error) and not begins:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; submit before it reads, or begin it with "
-                                 "BEGIN IMMEDIATE: one that has read may not write once another connection has written") from error
-            raise self._explained(error) from error
-        finally:
-            connection.text_factory = text_factory
-
-    def _explained(self, error: BaseException) -> BaseException:
-        if isinstance(error, sqlite3.Error):
-            explained = StoreError(f"cannot write to {self.path}: {error}; {_remedy(error)}")
-            explained.__cause__ = error
-            return explained
-        return error
-
-    # reading
-
-    @library_code
-    def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
-        """Return all rows of a query, on a connection of its own."""
-        with _fork_gate:
-            db = None
-            try:
-                db = self._readers.pop() if self._readers else self.connect()
-                rows = db.execute(sql, parameters or {}).fetchall()
-            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
-                if db is not None:
-                    db.close()
-                if isinstance(error, sqlite3.Error):
-                    raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
-                name, value = next((name, value) for name, value in parameters.items() if isinstance(value, int)
-                                   and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
-                raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
-            if len(self._readers) < 8 and not self.closed:
-                self._readers.append(db)
-            else:
-                db.close()
-            return rows
-
-    def version(self) -> int:
-        """Return a number that differs when another connection has committed since: any write, of any process."""
-        with self._version_lock, _fork_gate:
-            try:
-                if self._version_db is None:
-                    self._version_db = self.connect()
-                return self._version_db.execute("PRAGMA data_version").fetchone()[0]
-            except sqlite3.Error as error:
-                raise StoreError(f"cannot read {self.path}: {error}; {_remedy(error)}") from error
-
-    def changed_by_others(self) -> bool:
-        """Tell whether another connection has written since the last call: another process, or another runner."""
-        version = self.write(lambda tx: tx.execute("PRAGMA data_version").fetchone()[0])
-        changed, self._others_version = version != self._others_version, version
-        return changed
-
-    def row(self, job_id: int) -> sqlite3.Row:
-        """Return a job's row. KeyError: there is none."""
-        rows = self.read(JOB_ROW, {"id": job_id})
-        if not rows:
-            raise KeyError(job_id)
-        return rows[0]
-
-    def find(self, filters: dict[str, Any], limit: int, before: int | None = None) -> list[sqlite3.Row]:
-        """Return the rows that pass the filters (see `Filters`), newest first, ids below `before`."""
-        where, parameters = conditions(filters)
-        source = ""
-        if filters.get("status") is not None and filters.get("parent") is None:
-            wanted = wanted_of(filters)
-            if all(self._count(ids_of(status)) < COUNT_LIMIT for status in wanted):
-                where.append(f"id IN ({' UNION ALL '.join(f'SELECT * FROM ({ids_of(status)})' for status in wanted)})")
-            else:
-                source = "NOT INDEXED"                   # no index has them in the order of ids, and they are not far
-        if before is not None:
-            where, parameters = [*where, "id < :before"], {**parameters, "before": before}
-        sql = f"SELECT * FROM bgjobs_jobs {source} WHERE {' AND '.join(where) or '1'} ORDER BY id DESC LIMIT :limit"
-        return self.read(sql, {**parameters, "limit": limit})
-
-    def page(self, filters: dict[str, Any], limit: int, before: int | None = None
-             ) -> tuple[list[sqlite3.Row], int | None, dict[str, int], list[str]]:
-        """Return what `find` does, as far as it is found in SEARCH_SECONDS, and the id before which to go on, or None; how many
-        jobs of each status pass the other filters, up to COUNT_LIMIT; and the statuses of which there may be more than that,
-        since there was no time to count them to the end."""
-        conditions(filters)
-        wanted = wanted_of(filters)
-        where, parameters = conditions({name: value for name, value in filters.items() if name != "status"})
-        if filters.get("parent") is not None:             # the index of children has them in order
-            counts, unsure = self._count_children(where, parameters)
-            ids = self._ids([*where, f"status IN ({', '.join(map(repr, wanted))})"], parameters, limit + 1, before)
-            return self._page_of(ids, limit, None, counts, unsure)
-        roots = "parent" in filters
-        indexed = set(filters) <= {"status", "parent", "system"}       # what has begun is counted in its index alone
-        ordered = indexed and roots and not filters.get("system")      # and found there in the order of ids
-        few = {status: total for status in STATUSES if not indexed or status == PENDING or status in wanted and not ordered
-               if (total := self._count(ids_of(status, roots))) < COUNT_LIMIT}
-        ids: list[int] = []
-        bottom: int | None = 1                            # what was looked at one after the other goes down to there; None: all was
-        counts, unsure = dict.fromkeys(STATUSES, 0), []
-        if not indexed and len(few) < len(STATUSES):
-            bottom = self._scan(filters, where, parameters, 1 << 62, wanted, limit + 1, ids, counts)
-        looks = SEARCH_AT_LEAST // 4                      # where the scan was too short, the statuses with few jobs are counted whole
-        for status in sorted(STATUSES, key=lambda status: few.get(status, 0)) if bottom else ():
-            looks -= few.get(status, 0)
-            if indexed or status in few and (looks >= 0 or len(few) == len(STATUSES)):
-                counts[status] = self._count("SELECT 1 FROM bgjobs_jobs WHERE "
-                                             + " AND ".join([*where, among(status, indexed, roots)]), parameters)
-            elif counts[status] < COUNT_LIMIT:
-                unsure.append(status)
-        if all(status in few or ordered and status != PENDING for status in wanted):
-            ids = sorted((job_id for status in wanted for job_id in self._ids(
-                [*where, among(status, ordered, roots)], parameters, limit + 1, before)), reverse=True)
-            bottom = None
-        elif indexed or before is not None:
-            ids = []
-            bottom = self._scan(filters, where, parameters, before or 1 << 62, wanted, limit + 1, ids, None)
-        return self._page_of(ids, limit, bottom, counts, unsure)
-
-    def _page_of(self, ids: list[int], limit: int, bottom: int | None, counts: dict[str, int], unsure: list[str]
-                 ) -> tuple[list[sqlite3.Row], int | None, dict[str, int], list[str]]:
-        rows = self.read("SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC",
-                         {"ids": json.dumps(ids[:limit])})
-        return rows, ids[limit - 1] if len(ids) > limit else bottom, counts, unsure
-
-    def _ids(self, where: list[str], parameters: dict[str, Any], limit: int, before: int | None) -> list[int]:
-        """Return the ids that fulfil the conditions, the highest first."""
-        return [row[0] for row in self.read(
-            f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([*where, 'id < :before'])} ORDER BY id DESC LIMIT :limit",
-            {**parameters, "limit": limit, "before": before or 1 << 62})]
-
-    def _count(self, query: str, parameters: dict[str, Any] | None = None) -> int:
-        return self.read(f"SELECT count(*) FROM ({query} LIMIT {COUNT_LIMIT})", parameters)[0][0]
-
-    def _count_children(self, where: list[str], parameters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-        rows = self.read(f"SELECT status, count(*) FROM (SELECT status FROM bgjobs_jobs WHERE {' AND '.join(where)} "
-                         f"LIMIT {2 * COUNT_LIMIT}) GROUP BY status", parameters)
-        counts = {**dict.fromkeys(STATUSES, 0), **{row[0]: min(COUNT_LIMIT, row[1]) for row in rows}}
-        complete = sum(row[1] for row in rows) < 2 * COUNT_LIMIT
-        return counts, [] if complete else [status for status in STATUSES if counts[status] < COUNT_LIMIT]
-
-    def _scan(self, filters: dict[str, Any], where: list[str], parameters: dict[str, Any], before: int, wanted: list[str],
-              enough: int, ids: list[int], counts: dict[str, int] | None) -> int | None:
-        """Look at one job after the other, from the newest, until the time is up. Put the first ids of wanted statuses that pass
-        into `ids`, and how many of each status into `counts`, unless it is None: then it ends when there are enough ids. Return
-        the lowest id that was looked at, or None: all were. The dates bound the ids, but for an hour's error of the clock."""
-        deadline = time.perf_counter() + SEARCH_SECONDS
-        newest = self.read(HIGHEST_ID)[0][0]
-        low, high = 1, newest + 1
-        if filters.get("created_from") is not None:
-            low = self._first_id_since(float(filters["created_from"]) - 3_600, newest)
-        if filters.get("created_to") is not None:
-            high = self._first_id_since(float(filters["created_to"]) + 3_600, newest)
-        high, width = min(high, before), SEARCH_AT_LEAST // (4 if "q" in filters else 1)
-        condition = f"bgjobs_jobs NOT INDEXED WHERE {' AND '.join([*where, 'id >= :low', 'id < :high'])}"
-        is_wanted = f"status IN ({', '.join(map(repr, wanted))})"
-        while high > low and width > SEARCH_AT_LEAST // 40 and (counts is not None or len(ids) < enough):
-            begun, bounds = time.perf_counter(), {**parameters, "low": max(low, high - width), "high": high, "limit": enough - len(ids)}
-            here = None
-            if counts is not None:
-                here = dict(map(tuple, self.read(f"SELECT status, count(*) FROM {condition} GROUP BY status", bounds)))
-                for status, number in here.items():
-                    counts[status] = min(COUNT_LIMIT, counts[status] + number)
-            if len(ids) < enough and (here is None or here.keys() & set(wanted)):
-                ids += [row[0] for row in self.read(f"SELECT id FROM {condition} AND {is_wanted} ORDER BY id DESC LIMIT :limit", bounds)]
-            high, now = bounds["low"], time.perf_counter()
-            width = int(width * min(4.0, max(0.0, deadline - now) / max(1e-6, now - begun)))
-        return high if high > low else None
-
-    def _first_id_since(self, created_at: float, newest: int) -> int:
-        """Return the first id that was given out at that time or later, as far as ids and the clock go up together."""
-        low, high = 1, newest + 1
-        while low < high:
-            middle = (low + high) // 2
-            rows = self.read("SELECT id, created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": middle})
-            if rows and rows[0]["id"] < high and rows[0]["created_at"] < created_at:
-                low = rows[0]["id"] + 1
-            else:
-                high = middle
-        return low
-
-    def counts(self, filters: dict[str, Any]) -> dict[str, int]:
-        """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT."""
-        return self.page(filters, 0)[2]
-
-    def logs(self, job_id: int, *, level: int, text: str | None, regex: str | None, since: float, until: float, after: int,
-             limit: int | None, tree: bool) -> list[dict[str, Any]]:
-        """Return log lines of a job, or its tree, oldest first: the newest `limit` of them, or those that follow `after`."""
-        newest = limit is not None and not after
-        sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
-        rows = self.read(sql, {"id": job_id, "after": after, "level": level, "since": since, "until": until,
-                               "limit": -1 if limit is None or text or regex else limit})
-        lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in rows]
-        if text:
-            lines = [line for line in lines if text.lower() in line["message"].lower()]
-        if regex:
-            import re
-            lines = [line for line in lines if re.search(regex, line["message"])]
-        lines = lines[:limit]
-        return lines[::-1] if newest else lines
+_REMEDIES = {
+    "locked": "another program holds its lock: end it, or wait",
+    "readonly": "make the file and its folder writable",
+    "full": "make room on the disk",
+    "not a database": "give the path of a new file, or of a job file",
+    "malformed": "restore it from a backup",
+    "disk I/O": "make room on the disk; if there is some, look into the system's log for trouble of the disk",
+    "same thread": "give the connection of this thread",
+    "unable to open": "check that the folder exists and is writable"}
 
 
-def _remedy(error: sqlite3.Error) -> str:
-    """Return what a person can do about an error of SQLite."""
-    text = str(error)
-    for sign, remedy in (("locked", "another program holds its lock: end it, or wait"),
-                         ("readonly", "make the file and its folder writable"),
-                         ("full", "make room on the disk"),
-                         ("not a database", "give the path of a new file, or of a job file"),
-                         ("malformed", "restore it from a backup"),
-                         ("disk I/O", "make room on the disk; if there is some, look into the system's log for trouble of the disk"),
-                         ("same thread", "give the connection of this thread"),
-                         ("unable to open", "check that the folder exists and is writable")):
-        if sign in text:
-            return remedy
-    return "see the error of SQLite above"
+def _store_error(doing: str, error: sqlite3.Error) -> StoreError:
+    """Return an error of SQLite as ours: what could not be done, and what a person can do about it."""
+    remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in str(error))
+    explained = StoreError(f"cannot {doing}: {error}; {next(remedies, 'see the error of SQLite above')}")
+    explained.__cause__ = error
+    return explained
 
 
-def wanted_of(filters: dict[str, Any]) -> list[str]:
-    """Return the statuses that pass."""
-    asked = filters.get("status") or STATUSES
-    return [asked] if isinstance(asked, str) else [status for status in STATUSES if status in asked]
+class _Through:
+    """What a Transaction needs of an app's connection, whatever factories that has."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return sqlite3.Cursor(self._connection).execute(sql, parameters)
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
+        return sqlite3.Cursor(self._connection).executemany(sql, rows)
 
 
-def ids_of(status: str, roots: bool = False) -> str:
-    """Return the query for the ids of all jobs of a status, each once, by indexes; roots: of no children that are pending."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE status = '{status}' AND status <> 'pending'"
-    indexes = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-               "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-               "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL", "parked": "parked IS NOT NULL"}
-    return "SELECT id FROM (" + " UNION ALL ".join(       # by name, else it walks through all children there are
-        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE status = 'pending' AND {where}"
-        for index, where in indexes.items() if not (roots and index == "ready_children")) + ")"
+def is_shared(connection: sqlite3.Connection) -> bool:
+    """Tell whether other threads may use a connection."""
+    cursors = []
+
+    def use() -> None:
+        with contextlib.suppress(sqlite3.Error):
+            cursors.append(connection.cursor())
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join()
+    return bool(cursors)
 
 
-def among(status: str, by_index: bool, roots: bool) -> str:
-    """Return the condition by which only the jobs of a status are looked at; by_index: in the index of what has begun, where it
-    answers all that is asked."""
-    return f"status = '{status}' AND " + ("status <> 'pending'" if by_index and status != PENDING else f"id IN ({ids_of(status, roots)})")
+_inherited: list[Any] = []         # where _never_free has no other means
 
+
+def _never_free(connection: sqlite3.Connection | None) -> None:
+    """Keep a connection of the parent's from ever being closed in a forked child, even at the interpreter's exit."""
+    try:
+        import ctypes
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+    except (ImportError, AttributeError):                 # not CPython
+        _inherited.append(connection)
+
+
+def _uri(path: str) -> str:
+    """Return a file: URI as SQLite reads it."""
+    path = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
+
+
+def _decoded(text: bytes) -> str:
+    """Return a text of the file, even one that is not UTF-8, since somebody else has written it."""
+    return text.decode("utf-8", "backslashreplace")
+
+
+# ---- 10 What people see ---------------------------------------------------------------------------------------
+#
+# Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without an
+# index for every filter, which each submit would have to pay for. What no index has in order is searched for from the
+# newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it is "at least".
+
+COUNT_LIMIT = 10_001               # where counting for people ends
+SEARCH_LIMIT = 60_000              # jobs that one search looks at; a sixth of that if it looks into their texts
+FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
+
+JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
+MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
+    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
+    ORDER BY id {order} LIMIT :limit"""
+ONE_JOB = "= :id"
+WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
+    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
 FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
-
-
-def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions and their parameters for the filters that are given. ValueError: a bad one.
-
-    status, name, run_by: equal. errors, low_priority: True or False. q: an id, or text in the name, label, arguments,
-    message or run_by. parent: an id or a Job; None for roots only. system: True adds the system jobs. created_from,
-    created_to: Unix seconds.
-    """
-    where, parameters = [], {}
-    for name, value in filters.items():
-        if name not in FILTERS:
-            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    if filters.get("status") is not None:
-        statuses = [filters["status"]] if isinstance(filters["status"], str) else list(filters["status"])
-        for status in statuses:
-            if status not in STATUSES:
-                raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
-        names = [f"'{status}'" for status in statuses]
-        where.append(f"status = {names[0]}" if len(names) == 1 else f"status IN ({', '.join(names)})")
-        if PENDING not in statuses:
-            where.append("status <> 'pending'")
-    for name in ("name", "run_by"):
-        if filters.get(name) is not None:
-            if not isinstance(filters[name], str):
-                raise ValueError(f"{name} must be a text, got {_short(filters[name])}")
-            where.append(f"{name} = :{name}")
-            parameters[name] = filters[name]
-    if filters.get("errors") is not None:
-        where.append("own_errors + failed > 0" if filters["errors"] else "own_errors + failed = 0")
-    if filters.get("low_priority") is not None:
-        where.append(f"low_priority = {int(bool(filters['low_priority']))}")
-    if "parent" in filters:
-        parent = filters["parent"]
-        where.append("parent_id IS NULL" if parent is None else "parent_id = :parent AND parent_id IS NOT NULL")
-        parameters["parent"] = getattr(parent, "id", parent)
-    if not filters.get("system"):
-        where.append("system = 0")
-    for name, sign in (("created_from", ">="), ("created_to", "<=")):
-        if filters.get(name) is not None:
-            where.append(f"created_at {sign} :{name}")
-            try:
-                parameters[name] = float(filters[name])
-            except OverflowError:
-                raise ValueError(f"{name} must be Unix seconds, got {_short(filters[name])}") from None
-    if filters.get("q"):
-        where.append(
-            "(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), :q)"
-            " OR instr(ifnull(options, ''), '\"secret\"') = 0 AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))")
-        text = _text(filters["q"])
-        parameters.update(q=text.lower(), json=_dump(text)[1:-1].lower(),      # arguments are ASCII, the rest is escaped
-                          number=int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
-    return where, parameters
-
-
-# ---- what people see of a job ---------------------------------------------------------------------------------
+_CONDITIONS = {
+    "name": "name = :name",
+    "run_by": "run_by = :run_by",
+    "errors": "(own_errors + failed > 0) = :errors",
+    "low_priority": "low_priority = :low_priority",
+    "created_from": "created_at >= :created_from",
+    "created_to": "created_at <= :created_to",
+    "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' ||
+        ifnull(run_by, '')), :q) OR instr(ifnull(options, ''), '"secret"') = 0 AND
+        instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
+_CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
+# With both, bgjobs_begun has the jobs of a status in the order of their ids.
+_ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
+# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children.
+_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
+                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
+                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
+                 "parked": "parked IS NOT NULL"}
 
 MASK = "\u2022\u2022\u2022"
-COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
-                "attempt", "message")
+COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
+                "parent_id", "attempt", "message")
 _TEXT_COLUMNS = ("name", "status", "phase", "parked", "label", "run_by", "key", "message")
 _JSON_COLUMNS = ("options", "args", "kwargs", "state", "positions", "result", "error")
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+# Lists and counts
+
+def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions for all filters but the status, and their parameters. TypeError, ValueError: a bad one.
+
+    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
+    part of the name, label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True
+    adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
+    """
+    for name in filters:
+        if name not in FILTERS:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
+    parameters = {name: value for name, value in filters.items()
+                  if name in _CONDITIONS and value is not None and (value or name != "q")}
+    where = [_CONDITIONS[name] for name in parameters if name != "q"]
+    for name, value in parameters.items():
+        if name in ("name", "run_by") and not isinstance(value, str):
+            raise ValueError(f"{name} must be a text, got {_short(value)}")
+        if name in ("errors", "low_priority"):
+            parameters[name] = int(bool(value))
+        if name in ("created_from", "created_to"):
+            try:
+                parameters[name] = float(value)
+            except OverflowError:
+                raise ValueError(f"{name} must be Unix seconds, got {_short(value)}") from None
+    if "parent" in filters:
+        parent = filters["parent"]
+        where.append(_ROOTS if parent is None else _CHILDREN)
+        parameters["parent"] = getattr(parent, "id", parent)
+    if not filters.get("system"):
+        where.append(_NO_SYSTEM)
+    if "q" in parameters:
+        where.append(_CONDITIONS["q"])                    # last, since it takes long
+        text = _text(parameters["q"])
+        parameters["number"] = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+        parameters["q"] = text.lower()
+        parameters["json"] = _dump(text)[1:-1].lower()    # in arguments all but ASCII is escaped
+    return where, parameters
 
 
-_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
+              most: int | None = None) -> tuple[list[int], int | None]:
+    """Return the ids of the jobs that pass the filters, the highest first, and the id below which to go on, or None.
+
+    before: only ids below that. limit: how many at most. most: how many jobs to look at; then there may be fewer than
+    `limit` among them, even none, and more further down.
+    """
+    where, parameters = conditions(filters)
+    parameters.update(before=1 << 62 if before is None else before, limit=-1 if limit is None else limit + 1)
+    statuses, bottom = _statuses(filters), None
+
+    def ids_of(jobs: str) -> list[int]:
+        return [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
+    if _are_at_hand(store, statuses, where):
+        ids = [job_id for status in statuses for job_id in ids_of(f"({_of_status(status, where)}) WHERE id < :before")]
+        ids.sort(reverse=True)
+    else:
+        jobs = _newest_first(where)
+        bottom = _bound(store, jobs, parameters, most)
+        ids = ids_of(" AND ".join([jobs, _is_one_of(statuses), *where]))
+    return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
+
+
+def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT, and which counts are "at least".
+
+    These are the statuses whose jobs were not all looked at.
+    """
+    where, parameters = conditions(filters)
+    counts, unsure = dict.fromkeys(STATUSES, 0), list(STATUSES)
+    tell_indexes = set(where) <= set(_INDEXED)            # however many jobs there are
+    if not tell_indexes:
+        jobs = _newest_first(where)
+        bottom = _bound(store, jobs, parameters, SEARCH_LIMIT)
+        sql = f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status"
+        counts.update(store.read(sql, parameters))
+        unsure = [status for status in STATUSES if bottom and counts[status] < COUNT_LIMIT]
+    for status in list(unsure):
+        if tell_indexes or _are_fewer(store, FEW // 10, _of_status(status, [])):
+            counts[status] = _count(store, COUNT_LIMIT, _of_status(status, where), parameters)
+            unsure.remove(status)
+    return {status: min(COUNT_LIMIT, counts[status]) for status in STATUSES}, unsure
+
+
+def _statuses(filters: dict[str, Any]) -> list[str]:
+    """Return the statuses that pass. ValueError: there is no such status."""
+    asked = filters.get("status")
+    statuses = STATUSES if asked is None else [asked] if isinstance(asked, str) else list(asked)
+    for status in statuses:
+        if status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
+    return [status for status in STATUSES if status in statuses]
+
+
+def _is_one_of(statuses: list[str]) -> str:
+    """Return the condition for statuses; without pending it is one by which SQLite may use bgjobs_begun."""
+    if len(statuses) == len(STATUSES):
+        return "1"
+    return f"status IN ({', '.join(map(repr, statuses))})" + ("" if PENDING in statuses else " AND status <> 'pending'")
+
+
+def _of_status(status: str, where: list[str]) -> str:
+    """Return the query for the ids of the jobs of one status that fulfil conditions, by the indexes for the status."""
+    if status != PENDING:
+        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
+    indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
+    if _ROOTS in where:
+        del indexes["ready_children"]
+        where.append("root_id IS NULL")                   # bgjobs_parked has that, too
+    return " UNION ALL ".join(
+        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
+        for index, jobs in indexes.items())
+
+
+def _count(store: Store, limit: int, query: str, parameters: dict[str, Any] | None = None) -> int:
+    return store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0]
+
+
+def _are_fewer(store: Store, number: int, query: str) -> bool:
+    return _count(store, number, query) < number
+
+
+def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
+    """Tell whether indexes have the jobs of each of these statuses in order, or so few that they can all be sorted."""
+    in_order = where == _INDEXED
+    if _CHILDREN in where or not statuses or len(statuses) == len(STATUSES) and not in_order:
+        return False
+    indexed = [condition for condition in where if condition in _INDEXED]
+    return all(in_order and status != PENDING or _are_fewer(store, FEW, _of_status(status, indexed))
+               for status in statuses)
+
+
+def _newest_first(where: list[str]) -> str:
+    """Return where to look at one job after the other, by :before and :lowest, and ORDER BY id DESC."""
+    jobs = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
+    return f"bgjobs_jobs {jobs} AND id < :before AND id >= :lowest"
+
+
+def _bound(store: Store, jobs: str, parameters: dict[str, Any], most: int | None) -> int | None:
+    """Set :before and :lowest so that `most` jobs are between them. Return the id below which to go on, or None."""
+    parameters.setdefault("before", 1 << 62)
+    parameters["lowest"] = 0
+    if most is None:
+        return None
+    if "created_from" in parameters:                      # ids go up with time, but for an hour's error of the clock
+        parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
+    if "created_to" in parameters:
+        parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
+    last = (most // 6 if "q" in parameters else most) - 1
+    rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
+    if not rows:
+        return None
+    parameters["lowest"] = rows[0][0]
+    return rows[0][0]
+
+
+def _first_id_since(store: Store, created_at: float) -> int:
+    """Return the first id that was given out at that time or later."""
+    def created(job_id: int) -> float:
+        rows = store.read("SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": job_id})
+        return rows[0][0] if rows else math.inf
+    return bisect.bisect_left(range(store.read(HIGHEST_ID)[0][0] + 1), created_at, key=created)
+
+
+# A job's info
+
+def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]
+                  ) -> list[dict[str, Any]]:
+    """Return the `info` of those of these jobs that are still there, the highest id first."""
+    return [describe(row, now, usual) for row in store.read(JOB_ROWS, {"ids": json.dumps(ids)})]
 
 
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
-    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds; `usual(name)` is
-    how long jobs of this name take. Of a row that somebody else has written wrong: what can be read of it."""
+    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds.
+
+    usual: returns how many seconds jobs of a name usually take. Of a row that somebody else has written wrong it
+    returns what can be read: one such row must not cost people the whole list.
+    """
     try:
         return _described(row, now, usual)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         return _described(_legible(row, error), now, usual)
 
 
+def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
+    options = kept_options(row["options"])
+    values = tuple(row)
+    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
+        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
+    status = row["status"]
+    due = max(row["created_at"], row["run_at"] or 0.0)
+    waited_until = now if status == PENDING else row["finished_at"] or due      # of a job that has never started
+    duration = row["duration"] + (max(0.0, now - row["since"]) if status in ACTIVE and row["since"] else 0.0)
+    error = _parsed(row["error"])
+    return {
+        **{name: row[name] for name in COLUMNS_SEEN},
+        "phase": phase_of(row),
+        "waiting": max(0.0, waited_until - due) if row["started_at"] is None else row["waited"],
+        "duration": duration,
+        "errors": row["own_errors"] + row["failed"],
+        "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
+        "progress": progress_of(row), "eta": eta_of(row, now, duration, usual),
+        "children": {name: row[name] for name in ("total", "done", "failed", "running")},
+        "root_id": row["root_id"] or row["id"],
+        **shown_arguments(row, options.get("secret", ())),
+        "state": _parsed(row["state"]), "result": _parsed(row["result"]),
+        "error": error and (error["traceback"] or f"{error['type']}: {error['text']}"),
+        "operations": allowed_operations(status, options, bool(row["system"]), row["running"] > 0)}
+
+
 def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
-    """Return a row without what nobody can read, nor values: which of them are secret may be among that."""
+    """Return a row without what nobody can read, nor any values: nobody knows which of them are secret."""
     legible: dict[str, Any] = {}
     for name in row.keys():
         value = None if name in _JSON_COLUMNS else row[name]
@@ -3140,70 +3135,53 @@ def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
     return {**legible, "error": dump_error("StoreError", f"this row cannot be read: {_text(why)}", "")}
 
 
-def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
-    options = kept_options(row["options"])
-    values = tuple(row)
-    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
-        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
-    status = row["status"]
-    active = status in ACTIVE
-    due = max(row["created_at"], row["run_at"] or 0.0)
-    duration = row["duration"] + (max(0.0, now - row["since"]) if active and row["since"] else 0.0)
-    error = _parse(row["error"]) if row["error"] else None
-    waits_until = now if status == PENDING else row["finished_at"] or due
-    info = {name: row[name] for name in COLUMNS_SEEN}
-    info.update(
-        phase=phase_of(row, now), waiting=max(0.0, waits_until - due) if row["started_at"] is None else row["waited"], duration=duration,
-        errors=row["own_errors"] + row["failed"], low_priority=bool(row["low_priority"]), system=bool(row["system"]),
-        progress=progress_of(row), eta=eta_of(row, now, duration, usual),
-        children={name: row[name] for name in ("total", "done", "failed", "running")},
-        root_id=row["root_id"] or row["id"], **shown_arguments(row, options.get("secret", ())),
-        state=_parse(row["state"]) if row["state"] else None, result=_parse(row["result"]) if row["result"] else None,
-        error=error and (error["traceback"] or f"{error['type']}: {error['text']}"),
-        operations=allowed_operations(status, options, bool(row["system"]), row["running"] > 0))
-    return info
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
-def phase_of(row: sqlite3.Row, now: float) -> str:
-    """Return what refines the status, for people."""
-    if row["status"] == RUNNING:
-        return "waiting for children" if row["returned"] else ""
+_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+
+
+def _parsed(text: str | None) -> Any:
+    """Return the JSON value of a column. ValueError: it is no JSON that could be passed on, such as NaN."""
+    return _parse(text) if text else None
+
+
+def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
+    """Return what refines the status for people, or ""."""
     if row["status"] != PENDING:
-        return ""
-    if row["parked"] is not None:
-        return row["phase"]
-    if row["run_at"] is not None and row["queue"] is None:
-        return row["phase"] or "scheduled"
-    return row["phase"] or ("waiting for low load" if row["low_priority"] else "")
+        return "waiting for children" if row["status"] == RUNNING and row["returned"] else ""
+    waits_for_its_time = row["run_at"] is not None and row["queue"] is None and row["parked"] is None
+    default = "scheduled" if waits_for_its_time else "waiting for low load" if row["low_priority"] else ""
+    return row["phase"] or default
 
 
-def progress_of(row: sqlite3.Row) -> float | None:
-    """Return 0 to 1, or None: the mean over the descendants, and the job itself where it reports progress of its own."""
+def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
+    """Return 0 to 1, or None: the mean over the descendants, and the job itself if it reports progress of its own."""
     if row["status"] == FINISHED:
         return 1.0
     if not row["total"]:
         return row["progress"]
-    own = row["progress"]
     parts, done = row["total"], row["tree_progress"]
-    if own is not None:
-        parts, done = parts + 1, done + (1.0 if row["returned"] else own)
+    if row["progress"] is not None:
+        parts, done = parts + 1, done + (1.0 if row["returned"] else row["progress"])
     return min(1.0, max(0.0, done / parts))
 
 
-def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str], float | None]) -> float | None:
+def eta_of(row: sqlite3.Row | dict[str, Any], now: float, duration: float, usual: Callable[[str], float | None]
+           ) -> float | None:
     """Return the seconds left: from the tree's rate and the attempt's own, else from earlier jobs of the same name."""
     if row["status"] not in ACTIVE:
         return None
     estimates = []
     if row["total"]:
         rate = Rate(row["tree_gained"] or 0.0, row["tree_seconds"] or 0.0)
-        speed = rate.per_second
+        step = max(1, row["running"]) / rate.per_second if rate.per_second else 0.0
         age = now - max(row["tree_at"] or 0.0, row["since"] or 0.0)
-        estimates.append(time_left(row["total"] - row["tree_progress"], rate, max(1, row["running"]) / speed if speed else 0.0, age,
-                                   duration - age))
+        estimates.append(time_left(row["total"] - row["tree_progress"], rate, step, age, duration - age))
     if row["gained"] and not row["returned"]:
-        age = now - row["progress_at"]
-        estimates.append(time_left(1.0 - row["progress"], Rate(row["gained"], row["seconds"]), row["step"], age, duration - age))
+        rate, age = Rate(row["gained"], row["seconds"]), now - row["progress_at"]
+        estimates.append(time_left(1.0 - row["progress"], rate, row["step"], age, duration - age))
     known = [estimate for estimate in estimates if estimate is not None and math.isfinite(estimate)]
     if known:
         return max(known)
@@ -3211,16 +3189,89 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
     return mean - duration if mean is not None and duration < mean else None      # longer than usual: nobody knows
 
 
-def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
+def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
+    """Return how many seconds jobs of this name have taken lately, here or in another process, or None."""
+    if name in costs.changed:
+        return costs.trees.get(name, costs.means.get(name))
+    rows = store.read(MEAN_OF, {"name": name})
+    return rows[0][0] if rows else None
+
+
+def shown_arguments(row: sqlite3.Row | dict[str, Any], secret: Iterable[str | int]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args = list(_parse(row["args"])) if row["args"] else []
-    kwargs = dict(_parse(row["kwargs"])) if row["kwargs"] else {}
+    args, kwargs = list(_parsed(row["args"]) or ()), dict(_parsed(row["kwargs"]) or {})
     for place in secret:
         if isinstance(place, int) and place < len(args):
             args[place] = MASK
         elif place in kwargs:
             kwargs[place] = MASK
     return {"args": args, "kwargs": kwargs}
+
+
+# A job's attempts and its log
+
+def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
+    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first. KeyError.
+
+    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The job's own row
+    tells of the last attempt, unless something followed it.
+    """
+    row = store.row(job_id)
+    kept = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
+    if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
+        is_active = row["status"] in ACTIVE and not row["returned"]
+        kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
+                     "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None,
+                     "error": None})
+    return {"attempts": kept, "positions": _parsed(row["positions"]) or []}
+
+
+def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None,
+              until: float | None, after: int, limit: int | None, tree: bool, regex: str | None = None
+              ) -> list[dict[str, Any]]:
+    """Return log lines of a job, or of its tree, oldest first: the newest `limit` ones, or those that follow `after`.
+
+    The filters are those of Job.logs. ValueError: a bad one.
+    """
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text must be a text or None, got {_short(text)}")
+    check_limit(limit)
+    found_in, needle = _search_function(regex), (text or "").lower()
+    newest = limit is not None and not after
+    sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
+    rows = store.read(sql, {
+        "id": job_id, "after": after or 0, "level": _level_number(level), "since": since or 0.0,
+        "until": math.inf if until is None else until, "limit": -1 if limit is None or text or regex else limit})
+    passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
+    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(passing, limit)]
+    return lines[::-1] if newest else lines
+
+
+def _search_function(regex: str | None) -> Callable[[str], Any]:
+    """Return a function that finds a regular expression in a text. ValueError: it is none."""
+    if not regex:
+        return lambda text: True
+    import re
+    try:
+        return re.compile(regex).search
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
+
+
+def _level_number(level: str | int | None) -> int:
+    """Return a log level as a number. ValueError: there is no level of this name."""
+    if not isinstance(level, str):
+        return level or 0
+    number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
+    return number
+
+
+def check_limit(limit: Any) -> None:
+    """Raise ValueError unless `limit` is a number of things to return, or None."""
+    if limit is not None and (type(limit) is not int or limit < 0):
+        raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
 # ---- 11 Worker pool -------------------------------------------------------------------------------------------
@@ -4396,7 +4447,7 @@ def metrics(runner: Runner) -> str:
                 "running_seconds_total": "Seconds that ended jobs ran."}
     return "".join([
         _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
-                runner._store.counts({"system": True}), "status"),
+                count_jobs(runner._store, {"system": True})[0], "status"),
         *(_metric(name, help, {row["name"]: row[name.partition("_")[0]] for row in functions}, "function")
           for name, help in counters.items()),
         _metric("runners", "Processes that have the file open to run or submit jobs.", {"": len(runners)}),
@@ -5023,8 +5074,8 @@ class Runner(Submitter, Executor):
     def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
         created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
-        _check_limit(limit)
-        return [Job(self, row["id"]) for row in self._store.find(filters, -1 if limit is None else limit, before)]
+        check_limit(limit)
+        return [Job(self, job_id) for job_id in find_jobs(self._store, filters, limit, before)[0]]
 
     def _status(self, job_id: int) -> str:
         rows = self._store.read(STATUS_OF, {"id": job_id})
@@ -5033,50 +5084,16 @@ class Runner(Submitter, Executor):
         return rows[0][0]
 
     def _info(self, job_id: int) -> dict[str, Any]:
-        try:
-            return describe(self._store.row(job_id), self._clock(), self._usual)
-        except KeyError:
-            raise KeyError(f"there is no job {job_id} in {self.path}") from None
-
-    def _attempts_of(self, job_id: int) -> dict[str, Any]:
-        """Return what is known of a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
-        The last attempt is told by the job itself, unless something followed."""
-        row = self._store.row(job_id)
-        kept = [dict(each) for each in self._store.read(ATTEMPTS, {"id": job_id})]
-        if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
-            is_active = row["status"] in ACTIVE and not row["returned"]
-            kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
-                         "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
-        return {"attempts": kept, "positions": (_parse(row["positions"]) if row["positions"] else None) or []}
+        return describe(self._store.row(job_id), self._clock(), self._usual)
 
     def _usual(self, name: str) -> float | None:
-        """Return how many seconds jobs of this name have taken lately, here or in another process."""
-        if name in self._costs.changed:
-            return self._costs.trees.get(name, self._costs.means.get(name))
-        rows = self._store.read(MEAN_OF, {"name": name})
-        return rows[0][0] if rows else None
+        return usual_seconds(self._store, self._costs, name)
 
-    def _logs(self, job_id: int, level: str | int | None, text: str | None, since: float | None, until: float | None,
-              after: int, limit: int | None, tree: bool, regex: str | None = None) -> list[dict[str, Any]]:
-        if regex is not None:
-            import re
-            try:
-                re.compile(regex)
-            except (re.error, OverflowError, RecursionError, TypeError) as error:
-                raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"text must be a text or None, got {_short(text)}")
-        _check_limit(limit)
-        if isinstance(level, str):
-            number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
-            if not isinstance(number, int):
-                raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
-            level = number
+    def _logs(self, job_id: int, *filters: Any) -> list[dict[str, Any]]:
         if (self._lines or self._lines_taken) and not self._store.closed:
             for _ in range(len(self._lines) // LINES_A_WRITE + 1):
                 self._store.write(_do_nothing)            # who asks sees what was logged by now
-        return self._store.logs(job_id, level=level or 0, text=text, regex=regex, since=since or 0.0,
-                                until=math.inf if until is None else until, after=after or 0, limit=limit, tree=tree)
+        return read_logs(self._store, job_id, *filters)
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
@@ -5577,9 +5594,6 @@ class Runner(Submitter, Executor):
         return Page(self, **options)
 
 
-def _check_limit(limit: Any) -> None:
-    if limit is not None and (type(limit) is not int or limit < 0):
-        raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
 def _not_a_tuple(args: Any) -> tuple[Any, ...]:
@@ -5894,32 +5908,13 @@ def _register_hooks() -> None:
                 print(f"bgjobs: {error}", file=sys.stderr)
     atexit.register(close_all)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)
-
-
-_paused: list[Store] = []          # during a fork
-_one_fork = threading.RLock()      # at a time
-
-
-def _before_fork() -> None:
-    _one_fork.acquire()
-    _paused.extend(runner._store for runner in list(_living) if not runner._store.closed)
-    for store in _paused:
-        store.pause()
-    _fork_gate.shut()                  # last: who leads a transaction may read
-
-
-def _after_fork() -> None:
-    _fork_gate.open()
-    while _paused:
-        _paused.pop().go_on()
-    _one_fork.release()
+        os.register_at_fork(before=_fork_gate.shut, after_in_parent=_fork_gate.open, after_in_child=_leave_to_parent)
 
 
 def _leave_to_parent() -> None:
-    global _default_lock, _fork_gate, _one_fork
-    _default_lock, _fork_gate, _one_fork = threading.Lock(), _ForkGate(), threading.RLock()
-    _paused.clear()
+    global _default_lock
+    _default_lock = threading.Lock()
+    _fork_gate.leave_to_parent()
     _here.ticket = None
     inherited: Any = sys.modules.pop("_bgjobs_presence", None)
     if inherited is not None:
@@ -8818,24 +8813,26 @@ class Page:
         filters = request.fields(_LIST_FIELDS)
         limit = max(1, min(filters.pop("limit", 50), LIST_LIMIT))
         before = filters.pop("before", None) or None
-        rows, following, counts, unsure = self._runner._store.page(filters, limit, before)
-        body = _json_bytes({"jobs": self._infos(rows), "next": following, "counts": counts})
+        store = self._runner._store
+        ids, following = find_jobs(store, filters, limit, before, SEARCH_LIMIT)
+        counts, unsure = count_jobs(store, filters)
+        body = _json_bytes({"jobs": self._infos(ids), "next": following, "counts": counts})
         return _Answer(body, headers=(("X-Bgjobs-At-Least", ",".join(unsure)),))      # statuses not counted to the end
 
-    def _infos(self, rows: list[sqlite3.Row]) -> list[dict[str, Any]]:
-        now = self._runner._clock()
-        return [self._shown(describe(row, now, self._runner._usual)) for row in rows]
+    def _infos(self, ids: list[int]) -> list[dict[str, Any]]:
+        runner = self._runner
+        return [self._shown(info) for info in describe_jobs(runner._store, ids, runner._clock(), runner._usual)]
 
     def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
         return {**info, "operations": []} if self._read_only else info
 
-    def _pages(self, filters: dict[str, Any]) -> Iterator[list[sqlite3.Row]]:
-        """Yield all rows that pass, newest first, a page at a time."""
-        rows = self._runner._store.find(filters, LIST_LIMIT)
-        yield rows
-        while len(rows) == LIST_LIMIT:
-            rows = self._runner._store.find(filters, LIST_LIMIT, rows[-1]["id"])
-            yield rows
+    def _pages(self, filters: dict[str, Any]) -> Iterator[list[int]]:
+        """Yield the ids of all jobs that pass, newest first, a page at a time."""
+        ids, before = find_jobs(self._runner._store, filters, LIST_LIMIT)
+        yield ids
+        while before is not None:
+            ids, before = find_jobs(self._runner._store, filters, LIST_LIMIT, before)
+            yield ids
 
     def _export(self, request: _Request) -> _Answer:
         """Answer with all jobs that pass the filters, page by page."""
@@ -8877,7 +8874,7 @@ class Page:
         return {"logs": self._runner._logs(job_id, **filters)}
 
     def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
-        return self._runner._attempts_of(self._info(number)["id"])
+        return attempts_of(self._runner._store, self._info(number)["id"])
 
     def _stack(self, request: _Request, number: str) -> dict[str, Any]:
         """Return where a job's thread in this process is now, from the job's function on."""
@@ -8947,8 +8944,8 @@ class Page:
                  if value is not None}
         if "parent" in given:
             texts.setdefault("parent", "none")            # null: root jobs alone
-        for rows in self._pages(_read_fields(texts, _FILTER_FIELDS)):
-            yield from [row["id"] for row in rows]
+        for ids in self._pages(_read_fields(texts, _FILTER_FIELDS)):
+            yield from ids
 
     # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
     # but a commit changes it.
