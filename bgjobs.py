@@ -4268,49 +4268,19 @@ def housekeeping(finished: float, failed: float) -> int:
     return runner.prune(finished, failed)
 
 
-class _Ended:
-    """Attempts that have ended, until their outcomes are recorded. Any thread adds; only the leading one takes."""
-
-    def __init__(self) -> None:
-        self._new: deque[Attempt] = deque()
-        self.taken: list[Attempt] = []                    # by the transaction under way, or by one that failed
-        self.since = 0.0                                  # monotonic; when the first of the new ones came
-
-    def add(self, attempts: Iterable[Attempt]) -> None:
-        if not self._new:
-            self.since = time.monotonic()
-        self._new.extend(attempts)
-
-    def take(self) -> tuple[list[Attempt], bool]:
-        """Return those whose outcomes are to be recorded now, and whether the last transaction failed with some of them."""
-        again = self.taken
-        self.taken = again + list(self._new)              # in both for a moment, rather than in neither, if Ctrl-C comes
-        for _ in range(len(self.taken) - len(again)):
-            self._new.popleft()
-        return self.taken, bool(again)
-
-    def __bool__(self) -> bool:
-        return bool(self._new)
-
-    def __contains__(self, attempt: Attempt) -> bool:
-        return attempt in self._new or attempt in self.taken
-
-
 class _Unwritten:
-    """Log lines, and starts to count, until a transaction takes them along. Any thread adds; only the leading one writes."""
+    """Log lines, and starts to count, until a transaction has taken them along. Any thread adds; only the leading one removes."""
 
     def __init__(self) -> None:
         self.lines: deque[tuple[Attempt, float, int, str]] = deque()      # with time, level and message
         self.starts: deque[tuple[str, float]] = deque()   # names of functions, and the seconds that their jobs waited
-        self._lines_taken: list[tuple[Attempt, float, int, str]] = []     # by the transaction under way, or by one that failed
-        self._starts_taken: list[tuple[str, float]] = []
-        self._dropped = 0
+        self.dropped = 0                                  # lines, since somebody was told
 
     def add_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
         if len(self.lines) < LOG_BUFFER:
             self.lines.append((attempt, at, level, message))
         else:
-            self._dropped += 1
+            self.dropped += 1
 
     def add_start(self, attempt: Attempt, now: float) -> None:
         """Note that a job begins, if it is for the first time and people's."""
@@ -4318,41 +4288,36 @@ class _Unwritten:
             self.starts.append((attempt.name, max(0.0, now - attempt.due)))
 
     def __bool__(self) -> bool:
-        return bool(self.lines or self._lines_taken or self.starts or self._starts_taken)
+        return bool(self.lines or self.starts)
 
     def write(self, tx: Transaction) -> None:
         """Begin a transaction with what waits: it comes before the operations and outcomes in it."""
-        lines, starts = self._lines_taken, self._starts_taken
-        while self.lines and len(lines) < LINES_A_WRITE:
-            lines.append(self.lines.popleft())
-        while self.starts:
-            starts.append(self.starts.popleft())
-        if lines:
-            self._write_lines(tx, lines)
+        lines, starts = list(self.lines)[:LINES_A_WRITE], list(self.starts)
         for name, waited in starts:
             tx.count_start(name, waited)
+        if lines:
+            self._write_lines(tx, lines)
         if lines or starts:
-            tx.after_commit.append(lambda: (lines.clear(), starts.clear()))
+            tx.after_commit.append(lambda: self._forget(len(lines), len(starts)))
+
+    def _forget(self, lines: int, starts: int) -> None:
+        for _ in range(lines):
+            self.lines.popleft()
+        for _ in range(starts):
+            self.starts.popleft()
 
     def _write_lines(self, tx: Transaction, lines: list[tuple[Attempt, float, int, str]]) -> None:
         try:
             rows = _dump([(attempt.id, at, level, message, attempt.number) for attempt, at, level, message in lines])
             tx.execute(INSERT_LINES, {"lines": rows})
         except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
-            self._dropped += len(lines)
-            lines.clear()
+            self.dropped += len(lines)
+            return
         for attempt, count in Counter(attempt for attempt, *_ in lines).items():
             attempt.untrimmed_lines += count
             if attempt.untrimmed_lines > LINES_A_JOB // 10:
                 tx.execute(TRIM_LOG, {"id": attempt.id, "keep": LINES_A_JOB})
                 tx.after_commit.append(functools.partial(setattr, attempt, "untrimmed_lines", 0))
-
-    def report_dropped(self) -> None:
-        """Say how many lines were dropped since the last call."""
-        dropped, self._dropped = self._dropped, 0
-        if dropped:
-            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, or could not "
-                 "be stored")
 
 
 class _Handles:
@@ -4521,24 +4486,24 @@ class Runner(Submitter, Executor):
     def _begin_anew(self) -> None:
         store = self._store
         self.path = store.path
-        self._costs = Costs()
-        for name, seconds, tree_seconds in store.read(MEANS):
-            self._costs.means.update({} if seconds is None else {name: seconds})
-            self._costs.trees.update({} if tree_seconds is None else {name: tree_seconds})
+        means = store.read(MEANS)
+        self._costs = Costs({name: seconds for name, seconds, _ in means if seconds is not None})
+        self._costs.trees = {name: seconds for name, _, seconds in means if seconds is not None}
         self._callback = Callback(self, self._callback_address)
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
         self._pool = Pool(self.max_workers, self._execute, self._settle, store.kick, self._callback.depart)
         self._presence = _presence(self.path)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
         self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id; only the leading thread adds
-        self._unwritten, self._ended, self._handles = _Unwritten(), _Ended(), _Handles(store)
+        self._unwritten, self._handles = _Unwritten(), _Handles(store)
+        self._ended: deque[Attempt] = deque()             # until their outcomes are recorded; only the leading thread removes
+        self._ended_at = 0.0                              # monotonic; when the first of them came
+        self._finishing = False                           # a transaction with outcomes is under way, or has failed
         self._backlog = True                              # more may be ready than the last claim took
         self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()      # the newest, by job id, with the attempt
         self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
         self._started = self._inline = False              # inline: in drain()
         self._shut = self._shut_claims = False            # takes no jobs; claims none, since it goes down
-        self._has_submitted = False
-        self._over = _Event()                             # jobs are over
         self._close_lock = threading.Lock()               # only one thread closes
         self._service: _Service | None = None
         self._servers: list[Any] = []                     # of the status page
@@ -4552,7 +4517,6 @@ class Runner(Submitter, Executor):
             new.args = encode(args, f"the arguments of {new.name}")
         if kwargs:
             new.kwargs = encode(kwargs, f"the arguments of {new.name}")
-        self._has_submitted = True
         connection = options.get("connection")
         if connection is None:
             return Job(self, self._store.write(lambda tx: tx.submit(new)))
@@ -4570,7 +4534,6 @@ class Runner(Submitter, Executor):
         try:
             while batch := [encode(args if isinstance(args, tuple) else _not_a_tuple(args), what) if args != () else None
                             for args in itertools.islice(tuples, 10_000)]:
-                self._has_submitted = True
                 ids += write(lambda tx: tx.submit_many(new, batch))
             return ids
         except Exception as error:
@@ -4668,8 +4631,9 @@ class Runner(Submitter, Executor):
         """End a transaction with what waits for one: outcomes of attempts, and claims for free places."""
         if self._pool.lingers and not kicked:
             return                                       # a worker is about to do so, for more at a time
-        ended, failed_before = self._ended.take()
-        if failed_before:
+        ended, failed = list(self._ended), self._finishing
+        self._finishing = bool(ended)
+        if failed:
             for attempt in ended:
                 self._finish_with_care(tx, attempt)
         elif ended:
@@ -4678,7 +4642,7 @@ class Runner(Submitter, Executor):
         if tx.parked >= PARKED_A_CLAIM:
             tx.after_commit.append(self._store.kick)     # what is behind them has its turn next
         if ended or claims:
-            tx.after_commit.append(lambda: self._committed(claims))
+            tx.after_commit.append(lambda: self._committed(ended, claims))
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free places, and some ahead of free workers while they are known to be short."""
@@ -4694,28 +4658,30 @@ class Runner(Submitter, Executor):
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, claim: tuple[Any, ...]) -> Attempt:
-        name, options, system = claim[3], claim[9], claim[20]
-        engine = self._engine_for(name, options) if (self._executor is not None or _registry.has_executors) and not system \
-            or options and '"isolate":true' in options else None
+        engine = self._engine_for(claim[3], claim[9], claim[20])
         return Attempt(self, claim) if engine is None else Departed(self, claim, engine)
 
-    def _engine_for(self, name: str, options: str | None = None) -> Engine | None:
+    def _engine_for(self, name: str, options: str | None = None, system: int = 0) -> Engine | None:
         """Return what executes the jobs of this name, or None: the threads of this process."""
+        executor = self._executor
         if options and '"isolate":true' in options:
-            executor: Any = IsolatedProcesses
+            executor = IsolatedProcesses
+        elif system or executor is None and not _registry.has_executors:
+            return None
         else:
-            function = _registry.find(name)
-            executor = _registry.declared.get(function, {}).get("executor", self._executor) if function is not None else None
+            executor = _registry.declared.get(_registry.find(name), {}).get("executor", executor)
         if executor is None:
             return None
         return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
 
-    def _committed(self, claims: list[Attempt]) -> None:
-        """After a commit of what rode along: forget it, and hand the claims out. Runs in the leading thread."""
-        for attempt in self._ended.taken:
+    def _committed(self, ended: list[Attempt], claims: list[Attempt]) -> None:
+        """After a commit of what rode along: forget what has ended, and hand the claims out. Runs in the leading thread."""
+        self._finishing = False
+        for attempt in ended:
             if self._attempts.get(attempt.id) is attempt:
                 del self._attempts[attempt.id]
-        self._ended.taken = []
+            self._ended.popleft()                         # last: what Ctrl-C leaves here is recorded again, in vain
+        self._ended_at = time.monotonic()                 # of those that came meanwhile
         for attempt in claims:
             superseded = self._attempts.get(attempt.id)
             self._attempts[attempt.id] = attempt
@@ -4730,8 +4696,6 @@ class Runner(Submitter, Executor):
             self._costs.record_tree(name, seconds)
         if tx.over and self._handles.watched:
             self._handles.complete(tx.over)
-        if tx.over and not self._over.is_set():
-            self._over.set()
 
     def _execute(self, attempt: Attempt) -> None:
         """Run one attempt's function in this thread, if it is not to stop already. Never raises."""
@@ -4752,7 +4716,7 @@ class Runner(Submitter, Executor):
                     value = contextvars.Context().run(self._call, attempt, function)
                 finally:
                     attempt.ticket.keep()                 # a force stop raises nothing here any more
-                attempt.result = None if value is None else self._encoded_result(attempt, value)
+                attempt.result = None if value is None else encode(value, f"{attempt.name} returned, but the result")
                 attempt.outcome = RETURNED
         except BaseException as error:
             attempt.outcome = attempt.reason
@@ -4786,13 +4750,6 @@ class Runner(Submitter, Executor):
             return asyncio.run(value)
         return value
 
-    @staticmethod
-    def _encoded_result(attempt: Attempt, value: Any) -> str:
-        try:
-            return encode(value, "the result")
-        except BaseException as error:                    # whatever the value's own methods raise
-            raise TypeError(f"{attempt.name} returned, but {_text(error)}") from None
-
     def _settle(self, attempt: Attempt) -> bool:
         """Have an ended attempt recorded. True: now, since somebody waits for it, or its place for a job that is ready; else it
         happens within SETTLE_SECONDS, with what else is written then."""
@@ -4802,11 +4759,13 @@ class Runner(Submitter, Executor):
             attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
         except BaseException as error:                    # whatever it is, the job ends and the worker goes on
             attempt.fail(error)
-        self._ended.add((attempt,))
-        watched = self._handles.watched
+        now, watched = time.monotonic(), self._handles.watched
+        if not self._ended:
+            self._ended_at = now
+        self._ended.append(attempt)
         if attempt.id in watched or attempt.has_children or attempt.parent_id is not None and watched \
                 or self._backlog and self._pool.is_empty \
-                or time.monotonic() - self._ended.since > SETTLE_SECONDS and not self._store.leading:
+                or now - self._ended_at > SETTLE_SECONDS and not self._store.leading:
             return True
         self._nudge_service()
         return False
@@ -4943,8 +4902,6 @@ class Runner(Submitter, Executor):
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
-        if not 0 < job_id < 1 << 63:
-            raise KeyError(f"there is no job {job_id} in {self.path}")
         by = None if by is None else " ".join(_text(by, 200).split())
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
@@ -4959,7 +4916,7 @@ class Runner(Submitter, Executor):
             tx.after_commit.append(lambda: self._tell_attempts(operation, moved))
         try:
             self._store.write(operate)
-        except KeyError:
+        except (KeyError, OverflowError):
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
         finally:
             passed.set()
@@ -5125,17 +5082,26 @@ class Runner(Submitter, Executor):
         return bool(rows)
 
     def _flush_reports(self) -> None:
-        """Write what attempts have logged and how far they are."""
-        changed = [(attempt, report) for attempt in list(self._attempts.values()) if attempt.thread is not None
-                   and (report := attempt.report_to_save()) is not None]
+        """Write what there is to tell of the attempts that execute: how far they are, what they have logged, and what they cost
+        beyond what they were charged, lest their roots look idle."""
+        now = time.monotonic()
+        executing = [attempt for attempt in list(self._attempts.values()) if attempt.thread is not None]
+        reports = [(attempt, report) for attempt in executing if (report := attempt.report_to_save()) is not None]
+        charges = [(attempt, more) for attempt in executing
+                   if (more := int((now - attempt.begun - attempt.waited) * 1e6) - attempt.charge) > 1_000_000]
 
         def save(tx: Transaction) -> None:
-            for attempt, report in changed:
+            for attempt, report in reports:
                 tx.save_progress(attempt, report)
-        if changed:
+            for attempt, more in charges:
+                tx.add_charge(attempt, more)
+        if reports or charges:
             self._store.write(save)
         self._write_lines()
-        self._unwritten.report_dropped()
+        dropped, self._unwritten.dropped = self._unwritten.dropped, 0
+        if dropped:
+            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, or could not "
+                 "be stored")
 
     def _write_lines(self) -> None:
         """Return when what was logged by now is in the file: each write takes some along."""
@@ -5143,9 +5109,6 @@ class Runner(Submitter, Executor):
             self._store.write(_do_nothing)
 
     # going down
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.shutdown(wait=True)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs. wait=True: return when no job submitted through this runner, nor a descendant of one, is
@@ -5173,13 +5136,12 @@ class Runner(Submitter, Executor):
     def _wait_for_own(self) -> None:
         """Wait until nothing that was submitted through this runner is ready or running."""
         after = self._first_id
-        while self._has_submitted:
-            self._over.clear()                            # first: what ends from here on is not missed
+        while True:
             parameters = {"submitter": self._id, "after": after}
             found = [row["id"] for sql in UNFINISHED_QUERIES for row in self._store.read(sql, parameters)]
             if found:
                 after = min(found)
-                self._over.wait(0.05)
+                time.sleep(0.005)
             elif after > self._first_id:
                 after = self._first_id                    # once more from the start: an older one may have been resumed
             else:
@@ -5224,7 +5186,8 @@ class Runner(Submitter, Executor):
         means = self._costs.take_changed()
 
         def leave(tx: Transaction) -> None:
-            self._release(tx, "its process was closed", lambda job_id: False)
+            for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
+                tx.take_back(row, "its process was closed", tx.now)
             tx.executemany(SAVE_COST, means)
             tx.remove_runner(self._id)
         self._store.close(leave)
@@ -5248,14 +5211,8 @@ class Runner(Submitter, Executor):
 
     def _give_back(self, claims: list[Attempt]) -> None:
         """Make jobs pending again that were claimed ahead and have not begun."""
-        self._ended.add(claims)
+        self._ended.extend(claims)
         self._store.kick()
-
-    def _release(self, tx: Transaction, why: str, keep: Callable[[int], bool]) -> None:
-        """Make jobs pending again that this runner has claimed, but those to keep; their attempts are superseded."""
-        for row in tx.execute(OWNED, {"owner": self._id}).fetchall():
-            if not keep(row[0]):
-                tx.take_back(row, why, tx.now)
 
     def _time_to_close(self, extra: float, most: float) -> float:
         """Return the seconds that are left while going down: `extra` more than what running jobs get, and `most` in any case."""
@@ -5267,7 +5224,7 @@ class Runner(Submitter, Executor):
         self._callback.leave_to_parent()
         self._handles.leave_to_parent()
         self._pool.forked, self._started = True, False
-        self._close_lock, self._over, self._service = threading.Lock(), _Event(), None
+        self._close_lock, self._service = threading.Lock(), None
         self._attempts, self._servers = {}, []
 
     # retention
@@ -5424,10 +5381,8 @@ class _Service:
     def __init__(self, runner: Runner) -> None:
         self._runner, store = runner, runner._store
         self._event = _Event()                            # there is something to do before the next poll
-        self._soon = False                                # to lead a transaction, in SETTLE_SECONDS,
-        self._nudged = True                               # or at once
+        self._soon = False                                # to lead a transaction, in SETTLE_SECONDS
         self._version = -1                                # of the file, at the last poll
-        self._unheeded = False                            # others may have operated on jobs that run here
         self._clock_at = runner._clock()                  # Unix seconds; what the clock showed when it was looked at last
         self._due_at: float | None = None                 # Unix seconds; of the next job or schedule,
         self._look_at_due = True                          # unless that is to be looked up
@@ -5438,7 +5393,7 @@ class _Service:
             (FLUSH_SECONDS, runner._flush_reports)]
         self._duties_when_started: list[tuple[float, Callable[[], None]]] = [
             (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (HEARTBEAT_SECONDS, self._beat),
-            (1.0, self._save_means), (1.0, self._charge_long_ones), (1.0, self._release_lost), (1.0, self._unpark),
+            (1.0, self._save_means), (1.0, self._compare_with_file), (1.0, self._unpark),
             (60.0, store.shorten_wal), (60.0, runner._count_created)]
         now = time.monotonic()
         self._done_at = {duty: now for _, duty in self._duties + self._duties_when_started}
@@ -5471,9 +5426,7 @@ class _Service:
                 try:
                     if self._soon:
                         time.sleep(SETTLE_SECONDS)
-                        self._soon, self._nudged = False, True
-                    if self._nudged:
-                        self._nudged = False
+                        self._soon = False
                         store.kick()
                     if time.monotonic() >= next_poll:
                         next_poll = time.monotonic() + POLL_SECONDS
@@ -5499,17 +5452,13 @@ class _Service:
         if store.closed:
             handles.look()
             return
-        if changed and store.changed_by_others():
-            self._unheeded = handles.ends_missed = self._nudged = True
-            self._event.set()
         if store.cut_short:
-            store.cut_short = False
-            self._unheeded = handles.ends_missed = self._nudged = True
-            store.write(_do_nothing)                      # takes the lead over, should it be lost
-        if self._unheeded:
-            self._heed_operations()
-            self._unheeded = False
+            store.cut_short, handles.ends_missed = False, True
+            store.write(_do_nothing)                      # takes the lead over, should Ctrl-C have lost it
+        if changed and store.changed_by_others():
+            handles.ends_missed = True
         if handles.ends_missed:
+            self._compare_with_file()
             handles.look()
         for seconds, duty in self._duties + self._duties_when_started if runner._started else self._duties:
             now = time.monotonic()
@@ -5519,28 +5468,36 @@ class _Service:
 
     # what it looks at, in this order
 
-    def _heed_operations(self) -> None:
-        """Tell attempts of this process what other processes did to their jobs."""
-        runner = self._runner
+    def _compare_with_file(self) -> None:
+        """Notice what other processes did to the jobs that run here, and claims that Ctrl-C has lost, right after their commit."""
+        runner, amiss = self._runner, False
         attempts = list(runner._attempts.values())
-        if not attempts:
-            return
         owned = {row["id"]: row for row in runner._store.read(OWNED, {"owner": runner._id})}
-        superseded = []
         for attempt in attempts:
             row = owned.get(attempt.id)
             if row is None or row["attempt"] != attempt.number:
-                superseded.append(attempt)
+                amiss = True
             elif row["status"] == STOPPING:
                 attempt.request_stop()
             elif row["low_priority"] != attempt.low_priority:
                 runner._pool.set_low_priority(attempt, row["low_priority"])
-        if superseded:
-            def abandon() -> None:                        # in the leading thread, the only one to change _attempts
-                for attempt in superseded:
-                    if runner._attempts.get(attempt.id) is attempt and attempt not in runner._ended:
-                        runner._abandon(attempt)
-            runner._store.write(lambda tx: tx.after_commit.append(abandon))
+
+        def is_lost(job_id: int) -> bool:
+            attempt = runner._attempts.get(job_id)
+            return runner._started and (attempt is None or time.monotonic() - attempt.claimed_at > 1.0 and not (
+                runner._pool.has(attempt) or attempt in runner._ended))
+
+        def set_right(tx: Transaction) -> None:           # while this thread leads, no claim and no outcome is on its way elsewhere
+            numbers = {}
+            for row in tx.execute(OWNED, {"owner": runner._id}).fetchall():
+                if is_lost(row[0]):
+                    tx.take_back(row, "its claim was lost", tx.now)
+                else:
+                    numbers[row[0]] = row[4]
+            tx.after_commit.append(lambda: [runner._abandon(attempt) for attempt in list(runner._attempts.values())
+                                            if numbers.get(attempt.id) != attempt.number and attempt not in runner._ended])
+        if amiss or any(map(is_lost, owned)):
+            runner._store.write(set_right)
 
     def _cancel_dropped(self) -> None:
         dropped = self._runner._handles.dropped
@@ -5580,14 +5537,12 @@ class _Service:
         store, before, self._clock_at = self._runner._store, self._clock_at, self._runner._clock()
         if self._clock_at < before - 1.0:
             store.write(lambda tx: tx.clock_was_set_back())
-            self._look_at_due = True
         if self._look_at_due:
-            self._look_at_due = False
             due = [store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
             self._due_at = min((at for at in due if at is not None), default=None)
+            self._look_at_due = False
         if self._due_at is not None and self._due_at <= self._clock_at:
             store.write(lambda tx: (self._runner._shut or tx.run_schedules(), tx.wake_due()))
-            self._look_at_due = True
 
     def _recover_dead(self) -> None:
         self._runner._store.check_file()                  # first: raises
@@ -5605,33 +5560,6 @@ class _Service:
         if self._runner._costs.changed:
             means = self._runner._costs.take_changed()
             self._runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
-
-    def _charge_long_ones(self) -> None:
-        """Charge attempts that run longer than estimated, so that their roots do not look idle."""
-        now, more = time.monotonic(), []
-        for attempt in list(self._runner._attempts.values()):
-            if attempt.thread is not None:
-                excess = int((now - attempt.begun - attempt.waited) * 1e6) - attempt.charge
-                if excess > 100_000:
-                    more.append((attempt, excess))
-        if more:
-            self._runner._store.write(lambda tx: [tx.add_charge(attempt, excess) for attempt, excess in more])
-
-    def _release_lost(self) -> None:
-        """Make jobs pending again that were claimed and never reached the pool: Ctrl-C came right after the commit."""
-        runner = self._runner
-
-        def is_known(job_id: int) -> bool:
-            attempt = runner._attempts.get(job_id)
-            return attempt is not None and (time.monotonic() - attempt.claimed_at < 1.0 or runner._pool.has(attempt)
-                                            or attempt in runner._ended)
-
-        def release(tx: Transaction) -> None:             # while this thread leads, no outcome is on its way elsewhere
-            runner._release(tx, "its claim was lost", is_known)
-            tx.after_commit.append(lambda: [runner._abandon(attempt) for attempt in list(runner._attempts.values())
-                                            if not is_known(attempt.id)])
-        if not all(is_known(row["id"]) for row in runner._store.read(OWNED, {"owner": runner._id})):
-            runner._store.write(release)
 
     def _unpark(self) -> None:
         """Make ready what this process knows the function of; and what a limit holds up, in case its end went unnoticed."""
@@ -6436,7 +6364,6 @@ class Callback:
         for name, value in new.items():
             setattr(submission, name, value)
         submission.submitter, submission.author = self._runner._id, (attempt.id, attempt.number)
-        self._runner._has_submitted = True
         parent = self._runner._attempts.get(submission.parent_id)      # type: ignore[arg-type]
         if parent is not None:
             parent.has_children = True
@@ -6675,7 +6602,7 @@ class _StoreThere:
 
     submit_many = submit
 
-    def read(self, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    def read(self, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
         if sql != OUTCOME_OF:
             return self.__getattr__("read")
         job_id = parameters["id"]

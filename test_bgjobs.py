@@ -5227,7 +5227,7 @@ class TestRunner:
 
     def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
         job = runner.submit(add, 1)
-        for condition in (runner._pool._changed, runner._over._cond, runner._service._event._cond, job._condition):
+        for condition in (runner._pool._changed, runner._service._event._cond, job._condition):
             for step in (condition.__enter__, condition.__exit__):
                 assert isinstance(step, types.BuiltinMethodType)          # in C: one step
         job.result(10)
