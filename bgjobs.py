@@ -4252,7 +4252,7 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
             del result
     except GeneratorExit:
         for job in jobs:                                  # perhaps within a garbage collection: nothing may be locked here
-            job._runner._handles.dropped.put(job)
+            job._runner._handles.to_cancel.put(job)
         raise
     except BaseException:
         for job in jobs:
@@ -4292,32 +4292,33 @@ class _Unwritten:
 
     def write(self, tx: Transaction) -> None:
         """Begin a transaction with what waits: it comes before the operations and outcomes in it."""
-        lines, starts = list(self.lines)[:LINES_A_WRITE], list(self.starts)
+        lines, starts, unfit = list(self.lines)[:LINES_A_WRITE], list(self.starts), 0
         for name, waited in starts:
             tx.count_start(name, waited)
         if lines:
-            self._write_lines(tx, lines)
+            try:
+                self._write_lines(tx, lines)
+            except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
+                unfit = len(lines)
         if lines or starts:
-            tx.after_commit.append(lambda: self._forget(len(lines), len(starts)))
+            tx.after_commit.append(lambda: self._forget(len(lines), len(starts), unfit))
 
-    def _forget(self, lines: int, starts: int) -> None:
-        for _ in range(lines):
-            self.lines.popleft()
-        for _ in range(starts):
-            self.starts.popleft()
-
-    def _write_lines(self, tx: Transaction, lines: list[tuple[Attempt, float, int, str]]) -> None:
-        try:
-            rows = _dump([(attempt.id, at, level, message, attempt.number) for attempt, at, level, message in lines])
-            tx.execute(INSERT_LINES, {"lines": rows})
-        except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
-            self.dropped += len(lines)
-            return
+    @staticmethod
+    def _write_lines(tx: Transaction, lines: list[tuple[Attempt, float, int, str]]) -> None:
+        rows = _dump([(attempt.id, at, level, message, attempt.number) for attempt, at, level, message in lines])
+        tx.execute(INSERT_LINES, {"lines": rows})
         for attempt, count in Counter(attempt for attempt, *_ in lines).items():
             attempt.untrimmed_lines += count
             if attempt.untrimmed_lines > LINES_A_JOB // 10:
                 tx.execute(TRIM_LOG, {"id": attempt.id, "keep": LINES_A_JOB})
                 tx.after_commit.append(functools.partial(setattr, attempt, "untrimmed_lines", 0))
+
+    def _forget(self, lines: int, starts: int, unfit: int) -> None:
+        self.dropped += unfit
+        for _ in range(lines):
+            self.lines.popleft()
+        for _ in range(starts):
+            self.starts.popleft()
 
 
 class _Handles:
@@ -4325,7 +4326,7 @@ class _Handles:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.dropped: queue.SimpleQueue[Job] = queue.SimpleQueue()     # of a `map` that is given up: the service thread cancels them
+        self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` that was given up; the service thread does it
         self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ends_missed = False                          # they could not be read
         # `lock` guards the four below and the making of a handle's condition; no SQL runs under it.
@@ -4365,9 +4366,11 @@ class _Handles:
                     self.ends_missed = True
                     self._store.complain(_text(error))
             with self.lock:
-                left = [r for r in self.watched.pop(job_id, ()) if (handle := r()) is not None and handle._state == "PENDING"]
+                left = [r for r in self.watched.get(job_id, ()) if (handle := r()) is not None and handle._state == "PENDING"]
                 if left:
                     self.watched[job_id] = left
+                else:
+                    self.watched.pop(job_id, None)
 
     def look(self) -> None:
         """Complete the handles whose jobs have ended unnoticed: in another process."""
@@ -4418,7 +4421,7 @@ class _Handles:
         self.lock, self._thread = threading.Lock(), None
 
 
-# Option of Runner -> what it must be: (name, check, in words). The first that does not hold is told.
+# What the options of a Runner must be: (name, check, in words). The error names the first that does not fit.
 _RUNNER_OPTIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("executor", *_OPTIONS["executor"]),
     ("callback", lambda v: v is None or isinstance(v, str) and v.rpartition(":")[0] != "" and v.rpartition(":")[2].isdecimal(), '"host:port"'),
@@ -5141,7 +5144,7 @@ class Runner(Submitter, Executor):
             found = [row["id"] for sql in UNFINISHED_QUERIES for row in self._store.read(sql, parameters)]
             if found:
                 after = min(found)
-                time.sleep(0.005)
+                time.sleep(0.01)
             elif after > self._first_id:
                 after = self._first_id                    # once more from the start: an older one may have been resumed
             else:
@@ -5389,7 +5392,7 @@ class _Service:
         self._abandoned_shown = 0                         # threads, in the runner's row
         # (every so many seconds, duty); the second list is for a runner that has been started.
         self._duties: list[tuple[float, Callable[[], None]]] = [
-            (0.0, self._cancel_dropped), (0.0, runner._pool.put), (0.0, self._return_stuck_claims), (0.0, self._time_out),
+            (0.0, self._cancel_given_up), (0.0, runner._pool.put), (0.0, self._return_stuck_claims), (0.0, self._time_out),
             (FLUSH_SECONDS, runner._flush_reports)]
         self._duties_when_started: list[tuple[float, Callable[[], None]]] = [
             (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (HEARTBEAT_SECONDS, self._beat),
@@ -5466,43 +5469,55 @@ class _Service:
                 self._done_at[duty] = now
                 duty()
 
-    # what it looks at, in this order
+    # its duties
 
     def _compare_with_file(self) -> None:
         """Notice what other processes did to the jobs that run here, and claims that Ctrl-C has lost, right after their commit."""
-        runner, amiss = self._runner, False
+        runner = self._runner
         attempts = list(runner._attempts.values())
+        if not (attempts or runner._started):
+            return
         owned = {row["id"]: row for row in runner._store.read(OWNED, {"owner": runner._id})}
+        differs = any(map(self._is_lost, owned))
         for attempt in attempts:
             row = owned.get(attempt.id)
             if row is None or row["attempt"] != attempt.number:
-                amiss = True
+                differs = True
             elif row["status"] == STOPPING:
                 attempt.request_stop()
             elif row["low_priority"] != attempt.low_priority:
                 runner._pool.set_low_priority(attempt, row["low_priority"])
+        if differs:
+            runner._store.write(self._settle_differences)
 
-        def is_lost(job_id: int) -> bool:
-            attempt = runner._attempts.get(job_id)
-            return runner._started and (attempt is None or time.monotonic() - attempt.claimed_at > 1.0 and not (
-                runner._pool.has(attempt) or attempt in runner._ended))
+    def _is_lost(self, job_id: int) -> bool:
+        """Tell whether a job that this runner has claimed has no attempt here that waits, executes or has ended."""
+        runner = self._runner
+        attempt = runner._attempts.get(job_id)
+        if attempt is None:
+            return runner._started                        # in drain(), it is about to execute
+        on_its_way = time.monotonic() - attempt.claimed_at < 1.0
+        return not (on_its_way or runner._pool.has(attempt) or attempt in runner._ended)
 
-        def set_right(tx: Transaction) -> None:           # while this thread leads, no claim and no outcome is on its way elsewhere
-            numbers = {}
-            for row in tx.execute(OWNED, {"owner": runner._id}).fetchall():
-                if is_lost(row[0]):
-                    tx.take_back(row, "its claim was lost", tx.now)
-                else:
-                    numbers[row[0]] = row[4]
-            tx.after_commit.append(lambda: [runner._abandon(attempt) for attempt in list(runner._attempts.values())
-                                            if numbers.get(attempt.id) != attempt.number and attempt not in runner._ended])
-        if amiss or any(map(is_lost, owned)):
-            runner._store.write(set_right)
+    def _settle_differences(self, tx: Transaction) -> None:
+        """Give lost claims back, and abandon superseded attempts. While this thread leads, no claim, and no outcome, is under way."""
+        runner, numbers = self._runner, {}
+        for row in tx.execute(OWNED, {"owner": runner._id}).fetchall():
+            if self._is_lost(row[0]):
+                tx.take_back(row, "its claim was lost", tx.now)
+            else:
+                numbers[row[0]] = row[4]
 
-    def _cancel_dropped(self) -> None:
-        dropped = self._runner._handles.dropped
-        while not dropped.empty():
-            dropped.get().cancel()
+        def abandon() -> None:
+            for attempt in list(runner._attempts.values()):
+                if numbers.get(attempt.id) != attempt.number and attempt not in runner._ended:
+                    runner._abandon(attempt)
+        tx.after_commit.append(abandon)
+
+    def _cancel_given_up(self) -> None:
+        to_cancel = self._runner._handles.to_cancel
+        while not to_cancel.empty():
+            to_cancel.get().cancel()
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
