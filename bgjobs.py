@@ -4269,12 +4269,15 @@ def housekeeping(finished: float, failed: float) -> int:
 
 
 class _Unwritten:
-    """Log lines, and starts to count, until a transaction has taken them along. Any thread adds; only the leading one removes."""
+    """Log lines, and starts of jobs to be counted, until a transaction has taken them along.
+
+    Any thread adds; only the leading thread writes and removes. A transaction that fails leaves them to the next.
+    """
 
     def __init__(self) -> None:
         self.lines: deque[tuple[Attempt, float, int, str]] = deque()      # with time, level and message
         self.starts: deque[tuple[str, float]] = deque()   # names of functions, and the seconds that their jobs waited
-        self.dropped = 0                                  # lines, since somebody was told
+        self.dropped = 0                                  # lines, since that was last reported
 
     def add_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
         if len(self.lines) < LOG_BUFFER:
@@ -4283,7 +4286,7 @@ class _Unwritten:
             self.dropped += 1
 
     def add_start(self, attempt: Attempt, now: float) -> None:
-        """Note that a job begins, if it is for the first time and people's."""
+        """Note that a job begins, if for the first time and no system job."""
         if attempt.due is not None and not attempt.system:
             self.starts.append((attempt.name, max(0.0, now - attempt.due)))
 
@@ -4291,7 +4294,7 @@ class _Unwritten:
         return bool(self.lines or self.starts)
 
     def write(self, tx: Transaction) -> None:
-        """Begin a transaction with what waits: it comes before the operations and outcomes in it."""
+        """Begin a transaction with what waits, so that it comes before the operations and outcomes in it."""
         lines, starts, unfit = list(self.lines)[:LINES_A_WRITE], list(self.starts), 0
         for name, waited in starts:
             tx.count_start(name, waited)
@@ -4322,13 +4325,13 @@ class _Unwritten:
 
 
 class _Handles:
-    """The handles whose jobs somebody waits for. Completes them, and calls their callbacks in a thread of its own."""
+    """The handles that somebody waits on: completes them when their jobs are over, and calls their callbacks in a thread of its own."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` that was given up; the service thread does it
         self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.ends_missed = False                          # they could not be read
+        self.ends_missed = False                          # jobs may be over whose handles were not told: look() is due
         # `lock` guards the four below and the making of a handle's condition; no SQL runs under it.
         self.lock = threading.Lock()
         self.watched: dict[int, list[weakref.ref[Job]]] = {}
@@ -4337,17 +4340,17 @@ class _Handles:
         self._thread: threading.Thread | None = None
 
     def watch(self, handle: Job) -> None:
-        """Complete this handle as soon as `complete` is told that its job is over."""
+        """Have this handle completed when its job is over."""
         with self.lock:
             self.watched.setdefault(handle.id, []).append(weakref.ref(handle))
 
     def hold(self, handle: Job) -> None:
-        """Keep a handle that has callbacks, whether or not anybody else does."""
+        """Keep a handle alive until its callbacks were called, even if the app drops it."""
         with self.lock:
             self._held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the ids of the jobs whose end somebody wants to know; forget those whose handles nobody has any more."""
+        """Return the ids of the watched jobs, after forgetting those whose handles nobody has any more."""
         with self.lock:
             for job_id in [i for i, references in self.watched.items() if all(r() is None for r in references)]:
                 del self.watched[job_id]
@@ -4373,7 +4376,7 @@ class _Handles:
                     self.watched.pop(job_id, None)
 
     def look(self) -> None:
-        """Complete the handles whose jobs have ended unnoticed: in another process."""
+        """Complete the handles of jobs that ended unnoticed, in another process above all. Reads the file."""
         self.ends_missed = False
         ids = self.ids()
         for start in range(0, len(ids), 500):
@@ -4406,18 +4409,18 @@ class _Handles:
         self._thread = None
 
     def wait_for_callbacks(self) -> None:
-        """Wait until the callbacks of completed handles have been called, unless one of them asks for that."""
+        """Block until the callbacks of completed handles have returned; called from one of them, not at all."""
         while self.callbacks_left > 0 and threading.current_thread() is not self._thread:
             time.sleep(0.002)
 
     def close(self) -> None:
-        """Let the thread end. Handles whose jobs are not over are held no longer: nobody waits here for what others do."""
+        """Let the thread end, and drop the handles of jobs that are not over."""
         self._held.clear()
         if self._thread is not None:
             self._to_call_back.put(None)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: the lock may be held, and the thread is not here."""
+        """In a forked child: renew the lock, which may be held, and forget the thread, which is not here."""
         self.lock, self._thread = threading.Lock(), None
 
 
@@ -4543,13 +4546,6 @@ class Runner(Submitter, Executor):
             kind = TypeError if isinstance(error, TypeError) else BgjobsError
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
 
-    def _write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
-        """Run a write that returns ids in the app's own transaction."""
-        value, attempt = self._store.write_through(connection, run), _current.get()
-        if attempt is not None:
-            attempt.connections = {**attempt.connections, connection: value[0]}
-        return value
-
     def _every(self, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
                ) -> Schedule:
         bad = [name for name in ("delay", "run_at", "parent", "connection") if name in options]
@@ -4631,7 +4627,7 @@ class Runner(Submitter, Executor):
                 self._attempts[parent.id].has_children = True
 
     def _ride(self, tx: Transaction, kicked: bool) -> None:
-        """End a transaction with what waits for one: outcomes of attempts, and claims for free places."""
+        """End a transaction with what waits for one: the outcomes of ended attempts, and claims for free places."""
         if self._pool.lingers and not kicked:
             return                                       # a worker is about to do so, for more at a time
         ended, failed = list(self._ended), self._finishing
@@ -4663,19 +4659,6 @@ class Runner(Submitter, Executor):
     def _attempt(self, claim: tuple[Any, ...]) -> Attempt:
         engine = self._engine_for(claim[3], claim[9], claim[20])
         return Attempt(self, claim) if engine is None else Departed(self, claim, engine)
-
-    def _engine_for(self, name: str, options: str | None = None, system: int = 0) -> Engine | None:
-        """Return what executes the jobs of this name, or None: the threads of this process."""
-        executor = self._executor
-        if options and '"isolate":true' in options:
-            executor = IsolatedProcesses
-        elif system or executor is None and not _registry.has_executors:
-            return None
-        else:
-            executor = _registry.declared.get(_registry.find(name), {}).get("executor", executor)
-        if executor is None:
-            return None
-        return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
 
     def _committed(self, ended: list[Attempt], claims: list[Attempt]) -> None:
         """After a commit of what rode along: forget what has ended, and hand the claims out. Runs in the leading thread."""
@@ -4754,8 +4737,8 @@ class Runner(Submitter, Executor):
         return value
 
     def _settle(self, attempt: Attempt) -> bool:
-        """Have an ended attempt recorded. True: now, since somebody waits for it, or its place for a job that is ready; else it
-        happens within SETTLE_SECONDS, with what else is written then."""
+        """Queue the outcome of an attempt for `_ride`. True: the caller is to lead a transaction now, since somebody waits for the
+        outcome, or a ready job for the place; else one follows within SETTLE_SECONDS, for more at a time."""
         try:
             if attempt.exception is not None and not attempt.ticket.void:
                 self._remember_exception(attempt)
@@ -4773,10 +4756,30 @@ class Runner(Submitter, Executor):
         self._nudge_service()
         return False
 
-    # what may become of an attempt
+    # what is rare on that path
+
+    def _write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
+        """Run a write in the app's own transaction. The ids it returns show later whether that was committed."""
+        value, attempt = self._store.write_through(connection, run), _current.get()
+        if attempt is not None:
+            attempt.connections = {**attempt.connections, connection: value[0]}
+        return value
+
+    def _engine_for(self, name: str, options: str | None = None, system: int = 0) -> Engine | None:
+        """Return what executes the jobs of this name, or None: the threads of this process."""
+        executor = self._executor
+        if options and '"isolate":true' in options:
+            executor = IsolatedProcesses
+        elif system or executor is None and not _registry.has_executors:
+            return None
+        else:
+            executor = _registry.declared.get(_registry.find(name), {}).get("executor", executor)
+        if executor is None:
+            return None
+        return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
 
     def _finish_with_care(self, tx: Transaction, attempt: Attempt) -> None:
-        """Record one outcome; one that cannot be recorded becomes a failure, so that it holds nobody else up."""
+        """Record one outcome. One that cannot be recorded becomes a failure instead of holding everybody up."""
         tx.execute("SAVEPOINT outcome")
         try:
             tx.finish([attempt])
@@ -4792,8 +4795,8 @@ class Runner(Submitter, Executor):
         tx.execute("RELEASE outcome")
 
     def _roll_back(self, attempt: Attempt) -> None:
-        """Roll back what an attempt has left open on connections of its thread: the locks would keep its outcome from being
-        recorded. A connection that other threads may use is theirs."""
+        """Roll back what an attempt left open on connections of its thread, whose locks would keep its outcome from being recorded.
+        A connection that other threads may use is left to them."""
         for connection, job_id in attempt.connections.items():
             with contextlib.suppress(sqlite3.Error, StoreError):
                 if connection.in_transaction and not is_shared(connection):
@@ -4829,7 +4832,7 @@ class Runner(Submitter, Executor):
         self._unwritten.add_line(attempt, at, level, _text(message).replace("\0", "\\0"))
 
     def _abandon(self, attempt: Attempt) -> None:
-        """Be done with an attempt that has been superseded in the store: stop it wherever it is, and fill its place."""
+        """Give up an attempt that the file has superseded: stop it, wherever it is, and give its place to another."""
         if self._attempts.get(attempt.id) is attempt:
             del self._attempts[attempt.id]
         attempt.supersede()
@@ -4928,8 +4931,8 @@ class Runner(Submitter, Executor):
         return handle
 
     def _tell_attempts(self, operation: str, job_ids: Iterable[int]) -> None:
-        """After the commit of an operation: carry it out on what executes here. Runs in the leading thread, before any of these
-        jobs can be claimed again."""
+        """Carry a committed operation out on the attempts of this process. Runs in the leading thread, before any of these jobs can
+        be claimed again."""
         for attempt in filter(None, map(self._attempts.get, job_ids)):
             if operation == "stop":
                 attempt.request_stop()
@@ -4943,7 +4946,7 @@ class Runner(Submitter, Executor):
 
     @library_code
     def _watch(self, handle: Job) -> None:
-        """Complete this handle when its job is over, whichever process runs it."""
+        """Have this handle completed when its job is over, whichever process runs it."""
         self._handles.watch(handle)
         self._ensure_service()
         if self._ended and not self._store.closed:
@@ -4952,7 +4955,7 @@ class Runner(Submitter, Executor):
             handle._look()                                # it may have ended before it was watched
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
-        """Wait in a job of this runner, its worker's place given away. In `drain` the jobs waited for run here."""
+        """Return wait(timeout), called inside a job while its worker's place is given away. In drain(), jobs run here meanwhile."""
         if not self._inline:
             with self._pool.away(attempt):
                 return wait(timeout)
@@ -5004,7 +5007,7 @@ class Runner(Submitter, Executor):
         return self
 
     def _register(self) -> tuple[int, int]:
-        """Write down that this runner lives, once its lock tells that, too. Returns its id, and the first that its jobs may have."""
+        """Enter this runner in the file. Returns its id, and the lowest that its jobs may have."""
         def register(tx: Transaction) -> tuple[int, int]:
             runner_id = self._save_runner(tx, None)
             while not self._presence.appear(runner_id):   # a runner on a deleted file of this name has it
@@ -5014,19 +5017,19 @@ class Runner(Submitter, Executor):
         return self._store.write(register)
 
     def _save_runner(self, tx: Transaction, runner_id: int | None) -> int:
-        """Write down, for people to see, that this runner lives; with None for the id it gets one. Returns the id."""
+        """Write this runner's row, with the time as its heartbeat, for people to see. Returns its id; None gets it a new one."""
         import socket
         cursor = tx.execute(SAVE_RUNNER, {"id": runner_id, "pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers,
                                           "now": tx.now, "abandoned": self._pool.abandoned, "lock_file": self._presence.file_id()})
         return cursor.lastrowid if runner_id is None else runner_id
 
     def _recover_dead(self) -> None:
-        """Take the jobs of dead processes back."""
+        """Take the jobs of dead runners back, as `_Presence` tells them."""
         presence = self._presence
         if presence.reassert():
             self._store.write(lambda tx: self._save_runner(tx, self._id))
         lock_file, now = presence.file_id(), self._clock()
-        # Where the lock file is another than the one a runner wrote down, it tells nothing, before that had the time to notice.
+        # A runner whose row names another lock file may just not have noticed yet that its own was deleted: it is given time.
         judged = {row[0] for row in self._store.read(LOCK_FILES)
                   if row[1] in (None, lock_file) or now - row[2] > 3 * HEARTBEAT_SECONDS}
         judged.update(row[0] for row in self._store.read(ORPHANED))
@@ -5085,8 +5088,8 @@ class Runner(Submitter, Executor):
         return bool(rows)
 
     def _flush_reports(self) -> None:
-        """Write what there is to tell of the attempts that execute: how far they are, what they have logged, and what they cost
-        beyond what they were charged, lest their roots look idle."""
+        """Write how far the executing attempts are, what was logged, and what they cost beyond their charge, lest their roots look
+        idle."""
         now = time.monotonic()
         executing = [attempt for attempt in list(self._attempts.values()) if attempt.thread is not None]
         reports = [(attempt, report) for attempt in executing if (report := attempt.report_to_save()) is not None]
@@ -5107,7 +5110,7 @@ class Runner(Submitter, Executor):
                  "be stored")
 
     def _write_lines(self) -> None:
-        """Return when what was logged by now is in the file: each write takes some along."""
+        """Return when the lines logged by now are in the file. Each transaction takes some along."""
         for _ in range(len(self._unwritten.lines) // LINES_A_WRITE + bool(self._unwritten)):
             self._store.write(_do_nothing)
 
@@ -5176,7 +5179,7 @@ class Runner(Submitter, Executor):
                 self._close_lock.release()
 
     def _close(self) -> None:
-        """Go down by store.close_by, and a moment."""
+        """Go down in order. Running jobs get until store.close_by, the rest takes a moment."""
         self._pause()
         with contextlib.suppress(StoreError):
             self._store.write(_do_nothing)                # who leads now may be claiming still: after this nobody is
@@ -5207,22 +5210,22 @@ class Runner(Submitter, Executor):
         self._handles.close()
 
     def _pause(self) -> None:
-        """Claim nothing more, and ask what runs to pause at its next checkpoint."""
+        """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
         self._shut = self._shut_claims = True
         for attempt in list(self._attempts.values()):
             attempt.request_stop(RELEASED)
 
     def _give_back(self, claims: list[Attempt]) -> None:
-        """Make jobs pending again that were claimed ahead and have not begun."""
+        """Return claims that have not begun: as outcomes like others, which count as no attempt."""
         self._ended.extend(claims)
         self._store.kick()
 
     def _time_to_close(self, extra: float, most: float) -> float:
-        """Return the seconds that are left while going down: `extra` more than what running jobs get, and `most` in any case."""
+        """Return the seconds left until `extra` seconds after store.close_by, at most `most`."""
         return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: this runner has no threads here, and its file is the parent's. Only start() makes it work again."""
+        """In a forked child: leave threads, locks and connections to the parent. Only start() makes this runner work again."""
         self._store.leave_to_parent()
         self._callback.leave_to_parent()
         self._handles.leave_to_parent()
@@ -5376,10 +5379,10 @@ def _traceback_of(error: BaseException) -> str:
         return f"{_type_name(error)} (its traceback cannot be printed)"
 
 
-# ---- 17 Clock, processes and exit ------------------------------------------------------------------------------
+# ---- 17 Clock, processes and exit -----------------------------------------------------------------------------
 
 class _Service:
-    """The thread that looks after what no caller brings: due times, other processes, log lines, progress, recovery."""
+    """The thread for what no caller triggers: due times, the doings of other processes, log lines, progress, recovery."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner, store = runner, runner._store
@@ -5448,7 +5451,7 @@ class _Service:
                 db.close()
 
     def _poll(self, version: int) -> None:
-        """Look at what came by the clock and from others. `version` changes with every commit, this process's included."""
+        """Take notice of what others have written, then do what is due. `version` changes with every commit, ours included."""
         runner, store, handles = self._runner, self._runner._store, self._runner._handles
         changed, self._version = version != self._version, version
         self._look_at_due |= changed
@@ -5472,7 +5475,7 @@ class _Service:
     # its duties
 
     def _compare_with_file(self) -> None:
-        """Notice what other processes did to the jobs that run here, and claims that Ctrl-C has lost, right after their commit."""
+        """Find what other processes did to the jobs that run here, and claims that were lost to Ctrl-C right after their commit."""
         runner = self._runner
         attempts = list(runner._attempts.values())
         if not (attempts or runner._started):
@@ -5491,7 +5494,7 @@ class _Service:
             runner._store.write(self._settle_differences)
 
     def _is_lost(self, job_id: int) -> bool:
-        """Tell whether a job that this runner has claimed has no attempt here that waits, executes or has ended."""
+        """Return whether a job that this runner has claimed is on no way here: neither waiting, nor executing, nor ended."""
         runner = self._runner
         attempt = runner._attempts.get(job_id)
         if attempt is None:
@@ -5500,7 +5503,7 @@ class _Service:
         return not (on_its_way or runner._pool.has(attempt) or attempt in runner._ended)
 
     def _settle_differences(self, tx: Transaction) -> None:
-        """Give lost claims back, and abandon superseded attempts. While this thread leads, no claim, and no outcome, is under way."""
+        """Give lost claims back, and abandon superseded attempts. While this thread leads, no claim and no outcome is under way."""
         runner, numbers = self._runner, {}
         for row in tx.execute(OWNED, {"owner": runner._id}).fetchall():
             if self._is_lost(row[0]):
@@ -5526,7 +5529,8 @@ class _Service:
             self._runner._give_back(stuck)
 
     def _time_out(self) -> None:
-        """Stop the attempts that take longer than their timeout; what reaches no checkpoint then fails without its consent."""
+        """Stop the attempts that take longer than their timeout. One that reaches no checkpoint within the grace has failed then,
+        and goes on without a job."""
         runner, now = self._runner, time.monotonic()
         for attempt in list(runner._attempts.values()):
             if attempt.thread is None or not attempt.options.get("timeout"):
@@ -5548,7 +5552,7 @@ class _Service:
             tx.after_commit.append(lambda: self._runner._abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make ready what is due by now, and look up what is due next, if that may have changed."""
+        """Make ready what is due. What is due next is looked up only when that may have changed."""
         store, before, self._clock_at = self._runner._store, self._clock_at, self._runner._clock()
         if self._clock_at < before - 1.0:
             store.write(lambda tx: tx.clock_was_set_back())
@@ -5577,7 +5581,7 @@ class _Service:
             self._runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
 
     def _unpark(self) -> None:
-        """Make ready what this process knows the function of; and what a limit holds up, in case its end went unnoticed."""
+        """Make ready the jobs whose function this process knows; and those a limit held up, in case its end went unnoticed."""
         store = self._runner._store
         for (key,) in store.read(PARKED_KEYS):
             kind, _, name = key.partition(" ")
@@ -5589,12 +5593,12 @@ class _Service:
 
 
 class _Presence:
-    """Tells which runners on a file live, by locks of the operating system that die with their process.
+    """Knows which runners on a file are alive, by operating-system locks that die with their process.
 
-    Byte N of PATH-bgjobs-lock is locked by the process of runner N. A process never asks for its own bytes: it would get
-    them. So there is one descriptor for each file and process, shared by all copies of this module (see `_presence`). POSIX locks
-    would be dropped when the app closes any descriptor of the file (a copy of the folder does); those of Linux's open files
-    are not, but a forked child has to close its copy.
+    The process of runner N locks byte N of PATH-bgjobs-lock. A process must never probe its own bytes: it would get them. So there is
+    one descriptor per file and process, shared by all copies of this module (see `_presence`). Classic POSIX locks are dropped when
+    the app closes any descriptor of the file, as copying the folder does. Linux's locks of open files are not, but a forked child
+    has to close its copy of the descriptor.
     """
 
     def __init__(self, path: str) -> None:
@@ -5626,7 +5630,7 @@ class _Presence:
         self._opened = None
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a runner of this process. False: another holds it."""
+        """Take the lock of a new runner of this process. False: another process holds it."""
         with self._lock:
             try:
                 if runner in self._own or not _lock_byte(self._descriptor(), runner):
@@ -5638,7 +5642,7 @@ class _Presence:
             return True
 
     def vanish(self, runner: int) -> None:
-        """Give the lock of a runner of this process back."""
+        """Release the lock of a runner of this process."""
         with self._lock:
             self._own.discard(runner)
             if self._own:
@@ -5647,7 +5651,7 @@ class _Presence:
                 self._close()
 
     def is_dead(self, runner: int) -> bool:
-        """Tell whether no process holds the lock of this runner."""
+        """Return whether no process holds the lock of this runner."""
         with self._lock:
             if runner in self._own or not _lock_byte(self._descriptor(), runner):
                 return False
@@ -5655,14 +5659,14 @@ class _Presence:
             return True
 
     def file_id(self) -> str:
-        """Return what tells the lock file from another one of its name."""
+        """Return what distinguishes the lock file from a later one of the same name."""
         with self._lock:
             found = os.fstat(self._descriptor())
             return f"{found.st_dev}:{found.st_ino}"
 
     def reassert(self) -> bool:
-        """Take the locks of this process again: closing any descriptor of the file drops them, and it may have been deleted.
-        True: it was, and they are on a new file now."""
+        """Take the locks of this process again, since classic ones get dropped. True: the file had been deleted; they are on a new
+        one now."""
         if os.name == "nt":                               # neither can happen there
             return False
         with self._lock:
@@ -5685,7 +5689,7 @@ class _Presence:
 
 
 def _lock_byte(descriptor: int, byte: int) -> bool:
-    """Lock a byte of a file. False: another process has."""
+    """Lock a byte of a file. False: another process holds it."""
     try:
         _set_lock(descriptor, byte, True)
     except (BlockingIOError, PermissionError):
