@@ -4200,7 +4200,8 @@ class Submitter:
     def __init__(self, runner: Runner | None, options: dict[str, Any]) -> None:
         self._of, self._options = runner, check_options(options)
         if "executor" in options:
-            raise TypeError("executor is an option of a function, @job(executor=...), or of start(); it cannot be stored with a job")
+            raise TypeError("executor is an option of a function, @job(executor=...), or of start(); it cannot be "
+                            "stored with a job")
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
         """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit. In a job: a child of it.
@@ -4219,10 +4220,11 @@ class Submitter:
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
             ) -> Iterator[Any]:
-        """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in order.
+        """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in
+        order.
 
-        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored. What has
-        not begun is cancelled when the iterator raises or is dropped.
+        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored. What
+        has not begun is cancelled when the iterator raises or is dropped.
         """
         jobs = [self.submit(fn, *arguments) for arguments in zip(*iterables)]
         return _results(jobs, None if timeout is None else time.monotonic() + timeout)
@@ -4230,10 +4232,11 @@ class Submitter:
     def every(self, schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
         """Have `fn(*args, **kwargs)` submitted again and again, from all processes once each time; return the schedule.
 
-        schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone of the option tz. It is known by the
-        option key, else by function and arguments: to register it at each start changes nothing, or its times, if those given
-        have changed. What was missed while no process ran comes once; while its last job is not over, a time is skipped.
-        ValueError: a bad schedule, or the same one at other times; give each a key then. TypeError: as submit.
+        schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone of the option tz. It
+        is known by the option key, else by function and arguments: to register it at each start changes nothing, or its
+        times, if those given have changed. What was missed while no process ran comes once; while its last job is not
+        over, a time is skipped. ValueError: a bad schedule, or the same one at other times; give each a key then.
+        TypeError: as submit.
         """
         return (self._of or default_runner())._every(schedule, fn, args, kwargs, self._options)
 
@@ -4251,7 +4254,7 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
             yield result
             del result
     except GeneratorExit:
-        for job in jobs:                                  # perhaps within a garbage collection: nothing may be locked here
+        for job in jobs:                                  # perhaps in a garbage collection: nothing may be locked here
             job._runner._handles.to_cancel.put(job)
         raise
     except BaseException:
@@ -4301,7 +4304,7 @@ class _Unwritten:
         if lines:
             try:
                 self._write_lines(tx, lines)
-            except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
+            except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):     # not the disk's fault
                 unfit = len(lines)
         if lines or starts:
             tx.after_commit.append(lambda: self._forget(len(lines), len(starts), unfit))
@@ -4325,11 +4328,12 @@ class _Unwritten:
 
 
 class _Handles:
-    """The handles that somebody waits on: completes them when their jobs are over, and calls their callbacks in a thread of its own."""
+    """The handles that somebody waits on: completes them when their jobs are over, and calls their callbacks in a
+    thread of its own."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` that was given up; the service thread does it
+        self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` given up; by the service thread
         self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ends_missed = False                          # jobs may be over whose handles were not told: look() is due
         # `lock` guards the four below and the making of a handle's condition; no SQL runs under it.
@@ -4369,7 +4373,8 @@ class _Handles:
                     self.ends_missed = True
                     self._store.complain(_text(error))
             with self.lock:
-                left = [r for r in self.watched.get(job_id, ()) if (handle := r()) is not None and handle._state == "PENDING"]
+                left = [reference for reference in self.watched.get(job_id, ())
+                        if (handle := reference()) is not None and handle._state == "PENDING"]
                 if left:
                     self.watched[job_id] = left
                 else:
@@ -4381,8 +4386,8 @@ class _Handles:
         ids = self.ids()
         for start in range(0, len(ids), 500):
             some = ids[start:start + 500]
-            rows = self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({','.join(map(str, some))}) AND status IN "
-                                    f"('pending', 'running', 'stopping', 'stopped')")
+            rows = self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({','.join(map(str, some))}) "
+                                    f"AND status IN ('pending', 'running', 'stopping', 'stopped')")
             going_on = {row[0] for row in rows}
             self.complete([job_id for job_id in some if job_id not in going_on])
 
@@ -4427,7 +4432,8 @@ class _Handles:
 # What the options of a Runner must be: (name, check, in words). The error names the first that does not fit.
 _RUNNER_OPTIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("executor", *_OPTIONS["executor"]),
-    ("callback", lambda v: v is None or isinstance(v, str) and v.rpartition(":")[0] != "" and v.rpartition(":")[2].isdecimal(), '"host:port"'),
+    ("callback", lambda v: v is None or isinstance(v, str) and ":" in v[1:] and v.rpartition(":")[2].isdecimal(),
+     '"host:port"'),
     ("max_workers", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "greater than 0"),
     ("max_workers", lambda v: v < 1 << 31, "less than 2**31"),
     ("durability", lambda v: v in ("process", "power"), '"process" or "power"'),
@@ -4440,27 +4446,28 @@ _RUNNER_OPTIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 class Runner(Submitter, Executor):
     """Runs the jobs of one file on threads of this process; a complete concurrent.futures.Executor.
 
-    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute
-    at once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start().
-    durability: "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
-    SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
-    default, where finished stands for cancelled, too; None keeps everything. modules: names of modules to import, whose
-    functions jobs may name. executor: where functions execute instead, a concurrent.futures.Executor (or what makes one, a class or a
-    function without arguments: then a broken one is replaced); max_workers is how many at once, by default the executor's. callback:
-    "host:port" of this machine, by which an executor's workers on other machines reach it. clock: returns Unix seconds.
-    Raises ValueError for a bad value, StoreError for a file that cannot be used.
+    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute at
+    once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start(). durability:
+    "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
+    SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days,
+    "failed": 30 days} by default, where finished stands for cancelled, too; None keeps everything. modules: names of
+    modules to import, whose functions jobs may name. executor: where functions execute instead, a
+    concurrent.futures.Executor (or what makes one, a class or a function without arguments: then a broken one is
+    replaced); max_workers is how many at once, by default the executor's. callback: "host:port" of this machine, by
+    which an executor's workers on other machines reach it. clock: returns Unix seconds. Raises ValueError for a bad
+    value, StoreError for a file that cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
-                 durability: str = "process", journal: str = "wal", retention: dict[str, float] | None = RETENTION,
-                 modules: Iterable[str] = (), executor: Any = None, callback: str | None = None,
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None,
+                 start: bool = True, durability: str = "process", journal: str = "wal",
+                 retention: dict[str, float] | None = RETENTION, modules: Iterable[str] = (), executor: Any = None, callback: str | None = None,
                  clock: Callable[[], float] = time.time) -> None:
         if max_workers is None and executor is not None:
             max_workers = getattr(executor, "_max_workers", None)
         if max_workers is None:
             max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
-        given = {"executor": executor, "callback": callback, "max_workers": max_workers, "durability": durability, "journal": journal,
-                 "retention": retention}
+        given = {"executor": executor, "callback": callback, "max_workers": max_workers, "durability": durability,
+                 "journal": journal, "retention": retention}
         for name, fits, must_be in _RUNNER_OPTIONS:
             if not fits(given[name]):
                 raise ValueError(f"{name} must be {must_be}, got {_short(given[name])}")
@@ -4470,7 +4477,8 @@ class Runner(Submitter, Executor):
         self.max_workers = self._max_workers = max_workers
         self._executor, self._callback_address, self._clock = executor, callback, clock
         self._retention = None if retention is None else {**RETENTION, **retention}
-        self._store_options = (os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path, durability, journal, clock)
+        path = os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path
+        self._store_options = path, durability, journal, clock
         self._open()
         _live_until_exit(self)
         if start:
@@ -4500,24 +4508,26 @@ class Runner(Submitter, Executor):
         self._pool = Pool(self.max_workers, self._execute, self._settle, store.kick, self._callback.depart)
         self._presence = _presence(self.path)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
-        self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id; only the leading thread adds
+        self._attempts: dict[int, Attempt] = {}           # claimed here, by job id; only the leading thread changes it
         self._unwritten, self._handles = _Unwritten(), _Handles(store)
-        self._ended: deque[Attempt] = deque()             # until their outcomes are recorded; only the leading thread removes
+        self._ended: deque[Attempt] = deque()             # until they are recorded; only the leading thread removes
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._finishing = False                           # a transaction with outcomes is under way, or has failed
         self._backlog = True                              # more may be ready than the last claim took
-        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()      # the newest, by job id, with the attempt
+        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()     # by job id, with the attempt
         self._schedules: dict[str, tuple[str, str | None]] = {}          # that this code has, by key: times and zone
         self._started = self._inline = False              # inline: in drain()
         self._shut = self._shut_claims = False            # takes no jobs; claims none, since it goes down
         self._close_lock = threading.Lock()               # only one thread closes
         self._service: _Service | None = None
         self._servers: list[Any] = []                     # of the status page
-        store.begin, store.rider, store.announce, store.backlog = self._unwritten.write, self._ride, self._announce, self._nudge_service
+        store.begin, store.rider, store.announce = self._unwritten.write, self._ride, self._announce
+        store.backlog = self._nudge_service
 
     # the hot path: submit, claim, execute, finish
 
-    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Job:
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+                ) -> Job:
         new = self._submission(fn, options)
         if args:
             new.args = encode(args, f"the arguments of {new.name}")
@@ -4538,7 +4548,7 @@ class Runner(Submitter, Executor):
         write = self._store.write if connection is None else functools.partial(self._write_through, connection)
         what, tuples, ids = f"the arguments of {new.name}", iter(argument_tuples), []
         try:
-            while batch := [encode(args if isinstance(args, tuple) else _not_a_tuple(args), what) if args != () else None
+            while batch := [None if args == () else encode(_checked_tuple(args), what)
                             for args in itertools.islice(tuples, 10_000)]:
                 ids += write(lambda tx: tx.submit_many(new, batch))
             return ids
@@ -4603,8 +4613,11 @@ class Runner(Submitter, Executor):
         if "name" in given:
             new.name = given["name"]
             _registry.by_name.setdefault(new.name, fn)
-        new.key, new.max_running, new.system = given.get("key"), given.get("max_running"), int(given.get("system", False))
-        new.label, new.run_by = (None if given.get(name) is None else _text(given[name], 500) for name in ("label", "run_by"))
+        new.key, new.max_running = given.get("key"), given.get("max_running")
+        new.system = int(given.get("system", False))
+        label, run_by = given.get("label"), given.get("run_by")
+        new.label = None if label is None else _text(label, 500)
+        new.run_by = None if run_by is None else _text(run_by, 500)
         if "low_priority" in given:
             new.low_priority = int(given["low_priority"])
         if "run_at" in given:
@@ -4661,7 +4674,8 @@ class Runner(Submitter, Executor):
         return Attempt(self, claim) if engine is None else Departed(self, claim, engine)
 
     def _committed(self, ended: list[Attempt], claims: list[Attempt]) -> None:
-        """After a commit of what rode along: forget what has ended, and hand the claims out. Runs in the leading thread."""
+        """After a commit of what rode along: forget what has ended, and hand the claims out. Runs in the leading
+        thread."""
         self._finishing = False
         for attempt in ended:
             if self._attempts.get(attempt.id) is attempt:
@@ -4737,8 +4751,9 @@ class Runner(Submitter, Executor):
         return value
 
     def _settle(self, attempt: Attempt) -> bool:
-        """Queue the outcome of an attempt for `_ride`. True: the caller is to lead a transaction now, since somebody waits for the
-        outcome, or a ready job for the place; else one follows within SETTLE_SECONDS, for more at a time."""
+        """Queue the outcome of an attempt for `_ride`. True: the caller is to lead a transaction now, since somebody
+        waits for the outcome, or a ready job for the place; else one follows within SETTLE_SECONDS, for more at a time.
+        """
         try:
             if attempt.exception is not None and not attempt.ticket.void:
                 self._remember_exception(attempt)
@@ -4795,16 +4810,18 @@ class Runner(Submitter, Executor):
         tx.execute("RELEASE outcome")
 
     def _roll_back(self, attempt: Attempt) -> None:
-        """Roll back what an attempt left open on connections of its thread, whose locks would keep its outcome from being recorded.
-        A connection that other threads may use is left to them."""
+        """Roll back what an attempt left open on connections of its thread, whose locks would keep its outcome from
+        being recorded. A connection that other threads may use is left to them."""
         for connection, job_id in attempt.connections.items():
             with contextlib.suppress(sqlite3.Error, StoreError):
                 if connection.in_transaction and not is_shared(connection):
                     # With autocommit=False a transaction is always open.
-                    lost = getattr(connection, "autocommit", True) is not False or not self._store.read(STATUS_OF, {"id": job_id})
+                    always_open = getattr(connection, "autocommit", True) is False
+                    lost = not always_open or not self._store.read(STATUS_OF, {"id": job_id})
                     connection.rollback()
                     if lost:
-                        _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its own: rolled back")
+                        _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its "
+                             "own: rolled back")
         attempt.connections = {}
 
     def _remember_exception(self, attempt: Attempt) -> None:
@@ -4850,8 +4867,9 @@ class Runner(Submitter, Executor):
         return Job(self, job_id)
 
     def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
-        """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
-        created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
+        """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent=
+        system= created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None.
+        ValueError: a bad value."""
         _check_limit(limit)
         return [Job(self, row["id"]) for row in self._store.find(filters, -1 if limit is None else limit, before)]
 
@@ -4931,8 +4949,8 @@ class Runner(Submitter, Executor):
         return handle
 
     def _tell_attempts(self, operation: str, job_ids: Iterable[int]) -> None:
-        """Carry a committed operation out on the attempts of this process. Runs in the leading thread, before any of these jobs can
-        be claimed again."""
+        """Carry a committed operation out on the attempts of this process. Runs in the leading thread, before any of
+        these jobs can be claimed again."""
         for attempt in filter(None, map(self._attempts.get, job_ids)):
             if operation == "stop":
                 attempt.request_stop()
@@ -4955,7 +4973,8 @@ class Runner(Submitter, Executor):
             handle._look()                                # it may have ended before it was watched
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
-        """Return wait(timeout), called inside a job while its worker's place is given away. In drain(), jobs run here meanwhile."""
+        """Return wait(timeout), called inside a job while its worker's place is given away. In drain(), jobs run here
+        meanwhile."""
         if not self._inline:
             with self._pool.away(attempt):
                 return wait(timeout)
@@ -4967,7 +4986,8 @@ class Runner(Submitter, Executor):
             if self._run_one() or self._clock() != clock:
                 idle_since, clock = time.monotonic(), self._clock()
             elif time.monotonic() - idle_since > STANDING_CLOCK_SECONDS:
-                raise RuntimeError(f"job {attempt.id} waits for what is not due yet, and the clock of this runner stands")
+                raise RuntimeError(f"job {attempt.id} waits for what is not due yet, and the clock of this runner "
+                                   "stands")
             self._handles.look()
             wait(0.01)
         attempt.waited += time.monotonic() - begun
@@ -4986,8 +5006,8 @@ class Runner(Submitter, Executor):
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Returns the runner.
 
-        In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules may call it,
-        it does nothing.
+        In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules
+        may call it, it does nothing.
         """
         if _serves_attempts:
             return self
@@ -5010,17 +5030,20 @@ class Runner(Submitter, Executor):
         """Enter this runner in the file. Returns its id, and the lowest that its jobs may have."""
         def register(tx: Transaction) -> tuple[int, int]:
             runner_id = self._save_runner(tx, None)
-            while not self._presence.appear(runner_id):   # a runner on a deleted file of this name has it
+            # Its lock is held before anybody can see the row. A runner on a deleted file of this name may have that.
+            while not self._presence.appear(runner_id):
                 tx.execute(REMOVE_RUNNER, {"id": runner_id})
-                runner_id = self._save_runner(tx, None)   # a higher one; its lock is held before anybody can see the row
+                runner_id = self._save_runner(tx, None)   # a higher one
             return runner_id, tx.execute(NEXT_ID).fetchone()[0]
         return self._store.write(register)
 
     def _save_runner(self, tx: Transaction, runner_id: int | None) -> int:
-        """Write this runner's row, with the time as its heartbeat, for people to see. Returns its id; None gets it a new one."""
+        """Write this runner's row, with the time as its heartbeat, for people to see. Returns its id; None gets it a
+        new one."""
         import socket
-        cursor = tx.execute(SAVE_RUNNER, {"id": runner_id, "pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers,
-                                          "now": tx.now, "abandoned": self._pool.abandoned, "lock_file": self._presence.file_id()})
+        cursor = tx.execute(SAVE_RUNNER, {
+            "id": runner_id, "pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers,
+            "now": tx.now, "abandoned": self._pool.abandoned, "lock_file": self._presence.file_id()})
         return cursor.lastrowid if runner_id is None else runner_id
 
     def _recover_dead(self) -> None:
@@ -5029,7 +5052,7 @@ class Runner(Submitter, Executor):
         if presence.reassert():
             self._store.write(lambda tx: self._save_runner(tx, self._id))
         lock_file, now = presence.file_id(), self._clock()
-        # A runner whose row names another lock file may just not have noticed yet that its own was deleted: it is given time.
+        # A runner whose row names another lock file may not have noticed yet that its own was deleted: give it time.
         judged = {row[0] for row in self._store.read(LOCK_FILES)
                   if row[1] in (None, lock_file) or now - row[2] > 3 * HEARTBEAT_SECONDS}
         judged.update(row[0] for row in self._store.read(ORPHANED))
@@ -5048,8 +5071,8 @@ class Runner(Submitter, Executor):
             self._service.nudge_soon()
 
     def backup(self, path: str | os.PathLike[str]) -> str:
-        """Copy the job file as it is at this moment to a new file, while it is in use; return its path. (A plain copy would miss
-        what is in the -wal file, or tear a transaction.) ValueError: the path exists."""
+        """Copy the job file as it is at this moment to a new file, while it is in use; return its path. (A plain copy
+        would miss what is in the -wal file, or tear a transaction.) ValueError: the path exists."""
         self._store.backup(os.path.abspath(path))
         return os.path.abspath(path)
 
@@ -5088,8 +5111,8 @@ class Runner(Submitter, Executor):
         return bool(rows)
 
     def _flush_reports(self) -> None:
-        """Write how far the executing attempts are, what was logged, and what they cost beyond their charge, lest their roots look
-        idle."""
+        """Write how far the executing attempts are, what was logged, and what they cost beyond their charge, lest their
+        roots look idle."""
         now = time.monotonic()
         executing = [attempt for attempt in list(self._attempts.values()) if attempt.thread is not None]
         reports = [(attempt, report) for attempt in executing if (report := attempt.report_to_save()) is not None]
@@ -5106,8 +5129,8 @@ class Runner(Submitter, Executor):
         self._write_lines()
         dropped, self._unwritten.dropped = self._unwritten.dropped, 0
         if dropped:
-            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, or could not "
-                 "be stored")
+            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes "
+                 "them, or could not be stored")
 
     def _write_lines(self) -> None:
         """Return when the lines logged by now are in the file. Each transaction takes some along."""
@@ -5225,7 +5248,8 @@ class Runner(Submitter, Executor):
         return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: leave threads, locks and connections to the parent. Only start() makes this runner work again."""
+        """In a forked child: leave threads, locks and connections to the parent. Only start() makes this runner work
+        again."""
         self._store.leave_to_parent()
         self._callback.leave_to_parent()
         self._handles.leave_to_parent()
@@ -5316,20 +5340,19 @@ class Runner(Submitter, Executor):
     def serve(self, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its way
-        through a network). authorize: a function of the request, its WSGI environ, that returns the user's name, or None for
-        one who may not come; the job log's `by` has that name, or the one given with the password. hosts: the names by which it is
-        reached, besides the machine's own and its addresses.
-        ValueError: a host other than loopback without password or authorize. A port that is taken is a warning, and "" is
-        returned: jobs go on.
+        read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its
+        way through a network). authorize: a function of the request, its WSGI environ, that returns the user's name, or
+        None for one who may not come; the job log's `by` has that name, or the one given with the password. hosts: the
+        names by which it is reached, besides the machine's own and its addresses. ValueError: a host other than
+        loopback without password or authorize. A port that is taken is a warning, and "" is returned: jobs go on.
         """
         return "" if _serves_attempts else serve_page(Page(self, **options), host, port)
 
     def wsgi(self, **options: Any) -> Page:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
-        The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts names what it
-        answers to besides loopback (["example.org"]).
+        The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts
+        names what it answers to besides loopback (["example.org"]).
         """
         return Page(self, **options)
 
@@ -5350,8 +5373,11 @@ def _check_limit(limit: Any) -> None:
         raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
-def _not_a_tuple(args: Any) -> tuple[Any, ...]:
-    raise TypeError(f"submit_many takes tuples of arguments, got {_short(args)}; write (value,) for a single argument")
+def _checked_tuple(args: Any) -> tuple[Any, ...]:
+    if not isinstance(args, tuple):
+        raise TypeError(f"submit_many takes tuples of arguments, got {_short(args)}; write (value,) for a single "
+                        "argument")
+    return args
 
 
 def _frames_of(error: BaseException) -> types.TracebackType | None:
@@ -5360,7 +5386,8 @@ def _frames_of(error: BaseException) -> types.TracebackType | None:
 
 
 def _is_stop(error: BaseException) -> bool:
-    """Tell whether an exception is JobStopped, or a group of nothing else, as asyncio.TaskGroup makes of it (since Python 3.11)."""
+    """Tell whether an exception is JobStopped, or a group of nothing else, as asyncio.TaskGroup makes of it (since
+    Python 3.11)."""
     group, errors = getattr(builtins, "BaseExceptionGroup", ()), [error]
     for one in errors:                                    # it grows
         if issubclass(type(one), group):
@@ -5382,24 +5409,25 @@ def _traceback_of(error: BaseException) -> str:
 # ---- 17 Clock, processes and exit -----------------------------------------------------------------------------
 
 class _Service:
-    """The thread for what no caller triggers: due times, the doings of other processes, log lines, progress, recovery."""
+    """The thread for what no caller triggers: due times, the doings of other processes, log lines, progress, recovery.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self._runner, store = runner, runner._store
         self._event = _Event()                            # there is something to do before the next poll
         self._soon = False                                # to lead a transaction, in SETTLE_SECONDS
         self._version = -1                                # of the file, at the last poll
-        self._clock_at = runner._clock()                  # Unix seconds; what the clock showed when it was looked at last
+        self._clock_at = runner._clock()                  # Unix seconds; what the clock showed at the last poll
         self._due_at: float | None = None                 # Unix seconds; of the next job or schedule,
         self._look_at_due = True                          # unless that is to be looked up
         self._abandoned_shown = 0                         # threads, in the runner's row
         # (every so many seconds, duty); the second list is for a runner that has been started.
         self._duties: list[tuple[float, Callable[[], None]]] = [
-            (0.0, self._cancel_given_up), (0.0, runner._pool.put), (0.0, self._return_stuck_claims), (0.0, self._time_out),
-            (FLUSH_SECONDS, runner._flush_reports)]
+            (0.0, self._cancel_given_up), (0.0, runner._pool.put), (0.0, self._return_stuck_claims),
+            (0.0, self._time_out), (FLUSH_SECONDS, runner._flush_reports)]
         self._duties_when_started: list[tuple[float, Callable[[], None]]] = [
-            (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (HEARTBEAT_SECONDS, self._beat),
-            (1.0, self._save_means), (1.0, self._compare_with_file), (1.0, self._unpark),
+            (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (1.0, self._save_means),
+            (1.0, self._compare_with_file), (1.0, self._unpark), (HEARTBEAT_SECONDS, self._beat),
             (60.0, store.shorten_wal), (60.0, runner._count_created)]
         now = time.monotonic()
         self._done_at = {duty: now for _, duty in self._duties + self._duties_when_started}
@@ -5411,7 +5439,8 @@ class _Service:
         return self._thread.is_alive()
 
     def end(self, seconds: float) -> None:
-        """Wait some seconds for the thread to end, unless it goes on watching handles for others; the store is closed."""
+        """Wait some seconds for the thread to end, unless it goes on watching handles for others; the store is closed.
+        """
         self._event.set()
         if self._thread is not threading.current_thread() and not self._runner._handles.ids():
             self._thread.join(seconds)
@@ -5451,7 +5480,8 @@ class _Service:
                 db.close()
 
     def _poll(self, version: int) -> None:
-        """Take notice of what others have written, then do what is due. `version` changes with every commit, ours included."""
+        """Take notice of what others have written, then do what is due. `version` changes with every commit, ours
+        included."""
         runner, store, handles = self._runner, self._runner._store, self._runner._handles
         changed, self._version = version != self._version, version
         self._look_at_due |= changed
@@ -5475,7 +5505,8 @@ class _Service:
     # its duties
 
     def _compare_with_file(self) -> None:
-        """Find what other processes did to the jobs that run here, and claims that were lost to Ctrl-C right after their commit."""
+        """Find what other processes did to the jobs that run here, and claims that were lost to Ctrl-C right after
+        their commit."""
         runner = self._runner
         attempts = list(runner._attempts.values())
         if not (attempts or runner._started):
@@ -5494,7 +5525,8 @@ class _Service:
             runner._store.write(self._settle_differences)
 
     def _is_lost(self, job_id: int) -> bool:
-        """Return whether a job that this runner has claimed is on no way here: neither waiting, nor executing, nor ended."""
+        """Return whether a job that this runner has claimed is on no way here: neither waiting, nor executing, nor
+        ended."""
         runner = self._runner
         attempt = runner._attempts.get(job_id)
         if attempt is None:
@@ -5503,7 +5535,8 @@ class _Service:
         return not (on_its_way or runner._pool.has(attempt) or attempt in runner._ended)
 
     def _settle_differences(self, tx: Transaction) -> None:
-        """Give lost claims back, and abandon superseded attempts. While this thread leads, no claim and no outcome is under way."""
+        """Give lost claims back, and abandon superseded attempts. While this thread leads, no claim and no outcome is
+        under way."""
         runner, numbers = self._runner, {}
         for row in tx.execute(OWNED, {"owner": runner._id}).fetchall():
             if self._is_lost(row[0]):
@@ -5529,8 +5562,8 @@ class _Service:
             self._runner._give_back(stuck)
 
     def _time_out(self) -> None:
-        """Stop the attempts that take longer than their timeout. One that reaches no checkpoint within the grace has failed then,
-        and goes on without a job."""
+        """Stop the attempts that take longer than their timeout. One that reaches no checkpoint within the grace has
+        failed then, and goes on without a job."""
         runner, now = self._runner, time.monotonic()
         for attempt in list(runner._attempts.values()):
             if attempt.thread is None or not attempt.options.get("timeout"):
@@ -5581,24 +5614,26 @@ class _Service:
             self._runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
 
     def _unpark(self) -> None:
-        """Make ready the jobs whose function this process knows; and those a limit held up, in case its end went unnoticed."""
+        """Make ready the jobs whose function this process knows; and those a limit held up, in case its end went
+        unnoticed."""
         store = self._runner._store
         for (key,) in store.read(PARKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind != "function":
                 store.write(lambda tx: tx.unpark_next(key))
-            elif _registry.find(name) is not None and not ((engine := self._runner._engine_for(name)) and engine.is_broken):
-                while store.write(lambda tx: tx.unpark(key)):
+            elif _registry.find(name) is not None:
+                engine = self._runner._engine_for(name)
+                while (engine is None or not engine.is_broken) and store.write(lambda tx: tx.unpark(key)):
                     pass
 
 
 class _Presence:
     """Knows which runners on a file are alive, by operating-system locks that die with their process.
 
-    The process of runner N locks byte N of PATH-bgjobs-lock. A process must never probe its own bytes: it would get them. So there is
-    one descriptor per file and process, shared by all copies of this module (see `_presence`). Classic POSIX locks are dropped when
-    the app closes any descriptor of the file, as copying the folder does. Linux's locks of open files are not, but a forked child
-    has to close its copy of the descriptor.
+    The process of runner N locks byte N of PATH-bgjobs-lock. A process must never probe its own bytes: it would get
+    them. So there is one descriptor per file and process, shared by all copies of this module (see `_presence`).
+    Classic POSIX locks are dropped when the app closes any descriptor of the file, as copying the folder does. Linux's
+    locks of open files are not, but a forked child has to close its copy of the descriptor.
     """
 
     def __init__(self, path: str) -> None:
@@ -5619,8 +5654,9 @@ class _Presence:
             with contextlib.suppress(OSError, AttributeError):    # it is another's, who has done so; Windows
                 os.fchmod(descriptor, os.stat(self._path).st_mode & 0o777)
         except OSError as error:
-            raise StoreError(f"cannot open {self._path}-bgjobs-lock, whose locks tell which processes live: {error.strerror}; make it "
-                             "and its folder writable for all who use the job file") from error
+            raise StoreError(f"cannot open {self._path}-bgjobs-lock, whose locks tell which processes live: "
+                             f"{error.strerror}; make it and its folder writable for all who use the job "
+                             "file") from error
         return descriptor
 
     def _close(self) -> None:
@@ -5636,8 +5672,8 @@ class _Presence:
                 if runner in self._own or not _lock_byte(self._descriptor(), runner):
                     return False
             except OSError as error:
-                raise StoreError(f"cannot lock {self._path}-bgjobs-lock, which tells whether this process lives: {error.strerror}; put "
-                                 "the job file on a local disk") from error
+                raise StoreError(f"cannot lock {self._path}-bgjobs-lock, which tells whether this process lives: "
+                                 f"{error.strerror}; put the job file on a local disk") from error
             self._own.add(runner)
             return True
 
@@ -5665,8 +5701,8 @@ class _Presence:
             return f"{found.st_dev}:{found.st_ino}"
 
     def reassert(self) -> bool:
-        """Take the locks of this process again, since classic ones get dropped. True: the file had been deleted; they are on a new
-        one now."""
+        """Take the locks of this process again, since classic ones get dropped. True: the file had been deleted; they
+        are on a new one now."""
         if os.name == "nt":                               # neither can happen there
             return False
         with self._lock:
@@ -5705,7 +5741,7 @@ def _set_lock(descriptor: int, byte: int, locked: bool) -> None:
         return
     import fcntl
     import struct
-    if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:        # Linux: locks of the open file, not of the process
+    if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:      # Linux: of the open file, not the process
         lock = struct.pack("hhqqi4x", fcntl.F_WRLCK if locked else fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
     else:
