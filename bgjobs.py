@@ -4128,6 +4128,10 @@ class Job(Future):                                        # type: ignore[type-ar
 
 
 # ---- 16 Runner ------------------------------------------------------------------------------------------------
+#
+# A runner connects the parts. The store has it take along what waits: log lines at the beginning of each transaction, outcomes
+# of ended attempts and claims for free places at its end (`_ride`). After the commit the claims go to the pool (`_committed`), and
+# the handles of jobs that are over are completed (`_announce`). The pool's workers call `_execute` and `_settle`.
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
@@ -4298,6 +4302,8 @@ class _Unwritten:
 
     def write(self, tx: Transaction) -> None:
         """Begin a transaction with what waits, so that it comes before the operations and outcomes in it."""
+        if not self:
+            return
         lines, starts, unfit = list(self.lines)[:LINES_A_WRITE], list(self.starts), 0
         for name, waited in starts:
             tx.count_start(name, waited)
@@ -4306,8 +4312,7 @@ class _Unwritten:
                 self._write_lines(tx, lines)
             except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):     # not the disk's fault
                 unfit = len(lines)
-        if lines or starts:
-            tx.after_commit.append(lambda: self._forget(len(lines), len(starts), unfit))
+        tx.after_commit.append(lambda: self._forget(len(lines), len(starts), unfit))
 
     @staticmethod
     def _write_lines(tx: Transaction, lines: list[tuple[Attempt, float, int, str]]) -> None:
@@ -5809,8 +5814,8 @@ def _leave_to_parent() -> None:
     _default_lock, _fork_gate, _one_fork = threading.Lock(), _ForkGate(), threading.RLock()
     _paused.clear()
     _here.ticket = None
-    inherited = sys.modules.pop("_bgjobs_presence", None)
-    for presence in vars(inherited)["files"].values() if inherited is not None else ():
+    shared = sys.modules.pop("_bgjobs_presence", None)
+    for presence in getattr(shared, "files", {}).values():
         presence.leave_to_parent()
     _links.clear()
     for runner in list(_living):
