@@ -4129,9 +4129,10 @@ class Job(Future):                                        # type: ignore[type-ar
 
 # ---- 16 Runner ------------------------------------------------------------------------------------------------
 #
-# A runner connects the parts. The store has it take along what waits: log lines at the beginning of each transaction, outcomes
-# of ended attempts and claims for free places at its end (`_ride`). After the commit the claims go to the pool (`_committed`), and
-# the handles of jobs that are over are completed (`_announce`). The pool's workers call `_execute` and `_settle`.
+# A runner connects the parts. The store has it take along what waits: log lines at the beginning of each transaction,
+# outcomes of ended attempts and claims for free places at its end (`_ride`). After the commit the claims go to the pool
+# (`_committed`), and the handles of jobs that are over are completed (`_announce`). The pool's workers call `_execute` and
+# `_settle`.
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
@@ -4144,6 +4145,9 @@ PRUNE_IDS = 2_000          # ids that one transaction of a prune looks at
 LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
+
+GOING_ON = """SELECT id FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
+    AND status IN ('pending', 'running', 'stopping', 'stopped')"""
 
 
 class Schedule:
@@ -4389,12 +4393,9 @@ class _Handles:
         """Complete the handles of jobs that ended unnoticed, in another process above all. Reads the file."""
         self.ends_missed = False
         ids = self.ids()
-        for start in range(0, len(ids), 500):
-            some = ids[start:start + 500]
-            rows = self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({','.join(map(str, some))}) "
-                                    f"AND status IN ('pending', 'running', 'stopping', 'stopped')")
-            going_on = {row[0] for row in rows}
-            self.complete([job_id for job_id in some if job_id not in going_on])
+        if ids:
+            going_on = {row[0] for row in self._store.read(GOING_ON, {"ids": json.dumps(ids)})}
+            self.complete([job_id for job_id in ids if job_id not in going_on])
 
     def call_back(self, handle: Job) -> None:
         """Have the callbacks of a completed handle called, outside of any transaction and any job's context."""
@@ -4448,6 +4449,12 @@ _RUNNER_OPTIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
+# Option of a job -> what is stored of it, in the column of this name.
+_COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "name": str.__str__, "label": lambda v: _text(v, 500), "run_by": lambda v: _text(v, 500), "low_priority": int,
+    "system": int, "key": str.__str__, "run_at": _unix, "max_running": int}
+
+
 class Runner(Submitter, Executor):
     """Runs the jobs of one file on threads of this process; a complete concurrent.futures.Executor.
 
@@ -4465,8 +4472,8 @@ class Runner(Submitter, Executor):
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None,
                  start: bool = True, durability: str = "process", journal: str = "wal",
-                 retention: dict[str, float] | None = RETENTION, modules: Iterable[str] = (), executor: Any = None, callback: str | None = None,
-                 clock: Callable[[], float] = time.time) -> None:
+                 retention: dict[str, float] | None = RETENTION, modules: Iterable[str] = (), executor: Any = None,
+                 callback: str | None = None, clock: Callable[[], float] = time.time) -> None:
         if max_workers is None and executor is not None:
             max_workers = getattr(executor, "_max_workers", None)
         if max_workers is None:
@@ -4485,7 +4492,8 @@ class Runner(Submitter, Executor):
         path = os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path
         self._store_options = path, durability, journal, clock
         self._open()
-        _live_until_exit(self)
+        _register_hooks()
+        _living.add(self)
         if start:
             try:
                 self.start()
@@ -4615,19 +4623,12 @@ class Runner(Submitter, Executor):
         return new
 
     def _apply_options(self, new: Submission, fn: Callable[..., Any], given: dict[str, Any]) -> None:
+        for name, stored in _COLUMNS.items():
+            if given.get(name) is not None:
+                setattr(new, name, stored(given[name]))
         if "name" in given:
-            new.name = given["name"]
             _registry.by_name.setdefault(new.name, fn)
-        new.key, new.max_running = given.get("key"), given.get("max_running")
-        new.system = int(given.get("system", False))
-        label, run_by = given.get("label"), given.get("run_by")
-        new.label = None if label is None else _text(label, 500)
-        new.run_by = None if run_by is None else _text(run_by, 500)
-        if "low_priority" in given:
-            new.low_priority = int(given["low_priority"])
-        if "run_at" in given:
-            new.run_at = _unix(given["run_at"])
-        elif given.get("delay"):
+        if new.run_at is None and given.get("delay"):
             new.run_at = self._clock() + given["delay"]
         kept = {name: given[name] for name in _KEPT if name in given}
         if "backoff" in given:
@@ -5427,10 +5428,10 @@ class _Service:
         self._look_at_due = True                          # unless that is to be looked up
         self._abandoned_shown = 0                         # threads, in the runner's row
         # (every so many seconds, duty); the second list is for a runner that has been started.
-        self._duties: list[tuple[float, Callable[[], None]]] = [
+        self._duties = [
             (0.0, self._cancel_given_up), (0.0, runner._pool.put), (0.0, self._return_stuck_claims),
             (0.0, self._time_out), (FLUSH_SECONDS, runner._flush_reports)]
-        self._duties_when_started: list[tuple[float, Callable[[], None]]] = [
+        self._duties_when_started = [
             (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (1.0, self._save_means),
             (1.0, self._compare_with_file), (1.0, self._unpark), (HEARTBEAT_SECONDS, self._beat),
             (60.0, store.shorten_wal), (60.0, runner._count_created)]
@@ -5687,7 +5688,7 @@ class _Presence:
         with self._lock:
             self._own.discard(runner)
             if self._own:
-                _set_lock(self._descriptor(), runner, False)
+                _lock_byte(self._descriptor(), runner, lock=False)
             else:
                 self._close()
 
@@ -5696,7 +5697,7 @@ class _Presence:
         with self._lock:
             if runner in self._own or not _lock_byte(self._descriptor(), runner):
                 return False
-            _set_lock(self._descriptor(), runner, False)
+            _lock_byte(self._descriptor(), runner, lock=False)
             return True
 
     def file_id(self) -> str:
@@ -5729,28 +5730,24 @@ class _Presence:
             self._close()
 
 
-def _lock_byte(descriptor: int, byte: int) -> bool:
-    """Lock a byte of a file. False: another process holds it."""
+def _lock_byte(descriptor: int, byte: int, lock: bool = True) -> bool:
+    """Lock a byte of a file, or unlock it. False: another process holds it."""
     try:
-        _set_lock(descriptor, byte, True)
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(descriptor, byte, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK if lock else msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+            return True
+        import fcntl
+        import struct
+        if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:      # Linux: not the process's locks
+            flock = struct.pack("hhqqi4x", fcntl.F_WRLCK if lock else fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, flock)
+        else:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if lock else fcntl.LOCK_UN, 1, byte)
+        return True
     except (BlockingIOError, PermissionError):
         return False
-    return True
-
-
-def _set_lock(descriptor: int, byte: int, locked: bool) -> None:
-    if os.name == "nt":
-        import msvcrt
-        os.lseek(descriptor, byte, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK, 1)    # type: ignore[attr-defined]
-        return
-    import fcntl
-    import struct
-    if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:      # Linux: of the open file, not the process
-        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK if locked else fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
-    else:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN, 1, byte)
 
 
 def _presence(path: str) -> _Presence:
@@ -5764,14 +5761,9 @@ def _presence(path: str) -> _Presence:
 _living: weakref.WeakSet[Runner] = weakref.WeakSet()
 
 
-def _live_until_exit(runner: Runner) -> None:
-    """Close the runner when the interpreter exits, and leave it to the parent when the process forks."""
-    _register_hooks()
-    _living.add(runner)
-
-
 @functools.cache
 def _register_hooks() -> None:
+    """Have the living runners closed when the interpreter exits, and left to the parent when the process forks."""
     atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)

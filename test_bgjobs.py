@@ -4675,6 +4675,14 @@ class TestHandle:
         wait_for(lambda: len(got) == 5)
         assert got == [(None, 9)] * 5
 
+    def test_a_callback_is_called_also_when_its_runner_was_closed_before_the_job_ended_elsewhere(self, make):
+        closed, called = make(start=False), []
+        job = closed.submit(add, 1, 2)
+        job.add_done_callback(called.append)
+        closed.close()
+        make(max_workers=1)
+        wait_for(lambda: called == [job])
+
     def test_what_a_callback_raises_or_how_long_it_takes_harms_nobody(self, make, caplog):
         runner = make(max_workers=2)
         runner.submit(nap, 0.01).add_done_callback(lambda job: raise_it("SystemExit"))
