@@ -4345,12 +4345,13 @@ class _Handles:
         self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` given up; by the service thread
         self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.ends_missed = False                          # jobs may be over whose handles were not told: look() is due
-        # `lock` guards the four below and the making of a handle's condition; no SQL runs under it.
+        # `lock` guards the five below and the making of a handle's condition; no SQL runs under it.
         self.lock = threading.Lock()
         self.watched: dict[int, list[weakref.ref[Job]]] = {}
         self._held: set[Job] = set()                      # handles with callbacks live until these were called
         self.callbacks_left = 0
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None      # which calls them
+        self._closed = False
 
     def watch(self, handle: Job) -> None:
         """Have this handle completed when its job is over."""
@@ -4403,21 +4404,31 @@ class _Handles:
             if handle._done_callbacks:
                 self._to_call_back.put(handle)
                 self.callbacks_left += 1
+                if self._closed:
+                    self._to_call_back.put(None)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
                     self._thread.start()
             self._held.discard(handle)
 
     def _run_callbacks(self) -> None:
-        while (handle := self._to_call_back.get()) is not None:
-            try:
-                contextvars.Context().run(handle._invoke_callbacks)
-            except BaseException:
-                _log.exception("a callback of job %d failed", handle.id)
-            del handle
-            with self.lock:
-                self.callbacks_left -= 1
-        self._thread = None
+        while not self._ends(handle := self._to_call_back.get()):
+            if handle is not None:
+                try:
+                    contextvars.Context().run(handle._invoke_callbacks)
+                except BaseException:
+                    _log.exception("a callback of job %d failed", handle.id)
+                del handle
+                with self.lock:
+                    self.callbacks_left -= 1
+
+    def _ends(self, handle: Job | None) -> bool:
+        """Return whether the thread ends: with the None after the last handle, once this is closed."""
+        with self.lock:
+            if handle is not None or self.callbacks_left > 0:
+                return False
+            self._thread = None
+            return True
 
     def wait_for_callbacks(self) -> None:
         """Block until the callbacks of completed handles have returned; called from one of them, not at all."""
@@ -4427,7 +4438,8 @@ class _Handles:
     def close(self) -> None:
         """Let the thread end, and drop the handles of jobs that are not over."""
         self._held.clear()
-        if self._thread is not None:
+        with self.lock:
+            self._closed = True
             self._to_call_back.put(None)
 
     def leave_to_parent(self) -> None:
