@@ -89,7 +89,7 @@ import time
 import traceback
 import types
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
@@ -3621,7 +3621,7 @@ class Attempt(JobContext):
     begun = left_at = 0.0                                 # monotonic: when it began; when it gave its place away
     ran = worked = waited = 0.0                           # seconds: in all; without waiting for others; waiting
     waits = 0                                             # of its threads, at present
-    lines = lines_at_trim = 0                             # logged; of those, when its log was trimmed last
+    untrimmed_lines = 0                                   # in the file since the job's log was trimmed last
     connections: dict[sqlite3.Connection, int] = {}       # the app's, by which it has submitted: the last id
 
     outcome, reason = UNSPENT, HALTED                     # how the function ended; how it ends when it stops
@@ -4133,7 +4133,7 @@ class Job(Future):                                        # type: ignore[type-ar
     def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread of the runner's for callbacks; at once if it is over."""
         if self._state == "PENDING":
-            self._runner._hold(self)
+            self._runner._handles.hold(self)
         super().add_done_callback(fn)
         self._look()
 
@@ -4157,7 +4157,7 @@ class Job(Future):                                        # type: ignore[type-ar
                 getattr(waiter, tell)(self)
             condition.notify_all()
             self._state = state                           # last: what Ctrl-C cuts short is done again
-        self._runner._call_back(self)
+        self._runner._handles.call_back(self)
 
     def _outcome(self, status: str, rows: list[sqlite3.Row]) -> tuple[Any, BaseException | None]:
         """Return the result and the exception of a job that is over and has not been cancelled."""
@@ -4390,7 +4390,7 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = if
 
 def count_created(runner: Runner) -> None:
     """Bring the statistics up to date with what was created and begun by now."""
-    if runner._begun or runner._store.read(UNCOUNTED):
+    if runner._unwritten.starts or runner._store.read(UNCOUNTED):
         runner._store.write(Transaction.count_created)
 
 
@@ -4508,7 +4508,12 @@ def keep_house(runner: Runner) -> None:
         hourly.every("1h", housekeeping, **runner._retention)
 
 
-# ---- 12 Runner ------------------------------------------------------------------------------------------------
+# ---- 16 Runner ------------------------------------------------------------------------------------------------
+#
+# A runner connects the parts. The store has it take along what waits: log lines at the beginning of each transaction,
+# outcomes of ended attempts and claims for free places at its end (`_ride`). After the commit the claims go to the pool
+# (`_committed`), and the handles of jobs that are over are completed (`_announce`). The pool's workers call `_execute` and
+# `_settle`.
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
@@ -4519,6 +4524,9 @@ LINES_A_WRITE = 2_000      # log lines that one transaction takes along
 LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 
+GOING_ON = """SELECT id FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
+    AND status IN ('pending', 'running', 'stopping', 'stopped')"""
+
 
 class Submitter:
     """Submits with the options it was made with: what `options()` returns. A runner is one, too."""
@@ -4526,7 +4534,8 @@ class Submitter:
     def __init__(self, runner: Runner | None, options: dict[str, Any]) -> None:
         self._of, self._options = runner, check_options(options)
         if "executor" in options:
-            raise TypeError("executor is an option of a function, @job(executor=...), or of start(); it cannot be stored with a job")
+            raise TypeError("executor is an option of a function, @job(executor=...), or of start(); it cannot be "
+                            "stored with a job")
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
         """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit. In a job: a child of it.
@@ -4545,10 +4554,11 @@ class Submitter:
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
             ) -> Iterator[Any]:
-        """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in order.
+        """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in
+        order.
 
-        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored. What has
-        not begun is cancelled when the iterator raises or is dropped.
+        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored. What
+        has not begun is cancelled when the iterator raises or is dropped.
         """
         jobs = [self.submit(fn, *arguments) for arguments in zip(*iterables)]
         return _results(jobs, None if timeout is None else time.monotonic() + timeout)
@@ -4556,10 +4566,11 @@ class Submitter:
     def every(self, schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
         """Have `fn(*args, **kwargs)` submitted again and again, from all processes once each time; return the schedule.
 
-        schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone of the option tz. It is known by the
-        option key, else by function and arguments: to register it at each start changes nothing, or its times, if those given
-        have changed. What was missed while no process ran comes once; while its last job is not over, a time is skipped.
-        ValueError: a bad schedule, or the same one at other times; give each a key then. TypeError: as submit.
+        schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone of the option tz. It
+        is known by the option key, else by function and arguments: to register it at each start changes nothing, or its
+        times, if those given have changed. What was missed while no process ran comes once; while its last job is not
+        over, a time is skipped. ValueError: a bad schedule, or the same one at other times; give each a key then.
+        TypeError: as submit.
         """
         return register(self._of or default_runner(), schedule, fn, args, kwargs, self._options)
 
@@ -4577,8 +4588,8 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
             yield result
             del result
     except GeneratorExit:
-        for job in jobs:                                  # perhaps within a garbage collection: nothing may be locked here
-            job._runner._to_cancel.put(job)
+        for job in jobs:                                  # perhaps in a garbage collection: nothing may be locked here
+            job._runner._handles.to_cancel.put(job)
         raise
     except BaseException:
         for job in jobs:
@@ -4586,52 +4597,233 @@ def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
         raise
 
 
+class _Unwritten:
+    """Log lines, and starts of jobs to be counted, until a transaction has taken them along.
+
+    Any thread adds; only the leading thread writes and removes. A transaction that fails leaves them to the next.
+    """
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[Attempt, float, int, str]] = deque()      # with time, level and message
+        self.starts: deque[tuple[str, float]] = deque()   # names of functions, and the seconds that their jobs waited
+        self.dropped = 0                                  # lines, since that was last reported
+
+    def add_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
+        if len(self.lines) < LOG_BUFFER:
+            self.lines.append((attempt, at, level, message))
+        else:
+            self.dropped += 1
+
+    def add_start(self, attempt: Attempt, now: float) -> None:
+        """Note that a job begins, if for the first time and no system job."""
+        if attempt.due is not None and not attempt.system:
+            self.starts.append((attempt.name, max(0.0, now - attempt.due)))
+
+    def __bool__(self) -> bool:
+        return bool(self.lines or self.starts)
+
+    def write(self, tx: Transaction) -> None:
+        """Begin a transaction with what waits, so that it comes before the operations and outcomes in it."""
+        if not self:
+            return
+        lines, starts, unfit = list(self.lines)[:LINES_A_WRITE], list(self.starts), 0
+        for name, waited in starts:
+            tx.count_start(name, waited)
+        if lines:
+            try:
+                self._write_lines(tx, lines)
+            except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):     # not the disk's fault
+                unfit = len(lines)
+        tx.after_commit.append(lambda: self._forget(len(lines), len(starts), unfit))
+
+    @staticmethod
+    def _write_lines(tx: Transaction, lines: list[tuple[Attempt, float, int, str]]) -> None:
+        rows = _dump([(attempt.id, at, level, message, attempt.number) for attempt, at, level, message in lines])
+        tx.execute(INSERT_LINES, {"lines": rows})
+        for attempt, count in Counter(attempt for attempt, *_ in lines).items():
+            attempt.untrimmed_lines += count
+            if attempt.untrimmed_lines > LINES_A_JOB // 10:
+                tx.execute(TRIM_LOG, {"id": attempt.id, "keep": LINES_A_JOB})
+                tx.after_commit.append(functools.partial(setattr, attempt, "untrimmed_lines", 0))
+
+    def _forget(self, lines: int, starts: int, unfit: int) -> None:
+        self.dropped += unfit
+        for _ in range(lines):
+            self.lines.popleft()
+        for _ in range(starts):
+            self.starts.popleft()
+
+
+class _Handles:
+    """The handles that somebody waits on: completes them when their jobs are over, and calls their callbacks in a
+    thread of its own."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` given up; by the service thread
+        self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.ends_missed = False                          # jobs may be over whose handles were not told: look() is due
+        # `lock` guards the five below and the making of a handle's condition; no SQL runs under it.
+        self.lock = threading.Lock()
+        self.watched: dict[int, list[weakref.ref[Job]]] = {}
+        self._held: set[Job] = set()                      # handles with callbacks live until these were called
+        self.callbacks_left = 0
+        self._thread: threading.Thread | None = None      # which calls them
+        self._closed = False
+
+    def watch(self, handle: Job) -> None:
+        """Have this handle completed when its job is over."""
+        with self.lock:
+            self.watched.setdefault(handle.id, []).append(weakref.ref(handle))
+
+    def hold(self, handle: Job) -> None:
+        """Keep a handle alive until its callbacks were called, even if the app drops it."""
+        with self.lock:
+            self._held.add(handle)
+
+    def ids(self) -> list[int]:
+        """Return the ids of the watched jobs, after forgetting those whose handles nobody has any more."""
+        with self.lock:
+            for job_id in [i for i, references in self.watched.items() if all(r() is None for r in references)]:
+                del self.watched[job_id]
+            return list(self.watched)
+
+    def complete(self, job_ids: Iterable[int]) -> None:
+        """Complete the handles of jobs that are over. One that another process has resumed meanwhile stays watched."""
+        for job_id in job_ids:
+            references = list(self.watched.get(job_id, ()))
+            if not references:
+                continue
+            for handle in filter(None, (reference() for reference in references)):
+                try:
+                    handle._complete()
+                except Exception as error:                # others' ends are told; the service thread looks again
+                    self.ends_missed = True
+                    self._store.complain(_text(error))
+            with self.lock:
+                left = [reference for reference in self.watched.get(job_id, ())
+                        if (handle := reference()) is not None and handle._state == "PENDING"]
+                if left:
+                    self.watched[job_id] = left
+                else:
+                    self.watched.pop(job_id, None)
+
+    def look(self) -> None:
+        """Complete the handles of jobs that ended unnoticed, in another process above all. Reads the file."""
+        self.ends_missed = False
+        ids = self.ids()
+        if ids:
+            going_on = {row[0] for row in self._store.read(GOING_ON, {"ids": json.dumps(ids)})}
+            self.complete([job_id for job_id in ids if job_id not in going_on])
+
+    def call_back(self, handle: Job) -> None:
+        """Have the callbacks of a completed handle called, outside of any transaction and any job's context."""
+        with self.lock:
+            if handle._done_callbacks:
+                self._to_call_back.put(handle)
+                self.callbacks_left += 1
+                if self._closed:
+                    self._to_call_back.put(None)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
+                    self._thread.start()
+            self._held.discard(handle)
+
+    def _run_callbacks(self) -> None:
+        while not self._ends(handle := self._to_call_back.get()):
+            if handle is not None:
+                try:
+                    contextvars.Context().run(handle._invoke_callbacks)
+                except BaseException:
+                    _log.exception("a callback of job %d failed", handle.id)
+                del handle
+                with self.lock:
+                    self.callbacks_left -= 1
+
+    def _ends(self, handle: Job | None) -> bool:
+        """Return whether the thread ends: with the None after the last handle, once this is closed."""
+        with self.lock:
+            if handle is not None or self.callbacks_left > 0:
+                return False
+            self._thread = None
+            return True
+
+    def wait_for_callbacks(self) -> None:
+        """Block until the callbacks of completed handles have returned; called from one of them, not at all."""
+        while self.callbacks_left > 0 and threading.current_thread() is not self._thread:
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        """Let the thread end, and drop the handles of jobs that are not over."""
+        self._held.clear()
+        with self.lock:
+            self._closed = True
+            self._to_call_back.put(None)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: renew the lock, which may be held, and forget the thread, which is not here."""
+        self.lock, self._thread = threading.Lock(), None
+
+
+# What the options of a Runner must be: (name, check, in words). The error names the first that does not fit.
+_RUNNER_OPTIONS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("executor", *_OPTIONS["executor"]),
+    ("callback", lambda v: v is None or isinstance(v, str) and ":" in v[1:] and v.rpartition(":")[2].isdecimal(),
+     '"host:port"'),
+    ("max_workers", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "greater than 0"),
+    ("max_workers", lambda v: v < 1 << 31, "less than 2**31"),
+    ("durability", lambda v: v in ("process", "power"), '"process" or "power"'),
+    ("journal", lambda v: v in ("wal", "delete"), '"wal" or "delete"'),
+    ("retention", lambda v: v is None or isinstance(v, dict) and set(v) <= set(RETENTION) and _are_seconds(v.values()),
+     f"None or a dict of seconds for {', '.join(RETENTION)}"),
+)
+
+
+# Option of a job -> what is stored of it, in the column of this name.
+_COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "name": str.__str__, "label": lambda v: _text(v, 500), "run_by": lambda v: _text(v, 500), "low_priority": int,
+    "system": int, "key": str.__str__, "run_at": _unix, "max_running": int}
+
+
 class Runner(Submitter, Executor):
     """Runs the jobs of one file on threads of this process; a complete concurrent.futures.Executor.
 
-    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute
-    at once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start().
-    durability: "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
-    SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
-    default, where finished stands for cancelled, too; None keeps everything. modules: names of modules to import, whose
-    functions jobs may name. executor: where functions execute instead, a concurrent.futures.Executor (or what makes one, a class or a function without
-    arguments: then a broken one is replaced); max_workers is how many at once, by default the executor's. callback: "host:port" of this
-    machine, by which an executor's workers on other machines reach it. clock: returns Unix seconds.
-    Raises ValueError for a bad value, StoreError for a file that cannot be used.
+    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers: attempts that execute at
+    once (cores + 4, at most 32). start=False: submits, reads and operates, but runs nothing until start(). durability:
+    "process" survives the death of the process, "power" a power cut, too. journal: "wal", or "delete", slower, for
+    SQLite's rollback journal. retention: seconds that whole trees are kept once they are over, {"finished": 7 days,
+    "failed": 30 days} by default, where finished stands for cancelled, too; None keeps everything. modules: names of
+    modules to import, whose functions jobs may name. executor: where functions execute instead, a
+    concurrent.futures.Executor (or what makes one, a class or a function without arguments: then a broken one is
+    replaced); max_workers is how many at once, by default the executor's. callback: "host:port" of this machine, by
+    which an executor's workers on other machines reach it. clock: returns Unix seconds. Raises ValueError for a bad
+    value, StoreError for a file that cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None, start: bool = True,
-                 durability: str = "process", journal: str = "wal", retention: dict[str, float] | None = RETENTION,
-                 modules: Iterable[str] = (), executor: Any = None, callback: str | None = None,
-                 clock: Callable[[], float] = time.time) -> None:
-        if not _is_executor(executor):
-            raise ValueError(f"executor must be {_OPTIONS['executor'][1]}, got {_short(executor)}")
-        if callback is not None and not (isinstance(callback, str) and callback.rpartition(":")[0] and callback.rpartition(":")[2].isdecimal()):
-            raise ValueError(f'callback must be "host:port", got {_short(callback)}')
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None,
+                 start: bool = True, durability: str = "process", journal: str = "wal",
+                 retention: dict[str, float] | None = RETENTION, modules: Iterable[str] = (), executor: Any = None,
+                 callback: str | None = None, clock: Callable[[], float] = time.time) -> None:
         if max_workers is None and executor is not None:
             max_workers = getattr(executor, "_max_workers", None)
         if max_workers is None:
             max_workers = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
-        if isinstance(max_workers, bool) or not isinstance(max_workers, int) or max_workers <= 0:
-            raise ValueError(f"max_workers must be greater than 0, got {_short(max_workers)}")
-        if max_workers >= 1 << 31:
-            raise ValueError(f"max_workers must be less than 2**31, got {_short(max_workers)}")
-        if durability not in ("process", "power"):
-            raise ValueError(f'durability must be "process" or "power", got {_short(durability)}')
-        if journal not in ("wal", "delete"):
-            raise ValueError(f'journal must be "wal" or "delete", got {_short(journal)}')
-        if retention is not None and not (isinstance(retention, dict) and set(retention) <= set(RETENTION) and _are_seconds(retention.values())):
-            raise ValueError(f"retention must be None or a dict of seconds for {', '.join(RETENTION)}, got {_short(retention)}")
-        self._retention = None if retention is None else {**RETENTION, **retention}
-        Submitter.__init__(self, self, {})
-        self.max_workers = self._max_workers = max_workers
-        self._executor, self._callback_address = executor, callback
-        self._clock = clock
+        given = {"executor": executor, "callback": callback, "max_workers": max_workers, "durability": durability,
+                 "journal": journal, "retention": retention}
+        for name, fits, must_be in _RUNNER_OPTIONS:
+            if not fits(given[name]):
+                raise ValueError(f"{name} must be {must_be}, got {_short(given[name])}")
         for module in modules:
             __import__(module)
-        self._store_options = (os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path, durability, journal, clock)
+        Submitter.__init__(self, self, {})
+        self.max_workers = self._max_workers = max_workers
+        self._executor, self._callback_address, self._clock = executor, callback, clock
+        self._retention = None if retention is None else {**RETENTION, **retention}
+        path = os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path
+        self._store_options = path, durability, journal, clock
         self._open()
-        _live_until_exit(self)
+        _register_hooks()
+        _living.add(self)
         if start:
             try:
                 self.start()
@@ -4649,113 +4841,60 @@ class Runner(Submitter, Executor):
             raise
 
     def _begin_anew(self) -> None:
-        self.path = self._store.path
-        self._costs = Costs()
-        for name, seconds, tree_seconds in self._store.read(MEANS):
-            self._costs.means.update({} if seconds is None else {name: seconds})
-            self._costs.trees.update({} if tree_seconds is None else {name: tree_seconds})
+        store = self._store
+        self.path = store.path
+        means = store.read(MEANS)
+        self._costs = Costs({name: seconds for name, seconds, _ in means if seconds is not None})
+        self._costs.trees = {name: seconds for name, _, seconds in means if seconds is not None}
         self._callback = Callback(self, self._callback_address)
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
-        self._pool = Pool(self.max_workers, self._execute, self._settle, self._store.kick, self._callback.depart)
+        self._pool = Pool(self.max_workers, self._execute, self._settle, store.kick, self._callback.depart)
+        self._presence = _presence(self.path)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
-        # `_handle_lock` guards _watched and _held; no SQL runs under it.
-        self._handle_lock = threading.Lock()
-        self._watched: dict[int, list[weakref.ref[Job]]] = {}
-        self._held: set[Job] = set()                     # handles with callbacks live until these were called
-        self._callback_thread: threading.Thread | None = None
-        self._ends_missed = False                        # of watched jobs, since they could not be read
-        self._callbacks_left = 0                         # guarded by _handle_lock, as the thread is
-        self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()
-        # What rides along in the next transaction. Only the leading thread takes from these.
-        self._ended: deque[Attempt] = deque()
-        self._ended_at = 0.0
-        self._settling: list[Attempt] = []
-        self._backlog = True                             # more may be ready than the last claim took
-        self._lines: deque[tuple[int, float, int, str, int]] = deque()       # job id, time, level, message, attempt
-        self._lines_taken: list[tuple[Any, ...]] = []     # by the transaction under way
-        self._begun: deque[tuple[str, float]] = deque()   # names of jobs that have begun, and seconds they waited; to be counted
-        self._begun_taken: list[tuple[str, float]] = []
-        self._lines_dropped = 0
-        self._attempts: dict[int, Attempt] = {}           # claimed by this runner, by job id
+        self._attempts: dict[int, Attempt] = {}           # claimed here, by job id; only the leading thread changes it
+        self._unwritten, self._handles = _Unwritten(), _Handles(store)
+        self._ended: deque[Attempt] = deque()             # until they are recorded; only the leading thread removes
+        self._ended_at = 0.0                              # monotonic; when the first of them came
+        self._finishing = False                           # a transaction with outcomes is under way, or has failed
+        self._backlog = True                              # more may be ready than the last claim took
+        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()     # by job id, with the attempt
         self._schedules: dict[str, tuple[Any, ...]] = {}  # that this code has, by key: times, zone, function, arguments
-        self._started = self._shut = self._shut_claims = self._inline = False
-        self._close_lock = threading.Lock()              # only one thread closes
-        self._has_submitted = False
-        self._over = _Condition()                        # notified when jobs are over and somebody waits for it
-        self._waiting_for_over = 0
+        self._started = self._inline = False              # inline: in drain()
+        self._shut = self._shut_claims = False            # takes no jobs; claims none, since it goes down
+        self._close_lock = threading.Lock()               # only one thread closes
         self._service: _Service | None = None
-        self._servers: list[Any] = []                    # of the status page
-        self._store.begin, self._store.rider, self._store.announce = self._begin, self._ride, self._announce
-        self._store.backlog = self._nudge_service
-
-    def _leave_to_parent(self) -> None:
-        """In a forked child: this runner has no threads here, and its file is the parent's. Only start() makes it work again."""
-        self._store.leave_to_parent()
-        self._pool.forked = True
-        self._handle_lock, self._close_lock, self._over = threading.Lock(), threading.Lock(), _Condition()
-        self._service, self._callback_thread, self._started = None, None, False
-        self._attempts, self._servers = {}, []
-        self._callback.leave_to_parent()
-
-    def _register(self) -> tuple[int, int]:
-        def register(tx: Transaction) -> tuple[int, int]:
-            runner_id = self._save_runner(tx, None)
-            while not _presence().appear(self._store.path, runner_id):     # a runner on a deleted file of this name has it
-                tx.execute(REMOVE_RUNNER, {"id": runner_id})
-                runner_id = self._save_runner(tx, None)               # a higher one; its lock is held before anybody can see the row
-            return runner_id, tx.execute(NEXT_ID).fetchone()[0]
-        return self._store.write(register)
-
-    def _save_runner(self, tx: Transaction, runner_id: int | None, abandoned: int = 0) -> int:
-        """Write down, for people to see, that this runner lives; with None for the id it gets one. Returns the id."""
-        import socket
-        cursor = tx.execute(SAVE_RUNNER, {"id": runner_id, "pid": os.getpid(), "host": socket.gethostname(),
-                                          "workers": self.max_workers, "now": tx.now, "abandoned": abandoned,
-                                          "lock_file": _presence().file_id(self._store.path)})
-        return cursor.lastrowid if runner_id is None else runner_id
+        self._servers: list[Any] = []                     # of the status page
+        store.begin, store.rider, store.announce = self._unwritten.write, self._ride, self._announce
+        store.backlog = self._nudge_service
 
     # the hot path: submit, claim, execute, finish
 
-    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> Job:
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+                ) -> Job:
         new = self._submission(fn, options)
         if args:
             new.args = encode(args, f"the arguments of {new.name}")
         if kwargs:
             new.kwargs = encode(kwargs, f"the arguments of {new.name}")
-        self._has_submitted = True
         connection = options.get("connection")
         if connection is None:
             return Job(self, self._store.write(lambda tx: tx.submit(new)))
-        job_id, created_at = self._write_through(connection, lambda tx: (
-            found := tx.submit(new), tx.execute(CREATED_AT, {"id": found}).fetchone()[0]))
-        return Job(self, job_id, created_at)
-
-    def _write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
-        value, attempt = self._store.write_through(connection, run), _current.get()
-        if attempt is not None:
-            attempt.connections = {**attempt.connections, connection: value[0]}
-        return value
+        return Job(self, *self._write_through(connection, lambda tx: (
+            job_id := tx.submit(new), tx.execute(CREATED_AT, {"id": job_id}).fetchone()[0])))
 
     def _submit_many(self, fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]], options: dict[str, Any]
                      ) -> list[int]:
         new = self._submission(fn, options)
         if new.key is not None:
             raise ValueError("a key names one job; it cannot be an option of submit_many")
-        ids: list[int] = []
-        what = f"the arguments of {new.name}"
-        tuples = iter(argument_tuples)
+        connection = options.get("connection")
+        write = self._store.write if connection is None else functools.partial(self._write_through, connection)
+        what, tuples, ids = f"the arguments of {new.name}", iter(argument_tuples), []
         try:
-            while True:
-                batch = [encode(args if isinstance(args, tuple) else _not_a_tuple(args), what) if args != () else None
-                         for args in itertools.islice(tuples, 10_000)]
-                if not batch:
-                    return ids
-                self._has_submitted = True
-                connection = options.get("connection")
-                ids += (self._store.write if connection is None else functools.partial(self._write_through, connection))(
-                    lambda tx: tx.submit_many(new, batch))
+            while batch := [None if args == () else encode(_checked_tuple(args), what)
+                            for args in itertools.islice(tuples, 10_000)]:
+                ids += write(lambda tx: tx.submit_many(new, batch))
+            return ids
         except Exception as error:
             kind = TypeError if isinstance(error, TypeError) else BgjobsError
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
@@ -4786,19 +4925,12 @@ class Runner(Submitter, Executor):
         return new
 
     def _apply_options(self, new: Submission, fn: Callable[..., Any], given: dict[str, Any]) -> None:
-        new.name = given.get("name", new.name)
+        for name, stored in _COLUMNS.items():
+            if given.get(name) is not None:
+                setattr(new, name, stored(given[name]))
         if "name" in given:
             _registry.by_name.setdefault(new.name, fn)
-        new.key = given.get("key")
-        for name in ("label", "run_by"):
-            value = given.get(name)
-            setattr(new, name, None if value is None else _text(value, 500))
-        new.low_priority = int(given["low_priority"]) if "low_priority" in given else None
-        new.system = int(given.get("system", False))
-        new.max_running = given.get("max_running")
-        if "run_at" in given:
-            new.run_at = _unix(given["run_at"])
-        elif given.get("delay"):
+        if new.run_at is None and given.get("delay"):
             new.run_at = self._clock() + given["delay"]
         kept = {name: given[name] for name in _KEPT if name in given}
         if "backoff" in given:
@@ -4812,72 +4944,25 @@ class Runner(Submitter, Executor):
             if parent._runner is not self and os.path.realpath(parent._runner.path) != os.path.realpath(self.path):
                 raise ValueError(f"{parent!r} is in {parent._runner.path}; it takes no children from {self.path}")
             new.parent_id = parent.id
-            running = self._attempts.get(parent.id)
-            if running is not None:
-                running.has_children = True
-
-    def _begin(self, tx: Transaction) -> None:
-        """Begin a transaction with the log lines that wait, and the starts to count: they come before the operations and outcomes in it."""
-        taken, begun = self._lines_taken, self._begun_taken      # the last transaction may have failed with some
-        while self._lines and len(taken) < LINES_A_WRITE:
-            taken.append(self._lines.popleft())
-        while self._begun:
-            begun.append(self._begun.popleft())
-        if taken:
-            lines = [line for line in taken if len(line) > 1]
-            try:
-                tx.execute(INSERT_LINES, {"lines": _dump(lines)})
-            except (TypeError, ValueError, sqlite3.DataError, sqlite3.IntegrityError):      # the lines' trouble, not the disk's
-                self._lines_dropped += len(lines)
-                taken.clear()
-            ended = {line[0] for line in taken if len(line) == 1}
-            for job_id in {line[0] for line in taken}:
-                attempt = self._attempts.get(job_id)
-                if job_id in ended or attempt is not None and attempt.lines - attempt.lines_at_trim > LINES_A_JOB // 10:
-                    if attempt is not None:
-                        attempt.lines_at_trim = attempt.lines
-                    tx.execute(TRIM_LOG, {"id": job_id, "keep": LINES_A_JOB})
-        for name, waited in begun:
-            tx.count_start(name, waited)
-        if taken or begun:
-            tx.after_commit.append(lambda: (taken.clear(), begun.clear()))
+            if parent.id in self._attempts:
+                self._attempts[parent.id].has_children = True
 
     def _ride(self, tx: Transaction, kicked: bool) -> None:
-        """Take what waits into a transaction: outcomes of attempts, and claims for free places."""
+        """End a transaction with what waits for one: the outcomes of ended attempts, and claims for free places."""
         if self._pool.lingers and not kicked:
             return                                       # a worker is about to do so, for more at a time
-        again = self._settling                           # the last transaction failed with these
-        ended = self._settling = again + list(self._ended)     # in both for a moment, rather than in neither, if Ctrl-C comes
-        for _ in range(len(ended) - len(again)):
-            self._ended.popleft()
-        if again:
+        ended, failed = list(self._ended), self._finishing
+        self._finishing = bool(ended)
+        if failed:
             for attempt in ended:
                 self._finish_with_care(tx, attempt)
         elif ended:
             tx.finish(ended)
-        claims: list[Attempt] = []
-        if self._started and not self._shut_claims:
-            claims = self._claim(tx)
+        claims = self._claim(tx) if self._started and not self._shut_claims else []
         if tx.parked >= PARKED_A_CLAIM:
             tx.after_commit.append(self._store.kick)     # what is behind them has its turn next
         if ended or claims:
-            tx.after_commit.append(lambda: self._committed(claims))
-
-    def _finish_with_care(self, tx: Transaction, attempt: Attempt) -> None:
-        """Record one outcome; one that cannot be recorded becomes a failure, so that it holds nobody else up."""
-        tx.execute("SAVEPOINT outcome")
-        try:
-            tx.finish([attempt])
-            tx.apply()
-        except sqlite3.OperationalError:                  # the disk's trouble, not the outcome's
-            raise
-        except Exception as error:
-            tx.execute("ROLLBACK TO outcome")
-            tx.forget_changes()
-            attempt.unsaved_progress = None
-            attempt.fail(error)
-            tx.finish([attempt])
-        tx.execute("RELEASE outcome")
+            tx.after_commit.append(lambda: self._committed(ended, claims))
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free places, and some ahead of free workers while they are known to be short."""
@@ -4893,45 +4978,32 @@ class Runner(Submitter, Executor):
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, claim: Claim) -> Attempt:
-        name, options, system = claim.name, claim.options, claim.system
-        engine = self._engine_for(name, options) if (self._executor is not None or _registry.has_executors) and not system \
-            or options and '"isolate":true' in options else None
+        engine = self._engine_for(claim.name, claim.options, claim.system)
         return Attempt(self, claim) if engine is None else Departed(self, claim, engine)
 
-    def _engine_for(self, name: str, options: str | None = None) -> Engine | None:
-        """Return what executes the jobs of this name, or None: the threads of this process."""
-        if options and '"isolate":true' in options:
-            executor: Any = IsolatedProcesses
-        else:
-            function = _registry.find(name)
-            executor = _registry.declared.get(function, {}).get("executor", self._executor) if function is not None else None
-        if executor is None:
-            return None
-        return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
-
-    def _committed(self, claims: list[Attempt]) -> None:
-        """After a commit of what rode along: forget it, and hand the claims out. Runs in the leading thread."""
-        for attempt in self._settling:
+    def _committed(self, ended: list[Attempt], claims: list[Attempt]) -> None:
+        """After a commit of what rode along: forget what has ended, and hand the claims out. Runs in the leading
+        thread."""
+        self._finishing = False
+        for attempt in ended:
             if self._attempts.get(attempt.id) is attempt:
                 del self._attempts[attempt.id]
-        self._settling = []
+            self._ended.popleft()                         # last: what Ctrl-C leaves here is recorded again, in vain
+        self._ended_at = time.monotonic()                 # of those that came meanwhile
+        for attempt in claims:
+            superseded = self._attempts.get(attempt.id)
+            self._attempts[attempt.id] = attempt
+            if superseded is not None:                    # by another process, and resumed: nobody here has noticed yet
+                self._abandon(superseded)
         if claims:
-            for attempt in claims:
-                superseded = self._attempts.get(attempt.id)
-                self._attempts[attempt.id] = attempt
-                if superseded is not None:                # by another process, and resumed: nobody here has noticed yet
-                    self._abandon(superseded)
             self._pool.put(claims, sum(self._costs.means.get(attempt.name, math.inf) for attempt in claims))
 
     def _announce(self, tx: Transaction) -> None:
         """After any commit: tell who waits for what has ended. Runs in the leading thread."""
         for name, seconds in tx.trees:
             self._costs.record_tree(name, seconds)
-        if tx.over and self._watched:
-            self._complete_handles(tx.over)
-        if tx.over and self._waiting_for_over:
-            with self._over:
-                self._over.notify_all()
+        if tx.over and self._handles.watched:
+            self._handles.complete(tx.over)
 
     def _execute(self, attempt: Attempt) -> None:
         """Run one attempt's function in this thread, if it is not to stop already. Never raises."""
@@ -4940,8 +5012,6 @@ class Runner(Submitter, Executor):
 
     def _perform(self, attempt: Attempt) -> None:
         attempt.begun = time.monotonic()
-        if self._inline and attempt.options.get("timeout"):
-            self._ensure_service()
         attempt.thread = attempt.ticket.thread = threading.get_ident()
         around, _here.ticket = _here.ticket, attempt.ticket
         try:
@@ -4949,13 +5019,12 @@ class Runner(Submitter, Executor):
             if function is None:
                 attempt.outcome = UNKNOWN
             else:
-                if attempt.due is not None and not attempt.system:
-                    self._begun.append((attempt.name, max(0.0, self._clock() - attempt.due)))
+                self._unwritten.add_start(attempt, self._clock())
                 try:
                     value = contextvars.Context().run(self._call, attempt, function)
                 finally:
                     attempt.ticket.keep()                 # a force stop raises nothing here any more
-                attempt.result = None if value is None else self._encoded_result(attempt, value)
+                attempt.result = None if value is None else encode(value, f"{attempt.name} returned, but the result")
                 attempt.outcome = RETURNED
         except BaseException as error:
             attempt.outcome = attempt.reason
@@ -4971,26 +5040,6 @@ class Runner(Submitter, Executor):
         attempt.worked = max(0.0, attempt.ran - attempt.waited)
         if attempt.outcome != UNKNOWN:
             self._costs.record(attempt.name, attempt.worked)
-
-    def _roll_back(self, attempt: Attempt) -> None:
-        """Roll back what an attempt has left open on connections of its thread: the locks would keep its outcome from being
-        recorded. A connection that other threads may use is theirs."""
-        for connection, job_id in attempt.connections.items():
-            with contextlib.suppress(sqlite3.Error, StoreError):
-                if connection.in_transaction and not is_shared(connection):
-                    # With autocommit=False a transaction is always open.
-                    lost = getattr(connection, "autocommit", True) is not False or not self._store.read(STATUS_OF, {"id": job_id})
-                    connection.rollback()
-                    if lost:
-                        _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its own: rolled back")
-        attempt.connections = {}
-
-    @staticmethod
-    def _encoded_result(attempt: Attempt, value: Any) -> str:
-        try:
-            return encode(value, "the result")
-        except BaseException as error:                    # whatever the value's own methods raise
-            raise TypeError(f"{attempt.name} returned, but {_text(error)}") from None
 
     @staticmethod
     def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
@@ -5010,27 +5059,78 @@ class Runner(Submitter, Executor):
         return value
 
     def _settle(self, attempt: Attempt) -> bool:
-        """Have an ended attempt recorded. True: now, since somebody waits for it, or its place for a job that is ready; else it
-        happens within SETTLE_SECONDS, with what else is written then."""
+        """Queue the outcome of an attempt for `_ride`. True: the caller is to lead a transaction now, since somebody
+        waits for the outcome, or a ready job for the place; else one follows within SETTLE_SECONDS, for more at a time.
+        """
         try:
             if attempt.exception is not None and not attempt.ticket.void:
                 self._remember_exception(attempt)
             attempt.unsaved_progress = attempt.report_to_save() if attempt.outcome != RETURNED else None
         except BaseException as error:                    # whatever it is, the job ends and the worker goes on
             attempt.fail(error)
-        if attempt.lines > LINES_A_JOB // 10:
-            self._lines.append((attempt.id,))            # behind its last line: the log is trimmed
-        now = time.monotonic()
+        now, watched = time.monotonic(), self._handles.watched
         if not self._ended:
             self._ended_at = now
         self._ended.append(attempt)
-        if attempt.id in self._watched or attempt.has_children or attempt.parent_id is not None and self._watched \
+        if attempt.id in watched or attempt.has_children or attempt.parent_id is not None and watched \
                 or self._backlog and self._pool.is_empty \
                 or now - self._ended_at > SETTLE_SECONDS and not self._store.leading:
             return True
-        if self._service is not None:
-            self._service.nudge_soon()
+        self._nudge_service()
         return False
+
+    # what is rare on that path
+
+    def _write_through(self, connection: sqlite3.Connection, run: Callable[[Transaction], Any]) -> Any:
+        """Run a write in the app's own transaction. The ids it returns show later whether that was committed."""
+        value, attempt = self._store.write_through(connection, run), _current.get()
+        if attempt is not None:
+            attempt.connections = {**attempt.connections, connection: value[0]}
+        return value
+
+    def _engine_for(self, name: str, options: str | None = None, system: int = 0) -> Engine | None:
+        """Return what executes the jobs of this name, or None: the threads of this process."""
+        executor = self._executor
+        if options and '"isolate":true' in options:
+            executor = IsolatedProcesses
+        elif system or executor is None and not _registry.has_executors:
+            return None
+        else:
+            executor = _registry.declared.get(_registry.find(name), {}).get("executor", executor)
+        if executor is None:
+            return None
+        return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
+
+    def _finish_with_care(self, tx: Transaction, attempt: Attempt) -> None:
+        """Record one outcome. One that cannot be recorded becomes a failure instead of holding everybody up."""
+        tx.execute("SAVEPOINT outcome")
+        try:
+            tx.finish([attempt])
+            tx.apply()
+        except sqlite3.OperationalError:                  # the disk's trouble, not the outcome's
+            raise
+        except Exception as error:
+            tx.execute("ROLLBACK TO outcome")
+            tx.forget_changes()
+            attempt.unsaved_progress = None
+            attempt.fail(error)
+            tx.finish([attempt])
+        tx.execute("RELEASE outcome")
+
+    def _roll_back(self, attempt: Attempt) -> None:
+        """Roll back what an attempt left open on connections of its thread, whose locks would keep its outcome from
+        being recorded. A connection that other threads may use is left to them."""
+        for connection, job_id in attempt.connections.items():
+            with contextlib.suppress(sqlite3.Error, StoreError):
+                if connection.in_transaction and not is_shared(connection):
+                    # With autocommit=False a transaction is always open.
+                    always_open = getattr(connection, "autocommit", True) is False
+                    lost = not always_open or not self._store.read(STATUS_OF, {"id": job_id})
+                    connection.rollback()
+                    if lost:
+                        _say(logging.WARNING, f"job {attempt.id} ({attempt.name}) ended within a transaction of its "
+                             "own: rolled back")
+        attempt.connections = {}
 
     def _remember_exception(self, attempt: Attempt) -> None:
         error = attempt.exception
@@ -5044,11 +5144,8 @@ class Runner(Submitter, Executor):
         """Take a log record into the job's log; written with the next transaction, within a second."""
         if self._attempts.get(attempt.id) is not attempt:
             return                                        # superseded
-        if len(self._lines) >= LINES_A_WRITE and self._inline:
+        if self._inline and len(self._unwritten.lines) >= LINES_A_WRITE:
             self._store.kick()                            # nobody else writes them
-        if len(self._lines) >= LOG_BUFFER:
-            self._lines_dropped += 1
-            return
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1] is not None:
@@ -5057,8 +5154,14 @@ class Runner(Submitter, Executor):
             message = f"{_short(record.msg)} could not be formatted: {_text(error)}"
         at = record.created if self._clock is time.time and _is_number(record.created) else self._clock()
         level = record.levelno if isinstance(record.levelno, int) and abs(record.levelno) < 1 << 31 else logging.NOTSET
-        attempt.lines += 1
-        self._lines.append((attempt.id, at, level, _text(message).replace("\0", "\\0"), attempt.number))
+        self._unwritten.add_line(attempt, at, level, _text(message).replace("\0", "\\0"))
+
+    def _abandon(self, attempt: Attempt) -> None:
+        """Give up an attempt that the file has superseded: stop it, wherever it is, and give its place to another."""
+        if self._attempts.get(attempt.id) is attempt:
+            del self._attempts[attempt.id]
+        attempt.supersede()
+        self._pool.abandon(attempt)
 
     # reading and operating
 
@@ -5072,8 +5175,9 @@ class Runner(Submitter, Executor):
         return Job(self, job_id)
 
     def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
-        """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent= system=
-        created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None. ValueError: a bad value."""
+        """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent=
+        system= created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None.
+        ValueError: a bad value."""
         check_limit(limit)
         return [Job(self, job_id) for job_id in find_jobs(self._store, filters, limit, before)[0]]
 
@@ -5089,16 +5193,13 @@ class Runner(Submitter, Executor):
     def _usual(self, name: str) -> float | None:
         return usual_seconds(self._store, self._costs, name)
 
-    def _logs(self, job_id: int, *filters: Any) -> list[dict[str, Any]]:
-        if (self._lines or self._lines_taken) and not self._store.closed:
-            for _ in range(len(self._lines) // LINES_A_WRITE + 1):
-                self._store.write(_do_nothing)            # who asks sees what was logged by now
-        return read_logs(self._store, job_id, *filters)
+    def _logs(self, job_id: int, *filters: Any, **named: Any) -> list[dict[str, Any]]:
+        if not self._store.closed:
+            self._write_lines()                           # who asks sees what was logged by now
+        return read_logs(self._store, job_id, *filters, **named)
 
     @library_code
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
-        if not 0 < job_id < 1 << 63:
-            raise KeyError(f"there is no job {job_id} in {self.path}")
         by = None if by is None else " ".join(_text(by, 200).split())
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
@@ -5113,7 +5214,7 @@ class Runner(Submitter, Executor):
             tx.after_commit.append(lambda: self._tell_attempts(operation, moved))
         try:
             self._store.write(operate)
-        except KeyError:
+        except (KeyError, OverflowError):
             raise KeyError(f"there is no job {job_id} in {self.path}") from None
         finally:
             passed.set()
@@ -5121,30 +5222,9 @@ class Runner(Submitter, Executor):
             return Job(self, job_id)
         return handle
 
-    def _time_out(self) -> None:
-        """Stop the attempts that take longer than their timeout; what reaches no checkpoint then fails without its consent."""
-        now = time.monotonic()
-        timed = [attempt for attempt in list(self._attempts.values()) if attempt.thread is not None and attempt.options.get("timeout")]
-        for attempt in timed:
-            late = now - attempt.begun - attempt.options["timeout"]
-            if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
-                self._store.write(lambda tx: self._fail_late(tx, attempt))
-            elif late > 0 and attempt.reason == HALTED:
-                attempt.request_stop(TIMED_OUT, force=True)
-
-    def _fail_late(self, tx: Transaction, attempt: Attempt) -> None:
-        """Record the failure of an attempt that still executes."""
-        lost = copy.copy(attempt)
-        lost.ran = time.monotonic() - attempt.begun
-        lost.worked = max(0.0, lost.ran - lost.waited)
-        lost.fail(attempt.took_too_long)
-        if tx.finish_superseded(lost):
-            self._remember_exception(lost)
-            tx.after_commit.append(lambda: self._abandon(attempt))
-
     def _tell_attempts(self, operation: str, job_ids: Iterable[int]) -> None:
-        """After the commit of an operation: carry it out on what executes here. Runs in the leading thread, before any of these
-        jobs can be claimed again."""
+        """Carry a committed operation out on the attempts of this process. Runs in the leading thread, before any of
+        these jobs can be claimed again."""
         for attempt in filter(None, map(self._attempts.get, job_ids)):
             if operation == "stop":
                 attempt.request_stop()
@@ -5154,92 +5234,21 @@ class Runner(Submitter, Executor):
                 self._pool.set_low_priority(attempt, int(operation == "set_low_priority"))
                 self._store.kick()                        # it may have left a place to another of low priority
 
-    def _abandon(self, attempt: Attempt) -> None:
-        """Be done with an attempt that has been superseded in the store: stop it wherever it is, and fill its place."""
-        if self._attempts.get(attempt.id) is attempt:
-            del self._attempts[attempt.id]
-        attempt.supersede()
-        self._pool.abandon(attempt)
-
     # waiting
 
     @library_code
     def _watch(self, handle: Job) -> None:
-        """Complete this handle when its job is over, whichever process runs it."""
-        with self._handle_lock:
-            self._watched.setdefault(handle.id, []).append(weakref.ref(handle))
+        """Have this handle completed when its job is over, whichever process runs it."""
+        self._handles.watch(handle)
         self._ensure_service()
         if self._ended and not self._store.closed:
             self._store.kick()                            # its outcome may be among those that wait for company
         with contextlib.suppress(KeyError):
             handle._look()                                # it may have ended before it was watched
 
-    def _hold(self, handle: Job) -> None:
-        with self._handle_lock:
-            self._held.add(handle)
-
-    def _call_back(self, handle: Job) -> None:
-        """Have the callbacks of a completed handle called, outside of any transaction and any job's context."""
-        if handle._done_callbacks:
-            with self._handle_lock:
-                self._callbacks_left += 1
-                if self._callback_thread is None:
-                    self._callback_thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
-                    self._callback_thread.start()
-            self._to_call_back.put(handle)
-        with self._handle_lock:
-            self._held.discard(handle)
-
-    def _run_callbacks(self) -> None:
-        while (handle := self._to_call_back.get()) is not None:
-            try:
-                contextvars.Context().run(handle._invoke_callbacks)
-            except BaseException:
-                _log.exception("a callback of job %d failed", handle.id)
-            del handle
-            with self._handle_lock:
-                self._callbacks_left -= 1
-        self._callback_thread = None
-
-    def _complete_handles(self, job_ids: Iterable[int]) -> None:
-        for job_id in job_ids:
-            references = list(self._watched.get(job_id, ()))
-            if not references:
-                continue
-            for reference in references:
-                handle = reference()
-                if handle is not None:
-                    try:
-                        handle._complete()
-                    except Exception as error:            # others' ends are told; the service thread looks again
-                        self._ends_missed = True
-                        self._store.complain(_text(error))
-            with self._handle_lock:                       # those stay that another process has resumed meanwhile
-                left = [r for r in self._watched.get(job_id, ()) if (handle := r()) is not None and handle._state == "PENDING"]
-                if left:
-                    self._watched[job_id] = left
-                else:
-                    self._watched.pop(job_id, None)
-
-    def _watched_now(self) -> list[int]:
-        """Return the ids of the jobs whose end somebody wants to know; forget those whose handles nobody has any more."""
-        with self._handle_lock:
-            for job_id in [i for i, references in self._watched.items() if all(r() is None for r in references)]:
-                del self._watched[job_id]
-            return list(self._watched)
-
-    def _look_after_watched(self) -> None:
-        """Complete the handles whose jobs other processes have ended."""
-        self._ends_missed = False
-        watched = self._watched_now()
-        for start in range(0, len(watched), 500):
-            some = ",".join(map(str, watched[start:start + 500]))
-            going_on = {row[0] for row in self._store.read(f"SELECT id FROM bgjobs_jobs WHERE id IN ({some}) AND status IN "
-                                                           f"('pending', 'running', 'stopping', 'stopped')")}
-            self._complete_handles([job_id for job_id in watched[start:start + 500] if job_id not in going_on])
-
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
-        """Wait in a job of this runner, its worker's place given away. In `drain` the jobs waited for run here."""
+        """Return wait(timeout), called inside a job while its worker's place is given away. In drain(), jobs run here
+        meanwhile."""
         if not self._inline:
             with self._pool.away(attempt):
                 return wait(timeout)
@@ -5251,8 +5260,9 @@ class Runner(Submitter, Executor):
             if self._run_one() or self._clock() != clock:
                 idle_since, clock = time.monotonic(), self._clock()
             elif time.monotonic() - idle_since > STANDING_CLOCK_SECONDS:
-                raise RuntimeError(f"job {attempt.id} waits for what is not due yet, and the clock of this runner stands")
-            self._look_after_watched()
+                raise RuntimeError(f"job {attempt.id} waits for what is not due yet, and the clock of this runner "
+                                   "stands")
+            self._handles.look()
             wait(0.01)
         attempt.waited += time.monotonic() - begun
         return True
@@ -5264,14 +5274,14 @@ class Runner(Submitter, Executor):
         error = json.loads(row["error"]) if row["error"] else {"type": "", "text": "", "traceback": ""}
         return JobFailed(f"job {job_id} ({row['name']})", error["type"], error["text"], error["traceback"])
 
-    # starting and going down
+    # starting
 
     @library_code
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Returns the runner.
 
-        In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules may call it,
-        it does nothing.
+        In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules
+        may call it, it does nothing.
         """
         if _serves_attempts:
             return self
@@ -5288,9 +5298,53 @@ class Runner(Submitter, Executor):
             self._store.kick()
         return self
 
+    def _register(self) -> tuple[int, int]:
+        """Enter this runner in the file. Returns its id, and the lowest that its jobs may have."""
+        def register(tx: Transaction) -> tuple[int, int]:
+            runner_id = self._save_runner(tx, None)
+            # Its lock is held before anybody can see the row. A runner on a deleted file of this name may have that.
+            while not self._presence.appear(runner_id):
+                tx.execute(REMOVE_RUNNER, {"id": runner_id})
+                runner_id = self._save_runner(tx, None)   # a higher one
+            return runner_id, tx.execute(NEXT_ID).fetchone()[0]
+        return self._store.write(register)
+
+    def _save_runner(self, tx: Transaction, runner_id: int | None) -> int:
+        """Write this runner's row, with the time as its heartbeat, for people to see. Returns its id; None gets it a
+        new one."""
+        import socket
+        cursor = tx.execute(SAVE_RUNNER, {
+            "id": runner_id, "pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers,
+            "now": tx.now, "abandoned": self._pool.abandoned, "lock_file": self._presence.file_id()})
+        return cursor.lastrowid if runner_id is None else runner_id
+
+    def _recover_dead(self) -> None:
+        """Take the jobs of dead runners back, as `_Presence` tells them."""
+        presence = self._presence
+        if presence.reassert():
+            self._store.write(lambda tx: self._save_runner(tx, self._id))
+        lock_file, now = presence.file_id(), self._clock()
+        # A runner whose row names another lock file may not have noticed yet that its own was deleted: give it time.
+        judged = {row[0] for row in self._store.read(LOCK_FILES)
+                  if row[1] in (None, lock_file) or now - row[2] > 3 * HEARTBEAT_SECONDS}
+        judged.update(row[0] for row in self._store.read(ORPHANED))
+        for runner in filter(presence.is_dead, judged - {self._id}):
+            taken = self._store.write(lambda tx: tx.recover(runner))
+            if taken:
+                _say(logging.WARNING, f"took back {taken:,} jobs of a process that died")
+
+    def _ensure_service(self) -> None:
+        with self._handles.lock:
+            if self._service is None or not self._service.alive:
+                self._service = _Service(self)
+
+    def _nudge_service(self) -> None:
+        if self._service is not None:
+            self._service.nudge_soon()
+
     def backup(self, path: str | os.PathLike[str]) -> str:
-        """Copy the job file as it is at this moment to a new file, while it is in use; return its path. (A plain copy would miss
-        what is in the -wal file, or tear a transaction.) ValueError: the path exists."""
+        """Copy the job file as it is at this moment to a new file, while it is in use; return its path. (A plain copy
+        would miss what is in the -wal file, or tear a transaction.) ValueError: the path exists."""
         self._store.backup(os.path.abspath(path))
         return os.path.abspath(path)
 
@@ -5320,11 +5374,42 @@ class Runner(Submitter, Executor):
         rows = self._store.write(claim)
         for row in rows:
             attempt = self._attempts[row.id] = Attempt(self, row)
+            if attempt.options.get("timeout"):
+                self._ensure_service()                    # which watches the time
             self._execute(attempt)
             self._settle(attempt)
             self._store.kick()
-            self._flush_progress()
+            self._flush_reports()
         return bool(rows)
+
+    def _flush_reports(self) -> None:
+        """Write how far the executing attempts are, what was logged, and what they cost beyond their charge, lest their
+        roots look idle."""
+        now = time.monotonic()
+        executing = [attempt for attempt in list(self._attempts.values()) if attempt.thread is not None]
+        reports = [(attempt, report) for attempt in executing if (report := attempt.report_to_save()) is not None]
+        charges = [(attempt, more) for attempt in executing
+                   if (more := int((now - attempt.begun - attempt.waited) * 1e6) - attempt.charge) > 1_000_000]
+
+        def save(tx: Transaction) -> None:
+            for attempt, report in reports:
+                tx.save_progress(attempt, report)
+            for attempt, more in charges:
+                tx.add_charge(attempt, more)
+        if reports or charges:
+            self._store.write(save)
+        self._write_lines()
+        dropped, self._unwritten.dropped = self._unwritten.dropped, 0
+        if dropped:
+            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes "
+                 "them, or could not be stored")
+
+    def _write_lines(self) -> None:
+        """Return when the lines logged by now are in the file. Each transaction takes some along."""
+        for _ in range(len(self._unwritten.lines) // LINES_A_WRITE + bool(self._unwritten)):
+            self._store.write(_do_nothing)
+
+    # going down
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs. wait=True: return when no job submitted through this runner, nor a descendant of one, is
@@ -5333,45 +5418,35 @@ class Runner(Submitter, Executor):
             self._shut = True
             if cancel_futures:
                 self._cancel_pending()
-            if not self._started:
-                self.close()
-            elif wait:
+            if self._started and not wait:
+                threading.Thread(target=self.shutdown, name="bgjobs-shutdown", daemon=True).start()
+                return
+            if self._started:
                 self._wait_for_own()
-                while self._callbacks_left and threading.current_thread() is not self._callback_thread:
-                    time.sleep(0.002)
-                self.close()
-            else:
-                threading.Thread(target=lambda: self.shutdown(), name="bgjobs-shutdown", daemon=True).start()
+                self._handles.wait_for_callbacks()
+            self.close()
 
     def _cancel_pending(self) -> None:
         after = 0
-        while True:
-            rows = self._store.read(MY_PENDING, {"submitter": self._id, "after": after})
+        while rows := self._store.read(MY_PENDING, {"submitter": self._id, "after": after}):
             for row in rows:
                 with contextlib.suppress(InvalidOperation, KeyError):
                     self._operate("cancel", row["id"], None)
-            if len(rows) < 500:
-                return
             after = rows[-1]["id"]
 
     def _wait_for_own(self) -> None:
         """Wait until nothing that was submitted through this runner is ready or running."""
-        self._waiting_for_over += 1
-        try:
-            after = self._first_id
-            while self._has_submitted:
-                parameters = {"submitter": self._id, "after": after}
-                found = [row["id"] for sql in UNFINISHED_QUERIES for row in self._store.read(sql, parameters)]
-                if not found and after == self._first_id:
-                    return
-                if found:
-                    after = min(found)
-                    with self._over:
-                        self._over.wait(0.05)
-                else:
-                    after = self._first_id                # once more from the start: an older one may have been resumed
-        finally:
-            self._waiting_for_over -= 1
+        after = self._first_id
+        while True:
+            parameters = {"submitter": self._id, "after": after}
+            found = [row["id"] for sql in UNFINISHED_QUERIES for row in self._store.read(sql, parameters)]
+            if found:
+                after = min(found)
+                time.sleep(0.01)
+            elif after > self._first_id:
+                after = self._first_id                    # once more from the start: an older one may have been resumed
+            else:
+                return
 
     @library_code
     def close(self, timeout: float = GRACE_SECONDS) -> None:
@@ -5392,37 +5467,28 @@ class Runner(Submitter, Executor):
             try:
                 if not self._store.closed:
                     self._close()
-            except KeyboardInterrupt:                              # another Ctrl-C: wait no longer
+            except KeyboardInterrupt:                     # another Ctrl-C: wait no longer
                 for runner in list(_living):
                     runner._store.close_by = 0.0
             finally:
                 self._close_lock.release()
 
-    def _time_to_close(self, extra: float, most: float) -> float:
-        """Return the seconds that are left while going down: `extra` more than what running jobs get, and `most` in any case."""
-        return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
-
-    def _pause(self) -> None:
-        """Claim nothing more, and ask what runs to pause at its next checkpoint."""
-        self._shut = self._shut_claims = True
-        for attempt in list(self._attempts.values()):
-            attempt.request_stop(RELEASED)
-
     def _close(self) -> None:
+        """Go down in order. Running jobs get until store.close_by, the rest takes a moment."""
         self._pause()
         with contextlib.suppress(StoreError):
-            self._store.write(_do_nothing)            # who leads now may be claiming still: after this nobody is
-        self._ended.extend(self._pool.take_back())
-        self._pause()
+            self._store.write(_do_nothing)                # who leads now may be claiming still: after this nobody is
+        self._pause()                                     # what was claimed meanwhile
         with contextlib.suppress(StoreError):
-            self._store.kick()
+            self._give_back(self._pool.take_back())
             while self._attempts and time.monotonic() < self._store.close_by:
                 time.sleep(0.005)
-            self._flush_progress()
+            self._flush_reports()
         means = self._costs.take_changed()
 
         def leave(tx: Transaction) -> None:
-            self._release(tx, "its process was closed", lambda job_id: False)
+            for job in tx.owned(self._id):
+                tx.take_back(job.id, "its process was closed", tx.now)
             tx.executemany(SAVE_COST, means)
             tx.remove_runner(self._id)
         self._store.close(leave)
@@ -5432,126 +5498,36 @@ class Runner(Submitter, Executor):
         for server in self._servers:
             server.shutdown()
             server.server_close()
-        _presence().vanish(self.path, self._id)
+        self._presence.vanish(self._id)
         if self._service is not None:
             self._service.end(self._time_to_close(0.8, 1.0))
         self._pool.close(self._time_to_close(0.8, 0.2))
-        self._held.clear()                                # whose jobs are not over: nobody waits here for what others do
-        self._to_call_back.put(None)
+        self._handles.close()
 
-    def _release(self, tx: Transaction, why: str, keep: Callable[[int], bool]) -> None:
-        """Make jobs pending again that this runner has claimed, but those to keep; their attempts are superseded."""
-        for job in tx.owned(self._id):
-            if not keep(job.id):
-                tx.take_back(job.id, why, tx.now)
-
-    def _release_lost(self) -> None:
-        """Make jobs pending again that were claimed and never reached the pool: Ctrl-C came right after the commit."""
-        def is_known(job_id: int) -> bool:
-            attempt = self._attempts.get(job_id)
-            return attempt is not None and (time.monotonic() - attempt.claimed_at < 1.0 or self._pool.has(attempt)
-                                            or attempt in self._ended or attempt in self._settling)
-
-        def release(tx: Transaction) -> None:             # while this thread leads, no outcome is on its way elsewhere
-            self._release(tx, "its claim was lost", is_known)
-            tx.after_commit.append(lambda: [self._abandon(attempt) for attempt in list(self._attempts.values())
-                                            if not is_known(attempt.id)])
-        if not all(is_known(row["id"]) for row in self._store.read(OWNED, {"owner": self._id})):
-            self._store.write(release)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.shutdown(wait=True)
-
-    # what comes by the clock, or from other processes: called by the service thread
-
-    def _ensure_service(self) -> None:
-        with self._handle_lock:
-            if self._service is None or not self._service.alive:
-                self._service = _Service(self)
-
-    def _nudge_service(self) -> None:
-        if self._service is not None:
-            self._service.nudge_soon()
-
-    def _heed_operations(self) -> None:
-        """Tell attempts of this process what other processes did to their jobs."""
-        attempts = list(self._attempts.values())
-        if not attempts:
-            return
-        owned = {row["id"]: row for row in self._store.read(OWNED, {"owner": self._id})}
-        superseded = []
-        for attempt in attempts:
-            row = owned.get(attempt.id)
-            if row is None or row["attempt"] != attempt.number:
-                superseded.append(attempt)
-            elif row["status"] == STOPPING:
-                attempt.request_stop()
-            elif row["low_priority"] != attempt.low_priority:
-                self._pool.set_low_priority(attempt, row["low_priority"])
-        if superseded:
-            def abandon() -> None:                        # in the leading thread, the only one to change _attempts
-                for attempt in superseded:
-                    if self._attempts.get(attempt.id) is attempt and attempt not in self._ended:
-                        self._abandon(attempt)
-            self._store.write(lambda tx: tx.after_commit.append(abandon))
-
-    def _flush_progress(self) -> None:
-        changed = [(attempt, new) for attempt in list(self._attempts.values()) if attempt.thread is not None
-                   for new in [attempt.report_to_save()] if new is not None]
-        if changed or self._lines or self._begun:
-            def save(tx: Transaction) -> None:
-                for attempt, report in changed:
-                    tx.save_progress(attempt, report)
-            self._store.write(save)
-            while len(self._lines) >= LINES_A_WRITE:
-                self._store.write(_do_nothing)        # they ride along
-        dropped, self._lines_dropped = self._lines_dropped, 0
-        if dropped:
-            _say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster than the disk takes them, or could not "
-                 "be stored")
-
-    def _charge_long_ones(self) -> None:
-        """Charge attempts that run longer than estimated, so that their roots do not look idle."""
-        now, more = time.monotonic(), []
+    def _pause(self) -> None:
+        """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
+        self._shut = self._shut_claims = True
         for attempt in list(self._attempts.values()):
-            if attempt.thread is not None:
-                excess = int((now - attempt.begun - attempt.waited) * 1e6) - attempt.charge
-                if excess > 100_000:
-                    more.append((attempt, excess))
-        if more:
-            self._store.write(lambda tx: [tx.add_charge(attempt, excess) for attempt, excess in more])
+            attempt.request_stop(RELEASED)
 
-    def _recover_dead(self) -> None:
-        """Take the jobs of dead processes back."""
-        presence = _presence()
-        if presence.reassert(self.path):
-            self._store.write(lambda tx: self._save_runner(tx, self._id, self._pool.abandoned))
-        lock_file, now = presence.file_id(self.path), self._clock()
-        # Where the lock file is another than the one a runner wrote down, it tells nothing, before that had the time to notice.
-        judged = {row[0] for row in self._store.read(LOCK_FILES)
-                  if row[1] in (None, lock_file) or now - row[2] > 3 * HEARTBEAT_SECONDS}
-        judged.update(row[0] for row in self._store.read(ORPHANED))
-        for runner in [runner for runner in judged - {self._id} if presence.is_dead(self.path, runner)]:
-            taken = self._store.write(lambda tx: tx.recover(runner))
-            if taken:
-                _say(logging.WARNING, f"took back {taken:,} jobs of a process that died")
+    def _give_back(self, claims: list[Attempt]) -> None:
+        """Return claims that have not begun: as outcomes like others, which count as no attempt."""
+        self._ended.extend(claims)
+        self._store.kick()
 
-    def _return_stuck_claims(self) -> None:
-        """Give claimed jobs back that wait behind attempts which turned out long."""
-        stuck = self._pool.take_back_stuck()
-        if stuck:
-            self._ended.extend(stuck)
-            self._store.kick()
+    def _time_to_close(self, extra: float, most: float) -> float:
+        """Return the seconds left until `extra` seconds after store.close_by, at most `most`."""
+        return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
 
-    def _unpark(self) -> None:
-        """Make ready what this process knows the function of; and what a limit holds up, in case its end went unnoticed."""
-        for (key,) in self._store.read(PARKED_KEYS):
-            kind, _, name = key.partition(" ")
-            if kind != "function":
-                self._store.write(lambda tx: tx.unpark_next(key))
-            elif _registry.find(name) is not None and not ((engine := self._engine_for(name)) and engine.is_broken):
-                while self._store.write(lambda tx: tx.unpark(key)):
-                    pass
+    def _leave_to_parent(self) -> None:
+        """In a forked child: leave threads, locks and connections to the parent. Only start() makes this runner work
+        again."""
+        self._store.leave_to_parent()
+        self._callback.leave_to_parent()
+        self._handles.leave_to_parent()
+        self._pool.forked, self._started = True, False
+        self._close_lock, self._service = threading.Lock(), None
+        self._attempts, self._servers = {}, []
 
     # retention
 
@@ -5576,28 +5552,30 @@ class Runner(Submitter, Executor):
     def serve(self, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its way
-        through a network). authorize: a function of the request, its WSGI environ, that returns the user's name, or None for
-        one who may not come; the job log's `by` has that name, or the one given with the password. hosts: the names by which it is
-        reached, besides the machine's own and its addresses.
-        ValueError: a host other than loopback without password or authorize. A port that is taken is a warning, and "" is
-        returned: jobs go on.
+        read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its
+        way through a network). authorize: a function of the request, its WSGI environ, that returns the user's name, or
+        None for one who may not come; the job log's `by` has that name, or the one given with the password. hosts: the
+        names by which it is reached, besides the machine's own and its addresses. ValueError: a host other than
+        loopback without password or authorize. A port that is taken is a warning, and "" is returned: jobs go on.
         """
         return "" if _serves_attempts else serve_page(Page(self, **options), host, port)
 
     def wsgi(self, **options: Any) -> Page:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
-        The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts names what it
-        answers to besides loopback (["example.org"]).
+        The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts
+        names what it answers to besides loopback (["example.org"]).
         """
         return Page(self, **options)
 
 
 
 
-def _not_a_tuple(args: Any) -> tuple[Any, ...]:
-    raise TypeError(f"submit_many takes tuples of arguments, got {_short(args)}; write (value,) for a single argument")
+def _checked_tuple(args: Any) -> tuple[Any, ...]:
+    if not isinstance(args, tuple):
+        raise TypeError(f"submit_many takes tuples of arguments, got {_short(args)}; write (value,) for a single "
+                        "argument")
+    return args
 
 
 def _frames_of(error: BaseException) -> types.TracebackType | None:
@@ -5606,7 +5584,8 @@ def _frames_of(error: BaseException) -> types.TracebackType | None:
 
 
 def _is_stop(error: BaseException) -> bool:
-    """Tell whether an exception is JobStopped, or a group of nothing else, as asyncio.TaskGroup makes of it (since Python 3.11)."""
+    """Tell whether an exception is JobStopped, or a group of nothing else, as asyncio.TaskGroup makes of it (since
+    Python 3.11)."""
     group, errors = getattr(builtins, "BaseExceptionGroup", ()), [error]
     for one in errors:                                    # it grows
         if issubclass(type(one), group):
@@ -5625,18 +5604,31 @@ def _traceback_of(error: BaseException) -> str:
         return f"{_type_name(error)} (its traceback cannot be printed)"
 
 
+# ---- 17 Clock, processes and exit -----------------------------------------------------------------------------
+
 class _Service:
-    """The thread that looks after what no caller brings: due times, other processes, log lines, progress, recovery."""
+    """The thread for what no caller triggers: due times, the doings of other processes, log lines, progress, recovery.
+    """
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._event = _Event()
-        self._due_at: float | None = None                 # Unix seconds, as _clock_at
-        self._clock_at = runner._clock()                  # what the clock showed when it was looked at last
-        self._look_at_due = self._nudged = True
-        self._soon = False
-        self._seconds, self._version, self._flushed_at, self._half_second_at = 0.0, -1, 0.0, 0.0
-        self._abandoned = 0
+        self._runner, store = runner, runner._store
+        self._event = _Event()                            # there is something to do before the next poll
+        self._soon = False                                # to lead a transaction, in SETTLE_SECONDS
+        self._version = -1                                # of the file, at the last poll
+        self._clock_at = runner._clock()                  # Unix seconds; what the clock showed at the last poll
+        self._due_at: float | None = None                 # Unix seconds; of the next job or schedule,
+        self._look_at_due = True                          # unless that is to be looked up
+        self._abandoned_shown = 0                         # threads, in the runner's row
+        # (every so many seconds, duty); the second list is for a runner that has been started.
+        self._duties = [
+            (0.0, self._cancel_given_up), (0.0, runner._pool.put), (0.0, self._return_stuck_claims),
+            (0.0, self._time_out), (FLUSH_SECONDS, runner._flush_reports)]
+        self._duties_when_started = [
+            (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (1.0, self._save_means),
+            (1.0, self._compare_with_file), (1.0, self._unpark), (HEARTBEAT_SECONDS, self._beat),
+            (60.0, store.shorten_wal), (60.0, functools.partial(count_created, runner))]
+        now = time.monotonic()
+        self._done_at = {duty: now for _, duty in self._duties + self._duties_when_started}
         self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self._thread.start()
 
@@ -5645,9 +5637,10 @@ class _Service:
         return self._thread.is_alive()
 
     def end(self, seconds: float) -> None:
-        """Wait some seconds for the thread to end, unless it goes on watching handles for others; the store is closed."""
+        """Wait some seconds for the thread to end, unless it goes on watching handles for others; the store is closed.
+        """
         self._event.set()
-        if self._thread is not threading.current_thread() and not self._runner._watched_now():
+        if self._thread is not threading.current_thread() and not self._runner._handles.ids():
             self._thread.join(seconds)
 
     def nudge_soon(self) -> None:
@@ -5660,15 +5653,13 @@ class _Service:
         runner, store = self._runner, self._runner._store
         next_poll, db = 0.0, None
         try:
-            while not store.closed or runner._watched:
+            while not store.closed or runner._handles.watched:
                 self._event.wait(max(0.0, next_poll - time.monotonic()))
                 self._event.clear()
                 try:
                     if self._soon:
                         time.sleep(SETTLE_SECONDS)
-                        self._soon, self._nudged = False, True
-                    if self._nudged:
-                        self._nudged = False
+                        self._soon = False
                         store.kick()
                     if time.monotonic() >= next_poll:
                         next_poll = time.monotonic() + POLL_SECONDS
@@ -5687,228 +5678,300 @@ class _Service:
                 db.close()
 
     def _poll(self, version: int) -> None:
-        """Look at what came by the clock and from others. `version` changes with every commit, this process's included."""
-        runner, store, now = self._runner, self._runner._store, time.monotonic()
+        """Take notice of what others have written, then do what is due. `version` changes with every commit, ours
+        included."""
+        runner, store, handles = self._runner, self._runner._store, self._runner._handles
         changed, self._version = version != self._version, version
-        if store.closed:
-            runner._look_after_watched()
-            return
-        if changed and store.changed_by_others():
-            runner._heed_operations()
-            runner._look_after_watched()
-            self._nudged = True
-            self._event.set()
-        if store.cut_short:
-            store.cut_short, self._nudged, runner._ends_missed = False, True, True
-            store.write(_do_nothing)                      # takes the lead over, should it be lost
-            runner._heed_operations()
-        if runner._ends_missed:
-            runner._look_after_watched()
         self._look_at_due |= changed
-        while not runner._to_cancel.empty():
-            runner._to_cancel.get().cancel()
-        if runner._started:
-            self._wake_due()
-        runner._pool.put()
-        runner._return_stuck_claims()
-        runner._time_out()
-        if now - self._flushed_at >= FLUSH_SECONDS:
-            self._flushed_at = now
-            runner._flush_progress()
-        if now - self._half_second_at >= 0.5 and runner._started:
-            self._half_second_at = now
-            self._every_half_second()
+        if store.closed:
+            handles.look()
+            return
+        if store.cut_short:
+            store.cut_short, handles.ends_missed = False, True
+            store.write(_do_nothing)                      # takes the lead over, should Ctrl-C have lost it
+        if changed and store.changed_by_others():
+            handles.ends_missed = True
+        if handles.ends_missed:
+            self._compare_with_file()
+            handles.look()
+        for seconds, duty in self._duties + self._duties_when_started if runner._started else self._duties:
+            now = time.monotonic()
+            if now - self._done_at.get(duty, -math.inf) >= seconds:
+                self._done_at[duty] = now
+                duty()
+
+    # its duties
+
+    def _compare_with_file(self) -> None:
+        """Find what other processes did to the jobs that run here, and claims that were lost to Ctrl-C right after
+        their commit."""
+        runner = self._runner
+        attempts = list(runner._attempts.values())
+        if not (attempts or runner._started):
+            return
+        owned = {row["id"]: row for row in runner._store.read(OWNED, {"owner": runner._id})}
+        differs = any(map(self._is_lost, owned))
+        for attempt in attempts:
+            row = owned.get(attempt.id)
+            if row is None or row["attempt"] != attempt.number:
+                differs = True
+            elif row["status"] == STOPPING:
+                attempt.request_stop()
+            elif row["low_priority"] != attempt.low_priority:
+                runner._pool.set_low_priority(attempt, row["low_priority"])
+        if differs:
+            runner._store.write(self._settle_differences)
+
+    def _is_lost(self, job_id: int) -> bool:
+        """Return whether a job that this runner has claimed is on no way here: neither waiting, nor executing, nor
+        ended."""
+        runner = self._runner
+        attempt = runner._attempts.get(job_id)
+        if attempt is None:
+            return runner._started                        # in drain(), it is about to execute
+        on_its_way = time.monotonic() - attempt.claimed_at < 1.0
+        return not (on_its_way or runner._pool.has(attempt) or attempt in runner._ended)
+
+    def _settle_differences(self, tx: Transaction) -> None:
+        """Give lost claims back, and abandon superseded attempts. While this thread leads, no claim and no outcome is
+        under way."""
+        runner, numbers = self._runner, {}
+        for job in tx.owned(runner._id):
+            if self._is_lost(job.id):
+                tx.take_back(job.id, "its claim was lost", tx.now)
+            else:
+                numbers[job.id] = job.attempt
+
+        def abandon() -> None:
+            for attempt in list(runner._attempts.values()):
+                if numbers.get(attempt.id) != attempt.number and attempt not in runner._ended:
+                    runner._abandon(attempt)
+        tx.after_commit.append(abandon)
+
+    def _cancel_given_up(self) -> None:
+        to_cancel = self._runner._handles.to_cancel
+        while not to_cancel.empty():
+            to_cancel.get().cancel()
+
+    def _return_stuck_claims(self) -> None:
+        """Give claimed jobs back that wait behind attempts which turned out long."""
+        stuck = self._runner._pool.take_back_stuck()
+        if stuck:
+            self._runner._give_back(stuck)
+
+    def _time_out(self) -> None:
+        """Stop the attempts that take longer than their timeout. One that reaches no checkpoint within the grace has
+        failed then, and goes on without a job."""
+        runner, now = self._runner, time.monotonic()
+        for attempt in list(runner._attempts.values()):
+            if attempt.thread is None or not attempt.options.get("timeout"):
+                continue
+            late = now - attempt.begun - attempt.options["timeout"]
+            if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
+                runner._store.write(functools.partial(self._fail_late, attempt))
+            elif late > 0 and attempt.reason == HALTED:
+                attempt.request_stop(TIMED_OUT, force=True)
+
+    def _fail_late(self, attempt: Attempt, tx: Transaction) -> None:
+        """Record the failure of an attempt that still executes."""
+        lost = copy.copy(attempt)
+        lost.ran = time.monotonic() - attempt.begun
+        lost.worked = max(0.0, lost.ran - lost.waited)
+        lost.fail(attempt.took_too_long)
+        if tx.finish_superseded(lost):
+            self._runner._remember_exception(lost)
+            tx.after_commit.append(lambda: self._runner._abandon(attempt))
 
     def _wake_due(self) -> None:
-        runner, before, self._clock_at = self._runner, self._clock_at, self._runner._clock()
+        """Make ready what is due. What is due next is looked up only when that may have changed."""
+        store, before, self._clock_at = self._runner._store, self._clock_at, self._runner._clock()
         if self._clock_at < before - 1.0:
-            runner._store.write(clock_was_set_back)
-            self._look_at_due = True
+            store.write(clock_was_set_back)
         if self._look_at_due:
-            self._look_at_due = False
-            due = [runner._store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
+            due = [store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
             self._due_at = min((at for at in due if at is not None), default=None)
+            self._look_at_due = False
         if self._due_at is not None and self._due_at <= self._clock_at:
-            runner._store.write(lambda tx: (runner._shut or run_schedules(tx), tx.wake_due()))
-            self._look_at_due = True
+            store.write(lambda tx: (self._runner._shut or run_schedules(tx), tx.wake_due()))
 
-    def _every_half_second(self) -> None:
-        runner = self._runner
-        self._seconds += 0.5
-        runner._store.check_file()
-        runner._recover_dead()
-        if self._seconds % 1.0:
-            return
-        if self._seconds % 60 == 0:
-            runner._store.shorten_wal()
-            count_created(runner)
-        abandoned = runner._pool.abandoned
-        if self._seconds % HEARTBEAT_SECONDS == 0 or abandoned != self._abandoned:
-            runner._store.write(lambda tx: runner._save_runner(tx, runner._id, abandoned))
-            self._abandoned = abandoned
-        if runner._costs.changed:
-            means = runner._costs.take_changed()
-            runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
-        runner._charge_long_ones()
-        runner._release_lost()
-        runner._unpark()
+    def _recover_dead(self) -> None:
+        self._runner._store.check_file()                  # first: raises
+        self._runner._recover_dead()
+
+    def _show_abandoned(self) -> None:
+        if self._runner._pool.abandoned != self._abandoned_shown:
+            self._beat()
+
+    def _beat(self) -> None:
+        self._abandoned_shown = self._runner._pool.abandoned
+        self._runner._store.write(lambda tx: self._runner._save_runner(tx, self._runner._id))
+
+    def _save_means(self) -> None:
+        if self._runner._costs.changed:
+            means = self._runner._costs.take_changed()
+            self._runner._store.write(lambda tx: tx.executemany(SAVE_COST, means))
+
+    def _unpark(self) -> None:
+        """Make ready the jobs whose function this process knows; and those a limit held up, in case its end went
+        unnoticed."""
+        store = self._runner._store
+        for (key,) in store.read(PARKED_KEYS):
+            kind, _, name = key.partition(" ")
+            if kind != "function":
+                store.write(lambda tx: tx.unpark_next(key))
+            elif _registry.find(name) is not None:
+                engine = self._runner._engine_for(name)
+                while (engine is None or not engine.is_broken) and store.write(lambda tx: tx.unpark(key)):
+                    pass
 
 
 class _Presence:
-    """Tells which runners live, by locks of the operating system that die with their process.
+    """Knows which runners on a file are alive, by operating-system locks that die with their process.
 
-    Byte N of PATH-bgjobs-lock is locked by the process of runner N. A process never asks for its own bytes: it would get
-    them. So there is one descriptor for each file and process, shared by all copies of this module through sys.modules. POSIX locks
-    would be dropped when the app closes any descriptor of the file (a copy of the folder does); those of Linux's open files
-    are not, but a forked child has to close its copy.
+    The process of runner N locks byte N of PATH-bgjobs-lock. A process must never probe its own bytes: it would get
+    them. So there is one descriptor per file and process, shared by all copies of this module (see `_presence`).
+    Classic POSIX locks are dropped when the app closes any descriptor of the file, as copying the folder does. Linux's
+    locks of open files are not, but a forked child has to close its copy of the descriptor.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()                     # guards _files
-        self._files: dict[str, tuple[int, set[int]]] = {}
+    def __init__(self, path: str) -> None:
+        self._path = path                                 # of the job file
+        self._lock = threading.Lock()                     # guards the two below
+        self._opened: int | None = None                   # the descriptor of the lock file, opened when needed
+        self._own: set[int] = set()                       # runners of this process
 
-    def leave_to_parent(self) -> None:
-        """In a forked child: keep nothing locked."""
-        for descriptor, _ in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._files = {}
+    def _descriptor(self) -> int:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
-    def _file(self, path: str) -> tuple[int, set[int]]:
-        key = os.path.realpath(path)
-        if key not in self._files:
-            self._files[key] = (self._open(key), set())
-        return self._files[key]
-
-    @staticmethod
-    def _open(path: str) -> int:
+    def _open(self) -> int:
         """Open the lock file, which whoever may use the job file may use, too."""
         try:
-            descriptor = os.open(path + "-bgjobs-lock", os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = os.open(self._path + "-bgjobs-lock", os.O_RDWR | os.O_CREAT, 0o600)
             with contextlib.suppress(OSError, AttributeError):    # it is another's, who has done so; Windows
-                os.fchmod(descriptor, os.stat(path).st_mode & 0o777)
+                os.fchmod(descriptor, os.stat(self._path).st_mode & 0o777)
         except OSError as error:
-            raise StoreError(f"cannot open {path}-bgjobs-lock, whose locks tell which processes live: {error.strerror}; make it and its "
-                             "folder writable for all who use the job file") from error
+            raise StoreError(f"cannot open {self._path}-bgjobs-lock, whose locks tell which processes live: "
+                             f"{error.strerror}; make it and its folder writable for all who use the job "
+                             "file") from error
         return descriptor
 
-    def appear(self, path: str, runner: int) -> bool:
-        """Take the lock of a runner of this process. False: another holds it."""
+    def _close(self) -> None:
+        """Drop all locks."""
+        if self._opened is not None:
+            os.close(self._opened)
+        self._opened = None
+
+    def appear(self, runner: int) -> bool:
+        """Take the lock of a new runner of this process. False: another process holds it."""
         with self._lock:
-            descriptor, own = self._file(path)
             try:
-                if runner in own or not _lock_byte(descriptor, runner):
+                if runner in self._own or not _lock_byte(self._descriptor(), runner):
                     return False
             except OSError as error:
-                raise StoreError(f"cannot lock {path}-bgjobs-lock, which tells whether this process lives: {error.strerror}; put the "
-                                 "job file on a local disk") from error
-            own.add(runner)
+                raise StoreError(f"cannot lock {self._path}-bgjobs-lock, which tells whether this process lives: "
+                                 f"{error.strerror}; put the job file on a local disk") from error
+            self._own.add(runner)
             return True
 
-    def file_id(self, path: str) -> str:
-        """Return what tells the lock file from another one of its name."""
+    def vanish(self, runner: int) -> None:
+        """Release the lock of a runner of this process."""
         with self._lock:
-            found = os.fstat(self._file(path)[0])
+            self._own.discard(runner)
+            if self._own:
+                _lock_byte(self._descriptor(), runner, lock=False)
+            else:
+                self._close()
+
+    def is_dead(self, runner: int) -> bool:
+        """Return whether no process holds the lock of this runner."""
+        with self._lock:
+            if runner in self._own or not _lock_byte(self._descriptor(), runner):
+                return False
+            _lock_byte(self._descriptor(), runner, lock=False)
+            return True
+
+    def file_id(self) -> str:
+        """Return what distinguishes the lock file from a later one of the same name."""
+        with self._lock:
+            found = os.fstat(self._descriptor())
             return f"{found.st_dev}:{found.st_ino}"
 
-    def reassert(self, path: str) -> bool:
-        """Take the locks of this process again: closing any descriptor of the file drops them, and it may have been deleted.
-        True: it was, and they are on a new file now."""
+    def reassert(self) -> bool:
+        """Take the locks of this process again, since classic ones get dropped. True: the file had been deleted; they
+        are on a new one now."""
+        if os.name == "nt":                               # neither can happen there
+            return False
         with self._lock:
-            key, (descriptor, own) = os.path.realpath(path), self._file(path)
-            if os.name == "nt":                               # neither can happen there
-                return False
             try:
-                lost = not os.path.samestat(os.stat(key + "-bgjobs-lock"), os.fstat(descriptor))
+                lost = not os.path.samestat(os.stat(self._path + "-bgjobs-lock"), os.fstat(self._descriptor()))
             except FileNotFoundError:
                 lost = True
             if lost:
-                fresh = self._open(key)
-                os.close(descriptor)
-                descriptor, self._files[key] = fresh, (fresh, own)
-            for runner in own:
-                _lock_byte(descriptor, runner)
+                fresh = self._open()
+                self._close()
+                self._opened = fresh
+            for runner in self._own:
+                _lock_byte(self._descriptor(), runner)
             return lost
 
-    def vanish(self, path: str, runner: int) -> None:
-        """Give the lock of a runner of this process back."""
-        with self._lock:
-            descriptor, own = self._file(path)
-            own.discard(runner)
-            if own:
-                _unlock_byte(descriptor, runner)
-            else:
-                os.close(descriptor)                      # drops the lock, too
-                del self._files[os.path.realpath(path)]
-
-    def is_dead(self, path: str, runner: int) -> bool:
-        """Tell whether no process holds the lock of this runner."""
-        with self._lock:
-            descriptor, own = self._file(path)
-            if runner in own or not _lock_byte(descriptor, runner):
-                return False
-            _unlock_byte(descriptor, runner)
-            return True
+    def leave_to_parent(self) -> None:
+        """In a forked child: keep nothing locked."""
+        with contextlib.suppress(OSError):
+            self._close()
 
 
-def _lock_byte(descriptor: int, byte: int) -> bool:
-    """Lock a byte of a file. False: another process has."""
+def _lock_byte(descriptor: int, byte: int, lock: bool = True) -> bool:
+    """Lock a byte of a file, or unlock it. False: another process holds it."""
     try:
-        _set_lock(descriptor, byte, True)
+        if os.name == "nt":
+            import msvcrt
+            os.lseek(descriptor, byte, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK if lock else msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+            return True
+        import fcntl
+        import struct
+        if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:      # Linux: not the process's locks
+            flock = struct.pack("hhqqi4x", fcntl.F_WRLCK if lock else fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, flock)
+        else:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if lock else fcntl.LOCK_UN, 1, byte)
+        return True
     except (BlockingIOError, PermissionError):
         return False
-    return True
 
 
-def _unlock_byte(descriptor: int, byte: int) -> None:
-    _set_lock(descriptor, byte, False)
-
-
-def _set_lock(descriptor: int, byte: int, locked: bool) -> None:
-    if os.name == "nt":
-        import msvcrt
-        os.lseek(descriptor, byte, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK if locked else msvcrt.LK_UNLCK, 1)    # type: ignore[attr-defined]
-        return
-    import fcntl
-    import struct
-    if hasattr(fcntl, "F_OFD_SETLK") and struct.calcsize("P") == 8:        # Linux: locks of the open file, not of the process
-        lock = struct.pack("hhqqi4x", fcntl.F_WRLCK if locked else fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0)
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
-    else:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN, 1, byte)
-
-
-def _presence() -> _Presence:
-    modules: dict[str, Any] = sys.modules
-    return modules.get("_bgjobs_presence") or modules.setdefault("_bgjobs_presence", _Presence())
+def _presence(path: str) -> _Presence:
+    """Return the one for a file; the same for all copies of this module in this process, by way of sys.modules."""
+    shared = sys.modules.setdefault("_bgjobs_presence", types.ModuleType("_bgjobs_presence"))
+    files = vars(shared).setdefault("files", {})
+    path = os.path.realpath(path)
+    return files.get(path) or files.setdefault(path, _Presence(path))
 
 
 _living: weakref.WeakSet[Runner] = weakref.WeakSet()
 
 
-def _live_until_exit(runner: Runner) -> None:
-    """Close the runner when the interpreter exits, and leave it to the parent when the process forks."""
-    _register_hooks()
-    _living.add(runner)
-
-
 @functools.cache
 def _register_hooks() -> None:
-    def close_all() -> None:
-        close_by = time.monotonic() + GRACE_SECONDS       # one for all, also for a close() under way in another thread
-        runners = [runner for runner in list(_living) if not runner._store.closed]
-        for runner in runners:
-            runner._store.close_by = min(runner._store.close_by, close_by)
-            runner._pause()
-        for runner in runners:
-            try:
-                runner._close_at_exit()
-            except Exception as error:
-                print(f"bgjobs: {error}", file=sys.stderr)
-    atexit.register(close_all)
+    """Have the living runners closed when the interpreter exits, and left to the parent when the process forks."""
+    atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_fork_gate.shut, after_in_parent=_fork_gate.open, after_in_child=_leave_to_parent)
+
+
+def _close_all() -> None:
+    close_by = time.monotonic() + GRACE_SECONDS           # one for all, also for a close() under way in another thread
+    runners = [runner for runner in list(_living) if not runner._store.closed]
+    for runner in runners:
+        runner._store.close_by = min(runner._store.close_by, close_by)
+        runner._pause()
+    for runner in runners:
+        try:
+            runner._close_at_exit()
+        except Exception as error:
+            print(f"bgjobs: {error}", file=sys.stderr)
 
 
 def _leave_to_parent() -> None:
@@ -5916,9 +5979,9 @@ def _leave_to_parent() -> None:
     _default_lock = threading.Lock()
     _fork_gate.leave_to_parent()
     _here.ticket = None
-    inherited: Any = sys.modules.pop("_bgjobs_presence", None)
-    if inherited is not None:
-        inherited.leave_to_parent()
+    shared = sys.modules.pop("_bgjobs_presence", None)
+    for presence in getattr(shared, "files", {}).values():
+        presence.leave_to_parent()
     _links.clear()
     for runner in list(_living):
         runner._leave_to_parent()
@@ -6161,11 +6224,7 @@ class Departed(Attempt):
         if runner._attempts.get(self.id) is not self:
             return
         for at, level, message in lines:
-            if len(runner._lines) >= LOG_BUFFER:
-                runner._lines_dropped += 1
-            else:
-                self.lines += 1
-                runner._lines.append((self.id, at, level, message, self.number))
+            runner._unwritten.add_line(self, at, level, message)
         if report is not None:
             progress, rate, *rest = report
             self._report = Report(progress, Rate(*rate), *rest)
@@ -6267,8 +6326,7 @@ class Callback:
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
             attempt.outcome = UNKNOWN
             return self._end(attempt)
-        if attempt.due is not None and not attempt.system:
-            runner._begun.append((attempt.name, max(0.0, runner._clock() - attempt.due)))
+        runner._unwritten.add_start(attempt, runner._clock())
         if host is not None:                              # it waits for a job there, which may be this one
             attempt.host = host
             return self.tell(host, "run", payload)
@@ -6531,7 +6589,6 @@ class Callback:
         for name, value in new.items():
             setattr(submission, name, value)
         submission.submitter, submission.author = self._runner._id, (attempt.id, attempt.number)
-        self._runner._has_submitted = True
         parent = self._runner._attempts.get(submission.parent_id)      # type: ignore[arg-type]
         if parent is not None:
             parent.has_children = True
@@ -6707,15 +6764,14 @@ class RunnerThere(Runner):
         Submitter.__init__(self, self, {})
         self._link, self.path, self._id = link, path, runner_id
         self._store = _StoreThere(link)                   # type: ignore[assignment]
-        self._costs, self._begun, self._clock = Costs(), deque(maxlen=1), time.time
-        self._attempts, self._lines, self._lines_dropped, self._exceptions = {}, deque(), 0, OrderedDict()
-        self._handle_lock, self._watched, self._held = threading.Lock(), {}, set()
-        self._to_call_back, self._callback_thread, self._callbacks_left = queue.SimpleQueue(), None, 0
-        self._shut = self._inline = self._ends_missed = False
+        self._costs, self._clock = Costs(), time.time
+        self._attempts, self._exceptions = {}, OrderedDict()
+        self._unwritten, self._handles = _Unwritten(), _Handles(self._store)
+        self._unwritten.starts = deque(maxlen=0)          # the runner counts them
+        self._shut = self._inline = False
 
     def _watch(self, handle: Job) -> None:
-        with self._handle_lock:
-            self._watched.setdefault(handle.id, []).append(weakref.ref(handle))
+        self._handles.watch(handle)
         attempt = self._link.attempt_here()
         self._link.watched[handle.id] = attempt.token
         self._link.call(attempt, "watch", handle.id)
@@ -6771,7 +6827,7 @@ class _StoreThere:
 
     submit_many = submit
 
-    def read(self, sql: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    def read(self, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
         if sql != OUTCOME_OF:
             return self.__getattr__("read")
         job_id = parameters["id"]
@@ -6887,13 +6943,13 @@ class Link:
     def _take_lines(self, attempt: Attempt) -> list[Any]:
         """Take the log lines of an attempt that nobody has been told."""
         lines, others = [], []
-        for _ in range(len(self.runner._lines)):
-            line = self.runner._lines.popleft()
-            if line[0] == attempt.id and line[4] == attempt.number:
-                lines.append(line[1:4])
+        for _ in range(len(self.runner._unwritten.lines)):
+            line = self.runner._unwritten.lines.popleft()
+            if line[0] is attempt:
+                lines.append(line[1:])
             else:
                 others.append(line)
-        self.runner._lines.extendleft(reversed(others))
+        self.runner._unwritten.lines.extendleft(reversed(others))
         return lines
 
     def _run(self) -> None:
@@ -7005,7 +7061,7 @@ class Link:
         """Complete the handles of a job that is over."""
         self.watched.pop(job_id, None)
         self.runner._store.outcomes[job_id] = outcome             # type: ignore[attr-defined]
-        self.runner._complete_handles([job_id])
+        self.runner._handles.complete([job_id])
         self.runner._store.outcomes.pop(job_id, None)             # type: ignore[attr-defined]
 
     def _run_guest(self, payload: str) -> None:

@@ -1471,7 +1471,7 @@ class TestForceStop:
         claimed(idle, 1)
         with pytest.raises(bgjobs.JobStopped, match="attempt 1 of job 1 has been superseded"):
             attempt._save('"late"')
-        idle._lines.append((job.id, time.time(), 20, "late", attempt.number))
+        idle._unwritten.add_line(attempt, time.time(), 20, "late")
         idle._store.write(lambda tx: tx.save_progress(attempt, bgjobs.Report(0.5)))
         assert (job.state, job.progress, job.attempt, job.status) == (None, None, 2, "running")
         assert "late" not in [line["message"] for line in job.logs()]
@@ -2006,7 +2006,7 @@ class TestStore:
         shutil.copy(f"{path}-bgjobs-lock", tmp_path / "copy")
         assert finish(python(others, path)) == (0, "", "")
         if busy:                                                 # too busy to notice what follows
-            monkeypatch.setattr(bgjobs._Presence, "reassert", lambda self, path: False)
+            monkeypatch.setattr(bgjobs._Presence, "reassert", lambda self: False)
         os.remove(f"{path}-bgjobs-lock")
         if not busy:
             wait_for(lambda: os.path.exists(f"{path}-bgjobs-lock"), 3)
@@ -2026,11 +2026,11 @@ class TestStore:
         code, out, err = finish(python("""
             import bgjobs, sys
             with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                print(runner._id, bgjobs._presence().is_dead(runner.path, int(sys.argv[2])))
+                print(runner._id, bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
             """, path, new._id))
         assert (code, out) == (0, f"{new._id + 1} False\n"), err
         old.close()
-        assert bgjobs._presence().is_dead(path, new._id) is False
+        assert bgjobs._presence(path).is_dead(new._id) is False
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
@@ -2719,9 +2719,9 @@ class TestDisk:
             other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
             for _ in range(10):
                 runner.options(delay=100).submit_many(echo, [("x" * 1_000,)] * 100)
-            runner._service._seconds = 59.0                      # it looks once a minute
+            runner._service._done_at.clear()                     # it looks once a minute
             wait_for(lambda: "another program keeps an old read transaction open" in caplog.text)
-        runner._service._seconds = 59.0
+        runner._service._done_at.clear()
         wait_for(lambda: os.path.getsize(path + "-wal") < 100_000)
 
     def test_the_rollback_journal_works_as_well(self, make, path):
@@ -3225,9 +3225,9 @@ class TestInsideAJob:
 
     def test_log_lines_that_cannot_be_stored_are_dropped_and_hold_nobody_up(self, make, caplog):
         runner = make(max_workers=1)
-        job = runner.submit(add, 1)
-        for line in ((job.id, float("nan"), 20, "a", 1), (job.id, 1.0, None, "b", 1), (job.id, 1.0, object(), "c", 1)):
-            runner._lines.append(line)
+        attempt = types.SimpleNamespace(id=runner.submit(add, 1).id, number=1)
+        for line in ((float("nan"), 20, "a"), (1.0, None, "b"), (1.0, object(), "c")):
+            runner._unwritten.add_line(attempt, *line)
             assert runner.submit(add, 1, 2).result(5) == 3
         wait_for(lambda: sum(int(count) for count in re.findall(r"(\d) log lines of jobs were dropped", caplog.text)) == 3)
 
@@ -3734,7 +3734,7 @@ class TestStatistics:
             attempt.outcome = outcome
             idle._store.write(lambda tx: tx.finish([attempt]))
         attempt, = claimed(idle, 1)
-        idle._begun.append((attempt.name, 0.0))              # it has begun at last
+        idle._unwritten.starts.append((attempt.name, 0.0))   # it has begun at last
         idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'"))
         idle._store.write(lambda tx: tx.recover(idle._id))
         total = idle.stats()["total"]
@@ -3878,7 +3878,7 @@ class TestRetention:
         for count in (560, 680, 1_000):
             job = runner.submit(log_lines, count)
             job.result(20)
-            wait_for(lambda: not runner._lines and not runner._lines_taken)
+            wait_for(lambda: not runner._unwritten)
             assert len(job.logs()) == 500 + (50 if count == 560 else 0) or 500 <= len(job.logs()) <= 550
 
     def test_an_interrupted_prune_leaves_no_child_without_its_root(self, make, monkeypatch):
@@ -4477,7 +4477,7 @@ class TestTrees:
         again.get(child.id).restart().stop()
         with concurrent.futures.ThreadPoolExecutor(1) as plain:
             waiting = plain.submit(again.get(child.id).exception, 10)
-            wait_for(lambda: again._watched)
+            wait_for(lambda: again._handles.watched)
             again.get(root.id).restart()
             assert "has been removed" in str(waiting.result(10))
 
@@ -4922,13 +4922,21 @@ class TestHandle:
         wait_for(lambda: len(got) == 5)
         assert got == [(None, 9)] * 5
 
+    def test_a_callback_is_called_also_when_its_runner_was_closed_before_the_job_ended_elsewhere(self, make):
+        closed, called = make(start=False), []
+        job = closed.submit(add, 1, 2)
+        job.add_done_callback(called.append)
+        closed.close()
+        make(max_workers=1)
+        wait_for(lambda: called == [job])
+
     def test_what_a_callback_raises_or_how_long_it_takes_harms_nobody(self, make, caplog):
         runner = make(max_workers=2)
         runner.submit(nap, 0.01).add_done_callback(lambda job: raise_it("SystemExit"))
         runner.submit(nap, 0.01).add_done_callback(lambda job: gate("slow callback").wait(20))
         assert [runner.submit(add, i).result(5) for i in range(5)] == list(range(5))
         gate("slow callback").set()
-        wait_for(lambda: runner._callbacks_left == 0)
+        wait_for(lambda: runner._handles.callbacks_left == 0)
         assert "a callback of job" in caplog.text
 
     def test_each_waiter_gets_the_very_exception(self, runner):
@@ -5474,7 +5482,7 @@ class TestRunner:
 
     def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
         job = runner.submit(add, 1)
-        for condition in (runner._pool._lock, runner._over, bgjobs._Event()._cond, job._condition):
+        for condition in (runner._pool._lock, runner._service._event._cond, job._condition):
             for step in (condition.__enter__, condition.__exit__):
                 assert isinstance(step, types.BuiltinMethodType)          # in C: one step
         job.result(10)
