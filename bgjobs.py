@@ -200,18 +200,142 @@ def refusal(job: str, status: str, operation: str, allowed: list[str], why: str 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. What JSON lacks is an object with one key, the name of its type: {"$date":
-# "2026-01-31"}. A dict of the user's with such a key is stored as {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object with one key, which names
+# the type: {"$date": "2026-01-31"}. A dict of the user's with a key that begins with "$" is stored as a list of pairs:
+# {"$dict": [[key, value], ...]}.
 
 VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
 TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
-_PLAIN = frozenset((str, int, float, bool, type(None)))
-_dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether `value` is an int or float that a float can hold: not NaN, not infinite, not 10**400."""
+    """Return whether `value` is an int or float that a float can hold: not NaN, not infinite, not 10**400."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _type_name(value: Any) -> str:
+    """Return the name of the value's type, whatever its metaclass does."""
+    return type.__dict__["__qualname__"].__get__(type(value))
+
+
+def _printed(value: Any, how: Callable[[Any], str]) -> str:
+    """Return str(value) or repr(value), whatever the value's own methods do; a subclass of str has some, too."""
+    try:
+        return str.__str__(how(value))
+    except BaseException as error:
+        # A Ctrl-C that hit this very line goes on; one from deeper may be the doing of the value's own methods.
+        if isinstance(error, KeyboardInterrupt) and (error.__traceback__ is None or error.__traceback__.tb_next is None):
+            raise
+        return f"<{_type_name(value)} that cannot be printed>"
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    """Return repr(value), cut to `limit` characters. Never raises."""
+    text = _printed(value, repr)
+    return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
+    """Return str(value) as SQLite can hold it: cut to `limit` characters, lone surrogates escaped. Never raises."""
+    text = _printed(value, str)
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
+_dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+
+
+def _loaded_type(module: str, name: str) -> type | None:
+    """Return a type if its module is loaded. To store a value imports nothing: there is no value of a type not loaded."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _set_to_json(value: set[Any]) -> list[Any]:
+    if any(type(item) is tuple for item in value):
+        raise TypeError("a set of tuples would come back as lists; pass a list")
+    return sorted(map(_jsonable, value), key=_dump)
+
+
+def _zone_to_json(zone: Any) -> Any:
+    """Return None, the key of a ZoneInfo, or the offset of a datetime.timezone in seconds, with its name if it has one."""
+    if zone is None:
+        return None
+    if type(zone) is _loaded_type("datetime", "timezone"):
+        offset, *name = zone.__getinitargs__()
+        return [offset.total_seconds(), *name] if name else offset.total_seconds()
+    if type(zone) is _loaded_type("zoneinfo", "ZoneInfo") and zone.key:
+        type(zone)(zone.key)                              # raises if it was made from a file and cannot be loaded by its key
+        return zone.key
+    raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
+
+
+def _zone_from_json(stored: Any) -> Any:
+    if stored is None:
+        return None
+    if isinstance(stored, str):
+        import zoneinfo
+        return zoneinfo.ZoneInfo(stored)
+    import datetime
+    seconds, *name = stored if isinstance(stored, list) else [stored]
+    return datetime.timezone(datetime.timedelta(seconds=seconds), *name)
+
+
+def _clock_to_json(value: Any) -> list[Any]:
+    return [value.replace(tzinfo=None).isoformat(), value.fold, _zone_to_json(value.tzinfo)]
+
+
+def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
+    text, fold, zone = stored
+    return kind.fromisoformat(text).replace(fold=fold, tzinfo=_zone_from_json(zone))
+
+
+class _Tagged(NamedTuple):
+    """How the values of a type that JSON lacks are stored."""
+
+    module: str
+    name: str
+    to_json: Callable[[Any], Any]                                                   # value -> JSON
+    from_json: Callable[[Any, Any], Any] = lambda kind, stored: kind(stored)        # the type, JSON -> value
+
+
+_TAGGED = {
+    "$bytes": _Tagged("builtins", "bytes", lambda value: base64.b64encode(value).decode("ascii"),
+                      lambda kind, stored: base64.b64decode(stored)),
+    "$set": _Tagged("builtins", "set", _set_to_json),
+    "$datetime": _Tagged("datetime", "datetime", _clock_to_json, _clock_from_json),
+    "$time": _Tagged("datetime", "time", _clock_to_json, _clock_from_json),
+    "$date": _Tagged("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
+    "$timedelta": _Tagged("datetime", "timedelta", lambda value: [value.days, value.seconds, value.microseconds],
+                          lambda kind, stored: kind(*stored)),
+    "$decimal": _Tagged("decimal", "Decimal", str),
+    "$uuid": _Tagged("uuid", "UUID", lambda value: value.hex),
+    "$path": _Tagged("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str),
+}
+
+
+def _jsonable(value: Any) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is list or kind is tuple:
+        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
+    if kind is dict:
+        for key in value:
+            if type(key) is not str:
+                raise TypeError(f"the key {_short(key)} is no string; use {_short(_text(key))}, or a list of pairs")
+        plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
+        return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
+    for tag, (module, name, to_json, _) in _TAGGED.items():
+        if kind is _loaded_type(module, name):
+            return {tag: to_json(value)}
+    raise TypeError(f"{_short(value)} is of type {_type_name(value)}; pass JSON values, dates, Decimal, UUID, bytes, "
+                    "set or Path, or an id to load it by")
 
 
 def encode(value: Any, what: str = "the value") -> str:
@@ -228,183 +352,26 @@ def encode(value: Any, what: str = "the value") -> str:
     return text
 
 
+def _untagged(found: dict[str, Any]) -> Any:
+    if len(found) != 1:
+        return found
+    (tag, stored), = found.items()
+    if tag == "$dict":
+        return dict(stored)
+    if tag not in _TAGGED:
+        return found
+    module, name, _, from_json = _TAGGED[tag]
+    return from_json(getattr(__import__(module), name), stored)
+
+
 def decode(text: str | None) -> Any:
-    """Return the value that `encode` made `text` from."""
+    """Return the value that `encode` made `text` from; None for None."""
     if text is None:
         return None
     return json.loads(text, object_hook=_untagged) if '{"$' in text else json.loads(text)
 
 
-def _jsonable(value: Any) -> Any:
-    kind = type(value)
-    if kind in _PLAIN:
-        return value
-    if kind is list or kind is tuple:
-        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
-    if kind is dict:
-        for key in value:
-            if type(key) is not str:
-                raise TypeError(f"the key {_short(key)} is no string; use {_short(_text(key))}, or a list of pairs")
-        plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
-        return {"$dict": [list(pair) for pair in plain.items()]} if any(key[:1] == "$" for key in plain) else plain
-    return _tagged(value, kind)
-
-
-def _tagged(value: Any, kind: type) -> dict[str, Any]:
-    """Encode the types beyond JSON. Their modules are looked up, not imported: no value has a type not loaded."""
-    module = str(kind.__module__)
-    if kind is bytes:
-        return {"$bytes": base64.b64encode(value).decode("ascii")}
-    if kind is set:
-        if any(type(item) is tuple for item in value):
-            raise TypeError("a set of tuples would come back as lists; pass a list")
-        return {"$set": sorted(map(_jsonable, value), key=_dump)}
-    if module == "datetime" and kind.__name__ in ("datetime", "time"):
-        return {"$" + kind.__name__: [value.replace(tzinfo=None).isoformat(), value.fold, _zone(value)]}
-    if module == "datetime" and kind.__name__ == "date":
-        return {"$date": value.isoformat()}
-    if module == "datetime" and kind.__name__ == "timedelta":
-        return {"$timedelta": [value.days, value.seconds, value.microseconds]}
-    if module == "decimal" and kind.__name__ == "Decimal":
-        return {"$decimal": str(value)}
-    if module == "uuid" and kind.__name__ == "UUID":
-        return {"$uuid": value.hex}
-    if module.partition(".")[0] == "pathlib" and kind is type(sys.modules["pathlib"].Path()):      # not another system's
-        return {"$path": str(value)}
-    raise TypeError(f"{_short(value)} is of type {_type_name(value)}; pass JSON values, dates, Decimal, UUID, bytes, "
-                    "set or Path, or an id to load it by")
-
-
-def _zone(value: Any) -> Any:
-    zone = value.tzinfo
-    if zone is None:
-        return None
-    if type(zone).__module__.partition(".")[0] == "zoneinfo" and zone.key:
-        type(zone)(zone.key)                              # raises, where it was made from a file and cannot be loaded by that key
-        return zone.key
-    if type(zone).__module__ == "datetime":
-        offset, *name = zone.__getinitargs__()
-        return [offset.total_seconds(), *name] if name else offset.total_seconds()
-    raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
-
-
-def _clock_value(kind: str, text: str, fold: int, zone: Any) -> Any:
-    import datetime
-    value = getattr(datetime, kind).fromisoformat(text).replace(fold=fold)
-    if isinstance(zone, str):
-        import zoneinfo
-        return value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
-    if zone is not None:
-        seconds, *name = zone if isinstance(zone, list) else [zone]
-        return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds), *name))
-    return value
-
-
-def _untagged(found: dict[str, Any]) -> Any:
-    if len(found) != 1:
-        return found
-    (tag, value), = found.items()
-    if tag == "$dict":
-        return dict(value)
-    if tag == "$bytes":
-        return base64.b64decode(value)
-    if tag == "$set":
-        return set(value)
-    if tag in ("$datetime", "$time"):
-        return _clock_value(tag[1:], *value)
-    if tag == "$date":
-        import datetime
-        return datetime.date.fromisoformat(value)
-    if tag == "$timedelta":
-        import datetime
-        return datetime.timedelta(*value)
-    if tag == "$decimal":
-        import decimal
-        return decimal.Decimal(value)
-    if tag == "$uuid":
-        import uuid
-        return uuid.UUID(value)
-    if tag == "$path":
-        import pathlib
-        return pathlib.Path(value)
-    return found
-
-
-def _type_name(value: Any) -> str:
-    """Return the name of the value's type, whatever its metaclass does."""
-    return type.__dict__["__qualname__"].__get__(type(value))
-
-
-def _let_ctrl_c_pass(error: BaseException) -> None:
-    """Raise a KeyboardInterrupt that hit the caller itself; one from deeper may be the doing of a value's own methods."""
-    if isinstance(error, KeyboardInterrupt) and (error.__traceback__ is None or error.__traceback__.tb_next is None):
-        raise error
-
-
-def _short(value: Any, limit: int = 80) -> str:
-    """Return repr(value), cut, whatever the object's own __repr__ does."""
-    try:
-        text = str.__str__(repr(value))
-    except BaseException as error:
-        _let_ctrl_c_pass(error)
-        text = f"<{_type_name(value)} that cannot be printed>"
-    return text if len(text) <= limit else text[:limit - 3] + "..."
-
-
-def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return `value` as text that SQLite can hold: cut, lone surrogates written out. Never raises."""
-    try:
-        text = str.__str__(str(value))                    # a subclass may have methods of its own
-    except BaseException as error:
-        _let_ctrl_c_pass(error)
-        text = f"<{_type_name(value)} that cannot be printed>"
-    if len(text) > limit:
-        text = f"{text[:limit]}... ({len(text):,} characters)"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-8", "backslashreplace").decode()
-    return text
-
-
 # ---- 3 Functions and options ----------------------------------------------------------------------------------
-
-class _Registry:
-    """The functions this process knows by name: declared with @job, or submitted. Filled at import, so global."""
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Callable[..., Any]] = {}
-        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}
-        self.names: dict[Callable[..., Any], str] = {}
-        self.has_executors = False                        # one at least is declared with executor=
-
-    def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        if "name" in options:
-            known = self.by_name.setdefault(options["name"], function)
-            if _origin(known) != _origin(function):
-                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; choose another")
-            self.by_name[options["name"]] = function      # a reloaded module's newer one
-        self.declared[function] = options
-        self.has_executors |= "executor" in options
-
-    def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it. TypeError: it cannot be a job."""
-        try:
-            return self.names[function]
-        except (KeyError, TypeError):
-            name = self.declared.get(function, {}).get("name") if callable(function) else None
-            path = import_path(function)
-            self.names[function] = name = name or path
-            self.by_name[name] = function
-            return name
-
-    def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function of this name, or None. A name is data: nothing is imported."""
-        return self.by_name.get(name) or _defined_in_loaded_module(name)
-
-
-_registry = _Registry()
-
 
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:
     return function.__module__, function.__qualname__
@@ -426,21 +393,21 @@ def import_path(function: Callable[..., Any]) -> str:
     if not callable(function):
         raise TypeError(f"{_short(function)} cannot be a job: it is not callable")
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if isinstance(module, str) and isinstance(qualname, str):
-        if "<lambda>" in qualname:
-            raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
-                            "define it with def at the top level of a module")
-        if "<locals>" in qualname:
-            raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its module")
-        found: Any = sys.modules.get(module)
-        for attribute in qualname.split("."):
-            found = getattr(found, attribute, None)
-        if found == function:
-            return f"{_module_name(module)}.{qualname}"
+    if not isinstance(module, str) or not isinstance(qualname, str):
+        raise TypeError(f"{_short(function)} cannot be a job: {_type_name(function)} objects have no import path; "
+                        "submit the function itself and pass it its arguments")
+    if "<lambda>" in qualname:
+        raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
+                        "define it with def at the top level of a module")
+    if "<locals>" in qualname:
+        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its module")
+    found: Any = sys.modules.get(module)
+    for attribute in qualname.split("."):
+        found = getattr(found, attribute, None)
+    if found != function:
         raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this function; "
                         "submit what the module holds under that name")
-    raise TypeError(f"{_short(function)} cannot be a job: {_type_name(function)} objects have no import path; "
-                    "submit the function itself and pass it its arguments")
+    return f"{_module_name(module)}.{qualname}"
 
 
 def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
@@ -448,7 +415,7 @@ def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
         module_name, qualname = ".".join(parts[:split]), ".".join(parts[split:])
-        module = sys.modules.get("__main__") if module_name == _module_name("__main__") else sys.modules.get(module_name)
+        module = sys.modules.get("__main__" if module_name == _module_name("__main__") else module_name)
         if module is None:
             continue
         if parts[0] in sys.stdlib_module_names:
@@ -456,38 +423,46 @@ def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
         found: Any = vars(module).get(parts[split])
         for attribute in parts[split + 1:]:
             found = getattr(found, attribute, None) if isinstance(found, type) else None
-        defined = getattr(found, "__module__", None) == module.__name__ and getattr(found, "__qualname__", None) == qualname
-        return found if defined and callable(found) else None
+        defined_there = (getattr(found, "__module__", None), getattr(found, "__qualname__", None)) == (module.__name__, qualname)
+        return found if defined_there and callable(found) else None
     return None
 
 
-# Option -> (check, what it must be). Defaults are said in DESIGN's table and in `options`.
-_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda v: _is_name(v), "a text of 1 to 500 characters, without lone surrogates"),
-    "label": (lambda v: isinstance(v, str), "a text"),
-    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
-    "low_priority": (lambda v: isinstance(v, bool), "True or False"),
-    "system": (lambda v: isinstance(v, bool), "True or False"),
-    "key": (lambda v: _is_name(v), "a text of 1 to 500 characters, without lone surrogates"),
-    "delay": (lambda v: _are_seconds([v]), "seconds, 0 or more"),
-    "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
-    "retries": (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
-    "backoff": (lambda v: callable(v) or _are_seconds([v]) or isinstance(v, (list, tuple)) and len(v) > 0 and _are_seconds(v),
-                "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": (lambda v: v is None or _are_seconds([v]) and v > 0, "seconds, more than 0"),
-    "max_running": (lambda v: v is None or type(v) is int and 0 < v < 1 << 63, "a whole number greater than 0 and less than 2**63"),
-    "stoppable": (lambda v: isinstance(v, bool), "True or False"),
-    "restartable": (lambda v: isinstance(v, bool), "True or False"),
-    "recover": (lambda v: isinstance(v, bool), "True or False"),
-    "secret": (lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(isinstance(n, str) for n in v), "a list of argument names"),
-    "isolate": (lambda v: isinstance(v, bool), "True or False"),
-    "executor": (lambda v: _is_executor(v), "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": (lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
-    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
-}
-_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")    # kept with the job, as JSON; others are columns
-BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
+class _Registry:
+    """The functions that this process knows by name: declared with @job, or submitted. Filled at import, so global."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Callable[..., Any]] = {}
+        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}      # function -> its default options
+        self.names: dict[Callable[..., Any], str] = {}                    # of those submitted
+        self.has_executors = False                                        # one at least is declared with executor=
+
+    def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        """Take in a function with its default options. ValueError: another one has its name."""
+        if "name" in options:
+            known = self.by_name.get(options["name"], function)
+            if _origin(known) != _origin(function):
+                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; choose another")
+            self.by_name[options["name"]] = function      # also where a reloaded module has a newer one
+        self.declared[function] = options
+        self.has_executors |= "executor" in options
+
+    def name_of(self, function: Callable[..., Any]) -> str:
+        """Return the function's stable name, and remember the function by it. TypeError: it cannot be a job."""
+        try:
+            return self.names[function]
+        except (KeyError, TypeError):                     # TypeError: it has no hash; no function lacks one
+            path = import_path(function)
+        name = self.names[function] = self.declared.get(function, {}).get("name", path)
+        self.by_name[name] = function
+        return name
+
+    def find(self, name: str) -> Callable[..., Any] | None:
+        """Return the function of this name, or None. A name is data: nothing is imported."""
+        return self.by_name.get(name) or _defined_in_loaded_module(name)
+
+
+_registry = _Registry()
 
 
 def _is_executor(value: Any) -> bool:
@@ -495,41 +470,76 @@ def _is_executor(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Tell whether a text can be stored as it is, neither cut nor escaped: two names must not become one."""
+    """Return whether a text can be stored as it is, neither cut nor escaped: two names must not become one."""
     return isinstance(value, str) and 0 < len(value) <= 500 and _text(value) == value
 
 
 def _are_seconds(values: Iterable[Any]) -> bool:
-    return all(_is_number(v) and v >= 0 for v in values)
+    return all(_is_number(value) and value >= 0 for value in values)
 
 
-def _backoff_list(backoff: Any, retries: int) -> list[float]:
-    """Return the pauses before the first, second … retry; the last one is that of all that follow. ValueError: a function gave
-    something else."""
-    if isinstance(backoff, (list, tuple)):
-        return list(backoff)
-    if not callable(backoff):
-        return [backoff]
-    pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
-    if not _are_seconds(pauses):
-        raise ValueError(f"backoff must give seconds, 0 or more; it gave {_short(pauses)}")
-    return pauses
-
-
-def pause_before_retry(options: dict[str, Any], failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options, else twice as long each time,
-    up to ten minutes, and up to half as long again by chance, lest what failed together comes back together."""
-    pauses = options.get("backoff")
-    if pauses:
-        return pauses[min(failures, len(pauses)) - 1]
-    first, longest = BACKOFF_SECONDS
-    return min(longest, first * 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _unix(value: Any) -> float | None:
+    """Return Unix seconds, or an aware datetime, as Unix seconds; None: it is neither."""
     if hasattr(value, "timestamp") and value.utcoffset() is not None:
         value = value.timestamp()
     return float(value) if _is_number(value) else None
+
+
+def zone_of(tz: Any) -> tuple[Any, str | None]:
+    """Return a time zone and the key to store it by; None is the machine's own. ValueError: an unknown one."""
+    import datetime
+    import zoneinfo
+    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
+    if key is None:
+        return None, None
+    try:
+        return zoneinfo.ZoneInfo(key), key
+    except Exception:                                     # KeyError, ValueError, OSError: it says too little
+        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the machine\'s own'
+                         ) from None
+
+
+class _Option(NamedTuple):
+    """What `check_options` asks of an option's value: a test, and what it must be in words."""
+
+    fits: Callable[[Any], bool]
+    must_be: str
+
+
+_A_NAME = _Option(_is_name, "a text of 1 to 500 characters, without lone surrogates")
+_A_BOOL = _Option(lambda v: isinstance(v, bool), "True or False")
+
+# What they mean, and their defaults, is said in `options`.
+_OPTIONS = {
+    "name": _A_NAME,
+    "label": _Option(lambda v: isinstance(v, str), "a text"),
+    "run_by": _Option(lambda v: v is None or isinstance(v, str), "a text or None"),
+    "low_priority": _A_BOOL,
+    "system": _A_BOOL,
+    "key": _A_NAME,
+    "delay": _Option(lambda v: _are_seconds([v]), "seconds, 0 or more"),
+    "run_at": _Option(lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
+    "retries": _Option(lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
+    "backoff": _Option(lambda v: callable(v) or _are_seconds([v]) or _is_list(v) and len(v) > 0 and _are_seconds(v),
+                       "seconds, a list of seconds, or a function of the attempt"),
+    "timeout": _Option(lambda v: v is None or _are_seconds([v]) and v > 0, "seconds, more than 0"),
+    "max_running": _Option(lambda v: v is None or type(v) is int and 0 < v < 1 << 63,
+                           "a whole number greater than 0 and less than 2**63"),
+    "stoppable": _A_BOOL,
+    "restartable": _A_BOOL,
+    "recover": _A_BOOL,
+    "secret": _Option(lambda v: (_is_list(v) or isinstance(v, (set, frozenset))) and all(isinstance(n, str) for n in v),
+                      "a list of argument names"),
+    "isolate": _A_BOOL,
+    "executor": _Option(_is_executor, "a concurrent.futures.Executor, what makes one, or None"),
+    "tz": _Option(lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "parent": _Option(lambda v: v is None or isinstance(v, Job), "a Job or None"),
+    "connection": _Option(lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
+}
 
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -537,24 +547,26 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in _OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
-        check, must_be = _OPTIONS[name]
         try:
-            fits = check(value)
-        except Exception:                                 # of the value's own methods
+            fits = _OPTIONS[name].fits(value)
+        except Exception:                                 # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
-            raise ValueError(f"{name} must be {must_be}, got {_short(value)}")
+            raise ValueError(f"{name} must be {_OPTIONS[name].must_be}, got {_short(value)}")
     if "delay" in given and "run_at" in given:
         raise ValueError("give delay or run_at, not both")
     return given
 
 
 def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function with default options for its jobs (those of `options`); it is returned unchanged. executor: where it executes
-    instead, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the runner's.
+    """Decorate a function with default options for its jobs; the function itself is returned unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
+
+    The options are those of `bgjobs.options`, but for parent and connection, and one more. executor: where the function
+    executes, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the runner's is.
+    TypeError: an unknown option; ValueError: a value that does not fit, or a name that is taken.
     """
     check_options(options)
     for name in ("parent", "connection"):
@@ -567,28 +579,106 @@ def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return declare
 
 
+# What a job needs of its options once it is stored is kept with it as JSON, apart from what has a column of its own.
+
+_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
+
+
+def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options to keep with a job of this function, as JSON can hold them. ValueError: a value that does not fit."""
+    kept = {name: given[name] for name in _KEPT if name in given}
+    if "secret" in kept:
+        kept["secret"] = _secret_places(function, kept["secret"])
+    if "backoff" in given:
+        kept["backoff"] = _pauses(given["backoff"], given.get("retries", 0))
+    return kept
+
+
 def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
     """Return the names in `secret` and the positions at which they may be passed. ValueError: no such argument."""
     import inspect
     parameters = list(inspect.signature(function).parameters.values())
+    positions = {parameter.name: position for position, parameter in enumerate(parameters)}
     places: list[str | int] = []
     for name in secret:
-        position = next((i for i, p in enumerate(parameters) if p.name == name), None)
-        if position is not None and parameters[position].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise ValueError(f"secret names {name!r}, which takes any number of arguments of {function.__qualname__}; name its keywords, "
-                             "or pass them as one argument, a list or a dict")
-        if position is None and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        if name in positions:
+            if parameters[positions[name]].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                raise ValueError(f"secret names {name!r}, which takes any number of arguments of {function.__qualname__}; "
+                                 "name its keywords, or pass them as one argument, a list or a dict")
+            places += [name, positions[name]]
+        elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            places.append(name)
+        else:
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
-        places += [name] if position is None else [name, position]
     return places
+
+
+def _pauses(backoff: Any, retries: int) -> list[float]:
+    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called now,
+    for it cannot be stored. ValueError: it gave something else."""
+    if not callable(backoff):
+        return list(backoff) if _is_list(backoff) else [backoff]
+    pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    if not _are_seconds(pauses):
+        raise ValueError(f"backoff must give seconds, 0 or more; it gave {_short(pauses)}")
+    return pauses
+
+
+BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
+
+
+def pause_before_retry(options: dict[str, Any], failures: int) -> float:
+    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long each
+    time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together."""
+    pauses = options.get("backoff")
+    if pauses:
+        return pauses[min(failures, len(pauses)) - 1]
+    first, longest = BACKOFF_SECONDS
+    return min(longest, first * 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
 # ---- 4 Times of schedules -------------------------------------------------------------------------------------
 #
-# When a schedule is due next: every so many seconds, or at the times of five cron fields, as crontab in POSIX says: a day
-# fits when its month does and, if day of month and day of week are both restricted, either of them. A time that the clocks skip in
-# spring comes as much later; one that they repeat in autumn comes once, the first time. Hours that are all given ("*") are hours
-# that pass instead, whatever the clocks say.
+# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a day
+# fits when its month does and, if day of month and day of week are both restricted, when either of them does.
+#
+# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes once,
+# the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
+
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+def seconds_of(text: str) -> float | None:
+    """Return the seconds of a text like "15m" (s, m, h, d, w); None: it is no such text."""
+    number, unit = text[:-1].strip(), text[-1:]
+    return float(number) * _UNITS[unit] if unit in _UNITS and number.replace(".", "", 1).isdecimal() else None
+
+
+def _period(seconds: float) -> str:
+    """Write a period as people do: 900 as "15m"."""
+    unit = next(unit for unit in reversed(_UNITS) if seconds and seconds % _UNITS[unit] == 0 or unit == "s")
+    return f"{seconds / _UNITS[unit]:.12g}{unit}"
+
+
+class Every:
+    """A schedule with a period, a text like "15m"."""
+
+    def __init__(self, schedule: str) -> None:
+        seconds = seconds_of(schedule)
+        if seconds is None:
+            raise ValueError(f'a schedule is seconds, a text like "15m" or five cron fields, got {schedule!r}')
+        if not 0.01 <= seconds < 1e9:
+            raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
+        self.seconds = seconds
+
+    def first(self, now: float) -> float:
+        """Return when it is due for the first time, in Unix seconds."""
+        return now + self.seconds
+
+    def next(self, due: float, now: float) -> float:
+        """Return when it is due next after `now`, in step with `due`, when it was due last or will be."""
+        return due + self.seconds * (math.floor((now - due) / self.seconds) + 1) if due <= now else due
+
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
@@ -596,33 +686,8 @@ _CRON_FIELDS = (("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of month", 1, 
                 ("day of week", 0, 7, _WEEKDAYS))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-
-
-class Every:
-    """A schedule with a period, a text like "15m" (s, m, h, d, w)."""
-
-    def __init__(self, schedule: str) -> None:
-        number, unit = schedule[:-1].strip(), schedule[-1:]
-        if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
-            raise ValueError(f"a schedule is seconds, a text like \"15m\" or five cron fields, got {schedule!r}")
-        self.seconds = float(number) * _UNITS[unit]
-        if not 0.01 <= self.seconds < 1e9:
-            raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
-
-    def first(self, now: float) -> float:
-        """Return when it is due for the first time, in Unix seconds."""
-        return now + self.seconds
-
-    def next(self, due: float, now: float) -> float:
-        """Return when it is due next, if it was due then: after `now`, in step with before."""
-        return due + self.seconds * (math.floor((now - due) / self.seconds) + 1) if due <= now else due
-
-
-def _period(seconds: float) -> str:
-    """Write a period as people do: 900 as "15m"."""
-    unit = next(unit for unit in reversed(_UNITS) if seconds and seconds % _UNITS[unit] == 0 or unit == "s")
-    return f"{seconds / _UNITS[unit]:.12g}{unit}"
+_CRON_DAYS = 366 * 41              # how far to look: a certain weekday is 29 February after 40 years at most
+_CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
 
 
 class Cron:
@@ -636,14 +701,13 @@ class Cron:
         self._minutes, self._hours, self._days, self._months, weekdays = (
             self._values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day % 7 for day in weekdays}
-        self._by_day, self._by_weekday = texts[2] != "*", texts[4] != "*"
-        self._each_hour = len(self._hours) == 24
-        if self._next_after(time.time()) is None:
+        self._either_day = texts[2] != "*" and texts[4] != "*"
+        if self.first(time.time()) == math.inf:
             raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     @staticmethod
     def _values(text: str, name: str, least: int, most: int, words: tuple[str, ...]) -> set[int]:
-        """Return the values of one field: lists of *, numbers or names, ranges, and steps."""
+        """Return the values of one field: a list of *, numbers, names and ranges, each perhaps with a step."""
         def number(word: str) -> int:
             value = words.index(word) + least if word in words else int(word) if word.isdecimal() else -1
             if not least <= value <= most:
@@ -662,53 +726,43 @@ class Cron:
         return values
 
     def first(self, now: float) -> float:
-        """Return when it is due for the first time, in Unix seconds."""
-        return self.next(-math.inf, now)
+        """Return when it is due for the first time after `now`, in Unix seconds."""
+        return self._next_as_hours_pass(now) if len(self._hours) == 24 else self._next_by_the_clock(now)
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due next after `now`."""
-        return self._next_after(max(due, now)) or math.inf
-
-    def _next_after(self, after: float) -> float | None:
-        import datetime
-        begin = datetime.datetime.fromtimestamp(after - 3 * 3_600, self._zone)      # no clock goes further back, or on
-        day, hour = begin.date(), begin.hour
-        for _ in range(366 * 41):                         # a certain weekday is 29 February after 40 years at most
-            if self._fits(day):
-                times = [moment for moment in self._times_of(day, hour) if moment > after]
-                if times:
-                    return min(times)
-            day, hour = day + datetime.timedelta(days=1), 0
-        return None
+        """Return when it is due next after `now`, and after `due`, when it was due last or will be."""
+        return self.first(max(due, now))
 
     def _fits(self, day: Any) -> bool:
         by_day, by_weekday = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        either = self._by_day and self._by_weekday
-        return day.month in self._months and (by_day or by_weekday if either else by_day and by_weekday)
+        return day.month in self._months and (by_day or by_weekday if self._either_day else by_day and by_weekday)
 
-    def _times_of(self, day: Any, from_hour: int) -> Iterator[float]:
+    def _next_as_hours_pass(self, after: float) -> float:
         import datetime
-        for hour in self._hours:
-            for minute in self._minutes if hour >= from_hour else ():
-                for fold in (0, 1) if self._each_hour else (0,):
-                    local = datetime.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self._zone, fold=fold)
-                    moment = local.timestamp()
-                    skipped = datetime.datetime.fromtimestamp(moment, self._zone).replace(fold=fold) != local
-                    if not (skipped and self._each_hour):
-                        yield moment
+        moment = math.floor(after)
+        while moment < after + _CRON_DAYS * 86_400:
+            local = datetime.datetime.fromtimestamp(moment, self._zone)
+            if not self._fits(local):                     # on to midnight by hours; there, the clocks may have changed
+                hours = max(1, 24 - _CLOCK_CHANGE_HOURS - local.hour)
+                moment += 3_600 * hours - 60 * local.minute - local.second
+            elif moment > after and local.minute in self._minutes and local.second == 0:
+                return float(moment)
+            else:
+                moment += 60 - local.second
+        return math.inf
 
-
-def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None is the machine's own. ValueError: an unknown one."""
-    import datetime
-    import zoneinfo
-    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
-    if key is None:
-        return None, None
-    try:
-        return zoneinfo.ZoneInfo(key), key
-    except Exception:                                     # KeyError, ValueError, OSError: it says too little
-        raise ValueError(f"unknown time zone {_short(tz)}; a name like \"Europe/Berlin\", \"UTC\" or None for the machine's own") from None
+    def _next_by_the_clock(self, after: float) -> float:
+        import datetime
+        begin = datetime.datetime.fromtimestamp(after - 3_600 * _CLOCK_CHANGE_HOURS, self._zone)
+        day = begin.date()
+        for _ in range(_CRON_DAYS):
+            if self._fits(day):
+                times = [datetime.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self._zone).timestamp()
+                         for hour in self._hours for minute in self._minutes]
+                if max(times) > after:
+                    return min(moment for moment in times if moment > after)
+            day += datetime.timedelta(days=1)
+        return math.inf
 
 
 @functools.lru_cache(1_000)
@@ -722,19 +776,17 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 # ---- 5 Fair shares and pace -----------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time: the microseconds its
-# tree has run. The next place goes to the ready root with the least. The queue's virtual time is the start tag
-# of the newest claim; a root that becomes ready starts at it, or at its own if that is later, so idling earns no
-# credit. A claim charges an estimate at once, since a root with running attempts is not idle; the end corrects it.
-
-UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
-
+# tree has run. The next place goes to the ready root with the least; what that was is the start tag of the claim. The
+# queue's own virtual time is the start tag of the newest claim; a root that becomes ready starts at it, or at its own if that
+# is later, so idling earns no credit. A claim charges its root an estimate at once, for a root with running attempts is not
+# idle; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable[[Any], int | None]
                ) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which places are to be given.
 
-    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the job over.
-    Taking the next pair from the iterator means that the last one was claimed.
+    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the job
+    over. To take the next one from the iterator means that the last one was claimed.
     """
     heap = [(tag, root, head, waiting) for tag, root, waiting in roots for head in itertools.islice(waiting, 1)]
     heapq.heapify(heap)
@@ -751,12 +803,18 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable
 
 
 def entry_tag(own: int, clock: int) -> int:
-    """Return the virtual time at which a root that becomes ready starts: no credit for having been idle."""
+    """Return the virtual time at which a root that becomes ready starts, from its own and the queue's."""
     return max(own, clock)
 
 
+UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
+AHEAD_SECONDS = 0.010      # short jobs are claimed ahead of free workers: so much work for each worker
+AHEAD_LIMIT = 256          # and so many jobs in a process
+_OVERHEAD = 50e-6          # seconds a job costs besides its function
+
+
 class Costs:
-    """The recent mean run time of each function, and of the trees below it, in seconds; a newer run weighs a fifth."""
+    """The recent mean run time of each function, and of each function's trees, in seconds: exponential averages."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
@@ -764,39 +822,34 @@ class Costs:
         self.changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
-        """Take the run time of one attempt into its function's mean."""
-        self._record(self.means, name, seconds)
+        """Take in the run time of one attempt."""
+        self._average(self.means, name, seconds)
 
     def record_tree(self, name: str, seconds: float) -> None:
-        """Take the duration of a job with children, from its start to its last descendant's end, into the mean."""
-        self._record(self.trees, name, seconds)
+        """Take in the duration of a job with children, from its start to its last descendant's end."""
+        self._average(self.trees, name, seconds)
 
-    def _record(self, means: dict[str, float], name: str, seconds: float) -> None:
-        mean = means.get(name)
-        means[name] = seconds if mean is None else mean + (seconds - mean) / 5
+    def _average(self, means: dict[str, float], name: str, seconds: float) -> None:
+        mean = means.get(name, seconds)
+        means[name] = mean + (seconds - mean) / 5
         self.changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float | None, float | None]]:
-        """Return (name, mean, mean of trees) of those that changed since the last call."""
+        """Return (name, mean, mean of trees) of the functions whose means have changed since the last call."""
         changed, self.changed = self.changed, set()
         return [(name, self.means.get(name), self.trees.get(name)) for name in changed]
 
     def plan(self, name: str) -> tuple[int, float]:
-        """Return the microseconds to charge for a claim of this function, and the seconds that it will keep a worker from the
-        next one: infinitely many, as long as that is not known."""
+        """Return the microseconds to charge for a claim of this function, and the seconds for which it will keep a worker:
+        infinitely many, as long as that is not known."""
         mean = self.means.get(name)
         return (int(UNKNOWN_COST * 1e6), math.inf) if mean is None else (max(1, int(mean * 1e6)), mean + _OVERHEAD)
 
 
-AHEAD_SECONDS = 0.010      # the work that may wait, claimed, for each worker
-AHEAD_LIMIT = 256          # claimed jobs that may wait in a process
-_OVERHEAD = 50e-6          # seconds a job costs besides its function
-HAND_SECONDS = 0.001       # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001     # how long a worker without a job stays up to claim what comes meanwhile
-
+# How fast an attempt goes, and how long it will take: from the reports of its progress.
 
 class Rate(NamedTuple):
-    """Units gained in seconds, of which the recent ones weigh more."""
+    """Units gained in a number of seconds; the recent ones weigh more."""
 
     gained: float = 0.0
     seconds: float = 0.0
@@ -804,23 +857,24 @@ class Rate(NamedTuple):
     def after(self, gained: float, seconds: float, elapsed: float) -> Rate:
         """Return the rate after `gained` more units in `seconds`, `elapsed` seconds into the work.
 
-        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late sample cannot
-        make the estimate jump, and units that come in waves, from several workers, count as what they are.
+        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late sample
+        cannot make the estimate jump, and units that come in waves, from several workers, count as what they are.
         """
         kept = math.exp(-max(seconds, 0.0) / max(elapsed * 0.75, 1.0))
         return Rate(self.gained * kept + gained, self.seconds * kept + max(seconds, 0.0))
 
     @property
     def per_second(self) -> float | None:
-        """Return the units per second, or None."""
+        """Return the units per second; None: not known."""
         return self.gained / self.seconds if self.gained > 0 and self.seconds > 0 else None
 
 
 def time_left(left: float, rate: Rate, step: float, age: float, elapsed: float) -> float | None:
-    """Return the seconds that `left` units take, or None.
+    """Return the seconds that `left` more units take; None: the rate is not known.
 
-    `age`: seconds since the last report. It counts down until the next is due, `step` seconds after the last; from then on
-    the estimate is what it would be if that came just now, and the time it is late: it grows slowly, and does not jump.
+    step: seconds between reports. age: seconds since the last one. elapsed: seconds from the begin of the work to that.
+    The estimate counts down until the next report is due. From then on it is what it would be if that came just now, plus
+    the time it is late: so it grows slowly while nothing comes, and does not jump.
     """
     speed = rate.per_second
     if speed is None:
@@ -831,35 +885,31 @@ def time_left(left: float, rate: Rate, step: float, age: float, elapsed: float) 
     return max(0.0, left - speed * step) / late + (age - step)
 
 
-FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
-
-
 class Pace:
-    """How fast an attempt goes, from its reports of `done` units at seconds since it began."""
+    """How fast an attempt goes, by its reports: `done` units, `at` seconds after it began."""
 
     __slots__ = ("rate", "step", "done", "at", "_guessed")
 
     def __init__(self) -> None:
         self.rate = Rate()                                # units per second
-        self.step = 0.0                                   # seconds between reports, a mean
+        self.step = 0.0                                   # seconds between reports, an exponential average
         self.done, self.at = 0.0, 0.0                     # of the last report of more units
-        self._guessed = True                              # the rate is that of the first report
+        self._guessed = True                              # there is no rate, or one to forget with the next report
 
     def start(self, done: float, at: float) -> None:
-        """Take the first report in. One in no time may tell what was done before; that is no rate to keep."""
+        """Take in the first report. One in no time may be of what was done before; its rate is shown, but not kept."""
         self.done, self.at, self._guessed = done, at, at < 0.1
         self.rate = Rate(done, at) if done > 0 else Rate()
 
     def resume(self, done: float, at: float) -> None:
-        """Take the first report of a resumed attempt in: what is done by then took no time of this one."""
+        """Take in the first report of a resumed attempt: what is done by then took no time of this one."""
         self.done, self.at = done, at
 
     def report(self, done: float, at: float) -> None:
-        """Take another report in. One of less than before begins anew."""
+        """Take in another report. One of fewer units than before begins anew."""
         gained, seconds = done - self.done, at - self.at
         if gained < 0:
-            self.resume(done, at)
-            self.rate, self._guessed = Rate(), True
+            self.done, self.at, self.rate, self._guessed = done, at, Rate(), True
         elif gained > 0 and seconds > 0:
             first = self._guessed
             self.step = seconds if first else self.step + (seconds - self.step) / 4
@@ -3277,6 +3327,8 @@ def check_limit(limit: Any) -> None:
 # ---- 11 Worker pool -------------------------------------------------------------------------------------------
 
 ABANDONED_A_PLACE = 2      # threads of superseded attempts that live on, for each place; then no job is claimed
+HAND_SECONDS = 0.001       # the work that is worth waking another thread for
+LINGER_SECONDS = 0.001     # how long a worker without a job stays up to claim what comes meanwhile
 
 
 class Pool:
@@ -3557,6 +3609,8 @@ class Pool:
 
 
 # ---- 12 Inside a job ------------------------------------------------------------------------------------------
+
+FLUSH_SECONDS = 0.25       # how often log lines and progress are written when no other write takes them along
 
 _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("bgjobs_current", default=None)
@@ -4932,11 +4986,7 @@ class Runner(Submitter, Executor):
             _registry.by_name.setdefault(new.name, fn)
         if new.run_at is None and given.get("delay"):
             new.run_at = self._clock() + given["delay"]
-        kept = {name: given[name] for name in _KEPT if name in given}
-        if "backoff" in given:
-            kept["backoff"] = _backoff_list(given["backoff"], given.get("retries", 0))
-        if "secret" in kept:
-            kept["secret"] = _secret_places(fn, kept["secret"])
+        kept = options_to_keep(fn, given)
         if kept:
             new.options = json.dumps(kept, separators=(",", ":"))
         parent = given.get("parent")

@@ -808,6 +808,21 @@ class TestTimesOfSchedules:
             at = cron.next(at, at)
             assert datetime.datetime.fromtimestamp(at, zone).strftime("%m-%d %H:%M%z") == text
 
+    def test_hours_that_pass_are_counted_also_where_the_clocks_go_back_past_midnight(self):
+        zone = zoneinfo.ZoneInfo("Antarctica/Casey")       # on 5 March 2010, 2:00 was followed by 23:00 of the day before
+        cron, at, got = bgjobs.Cron("40 * * * *", zone), minutes("2010-03-05 00:50", zone), []
+        for _ in range(4):
+            at = cron.next(at, at)
+            got.append(datetime.datetime.fromtimestamp(at, zone).strftime("%d %H:%M%z"))
+        assert got == ["05 01:40+1100", "04 23:40+0800", "05 00:40+0800", "05 01:40+0800"]
+
+    def test_the_next_minute_is_found_without_looking_at_the_whole_day(self):
+        cron, at = bgjobs.Cron("* * * * *", zoneinfo.ZoneInfo("Europe/Berlin")), minutes("2026-03-03 00:00", UTC)
+        begun = time.process_time()
+        for _ in range(1_000):                             # it is looked for in a transaction
+            at = cron.next(at, at)
+        assert time.process_time() - begun < 1.0 and at == minutes("2026-03-03 16:40", UTC)
+
     def test_times_before_midnight_that_the_clocks_skip_come_after_it(self):
         zone = zoneinfo.ZoneInfo("America/Nuuk")           # 22:59:59 on 27 March 2027 is followed by 0:00
         cron, at, got = bgjobs.Cron("*/20 23 * * *", zone), minutes("2027-03-27 12:00", zone), []
