@@ -5546,10 +5546,8 @@ class TestElsewhere:
             runner = make(executor=executor)
             job = runner.submit(children_with_pauses, 60)
             for _ in range(6):
-                wait_for(lambda: runner._callback._callers)
-                for caller in set(runner._callback._callers.values()):
-                    with contextlib.suppress(OSError):
-                        caller.connection.shutdown(socket.SHUT_RDWR)
+                wait_for(lambda: runner._callback.callers)
+                cut_connections(runner)
                 time.sleep(0.1)
             ids = job.result(20)
             assert len(ids) == len(set(ids)) == 60 == job.info()["children"]["total"]
@@ -5592,7 +5590,7 @@ class TestElsewhere:
         assert ask([token, 1, "save", "5", None]) == [[1, None, "gone", ""]]           # it has not said hello
         assert ask([token, 1, "hello", "x"], [token, 2, "save", "5", None], [token, 3, "nonsense"], [token, 4, "operate", "drop", 1, None],
                    [token, 5, "info", 99], [token, 6, "save", "6"]) == [
-            [1, [False, "halted", True]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
+            [1, [False, "halted"]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
             [4, None, "ValueError", "there is no operation 'drop'"], [5, None, "KeyError", f"there is no job 99 in {runner.path}"], [6, True]]
         assert ask([token, 1, "hello", "y"])[0][2] == "JobStopped"                         # another execution of the same attempt
         assert job.state == 6
@@ -5612,7 +5610,7 @@ class TestElsewhere:
                 for stranger in strangers:
                     with contextlib.suppress(OSError):
                         stranger.sendall(b"x")
-            wait_for(lambda: runner._callback._strangers == 0)
+            wait_for(lambda: all(caller.is_known for caller in list(runner._callback.callers)))
             for stranger in strangers:
                 stranger.close()
             assert runner.submit(nested, 1).result(10) == 1
@@ -5640,11 +5638,10 @@ class TestElsewhere:
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
             runner = make(executor=executor)
             job = runner.submit(wait_for_two_handles)
-            wait_for(lambda: runner._callback._callers and len(runner.jobs(status="running")) == 2)
+            wait_for(lambda: runner._callback.callers and len(runner.jobs(status="running")) == 2)
             wait_for(lambda: seen[-1:] == ["held child"])
             for _ in range(3):                                                # its log says hello meanwhile
-                for caller in set(runner._callback._callers.values()):
-                    caller.connection.shutdown(socket.SHUT_RDWR)
+                cut_connections(runner)
                 gate("held child").set()
                 time.sleep(0.05)
             assert job.result(10) == 2 and any(line["message"] == "hello" for line in job.logs())
@@ -5755,6 +5752,12 @@ class TestElsewhere:
             there.execute().join(), here.execute().join()
         finally:
             del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+
+
+def cut_connections(runner):
+    for caller in list(runner._callback.callers):
+        with contextlib.suppress(OSError):
+            caller.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def wait_for_held(name):
