@@ -6099,12 +6099,13 @@ class _Caller:
 
     def data_received(self, received: bytes) -> None:
         try:
-            for token, number, call, *arguments in self._lines.take(received):
-                if (type(token), type(number), type(call)) != (str, int, str):
-                    raise ValueError("that is no call")
-                self._callback.heed(self, token, number, call, arguments)
+            calls = [(token, number, call, arguments) for token, number, call, *arguments in self._lines.take(received)]
+            if not all((type(token), type(number), type(call)) == (str, int, str) for token, number, call, _ in calls):
+                raise ValueError("that is no call")
         except (ValueError, TypeError, RecursionError):
-            self.transport.abort()
+            return self.transport.abort()
+        for call in calls:
+            self._callback.heed(self, *call)
         if not self.is_known and len(self._lines.unread) > STRANGER_BYTES:
             self.transport.abort()
 
@@ -6197,9 +6198,8 @@ class Callback:
     def _take_back(attempt: Departed) -> None:
         """Cancel what has not begun; kill what has been superseded, if it has a process of its own."""
         if attempt.future is not None:
-            kill = getattr(attempt.future, "kill", None)
-            if attempt.ticket.void and kill is not None:
-                kill()
+            if attempt.ticket.void and isinstance(attempt.future, IsolatedCall):
+                attempt.future.kill()
             elif attempt.ticket.void or attempt.run is None:
                 attempt.future.cancel()
 
@@ -6243,7 +6243,7 @@ class Callback:
     def _send_to_host(self, guest: Departed, payload: str) -> None:
         guest.caller = guest.host.caller                  # type: ignore[union-attr]
         if guest.caller is None:
-            self._do(self._send_off, guest)
+            guest.future.cancel()                         # it is given back, and handed over anew
         else:
             guest.caller.send(0, guest.host.token, "run", payload)                      # type: ignore[union-attr]
 
@@ -6251,9 +6251,7 @@ class Callback:
         """Note that a connection is lost. For a guest, no engine will tell what became of its process."""
         for attempt in [attempt for attempt in list(self._attempts.values()) if attempt.caller is caller]:
             attempt.caller = None
-            if attempt.host is not None and attempt.run is None:
-                self._do(self._send_off, attempt)
-            elif attempt.host is not None:
+            if attempt.host is not None and not attempt.future.cancel():             # it has begun
                 self.loop.call_later(RETRY_SECONDS, self._lose_if_away, attempt)
 
     def _lose_if_away(self, guest: Departed) -> None:
@@ -6273,10 +6271,12 @@ class Callback:
         self.loop = loop
 
     def _run_loop(self, loop: Any, server: Any) -> None:
+        import asyncio
         loop.run_forever()                                # until close()
-        for connection in (server, *(caller.transport for caller in self.callers)):
-            connection.close()
-        loop.run_until_complete(server.wait_closed())
+        server.close()
+        for caller in self.callers:
+            caller.transport.abort()
+        loop.run_until_complete(asyncio.sleep(0))         # they close
         loop.close()
 
     def _soon(self, step: Callable[..., None], *arguments: Any) -> None:
