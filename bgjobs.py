@@ -82,7 +82,7 @@ import traceback
 import types
 import weakref
 from collections import OrderedDict, deque
-from concurrent.futures import BrokenExecutor, Executor, Future, InvalidStateError, wait
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
@@ -5833,6 +5833,7 @@ class Engine:
         self._make = executor if isinstance(executor, type) or not hasattr(executor, "submit") else None
         self._executor: Any = None if self._make is not None else executor
         self._broken_until = -math.inf                    # monotonic
+        self.has_worked = False                           # an attempt has begun there, since it was made
         self.hosts: dict[Departed, None] = {}             # a set in order
 
     @property
@@ -5844,15 +5845,14 @@ class Engine:
 
     def submit(self, payload: str) -> Any:
         """Return the executor's future. Raises what the executor does when it takes nothing."""
-        if self._executor is None:
-            self._executor = self._make()                 # type: ignore[misc]
-        try:
-            return self._executor.submit(run_attempt, payload)
-        except Exception:
-            if self._make is None:
-                raise
-            self._executor = self._make()                 # in place of the broken one
-            return self._executor.submit(run_attempt, payload)
+        if self._executor is not None:
+            try:
+                return self._executor.submit(run_attempt, payload)
+            except Exception:
+                if self._make is None:
+                    raise
+        self._executor, self.has_worked = self._make(), False           # type: ignore[misc]
+        return self._executor.submit(run_attempt, payload)
 
     def close(self) -> None:
         if self._make is not None and self._executor is not None:
@@ -6000,7 +6000,7 @@ _serves_attempts = False                                  # this process: then i
 class Departed(Attempt):
     """An attempt that executes elsewhere, as its runner sees it. The pool gives it a place like any other, but no thread."""
 
-    future: Any = None                                    # brings the outcome: the engine's, or ours for a guest
+    future: Any = None                                    # the engine's; a guest has none
     host: Departed | None = None                          # in whose process it executes, as a guest
     run: str | None = None                                # the execution of it that has said hello
     caller: _Caller | None = None                         # the connection of its process, if there is one now
@@ -6059,8 +6059,9 @@ class Departed(Attempt):
     def lose(self, error: BaseException) -> None:
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
         if self.run is None and isinstance(error, BrokenExecutor):
-            self.outcome = UNSPENT                        # another attempt broke it
-            self.engine.note_broken()                     # type: ignore[union-attr]
+            self.outcome = UNSPENT                        # another attempt broke it, or there is something wrong with it
+            if not self.engine.has_worked:                # type: ignore[union-attr]
+                self.engine.note_broken()                 # type: ignore[union-attr]
         elif self.runner._shut_claims:
             self.outcome = RELEASED                       # Ctrl-C went to its process, too
         else:
@@ -6173,63 +6174,83 @@ class Callback:
     def _send_off(self, attempt: Departed) -> None:
         runner, engine, function = self._runner, attempt.engine, _registry.find(attempt.name)
         self._attempts[attempt.token] = attempt
-        attempt.outcome = UNSPENT if attempt.stop_requested else UNKNOWN
-        if attempt.stop_requested or function is None or engine.is_broken:
-            return self._end(attempt)
+        if attempt.stop_requested:
+            return self._end(attempt, CancelledError())
+        attempt.outcome = UNKNOWN                         # if it does not get there
+        if function is None or engine.is_broken:
+            return self._end(attempt, None)
         try:
             if self.loop is None:
                 self._listen()
             payload = _dump({"claim": attempt.claim, "module": _module_name(function.__module__), "function": function.__qualname__,
                              "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": runner.path, "runner": runner._id})
             attempt.host = self._host_for(attempt)
-            attempt.future = Future() if attempt.host else engine.submit(payload)
+            if attempt.host is None:
+                attempt.future = engine.submit(payload)
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
             text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
             with contextlib.suppress(StoreError):
                 runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
-            return self._end(attempt)
-        if attempt.host:
+            return self._end(attempt, None)
+        if attempt.host is None:
+            attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
+        else:
             self._soon(self._send_to_host, attempt, payload)
-        attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
 
-    @staticmethod
-    def _take_back(attempt: Departed) -> None:
+    def _take_back(self, attempt: Departed) -> None:
         """Cancel what has not begun; kill what has been superseded, if it has a process of its own."""
-        if attempt.future is not None:
-            if attempt.ticket.void and isinstance(attempt.future, IsolatedCall):
-                attempt.future.kill()
-            elif attempt.ticket.void or attempt.run is None:
-                attempt.future.cancel()
+        if attempt.host is not None:
+            self._give_back(attempt)
+        elif attempt.ticket.void and isinstance(attempt.future, IsolatedCall):
+            attempt.future.kill()
+        elif attempt.future is not None and (attempt.ticket.void or attempt.run is None):
+            attempt.future.cancel()
 
     # 4. and 5. outcome and loss
 
     def _come_back(self, attempt: Departed, future: Any) -> None:
-        """Take the outcome from its future. Called in a thread of the engine's."""
+        """Take the outcome from an engine's future. Called in a thread of the engine's."""
         try:
-            if future.cancelled():
-                attempt.outcome = UNSPENT
-            else:
-                attempt.take_over(json.loads(future.result()))
-        except BaseException as error:                    # the engine's: a process of it died, or was taken away
+            outcome = CancelledError() if future.cancelled() else future.result()
+        except BaseException as error:                    # a process of it died, or was taken away
+            outcome = error
+        self._end(attempt, outcome)
+
+    def _end(self, attempt: Departed, outcome: str | BaseException | None) -> None:
+        """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over, as it is."""
+        if self._attempts.pop(attempt.token, None) is None:
+            return                                        # it has been lost already, or its engine tells twice
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome is not None:
+                attempt.take_over(json.loads(outcome))
+        except CancelledError:
+            attempt.outcome = UNSPENT
+        except BaseException as error:
             attempt.lose(error)
             for guest in [guest for guest in list(self._attempts.values()) if guest.host is attempt]:
-                self._lose_guest(guest, error)
-        self._end(attempt)
-
-    def _lose_guest(self, guest: Departed, error: BaseException) -> None:
-        with contextlib.suppress(InvalidStateError):      # it has ended
-            guest.future.set_exception(error)
-
-    def _end(self, attempt: Departed) -> None:
+                self._end(guest, error)
         attempt.thread = attempt.caller = None
-        attempt.engine.hosts.pop(attempt, None)
-        if self._attempts.pop(attempt.token, None) is None:
-            return                                        # an engine may tell twice
+        attempt.engine.hosts.pop(attempt, None)           # type: ignore[union-attr]
         if attempt.outcome not in (UNKNOWN, UNSPENT):
             self._runner._costs.record(attempt.name, attempt.worked)
         self._runner._pool.end(attempt)
+
+    def lose(self, caller: _Caller) -> None:
+        """Note that a connection is lost. Not every engine tells that a process of its died."""
+        for attempt in [attempt for attempt in list(self._attempts.values()) if attempt.caller is caller]:
+            attempt.caller = None
+            if attempt.host is not None and attempt.run is None:
+                self._give_back(attempt)
+            else:
+                self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
+
+    def _end_if_away(self, attempt: Departed) -> None:
+        if attempt.caller is None:
+            self._end(attempt, BgjobsError("the process that executed it is gone"))
 
     # hosts and guests
 
@@ -6243,20 +6264,14 @@ class Callback:
     def _send_to_host(self, guest: Departed, payload: str) -> None:
         guest.caller = guest.host.caller                  # type: ignore[union-attr]
         if guest.caller is None:
-            guest.future.cancel()                         # it is given back, and handed over anew
+            self._give_back(guest)
         else:
             guest.caller.send(0, guest.host.token, "run", payload)                      # type: ignore[union-attr]
 
-    def lose(self, caller: _Caller) -> None:
-        """Note that a connection is lost. For a guest, no engine will tell what became of its process."""
-        for attempt in [attempt for attempt in list(self._attempts.values()) if attempt.caller is caller]:
-            attempt.caller = None
-            if attempt.host is not None and not attempt.future.cancel():             # it has begun
-                self.loop.call_later(RETRY_SECONDS, self._lose_if_away, attempt)
-
-    def _lose_if_away(self, guest: Departed) -> None:
-        if guest.caller is None:
-            self._lose_guest(guest, BgjobsError("the process that executed it is gone"))
+    def _give_back(self, guest: Departed) -> None:
+        """Have a guest handed over anew, unless it has begun."""
+        if guest.run is None:
+            self._end(guest, CancelledError())
 
     # 2. and 3. listening: in the loop's thread
 
@@ -6357,7 +6372,8 @@ class Callback:
 
     def _welcome(self, caller: _Caller, attempt: Departed, run: str) -> list[Any]:
         runner = self._runner
-        if attempt.run is None and (attempt.host is None or attempt.future.set_running_or_notify_cancel()):
+        if attempt.run is None:
+            attempt.engine.has_worked = True              # type: ignore[union-attr]
             attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
             if attempt.due is not None and not attempt.system:
                 runner._begun.append((attempt.name, max(0.0, runner._clock() - attempt.due)))
@@ -6413,8 +6429,7 @@ class Callback:
         return place
 
     def _call_ended(self, attempt: Departed, outcome: str) -> None:
-        with contextlib.suppress(InvalidStateError):      # it has been given up
-            attempt.future.set_result(outcome)
+        self._end(attempt, outcome)
 
     # going down
 
@@ -6806,7 +6821,7 @@ class Link:
             self._thread, self._is_gone = None, True
             attempts = list(self._attempts.values())
         for attempt in attempts:
-            attempt.request_stop(force=True)
+            attempt.request_stop(RELEASED, force=True)
         self._refuse(self._no_answer)
 
 
