@@ -5791,7 +5791,8 @@ def _leave_to_parent() -> None:
 # Hosts and guests. An attempt that waits for another job gives its place away, but the engine counts its process as taken. So the process
 # executes what gets the place: the attempt says "leave", and is a host. The next attempt for this engine goes to a host, if there is
 # one, as the news "run", with the payload that the engine would get. This guest runs in a thread of its own, says hello like any other, and
-# "ended", with its outcome. When the host goes on it says "ask_back", which is answered as soon as it has a place.
+# "ended", with its outcome. When the host goes on it says "ask_back", which is answered as soon as it has a place. Without a place and
+# without a guest that has not ended, an attempt is always among the hosts: else a job with a place could wait for a process in vain.
 
 RETRY_SECONDS = 10.0               # that a lost connection is tried again, before both sides give up
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
@@ -6235,6 +6236,8 @@ class Callback:
                 self._end(guest, error)
         attempt.thread = attempt.caller = None
         attempt.engine.hosts.pop(attempt, None)           # type: ignore[union-attr]
+        if attempt.host is not None and attempt.host.token in self._attempts and not attempt.host.has_place:
+            attempt.engine.hosts[attempt.host] = None     # type: ignore[union-attr]
         if attempt.outcome not in (UNKNOWN, UNSPENT):
             self._runner._costs.record(attempt.name, attempt.worked)
         self._runner._pool.end(attempt)
@@ -6422,8 +6425,8 @@ class Callback:
         self._runner._pool.leave(attempt)
 
     def _call_ask_back(self, attempt: Departed) -> Future[Any]:
-        attempt.engine.hosts.pop(attempt, None)           # type: ignore[union-attr]
-        place = Place()
+        place = Place()                                   # until it has that, its process executes others
+        place.add_done_callback(lambda place: attempt.engine.hosts.pop(attempt, None))       # type: ignore[union-attr]
         if not self._runner._pool.ask_back(attempt, place):
             place.set_result(False)                       # it needs none
         return place
