@@ -1699,7 +1699,7 @@ class Transaction:
                      f"attempt {attempt.number} failed; retry {found[1] + 1} of {attempt.options['retries']} {when}")
         elif outcome == RAISED:
             status = FAILED if over else STOPPED if stops else RUNNING
-            end.update(error=attempt.error, errors=1, returned=1)
+            end.update(error=attempt.error, errors=1, returned=2)              # 2: it raised; an error may be of an earlier attempt
         elif outcome == HALTED and not row["goes_on"]:
             status = STOPPED
         else:                                           # given back: RELEASED, UNSPENT or UNKNOWN; or resumed already
@@ -1822,7 +1822,8 @@ class Transaction:
         self.execute(SAVE_TREE, (open_, total, done + change.done, failed + change.failed, running + change.running, tree_progress,
                                  tree_at, tree_gained, tree_seconds, lane, vtime, job_id))
         if open_ == 0 and returned and status in (RUNNING, STOPPED):
-            self._close(job_id, name, system, parent_id, status, error, duration + max(0.0, self.now - (since or self.now)), progress)
+            self._close(job_id, name, system, parent_id, status, error if returned == 2 else None,
+                        duration + max(0.0, self.now - (since or self.now)), progress)
 
     def _close(self, job_id: int, name: str, system: int, parent_id: int | None, status: str, error: str | None, duration: float,
                progress: float | None) -> None:
@@ -2070,7 +2071,7 @@ class Transaction:
         ran = max(0.0, until - (since or until))
         queue = low if new == PENDING else None
         self.execute(END_ATTEMPT, {
-            "id": job_id, "status": new, "returned": int(error is not None), "finished_at": self.now if new == FAILED else None,
+            "id": job_id, "status": new, "returned": 2 * int(error is not None), "finished_at": self.now if new == FAILED else None,
             "since": self.now if new == RUNNING else None, "ran": ran, "result": None,
             "error": error and dump_error("Interrupted", error, ""), "errors": int(error is not None), "state": None,
             "positions": None, "unspent": 0, "queue": queue, "parked": None, "run_at": None,
