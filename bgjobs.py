@@ -6096,7 +6096,9 @@ class _Caller:
         self.is_known = False                             # it has shown a token
 
     def connection_made(self, transport: Any) -> None:
+        import socket
         self.transport = transport
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._callback.callers.add(self)
         self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
 
