@@ -90,7 +90,7 @@ import traceback
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
@@ -1182,7 +1182,8 @@ UPGRADES: dict[int, tuple[str, ...]] = {
     1: ("""UPDATE bgjobs_jobs SET parked = 'function ' || name
             WHERE status = 'pending' AND phase = 'unknown function' AND parked IS NULL""",
         """UPDATE bgjobs_jobs SET waited = max(0.0, started_at - CASE WHEN run_at BETWEEN created_at AND started_at
-            THEN run_at ELSE created_at END) WHERE started_at IS NOT NULL AND waited IS NULL"""),
+            THEN run_at ELSE created_at END) WHERE started_at IS NOT NULL AND waited IS NULL""",
+        "UPDATE bgjobs_jobs SET returned = 2 WHERE returned = 1 AND error IS NOT NULL"),
 }
 SCHEMA_VERSION = len(UPGRADES)
 ALL_VERSIONS_HAVE = ("bgjobs_jobs", "bgjobs_clock", "bgjobs_runners")
@@ -1228,7 +1229,7 @@ class JobRow(NamedTuple):
     name: str
     status: str
     attempt: int                                          # number of the newest
-    returned: int                                         # its function has, and is not called again
+    returned: int                                         # 1: its function has; 2: it raised, and is not called again
     goes_on: int                                          # stopping, and resumed already: pending once it has stopped
     options: str | None                                   # JSON
     key: str | None
@@ -1888,7 +1889,7 @@ class Transaction:
             return False
         outcome, error = attempt.outcome, attempt.error if attempt.outcome == RAISED else None
         retries = outcome == RAISED and job.own_errors < attempt.options.get("retries", 0)
-        returned = outcome in (RETURNED, RAISED) and not retries
+        returned = 0 if retries else {RETURNED: 1, RAISED: 2}.get(outcome, 0)
         status = status_after(job, outcome, retries)
         if outcome in (UNSPENT, UNKNOWN):
             self.execute(UNSPEND, {"id": job.id})
@@ -2015,7 +2016,7 @@ class Transaction:
             open_, job.total + change.total, job.done + change.done, job.failed + change.failed,
             job.running + change.running, job.tree_progress + change.progress, *pace, lane, vtime, job.id))
         if open_ == 0 and job.returned and job.status in (RUNNING, STOPPED):
-            self._move(job, FINISHED if job.error is None else FAILED)
+            self._move(job, FINISHED if job.returned == 1 else FAILED)
 
     # what is counted for the statistics
 
@@ -2207,7 +2208,7 @@ class Transaction:
         self._keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
         self.execute(SUPERSEDE, {"id": job_id})
         if error is not None:
-            self.execute(RECORD, {"id": job_id, "returned": True, "result": None, "positions": None,
+            self.execute(RECORD, {"id": job_id, "returned": 2, "result": None, "positions": None,
                                   "error": dump_error("Interrupted", error, "")})
         self._end_attempt(job, status, ran, ran, phase=PHASES[RELEASED])
         self.log(job_id, logging.WARNING, f"{error or why}; {status} now")
@@ -4905,8 +4906,14 @@ class Runner(Submitter, Executor):
         self._pool = Pool(self.max_workers, self._execute, self._settle, store.kick, self._callback.depart)
         self._presence = _presence(self.path)
         self._id, self._first_id = self._register()       # no job of this runner has a lower id
+        self._begin_empty()
+        store.begin, store.rider, store.announce = self._unwritten.write, self._ride, self._announce
+        store.backlog = self._nudge_service
+
+    def _begin_empty(self) -> None:
+        """Set what this process keeps in memory: all that there is where an attempt executes elsewhere."""
         self._attempts: dict[int, Attempt] = {}           # claimed here, by job id; only the leading thread changes it
-        self._unwritten, self._handles = _Unwritten(), _Handles(store)
+        self._unwritten, self._handles = _Unwritten(), _Handles(self._store)
         self._ended: deque[Attempt] = deque()             # until they are recorded; only the leading thread removes
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._finishing = False                           # a transaction with outcomes is under way, or has failed
@@ -4918,8 +4925,6 @@ class Runner(Submitter, Executor):
         self._close_lock = threading.Lock()               # only one thread closes
         self._service: _Service | None = None
         self._servers: list[Any] = []                     # of the status page
-        store.begin, store.rider, store.announce = self._unwritten.write, self._ride, self._announce
-        store.backlog = self._nudge_service
 
     # the hot path: submit, claim, execute, finish
 
@@ -6037,27 +6042,65 @@ def _leave_to_parent() -> None:
         runner._leave_to_parent()
 
 
-# ---- 13 Elsewhere ---------------------------------------------------------------------------------------------
+# ---- 18 Elsewhere ---------------------------------------------------------------------------------------------
 #
-# An attempt may execute in another process: one of its own (isolate=True), or wherever a concurrent.futures.Executor takes it
-# (executor=). The engine gets `run_attempt` and a short JSON text, and gives another one back. What the attempt says and asks meanwhile
-# comes through the runner's callback: a port that is opened for the first such attempt. Each process has one connection,
-# made when an attempt there first has something to say. Lines of JSON go both ways:
+# An attempt may execute in another process: one of its own (isolate=True), or wherever a concurrent.futures.Executor, the engine, takes
+# it (executor=). The life of such an attempt:
+#
+#   1. Handed over. The engine gets one call, run_attempt(payload). The payload is a JSON text: the job, the import path of its function, the
+#      address of the runner's callback, a port opened for the first such attempt, and a token for this attempt alone.
+#   2. Hello. Each process has one connection to the callback, made for its first attempt. There the attempt says hello. If the engine
+#      executes it twice, the first to do so is welcome. Now it has begun: its time runs, and its function is called.
+#   3. It says and asks: states, progress, log lines, children. The runner tells it unasked when it is to stop, or is void (superseded).
+#   4. Outcome. run_attempt returns it as a JSON text, and the engine's future brings it. The token is forgotten: what still comes with it is
+#      refused as "gone".
+#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun. A connection that
+#      is lost is made again, and the calls without an answer are repeated; by its number, the runner carries each out once.
+#      When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
+#
+# Lines of JSON go both ways:
 #
 #   there -> runner    [token, number, call, argument...]
 #   runner -> there    [number, value], or [number, null, type of an error, its text]; unasked: [0, token, news, value]
 #
-# A token is for one attempt, and is forgotten with it: whatever a superseded attempt says is refused as "gone". After a loss of the
-# connection the calls without an answer are repeated; by its number, the runner carries each out once.
+# Hosts and guests. An attempt that waits for another job gives its place away, but the engine counts its process as taken. So the process
+# executes what gets the place: the attempt says "leave", and is a host. The next attempt for this engine goes to a host, if there is
+# one, as the news "run", with the payload that the engine would get. This guest runs in a thread of its own, says hello like any other, and
+# "ended", with its outcome. When the host goes on it says "ask_back", which is answered as soon as it has a place. Without a place and
+# without a guest that has not ended, an attempt is always among the hosts: else a job with a place could wait for a process in vain.
 
-JOIN_SECONDS = 0.3                 # after which an attempt that has nothing to say can be told to stop, all the same
-RETRY_SECONDS = 10.0               # that an attempt tries to reach its runner, before it stops
+RETRY_SECONDS = 10.0               # that a lost connection is tried again, before both sides give up
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
+STRANGER_BYTES = 4_096             # that it may send before
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
+COLLECT_SECONDS = 0.0002           # for each attempt under way, that the states of others may wait for company in the next transaction;
+COLLECT_AT_MOST = 0.02             # but no longer than this
 BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
-ONCE = ("submit", "operate", "leave", "ask_back", "ended")         # calls that are carried out once, however often they come
+ONCE = ("submit", "operate", "leave", "ask_back", "ended")         # calls that must not be carried out again when they are repeated
+REPLIES_KEPT = 100                 # of an attempt, for such repetitions
 WARM_PROCESSES = 8                 # of isolated attempts, that wait for the next one
 
+
+class Lines:
+    """Takes apart what is received: each line is a message, as JSON."""
+
+    def __init__(self) -> None:
+        self.unread = bytearray()                         # of a line whose end has not come yet
+
+    def take(self, received: bytes) -> list[Any]:
+        """Return the messages that are complete now. ValueError, RecursionError: one is no JSON."""
+        self.unread += received
+        if b"\n" not in received:
+            return []
+        *lines, self.unread = self.unread.split(b"\n")
+        return [json.loads(line.decode()) for line in lines]
+
+
+def _as_line(message: list[Any]) -> bytes:
+    return _dump(message).encode() + b"\n"
+
+
+# Engines.
 
 class Engine:
     """An executor of a runner: one that the app made, or what makes one, which then also replaces a broken one."""
@@ -6065,92 +6108,63 @@ class Engine:
     def __init__(self, executor: Any) -> None:
         self._make = executor if isinstance(executor, type) or not hasattr(executor, "submit") else None
         self._executor: Any = None if self._make is not None else executor
-        self.isolates = executor is IsolatedProcesses
         self._broken_until = -math.inf                    # monotonic
-        self.hosts: list[Departed] = []                   # attempts there that wait: their processes have room for another
+        self.has_worked = False                           # an attempt has begun there, since it was made
+        self.hosts: dict[Departed, None] = {}             # a set in order
 
     @property
     def is_broken(self) -> bool:
         return time.monotonic() < self._broken_until
 
+    def note_broken(self) -> None:
+        self._broken_until = time.monotonic() + BROKEN_SECONDS
+
     def submit(self, payload: str) -> Any:
         """Return the executor's future. Raises what the executor does when it takes nothing."""
-        try:
-            if self._make is not None and self._executor is None:
-                self._executor = self._make()
+        if self._executor is not None:
             try:
                 return self._executor.submit(run_attempt, payload)
             except Exception:
                 if self._make is None:
                     raise
-                self._executor = self._make()             # in place of the broken one
-                return self._executor.submit(run_attempt, payload)
-        except Exception:
-            self.note_broken()
-            raise
-
-    def note_broken(self) -> None:
-        self._broken_until = time.monotonic() + BROKEN_SECONDS
-
-    def discard(self, future: Any) -> None:
-        """Give up on a call: kill its process if it has one of its own, else cancel what has not begun."""
-        if self.isolates:
-            self._executor.kill(future)
-        else:
-            future.cancel()
+        self._executor, self.has_worked = self._make(), False           # type: ignore[misc]
+        return self._executor.submit(run_attempt, payload)
 
     def close(self) -> None:
         if self._make is not None and self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-class IsolatedProcesses(Executor):
-    """Makes each call in a process of its own: started fresh, never forked, and kept for another one after a call that has left
-    no thread behind."""
+class IsolatedCall(Future):                               # type: ignore[type-arg]
+    """A call that executes in a process of its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()                     # guards the three below
-        self._warm: list[Any] = []
-        self._running: dict[Future[str], Any] = {}        # from submit to the answer; None: without a process yet
-        self._unwanted: set[Future[str]] = set()          # of those: killed, or to be as soon as they have a process
+        super().__init__()
+        self._lock = threading.Lock()                     # guards the two below
+        self._process: Any = None                         # while it executes the call
+        self._is_unwanted = False                         # kill() was called
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[str]:
-        future: Future[str] = Future()
-        self._running[future] = None
-        threading.Thread(target=self._run, args=(future, *args), name="bgjobs-isolated", daemon=True).start()
-        return future
-
-    def _run(self, future: Future[str], payload: str) -> None:
-        answer = b""
-        try:
-            process = self._warm_process() or self._start()
-        except Exception as error:
-            del self._running[future]
-            return future.set_exception(error)
+    def kill(self) -> None:
+        """Kill its process, now or as soon as there is one. Does nothing once it has answered: it may be another call's by then."""
         with self._lock:
-            self._running[future] = process
-            if future in self._unwanted:
+            self._is_unwanted = True
+            if self._process is not None:
+                self._process.kill()
+
+    def execute(self, process: Any, payload: str) -> bytes:
+        """Have a process execute it; return the answer, a line. Else the process is not to be used again: it has died, or will."""
+        with self._lock:
+            self._process = process
+            if self._is_unwanted:
                 process.kill()
+        answer = b""
         with contextlib.suppress(OSError):
             process.stdin.write(payload.encode() + b"\n")
             process.stdin.flush()
             answer = self._answer_of(process)
-        with self._lock:                                  # from here on nobody kills it for this call
-            del self._running[future]
-            stays_warm = answer[:1] == b"+" and future not in self._unwanted and len(self._warm) < WARM_PROCESSES
-            self._unwanted.discard(future)
-            if stays_warm:
-                self._warm.append(process)
-        if answer.endswith(b"\n"):
-            future.set_result(answer[1:].decode())
-        else:
-            process.kill()
-        if not stays_warm:
-            with process:                                 # its pipes are closed, and it ends
-                pass
-        if not future.done():
-            code = process.returncode
-            future.set_exception(BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}")))
+        with self._lock:
+            self._process = None
+            return answer if answer.endswith(b"\n") and not self._is_unwanted else b""
 
     @staticmethod
     def _answer_of(process: Any) -> bytes:
@@ -6164,15 +6178,53 @@ class IsolatedProcesses(Executor):
                         return b""
         return process.stdout.readline()
 
+
+class IsolatedProcesses(Executor):
+    """Makes each call in a process of its own: started fresh, never forked, and kept for another one after a call that has left
+    no thread behind."""
+
+    def __init__(self) -> None:
+        self._warm: list[Any] = []                        # processes; list.append and pop need no lock
+        self._calls: set[IsolatedCall] = set()            # under way
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> IsolatedCall:
+        call = IsolatedCall()
+        self._calls.add(call)
+        threading.Thread(target=self._make, args=(call, *args), name="bgjobs-isolated", daemon=True).start()
+        return call
+
+    def _make(self, call: IsolatedCall, payload: str) -> None:
+        try:
+            if call.set_running_or_notify_cancel():
+                process = self._warm_process() or self._start()
+                answer = call.execute(process, payload)
+                if answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES:
+                    self._warm.append(process)
+                else:
+                    self._end(process, kill=not answer)
+                if answer:
+                    return call.set_result(answer[1:].decode())
+                code = process.returncode
+                raise BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}"))
+        except Exception as error:
+            call.set_exception(error)
+        finally:
+            self._calls.discard(call)
+
+    @staticmethod
+    def _end(process: Any, kill: bool = True) -> None:
+        if kill:
+            process.kill()
+        with process:                                     # its pipes are closed, and it has ended
+            pass
+
     def _warm_process(self) -> Any:
-        while self._warm:
-            with self._lock:
-                process = self._warm.pop() if self._warm else None
-            if process is not None and process.poll() is None:
-                return process
-            if process is not None:                       # somebody has killed it
-                with process:
-                    pass
+        with contextlib.suppress(IndexError):
+            while True:
+                process = self._warm.pop()
+                if process.poll() is None:
+                    return process
+                self._end(process)                        # somebody has killed it
         return None
 
     @staticmethod
@@ -6184,22 +6236,11 @@ class IsolatedProcesses(Executor):
         return subprocess.Popen([sys.executable, "-c", code, json.dumps([sys.path + folder, name])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 start_new_session=True)             # Ctrl-C in a terminal is for the app, which tells us
 
-    def kill(self, future: Future[str]) -> None:
-        with self._lock:
-            if future in self._running:
-                self._unwanted.add(future)
-                if self._running[future] is not None:
-                    self._running[future].kill()
-
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        with self._lock:
-            warm, self._warm = self._warm, []
-            running = list(self._running)
-        for process in warm:
-            with process:
-                process.kill()
-        for future in running:
-            self.kill(future)
+        for call in list(self._calls):
+            call.kill()
+        while self._warm:
+            self._end(self._warm.pop())
 
 
 def serve_process() -> None:
@@ -6230,13 +6271,15 @@ def _end_with(parent: int) -> None:
 _serves_attempts = False                                  # this process: then it runs no jobs of its own, whatever the app's modules start
 
 
-class Departed(Attempt):
-    """An attempt that executes elsewhere, as its runner sees it. The pool takes it for one with a thread."""
+# The runner's side.
 
-    future: Any = None
-    host: Departed | None = None                          # in whose process it executes
-    run: str | None = None                                # which of its executions speaks; an engine may start several
-    is_back = False
+class Departed(Attempt):
+    """An attempt that executes elsewhere, as its runner sees it. The pool gives it a place like any other, but no thread."""
+
+    future: Any = None                                    # the engine's; a guest has none
+    host: Departed | None = None                          # in whose process it executes, as a guest
+    run: str | None = None                                # the execution of it that has said hello
+    caller: _Caller | None = None                         # the connection of its process, if there is one now
     _report: Report | None = None
     _positions_there: str | None = None
 
@@ -6245,21 +6288,19 @@ class Departed(Attempt):
         super().__init__(runner, claim)
         self.engine, self.token = engine, secrets.token_urlsafe(16)
         self.claim = claim[:-1]
-        self.replies: OrderedDict[int, Any] = OrderedDict()      # to calls that must not be carried out twice
+        self.replies: dict[int, Future[Any]] = {}         # to calls of ONCE, by their numbers
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
         super().request_stop(reason, force)
         if self.stop_requested:
-            self.runner._callback.tell(self, "stop", self.reason)
+            self.runner._callback.stop(self)
 
     def let_pass(self, operation: threading.Event) -> None:
         pass                                              # it holds nothing up here
 
     def supersede(self) -> None:
-        self.request_stop(force=True)
         self.ticket.void = True
-        self.runner._callback.tell(self, "void", None)
-        self.runner._callback.discard(self)
+        self.request_stop(force=True)
 
     def report_to_save(self) -> Report | None:
         report, self._report = self._report, None
@@ -6287,64 +6328,117 @@ class Departed(Attempt):
         self.ran, self.waited = outcome["ran"], outcome["waited"]
         self.worked = max(0.0, self.ran - self.waited)
 
+    def lose(self, error: BaseException) -> None:
+        """Make the loss of its process, which `error` tells of, this attempt's outcome."""
+        if self.run is None and isinstance(error, BrokenExecutor):
+            self.outcome = UNSPENT                        # another attempt broke it, or there is something wrong with it
+            if not self.engine.has_worked:                # type: ignore[union-attr]
+                self.engine.note_broken()                 # type: ignore[union-attr]
+        elif self.runner._shut_claims:
+            self.outcome = RELEASED                       # Ctrl-C went to its process, too
+        else:
+            self.ran = self.worked = time.monotonic() - self.begun if self.run else 0.0
+            self.fail(error)
 
-class _Caller:
-    """A connection to the callback."""
 
-    def __init__(self, connection: Any) -> None:
-        self.connection, self.since = connection, time.monotonic()
-        self.unread, self.unsent = bytearray(), bytearray()
-        self.is_known = False                             # it has shown a token
-        self.dropped_at = math.inf                        # monotonic
-
-
-class _News:
-    """Has the looks of an event to the pool: setting it tells an attempt elsewhere."""
-
-    def __init__(self, callback: Callback, attempt: Departed, news: str) -> None:
-        self._told = callback, attempt, news
+class Place(Future):                                      # type: ignore[type-arg]
+    """The place that an attempt elsewhere asks back: the answer to its call."""
 
     def set(self) -> None:
-        callback, attempt, news = self._told
-        callback.tell(attempt, news, None)
+        self.set_result(True)
+
+
+class Save(NamedTuple):
+    """A state that waits for its transaction, or None: then only whether the attempt is still welcome is looked up."""
+
+    caller: _Caller
+    number: int
+    attempt: Departed
+    state: str | None
+    positions: str | None = None
+
+
+class _Caller:
+    """A connection to the callback, a protocol of asyncio's: a process in which attempts execute, or a stranger."""
+
+    def __init__(self, callback: Callback) -> None:
+        self._callback, self._lines = callback, Lines()
+        self.is_known = False                             # it has shown a token
+
+    def connection_made(self, transport: Any) -> None:
+        import socket
+        self.transport = transport
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._callback.callers.add(self)
+        self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
+
+    def data_received(self, received: bytes) -> None:
+        try:
+            calls = [(token, number, call, arguments) for token, number, call, *arguments in self._lines.take(received)]
+            if not all((type(token), type(number), type(call)) == (str, int, str) for token, number, call, _ in calls):
+                raise ValueError("that is no call")
+        except (ValueError, TypeError, RecursionError):
+            return self.transport.abort()
+        for call in calls:
+            self._callback.heed(self, *call)
+        if not self.is_known and len(self._lines.unread) > STRANGER_BYTES:
+            self.transport.abort()
+
+    def eof_received(self) -> None:
+        self._callback.save()                             # the answers go out before the connection is closed
+
+    def send(self, *message: Any) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(_as_line([*message]))
+
+    def pause_writing(self) -> None:
+        if not self.is_known:                             # it asks without end, and does not read
+            self.transport.abort()
+
+    def resume_writing(self) -> None:
+        pass
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._callback.callers.discard(self)
+        self._callback.lose(self)
 
 
 class Callback:
-    """Where a runner hands attempts to engines and hears of them: two threads, one that hands over and one that listens."""
+    """Where a runner hands attempts over, in one thread, since an engine may block, and where it hears of them, in another: an
+    event loop's."""
 
     def __init__(self, runner: Runner, address: str | None) -> None:
         self._runner, self._address = runner, address
-        self._departing: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()                     # guards the five below
-        self._attempts: dict[str, Departed] = {}          # by token
-        self._callers: dict[Departed, _Caller] = {}
-        self._guests: dict[Departed, _Caller] = {}        # with the connection of the process that executes them
-        self._strangers = 0                               # connections that have shown no token yet
-        self._news: deque[tuple[Departed, str, Any]] = deque()
-        self._threads: list[threading.Thread] = []
+        self._attempts: dict[str, Departed] = {}          # from being handed over to the outcome, by token
+        self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()       # for engines
+        self._starting = threading.Lock()                 # guards _thread
+        self._thread: threading.Thread | None = None
         self._listener: Any = None
-        self._waker: Any = None
-        self._closed = False
+        self.loop: Any = None
+        self.callers: set[_Caller] = set()                # these two belong to the loop's thread
+        self._saves: list[Save] = []
 
-    # handing over
+    # 1. handing over
 
     def depart(self, attempt: Departed) -> None:
         """Have an attempt executed elsewhere. From any thread; returns at once."""
-        self._departing.put(functools.partial(self._send_off, attempt))
-        if not self._threads:
-            with self._lock:
-                starting = [] if self._threads else [threading.Thread(target=self._hand_over, name="bgjobs-departures", daemon=True)]
-                self._threads += starting
-            for thread in starting:
-                thread.start()
+        self._do(self._send_off, attempt)
 
-    def discard(self, attempt: Departed) -> None:
-        """Have the engine give up on an attempt that has been superseded."""
-        if attempt.future is not None:                    # else whoever hands it over sees that
-            self._departing.put(functools.partial(attempt.engine.discard, attempt.future))
+    def stop(self, attempt: Departed) -> None:
+        """Tell an attempt that it is to stop or void; take it back if it has not begun. From any thread; returns at once."""
+        self._soon(self._tell_to_stop, attempt)
+        self._do(self._take_back, attempt)
+
+    def _do(self, step: Callable[[Departed], None], attempt: Departed) -> None:
+        """Have the thread for engines do something."""
+        self._steps.put(functools.partial(step, attempt))
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._hand_over, name="bgjobs-departures", daemon=True)
+                self._thread.start()
 
     def _hand_over(self) -> None:
-        while (step := self._departing.get()) is not None:
+        while (step := self._steps.get()) is not None:
             try:
                 step()
             except Exception:
@@ -6353,20 +6447,19 @@ class Callback:
 
     def _send_off(self, attempt: Departed) -> None:
         runner, engine, function = self._runner, attempt.engine, _registry.find(attempt.name)
-        attempt.begun = time.monotonic()
-        if attempt.stop_requested or function is None or engine.is_broken:
-            attempt.outcome = UNSPENT if attempt.stop_requested else UNKNOWN
-            return self._end(attempt)
+        self._attempts[attempt.token] = attempt
+        if attempt.stop_requested:
+            return self._end(attempt, CancelledError())
+        attempt.outcome = UNKNOWN                         # if it does not get there
+        if function is None or engine.is_broken:
+            return self._end(attempt, None)
         try:
-            if self._listener is None:
+            if self.loop is None:
                 self._listen()
-            attempt.thread = None if attempt.options.get("timeout") else 0       # the time runs from when it says that it executes
-            with self._lock:
-                self._attempts[attempt.token] = attempt
-                host = engine.hosts.pop() if engine.hosts and not engine.isolates else None
             payload = _dump({"claim": attempt.claim, "module": _module_name(function.__module__), "function": function.__qualname__,
                              "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": runner.path, "runner": runner._id})
-            if host is None:
+            attempt.host = self._host_for(attempt)
+            if attempt.host is None:
                 attempt.future = engine.submit(payload)
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
@@ -6374,267 +6467,199 @@ class Callback:
             with contextlib.suppress(StoreError):
                 runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
-            attempt.outcome = UNKNOWN
-            return self._end(attempt)
-        runner._unwritten.add_start(attempt, runner._clock())
-        if host is not None:                              # it waits for a job there, which may be this one
-            attempt.host = host
-            return self.tell(host, "run", payload)
-        attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
-        if attempt.ticket.void:
-            engine.discard(attempt.future)
+            return self._end(attempt, None)
+        if attempt.host is None:
+            attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
+        else:
+            self._soon(self._send_to_host, attempt, payload)
+
+    def _take_back(self, attempt: Departed) -> None:
+        """Cancel what has not begun; kill what has been superseded, if it has a process of its own."""
+        if attempt.host is not None:
+            self._give_back(attempt)
+        elif attempt.ticket.void and isinstance(attempt.future, IsolatedCall):
+            attempt.future.kill()
+        elif attempt.future is not None and (attempt.ticket.void or attempt.run is None):
+            attempt.future.cancel()
+
+    # 4. and 5. outcome and loss
 
     def _come_back(self, attempt: Departed, future: Any) -> None:
         """Take the outcome from an engine's future. Called in a thread of the engine's."""
         try:
-            if future.cancelled():
-                attempt.outcome = UNSPENT
-            else:
-                attempt.take_over(json.loads(future.result()))
-        except BaseException as error:                    # the engine's: a process of it died, or was taken away
-            with self._lock:
-                guests = [each for each in self._attempts.values() if each.host is attempt]
-            for lost in (*guests, attempt):
-                self._lose(lost, error)
-            return
-        self._end(attempt)
+            outcome = CancelledError() if future.cancelled() else future.result()
+        except BaseException as error:                    # a process of it died, or was taken away
+            outcome = error
+        self._end(attempt, outcome)
 
-    def _lose(self, attempt: Departed, error: BaseException) -> None:
-        """End an attempt whose process is gone."""
-        attempt.ran = attempt.worked = time.monotonic() - attempt.begun
-        if self._runner._shut_claims:                     # Ctrl-C went to its processes, too
-            attempt.outcome = RELEASED
-        else:
-            attempt.fail(error)
-        self._end(attempt)
-
-    def _end(self, attempt: Departed) -> None:
-        with self._lock:
-            again, attempt.is_back = attempt.is_back, True
-            self._attempts.pop(attempt.token, None)
-            self._callers.pop(attempt, None)
-            self._guests.pop(attempt, None)
-            if attempt in attempt.engine.hosts:
-                attempt.engine.hosts.remove(attempt)
-        if again:
-            return
-        attempt.thread = None
+    def _end(self, attempt: Departed, outcome: str | BaseException | None) -> None:
+        """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over, as it is."""
+        if self._attempts.pop(attempt.token, None) is None:
+            return                                        # it has been lost already, or its engine tells twice
+        try:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome is not None:
+                attempt.take_over(json.loads(outcome))
+        except CancelledError:
+            attempt.outcome = UNSPENT
+        except BaseException as error:
+            attempt.lose(error)
+            for guest in [guest for guest in list(self._attempts.values()) if guest.host is attempt]:
+                self._end(guest, error)
+        attempt.thread = attempt.caller = None
+        attempt.engine.hosts.pop(attempt, None)           # type: ignore[union-attr]
+        if attempt.host is not None and attempt.host.token in self._attempts and not attempt.host.has_place:
+            attempt.engine.hosts[attempt.host] = None     # type: ignore[union-attr]
         if attempt.outcome not in (UNKNOWN, UNSPENT):
             self._runner._costs.record(attempt.name, attempt.worked)
         self._runner._pool.end(attempt)
 
-    # listening
+    def lose(self, caller: _Caller) -> None:
+        """Note that a connection is lost. Not every engine tells that a process of its died."""
+        for attempt in [attempt for attempt in list(self._attempts.values()) if attempt.caller is caller]:
+            attempt.caller = None
+            if attempt.host is not None and attempt.run is None:
+                self._give_back(attempt)
+            else:
+                self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
+
+    def _end_if_away(self, attempt: Departed) -> None:
+        if attempt.caller is None:
+            self._end(attempt, BgjobsError("the process that executed it is gone"))
+
+    # hosts and guests
+
+    @staticmethod
+    def _host_for(attempt: Departed) -> Departed | None:
+        if not attempt.options.get("isolate"):
+            with contextlib.suppress(KeyError):
+                return attempt.engine.hosts.popitem()[0]  # type: ignore[union-attr]
+        return None
+
+    def _send_to_host(self, guest: Departed, payload: str) -> None:
+        guest.caller = guest.host.caller                  # type: ignore[union-attr]
+        if guest.caller is None:
+            self._give_back(guest)
+        else:
+            guest.caller.send(0, guest.host.token, "run", payload)                      # type: ignore[union-attr]
+
+    def _give_back(self, guest: Departed) -> None:
+        """Have a guest handed over anew, unless it has begun."""
+        if guest.run is None:
+            self._end(guest, CancelledError())
+
+    # 2. and 3. listening: in the loop's thread
 
     def _listen(self) -> None:
-        import selectors
+        import asyncio
         import socket
         host, _, port = (self._address or "127.0.0.1:0").rpartition(":")
-        listener = socket.create_server((host, int(port)), backlog=1024)
-        listener.setblocking(False)
-        self._waker, wakened = socket.socketpair()
-        self._waker.setblocking(False)
-        wakened.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ, None)
-        self._selector.register(wakened, selectors.EVENT_READ, None)
-        self._listener, self._wakened = listener, wakened
-        thread = threading.Thread(target=self._hear, name="bgjobs-callback", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        self._listener = socket.create_server((host, int(port)))
+        loop = asyncio.SelectorEventLoop()
+        server = loop.run_until_complete(loop.create_server(functools.partial(_Caller, self), sock=self._listener, backlog=1024))
+        threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
+        self.loop = loop
 
-    def tell(self, attempt: Departed, news: str, value: Any) -> None:
-        """Tell an attempt something unasked. From any thread; never blocks. One that is not connected hears of a stop when it is."""
-        self._news.append((attempt, news, value))
-        self._wake()
+    def _run_loop(self, loop: Any, server: Any) -> None:
+        import asyncio
+        loop.run_forever()                                # until close()
+        server.close()
+        for caller in self.callers:
+            caller.transport.abort()
+        loop.run_until_complete(asyncio.sleep(0))         # they close
+        loop.close()
 
-    def _wake(self) -> None:
-        if self._waker is not None:
-            with contextlib.suppress(OSError):            # full: it is awake; closed: nobody is
-                self._waker.send(b"x")
+    def _soon(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Have the loop's thread do something, if there is one. From any thread; never blocks."""
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):       # it is closed
+                self.loop.call_soon_threadsafe(step, *arguments)
 
-    def _hear(self) -> None:
-        while not self._closed:
-            try:
-                self._hear_once()
-            except Exception:
-                _log.exception("the callback for attempts elsewhere failed")
-                time.sleep(0.1)
-        for key in list(self._selector.get_map().values()):
-            key.fileobj.close()                           # type: ignore[union-attr]
-        self._selector.close()
-        self._waker.close()
+    def _tell_to_stop(self, attempt: Departed) -> None:
+        if attempt.caller is not None and attempt.run is not None:        # else it hears that when it says hello
+            attempt.caller.send(0, attempt.token, "void" if attempt.ticket.void else "stop", attempt.reason)
 
-    def _hear_once(self) -> None:
-        calls: list[tuple[_Caller, list[Any]]] = []
-        for key, _ in self._selector.select(JOIN_SECONDS if self._news or self._guests else None if self._strangers == 0 else 1.0):
-            if key.fileobj is self._listener:
-                self._admit()
-            elif key.fileobj is self._wakened:
-                with contextlib.suppress(OSError):
-                    self._wakened.recv(65536)
-            elif key.data.connection.fileno() >= 0 and not self._read(key.data, calls):
-                self._drop(key.data)
-        self._answer(calls)
-        self._pass_on_news()
-        self._look_after_connections()
-        time.sleep(min(0.02, 0.0002 * len(self._callers)))       # many callers: more of them in one transaction
+    def heed(self, caller: _Caller, token: str, number: int, call: str, arguments: list[Any]) -> None:
+        """Carry a call out, or see to it, and answer it."""
+        attempt = self._attempts.get(token)
+        caller.is_known |= attempt is not None
+        if attempt is None or call != "ended" and (attempt.ticket.void or call != "hello" and attempt.caller is not caller):
+            caller.send(number, None, "gone", "")
+        elif call == "hello":
+            caller.send(number, *self._welcome(caller, attempt, *arguments))
+        elif call == "save":
+            self._save_soon(Save(caller, number, attempt, *arguments))
+        elif call == "tell":
+            attempt.hear(*arguments)
+            self._save_soon(Save(caller, number, attempt, None, arguments[-1]))
+        else:
+            reply = attempt.replies.get(number)
+            if reply is None:
+                reply = self._outcome_of(lambda: getattr(self, "_call_" + call)(attempt, *arguments))
+                if call in ONCE:
+                    attempt.replies[number] = reply
+                    for old in [old for old, kept in attempt.replies.items() if kept.done()][:-REPLIES_KEPT]:
+                        del attempt.replies[old]
+            reply.add_done_callback(lambda reply: self._soon(self._reply, caller, number, reply))
 
-    def _look_after_connections(self) -> None:
-        """Drop who has shown no token in time; fail the guests whose process does not come back."""
-        now, callers = time.monotonic(), [key.data for key in list(self._selector.get_map().values()) if key.data is not None]
-        strangers = [caller for caller in callers if not caller.is_known]
-        self._strangers = len(strangers)
-        for caller in strangers:
-            if now - caller.since > STRANGER_SECONDS or len(caller.unsent) > 65_536:
-                self._drop(caller)
-        for guest in [guest for guest, caller in list(self._guests.items()) if caller.dropped_at < now - RETRY_SECONDS]:
-            self._lose(guest, BgjobsError("the process that executed it is gone"))
-
-    def _admit(self) -> None:
-        import selectors
-        import socket
-        with contextlib.suppress(OSError):
-            connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._selector.register(connection, selectors.EVENT_READ, _Caller(connection))
-
-    def _drop(self, caller: _Caller) -> None:
-        if caller.connection.fileno() < 0:
-            return
-        self._selector.unregister(caller.connection)
-        caller.connection.close()
-        caller.dropped_at = time.monotonic()
-        with self._lock:
-            for attempt in [attempt for attempt, each in self._callers.items() if each is caller]:
-                del self._callers[attempt]
-            not_begun = [guest for guest, each in self._guests.items() if each is caller and guest.run is None]
-        for guest in not_begun:
-            self._send_again(guest)
-
-    def _send_again(self, guest: Departed) -> None:
-        """Find another place for an attempt whose host did not take it."""
-        guest.host = None
-        self._guests.pop(guest, None)
-        self._departing.put(functools.partial(self._send_off, guest))
-
-    def _read(self, caller: _Caller, calls: list[tuple[_Caller, list[Any]]]) -> bool:
-        """Read what has come. False: the caller is gone, or is none of ours."""
+    def _outcome_of(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Call a function; return its outcome. If it returns a future, its value is yet to come, and that is returned."""
+        outcome: Future[Any] = Future()
         try:
-            if caller.unsent:
-                self._flush(caller)
-            received = caller.connection.recv(1 << 20)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        caller.unread += received
-        *lines, caller.unread = caller.unread.split(b"\n")
-        for line in lines:
-            try:
-                call = json.loads(line.decode())
-                token, number, name, *_ = call
-                if (type(token), type(number), type(name)) != (str, int, str):
-                    return False
-                known = token in self._attempts
-            except (ValueError, TypeError, RecursionError):
-                return False
-            caller.is_known |= known
-            calls.append((caller, call))
-        return bool(received) and (caller.is_known or len(caller.unread) < 4096)
-
-    def _flush(self, caller: _Caller) -> None:
-        import selectors
-        with contextlib.suppress(OSError):
-            del caller.unsent[:caller.connection.send(caller.unsent)]
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if caller.unsent else 0)
-        if self._selector.get_key(caller.connection).events != wanted:
-            self._selector.modify(caller.connection, wanted, caller)
-
-    def _send(self, caller: _Caller, message: list[Any]) -> None:
-        line = _dump(message).encode() + b"\n"
-        if not caller.unsent:
-            with contextlib.suppress(OSError):            # a connection that is lost will be read from, and dropped
-                line = line[caller.connection.send(line):]
-        if line:
-            caller.unsent += line
-            if caller.connection.fileno() >= 0:
-                self._flush(caller)
-
-    def _pass_on_news(self) -> None:
-        for _ in range(len(self._news)):
-            attempt, news, value = self._news.popleft()
-            caller = self._callers.get(attempt)
-            if attempt.is_back and news != "run":
-                continue
-            if news == "run":
-                guest = self._attempts.get(json.loads(value)["token"])
-                if guest is not None and caller is None:
-                    self._send_again(guest)
-                elif guest is not None:
-                    self._guests[guest] = caller          # type: ignore[assignment]
-            if caller is not None:
-                self._send(caller, [0, attempt.token, news, value])
-            elif news == "stop" and attempt.run is None and attempt.future is not None and not attempt.engine.isolates:
-                if time.monotonic() - attempt.begun > 3 * JOIN_SECONDS:      # it waits for its turn: one that executes would have joined
-                    self.discard(attempt)
-                else:
-                    self._news.append((attempt, news, value))
-
-    def _answer(self, calls: list[tuple[_Caller, list[Any]]]) -> None:
-        """Carry calls out, what they save in one transaction, and answer them."""
-        saves = []
-        for caller, (token, number, name, *arguments) in calls:
-            attempt = self._attempts.get(token)
-            if attempt is None or name != "ended" and (attempt.ticket.void or name != "hello" and self._callers.get(attempt) is not caller):
-                self._send(caller, [number, None, "gone", ""])
-            elif name in ("save", "tell"):
-                if name == "tell":
-                    attempt.hear(*arguments)
-                saves.append((caller, number, attempt, arguments[0] if name == "save" else None, arguments[-1]))
-            else:
-                self._send(caller, self._reply(caller, attempt, number, name, arguments))
-        if saves:
-            try:
-                stored = self._runner._store.write(lambda tx: tx.save_states([save[2:] for save in saves]))
-                replies = [[True] if each else [None, "gone", ""] for each in stored]
-            except Exception as error:
-                replies = [self._refusal(error)] * len(saves)
-            for (caller, number, *_), reply in zip(saves, replies):
-                self._send(caller, [number, *reply])
-
-    def _reply(self, caller: _Caller, attempt: Departed, number: int, name: str, arguments: list[Any]) -> list[Any]:
-        if name in ONCE and number in attempt.replies:
-            return attempt.replies[number]
-        try:
-            value = [getattr(self, "_call_" + name)(caller, attempt, *arguments)]
+            value = function(*arguments)
+            if isinstance(value, Future):
+                return value
+            outcome.set_result(value)
         except BaseException as error:                    # JobStopped is one of these
-            value = self._refusal(error)
-        if name in ONCE:
-            attempt.replies[number] = [number, *value]
-            if len(attempt.replies) > 100:
-                attempt.replies.popitem(last=False)
-        return [number, *value]
+            outcome.set_exception(error)
+        return outcome
+
+    def _reply(self, caller: _Caller, number: int, reply: Future[Any]) -> None:
+        error = reply.exception()
+        if error is None:
+            caller.send(number, reply.result())
+        else:
+            caller.send(number, *self._refusal(error))
 
     def _refusal(self, error: BaseException) -> list[Any]:
         if self._runner._store.closed:
             return [None, "gone", ""]
         return [None, _type_name(error), str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)]
 
+    def _save_soon(self, save: Save) -> None:
+        if not self._saves:
+            self.loop.call_soon(self.save)
+        self._saves.append(save)
+
+    def save(self) -> None:
+        """Save the states that wait, in one transaction."""
+        saves, self._saves = self._saves, []
+        if not saves:
+            return
+        try:
+            stored = self._runner._store.write(lambda tx: tx.save_states([(each.attempt, each.state, each.positions) for each in saves]))
+            replies = [[True] if is_stored else [None, "gone", ""] for is_stored in stored]
+        except Exception as error:
+            replies = [self._refusal(error)] * len(saves)
+        for each, reply in zip(saves, replies):
+            each.caller.send(each.number, *reply)
+        time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))           # many: more of them wake the loop at once
+
+    def _welcome(self, caller: _Caller, attempt: Departed, run: str) -> list[Any]:
+        runner = self._runner
+        if attempt.run is None:
+            attempt.engine.has_worked = True              # type: ignore[union-attr]
+            attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
+            runner._unwritten.add_start(attempt, runner._clock())
+        if attempt.run != run:
+            return [None, "JobStopped", f"attempt {attempt.number} of job {attempt.id} has begun elsewhere: its executor has started it twice"]
+        attempt.caller = caller
+        return [[attempt.stop_requested, attempt.reason]]
+
     # what an attempt may ask for
 
-    def _call_hello(self, caller: _Caller, attempt: Departed, run: str) -> list[Any]:
-        if attempt.run is None:
-            attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
-        if attempt.run != run:
-            raise JobStopped(f"attempt {attempt.number} of job {attempt.id} executes elsewhere")
-        with self._lock:
-            self._callers[attempt] = caller
-            if attempt in self._guests:
-                self._guests[attempt] = caller
-        return [attempt.stop_requested, attempt.reason, attempt.has_place]
-
-    def _call_submit(self, caller: _Caller, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
+    def _call_submit(self, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
         submission = Submission(new["name"])
         for name, value in new.items():
             setattr(submission, name, value)
@@ -6644,167 +6669,118 @@ class Callback:
             parent.has_children = True
         return self._runner._store.write(lambda tx: tx.submit(submission) if arguments is None else [*tx.submit_many(submission, arguments)])
 
-    def _call_operate(self, caller: _Caller, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
+    def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
         if operation not in TRANSITIONS:
             raise ValueError(f"there is no operation {_short(operation)}")
         self._runner._operate(operation, job_id, by)
 
-    def _call_info(self, caller: _Caller, attempt: Departed, job_id: int) -> dict[str, Any]:
+    def _call_info(self, attempt: Departed, job_id: int) -> dict[str, Any]:
         return self._runner._info(job_id)
 
-    def _call_logs(self, caller: _Caller, attempt: Departed, job_id: int, *filters: Any) -> list[dict[str, Any]]:
+    def _call_logs(self, attempt: Departed, job_id: int, *filters: Any) -> list[dict[str, Any]]:
         return self._runner._logs(job_id, *filters)
 
-    def _call_outcome(self, caller: _Caller, attempt: Departed, job_id: int) -> dict[str, Any] | None:
+    def _call_outcome(self, attempt: Departed, job_id: int) -> dict[str, Any] | None:
         rows = self._runner._store.read(OUTCOME_OF, {"id": job_id})
         return dict(rows[0]) if rows else None
 
-    def _call_watch(self, caller: _Caller, attempt: Departed, job_id: int) -> None:
-        self._runner.get(job_id).add_done_callback(lambda job: self.tell(attempt, "over", [
-            job_id, self._call_outcome(caller, attempt, job_id)]))
+    def _call_end(self, attempt: Departed, job_id: int) -> Future[Any]:
+        """Answer with a job's outcome once it is over."""
+        end: Future[Any] = Future()
+        self._runner.get(job_id).add_done_callback(lambda job: end.set_result(self._call_outcome(attempt, job_id)))
+        return end
 
-    def _call_leave(self, caller: _Caller, attempt: Departed) -> None:
-        with self._lock:
-            attempt.engine.hosts.append(attempt)
+    def _call_leave(self, attempt: Departed) -> None:
+        if not attempt.waits:
+            attempt.engine.hosts[attempt] = None          # type: ignore[union-attr]
         self._runner._pool.leave(attempt)
 
-    def _call_ask_back(self, caller: _Caller, attempt: Departed) -> bool:
-        with self._lock:
-            if attempt in attempt.engine.hosts:
-                attempt.engine.hosts.remove(attempt)
-        return self._runner._pool.ask_back(attempt, _News(self, attempt, "place"))
+    def _call_ask_back(self, attempt: Departed) -> Future[Any]:
+        place = Place()                                   # until it has that, its process executes others
+        place.add_done_callback(lambda place: attempt.engine.hosts.pop(attempt, None))       # type: ignore[union-attr]
+        if not self._runner._pool.ask_back(attempt, place):
+            place.set_result(False)                       # it needs none
+        return place
 
-    def _call_ended(self, caller: _Caller, attempt: Departed, outcome: str) -> None:
-        attempt.take_over(json.loads(outcome))
-        self._end(attempt)
+    def _call_ended(self, attempt: Departed, outcome: str) -> None:
+        self._end(attempt, outcome)
 
     # going down
 
     def close(self) -> None:
-        self._closed = True
-        self._departing.put(None)
-        self._wake()
+        self._steps.put(None)
+        if self.loop is not None:
+            self._soon(self.loop.stop)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: keep no connection of the parent's open."""
-        if self._listener is not None:
-            for key in list(self._selector.get_map().values()):
-                key.fileobj.close()                       # type: ignore[union-attr]
-            self._waker.close()
+        """In a forked child: keep no connection of the parent's open. (To close the transports would change the epoll object of both.)"""
+        if self.loop is not None:
+            with open(os.devnull) as nothing:
+                for connection in (self._listener, *(caller.transport.get_extra_info("socket") for caller in list(self.callers))):
+                    os.dup2(nothing.fileno(), connection.fileno())
 
 
 # Over there.
 
-_links: dict[tuple[str, int], Link] = {}
-_links_lock = threading.Lock()                            # guards _links
-
-
 def run_attempt(payload: str) -> str:
     """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For engines: the one
     function that they call."""
-    return _attempt_of(payload).execute()
-
-
-def _attempt_of(payload: str) -> AttemptThere:
     given = json.loads(payload)
-    return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given)
+    return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute()
 
 
-def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
-    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
-    for daemon in (True, False):
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
-            thread.start()
-            return thread
-    raise RuntimeError("no thread can be started")
+_links: dict[tuple[Any, ...], Link] = {}
 
 
 def _link_to(address: tuple[str, int], path: str, runner_id: int) -> Link:
-    with _links_lock:
-        link = _links.get(address)
-        if link is None or link.runner._id != runner_id or link.runner.path != path:
-            link = _links[address] = Link(address, path, runner_id)
-        return link
+    key = address, path, runner_id
+    return _links.get(key) or _links.setdefault(key, Link(*key))
 
 
 class AttemptThere(Attempt):
-    """An attempt in the process that executes it. It joins its runner when it first has something to say or to ask, or after
-    JOIN_SECONDS."""
+    """An attempt in the process that executes it."""
 
-    _stop = joined = False
-    told_positions: str | None = None
+    _told_positions: str | None = None
 
     def __init__(self, link: Link, given: dict[str, Any]) -> None:
         import secrets
         super().__init__(link.runner, (*given["claim"], 0))
         self.link, self.token, self.run = link, given["token"], secrets.token_hex(8)
-        self.own_place: threading.Event = _Event()
         self._module, self._function = given["module"], given["function"]
 
     def execute(self) -> str:
-        """Call the function; return the outcome, as JSON."""
-        import importlib
+        """Say hello, call the function; return the outcome, as JSON."""
         _capture_log_records()
         try:
-            function: Any = importlib.import_module(self._module)
-            for name in self._function.split("."):
-                function = getattr(function, name)
-            _registry.by_name[self.name] = function
-        except Exception as error:
-            self.fail(error)
-        else:
             self.link.begin(self)
-            if self.options.get("timeout"):
-                self.join()                               # the time runs from now on
-            self.runner._perform(self)
-        return self.outcome_as_json(*self.link.part_from(self))
-
-    def outcome_as_json(self, lines: list[Any], report: list[Any] | None, positions: str | None) -> str:
+            if not self.stop_requested:
+                self._import_function()
+                self.runner._perform(self)
+        except (Exception, JobStopped) as error:          # JobStopped: its hello was refused
+            self.fail(BgjobsError(_text(error)) if isinstance(error, JobStopped) else error)
+        lines, report, positions = self.link.part_from(self)
         return _dump({"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran, "waited": self.waited,
                       "lines": lines, "report": report, "positions": positions})
 
-    def join(self) -> None:
-        if not self.joined:
-            self.link.join(self)
-
-    @property
-    def stop_requested(self) -> bool:                     # type: ignore[override]
-        self.join()
-        return self._stop
-
-    @stop_requested.setter
-    def stop_requested(self, value: bool) -> None:
-        self._stop = value
-
-    def checkpoint(self, state: Any = _UNSET) -> None:
-        self.join()
-        super().checkpoint(state)
-
-    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
-        self.join()
-        yield from super().each(iterable, total)
-
-    def sleep(self, seconds: float) -> None:
-        self.join()
-        super().sleep(seconds)
-
-    def _note_progress(self, done: float, total: float | None, message: str | None) -> None:
-        self.join()
-        super()._note_progress(done, total, message)
+    def _import_function(self) -> None:
+        import importlib
+        function: Any = importlib.import_module(self._module)
+        for name in self._function.split("."):
+            function = getattr(function, name)
+        _registry.by_name[self.name] = function
 
     def _save(self, state: str | None) -> None:
         if state is not None:                             # positions alone go with what is told next
-            self.link.call(self, "save", state, self.unsaved_positions())
+            self.link.ask(self, "save", state, self.unsaved_positions())
             self._state = state
         self._saved_at = time.monotonic()
 
-    def unsaid(self) -> tuple[list[Any] | None, str | None]:
-        """Return what is new of the progress and the positions."""
+    def untold(self) -> tuple[list[Any], list[Any] | None, str | None]:
+        """Return the log lines, the progress and the positions that the runner has not been told; None: it knows."""
         report, positions = self.report_to_save(), self.unsaved_positions()
-        new_positions = positions if positions != self.told_positions else None
-        self.told_positions = positions
-        return None if report is None else list(report), new_positions
+        new_positions = positions if positions != self._told_positions else None
+        self._told_positions = positions
+        return self.runner.take_lines(self), None if report is None else list(report), new_positions         # type: ignore[attr-defined]
 
 
 class RunnerThere(Runner):
@@ -6815,44 +6791,50 @@ class RunnerThere(Runner):
         self._link, self.path, self._id = link, path, runner_id
         self._store = _StoreThere(link)                   # type: ignore[assignment]
         self._costs, self._clock = Costs(), time.time
-        self._attempts, self._exceptions = {}, OrderedDict()
-        self._unwritten, self._handles = _Unwritten(), _Handles(self._store)
+        self._begin_empty()
         self._unwritten.starts = deque(maxlen=0)          # the runner counts them
-        self._shut = self._inline = False
 
     def _watch(self, handle: Job) -> None:
+        """Complete this handle when its job is over. Does not wait for an answer: the caller may hold another handle's
+        lock."""
         self._handles.watch(handle)
-        attempt = self._link.attempt_here()
-        self._link.watched[handle.id] = attempt.token
-        self._link.call(attempt, "watch", handle.id)
+        call = self._link.post(self._link.attempt_here(), "end", handle.id)
+        call.add_done_callback(functools.partial(self._complete, handle.id))
+
+    def _complete(self, job_id: int, end: Future[Any]) -> None:
+        if isinstance(end.exception(), JobStopped):
+            return                                        # who asked has ended
+        self._store.outcomes[job_id] = None if end.exception() else end.result()         # type: ignore[attr-defined]
+        self._handles.complete([job_id])
+        self._store.outcomes.pop(job_id, None)            # type: ignore[attr-defined]
+
+    def take_lines(self, attempt: Attempt) -> list[Any]:
+        """Take the log lines of an attempt out of those that wait: [[at, level, message]...]. Under the link's lock."""
+        waiting = self._unwritten.lines
+        lines = [waiting.popleft() for _ in range(len(waiting))]
+        waiting.extendleft(reversed([line for line in lines if line[0] is not attempt]))
+        return [line[1:] for line in lines if line[0] is attempt]
 
     def _info(self, job_id: int) -> dict[str, Any]:
-        return self._link.call(None, "info", job_id)
+        return self._link.ask(None, "info", job_id)
 
     def _status(self, job_id: int) -> str:
         return self._info(job_id)["status"]
 
     def _logs(self, *filters: Any) -> list[dict[str, Any]]:
-        return self._link.call(None, "logs", *filters)
+        return self._link.ask(None, "logs", *filters)
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
-        self._link.call(None, "operate", operation, job_id, by)
+        self._link.ask(None, "operate", operation, job_id, by)
         return Job(self, job_id) if handle is None or operation in ("resume", "restart") and handle._state != "PENDING" else handle
-
-    def _keep_log_line(self, attempt: Attempt, record: logging.LogRecord) -> None:
-        attempt.join()                                    # type: ignore[attr-defined]
-        super()._keep_log_line(attempt, record)
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         begun = time.monotonic()
-        self._link.call(attempt, "leave")
+        self._link.ask(attempt, "leave")
         try:
             return wait(timeout)
         finally:
-            attempt.own_place.clear()                     # type: ignore[attr-defined]
-            if self._link.call(attempt, "ask_back"):
-                while not attempt.own_place.wait(0.5) and not attempt.ticket.void:        # type: ignore[attr-defined]
-                    pass
+            self._link.ask(attempt, "ask_back")           # answered when it has a place
             attempt.waited += time.monotonic() - begun
 
 
@@ -6863,7 +6845,7 @@ class _StoreThere:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.outcomes: dict[int, dict[str, Any] | None] = {}      # of jobs that are over, as the runner has told unasked
+        self.outcomes: dict[int, dict[str, Any] | None] = {}      # of jobs that are over, while their handles are completed
 
     def write(self, run: Callable[[Any], Any]) -> Any:
         return run(self)
@@ -6872,8 +6854,11 @@ class _StoreThere:
         raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or in a job without "
                            "executor= and isolate=")
 
+    def kick(self) -> None:
+        """There is nothing to lead."""
+
     def submit(self, new: Submission, arguments: list[str | None] | None = None) -> Any:
-        return self._link.call(None, "submit", vars(new), arguments)
+        return self._link.ask(None, "submit", vars(new), arguments)
 
     submit_many = submit
 
@@ -6881,8 +6866,18 @@ class _StoreThere:
         if sql != OUTCOME_OF:
             return self.__getattr__("read")
         job_id = parameters["id"]
-        outcome = self.outcomes.get(job_id) or self._link.call(None, "outcome", job_id)
+        outcome = self.outcomes[job_id] if job_id in self.outcomes else self._link.ask(None, "outcome", job_id)
         return [] if outcome is None else [outcome]
+
+
+class _Call(Future):                                      # type: ignore[type-arg]
+    """A call to the callback: its answer is this future's result."""
+
+    def __init__(self, token: str, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._condition = _Condition()
+        self.token, self.name = token, name
+        self.line = _as_line([token, number, name, *arguments])
 
 
 class Link:
@@ -6890,52 +6885,40 @@ class Link:
 
     def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
         self._address = address
-        self.runner = RunnerThere(self, path, runner_id)
-        self._lock = threading.Lock()                     # guards all below, and the sending
-        self._telling = threading.Lock()                  # held while what is new is told
-        self._socket: Any = None
-        self._needed = _Event()                           # somebody began, or has something to say
+        self._lock = threading.RLock()                    # guards all below, and the sending; no call is answered under it
         self._attempts: dict[str, AttemptThere] = {}      # that execute here, by token
+        self._calls: dict[int, _Call] = {}                # without an answer, by number
         self._numbers = itertools.count(1)
-        self._calls: dict[int, list[Any]] = {}            # without an answer: message, event, token, answer, name
-        self._gone = False                                # the runner, as far as is known
-        self.watched: dict[int, str] = {}                 # jobs whose end somebody here waits for -> the token that asked
-        self._thread: threading.Thread | None = None
+        self._socket: Any = None
+        self._thread: threading.Thread | None = None      # while there are attempts or calls, and for some time after
+        self._is_gone = False                             # the runner: it has been given up
+        self._lost_at = math.inf                          # monotonic: when the connection was lost, unless there is one that works
         self._told_at = 0.0
-        self._idle_seconds = 60.0                         # until an unused connection is closed
+        self.runner = RunnerThere(self, path, runner_id)
 
+    # for attempts
+
+    @library_code
     def begin(self, attempt: AttemptThere) -> None:
-        """Look after an attempt that begins here."""
+        """Say hello for an attempt. Raises JobStopped: it is not welcome, or nobody answers."""
         with self._lock:
             self._attempts[attempt.token] = attempt
             self.runner._attempts[attempt.id] = attempt
-            if self._thread is None:
-                self._gone = False                        # it may be back
-                self._thread = _start_thread("bgjobs-link", self._run)
-                if not self._thread.daemon:
-                    self._idle_seconds = 1.0              # it holds up the end of its interpreter
-        self._needed.set()
+            self._is_gone = False                         # it may be back
+            hello = self._greet(attempt)
+        hello.result()
 
-    @library_code
-    def join(self, attempt: AttemptThere) -> None:
-        """Make an attempt known to its runner. Raises JobStopped."""
+    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
+        """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the rest."""
         with self._lock:
-            if attempt.joined:
-                return
-            attempt.joined = True
-        self.call(attempt, "hello", attempt.run)
-
-    @library_code
-    def call(self, attempt: Attempt | None, name: str, *arguments: Any) -> Any:
-        """Ask the runner for something and return what it says. Raises JobStopped when it is not there any more, or the attempt is
-        superseded; else what it raised there."""
-        attempt = attempt or self.attempt_here()
-        if threading.current_thread() is self._thread:
-            raise RuntimeError("the link's own thread cannot wait for an answer")
-        attempt.join()                                    # type: ignore[attr-defined]
-        call = self._post(attempt.token, name, *arguments)       # type: ignore[attr-defined]
-        call[1].wait()
-        return self._value(attempt, call[3])
+            self._attempts.pop(attempt.token, None)
+            rest = attempt.untold()
+            if self.runner._attempts.get(attempt.id) is attempt:
+                del self.runner._attempts[attempt.id]
+            told = [call for call in self._calls.values() if call.token == attempt.token and call.name == "tell"]
+        wait(told, RETRY_SECONDS)
+        self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended", attempt.token)
+        return rest
 
     def attempt_here(self) -> AttemptThere:
         """Return the attempt that this is called in; in another thread, one of this process. Raises JobStopped: there is none."""
@@ -6944,83 +6927,74 @@ class Link:
             raise JobStopped("the attempt that this belongs to has ended")
         return attempt                                    # type: ignore[return-value]
 
-    def _value(self, attempt: Attempt, answer: list[Any]) -> Any:
-        value, *error = answer
-        if not error:
-            return value
-        kind, text = error
-        if kind in ("gone", "JobStopped"):
-            attempt.supersede() if kind == "gone" else None
-            raise JobStopped(text or f"attempt {attempt.number} of job {attempt.id} has been superseded")
-        known = {each.__name__: each for each in (StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)}
-        raise known.get(kind, BgjobsError)(text)
+    @library_code
+    def ask(self, attempt: Any, name: str, *arguments: Any) -> Any:
+        """Ask the runner for something and return what it says. Raises JobStopped when it is not there any more, or the attempt is
+        superseded; else what it raised there."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the link's own thread cannot wait for an answer")
+        return self.post(attempt or self.attempt_here(), name, *arguments).result()
 
-    def _post(self, token: str, name: str, *arguments: Any) -> list[Any]:
+    @library_code
+    def post(self, attempt: AttemptThere, name: str, *arguments: Any) -> _Call:
+        """Ask the runner for something; the answer will be the result of what is returned."""
+        number = next(self._numbers)
+        call = _Call(attempt.token, number, name, arguments)
         with self._lock:
-            number = next(self._numbers)
-            message = _dump([token, number, name, *arguments]).encode() + b"\n"
-            call = [message, _Event(), token, None, name]
-            if self._gone:
-                self._refuse(call)
-            else:
-                self._calls[number] = call
-                self._send(message)
-        self._needed.set()
+            self._calls[number] = call
+            self._send(call)
+            if self._thread is None and not self._is_gone:
+                self._lost_at = min(self._lost_at, time.monotonic())
+                self._thread = _start_thread("bgjobs-link", self._run)
+        if self._is_gone:
+            self._refuse(self._no_answer)
         return call
 
-    def _refuse(self, call: list[Any]) -> None:
-        call[3] = [None, "JobStopped", f"the runner at {self._address[0]}:{self._address[1]} does not answer"]
-        call[1].set()
+    def _greet(self, attempt: AttemptThere) -> _Call:
+        hello = self.post(attempt, "hello", attempt.run)
+        hello.add_done_callback(functools.partial(self._heed_welcome, attempt))
+        return hello
 
-    def _send(self, message: bytes) -> None:
-        """Send a line; if that fails it is sent once there is a connection again. Called under the lock."""
+    @staticmethod
+    def _heed_welcome(attempt: AttemptThere, hello: Future[Any]) -> None:
+        if hello.exception() is None and hello.result()[0]:
+            attempt.request_stop(hello.result()[1], force=True)
+
+    def _send(self, call: _Call) -> None:
+        """Send a call; if that fails, it is sent once there is a connection again. Called under the lock."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
-                self._socket.sendall(message)
+                self._socket.sendall(call.line)
 
-    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
-        """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the rest."""
-        with self._telling, self._lock:
-            self._attempts.pop(attempt.token, None)
-            lines = self._take_lines(attempt)
-            if self.runner._attempts.get(attempt.id) is attempt:
-                del self.runner._attempts[attempt.id]
-        deadline = time.monotonic() + RETRY_SECONDS
-        while attempt.joined and any(call[2] == attempt.token for call in list(self._calls.values())) and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return lines, *attempt.unsaid()
+    @property
+    def _no_answer(self) -> str:
+        return f"the runner does not answer at {self._address[0]}:{self._address[1]}"
 
-    def _take_lines(self, attempt: Attempt) -> list[Any]:
-        """Take the log lines of an attempt that nobody has been told."""
-        lines, others = [], []
-        for _ in range(len(self.runner._unwritten.lines)):
-            line = self.runner._unwritten.lines.popleft()
-            if line[0] is attempt:
-                lines.append(line[1:])
-            else:
-                others.append(line)
-        self.runner._unwritten.lines.extendleft(reversed(others))
-        return lines
+    def _refuse(self, why: str, token: str | None = None) -> None:
+        """Answer the calls of an attempt, or all, with JobStopped."""
+        with self._lock:
+            refused = [number for number, call in self._calls.items() if token in (None, call.token)]
+        for call in [self._calls.pop(number, None) for number in refused]:
+            if call is not None:
+                call.set_exception(JobStopped(why))
+
+    # in the link's thread
 
     def _run(self) -> None:
         used_at = time.monotonic()
+        idle_seconds = 60.0 if threading.current_thread().daemon else 1.0     # else it holds up the end of its interpreter
         try:
             while True:
                 with self._lock:
                     if self._attempts or self._calls:
                         used_at = time.monotonic()
-                    elif time.monotonic() - used_at > self._idle_seconds:
-                        if self._socket is not None:
-                            self._socket.close()
-                        self._socket = self._thread = None
+                    elif self._socket is None or time.monotonic() - used_at > idle_seconds:
+                        self._hang_up()
+                        self._thread, self._lost_at = None, math.inf
                         return
-                if self._socket is not None:
-                    self._hear(TELL_SECONDS)
-                elif not self._calls and not any(attempt.joined for attempt in list(self._attempts.values())):
-                    self._needed.wait(TELL_SECONDS if self._attempts else self._idle_seconds)
-                    self._needed.clear()
-                elif not self._connect():
+                if self._socket is None and not self._connect():
                     return self._give_up()
+                self._hear()
                 self._tell()
         except BaseException:
             self._give_up()
@@ -7028,131 +7002,111 @@ class Link:
 
     def _connect(self) -> bool:
         import socket
-        deadline, pause = time.monotonic() + RETRY_SECONDS, 0.02
+        pause = 0.02
         while True:
             try:
                 connection = socket.create_connection(self._address, timeout=5)
                 break
             except OSError:
-                if time.monotonic() > deadline:
+                if time.monotonic() - self._lost_at > RETRY_SECONDS:
                     return False
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
-            self._socket, self._unread = connection, b""
-            said = {call[2] for call in self._calls.values() if call[4] == "hello"}
-            again = [(attempt.token, "hello", attempt.run) for attempt in self._attempts.values() if attempt.joined and attempt.token not in said]
-            again += [(token, "watch", job_id) for job_id, token in self.watched.items() if token in self._attempts]     # news may be lost
-            for token, name, argument in again:
-                number = next(self._numbers)
-                self._calls[number] = [_dump([token, number, name, argument]).encode() + b"\n", _Event(), token, None, name]
-            for call in sorted(self._calls.values(), key=lambda call: call[4] != "hello"):
-                self._send(call[0])
+            self._socket, self._lines = connection, Lines()
+            unanswered = sorted(self._calls.values(), key=lambda call: call.name != "hello")
+            for attempt in self._attempts.values():
+                if not any(call.name == "hello" and call.token == attempt.token for call in unanswered):
+                    self._greet(attempt)
+            for call in unanswered:
+                self._send(call)
         return True
 
-    def _hear(self, seconds: float) -> None:
+    def _hang_up(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+                self._lost_at = min(self._lost_at, time.monotonic())
+
+    def _hear(self) -> None:
         import selectors
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
-            if not selector.select(seconds):
+            if not selector.select(TELL_SECONDS):
                 return
         try:
             received = self._socket.recv(1 << 20)
-        except OSError:
+            messages = self._lines.take(received)
+        except (OSError, ValueError, RecursionError):
             received = b""
         if not received:
-            self._socket.close()
-            self._socket = None
-            return
-        *lines, self._unread = (self._unread + received).split(b"\n")
-        for line in lines:
-            number, *rest = json.loads(line)
+            return self._hang_up()
+        for number, *rest in messages:
+            self._lost_at = math.inf
             if number:
-                call = self._calls.pop(number, None)
-                if call is not None:
-                    self._heed(call[2], call[4], rest)
-                    call[3] = rest
-                    call[1].set()
+                self._heed_answer(number, *rest)
             else:
-                self._receive(*rest)
+                self._heed_news(*rest)
 
-    def _heed(self, token: str, name: str, answer: list[Any]) -> None:
-        """Notice what answers to calls that nobody waits for say."""
-        attempt = self._attempts.get(token)
-        if attempt is None:
+    def _heed_answer(self, number: int, value: Any, kind: str | None = None, text: str = "") -> None:
+        call = self._calls.pop(number, None)
+        if call is None:
             return
-        if answer[1:2] == ["gone"]:
-            attempt.supersede()
-        elif name == "hello" and len(answer) == 1:
-            stop, reason, has_place = answer[0]
-            if stop:
-                attempt.request_stop(reason, force=True)
-            if has_place:
-                attempt.own_place.set()
+        if kind is None:
+            return call.set_result(value)
+        if kind == "gone":
+            kind, text = "JobStopped", "the attempt has been superseded"
+            self._heed_news(call.token, "void", None)
+        known = {each.__name__: each for each in (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)}
+        call.set_exception(known.get(kind, BgjobsError)(text))
 
-    def _receive(self, token: str, news: str, value: Any) -> None:
+    def _heed_news(self, token: str, news: str, value: Any) -> None:
         attempt = self._attempts.get(token)
-        if news == "over":
-            _start_thread("bgjobs-ends", self._complete, *value)      # somebody may hold a handle's lock and wait for an answer
-        elif news == "run":
+        if news == "run":
             _start_thread("bgjobs-guest", self._run_guest, value)
-        elif attempt is None:
-            pass
-        elif news == "stop":
+        elif attempt is not None and news == "stop":
             attempt.request_stop(value, force=True)
-        elif news == "void":
+        elif attempt is not None and news == "void":
             attempt.supersede()
-        elif news == "place":
-            attempt.own_place.set()
-
-    def _complete(self, job_id: int, outcome: dict[str, Any] | None) -> None:
-        """Complete the handles of a job that is over."""
-        self.watched.pop(job_id, None)
-        self.runner._store.outcomes[job_id] = outcome             # type: ignore[attr-defined]
-        self.runner._handles.complete([job_id])
-        self.runner._store.outcomes.pop(job_id, None)             # type: ignore[attr-defined]
+            self._refuse("the attempt has been superseded", token)
 
     def _run_guest(self, payload: str) -> None:
         """Execute another attempt while one of this process waits."""
-        attempt = _attempt_of(payload)
-        self.begin(attempt)                               # the answer to its hello may be a stop
-        try:
-            attempt.join()
-            outcome = attempt.execute()
-        except JobStopped:                                # it has been superseded already
-            outcome = attempt.outcome_as_json([], None, None)
-        with self._lock:
-            self._attempts[attempt.token] = attempt       # until the runner has the outcome
-        self._post(attempt.token, "ended", outcome)[1].wait()
-        with self._lock:
-            self._attempts.pop(attempt.token, None)
+        guest = AttemptThere(self, json.loads(payload))
+        self.post(guest, "ended", guest.execute())
 
     def _tell(self) -> None:
-        """Tell the runner what is new of each attempt."""
-        with self._telling:
-            if len(self._calls) > 1_000 or time.monotonic() < self._told_at + TELL_SECONDS:
-                return                                    # it does not keep up; or it was told just now
-            self._told_at = time.monotonic()
-            for attempt in list(self._attempts.values()):
-                if not attempt.joined and time.monotonic() - attempt.claimed_at > JOIN_SECONDS:
-                    attempt.joined = True
-                    self._post(attempt.token, "hello", attempt.run)
-                lines, (report, positions) = self._take_lines(attempt), attempt.unsaid()
+        """Tell the runner what is new of each attempt, now and then, unless it does not keep up."""
+        if time.monotonic() < self._told_at + TELL_SECONDS or len(self._calls) > 1_000:
+            return
+        self._told_at = time.monotonic()
+        for attempt in list(self._attempts.values()):
+            with self._lock:                              # it may part meanwhile
+                lines, report, positions = attempt.untold()
                 if lines or report is not None or positions is not None:
-                    self._post(attempt.token, "tell", lines, report, positions)
+                    self.post(attempt, "tell", lines, report, positions)
 
     def _give_up(self) -> None:
         """Stop what executes here: its runner is gone."""
         with self._lock:
-            self._thread, self._gone = None, True
-            attempts, calls = list(self._attempts.values()), list(self._calls.values())
-            self._calls.clear()
+            self._thread, self._is_gone = None, True
+            attempts = list(self._attempts.values())
         for attempt in attempts:
-            attempt.request_stop(force=True)
-        for call in calls:
-            self._refuse(call)
+            attempt.request_stop(RELEASED, force=True)
+        self._refuse(self._no_answer)
+
+
+def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
+    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
+    for daemon in (True, False):
+        with contextlib.suppress(RuntimeError):
+            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
+            thread.start()
+            return thread
+    raise RuntimeError("no thread can be started")
 
 
 # ---- 14 The default runner ------------------------------------------------------------------------------------

@@ -3961,6 +3961,14 @@ def log_lines(count):
             job.sleep(0.01)
 
 
+def submit_and_fail_once():
+    attempt = bgjobs.current_job().attempt
+    bgjobs.submit(add, attempt)
+    if attempt == 1:
+        raise ValueError("no luck")
+    return attempt
+
+
 class TestRetries:
     def test_a_failed_attempt_is_repeated_after_a_pause_and_keeps_its_state(self, make):
         clock = Clock()
@@ -3976,6 +3984,13 @@ class TestRetries:
         clock.now += 20
         idle.drain()
         assert (job.status, job.result(), job.attempt, job.errors, job.waiting) == ("finished", 3, 3, 2, 0.0)
+        consistent(idle)
+
+    def test_a_parent_whose_retry_returned_is_finished_when_its_children_are(self, make):
+        idle = make(start=False)
+        job = idle.options(retries=1, backoff=0).submit(submit_and_fail_once)
+        idle.drain()
+        assert (job.status, job.errors, job.result()) == ("finished", 1, 2) and "no luck" in job.error
         consistent(idle)
 
     def test_when_no_retries_are_left_it_fails_with_the_last_exception_and_resume_is_one_more_try(self, make):
@@ -5816,10 +5831,8 @@ class TestElsewhere:
             runner = make(executor=executor)
             job = runner.submit(children_with_pauses, 60)
             for _ in range(6):
-                wait_for(lambda: runner._callback._callers)
-                for caller in set(runner._callback._callers.values()):
-                    with contextlib.suppress(OSError):
-                        caller.connection.shutdown(socket.SHUT_RDWR)
+                wait_for(lambda: runner._callback.callers)
+                cut_connections(runner)
                 time.sleep(0.1)
             ids = job.result(20)
             assert len(ids) == len(set(ids)) == 60 == job.info()["children"]["total"]
@@ -5862,7 +5875,7 @@ class TestElsewhere:
         assert ask([token, 1, "save", "5", None]) == [[1, None, "gone", ""]]           # it has not said hello
         assert ask([token, 1, "hello", "x"], [token, 2, "save", "5", None], [token, 3, "nonsense"], [token, 4, "operate", "drop", 1, None],
                    [token, 5, "info", 99], [token, 6, "save", "6"]) == [
-            [1, [False, "halted", True]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
+            [1, [False, "halted"]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
             [4, None, "ValueError", "there is no operation 'drop'"], [5, None, "KeyError", f"there is no job 99 in {runner.path}"], [6, True]]
         assert ask([token, 1, "hello", "y"])[0][2] == "JobStopped"                         # another execution of the same attempt
         assert job.state == 6
@@ -5882,11 +5895,55 @@ class TestElsewhere:
                 for stranger in strangers:
                     with contextlib.suppress(OSError):
                         stranger.sendall(b"x")
-            wait_for(lambda: runner._callback._strangers == 0)
+            wait_for(lambda: all(caller.is_known for caller in list(runner._callback.callers)))
             for stranger in strangers:
                 stranger.close()
             assert runner.submit(nested, 1).result(10) == 1
             runner.close()
+
+    def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor, max_workers=2)
+            assert [runner.submit(count_tree, 5).result(30) for _ in range(3)] == [63] * 3
+            consistent(runner)
+            runner.close()
+
+    def test_a_process_that_is_gone_is_noticed_though_its_executor_tells_nothing(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.3)
+        hand = Hand()
+        runner = make(executor=hand)
+        job = runner.submit(add, 1)
+        wait_for(lambda: hand.calls)
+        given = json.loads(hand.calls[0][2][0])
+        with socket.create_connection(given["callback"], timeout=5) as connection:
+            connection.sendall(json.dumps([given["token"], 1, "hello", "x"]).encode() + b"\n")
+            assert json.loads(connection.makefile().readline()) == [1, [False, "halted"]]
+        with pytest.raises(bgjobs.BgjobsError, match="the process that executed it is gone"):
+            job.result(10)
+        hand.calls[0][0].set_result("too late")
+        assert sum(places(runner)) == 0 and not runner._callback._attempts
+        consistent(runner)
+
+    def test_what_a_broken_pool_had_only_queued_is_no_attempt(self, make):
+        hands = []
+
+        def make_hand():
+            hands.append(Hand())
+            return hands[-1]
+        runner = make(executor=make_hand, max_workers=2)
+        jobs = [runner.submit(add, 1), runner.submit(add, 2)]
+        wait_for(lambda: hands and len(hands[0].calls) == 2)
+        given = json.loads(hands[0].calls[0][2][0])
+        with socket.create_connection(given["callback"], timeout=5) as connection:
+            connection.sendall(json.dumps([given["token"], 1, "hello", "x"]).encode() + b"\n")
+            connection.makefile().readline()
+            for future, *_ in list(hands[0].calls):
+                future.set_exception(concurrent.futures.BrokenExecutor("a process died"))
+        assert isinstance(jobs[0].exception(10), concurrent.futures.BrokenExecutor)
+        wait_for(lambda: len(hands[0].calls) == 3)
+        hands[0].execute(2).join()
+        assert jobs[1].result(10) == 2 and jobs[1].attempt == 1 and jobs[1].errors == 0
+        consistent(runner)
 
     def test_a_guest_that_is_force_stopped_leaves_no_place_taken(self, make):
         with concurrent.futures.ThreadPoolExecutor(1) as executor:
@@ -5910,11 +5967,10 @@ class TestElsewhere:
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
             runner = make(executor=executor)
             job = runner.submit(wait_for_two_handles)
-            wait_for(lambda: runner._callback._callers and len(runner.jobs(status="running")) == 2)
+            wait_for(lambda: runner._callback.callers and len(runner.jobs(status="running")) == 2)
             wait_for(lambda: seen[-1:] == ["held child"])
             for _ in range(3):                                                # its log says hello meanwhile
-                for caller in set(runner._callback._callers.values()):
-                    caller.connection.shutdown(socket.SHUT_RDWR)
+                cut_connections(runner)
                 gate("held child").set()
                 time.sleep(0.05)
             assert job.result(10) == 2 and any(line["message"] == "hello" for line in job.logs())
@@ -6025,6 +6081,16 @@ class TestElsewhere:
             there.execute().join(), here.execute().join()
         finally:
             del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+
+
+def count_tree(depth):
+    return 1 + sum(job.result() for job in [bgjobs.submit(count_tree, depth - 1) for _ in range(2)]) if depth else 1
+
+
+def cut_connections(runner):
+    for caller in list(runner._callback.callers):
+        with contextlib.suppress(OSError):
+            caller.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
 def wait_for_held(name):
