@@ -94,7 +94,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
            "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs",
            "options", "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
