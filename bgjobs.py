@@ -6713,10 +6713,14 @@ class Callback:
             self._soon(self.loop.stop)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: keep no connection of the parent's open. (To close the transports would change the epoll object of both.)"""
-        if self.loop is not None:
-            with open(os.devnull) as nothing:
-                for connection in (self._listener, *(caller.transport.get_extra_info("socket") for caller in list(self.callers))):
+        """In a forked child: keep no connection of the parent's open. (To close the transports would change the epoll
+        object of both.)"""
+        if self.loop is None:
+            return
+        callers = [caller.transport.get_extra_info("socket") for caller in list(self.callers)]
+        with open(os.devnull) as nothing:
+            for connection in (self._listener, *callers):
+                if connection.fileno() >= 0:              # else it is closed already
                     os.dup2(nothing.fileno(), connection.fileno())
 
 

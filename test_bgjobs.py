@@ -2918,6 +2918,19 @@ def shared_folder(tmp_path):
 
 
 class TestFork:
+    def test_a_fork_after_a_runner_with_an_executor_was_closed_is_silent(self, path):
+        code, out, err = finish(python("""
+            import concurrent.futures, os, sys, bgjobs, test_bgjobs
+            pool = concurrent.futures.ThreadPoolExecutor(1)
+            runner = bgjobs.Runner(sys.argv[1], executor=pool)
+            runner.submit(test_bgjobs.add, 1).result(20)
+            runner.close()
+            if (child := os.fork()) == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+            """, path))
+        assert (code, err) == (0, "")
+
     def test_a_forked_child_is_told_works_after_start_and_the_parent_never_notices(self, path):
         code, out, err = finish(python("""
             import bgjobs, concurrent.futures, os, sys, threading
