@@ -7891,9 +7891,11 @@ function confirmed(title, text, yes) {
   byId("confirm-title").textContent = title;
   byId("confirm-text").textContent = text;
   byId("confirm-yes").textContent = yes;
-  dialog.returnValue = "";             // which Escape leaves as it is
   dialog.showModal();
-  return new Promise(resolve => dialog.onclose = () => resolve(dialog.returnValue === "yes"));
+  return new Promise(resolve => {      // not by "close", which comes later: perhaps when the next question is asked
+    dialog.onsubmit = event => resolve(event.submitter.value === "yes");
+    dialog.oncancel = () => resolve(false);
+  });
 }
 
 // The list ------------------------------------------------------------------------------------------------
