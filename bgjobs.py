@@ -200,9 +200,9 @@ def refusal(job: str, status: str, operation: str, allowed: list[str], why: str 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object with one key, which names
-# the type: {"$date": "2026-01-31"}. A dict of the user's with a key that begins with "$" is stored as a list of pairs:
-# {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object with one key, which
+# names the type: {"$date": "2026-01-31"}. A dict of the user's with a key that begins with "$" is stored as a list of
+# pairs: {"$dict": [[key, value], ...]}.
 
 VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
 TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
@@ -224,7 +224,8 @@ def _printed(value: Any, how: Callable[[Any], str]) -> str:
         return str.__str__(how(value))
     except BaseException as error:
         # A Ctrl-C that hit this very line goes on; one from deeper may be the doing of the value's own methods.
-        if isinstance(error, KeyboardInterrupt) and (error.__traceback__ is None or error.__traceback__.tb_next is None):
+        deeper = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        if isinstance(error, KeyboardInterrupt) and not deeper:
             raise
         return f"<{_type_name(value)} that cannot be printed>"
 
@@ -252,7 +253,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def _loaded_type(module: str, name: str) -> type | None:
-    """Return a type if its module is loaded. To store a value imports nothing: there is no value of a type not loaded."""
+    """Return a type if its module is loaded. To store a value imports nothing: no value is of a type not loaded."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -263,14 +264,14 @@ def _set_to_json(value: set[Any]) -> list[Any]:
 
 
 def _zone_to_json(zone: Any) -> Any:
-    """Return None, the key of a ZoneInfo, or the offset of a datetime.timezone in seconds, with its name if it has one."""
+    """Return None, the key of a ZoneInfo, or the seconds of a datetime.timezone, with its name if it has one."""
     if zone is None:
         return None
     if type(zone) is _loaded_type("datetime", "timezone"):
         offset, *name = zone.__getinitargs__()
         return [offset.total_seconds(), *name] if name else offset.total_seconds()
     if type(zone) is _loaded_type("zoneinfo", "ZoneInfo") and zone.key:
-        type(zone)(zone.key)                              # raises if it was made from a file and cannot be loaded by its key
+        type(zone)(zone.key)                              # raises if it was made from a file and its key leads nowhere
         return zone.key
     raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
 
@@ -400,13 +401,14 @@ def import_path(function: Callable[..., Any]) -> str:
         raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
                         "define it with def at the top level of a module")
     if "<locals>" in qualname:
-        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its module")
+        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its "
+                        "module")
     found: Any = sys.modules.get(module)
     for attribute in qualname.split("."):
         found = getattr(found, attribute, None)
     if found != function:
-        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this function; "
-                        "submit what the module holds under that name")
+        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this "
+                        "function; submit what the module holds under that name")
     return f"{_module_name(module)}.{qualname}"
 
 
@@ -423,7 +425,8 @@ def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
         found: Any = vars(module).get(parts[split])
         for attribute in parts[split + 1:]:
             found = getattr(found, attribute, None) if isinstance(found, type) else None
-        defined_there = (getattr(found, "__module__", None), getattr(found, "__qualname__", None)) == (module.__name__, qualname)
+        defined_there = (getattr(found, "__module__", None) == module.__name__
+                         and getattr(found, "__qualname__", None) == qualname)
         return found if defined_there and callable(found) else None
     return None
 
@@ -442,7 +445,8 @@ class _Registry:
         if "name" in options:
             known = self.by_name.get(options["name"], function)
             if _origin(known) != _origin(function):
-                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; choose another")
+                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; "
+                                 "choose another")
             self.by_name[options["name"]] = function      # also where a reloaded module has a newer one
         self.declared[function] = options
         self.has_executors |= "executor" in options
@@ -499,8 +503,8 @@ def zone_of(tz: Any) -> tuple[Any, str | None]:
     try:
         return zoneinfo.ZoneInfo(key), key
     except Exception:                                     # KeyError, ValueError, OSError: it says too little
-        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the machine\'s own'
-                         ) from None
+        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the '
+                         "machine's own") from None
 
 
 class _Option(NamedTuple):
@@ -536,7 +540,8 @@ _OPTIONS = {
                       "a list of argument names"),
     "isolate": _A_BOOL,
     "executor": _Option(_is_executor, "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": _Option(lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "tz": _Option(lambda v: zone_of(v) is not None,
+                  "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": _Option(lambda v: v is None or isinstance(v, Job), "a Job or None"),
     "connection": _Option(lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
@@ -585,7 +590,7 @@ _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", 
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options to keep with a job of this function, as JSON can hold them. ValueError: a value that does not fit."""
+    """Return the options to keep with a job of this function, as JSON. ValueError: a value that does not fit."""
     kept = {name: given[name] for name in _KEPT if name in given}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -603,8 +608,9 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
     for name in secret:
         if name in positions:
             if parameters[positions[name]].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                raise ValueError(f"secret names {name!r}, which takes any number of arguments of {function.__qualname__}; "
-                                 "name its keywords, or pass them as one argument, a list or a dict")
+                raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
+                                 f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
+                                 "list or a dict")
             places += [name, positions[name]]
         elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             places.append(name)
@@ -614,8 +620,8 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called now,
-    for it cannot be stored. ValueError: it gave something else."""
+    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called
+    now, for it cannot be stored. ValueError: it gave something else."""
     if not callable(backoff):
         return list(backoff) if _is_list(backoff) else [backoff]
     pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
@@ -628,8 +634,9 @@ BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, a
 
 
 def pause_before_retry(options: dict[str, Any], failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long each
-    time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together."""
+    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long
+    each time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together.
+    """
     pauses = options.get("backoff")
     if pauses:
         return pauses[min(failures, len(pauses)) - 1]
@@ -639,11 +646,11 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
 
 # ---- 4 Times of schedules -------------------------------------------------------------------------------------
 #
-# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a day
-# fits when its month does and, if day of month and day of week are both restricted, when either of them does.
+# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a
+# day fits when its month does and, if day of month and day of week are both restricted, when either of them does.
 #
-# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes once,
-# the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
+# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes
+# once, the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -691,7 +698,7 @@ _CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
 
 
 class Cron:
-    """A schedule of five fields: minute, hour, day of month, month, day of week, in a time zone; None: the machine's."""
+    """A schedule of five fields: minute, hour, day of month, month, day of week. zone=None: the machine's time zone."""
 
     def __init__(self, fields: str, zone: Any = None) -> None:
         texts = _CRON_WORDS.get(fields.strip().lower(), fields).lower().split()
@@ -717,9 +724,11 @@ class Cron:
         for part in text.split(","):
             span, slash, step = part.partition("/")
             if slash and not (step.isdecimal() and int(step)):
-                raise ValueError(f"a step of a cron schedule is a whole number greater than 0, got {step!r} in {text!r}")
+                raise ValueError("a step of a cron schedule is a whole number greater than 0, "
+                                 f"got {step!r} in {text!r}")
             low, dash, high = span.partition("-")
-            first, last = (least, most) if span == "*" else (number(low), number(high) if dash else most if slash else number(low))
+            first = least if span == "*" else number(low)
+            last = number(high) if dash else most if slash or span == "*" else first
             if first > last:
                 raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
             values.update(range(first, last + 1, int(step or 1)))
@@ -777,16 +786,16 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time: the microseconds its
 # tree has run. The next place goes to the ready root with the least; what that was is the start tag of the claim. The
-# queue's own virtual time is the start tag of the newest claim; a root that becomes ready starts at it, or at its own if that
-# is later, so idling earns no credit. A claim charges its root an estimate at once, for a root with running attempts is not
-# idle; the end of the attempt corrects it.
+# queue's own virtual time is the start tag of the newest claim; a root that becomes ready starts at it, or at its own
+# if that is later, so idling earns no credit. A claim charges its root an estimate at once, for a root with running
+# attempts is not idle; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable[[Any], int | None]
                ) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which places are to be given.
 
-    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the job
-    over. To take the next one from the iterator means that the last one was claimed.
+    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the
+    job over. To take the next one from the iterator means that the last one was claimed.
     """
     heap = [(tag, root, head, waiting) for tag, root, waiting in roots for head in itertools.islice(waiting, 1)]
     heapq.heapify(heap)
@@ -840,8 +849,8 @@ class Costs:
         return [(name, self.means.get(name), self.trees.get(name)) for name in changed]
 
     def plan(self, name: str) -> tuple[int, float]:
-        """Return the microseconds to charge for a claim of this function, and the seconds for which it will keep a worker:
-        infinitely many, as long as that is not known."""
+        """Return the microseconds to charge for a claim of this function, and the seconds for which it will keep a
+        worker: infinitely many, as long as that is not known."""
         mean = self.means.get(name)
         return (int(UNKNOWN_COST * 1e6), math.inf) if mean is None else (max(1, int(mean * 1e6)), mean + _OVERHEAD)
 
@@ -857,8 +866,9 @@ class Rate(NamedTuple):
     def after(self, gained: float, seconds: float, elapsed: float) -> Rate:
         """Return the rate after `gained` more units in `seconds`, `elapsed` seconds into the work.
 
-        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late sample
-        cannot make the estimate jump, and units that come in waves, from several workers, count as what they are.
+        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late
+        sample cannot make the estimate jump, and units that come in waves, from several workers, count as what they
+        are.
         """
         kept = math.exp(-max(seconds, 0.0) / max(elapsed * 0.75, 1.0))
         return Rate(self.gained * kept + gained, self.seconds * kept + max(seconds, 0.0))
@@ -873,8 +883,8 @@ def time_left(left: float, rate: Rate, step: float, age: float, elapsed: float) 
     """Return the seconds that `left` more units take; None: the rate is not known.
 
     step: seconds between reports. age: seconds since the last one. elapsed: seconds from the begin of the work to that.
-    The estimate counts down until the next report is due. From then on it is what it would be if that came just now, plus
-    the time it is late: so it grows slowly while nothing comes, and does not jump.
+    The estimate counts down until the next report is due. From then on it is what it would be if that came just now,
+    plus the time it is late: so it grows slowly while nothing comes, and does not jump.
     """
     speed = rate.per_second
     if speed is None:
@@ -7176,7 +7186,8 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
             _default = Runner(path, **options)
             return _default
         if path is not None and os.path.abspath(path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or make a Runner of your own")
+            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or make a Runner of your "
+                               "own")
         if options:
             raise RuntimeError("the default runner has been made already; call start() with its options before the "
                                "first submit")
@@ -9201,8 +9212,8 @@ def _page_server(page: Page, host: str, port: int) -> Any:
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------
 #
-# A function for each command takes the parsed arguments and returns the exit code: 0; 1, a job did not finish or refused;
-# 2, misuse, or a file that cannot be used; 130, Ctrl-C. `_COMMANDS`, near the end, names them all.
+# For each command there is a function that takes the parsed arguments and returns the exit code; `_COMMANDS`, near the
+# end, names them all.
 
 # What goes to a terminal.
 
@@ -9543,7 +9554,7 @@ ENTRIES_A_CHILD = 1_000            # of a folder
 
 
 def fingerprint(folder: str) -> dict[str, Any]:
-    """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""
+    """Find duplicate files below a folder: the job of `demo`. A child for each folder, the largest at low priority."""
     context = current_job()
     if context.state is None:                             # a resumed attempt finds its children where they are
         context.checkpoint(state=_submit_children(folder))
@@ -9559,8 +9570,8 @@ def fingerprint(folder: str) -> dict[str, Any]:
     groups = sorted(((size * (len(paths) - 1), size, digest, paths) for (size, digest), paths in copies.items()
                      if size and len(paths) > 1), reverse=True)
     context.progress(1, 1, f"{len(groups):,} groups of duplicates")
-    return {"folder": folder, "folders": len(folders), "files": sum(map(len, copies.values())), "unreadable": unreadable,
-            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()),
+    return {"folder": folder, "folders": len(folders), "files": sum(map(len, copies.values())),
+            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()), "unreadable": unreadable,
             "duplicate_groups": len(groups), "wasted_bytes": sum(wasted for wasted, *_ in groups),
             "largest_groups": [{"sha256": digest, "size": size, "copies": len(paths), "paths": sorted(paths)[:5]}
                                for _, size, digest, paths in groups[:20]]}
@@ -9631,7 +9642,8 @@ def _demo(args: Any) -> int:
 def _print_report(report: dict[str, Any], seconds: float) -> None:
     print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, "
           f"in {for_people(seconds)}; {report['unreadable']:,} could not be read\n"
-          f"{report['duplicate_groups']:,} groups of duplicates waste {report['wasted_bytes'] / 1e6:,.1f} MB; the largest:")
+          f"{report['duplicate_groups']:,} groups of duplicates waste {report['wasted_bytes'] / 1e6:,.1f} MB; "
+          "the largest:")
     for group in report["largest_groups"][:5]:
         print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}")
         for path in group["paths"][:3]:
@@ -9771,7 +9783,8 @@ def _days(seconds: int) -> str:
 
 # name -> what does it, what it does, its arguments
 _COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
-    "demo": (_demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status page.", [
+    "demo": (_demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status "
+                    "page.", [
         _arg("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one"),
         _arg("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)"),
         _flag("--once", help="end with the job; do not keep the page up"),
@@ -9824,7 +9837,8 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
         _arg("--name", help="of one function"),
         *_FILE_OR_JSON]),
     "serve": (_serve, "Serve the status page of a job file, until Ctrl-C.", [
-        _arg("--host", default="127.0.0.1", help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD"),
+        _arg("--host", default="127.0.0.1",
+             help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD"),
         _arg("--port", type=int, default=8765, help="default: %(default)s; 0: a free one"),
         _flag("--read-only", help="without operations"),
         *_FILE]),
