@@ -92,7 +92,7 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, TypeVar
 
 __version__ = "0.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -1040,7 +1040,10 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def library_code(function: _Function) -> _Function:
     """Decorate what must not be interrupted by a force stop of the job that calls it."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -1052,7 +1055,7 @@ def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         finally:
             ticket.put_back()
-    return call
+    return call                                           # type: ignore[return-value]
 
 
 # Ctrl-C raises an exception in the main thread, at any call or return in Python code: also at the end of
@@ -9382,13 +9385,6 @@ def _opened(args: Any) -> contextlib.closing[Runner]:
     return contextlib.closing(Runner(path, start=False))
 
 
-def _job_of(runner: Runner, job_id: int) -> Job:
-    try:
-        return runner.get(job_id)
-    except KeyError:
-        raise BgjobsError(f"there is no job {job_id} in {runner.path}") from None
-
-
 def _progress_cell(job: dict[str, Any]) -> str:
     return ("" if job["progress"] is None else f"{job['progress']:.0%}") + (
         "" if job["eta"] is None else f", {for_people(job['eta'])} left")
@@ -9434,7 +9430,7 @@ def _list(args: Any) -> int:
 
 def _show(args: Any) -> int:
     with _opened(args) as runner:
-        job = _job_of(runner, args.id)
+        job = runner.get(args.id)
         info = _follow(job) if args.follow else job.info()
     _answer(args, info, lambda: _print_fields(info))
     return 1 if info["status"] in (FAILED, CANCELLED) else 0
@@ -9458,7 +9454,7 @@ def _print_fields(info: dict[str, Any]) -> None:
 def _logs(args: Any) -> int:
     """Print a job's log; with -f until the job is over."""
     with _opened(args) as runner:
-        job, after, limit = _job_of(runner, args.id), 0, None if args.all else 1_000
+        job, after, limit = runner.get(args.id), 0, None if args.all else 1_000
         while True:
             over = job.status in (*OVER, STOPPED)         # first: what it logs before its end is read after this
             for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
@@ -9656,10 +9652,11 @@ def _nothing() -> None:
     """Do nothing: the job of `bench`."""
 
 
-def _rate(count: int, work: Callable[[], object]) -> float:
-    """Return how many per second it does, if `work` does so many."""
+def _rate(count: int, call: Callable[[], object]) -> float:
+    """Return how many such calls a second there are, in a row of `count`."""
     begun = time.perf_counter()
-    work()
+    for _ in range(count):
+        call()
     return count / (time.perf_counter() - begun)
 
 
@@ -9668,22 +9665,23 @@ _BARE_INSERT = "INSERT INTO jobs (fn, args) VALUES ('nothing', ?)"
 
 def _bare_db(path: str) -> contextlib.closing[sqlite3.Connection]:
     db = sqlite3.connect(path, isolation_level=None)
-    for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL",
-                      "CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0)",
-                      "CREATE INDEX queued ON jobs(id) WHERE status = 0"):
-        db.execute(statement)
+    db.executescript("""
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
+        CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0);
+        CREATE INDEX queued ON jobs(id) WHERE status = 0""")
     return contextlib.closing(db)
 
 
-def _bare_write(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> sqlite3.Cursor:
+def _bare_write(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
     db.execute("BEGIN IMMEDIATE")
     db.executemany(statement, rows)
-    return db.execute("COMMIT")
+    db.execute("COMMIT")
 
 
 def _run_all(runner: Runner) -> float:
     last = runner.submit_many(_nothing, [()] * 5_000)[-1]
-    rate = _rate(5_000, lambda: runner.start().shutdown())
+    rate = 5_000 * _rate(1, lambda: runner.start().shutdown())
     assert runner.get(last).status == FINISHED
     return rate
 
@@ -9695,7 +9693,7 @@ def _bare_run_all(db: sqlite3.Connection) -> float:
         while ids := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
             _bare_write(db, "UPDATE jobs SET status = 1 WHERE id = ?", ids)
             _bare_write(db, "UPDATE jobs SET status = 2 WHERE id = ?", ids)
-    return _rate(5_000, drain)
+    return 5_000 * _rate(1, drain)
 
 
 def _round_trip(runner: Runner) -> float:
@@ -9710,8 +9708,7 @@ def _round_trip(runner: Runner) -> float:
 
 def _checkpoints() -> float:
     """Return the nanoseconds of a checkpoint without a state."""
-    checkpoint = current_job().checkpoint
-    return 1e9 / _rate(100_000, lambda: [checkpoint() for _ in range(100_000)])
+    return 1e9 / _rate(100_000, current_job().checkpoint)
 
 
 class _Bench(NamedTuple):
@@ -9723,11 +9720,11 @@ class _Bench(NamedTuple):
 
 _BENCHES = (
     _Bench("submit, one by one", "jobs/s",
-           lambda runner: _rate(3_000, lambda: [runner.submit(_nothing) for _ in range(3_000)]),
-           lambda db: _rate(3_000, lambda: [db.execute(_BARE_INSERT, ("[]",)) for _ in range(3_000)])),
+           lambda runner: _rate(3_000, lambda: runner.submit(_nothing)),
+           lambda db: _rate(3_000, lambda: db.execute(_BARE_INSERT, ("[]",)))),
     _Bench("submit_many", "jobs/s",
-           lambda runner: _rate(50_000, lambda: runner.submit_many(_nothing, [()] * 50_000)),
-           lambda db: _rate(50_000, lambda: [_bare_write(db, _BARE_INSERT, [("[]",)] * 10_000) for _ in range(5)])),
+           lambda runner: 50_000 * _rate(1, lambda: runner.submit_many(_nothing, [()] * 50_000)),
+           lambda db: 10_000 * _rate(5, lambda: _bare_write(db, _BARE_INSERT, [("[]",)] * 10_000))),
     _Bench("run 5,000 jobs, 8 workers", "jobs/s", _run_all, _bare_run_all),
     _Bench("submit to result, idle", "ms", _round_trip),
     _Bench("checkpoint()", "ns", lambda runner: float(runner.start().submit(_checkpoints).result(30))),

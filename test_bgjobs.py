@@ -6937,6 +6937,14 @@ class TestCommandLine:
         line = bgjobs.progress_line(info, 80)
         assert len(line) == 79 and line.startswith("[############------------]  50.0%  4 of 10 children  1 min 15 s left")
         assert "\x1b" not in line
+        wide = bgjobs.progress_line({**info, "message": "\u6570" * 200}, 80)
+        assert wide.endswith("\u6570\u2026") and bgjobs._cells(wide) in (78, 79)
+
+    def test_long_texts_are_cut_to_a_width_quickly(self):
+        begun = time.perf_counter()
+        assert [bgjobs._fitted(text, 5) for text in ("\u6570" * 8_192, "e\u0301" * 4_096, "abc", "abcde", "")] == [
+            "\u6570\u6570\u2026", "e\u0301" * 4 + "\u2026", "abc  ", "abcde", "     "]
+        assert time.perf_counter() - begun < 5
 
     def test_durations_for_people(self):
         assert [bgjobs.for_people(s) for s in (0.04, 9.96, 59.4, 60, 3661)] == ["0.0 s", "10.0 s", "59 s", "1 min 0 s", "1 h 1 min"]
