@@ -9555,13 +9555,14 @@ def fingerprint(folder: str) -> dict[str, Any]:
     if context.state is None:                             # a resumed attempt finds its children where they are
         context.checkpoint(state=_submit_children(folder))
     unreadable, folders = context.state, set()
-    copies: dict[tuple[int, str], list[str]] = defaultdict(list)
+    # Sets: an attempt cut off while it submitted children leaves some that the next one submits again.
+    copies: dict[tuple[int, str], set[str]] = defaultdict(set)
     for child in reversed(jobs(parent=context.id, limit=None)):
         result = child.result()
         unreadable += result["unreadable"]
         for name, size, digest in result["files"]:
             folders.add(result["folder"])
-            copies[size, digest].append(os.path.join(result["folder"], name))
+            copies[size, digest].add(os.path.join(result["folder"], name))
         context.checkpoint()
     groups = sorted(((size * (len(paths) - 1), size, digest, paths) for (size, digest), paths in copies.items()
                      if size and len(paths) > 1), reverse=True)
@@ -9599,7 +9600,9 @@ def fingerprint_files(folder: str, names: list[str]) -> dict[str, Any]:
     import stat
     context = current_job()
     files, unreadable = [], 0
-    for name in context.each(names):
+    for done, name in enumerate(names):                   # not each(): after a stop, what `files` has would be lost
+        context.progress(done, len(names))
+        context.checkpoint()
         path, digest, size = os.path.join(folder, name), hashlib.sha256(), 0
         try:
             if not stat.S_ISREG(os.lstat(path).st_mode):

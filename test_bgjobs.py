@@ -6774,6 +6774,19 @@ class TestCommandLine:
         assert "4 files in 3 folders" in done.stdout and "1 groups of duplicates" in done.stdout and "3 copies of 400 bytes" in done.stdout
         assert re.search(r"Status page: http://127\.0\.0\.1:\d+/", done.stdout) and (tmp_path / "bgjobs.db").exists()
 
+    def test_a_demo_that_is_stopped_and_resumed_loses_no_file(self, make, tmp_path):
+        names = [f"{n:03}" for n in range(100)]
+        for name in names:
+            with open(tmp_path / name, "wb") as file:
+                file.truncate(4 << 20)
+        runner = make()
+        job = runner.submit(bgjobs.fingerprint_files, str(tmp_path), names)
+        wait_for(lambda: (job.progress or 0) > 0)
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
+        job.resume()
+        assert [name for name, _, _ in job.result(60)["files"]] == names
+
     def test_run_prints_the_result_as_json(self, tmp_path):
         (tmp_path / "tasks.py").write_text("import bgjobs\ndef work(a, b):\n    return [a, b, bgjobs.current_job().id]\n"
                                            "def bad():\n    raise ValueError('boom')\n")
