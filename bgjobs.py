@@ -92,7 +92,7 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, TypeVar
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -200,9 +200,9 @@ def refusal(job: str, status: str, operation: str, allowed: list[str], why: str 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object with one key, which names
-# the type: {"$date": "2026-01-31"}. A dict of the user's with a key that begins with "$" is stored as a list of pairs:
-# {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object with one key, which
+# names the type: {"$date": "2026-01-31"}. A dict of the user's with a key that begins with "$" is stored as a list of
+# pairs: {"$dict": [[key, value], ...]}.
 
 VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
 TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
@@ -224,7 +224,8 @@ def _printed(value: Any, how: Callable[[Any], str]) -> str:
         return str.__str__(how(value))
     except BaseException as error:
         # A Ctrl-C that hit this very line goes on; one from deeper may be the doing of the value's own methods.
-        if isinstance(error, KeyboardInterrupt) and (error.__traceback__ is None or error.__traceback__.tb_next is None):
+        deeper = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        if isinstance(error, KeyboardInterrupt) and not deeper:
             raise
         return f"<{_type_name(value)} that cannot be printed>"
 
@@ -252,7 +253,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def _loaded_type(module: str, name: str) -> type | None:
-    """Return a type if its module is loaded. To store a value imports nothing: there is no value of a type not loaded."""
+    """Return a type if its module is loaded. To store a value imports nothing: no value is of a type not loaded."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -263,14 +264,14 @@ def _set_to_json(value: set[Any]) -> list[Any]:
 
 
 def _zone_to_json(zone: Any) -> Any:
-    """Return None, the key of a ZoneInfo, or the offset of a datetime.timezone in seconds, with its name if it has one."""
+    """Return None, the key of a ZoneInfo, or the seconds of a datetime.timezone, with its name if it has one."""
     if zone is None:
         return None
     if type(zone) is _loaded_type("datetime", "timezone"):
         offset, *name = zone.__getinitargs__()
         return [offset.total_seconds(), *name] if name else offset.total_seconds()
     if type(zone) is _loaded_type("zoneinfo", "ZoneInfo") and zone.key:
-        type(zone)(zone.key)                              # raises if it was made from a file and cannot be loaded by its key
+        type(zone)(zone.key)                              # raises if it was made from a file and its key leads nowhere
         return zone.key
     raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
 
@@ -400,13 +401,14 @@ def import_path(function: Callable[..., Any]) -> str:
         raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
                         "define it with def at the top level of a module")
     if "<locals>" in qualname:
-        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its module")
+        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its "
+                        "module")
     found: Any = sys.modules.get(module)
     for attribute in qualname.split("."):
         found = getattr(found, attribute, None)
     if found != function:
-        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this function; "
-                        "submit what the module holds under that name")
+        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this "
+                        "function; submit what the module holds under that name")
     return f"{_module_name(module)}.{qualname}"
 
 
@@ -423,7 +425,8 @@ def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
         found: Any = vars(module).get(parts[split])
         for attribute in parts[split + 1:]:
             found = getattr(found, attribute, None) if isinstance(found, type) else None
-        defined_there = (getattr(found, "__module__", None), getattr(found, "__qualname__", None)) == (module.__name__, qualname)
+        defined_there = (getattr(found, "__module__", None) == module.__name__
+                         and getattr(found, "__qualname__", None) == qualname)
         return found if defined_there and callable(found) else None
     return None
 
@@ -442,7 +445,8 @@ class _Registry:
         if "name" in options:
             known = self.by_name.get(options["name"], function)
             if _origin(known) != _origin(function):
-                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; choose another")
+                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; "
+                                 "choose another")
             self.by_name[options["name"]] = function      # also where a reloaded module has a newer one
         self.declared[function] = options
         self.has_executors |= "executor" in options
@@ -499,8 +503,8 @@ def zone_of(tz: Any) -> tuple[Any, str | None]:
     try:
         return zoneinfo.ZoneInfo(key), key
     except Exception:                                     # KeyError, ValueError, OSError: it says too little
-        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the machine\'s own'
-                         ) from None
+        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the '
+                         "machine's own") from None
 
 
 class _Option(NamedTuple):
@@ -536,7 +540,8 @@ _OPTIONS = {
                       "a list of argument names"),
     "isolate": _A_BOOL,
     "executor": _Option(_is_executor, "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": _Option(lambda v: zone_of(v) is not None, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "tz": _Option(lambda v: zone_of(v) is not None,
+                  "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": _Option(lambda v: v is None or isinstance(v, Job), "a Job or None"),
     "connection": _Option(lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
@@ -585,7 +590,7 @@ _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", 
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options to keep with a job of this function, as JSON can hold them. ValueError: a value that does not fit."""
+    """Return the options to keep with a job of this function, as JSON. ValueError: a value that does not fit."""
     kept = {name: given[name] for name in _KEPT if name in given}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -603,8 +608,9 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
     for name in secret:
         if name in positions:
             if parameters[positions[name]].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                raise ValueError(f"secret names {name!r}, which takes any number of arguments of {function.__qualname__}; "
-                                 "name its keywords, or pass them as one argument, a list or a dict")
+                raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
+                                 f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
+                                 "list or a dict")
             places += [name, positions[name]]
         elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             places.append(name)
@@ -614,8 +620,8 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called now,
-    for it cannot be stored. ValueError: it gave something else."""
+    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called
+    now, for it cannot be stored. ValueError: it gave something else."""
     if not callable(backoff):
         return list(backoff) if _is_list(backoff) else [backoff]
     pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
@@ -628,8 +634,9 @@ BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, a
 
 
 def pause_before_retry(options: dict[str, Any], failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long each
-    time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together."""
+    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long
+    each time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together.
+    """
     pauses = options.get("backoff")
     if pauses:
         return pauses[min(failures, len(pauses)) - 1]
@@ -639,11 +646,11 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
 
 # ---- 4 Times of schedules -------------------------------------------------------------------------------------
 #
-# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a day
-# fits when its month does and, if day of month and day of week are both restricted, when either of them does.
+# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a
+# day fits when its month does and, if day of month and day of week are both restricted, when either of them does.
 #
-# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes once,
-# the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
+# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes
+# once, the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -691,7 +698,7 @@ _CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
 
 
 class Cron:
-    """A schedule of five fields: minute, hour, day of month, month, day of week, in a time zone; None: the machine's."""
+    """A schedule of five fields: minute, hour, day of month, month, day of week. zone=None: the machine's time zone."""
 
     def __init__(self, fields: str, zone: Any = None) -> None:
         texts = _CRON_WORDS.get(fields.strip().lower(), fields).lower().split()
@@ -717,9 +724,11 @@ class Cron:
         for part in text.split(","):
             span, slash, step = part.partition("/")
             if slash and not (step.isdecimal() and int(step)):
-                raise ValueError(f"a step of a cron schedule is a whole number greater than 0, got {step!r} in {text!r}")
+                raise ValueError("a step of a cron schedule is a whole number greater than 0, "
+                                 f"got {step!r} in {text!r}")
             low, dash, high = span.partition("-")
-            first, last = (least, most) if span == "*" else (number(low), number(high) if dash else most if slash else number(low))
+            first = least if span == "*" else number(low)
+            last = number(high) if dash else most if slash or span == "*" else first
             if first > last:
                 raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
             values.update(range(first, last + 1, int(step or 1)))
@@ -777,16 +786,16 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time: the microseconds its
 # tree has run. The next place goes to the ready root with the least; what that was is the start tag of the claim. The
-# queue's own virtual time is the start tag of the newest claim; a root that becomes ready starts at it, or at its own if that
-# is later, so idling earns no credit. A claim charges its root an estimate at once, for a root with running attempts is not
-# idle; the end of the attempt corrects it.
+# queue's own virtual time is the start tag of the newest claim; a root that becomes ready starts at it, or at its own
+# if that is later, so idling earns no credit. A claim charges its root an estimate at once, for a root with running
+# attempts is not idle; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]], charge: Callable[[Any], int | None]
                ) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which places are to be given.
 
-    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the job
-    over. To take the next one from the iterator means that the last one was claimed.
+    `roots` has (virtual time, root id, its ready jobs, oldest first); `charge(job)` is in microseconds, None passes the
+    job over. To take the next one from the iterator means that the last one was claimed.
     """
     heap = [(tag, root, head, waiting) for tag, root, waiting in roots for head in itertools.islice(waiting, 1)]
     heapq.heapify(heap)
@@ -840,8 +849,8 @@ class Costs:
         return [(name, self.means.get(name), self.trees.get(name)) for name in changed]
 
     def plan(self, name: str) -> tuple[int, float]:
-        """Return the microseconds to charge for a claim of this function, and the seconds for which it will keep a worker:
-        infinitely many, as long as that is not known."""
+        """Return the microseconds to charge for a claim of this function, and the seconds for which it will keep a
+        worker: infinitely many, as long as that is not known."""
         mean = self.means.get(name)
         return (int(UNKNOWN_COST * 1e6), math.inf) if mean is None else (max(1, int(mean * 1e6)), mean + _OVERHEAD)
 
@@ -857,8 +866,9 @@ class Rate(NamedTuple):
     def after(self, gained: float, seconds: float, elapsed: float) -> Rate:
         """Return the rate after `gained` more units in `seconds`, `elapsed` seconds into the work.
 
-        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late sample
-        cannot make the estimate jump, and units that come in waves, from several workers, count as what they are.
+        An exponential average over about three quarters of the elapsed time: an early hiccup is forgotten, one late
+        sample cannot make the estimate jump, and units that come in waves, from several workers, count as what they
+        are.
         """
         kept = math.exp(-max(seconds, 0.0) / max(elapsed * 0.75, 1.0))
         return Rate(self.gained * kept + gained, self.seconds * kept + max(seconds, 0.0))
@@ -873,8 +883,8 @@ def time_left(left: float, rate: Rate, step: float, age: float, elapsed: float) 
     """Return the seconds that `left` more units take; None: the rate is not known.
 
     step: seconds between reports. age: seconds since the last one. elapsed: seconds from the begin of the work to that.
-    The estimate counts down until the next report is due. From then on it is what it would be if that came just now, plus
-    the time it is late: so it grows slowly while nothing comes, and does not jump.
+    The estimate counts down until the next report is due. From then on it is what it would be if that came just now,
+    plus the time it is late: so it grows slowly while nothing comes, and does not jump.
     """
     speed = rate.per_second
     if speed is None:
@@ -1030,7 +1040,10 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def library_code(function: _Function) -> _Function:
     """Decorate what must not be interrupted by a force stop of the job that calls it."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -1042,7 +1055,7 @@ def library_code(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         finally:
             ticket.put_back()
-    return call
+    return call                                           # type: ignore[return-value]
 
 
 # Ctrl-C raises an exception in the main thread, at any call or return in Python code: also at the end of
@@ -7113,7 +7126,9 @@ def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.
     raise RuntimeError("no thread can be started")
 
 
-# ---- 14 The default runner ------------------------------------------------------------------------------------
+# ---- 19 The default runner ------------------------------------------------------------------------------------
+#
+# What the module's own functions work on. Their signatures are those of the methods, for help() and type checkers.
 
 _default: Runner | None = None
 _default_lock = threading.Lock()                              # guards _default
@@ -7121,19 +7136,23 @@ _default_lock = threading.Lock()                              # guards _default
 
 @library_code
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
-    """Make the default runner and start it; see Runner for the options. RuntimeError: there is one on another file."""
+    """Make the default runner and start it, or return the one there is; path and options are those of Runner.
+
+    RuntimeError: there is one on another file, or it has been made, so that options come too late.
+    """
     global _default
     with _default_lock:
-        if _default is not None and _default._store.forked and path is None and not options:
-            return _default.start()
-        if _default is not None and not _default._store.closed:
-            if path is not None and os.path.abspath(path) != _default.path:
-                raise RuntimeError(f"the default runner is on {_default.path} already; close() it, or make a Runner of your own")
-            if options:
-                raise RuntimeError("the default runner has been made already; call start() with its options before the first submit")
-            return _default.start()
-        _default = Runner(path, **options)
-        return _default
+        runner, anew = _default, path is not None or bool(options)
+        if runner is None or runner._store.closed and (anew or not runner._store.forked):
+            _default = Runner(path, **options)
+            return _default
+        if path is not None and os.path.abspath(path) != runner.path:
+            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or make a Runner of your "
+                               "own")
+        if options:
+            raise RuntimeError("the default runner has been made already; call start() with its options before the "
+                               "first submit")
+        return runner.start()
 
 
 def default_runner() -> Runner:
@@ -7165,24 +7184,41 @@ def submit_many(fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...
 def options(**options: Any) -> Submitter:
     """Return a Submitter for the default runner: `options(label="Nightly export").submit(export, "users")`.
 
-    name: stable identity of the function, its import path by default. label: a title for people. run_by: who asked for
-    it; a child has its parent's. low_priority: run in periods of low load; a child as its parent. system: hidden by
-    default. key: at the root, while a job with this key is not over, submit returns that job; in a child, unique within
-    the parent for good. delay: seconds, or run_at: Unix seconds or an aware datetime. retries: attempts more after an exception.
-    backoff: the pause before each, in seconds, a list of them (the last one repeats), or a function of the attempt, called at submit;
-    by default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance. timeout: seconds of one attempt; it
-    is stopped then, after a grace of 5 s by force, and has failed with a TimeoutError. max_running: at most so many attempts of
-    this name at once, over all processes; the job's ancestors, which may wait for it, do not count. stoppable=False: stays
-    stopping until it ends. restartable=False: refuses restart. recover=False: an attempt cut off by a crash fails instead of
-    running again. isolate=True: in a process of its own. tz: the time zone of `every`. secret: argument names that people do not get to see. parent: a Job to become
-    its child, None for a root. connection: the app's open sqlite3.Connection to the same file: the job exists if and only if its
-    transaction commits; ask the handle for nothing but its id before.
+    name           stable identity of the function; by default its import path
+    label          a title for people
+    run_by         who asked for it; by default as the parent
+    low_priority   True: run in periods of low load; by default as the parent
+    system         True: housekeeping, hidden by default
+    key            at the root: while a job with this key is not over, submit returns that job;
+                   in a child: unique within the parent for good
+    delay          seconds to wait
+    run_at         or when to run, in Unix seconds or an aware datetime
+    retries        how many more attempts after an exception; by default 0
+    backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a function of the
+                   attempt, called at submit; by default 1 s, twice as long each time, up to 10 min, and up to half as
+                   long again by chance
+    timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has failed with a
+                   TimeoutError
+    max_running    at most so many attempts of this name at once, over all processes; the job's ancestors, which may
+                   wait for it, do not count
+    stoppable      False: stays stopping until it ends
+    restartable    False: refuses restart
+    recover        False: an attempt cut off by a crash fails instead of running again (at most once)
+    isolate        True: each attempt in a process of its own, which force stop and timeout kill
+    tz             the time zone of `every`; by default the machine's
+    secret         names of arguments that people do not get to see
+    parent         a Job to become its child; None: a root, also from inside a job
+    connection     the app's open sqlite3.Connection to the same file: the job exists if and only if its transaction
+                   commits; before that, ask the handle for nothing but its id
+
+    TypeError: an unknown option; ValueError: a value that does not fit. For `executor` see `job`.
     """
     return Submitter(None, options)
 
 
 def every(schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
-    """Runner.every on the default runner: `every("15m", tidy)`, `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
+    """Runner.every on the default runner: `every("15m", tidy)`, or by the clock of a place:
+    `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
     return default_runner().every(schedule, fn, *args, **kwargs)
 
 
@@ -9137,118 +9173,33 @@ def _page_server(page: Page, host: str, port: int) -> Any:
     return server
 
 
-# ---- 16 Command line ------------------------------------------------------------------------------------------
+# ---- 21 Command line ------------------------------------------------------------------------------------------
+#
+# For each command there is a function that takes the parsed arguments and returns the exit code; `_COMMANDS`, near the
+# end, names them all.
 
-def fingerprint(folder: str) -> dict[str, Any]:
-    """Find duplicate files below a folder: the job of `demo`. A child for each subfolder, the largest at low priority."""
-    context = current_job()
-    counts = context.state or _submit_children(folder)      # a resumed attempt finds its children where they are
-    sizes: dict[str, int] = {}
-    copies: dict[str, list[str]] = {}
-    for child in reversed(jobs(parent=context.id, limit=10**9)):
-        result = child.result()
-        counts["unreadable"] += result["unreadable"]
-        for name, size, digest in result["files"]:
-            sizes[digest] = size
-            copies.setdefault(digest, []).append(os.path.join(result["folder"], name))
-        context.checkpoint()
-    groups = sorted(((sizes[digest] * (len(paths) - 1), digest) for digest, paths in copies.items()
-                     if len(paths) > 1 and sizes[digest]), reverse=True)
-    context.progress(1, 1, f"{len(groups):,} groups of duplicates")
-    return {"folder": folder, **counts, "bytes": sum(sizes[digest] * len(paths) for digest, paths in copies.items()),
-            "duplicate_groups": len(groups), "wasted_bytes": sum(wasted for wasted, _ in groups),
-            "largest_groups": [{"sha256": digest, "size": sizes[digest], "copies": len(copies[digest]),
-                                "paths": sorted(copies[digest])[:5]} for _, digest in groups[:20]]}
+# What goes to a terminal.
+
+_COLOURS = {PENDING: "33", RUNNING: "36", STOPPING: "35", STOPPED: "35", FINISHED: "32", FAILED: "31", CANCELLED: "90"}
 
 
-def _submit_children(folder: str) -> dict[str, int]:
-    """Look at all folders, then submit a child for every thousand files in each; return what there is."""
-    context = current_job()
-    parts, counts = [], {"folders": 0, "files": 0, "unreadable": 0}
-    for path, size, names, unreadable in _folders(folder):
-        parts += [(size, path, names[i:i + 1_000]) for i in range(0, len(names), 1_000)]
-        counts["folders"] += bool(names)
-        counts["files"] += len(names)
-        counts["unreadable"] += unreadable
-        context.progress(0, message=f"looking: {counts['files']:,} files in {counts['folders']:,} folders")
-        context.checkpoint()
-    largest = max(parts, default=(0, "", []))[1]
-    submit_many(fingerprint_files, [(path, names) for _, path, names in parts if path != largest])
-    options(low_priority=True).submit_many(fingerprint_files, [(path, names) for _, path, names in parts if path == largest])
-    context.progress(0, 1, f"{counts['files']:,} files in {counts['folders']:,} folders")
-    context.checkpoint(state=counts)
-    return counts
+def _coloured(status: str) -> str:
+    """Return a status in its colour, on a terminal whose user has nothing against it (no-color.org)."""
+    colour = _COLOURS.get(status.strip())
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
+    return status if plain or colour is None else f"\x1b[{colour}m{status}\x1b[0m"
 
 
-def _folders(folder: str) -> Iterator[tuple[str, int, list[str], int]]:
-    """Yield (folder, bytes, names of its regular files, how many entries could not be looked at) for it and all below."""
-    errors: list[OSError] = []
-    for path, _, entries in os.walk(folder, onerror=errors.append):
-        size, names = 0, []
-        for name in entries:
-            try:
-                status = os.lstat(os.path.join(path, name))
-            except OSError as error:
-                errors.append(error)
-                continue
-            if status.st_mode & 0o170000 == 0o100000:
-                size += status.st_size
-                names.append(name)
-        if names or errors:
-            yield path, size, names, len(errors)
-            errors.clear()
-    if errors:
-        yield folder, 0, [], len(errors)
+def _plain(value: Any) -> str:
+    """Return text that does nothing to a terminal but stand there."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
 
 
-def fingerprint_files(folder: str, names: list[str]) -> dict[str, Any]:
-    """Return the SHA-256 of files in one folder: a child of `fingerprint`."""
-    import hashlib
-    context = current_job()
-    files, unreadable = [], 0
-    for name in context.each(names):
-        digest, size = hashlib.sha256(), 0
-        try:
-            with open(os.path.join(folder, name), "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    size += len(block)
-                    context.checkpoint()
-            files.append([name, size, digest.hexdigest()])
-        except OSError as error:
-            unreadable += 1
-            context.log.warning("%s cannot be read: %s", _text(name), error.strerror)
-    return {"folder": folder, "files": files, "unreadable": unreadable}
-
-
-def _follow(job: Job, out: Any) -> dict[str, Any]:
-    """Draw a progress bar on a terminal until the job is over or stopped; return its info."""
-    import shutil
-    info = job.info()
-    while info["status"] not in OVER and info["status"] != STOPPED:
-        if out.isatty():
-            width = shutil.get_terminal_size().columns
-            out.write("\r\x1b[K" + progress_line(info, width))
-            out.flush()
-        wait([job], timeout=0.2)
-        info = job.info()
-    if out.isatty():
-        out.write("\r\x1b[K")
-    return info
-
-
-def progress_line(info: dict[str, Any], width: int) -> str:
-    """Return one line of at most `width` characters: bar, percent, children, time left, message."""
-    progress, children = info["progress"], info["children"]
-    filled = int(24 * (progress or 0))
-    parts = [f"[{'#' * filled}{'-' * (24 - filled)}]", "  ..." if progress is None else f"{progress:5.1%}"]
-    if children["total"]:
-        parts.append(f"{children['done']:,} of {children['total']:,} children")
-    if info["eta"] is not None:
-        parts.append(f"{for_people(info['eta'])} left")
-    parts += [text for text in (info["phase"], info["message"]) if text]
-    line = "  ".join(parts)
-    return "".join(c if c.isprintable() else "?" for c in line)[:max(20, width - 1)]
+def _clock_time(at: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (OSError, OverflowError, ValueError):          # beyond all calendars
+        return f"{at:g}"
 
 
 def for_people(seconds: float) -> str:
@@ -9261,55 +9212,105 @@ def for_people(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
 
 
-def _demo(args: Any) -> int:
-    folder = os.path.abspath(args.folder)
-    if not os.path.isdir(folder):
-        raise BgjobsError(f"{folder} is not a folder")
-    with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
-        url = runner.serve(port=args.port) or runner.serve(port=0)
-        print(f"Status page: {url}\nJob file:    {runner.path}", flush=True)
-        job = runner.options(key=f"demo {folder}", label=f"Duplicate files below {folder}", run_by="demo").submit(fingerprint, folder)
-        info = _follow(job, sys.stderr)
-        if info["status"] != FINISHED:
-            print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
-            return 1
-        _print_report(job.result(), info["duration"])
-        if sys.stdout.isatty() and not args.once:
-            print("The status page stays up until Ctrl-C.")
-            while True:
-                time.sleep(3600)
-    return 0
+def _cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes."""
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
-def _print_report(report: dict[str, Any], seconds: float) -> None:
-    print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, in {for_people(seconds)}; "
-          f"{report['unreadable']:,} could not be read\n{report['duplicate_groups']:,} groups of duplicates waste "
-          f"{report['wasted_bytes'] / 1e6:,.1f} MB; the largest:")
-    for group in report["largest_groups"][:5]:
-        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}")
-        for path in group["paths"][:3]:
-            print("    " + path.encode("utf-8", "backslashreplace").decode())
+def _fitted(text: str, cells: int) -> str:
+    """Return a text cut or filled up to a number of cells."""
+    ends = list(itertools.accumulate(map(_cells, text)))
+    if ends and ends[-1] > cells:
+        text = text[:bisect.bisect_right(ends, cells - 1)] + "…"
+    return text + " " * (cells - _cells(text))
+
+
+def print_table(items: Iterable[Any], columns: dict[str, Callable[[Any], Any]], spare: Iterable[str]) -> None:
+    """Print a table with a row for each item; `columns` has their titles and what gives an item's cell. The last column
+    takes what the terminal leaves; a narrow one does without the spare columns, first those named first."""
+    import shutil
+    room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
+    rows = [{title: title for title in columns}]
+    rows += [{title: _plain(cell(item)) for title, cell in columns.items()} for item in items]
+    *others, last = columns
+    widths = {title: max(_cells(row[title]) for row in rows) for title in columns}
+    for title in spare:
+        if sum(widths[other] + 2 for other in others) + 20 > room:
+            others.remove(title)
+    widths[last] = max(8, min(widths[last], room - sum(widths[other] + 2 for other in others)))
+    for row in rows:
+        cells = {title: _fitted(row[title], widths[title]) for title in (*others, last)}
+        print("  ".join(_coloured(cell) if title == "Status" else cell for title, cell in cells.items()).rstrip())
+
+
+def progress_line(info: dict[str, Any], width: int) -> str:
+    """Return one line for a terminal of this width: bar, percent, children, time left, message."""
+    progress, children = info["progress"], info["children"]
+    filled = int(24 * (progress or 0))
+    parts = [f"[{'#' * filled}{'-' * (24 - filled)}]", "  ..." if progress is None else f"{progress:5.1%}",
+             f"{children['done']:,} of {children['total']:,} children" if children["total"] else "",
+             "" if info["eta"] is None else f"{for_people(info['eta'])} left", info["phase"], info["message"]]
+    return _fitted(_plain("  ".join(filter(None, parts))), max(20, width - 1)).rstrip()
+
+
+def _follow(job: Job) -> dict[str, Any]:
+    """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
+    import shutil
+    while True:
+        info = job.info()
+        ended = info["status"] in (*OVER, STOPPED)
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size(os.get_terminal_size(sys.stderr.fileno())).columns
+            print("\r\x1b[K" + ("" if ended else progress_line(info, width)), end="", file=sys.stderr, flush=True)
+        if ended:
+            return info
+        wait([job], timeout=0.2)
+
+
+def _answer(args: Any, found: Any, print_it: Callable[[], object]) -> None:
+    """Print what was found: as JSON, for programs, or as `print_it` does, for people."""
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_it()
+
+
+# Commands that run jobs.
+
+def _finished(job: Job) -> dict[str, Any] | None:
+    """Follow a job to its end; return its info. If it has not finished, say so and return None."""
+    info = _follow(job)
+    if info["status"] == FINISHED:
+        return info
+    print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
+    return None
 
 
 def _run(args: Any) -> int:
+    import importlib
     module, colon, name = args.function.partition(":")
     if not colon:
         raise BgjobsError(f"{args.function!r} names no function; write module:function")
     sys.path.insert(0, os.getcwd())
     try:
-        function: Any = __import__(module, fromlist=["_"])
-        for attribute in name.split("."):
-            function = getattr(function, attribute)
+        function = operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise BgjobsError(f"cannot find {args.function}: {error}") from None
     with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
-        job = runner.submit(function, *(_argument(text) for text in args.args))
-        info = _follow(job, sys.stderr)
-    if info["status"] != FINISHED:
-        print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
+        info = _finished(runner.submit(function, *map(_argument, args.args)))
+    if info is None:
         return 1
     print(json.dumps(info["result"], indent=2))
     return 0
+
+
+def _argument(text: str) -> Any:
+    """Return an argument as JSON, if it is that, else as text."""
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError):
+        return text
 
 
 def _work(args: Any) -> int:
@@ -9325,16 +9326,18 @@ def _work(args: Any) -> int:
         runner = Runner(args.db, max_workers=args.workers, modules=args.modules)
     except ImportError as error:
         raise BgjobsError(f"cannot import what it should work for: {error}") from None
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), end)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
     print(f"working on {runner.path} with {runner.max_workers} workers; Ctrl-C ends it", file=sys.stderr, flush=True)
-    while not ended.wait(1.0):
+    while not ended.wait(1.0):                            # in pieces: on Windows no signal interrupts a wait
         pass
     runner.close(args.grace)
     return 0
 
 
-def _opened(args: Any) -> Any:
+# Commands on a job file.
+
+def _opened(args: Any) -> contextlib.closing[Runner]:
     """Open a job file that exists, to look and operate only."""
     path = args.db or os.environ.get("BGJOBS_DB", "bgjobs.db")
     if not os.path.exists(path):
@@ -9342,127 +9345,93 @@ def _opened(args: Any) -> Any:
     return contextlib.closing(Runner(path, start=False))
 
 
-_COLOURS = {PENDING: "33", RUNNING: "36", STOPPING: "35", STOPPED: "35", FINISHED: "32", FAILED: "31", CANCELLED: "90"}
+def _progress_cell(job: dict[str, Any]) -> str:
+    return ("" if job["progress"] is None else f"{job['progress']:.0%}") + (
+        "" if job["eta"] is None else f", {for_people(job['eta'])} left")
 
 
-def _coloured(text: str, status: str) -> str:
-    """Return text in the colour of a status, on a terminal whose user has nothing against it (no-color.org)."""
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
-        return f"\x1b[{_COLOURS[status]}m{text}\x1b[0m"
-    return text
+def _children_cell(job: dict[str, Any]) -> str:
+    children = job["children"]
+    return f"{children['done']:,}/{children['total']:,}" if children["total"] else ""
 
 
-def _plain(value: Any) -> str:
-    """Return text that does nothing to a terminal but to stand there."""
-    return "".join(c if c.isprintable() else " " for c in str(value))
+def _name_cell(job: dict[str, Any]) -> str:
+    phase = f" ({job['phase']})" if job["phase"] else ""
+    return f"{job['label'] or job['name']}{phase}{' (low priority)' if job['low_priority'] else ''}"
 
 
-def _clock_time(at: float | None) -> str:
-    try:
-        return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-    except (OSError, OverflowError, ValueError):          # beyond all calendars
-        return f"{at:g}"
+_LIST_COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ID": lambda job: job["id"],
+    "Created": lambda job: _clock_time(job["created_at"]),
+    "Waiting": lambda job: for_people(job["waiting"]),
+    "Duration": lambda job: for_people(job["duration"]),
+    "Status": lambda job: job["status"],
+    "Errors": lambda job: job["errors"] or "",
+    "Progress": _progress_cell,
+    "Children": _children_cell,
+    "Run by": lambda job: job["run_by"] or "",
+    "Name": _name_cell,
+}
 
 
-def _cells(text: str) -> int:
-    """Return how many cells of a terminal a text takes."""
-    import unicodedata
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-
-def _fitted(text: str, cells: int) -> str:
-    """Return a text cut or filled up to a number of cells."""
-    if _cells(text) > cells:
-        while _cells(text) > cells - 1:
-            text = text[:-1]
-        text += "…"
-    return text + " " * (cells - _cells(text))
-
-
-def print_table(header: list[str], rows: list[list[str]], statuses: Iterable[str] = (), spare: Iterable[str] = ()) -> None:
-    """Print a table whose last column takes what the terminal leaves; a narrow one does without the spare columns, first
-    those named first. A cell with the row's status has its colour."""
-    import shutil
-    room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
-    table = [header, *rows]
-    widths = [max(_cells(row[i]) for row in table) for i in range(len(header))]
-    for column in spare:
-        if sum(widths[:-1]) + 2 * len(widths) + 20 > room:
-            i = table[0].index(column)
-            table, widths = [row[:i] + row[i + 1:] for row in table], widths[:i] + widths[i + 1:]
-    widths[-1] = max(8, min(widths[-1], room - sum(widths[:-1]) - 2 * (len(widths) - 1)))
-    for row, status in itertools.zip_longest(table, [None, *statuses]):
-        cells = [_fitted(cell, width) for cell, width in zip(row, widths)]
-        print("  ".join(_coloured(cell, status) if status is not None and cell.strip() == status else cell for cell in cells).rstrip())
+_FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system")
 
 
 def _list(args: Any) -> int:
+    filters = {name: value for name, value in vars(args).items() if name in _FILTERS and value is not None}
+    if args.parent is None and args.q is None and not args.children:
+        filters["parent"] = None
     with _opened(args) as runner:
-        filters = {name: getattr(args, name) for name in ("status", "name", "run_by", "q", "parent") if getattr(args, name) is not None}
-        filters.update({name: True for name in ("errors", "low_priority", "system") if getattr(args, name)})
-        if not filters.keys() & {"parent", "q"} and not args.children:
-            filters["parent"] = None
         jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
-    if args.json:
-        print(json.dumps(jobs, indent=2))
-        return 0
-    header = ["ID", "Created", "Waiting", "Duration", "Status", "Errors", "Progress", "Children", "Run by", "Name"]
-    rows = []
-    for job in jobs:
-        progress = "" if job["progress"] is None else f"{job['progress']:.0%}"
-        children = f"{job['children']['done']:,}/{job['children']['total']:,}" if job["children"]["total"] else ""
-        eta = f", {for_people(job['eta'])} left" if job["eta"] is not None else ""
-        name = job["label"] or job["name"]
-        rows.append([str(job["id"]), _clock_time(job["created_at"]), for_people(job["waiting"]), for_people(job["duration"]), job["status"],
-                     str(job["errors"] or ""), progress + eta, children, _plain(job["run_by"] or ""),
-                     _plain(f"{name} ({job['phase']})" if job["phase"] else name) + (" (low priority)" if job["low_priority"] else "")])
-    print_table(header, rows, [job["status"] for job in jobs], ("Run by", "Created", "Waiting", "Errors", "Children", "Duration"))
+    spare = ("Run by", "Created", "Waiting", "Errors", "Children", "Duration")
+    _answer(args, jobs, lambda: print_table(jobs, _LIST_COLUMNS, spare))
     return 0
 
 
 def _show(args: Any) -> int:
     with _opened(args) as runner:
-        job = _job_of(runner, args.id)
-        info = _follow(job, sys.stderr) if args.follow else job.info()
-    if args.json:
-        print(json.dumps(info, indent=2))
-    else:
-        shown = {name: value for name, value in info.items() if value not in (None, "", [], {}, False)}
-        for name, value in shown.items():
-            value = (_clock_time(value) if name.endswith("_at") else for_people(value) if name in ("waiting", "duration", "eta")
-                     else _coloured(value, value) if name == "status" else value if isinstance(value, str) else json.dumps(value))
-            lines = value.split("\n")
-            print(f"{name.replace('_', ' '):>12}  " + ("\n" + " " * 14).join(line if name == "status" else _plain(line) for line in lines))
-    return 0 if info["status"] not in (FAILED, CANCELLED) else 1
+        job = runner.get(args.id)
+        info = _follow(job) if args.follow else job.info()
+    _answer(args, info, lambda: _print_fields(info))
+    return 1 if info["status"] in (FAILED, CANCELLED) else 0
 
 
-def _logs_command(args: Any) -> int:
+def _print_fields(info: dict[str, Any]) -> None:
+    """Print what there is to say of a job, a line for each field; lines of a text stand below each other."""
+    for name, value in info.items():
+        if value in (None, "", [], {}, False):
+            continue
+        if name.endswith("_at"):
+            value = _clock_time(value)
+        elif name in ("waiting", "duration", "eta"):
+            value = for_people(value)
+        elif not isinstance(value, str):
+            value = json.dumps(value)
+        text = ("\n" + " " * 14).join(map(_plain, value.split("\n")))
+        print(f"{name.replace('_', ' '):>12}  {_coloured(text) if name == 'status' else text}")
+
+
+def _logs(args: Any) -> int:
     """Print a job's log; with -f until the job is over."""
     with _opened(args) as runner:
-        job, after, limit = _job_of(runner, args.id), 0, None if args.all else 1_000
+        job, after, limit = runner.get(args.id), 0, None if args.all else 1_000
         while True:
             over = job.status in (*OVER, STOPPED)         # first: what it logs before its end is read after this
-            lines = job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree, limit=limit)
-            limit = None
-            for line in lines:
+            for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
+                                 limit=limit):
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""
-                print(json.dumps(line) if args.json else f"{_clock_time(line['at'])} {line['level']:<8}{source} "
-                      + "\n  ".join(map(_plain, line["message"].split("\n"))), flush=True)
-            if not args.follow or over:
+                message = "\n  ".join(map(_plain, line["message"].split("\n")))
+                print(json.dumps(line) if args.json else
+                      f"{_clock_time(line['at'])} {line['level']:<8}{source} {message}", flush=True)
+            if over or not args.follow:
                 return 0
+            limit = None
             time.sleep(0.2)
 
 
-def _job_of(runner: Runner, job_id: int) -> Job:
-    try:
-        return runner.get(job_id)
-    except KeyError:
-        raise BgjobsError(f"there is no job {job_id} in {runner.path}") from None
-
-
 def _operation(args: Any) -> int:
-    """Apply an operation to jobs; say of each what came of it. 1: one was refused."""
+    """Apply an operation to jobs; say of each what came of it."""
     import getpass
     try:
         by = getpass.getuser()
@@ -9473,39 +9442,46 @@ def _operation(args: Any) -> int:
     with _opened(args) as runner:
         for job_id in args.ids:
             try:
-                runner._operate(args.operation, job_id, by)
+                runner._operate(args.command.replace("-", "_"), job_id, by)
                 statuses[job_id] = runner.get(job_id).status
             except (InvalidOperation, KeyError) as error:
                 refused.append({"id": job_id, "why": str(error.args[0])})
-    if args.json:
-        print(json.dumps({"done": list(statuses), "refused": refused}, indent=2))
-    else:
+
+    def print_outcomes() -> None:
         for job_id, status in statuses.items():
-            print(f"job {job_id}: {_coloured(status, status)}")
-        for refusal_ in refused:
-            print(f"bgjobs: {refusal_['why']}", file=sys.stderr)
+            print(f"job {job_id}: {_coloured(status)}")
+        for one in refused:
+            print(f"bgjobs: {one['why']}", file=sys.stderr)
+    _answer(args, {"done": list(statuses), "refused": refused}, print_outcomes)
     return 1 if refused else 0
+
+
+def _measured(times: dict[str, float] | None) -> str:
+    return "" if times is None else "{} ({} - {})".format(*(for_people(times[what]) for what in ("avg", "min", "max")))
 
 
 def _stats(args: Any) -> int:
     with _opened(args) as runner:
         stats = runner.stats(args.window, args.name)
-    if args.json:
-        print(json.dumps(stats, indent=2))
-        return 0
-
-    def measured(value: dict[str, float] | None) -> str:
-        return "" if value is None else f"{for_people(value['avg'])} ({for_people(value['min'])} - {for_people(value['max'])})"
-    rows = [[f"{part[what]:,}" for what in ("created", "started", "finished", "failed")] + [measured(part["waiting"]), measured(part["running"]),
-            _plain(name)] for name, part in [*((f["name"], f) for f in stats["functions"]), ("all", stats["total"])]]
-    header = ["Created", "Started", "Finished", "Failed", "Waiting (least - most)", "Running (least - most)", f"Name, last {args.window}"]
-    print_table(header, rows, spare=[header[4], "Started", header[5]])
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Created": lambda part: f"{part['created']:,}",
+        "Started": lambda part: f"{part['started']:,}",
+        "Finished": lambda part: f"{part['finished']:,}",
+        "Failed": lambda part: f"{part['failed']:,}",
+        "Waiting (least - most)": lambda part: _measured(part["waiting"]),
+        "Running (least - most)": lambda part: _measured(part["running"]),
+        f"Name, last {args.window}": lambda part: part["name"],
+    }
+    parts = [*stats["functions"], {**stats["total"], "name": "all"}]
+    _answer(args, stats, lambda: print_table(parts, columns, (
+        "Waiting (least - most)", "Started", "Running (least - most)")))
     return 0
 
 
 def _serve(args: Any) -> int:
     with _opened(args) as runner:
-        url = runner.serve(args.host, args.port, read_only=args.read_only, password=os.environ.get("BGJOBS_PASSWORD") or None)
+        url = runner.serve(args.host, args.port, read_only=bool(args.read_only),
+                           password=os.environ.get("BGJOBS_PASSWORD") or None)
         if not url:
             raise BgjobsError(f"port {args.port} is taken; give another with --port, or 0 for a free one")
         print(f"Status page: {url}   Ctrl-C ends it", flush=True)
@@ -9513,250 +9489,368 @@ def _serve(args: Any) -> int:
             time.sleep(3600)
 
 
-def _seconds(text: str) -> float:
-    """Return the seconds of a text like "7d" or "90"."""
-    number, unit = (text, 1) if text[-1:].isdecimal() else (text[:-1], _UNITS.get(text[-1:], math.nan))
-    if not number.replace(".", "", 1).isdecimal() or math.isnan(unit):
-        raise ValueError(f"a time is seconds, or a text like 15m, 12h or 7d, got {text!r}")
-    return float(number) * unit
-
-
 def _prune(args: Any) -> int:
     with _opened(args) as runner:
         removed = runner.prune(_seconds(args.finished), _seconds(args.failed))
-    print(json.dumps({"removed": removed}) if args.json else f"{removed:,} jobs removed")
+    _answer(args, {"removed": removed}, lambda: print(f"{removed:,} jobs removed"))
     return 0
 
 
-def _argument(text: str) -> Any:
-    """Return a command line argument as JSON, where it is, else as text."""
-    try:
-        return json.loads(text)
-    except (RecursionError, ValueError):
-        return text
+def _seconds(text: str) -> float:
+    """Return the seconds of a text like "7d" or "90"."""
+    seconds = seconds_of(f"{text}s" if text[-1:].isdecimal() else text)
+    if seconds is None:
+        raise ValueError(f"a time is seconds, or a text like 15m, 12h or 7d, got {text!r}")
+    return seconds
 
+
+# The demo: a job that finds duplicate files.
+
+ENTRIES_A_CHILD = 1_000            # of a folder
+
+
+def fingerprint(folder: str) -> dict[str, Any]:
+    """Find duplicate files below a folder: the job of `demo`. A child for each folder, the largest at low priority."""
+    context = current_job()
+    if context.state is None:                             # a resumed attempt finds its children where they are
+        context.checkpoint(state=_submit_children(folder))
+    unreadable, folders = context.state, set()
+    # Sets: an attempt cut off while it submitted children leaves some that the next one submits again.
+    copies: dict[tuple[int, str], set[str]] = defaultdict(set)
+    for child in reversed(jobs(parent=context.id, limit=None)):
+        result = child.result()
+        unreadable += result["unreadable"]
+        for name, size, digest in result["files"]:
+            folders.add(result["folder"])
+            copies[size, digest].add(os.path.join(result["folder"], name))
+        context.checkpoint()
+    groups = sorted(((size * (len(paths) - 1), size, digest, paths) for (size, digest), paths in copies.items()
+                     if size and len(paths) > 1), reverse=True)
+    context.progress(1, 1, f"{len(groups):,} groups of duplicates")
+    return {"folder": folder, "folders": len(folders), "files": sum(map(len, copies.values())),
+            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()), "unreadable": unreadable,
+            "duplicate_groups": len(groups), "wasted_bytes": sum(wasted for wasted, *_ in groups),
+            "largest_groups": [{"sha256": digest, "size": size, "copies": len(paths), "paths": sorted(paths)[:5]}
+                               for _, size, digest, paths in groups[:20]]}
+
+
+def _submit_children(folder: str) -> int:
+    """Look at all folders, then submit a child for every thousand entries; return how many could not be looked at."""
+    context = current_job()
+    folders: list[tuple[str, list[str]]] = []             # path, names of the entries
+    unreadable: list[OSError] = []
+    for path, _, names in os.walk(folder, onerror=unreadable.append):
+        folders.append((path, names))
+        context.progress(0, message=f"looking: {len(folders):,} folders")
+        context.checkpoint()
+
+    def parts(folders: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+        return [(path, names[i:i + ENTRIES_A_CHILD]) for path, names in folders
+                for i in range(0, len(names), ENTRIES_A_CHILD)]
+    folders.sort(key=lambda found: len(found[1]))
+    submit_many(fingerprint_files, parts(folders[:-1]))
+    options(low_priority=True).submit_many(fingerprint_files, parts(folders[-1:]))
+    context.progress(0, 1, f"{len(folders):,} folders")
+    return len(unreadable)
+
+
+def fingerprint_files(folder: str, names: list[str]) -> dict[str, Any]:
+    """Return size and SHA-256 of the regular files among the entries of one folder: a child of `fingerprint`."""
+    import hashlib
+    import stat
+    context = current_job()
+    files, unreadable = [], 0
+    for done, name in enumerate(names):                   # not each(): after a stop, what `files` has would be lost
+        context.progress(done, len(names))
+        context.checkpoint()
+        path, digest, size = os.path.join(folder, name), hashlib.sha256(), 0
+        try:
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                    size += len(block)
+                    context.checkpoint()
+            files.append([name, size, digest.hexdigest()])
+        except OSError as error:
+            unreadable += 1
+            context.log.warning("%s cannot be read: %s", _text(name), error.strerror)
+    return {"folder": folder, "files": files, "unreadable": unreadable}
+
+
+def _demo(args: Any) -> int:
+    folder = os.path.abspath(args.folder)
+    if not os.path.isdir(folder):
+        raise BgjobsError(f"{folder} is not a folder")
+    with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
+        url = runner.serve(port=args.port) or runner.serve(port=0)
+        print(f"Status page: {url}\nJob file:    {runner.path}", flush=True)
+        info = _finished(runner.options(key=f"demo {folder}", label=f"Duplicate files below {folder}", run_by="demo")
+                         .submit(fingerprint, folder))
+        if info is None:
+            return 1
+        _print_report(info["result"], info["duration"])
+        if sys.stdout.isatty() and not args.once:
+            print("The status page stays up until Ctrl-C.")
+            while True:
+                time.sleep(3600)
+    return 0
+
+
+def _print_report(report: dict[str, Any], seconds: float) -> None:
+    print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, "
+          f"in {for_people(seconds)}; {report['unreadable']:,} could not be read\n"
+          f"{report['duplicate_groups']:,} groups of duplicates waste {report['wasted_bytes'] / 1e6:,.1f} MB; "
+          "the largest:")
+    for group in report["largest_groups"][:5]:
+        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}")
+        for path in group["paths"][:3]:
+            print("    " + path.encode("utf-8", "backslashreplace").decode())
+
+
+# The benchmark: bgjobs beside bare sqlite3 that does the least of the same.
 
 def _nothing() -> None:
     """Do nothing: the job of `bench`."""
+
+
+def _rate(count: int, call: Callable[[], object]) -> float:
+    """Return how many such calls a second there are, in a row of `count`."""
+    begun = time.perf_counter()
+    for _ in range(count):
+        call()
+    return count / (time.perf_counter() - begun)
+
+
+_BARE_INSERT = "INSERT INTO jobs (fn, args) VALUES ('nothing', ?)"
+
+
+def _bare_db(path: str) -> contextlib.closing[sqlite3.Connection]:
+    db = sqlite3.connect(path, isolation_level=None)
+    db.executescript("""
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
+        CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0);
+        CREATE INDEX queued ON jobs(id) WHERE status = 0""")
+    return contextlib.closing(db)
+
+
+def _bare_write(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
+    db.execute("BEGIN IMMEDIATE")
+    db.executemany(statement, rows)
+    db.execute("COMMIT")
+
+
+def _run_all(runner: Runner) -> float:
+    last = runner.submit_many(_nothing, [()] * 5_000)[-1]
+    rate = 5_000 * _rate(1, lambda: runner.start().shutdown())
+    assert runner.get(last).status == FINISHED
+    return rate
+
+
+def _bare_run_all(db: sqlite3.Connection) -> float:
+    _bare_write(db, _BARE_INSERT, [("[]",)] * 5_000)
+
+    def drain() -> None:
+        while ids := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
+            _bare_write(db, "UPDATE jobs SET status = 1 WHERE id = ?", ids)
+            _bare_write(db, "UPDATE jobs SET status = 2 WHERE id = ?", ids)
+    return 5_000 * _rate(1, drain)
+
+
+def _round_trip(runner: Runner) -> float:
+    """Return the median milliseconds from submit to result on an idle runner."""
+    runner.start()
+    laps = []
+    for _ in range(100):
+        time.sleep(0.005)
+        laps.append(1e3 / _rate(1, lambda: runner.submit(_nothing).result(10)))
+    return sorted(laps)[50]
+
+
+def _checkpoints() -> float:
+    """Return the nanoseconds of a checkpoint without a state."""
+    return 1e9 / _rate(100_000, current_job().checkpoint)
+
+
+class _Bench(NamedTuple):
+    title: str
+    unit: str
+    ours: Callable[[Runner], float]                               # with a runner that has not been started
+    bare: Callable[[sqlite3.Connection], float] | None = None     # with _bare_db
+
+
+_BENCHES = (
+    _Bench("submit, one by one", "jobs/s",
+           lambda runner: _rate(3_000, lambda: runner.submit(_nothing)),
+           lambda db: _rate(3_000, lambda: db.execute(_BARE_INSERT, ("[]",)))),
+    _Bench("submit_many", "jobs/s",
+           lambda runner: 50_000 * _rate(1, lambda: runner.submit_many(_nothing, [()] * 50_000)),
+           lambda db: 10_000 * _rate(5, lambda: _bare_write(db, _BARE_INSERT, [("[]",)] * 10_000))),
+    _Bench("run 5,000 jobs, 8 workers", "jobs/s", _run_all, _bare_run_all),
+    _Bench("submit to result, idle", "ms", _round_trip),
+    _Bench("checkpoint()", "ns", lambda runner: float(runner.start().submit(_checkpoints).result(30))),
+)
 
 
 def _bench(args: Any) -> int:
     """Print what bgjobs reaches beside bare sqlite3 on this machine, in one run."""
     import statistics
     import tempfile
-    print(f"bgjobs {__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} cores; "
-          f"medians of {args.repeat} runs, side by side")
+    print(f"bgjobs {__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, "
+          f"{os.cpu_count()} cores; medians of {args.repeat} runs, side by side")
     print(f"{'':34}{'bgjobs':>14}{'bare sqlite3':>14}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
+        files = (os.path.join(folder, f"{number}.db") for number in itertools.count())
         for title, unit, ours, bare in _BENCHES:
-            figures = [(ours(os.path.join(folder, f"{title}-{i}.db")), bare and bare(os.path.join(folder, f"{title}-{i}-bare.db")))
-                       for i in range(args.repeat)]
-            mine = statistics.median(figure[0] for figure in figures)
-            theirs = statistics.median(figure[1] for figure in figures) if bare else None
-            print(f"{title:34}{mine:>14,.1f}" + (f"{theirs:>14,.1f}{mine / theirs:>8.2f}" if theirs else " " * 22) + f"  {unit}", flush=True)
+            mine, theirs = [], []
+            for _ in range(args.repeat):
+                with contextlib.closing(Runner(next(files), start=False, max_workers=8)) as runner:
+                    mine.append(ours(runner))
+                if bare is not None:
+                    with _bare_db(next(files)) as db:
+                        theirs.append(bare(db))
+            figure, beside = statistics.median(mine), statistics.median(theirs) if theirs else None
+            ratio = f"{beside:>14,.1f}{figure / beside:>8.2f}" if beside else ""
+            print(f"{title:34}{figure:>14,.1f}{ratio:22}  {unit}", flush=True)
     return 0
 
 
-def _rate(count: int, work: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    work()
-    return count / (time.perf_counter() - begun)
+# The commands and their arguments.
+
+_Argument = tuple[tuple[str, ...], dict[str, Any]]        # of ArgumentParser.add_argument
 
 
-def _bare_db(path: str, rows: int) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None)
-    for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL",
-                      "CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0)",
-                      "CREATE INDEX queued ON jobs(id) WHERE status = 0"):
-        db.execute(statement)
-    db.executemany("INSERT INTO jobs (fn, args) VALUES (?, ?)", [("nothing", "[]")] * rows)
-    return db
+def _arg(*names: str, **settings: Any) -> _Argument:
+    return names, settings
 
 
-def _bench_submit(path: str) -> float:
-    with contextlib.closing(Runner(path, start=False)) as runner:
-        return _rate(3_000, lambda: [runner.submit(_nothing) for _ in range(3_000)])
+def _flag(*names: str, help: str) -> _Argument:
+    return names, {"action": "store_true", "default": None, "help": help}
 
 
-def _bare_submit(path: str) -> float:
-    with contextlib.closing(_bare_db(path, 0)) as db:
-        return _rate(3_000, lambda: [db.execute("INSERT INTO jobs (fn, args) VALUES (?, ?)", ("nothing", "[]")) for _ in range(3_000)])
+_FILE = [_arg("--db", metavar="FILE", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")]
+_FILE_OR_JSON = [*_FILE, _flag("--json", help="print JSON, for programs")]
+_RUNNER = [*_FILE, _arg("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")]
+_ID = _arg("id", type=int, metavar="ID")
+_IDS = _arg("ids", type=int, nargs="+", metavar="ID")
 
 
-def _bench_submit_many(path: str) -> float:
-    with contextlib.closing(Runner(path, start=False)) as runner:
-        return _rate(50_000, lambda: runner.submit_many(_nothing, (() for _ in range(50_000))))
+def _days(seconds: int) -> str:
+    return f"{seconds // 86_400}d"
 
 
-def _bare_submit_many(path: str) -> float:
-    with contextlib.closing(_bare_db(path, 0)) as db:
-        rows = [("nothing", "[]")] * 10_000
+# name -> what does it, what it does, its arguments
+_COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
+    "demo": (_demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status "
+                    "page.", [
+        _arg("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one"),
+        _arg("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)"),
+        _flag("--once", help="end with the job; do not keep the page up"),
+        *_RUNNER]),
+    "run": (_run, "Run a function as a job and print its result as JSON.", [
+        _arg("function", metavar="MODULE:FUNCTION"),
+        _arg("args", nargs="*", metavar="ARG", help="JSON, or else text"),
+        *_RUNNER]),
+    "work": (_work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.", [
+        _arg("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name"),
+        _arg("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+             help="what running jobs get at the end to reach a checkpoint (default: %(default)s)"),
+        *_RUNNER]),
+    "list": (_list, "List jobs, the newest first.", [
+        _arg("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}"),
+        _arg("--name", help="of the function"),
+        _arg("--run-by", metavar="NAME", help="who asked for it"),
+        _arg("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by"),
+        _arg("--parent", type=int, metavar="ID", help="the children of a job"),
+        _flag("--errors", help="only those with errors"),
+        _flag("--low-priority", help="only those that run in periods of low load"),
+        _flag("--children", help="children, too, not only roots"),
+        _flag("--system", help="system jobs, too"),
+        _arg("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)"),
+        *_FILE_OR_JSON]),
+    "show": (_show, "Show a job. Exit code 1: it has failed or was cancelled.", [
+        _ID,
+        _flag("-f", "--follow", help="wait until it is over or stopped; on a terminal with a progress bar"),
+        *_FILE_OR_JSON]),
+    "logs": (_logs, "Print a job's log, the newest 1,000 lines.", [
+        _ID,
+        _flag("-f", "--follow", help="go on until it is over or stopped"),
+        _flag("--all", help="all lines"),
+        _arg("--level", help="the least: DEBUG, INFO, WARNING, ERROR"),
+        _arg("--text", help="only lines that contain it"),
+        _arg("--regex", help="only lines in which it is found"),
+        _flag("--tree", help="those of its descendants, too"),
+        *_FILE_OR_JSON]),
+    **{name: (_operation, f"{what} Exit code 1: one was refused.", [_IDS, *_FILE_OR_JSON]) for name, what in {
+        "stop": "Stop jobs at their next checkpoint.",
+        "resume": "Have stopped or failed jobs go on.",
+        "force-stop": "Make stopping jobs stopped now.",
+        "cancel": "Discard pending or stopped jobs for good.",
+        "restart": "Run finished or failed jobs from scratch.",
+        "set-low-priority": "Run jobs in periods of low load.",
+        "remove-low-priority": "Run jobs as others.",
+    }.items()},
+    "stats": (_stats, "Print what was created, started, finished and failed, and how long that took.", [
+        _arg("--window", choices=WINDOWS, default="24h", help="default: %(default)s"),
+        _arg("--name", help="of one function"),
+        *_FILE_OR_JSON]),
+    "serve": (_serve, "Serve the status page of a job file, until Ctrl-C.", [
+        _arg("--host", default="127.0.0.1",
+             help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD"),
+        _arg("--port", type=int, default=8765, help="default: %(default)s; 0: a free one"),
+        _flag("--read-only", help="without operations"),
+        *_FILE]),
+    "prune": (_prune, "Remove whole trees that are over for long.", [
+        _arg("--finished", default=_days(RETENTION["finished"]), metavar="TIME",
+             help="how long finished and cancelled ones are kept (default: %(default)s)"),
+        _arg("--failed", default=_days(RETENTION["failed"]), metavar="TIME",
+             help="how long failed ones are kept (default: %(default)s)"),
+        *_FILE_OR_JSON]),
+    "bench": (_bench, "Measure bgjobs beside bare sqlite3 on this machine.", [
+        _arg("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")]),
+}
 
-        def insert() -> None:
-            for _ in range(5):
-                db.execute("BEGIN IMMEDIATE")
-                db.executemany("INSERT INTO jobs (fn, args) VALUES (?, ?)", rows)
-                db.execute("COMMIT")
-        return _rate(50_000, insert)
+
+def _arguments(arguments: list[str] | None) -> Any:
+    import argparse
+    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
+    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, help, command_arguments) in _COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
+        for names, settings in command_arguments:
+            command.add_argument(*names, **settings)
+    return parser.parse_args(arguments)
 
 
-def _bench_drain(path: str) -> float:
-    runner = Runner(path, start=False, max_workers=8)
-    ids = runner.submit_many(_nothing, (() for _ in range(5_000)))
-
-    def drain() -> None:
-        runner.start()
-        runner.shutdown()
-    rate = _rate(len(ids), drain)
-    assert runner.get(ids[-1]).status == FINISHED
-    return rate
-
-
-def _bare_drain(path: str) -> float:
-    with contextlib.closing(_bare_db(path, 5_000)) as db:
-        def drain() -> None:
-            while rows := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
-                for status in (1, 2):
-                    db.execute("BEGIN IMMEDIATE")
-                    db.executemany("UPDATE jobs SET status = ? WHERE id = ?", [(status, row[0]) for row in rows])
-                    db.execute("COMMIT")
-        return _rate(5_000, drain)
-
-
-def _bench_latency(path: str) -> float:
-    """Return the median milliseconds from submit to result on an idle runner."""
-    laps = []
-    with contextlib.closing(Runner(path)) as runner:
-        for _ in range(100):
-            time.sleep(0.005)
-            begun = time.perf_counter()
-            runner.submit(_nothing).result(10)
-            laps.append((time.perf_counter() - begun) * 1e3)
-    return sorted(laps)[50]
-
-
-def _checkpoints() -> float:
-    checkpoint = current_job().checkpoint
-    begun = time.perf_counter()
-    for _ in range(100_000):
-        checkpoint()
-    return (time.perf_counter() - begun) * 1e4
-
-
-def _bench_checkpoint(path: str) -> float:
-    with contextlib.closing(Runner(path)) as runner:
-        return runner.submit(_checkpoints).result(30)
-
-
-_BENCHES: tuple[tuple[str, str, Callable[[str], float], Callable[[str], float] | None], ...] = (
-    ("submit, one by one", "jobs/s", _bench_submit, _bare_submit),
-    ("submit_many", "jobs/s", _bench_submit_many, _bare_submit_many),
-    ("run 5,000 jobs, 8 workers", "jobs/s", _bench_drain, _bare_drain),
-    ("submit to result, idle", "ms", _bench_latency, None),
-    ("checkpoint()", "ns", _bench_checkpoint, None),
-)
+def _drop_output() -> None:
+    """Let what is still to be written to stdout go nowhere: at exit it would be tried once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 1 a job did not finish, 2 misuse or a file that cannot be used."""
-    import argparse
-    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
-    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, function: Callable[[Any], int], help: str) -> Any:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(function_of_command=function)
-        return sub
-
-    def with_file(sub: Any, json: bool = True) -> None:
-        sub.add_argument("--db", metavar="FILE", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")
-        if json:
-            sub.add_argument("--json", action="store_true", help="print JSON, for programs")
-
-    def with_runner(sub: Any) -> None:
-        with_file(sub, json=False)
-        sub.add_argument("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")
-
-    demo = command("demo", _demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status page.")
-    demo.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one")
-    demo.add_argument("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)")
-    demo.add_argument("--once", action="store_true", help="end with the job; do not keep the page up")
-    with_runner(demo)
-    run = command("run", _run, "Run a function as a job and print its result as JSON.")
-    run.add_argument("function", metavar="MODULE:FUNCTION")
-    run.add_argument("args", nargs="*", metavar="ARG", help="JSON, or else text")
-    with_runner(run)
-    work = command("work", _work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.")
-    work.add_argument("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name")
-    work.add_argument("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
-                      help="what running jobs get at the end to reach a checkpoint (default: %(default)s)")
-    with_runner(work)
-    listing = command("list", _list, "List jobs, the newest first.")
-    listing.add_argument("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}")
-    listing.add_argument("--name", help="of the function")
-    listing.add_argument("--run-by", metavar="NAME", help="who asked for it")
-    listing.add_argument("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by")
-    listing.add_argument("--parent", type=int, metavar="ID", help="the children of a job")
-    listing.add_argument("--errors", action="store_true", help="only those with errors")
-    listing.add_argument("--low-priority", action="store_true", help="only those that run in periods of low load")
-    listing.add_argument("--children", action="store_true", help="children, too, not only roots")
-    listing.add_argument("--system", action="store_true", help="system jobs, too")
-    listing.add_argument("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)")
-    with_file(listing)
-    show = command("show", _show, "Show a job. Exit code 1: it has failed or was cancelled.")
-    show.add_argument("id", type=int, metavar="ID")
-    show.add_argument("-f", "--follow", action="store_true", help="wait until it is over or stopped; on a terminal with a progress bar")
-    with_file(show)
-    logs = command("logs", _logs_command, "Print a job's log, the newest 1,000 lines.")
-    logs.add_argument("id", type=int, metavar="ID")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until it is over or stopped")
-    logs.add_argument("--all", action="store_true", help="all lines")
-    logs.add_argument("--level", help="the least: DEBUG, INFO, WARNING, ERROR")
-    logs.add_argument("--text", help="only lines that contain it")
-    logs.add_argument("--regex", help="only lines in which it is found")
-    logs.add_argument("--tree", action="store_true", help="those of its descendants, too")
-    with_file(logs)
-    for name, what in (("stop", "Stop jobs at their next checkpoint."), ("resume", "Have stopped or failed jobs go on."),
-                       ("force-stop", "Make stopping jobs stopped now."), ("cancel", "Discard pending or stopped jobs for good."),
-                       ("restart", "Run finished or failed jobs from scratch."),
-                       ("set-low-priority", "Run jobs in periods of low load."), ("remove-low-priority", "Run jobs as others.")):
-        sub = command(name, _operation, f"{what} Exit code 1: one was refused.")
-        sub.set_defaults(operation=name.replace("-", "_"))
-        sub.add_argument("ids", type=int, nargs="+", metavar="ID")
-        with_file(sub)
-    stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.")
-    stats.add_argument("--window", choices=WINDOWS, default="24h", help="default: %(default)s")
-    stats.add_argument("--name", help="of one function")
-    with_file(stats)
-    serve = command("serve", _serve, "Serve the status page of a job file, until Ctrl-C.")
-    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD")
-    serve.add_argument("--port", type=int, default=8765, help="default: %(default)s; 0: a free one")
-    serve.add_argument("--read-only", action="store_true", help="without operations")
-    with_file(serve, json=False)
-    prune = command("prune", _prune, "Remove whole trees that are over for long.")
-    prune.add_argument("--finished", default="7d", metavar="TIME", help="how long finished and cancelled ones are kept (default: %(default)s)")
-    prune.add_argument("--failed", default="30d", metavar="TIME", help="how long failed ones are kept (default: %(default)s)")
-    with_file(prune)
-    bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
-    bench.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:                    # closed by the shell
+        stream = getattr(sys, name)
+        if stream is None:                                # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-    args = parser.parse_args(arguments)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args = _arguments(arguments)
+    run, _, _ = _COMMANDS[args.command]
     try:
-        code = args.function_of_command(args)
+        code = run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:                               # `bgjobs logs 5 | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except (BgjobsError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"bgjobs: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        if isinstance(error, OSError):                    # of the output: it would be tried once more at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, OSError):                    # perhaps of the output
+            _drop_output()
         return 2
     except KeyboardInterrupt:
         print("\nbgjobs: interrupted; unfinished jobs wait in the file and go on with the next start", file=sys.stderr)

@@ -6853,6 +6853,19 @@ class TestCommandLine:
         assert "4 files in 3 folders" in done.stdout and "1 groups of duplicates" in done.stdout and "3 copies of 400 bytes" in done.stdout
         assert re.search(r"Status page: http://127\.0\.0\.1:\d+/", done.stdout) and (tmp_path / "bgjobs.db").exists()
 
+    def test_a_demo_that_is_stopped_and_resumed_loses_no_file(self, make, tmp_path):
+        names = [f"{n:03}" for n in range(100)]
+        for name in names:
+            with open(tmp_path / name, "wb") as file:
+                file.truncate(4 << 20)
+        runner = make()
+        job = runner.submit(bgjobs.fingerprint_files, str(tmp_path), names)
+        wait_for(lambda: (job.progress or 0) > 0)
+        job.stop()
+        wait_for(lambda: job.status == "stopped")
+        job.resume()
+        assert [name for name, _, _ in job.result(60)["files"]] == names
+
     def test_run_prints_the_result_as_json(self, tmp_path):
         (tmp_path / "tasks.py").write_text("import bgjobs\ndef work(a, b):\n    return [a, b, bgjobs.current_job().id]\n"
                                            "def bad():\n    raise ValueError('boom')\n")
@@ -7016,6 +7029,14 @@ class TestCommandLine:
         line = bgjobs.progress_line(info, 80)
         assert len(line) == 79 and line.startswith("[############------------]  50.0%  4 of 10 children  1 min 15 s left")
         assert "\x1b" not in line
+        wide = bgjobs.progress_line({**info, "message": "\u6570" * 200}, 80)
+        assert wide.endswith("\u6570\u2026") and bgjobs._cells(wide) in (78, 79)
+
+    def test_long_texts_are_cut_to_a_width_quickly(self):
+        begun = time.perf_counter()
+        assert [bgjobs._fitted(text, 5) for text in ("\u6570" * 8_192, "e\u0301" * 4_096, "abc", "abcde", "")] == [
+            "\u6570\u6570\u2026", "e\u0301" * 4 + "\u2026", "abc  ", "abcde", "     "]
+        assert time.perf_counter() - begun < 5
 
     def test_durations_for_people(self):
         assert [bgjobs.for_people(s) for s in (0.04, 9.96, 59.4, 60, 3661)] == ["0.0 s", "10.0 s", "59 s", "1 min 0 s", "1 h 1 min"]
