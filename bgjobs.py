@@ -92,7 +92,7 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sized, TypeVar
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -215,7 +215,8 @@ def _is_number(value: Any) -> bool:
 
 def _type_name(value: Any) -> str:
     """Return the name of the value's type, whatever its metaclass does."""
-    return type.__dict__["__qualname__"].__get__(type(value))
+    name: str = type.__dict__["__qualname__"].__get__(type(value))
+    return name
 
 
 def _printed(value: Any, how: Callable[[Any], str]) -> str:
@@ -252,7 +253,7 @@ _dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
-def _loaded_type(module: str, name: str) -> type | None:
+def _loaded_type(module: str, name: str) -> Any:
     """Return a type if its module is loaded. To store a value imports nothing: no value is of a type not loaded."""
     return getattr(sys.modules.get(module), name, None)
 
@@ -385,7 +386,7 @@ def _module_name(module: str) -> str:
     main = sys.modules["__main__"]
     spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
     if spec is not None:
-        return spec.name.removesuffix(".__main__")
+        return str(spec.name).removesuffix(".__main__")
     return os.path.splitext(os.path.basename(file))[0] if file else module
 
 
@@ -457,7 +458,8 @@ class _Registry:
             return self.names[function]
         except (KeyError, TypeError):                     # TypeError: it has no hash; no function lacks one
             path = import_path(function)
-        name = self.names[function] = self.declared.get(function, {}).get("name", path)
+        name: str = self.declared.get(function, {}).get("name", path)
+        self.names[function] = name
         self.by_name[name] = function
         return name
 
@@ -637,7 +639,7 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
     """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long
     each time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together.
     """
-    pauses = options.get("backoff")
+    pauses: list[float] | None = options.get("backoff")
     if pauses:
         return pauses[min(failures, len(pauses)) - 1]
     first, longest = BACKOFF_SECONDS
@@ -1065,8 +1067,8 @@ def library_code(function: _Function) -> _Function:
 class _Condition(threading.Condition):
     """A condition that Ctrl-C does not leave locked."""
 
-    __enter__ = property(lambda self: self._lock.__enter__)       # type: ignore[assignment]
-    __exit__ = property(lambda self: self._lock.__exit__)         # type: ignore[assignment]
+    __enter__ = property(lambda self: self._lock.__enter__)
+    __exit__ = property(lambda self: self._lock.__exit__)
 
 
 class _Event(threading.Event):
@@ -1081,11 +1083,13 @@ class _HandleCondition(_Condition):
     """The condition of a handle. In a job the stdlib's `wait` and `as_completed` lock it; a force stop must not hit
     them then, so who locks it takes the ticket, too."""
 
+    _lock: threading.RLock
+
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release                    # the lock's own, which Condition puts there
 
-    def acquire(self) -> bool:
+    def acquire(self) -> bool:                            # type: ignore[override]
         if _here.ticket is not None:
             _here.ticket.take(quietly=True)               # also while a generator of the stdlib's cleans up
         return self._lock.acquire()
@@ -1096,11 +1100,11 @@ class _HandleCondition(_Condition):
             _here.ticket.put_back()
 
     @property
-    def __enter__(self) -> Any:                           # type: ignore[override]
+    def __enter__(self) -> Any:
         return self._lock.__enter__ if _here.ticket is None else self.acquire
 
     @property
-    def __exit__(self) -> Any:                            # type: ignore[override]
+    def __exit__(self) -> Any:
         return self._lock.__exit__ if _here.ticket is None else lambda *exc_info: self.release()
 
 
@@ -1556,7 +1560,7 @@ def status_after(job: JobRow, outcome: str, retries: bool = False) -> str:
     return STOPPED if job.stops or outcome == HALTED and not job.goes_on else PENDING
 
 
-def contribution(status: str, progress: float | None) -> dict[str, float]:
+def contribution(status: str, progress: float | None) -> dict[str, Any]:
     """Return what a job in `status` adds to the counts and the progress of its ancestors."""
     over = status in OVER
     return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
@@ -1613,13 +1617,18 @@ class Transaction:
         """Return the jobs that a query for the columns of JobRow finds."""
         return [JobRow._make(row) for row in self.execute(sql, parameters).fetchall()]
 
-    def _job(self, job_id: int) -> JobRow | None:
-        return next(iter(self.jobs(TREE_ROW, id=job_id)), None)
+    def _job(self, job_id: int) -> JobRow:
+        """Return a job as it is now. KeyError: there is none."""
+        for job in self.jobs(TREE_ROW, id=job_id):
+            return job
+        raise KeyError(job_id)
 
     def _executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None: the attempt has been superseded, or has ended."""
-        job = self._job(attempt.id)
-        return job if job is not None and job.executes and job.attempt == attempt.number else None
+        for job in self.jobs(TREE_ROW, id=attempt.id):
+            if job.executes and job.attempt == attempt.number:
+                return job
+        return None
 
     def _lineage(self, parent_id: int | None) -> tuple[int, ...]:
         """Return the ids from a job's parent up to its root; they never change."""
@@ -1641,9 +1650,9 @@ class Transaction:
         if new.key is not None:
             holder = self.value(ROOT_WITH_KEY if is_root else CHILD_WITH_KEY, key=new.key, parent=new.parent_id)
             if holder is not None:
-                return holder
+                return int(holder)
         inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD, (*values, new.key, new.args, new.kwargs))
-        job_id = inserted.lastrowid
+        job_id: int = inserted.lastrowid                  # type: ignore[assignment]
         self._submitted(new, job_id, 1, queue)
         return job_id
 
@@ -1742,7 +1751,8 @@ class Transaction:
         ready = list(map(Claim._make, self.execute(READY_ROOTS, {"lane": lane, "limit": limit}))) if limit else []
         if not ready:
             return []
-        claims, tag, budget = [], 0, AHEAD_SECONDS * workers
+        claims: list[Claim] = []
+        tag, budget = 0, AHEAD_SECONDS * workers
         batches: defaultdict[tuple[str, int], list[int]] = defaultdict(list)      # statement and charge -> ids
         plans: dict[str, tuple[int, float]] = {}          # all jobs of a batch and a name cost alike
 
@@ -1966,8 +1976,9 @@ class Transaction:
             self.trees.append((job.name, job.duration + ran))
         if job.parent_id is not None:
             before, after = contribution(job.status, job.progress), contribution(status, job.progress)
-            self._count(job.parent_id, **{name: after[name] - before[name] for name in after})
-            self._changes[job.parent_id].open -= after["done"] - before["done"]
+            changed = {name: after[name] - before[name] for name in after}
+            self._count(job.parent_id, **changed)
+            self._changes[job.parent_id].open -= changed["done"]
         if job.queue is not None:
             self._changes[job.root].relane = True
         if queue is not None:
@@ -2008,8 +2019,7 @@ class Transaction:
                 self.unpark_next(key)
             changes, self._changes = self._changes, defaultdict(_Change)
             for job_id, change in changes.items():
-                job = self._job(job_id)
-                if job is not None:
+                for job in self.jobs(TREE_ROW, id=job_id):      # none, if it has been removed
                     self._apply(job, change)
 
     def _apply(self, job: JobRow, change: _Change) -> None:
@@ -2490,10 +2500,11 @@ class Store:
             self._transact(batch, kicked)
             return True
         except StoreError as error:                       # the file's trouble: alone, each would only wait for it again
-            trouble = error
+            trouble: BaseException = error
             for write in batch:
-                write.fail(copy.copy(error))
-                write.error.__cause__ = error.__cause__   # type: ignore[union-attr]
+                own_copy = copy.copy(error)
+                own_copy.__cause__ = error.__cause__
+                write.fail(own_copy)
         except (Exception, JobStopped) as error:          # JobStopped: a superseded attempt submits
             trouble = self._explained(error)
             for write in batch:
@@ -2519,7 +2530,8 @@ class Store:
             self.check_file()
         with _fork_gate:
             tx = self._run_in_transaction(batch, kicked)
-        for callback in (*tx.after_commit, lambda: self.announce(tx)):
+        callbacks: list[Callable[[], Any]] = [*tx.after_commit, lambda: self.announce(tx)]
+        for callback in callbacks:
             try:
                 callback()
             except Exception as error:                    # it is committed: nothing may make it look failed
@@ -2636,7 +2648,7 @@ class Store:
 
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
-        db = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
+        db: sqlite3.Connection = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
         db.row_factory, db.text_factory = sqlite3.Row, _decoded
         return db
 
@@ -2657,7 +2669,7 @@ class Store:
                 if isinstance(error, sqlite3.Error):
                     raise _store_error(f"read {self.path}", error)
                 name, value = next(
-                    (name, value) for name, value in parameters.items() if isinstance(value, int)
+                    (name, value) for name, value in (parameters or {}).items() if isinstance(value, int)
                     and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
                 raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
             if len(self._readers) < 8 and not self.closed:
@@ -2679,13 +2691,13 @@ class Store:
             try:
                 if self._version_db is None:
                     self._version_db = self.connect()
-                return self._version_db.execute("PRAGMA data_version").fetchone()[0]
+                return int(self._version_db.execute("PRAGMA data_version").fetchone()[0])
             except sqlite3.Error as error:
                 raise _store_error(f"read {self.path}", error)
 
     def changed_by_others(self) -> bool:
         """Tell whether another connection has written since the last call: another process, or another runner."""
-        version = self.write(lambda tx: tx.execute("PRAGMA data_version").fetchone()[0])
+        version: int = self.write(lambda tx: tx.value("PRAGMA data_version"))
         changed, self._others_version = version != self._others_version, version
         return changed
 
@@ -2755,7 +2767,7 @@ class Store:
         if not found:
             return 0
         rows = execute("SELECT version FROM bgjobs_schema").fetchall() if "bgjobs_schema" in found else []
-        version = rows[0][0] if len(rows) == 1 else None
+        version: Any = rows[0][0] if len(rows) == 1 else None
         if not (isinstance(version, int) and version > 0):
             wrong = f"its schema version is {_short(version)}"
         elif version > SCHEMA_VERSION:
@@ -2767,7 +2779,7 @@ class Store:
         if wrong:
             raise StoreError(f"cannot use {self.path} as a job file: somebody has changed its bgjobs_ tables: {wrong}; restore it from "
                              "a backup, or drop these tables to start anew")
-        return version
+        return int(version)
 
     # looking after the file
 
@@ -3053,7 +3065,7 @@ def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], l
         jobs = _newest_first(where)
         bottom = _bound(store, jobs, parameters, SEARCH_LIMIT)
         sql = f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status"
-        counts.update(store.read(sql, parameters))
+        counts.update(map(tuple, store.read(sql, parameters)))
         unsure = [status for status in STATUSES if bottom and counts[status] < COUNT_LIMIT]
     for status in list(unsure):
         if tell_indexes or _are_fewer(store, FEW // 10, _of_status(status, [])):
@@ -3093,7 +3105,7 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def _count(store: Store, limit: int, query: str, parameters: dict[str, Any] | None = None) -> int:
-    return store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0]
+    return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0])
 
 
 def _are_fewer(store: Store, number: int, query: str) -> bool:
@@ -3130,8 +3142,9 @@ def _bound(store: Store, jobs: str, parameters: dict[str, Any], most: int | None
     rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
     if not rows:
         return None
-    parameters["lowest"] = rows[0][0]
-    return rows[0][0]
+    lowest: int = rows[0][0]
+    parameters["lowest"] = lowest
+    return lowest
 
 
 def _first_id_since(store: Store, created_at: float) -> int:
@@ -3224,12 +3237,13 @@ def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
     """Return 0 to 1, or None: the mean over the descendants, and the job itself if it reports progress of its own."""
     if row["status"] == FINISHED:
         return 1.0
+    own: float | None = row["progress"]
     if not row["total"]:
-        return row["progress"]
+        return own
     parts, done = row["total"], row["tree_progress"]
-    if row["progress"] is not None:
-        parts, done = parts + 1, done + (1.0 if row["returned"] else row["progress"])
-    return min(1.0, max(0.0, done / parts))
+    if own is not None:
+        parts, done = parts + 1, done + (1.0 if row["returned"] else own)
+    return min(1.0, max(0.0, float(done / parts)))
 
 
 def eta_of(row: sqlite3.Row | dict[str, Any], now: float, duration: float, usual: Callable[[str], float | None]
@@ -3360,7 +3374,7 @@ class Pool:
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None], settle: Callable[[Attempt], bool],
-                 claim: Callable[[], None], depart: Callable[[Attempt], None]) -> None:
+                 claim: Callable[[], None], depart: Callable[[Any], None]) -> None:
         self.size = size
         self._low_size = max(1, size - 1)                 # places that low priority may take
         self._execute = execute
@@ -3459,7 +3473,8 @@ class Pool:
         """Return the attempt whose turn it is, or None: there is no place for any."""
         left, low_left = self._left()
         waiting = (self._returning, self._claimed) if self._returning_next else (self._claimed, self._returning)
-        for attempt in itertools.chain(*waiting) if left > 0 else ():
+        candidates: Iterable[Attempt] = itertools.chain(*waiting) if left > 0 else ()
+        for attempt in candidates:
             if low_left > 0 or not attempt.low_priority:
                 return attempt
         return None
@@ -3683,6 +3698,11 @@ _outside = JobContext()
 class Attempt(JobContext):
     """One execution of a job's function by this process."""
 
+    id: int
+    name: str
+    low_priority: int
+    charge: int                                           # microseconds, of its claim
+
     # Defaults that most attempts never change stand here: an attempt is made for each job.
     thread: int | None = None                             # while it executes
     engine: Engine | None = None                          # that executes it elsewhere
@@ -3838,12 +3858,12 @@ class Attempt(JobContext):
         if loop == len(positions):
             positions.append(0)
         done = positions[loop]
-        if total is None and hasattr(iterable, "__len__"):
+        if total is None and isinstance(iterable, Sized):
             total = len(iterable)
-        total = None if total is None else float(total)
+        items = None if total is None else float(total)
         try:
             for item in itertools.islice(iterable, done, None):
-                self._report_turn(depth, done, total)
+                self._report_turn(depth, done, items)
                 if self._attention:
                     self._attend()
                 yield item
@@ -3852,7 +3872,7 @@ class Attempt(JobContext):
                 self._loops = loop + 1
                 if time.monotonic() - self._saved_at > 0.1:
                     self._save(None)
-            self._report_turn(depth, done, total)
+            self._report_turn(depth, done, items)
         finally:
             del self._turns[depth:]
         self.raise_if_stopped()
@@ -3909,7 +3929,7 @@ class _JobLogger(logging.Logger):
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__("bgjobs.job", logging.DEBUG)
-        self.parent = logging.getLogger("bgjobs.job")
+        self.parent = self._app_logger = logging.getLogger("bgjobs.job")
         self._attempt = attempt
 
     isEnabledFor = library_code(logging.Logger.isEnabledFor)
@@ -3917,8 +3937,8 @@ class _JobLogger(logging.Logger):
     @library_code
     def callHandlers(self, record: logging.LogRecord) -> None:
         self._attempt.runner._keep_log_line(self._attempt, record)
-        if self.parent.isEnabledFor(record.levelno):
-            self.parent.callHandlers(record)
+        if self._app_logger.isEnabledFor(record.levelno):
+            self._app_logger.callHandlers(record)
 
 
 def _capture_log_records() -> None:
@@ -4094,7 +4114,7 @@ class Job(Future):                                        # type: ignore[type-ar
     # the Future part
 
     @property
-    def _condition(self) -> threading.Condition:
+    def _condition(self) -> threading.Condition:          # type: ignore[override]
         """Whoever touches the Future's condition wants to know of the end: from then on the runner watches for it."""
         if self._lazy_condition is None:
             self._stored()
@@ -4173,7 +4193,8 @@ class Job(Future):                                        # type: ignore[type-ar
         """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled
         task goes on when the attempt has its place again."""
         import asyncio
-        loop, cancelled = asyncio.get_running_loop(), []
+        loop = asyncio.get_running_loop()
+        cancelled: list[asyncio.CancelledError] = []
         outcome: Future[Any] = Future()
         end = loop.create_future()
 
@@ -4372,7 +4393,7 @@ class Schedule:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of another process that "
                                        "runs; remove it there")
             tx.execute(UNREGISTER_ALL, {"id": self.id})
-            return row["key"]
+            return str(row["key"])
         self._runner._schedules.pop(self._change(remove), None)
 
     def _set_paused(self, paused: bool) -> Schedule:
@@ -4426,7 +4447,7 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
     def save(tx: Transaction) -> int:
         tx.execute(SAVE_SCHEDULE, {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
                                    "schedule": schedule, "now": tx.now, "first": times.first(tx.now)})
-        schedule_id = tx.execute(SCHEDULE_ID, {"key": key}).fetchone()[0]
+        schedule_id: int = tx.value(SCHEDULE_ID, key=key)
         tx.execute(REGISTER, {"schedule": schedule_id, "runner": runner._id})
         return schedule_id
     return Schedule(runner, runner._store.write(save))
@@ -4494,7 +4515,7 @@ def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, 
             "functions": [{"name": name, **counted} for name, counted in sums("name").items()]}
 
 
-def _metric(name: str, help: str, values: dict[str, float], label: str = "") -> str:
+def _metric(name: str, help: str, values: Mapping[str, float], label: str = "") -> str:
     """Return the lines of a metric, a value for each value of the label; without a label it has one."""
     lines = f"# HELP bgjobs_{name} {help}\n# TYPE bgjobs_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
     for of, value in values.items():
@@ -4770,7 +4791,7 @@ class _Handles:
                     self._store.complain(_text(error))
             with self.lock:
                 left = [reference for reference in self.watched.get(job_id, ())
-                        if (handle := reference()) is not None and handle._state == "PENDING"]
+                        if (waits := reference()) is not None and waits._state == "PENDING"]
                 if left:
                     self.watched[job_id] = left
                 else:
@@ -4801,7 +4822,7 @@ class _Handles:
         while not self._ends(handle := self._to_call_back.get()):
             if handle is not None:
                 try:
-                    contextvars.Context().run(handle._invoke_callbacks)
+                    contextvars.Context().run(handle._invoke_callbacks)       # type: ignore[attr-defined]
                 except BaseException:
                     _log.exception("a callback of job %d failed", handle.id)
                 del handle
@@ -4870,7 +4891,7 @@ class Runner(Submitter, Executor):
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None,
                  start: bool = True, durability: str = "process", journal: str = "wal",
-                 retention: dict[str, float] | None = RETENTION, modules: Iterable[str] = (), executor: Any = None,
+                 retention: Mapping[str, float] | None = RETENTION, modules: Iterable[str] = (), executor: Any = None,
                  callback: str | None = None, clock: Callable[[], float] = time.time) -> None:
         if max_workers is None and executor is not None:
             max_workers = getattr(executor, "_max_workers", None)
@@ -5164,7 +5185,8 @@ class Runner(Submitter, Executor):
         elif system or executor is None and not _registry.has_executors:
             return None
         else:
-            executor = _registry.declared.get(_registry.find(name), {}).get("executor", executor)
+            function = _registry.find(name)
+            executor = _registry.declared.get(function, {}).get("executor", executor) if function else executor
         if executor is None:
             return None
         return self._engines.get(id(executor)) or self._engines.setdefault(id(executor), Engine(executor))
@@ -5202,6 +5224,8 @@ class Runner(Submitter, Executor):
 
     def _remember_exception(self, attempt: Attempt) -> None:
         error = attempt.exception
+        if error is None:
+            return
         traceback.clear_frames(_frames_of(error))         # keeps the lines, not what the function held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
@@ -5253,7 +5277,7 @@ class Runner(Submitter, Executor):
         rows = self._store.read(STATUS_OF, {"id": job_id})
         if not rows:
             raise KeyError(f"there is no job {job_id} in {self.path}")
-        return rows[0][0]
+        return str(rows[0][0])
 
     def _info(self, job_id: int) -> dict[str, Any]:
         return describe(self._store.row(job_id), self._clock(), self._usual)
@@ -5374,8 +5398,9 @@ class Runner(Submitter, Executor):
             while not self._presence.appear(runner_id):
                 tx.execute(REMOVE_RUNNER, {"id": runner_id})
                 runner_id = self._save_runner(tx, None)   # a higher one
-            return runner_id, tx.execute(NEXT_ID).fetchone()[0]
-        return self._store.write(register)
+            return runner_id, tx.value(NEXT_ID)
+        registered: tuple[int, int] = self._store.write(register)
+        return registered
 
     def _save_runner(self, tx: Transaction, runner_id: int | None) -> int:
         """Write this runner's row, with the time as its heartbeat, for people to see. Returns its id; None gets it a
@@ -5384,7 +5409,7 @@ class Runner(Submitter, Executor):
         cursor = tx.execute(SAVE_RUNNER, {
             "id": runner_id, "pid": os.getpid(), "host": socket.gethostname(), "workers": self.max_workers,
             "now": tx.now, "abandoned": self._pool.abandoned, "lock_file": self._presence.file_id()})
-        return cursor.lastrowid if runner_id is None else runner_id
+        return runner_id or cursor.lastrowid or 0
 
     def _recover_dead(self) -> None:
         """Take the jobs of dead runners back, as `_Presence` tells them."""
@@ -5648,13 +5673,15 @@ def _checked_tuple(args: Any) -> tuple[Any, ...]:
 
 def _frames_of(error: BaseException) -> types.TracebackType | None:
     """Return error.__traceback__, whatever the exception's class has made of that."""
-    return BaseException.__dict__["__traceback__"].__get__(error)
+    frames: types.TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
+    return frames
 
 
 def _is_stop(error: BaseException) -> bool:
     """Tell whether an exception is JobStopped, or a group of nothing else, as asyncio.TaskGroup makes of it (since
     Python 3.11)."""
-    group, errors = getattr(builtins, "BaseExceptionGroup", ()), [error]
+    group: Any = getattr(builtins, "BaseExceptionGroup", ())
+    errors = [error]
     for one in errors:                                    # it grows
         if issubclass(type(one), group):
             errors += group.exceptions.__get__(one)
@@ -5688,10 +5715,10 @@ class _Service:
         self._look_at_due = True                          # unless that is to be looked up
         self._abandoned_shown = 0                         # threads, in the runner's row
         # (every so many seconds, duty); the second list is for a runner that has been started.
-        self._duties = [
+        self._duties: list[tuple[float, Callable[[], Any]]] = [
             (0.0, self._cancel_given_up), (0.0, runner._pool.put), (0.0, self._return_stuck_claims),
             (0.0, self._time_out), (FLUSH_SECONDS, runner._flush_reports)]
-        self._duties_when_started = [
+        self._duties_when_started: list[tuple[float, Callable[[], Any]]] = [
             (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned), (1.0, self._save_means),
             (1.0, self._compare_with_file), (1.0, self._unpark), (HEARTBEAT_SECONDS, self._beat),
             (60.0, store.shorten_wal), (60.0, functools.partial(count_created, runner))]
@@ -5860,7 +5887,12 @@ class _Service:
             self._due_at = min((at for at in due if at is not None), default=None)
             self._look_at_due = False
         if self._due_at is not None and self._due_at <= self._clock_at:
-            store.write(lambda tx: (self._runner._shut or run_schedules(tx), tx.wake_due()))
+            store.write(self._make_due_ready)
+
+    def _make_due_ready(self, tx: Transaction) -> None:
+        if not self._runner._shut:
+            run_schedules(tx)
+        tx.wake_due()
 
     def _recover_dead(self) -> None:
         self._runner._store.check_file()                  # first: raises
@@ -6015,7 +6047,8 @@ def _presence(path: str) -> _Presence:
     shared = sys.modules.setdefault("_bgjobs_presence", types.ModuleType("_bgjobs_presence"))
     files = vars(shared).setdefault("files", {})
     path = os.path.realpath(path)
-    return files.get(path) or files.setdefault(path, _Presence(path))
+    presence: _Presence = files.get(path) or files.setdefault(path, _Presence(path))
+    return presence
 
 
 _living: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -6189,7 +6222,8 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
                 while not selector.select(0.5):
                     if process.poll() is not None and not selector.select(0):
                         return b""
-        return process.stdout.readline()
+        answer: bytes = process.stdout.readline()
+        return answer
 
 
 class IsolatedProcesses(Executor):
@@ -6287,8 +6321,10 @@ _serves_attempts = False                                  # this process: then i
 # The runner's side.
 
 class Departed(Attempt):
-    """An attempt that executes elsewhere, as its runner sees it. The pool gives it a place like any other, but no thread."""
+    """An attempt that executes elsewhere, as its runner sees it. The pool gives it a place like any other, but no
+    thread."""
 
+    engine: Engine
     future: Any = None                                    # the engine's; a guest has none
     host: Departed | None = None                          # in whose process it executes, as a guest
     run: str | None = None                                # the execution of it that has said hello
@@ -6345,8 +6381,8 @@ class Departed(Attempt):
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
         if self.run is None and isinstance(error, BrokenExecutor):
             self.outcome = UNSPENT                        # another attempt broke it, or there is something wrong with it
-            if not self.engine.has_worked:                # type: ignore[union-attr]
-                self.engine.note_broken()                 # type: ignore[union-attr]
+            if not self.engine.has_worked:
+                self.engine.note_broken()
         elif self.runner._shut_claims:
             self.outcome = RELEASED                       # Ctrl-C went to its process, too
         else:
@@ -6391,7 +6427,8 @@ class _Caller:
             if not all((type(token), type(number), type(call)) == (str, int, str) for token, number, call, _ in calls):
                 raise ValueError("that is no call")
         except (ValueError, TypeError, RecursionError):
-            return self.transport.abort()
+            self.transport.abort()
+            return
         for call in calls:
             self._callback.heed(self, *call)
         if not self.is_known and len(self._lines.unread) > STRANGER_BYTES:
@@ -6521,9 +6558,9 @@ class Callback:
             for guest in [guest for guest in list(self._attempts.values()) if guest.host is attempt]:
                 self._end(guest, error)
         attempt.thread = attempt.caller = None
-        attempt.engine.hosts.pop(attempt, None)           # type: ignore[union-attr]
+        attempt.engine.hosts.pop(attempt, None)
         if attempt.host is not None and attempt.host.token in self._attempts and not attempt.host.has_place:
-            attempt.engine.hosts[attempt.host] = None     # type: ignore[union-attr]
+            attempt.engine.hosts[attempt.host] = None
         if attempt.outcome not in (UNKNOWN, UNSPENT):
             self._runner._costs.record(attempt.name, attempt.worked)
         self._runner._pool.end(attempt)
@@ -6547,7 +6584,7 @@ class Callback:
     def _host_for(attempt: Departed) -> Departed | None:
         if not attempt.options.get("isolate"):
             with contextlib.suppress(KeyError):
-                return attempt.engine.hosts.popitem()[0]  # type: ignore[union-attr]
+                return attempt.engine.hosts.popitem()[0]
         return None
 
     def _send_to_host(self, guest: Departed, payload: str) -> None:
@@ -6570,7 +6607,8 @@ class Callback:
         host, _, port = (self._address or "127.0.0.1:0").rpartition(":")
         self._listener = socket.create_server((host, int(port)))
         loop = asyncio.SelectorEventLoop()
-        server = loop.run_until_complete(loop.create_server(functools.partial(_Caller, self), sock=self._listener, backlog=1024))
+        make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
+        server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=1024))
         threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
         self.loop = loop
 
@@ -6662,7 +6700,7 @@ class Callback:
     def _welcome(self, caller: _Caller, attempt: Departed, run: str) -> list[Any]:
         runner = self._runner
         if attempt.run is None:
-            attempt.engine.has_worked = True              # type: ignore[union-attr]
+            attempt.engine.has_worked = True
             attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
             runner._unwritten.add_start(attempt, runner._clock())
         if attempt.run != run:
@@ -6705,12 +6743,12 @@ class Callback:
 
     def _call_leave(self, attempt: Departed) -> None:
         if not attempt.waits:
-            attempt.engine.hosts[attempt] = None          # type: ignore[union-attr]
+            attempt.engine.hosts[attempt] = None
         self._runner._pool.leave(attempt)
 
     def _call_ask_back(self, attempt: Departed) -> Future[Any]:
         place = Place()                                   # until it has that, its process executes others
-        place.add_done_callback(lambda place: attempt.engine.hosts.pop(attempt, None))       # type: ignore[union-attr]
+        place.add_done_callback(lambda place: attempt.engine.hosts.pop(attempt, None))
         if not self._runner._pool.ask_back(attempt, place):
             place.set_result(False)                       # it needs none
         return place
@@ -6833,13 +6871,15 @@ class RunnerThere(Runner):
         return [line[1:] for line in lines if line[0] is attempt]
 
     def _info(self, job_id: int) -> dict[str, Any]:
-        return self._link.ask(None, "info", job_id)
+        info: dict[str, Any] = self._link.ask(None, "info", job_id)
+        return info
 
     def _status(self, job_id: int) -> str:
-        return self._info(job_id)["status"]
+        return str(self._info(job_id)["status"])
 
     def _logs(self, *filters: Any) -> list[dict[str, Any]]:
-        return self._link.ask(None, "logs", *filters)
+        lines: list[dict[str, Any]] = self._link.ask(None, "logs", *filters)
+        return lines
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
         self._link.ask(None, "operate", operation, job_id, by)
@@ -6881,7 +6921,7 @@ class _StoreThere:
 
     def read(self, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
         if sql != OUTCOME_OF:
-            return self.__getattr__("read")
+            self.__getattr__("read")                      # raises
         job_id = parameters["id"]
         outcome = self.outcomes[job_id] if job_id in self.outcomes else self._link.ask(None, "outcome", job_id)
         return [] if outcome is None else [outcome]
@@ -8886,7 +8926,7 @@ class Page:
         while not (rows := store.read(PAGE_TOKEN)):
             token = secrets.token_urlsafe(32)
             store.write(lambda tx: tx.execute(KEEP_PAGE_TOKEN, {"token": token}))
-        return rows[0][0]
+        return str(rows[0][0])
 
     # the page, and what looks after the app
 
@@ -9124,7 +9164,7 @@ def _page_server(page: Page, host: str, port: int) -> Any:
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = io.BufferedReader(DeadlineReader(self.connection))      # type: ignore[assignment]
+            self.rfile = io.BufferedReader(DeadlineReader(self.connection))
 
         def handle(self) -> None:
             with contextlib.suppress(OSError):            # the client went away, or was too slow
