@@ -5631,9 +5631,10 @@ class TestElsewhere:
             assert runner.submit(nested, 1).result(10) == 1
             runner.close()
 
-    def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make):
+    @pytest.mark.parametrize("places", [2, 16])
+    def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make, places):
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
-            runner = make(executor=executor, max_workers=2)
+            runner = make(executor=executor, max_workers=places)
             assert [runner.submit(count_tree, 5).result(30) for _ in range(3)] == [63] * 3
             consistent(runner)
             runner.close()
@@ -5786,6 +5787,26 @@ class TestElsewhere:
         process.kill()
         finish(process)
         wait_for(lambda: not is_alive(pid))
+
+    def test_an_app_that_ends_without_close_waits_for_no_endless_attempt_of_its_pool(self, tmp_path):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, concurrent.futures, itertools
+            def count():
+                job = bgjobs.current_job()
+                for n in itertools.count():
+                    job.checkpoint(state=n)
+                    job.sleep(0.01)
+            if __name__ == "__main__":
+                runner = bgjobs.Runner("jobs.db", executor=concurrent.futures.ProcessPoolExecutor, max_workers=3)
+                jobs = [runner.submit(count) for _ in range(3)]
+                while not any(job.state for job in jobs):
+                    pass
+            """))
+        code, out, err = finish(python("import runpy; runpy.run_path('app.py', run_name='__main__')", cwd=tmp_path), 30)
+        assert code == 0
+        runner = bgjobs.Runner(tmp_path / "jobs.db", start=False)
+        assert [job.status for job in runner.jobs()] == ["pending"] * 3 and any(job.state for job in runner.jobs())
+        runner.close()
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
