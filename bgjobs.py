@@ -5925,12 +5925,15 @@ class IsolatedProcesses(Executor):
             if call.set_running_or_notify_cancel():
                 process = self._warm_process() or self._start()
                 answer = call.execute(process, payload)
-                if answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES:
+                stays_warm = answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES
+                if stays_warm:
                     self._warm.append(process)
-                else:
-                    self._end(process, kill=not answer)
                 if answer:
-                    return call.set_result(answer[1:].decode())
+                    call.set_result(answer[1:].decode())
+                if not stays_warm:                        # one with threads left ends with them
+                    self._end(process, kill=answer[:1] != b"-")
+                if answer:
+                    return
                 code = process.returncode
                 raise BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}"))
         except Exception as error:
@@ -5942,7 +5945,7 @@ class IsolatedProcesses(Executor):
     def _end(process: Any, kill: bool = True) -> None:
         if kill:
             process.kill()
-        with process:                                     # its pipes are closed, and it has ended
+        with contextlib.suppress(OSError), process:       # its pipes are closed, and it has ended
             pass
 
     def _warm_process(self) -> Any:

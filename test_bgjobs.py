@@ -5740,6 +5740,20 @@ class TestElsewhere:
         with pytest.raises(bgjobs.BgjobsError, match="died under it: signal 9"):
             job.result(20)
 
+    def test_an_isolated_attempt_ends_though_a_forked_child_has_its_pipe(self, make, quick_processes, monkeypatch):
+        monkeypatch.setattr(bgjobs, "WARM_PROCESSES", 0)
+        job = make(max_workers=1).options(isolate=True).submit(nap, 0.5)
+        wait_for(lambda: job._runner._attempts[job.id].run, 20)
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+        try:
+            assert job.result(10) is None
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
     def test_an_attempt_that_dies_while_it_waits_for_its_place_frees_it(self, idle):
         pool, returned = idle._pool, []
         attempts = []
