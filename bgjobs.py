@@ -6289,7 +6289,7 @@ class Callback:
         if queued is not None and host.engine.hosts.pop(host, self) is None:             # type: ignore[union-attr, arg-type]
             queued.host = host
             self._send_to_host(queued)
-            self._do(lambda attempt: attempt.future.cancel(), queued)         # the first one to say hello executes it
+            self._do(lambda attempt: attempt.host and attempt.future.cancel(), queued)       # the first to say hello executes it
 
     def _send_to_host(self, guest: Departed) -> None:
         guest.caller = guest.host.caller                  # type: ignore[union-attr]
@@ -6404,7 +6404,8 @@ class Callback:
 
     def _welcome(self, caller: _Caller, attempt: Departed, run: str, is_guest: bool = False) -> list[Any]:
         runner = self._runner
-        if attempt.run is None:
+        is_taken = not is_guest and attempt.future is not None and attempt.future.cancelled()      # Dask may begin it all the same
+        if attempt.run is None and not is_taken:
             attempt.engine.has_worked = True              # type: ignore[union-attr]
             attempt.host = attempt.host if is_guest else None
             attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
