@@ -6112,8 +6112,9 @@ def _leave_to_parent() -> None:
 # Hosts and guests. An attempt that waits for another job gives its place away, but the engine counts its process as taken. So the process
 # executes what gets the place: the attempt says "leave", and is a host. The next attempt for this engine goes to a host, if there is
 # one, as the news "run", with the payload that the engine would get. This guest runs in a thread of its own, says hello like any other, and
-# "ended", with its outcome. When the host goes on it says "ask_back", which is answered as soon as it has a place. Without a place and
-# without a guest that has not ended, an attempt is always among the hosts: else a job with a place could wait for a process in vain.
+# "ended", with its outcome. When the host goes on it says "ask_back", which is answered as soon as it has a place. So that no job waits for
+# a process in vain: an attempt without a place, and without a guest that has not ended, is always among the hosts; and a new host takes
+# over what its engine has queued. That may begin in both places: the first to say hello executes it.
 
 RETRY_SECONDS = 10.0               # that a lost connection is tried again, before both sides give up
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
@@ -6245,12 +6246,15 @@ class IsolatedProcesses(Executor):
             if call.set_running_or_notify_cancel():
                 process = self._warm_process() or self._start()
                 answer = call.execute(process, payload)
-                if answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES:
+                stays_warm = answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES
+                if stays_warm:
                     self._warm.append(process)
-                else:
-                    self._end(process, kill=not answer)
                 if answer:
-                    return call.set_result(answer[1:].decode())
+                    call.set_result(answer[1:].decode())
+                if not stays_warm:                        # one with threads left ends with them
+                    self._end(process, kill=answer[:1] != b"-")
+                if answer:
+                    return
                 code = process.returncode
                 raise BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}"))
         except Exception as error:
@@ -6262,7 +6266,7 @@ class IsolatedProcesses(Executor):
     def _end(process: Any, kill: bool = True) -> None:
         if kill:
             process.kill()
-        with process:                                     # its pipes are closed, and it has ended
+        with contextlib.suppress(OSError), process:       # its pipes are closed, and it has ended
             pass
 
     def _warm_process(self) -> Any:
@@ -6280,8 +6284,10 @@ class IsolatedProcesses(Executor):
         name, folder = (__name__, []) if __name__ != "__main__" else (_module_name("__main__"), [os.path.dirname(os.path.abspath(__file__))])
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
                "__import__('importlib').import_module(name).serve_process()"
-        return subprocess.Popen([sys.executable, "-c", code, json.dumps([sys.path + folder, name])], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                start_new_session=True)             # Ctrl-C in a terminal is for the app, which tells us
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, name])]
+        with _fork_gate:                                  # Popen waits for the end of a pipe; who is forked meanwhile would keep it open
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    start_new_session=True)         # Ctrl-C in a terminal is for the app, which tells us
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         for call in list(self._calls):
@@ -6325,8 +6331,8 @@ class Departed(Attempt):
     thread."""
 
     engine: Engine
-    future: Any = None                                    # the engine's; a guest has none
-    host: Departed | None = None                          # in whose process it executes, as a guest
+    future: Any = None                                    # the engine's, if it went there
+    host: Departed | None = None                          # in whose process it executes, or is to, as a guest
     run: str | None = None                                # the execution of it that has said hello
     caller: _Caller | None = None                         # the connection of its process, if there is one now
     _report: Report | None = None
@@ -6506,11 +6512,9 @@ class Callback:
         try:
             if self.loop is None:
                 self._listen()
-            payload = _dump({"claim": attempt.claim, "module": _module_name(function.__module__), "function": function.__qualname__,
-                             "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": runner.path, "runner": runner._id})
             attempt.host = self._host_for(attempt)
             if attempt.host is None:
-                attempt.future = engine.submit(payload)
+                attempt.future = engine.submit(self._payload(attempt))
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
             text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
@@ -6518,10 +6522,18 @@ class Callback:
                 runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
             return self._end(attempt, None)
-        if attempt.host is None:
-            attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
-        else:
-            self._soon(self._send_to_host, attempt, payload)
+        if attempt.host is not None:
+            return self._soon(self._send_to_host, attempt)
+        attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
+        host = self._host_for(attempt)
+        if host is not None:                              # it has come while the engine took the attempt
+            self._soon(self._offer, host)
+
+    def _payload(self, attempt: Departed) -> str:
+        function = _registry.find(attempt.name)
+        return _dump({"claim": attempt.claim, "module": _module_name(function.__module__), "function": function.__qualname__,    # type: ignore
+                      "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": self._runner.path,
+                      "runner": self._runner._id, "is_guest": attempt.host is not None})
 
     def _take_back(self, attempt: Departed) -> None:
         """Cancel what has not begun; kill what has been superseded, if it has a process of its own."""
@@ -6540,7 +6552,8 @@ class Callback:
             outcome = CancelledError() if future.cancelled() else future.result()
         except BaseException as error:                    # a process of it died, or was taken away
             outcome = error
-        self._end(attempt, outcome)
+        if attempt.host is None:                          # else it was taken from the engine before it began
+            self._end(attempt, outcome)
 
     def _end(self, attempt: Departed, outcome: str | BaseException | None) -> None:
         """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over, as it is."""
@@ -6560,7 +6573,7 @@ class Callback:
         attempt.thread = attempt.caller = None
         attempt.engine.hosts.pop(attempt, None)
         if attempt.host is not None and attempt.host.token in self._attempts and not attempt.host.has_place:
-            attempt.engine.hosts[attempt.host] = None
+            self._soon(self._offer, attempt.host)
         if attempt.outcome not in (UNKNOWN, UNSPENT):
             self._runner._costs.record(attempt.name, attempt.worked)
         self._runner._pool.end(attempt)
@@ -6587,12 +6600,31 @@ class Callback:
                 return attempt.engine.hosts.popitem()[0]
         return None
 
-    def _send_to_host(self, guest: Departed, payload: str) -> None:
+    def _offer(self, host: Departed) -> None:
+        """Have a host's process execute what its engine has not begun, which may be what all its processes wait for;
+        else what comes next. In the loop's thread."""
+        hosts = host.engine.hosts
+        hosts[host] = None                                # first: see _send_off
+        queued = next((each for each in list(self._attempts.values()) if each.engine is host.engine
+                       and each.host is None and each.run is None and each.future is not None
+                       and not isinstance(each.future, IsolatedCall)), None)
+        if queued is None or hosts.pop(host, "taken") == "taken":
+            return                                        # there is none, or _send_off has given it another
+        queued.host = host
+        self._send_to_host(queued)
+        self._do(self._cancel_queued, queued)
+
+    @staticmethod
+    def _cancel_queued(guest: Departed) -> None:
+        if guest.host is not None:                        # the first to say hello executes it
+            guest.future.cancel()
+
+    def _send_to_host(self, guest: Departed) -> None:
         guest.caller = guest.host.caller                  # type: ignore[union-attr]
         if guest.caller is None:
             self._give_back(guest)
         else:
-            guest.caller.send(0, guest.host.token, "run", payload)                      # type: ignore[union-attr]
+            guest.caller.send(0, guest.host.token, "run", self._payload(guest))         # type: ignore[union-attr]
 
     def _give_back(self, guest: Departed) -> None:
         """Have a guest handed over anew, unless it has begun."""
@@ -6611,6 +6643,8 @@ class Callback:
         server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=1024))
         threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
         self.loop = loop
+        with contextlib.suppress(AttributeError, RuntimeError):         # the standard library's own; or the interpreter ends already
+            threading._register_atexit(_close_before_executors, weakref.ref(self._runner))          # type: ignore[attr-defined]
 
     def _run_loop(self, loop: Any, server: Any) -> None:
         import asyncio
@@ -6697,10 +6731,12 @@ class Callback:
             each.caller.send(each.number, *reply)
         time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))           # many: more of them wake the loop at once
 
-    def _welcome(self, caller: _Caller, attempt: Departed, run: str) -> list[Any]:
+    def _welcome(self, caller: _Caller, attempt: Departed, run: str, is_guest: bool = False) -> list[Any]:
         runner = self._runner
-        if attempt.run is None:
+        is_taken = not is_guest and attempt.future is not None and attempt.future.cancelled()      # Dask may begin it all the same
+        if attempt.run is None and not is_taken:
             attempt.engine.has_worked = True
+            attempt.host = attempt.host if is_guest else None
             attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
             runner._unwritten.add_start(attempt, runner._clock())
         if attempt.run != run:
@@ -6743,7 +6779,7 @@ class Callback:
 
     def _call_leave(self, attempt: Departed) -> None:
         if not attempt.waits:
-            attempt.engine.hosts[attempt] = None
+            self._offer(attempt)
         self._runner._pool.leave(attempt)
 
     def _call_ask_back(self, attempt: Departed) -> Future[Any]:
@@ -6754,7 +6790,8 @@ class Callback:
         return place
 
     def _call_ended(self, attempt: Departed, outcome: str) -> None:
-        self._end(attempt, outcome)
+        if attempt.host is not None:                      # else its engine was quicker
+            self._end(attempt, outcome)
 
     # going down
 
@@ -6773,6 +6810,14 @@ class Callback:
             for connection in (self._listener, *callers):
                 if connection.fileno() >= 0:              # else it is closed already
                     os.dup2(nothing.fileno(), connection.fileno())
+
+
+def _close_before_executors(reference: weakref.ref[Runner]) -> None:
+    """Close a runner when the interpreter ends, before process pools wait for what they execute, as they do then."""
+    runner = reference()
+    if runner is not None and not runner._store.closed:
+        runner._store.close_by = min(runner._store.close_by, time.monotonic() + GRACE_SECONDS)
+        runner._close_at_exit()
 
 
 # Over there.
@@ -6800,7 +6845,7 @@ class AttemptThere(Attempt):
     def __init__(self, link: Link, given: dict[str, Any]) -> None:
         import secrets
         super().__init__(link.runner, (*given["claim"], 0))
-        self.link, self.token, self.run = link, given["token"], secrets.token_hex(8)
+        self.link, self.token, self.run, self.is_guest = link, given["token"], secrets.token_hex(8), given["is_guest"]
         self._module, self._function = given["module"], given["function"]
 
     def execute(self) -> str:
@@ -6930,11 +6975,11 @@ class _StoreThere:
 class _Call(Future):                                      # type: ignore[type-arg]
     """A call to the callback: its answer is this future's result."""
 
-    def __init__(self, token: str, number: int, name: str, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, attempt: AttemptThere, number: int, name: str, arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self._condition = _Condition()
-        self.token, self.name = token, name
-        self.line = _as_line([token, number, name, *arguments])
+        self.attempt, self.name = attempt, name
+        self.line = _as_line([attempt.token, number, name, *arguments])
 
 
 class Link:
@@ -6943,7 +6988,7 @@ class Link:
     def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
         self._address = address
         self._lock = threading.RLock()                    # guards all below, and the sending; no call is answered under it
-        self._attempts: dict[str, AttemptThere] = {}      # that execute here, by token
+        self._attempts: dict[str, AttemptThere] = {}      # that execute here, by their runs: an engine may start one twice
         self._calls: dict[int, _Call] = {}                # without an answer, by number
         self._numbers = itertools.count(1)
         self._socket: Any = None
@@ -6959,22 +7004,22 @@ class Link:
     def begin(self, attempt: AttemptThere) -> None:
         """Say hello for an attempt. Raises JobStopped: it is not welcome, or nobody answers."""
         with self._lock:
-            self._attempts[attempt.token] = attempt
-            self.runner._attempts[attempt.id] = attempt
+            self._attempts[attempt.run] = attempt
             self._is_gone = False                         # it may be back
             hello = self._greet(attempt)
         hello.result()
+        self.runner._attempts[attempt.id] = attempt
 
     def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
         """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the rest."""
         with self._lock:
-            self._attempts.pop(attempt.token, None)
+            self._attempts.pop(attempt.run, None)
             rest = attempt.untold()
             if self.runner._attempts.get(attempt.id) is attempt:
                 del self.runner._attempts[attempt.id]
-            told = [call for call in self._calls.values() if call.token == attempt.token and call.name == "tell"]
+            told = [call for call in self._calls.values() if call.attempt is attempt and call.name == "tell"]
         wait(told, RETRY_SECONDS)
-        self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended", attempt.token)
+        self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended", attempt)
         return rest
 
     def attempt_here(self) -> AttemptThere:
@@ -6996,7 +7041,7 @@ class Link:
     def post(self, attempt: AttemptThere, name: str, *arguments: Any) -> _Call:
         """Ask the runner for something; the answer will be the result of what is returned."""
         number = next(self._numbers)
-        call = _Call(attempt.token, number, name, arguments)
+        call = _Call(attempt, number, name, arguments)
         with self._lock:
             self._calls[number] = call
             self._send(call)
@@ -7008,7 +7053,7 @@ class Link:
         return call
 
     def _greet(self, attempt: AttemptThere) -> _Call:
-        hello = self.post(attempt, "hello", attempt.run)
+        hello = self.post(attempt, "hello", attempt.run, attempt.is_guest)
         hello.add_done_callback(functools.partial(self._heed_welcome, attempt))
         return hello
 
@@ -7027,10 +7072,10 @@ class Link:
     def _no_answer(self) -> str:
         return f"the runner does not answer at {self._address[0]}:{self._address[1]}"
 
-    def _refuse(self, why: str, token: str | None = None) -> None:
+    def _refuse(self, why: str, attempt: AttemptThere | None = None) -> None:
         """Answer the calls of an attempt, or all, with JobStopped."""
         with self._lock:
-            refused = [number for number, call in self._calls.items() if token in (None, call.token)]
+            refused = [number for number, call in self._calls.items() if attempt in (None, call.attempt)]
         for call in [self._calls.pop(number, None) for number in refused]:
             if call is not None:
                 call.set_exception(JobStopped(why))
@@ -7075,7 +7120,7 @@ class Link:
             self._socket, self._lines = connection, Lines()
             unanswered = sorted(self._calls.values(), key=lambda call: call.name != "hello")
             for attempt in self._attempts.values():
-                if not any(call.name == "hello" and call.token == attempt.token for call in unanswered):
+                if not any(call.name == "hello" and call.attempt is attempt for call in unanswered):
                     self._greet(attempt)
             for call in unanswered:
                 self._send(call)
@@ -7116,19 +7161,22 @@ class Link:
             return call.set_result(value)
         if kind == "gone":
             kind, text = "JobStopped", "the attempt has been superseded"
-            self._heed_news(call.token, "void", None)
+            self._supersede(call.attempt)
         known = {each.__name__: each for each in (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)}
         call.set_exception(known.get(kind, BgjobsError)(text))
 
     def _heed_news(self, token: str, news: str, value: Any) -> None:
-        attempt = self._attempts.get(token)
         if news == "run":
             _start_thread("bgjobs-guest", self._run_guest, value)
-        elif attempt is not None and news == "stop":
-            attempt.request_stop(value, force=True)
-        elif attempt is not None and news == "void":
-            attempt.supersede()
-            self._refuse("the attempt has been superseded", token)
+        for attempt in [each for each in list(self._attempts.values()) if each.token == token]:
+            if news == "stop":
+                attempt.request_stop(value, force=True)
+            elif news == "void":
+                self._supersede(attempt)
+
+    def _supersede(self, attempt: AttemptThere) -> None:
+        attempt.supersede()
+        self._refuse("the attempt has been superseded", attempt)
 
     def _run_guest(self, payload: str) -> None:
         """Execute another attempt while one of this process waits."""

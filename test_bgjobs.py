@@ -5914,9 +5914,10 @@ class TestElsewhere:
             assert runner.submit(nested, 1).result(10) == 1
             runner.close()
 
-    def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make):
+    @pytest.mark.parametrize("places", [2, 16])
+    def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make, places):
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
-            runner = make(executor=executor, max_workers=2)
+            runner = make(executor=executor, max_workers=places)
             assert [runner.submit(count_tree, 5).result(30) for _ in range(3)] == [63] * 3
             consistent(runner)
             runner.close()
@@ -6022,6 +6023,20 @@ class TestElsewhere:
         with pytest.raises(bgjobs.BgjobsError, match="died under it: signal 9"):
             job.result(20)
 
+    def test_an_isolated_attempt_ends_though_a_forked_child_has_its_pipe(self, make, quick_processes, monkeypatch):
+        monkeypatch.setattr(bgjobs, "WARM_PROCESSES", 0)
+        job = make(max_workers=1).options(isolate=True).submit(nap, 0.5)
+        wait_for(lambda: job._runner._attempts[job.id].run, 20)
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+        try:
+            assert job.result(10) is None
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
     def test_an_attempt_that_dies_while_it_waits_for_its_place_frees_it(self, idle):
         pool, returned = idle._pool, []
         attempts = []
@@ -6069,6 +6084,26 @@ class TestElsewhere:
         process.kill()
         finish(process)
         wait_for(lambda: not is_alive(pid))
+
+    def test_an_app_that_ends_without_close_waits_for_no_endless_attempt_of_its_pool(self, tmp_path):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, concurrent.futures, itertools
+            def count():
+                job = bgjobs.current_job()
+                for n in itertools.count():
+                    job.checkpoint(state=n)
+                    job.sleep(0.01)
+            if __name__ == "__main__":
+                runner = bgjobs.Runner("jobs.db", executor=concurrent.futures.ProcessPoolExecutor, max_workers=3)
+                jobs = [runner.submit(count) for _ in range(3)]
+                while not any(job.state for job in jobs):
+                    pass
+            """))
+        code, out, err = finish(python("import runpy; runpy.run_path('app.py', run_name='__main__')", cwd=tmp_path), 30)
+        assert code == 0
+        runner = bgjobs.Runner(tmp_path / "jobs.db", start=False)
+        assert [job.status for job in runner.jobs()] == ["pending"] * 3 and any(job.state for job in runner.jobs())
+        runner.close()
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
