@@ -1246,6 +1246,7 @@ class JobRow(NamedTuple):
     name: str
     status: str
     attempt: int                                          # number of the newest
+    owner: int | None                                     # the runner that executes it
     returned: int                                         # 1: its function has; 2: it raised, and is not called again
     goes_on: int                                          # stopping, and resumed already: pending once it has stopped
     options: str | None                                   # JSON
@@ -1624,9 +1625,12 @@ class Transaction:
         raise KeyError(job_id)
 
     def _executing(self, attempt: Attempt) -> JobRow | None:
-        """Return the job of an attempt, or None: the attempt has been superseded, or has ended."""
+        """Return the job of an attempt, or None: the attempt has been superseded, or has ended.
+
+        The owner counts, too: the number of one that was given back unspent is given out again, perhaps to another.
+        """
         for job in self.jobs(TREE_ROW, id=attempt.id):
-            if job.executes and job.attempt == attempt.number:
+            if job.executes and job.attempt == attempt.number and job.owner == attempt.runner._id:
                 return job
         return None
 

@@ -5545,6 +5545,22 @@ class TestRunner:
         assert job.result(10) == 3
         consistent(runner)
 
+    def test_what_ctrl_c_leaves_to_be_recorded_again_is_not_taken_for_another_runners_attempt(self, make, monkeypatch):
+        one, two = make(start=False), make(start=False)
+        job = one.submit(add, 1, 2)
+        interrupt_once(monkeypatch, one, "_committed")
+        with pytest.raises(KeyboardInterrupt):
+            one._give_back(claimed(one, 1))
+        assert job.status == "pending" and job.attempt == 0 and len(one._ended) == 1
+        taken, = claimed(two, 1)                         # its number is that of the attempt given back
+        one._store.kick()
+        assert job.status == "running" and job.attempt == 1 and not one._ended
+        two._execute(taken)
+        two._settle(taken)
+        two._store.kick()
+        assert job.result(10) == 3
+        consistent(one)
+
 
 def interrupt_once(monkeypatch, holder, name):
     """Have the next call of a method in the main thread raise KeyboardInterrupt, as Ctrl-C does."""
