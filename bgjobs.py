@@ -4793,13 +4793,17 @@ class _Handles:
                 except Exception as error:                # others' ends are told; the service thread looks again
                     self.ends_missed = True
                     self._store.complain(_text(error))
-            with self.lock:
-                left = [reference for reference in self.watched.get(job_id, ())
-                        if (waits := reference()) is not None and waits._state == "PENDING"]
-                if left:
-                    self.watched[job_id] = left
-                else:
-                    self.watched.pop(job_id, None)
+            self.forget_completed(job_id)
+
+    def forget_completed(self, job_id: int) -> None:
+        """Watch those handles of a job no longer that are complete, or that nobody has any more."""
+        with self.lock:
+            left = [reference for reference in self.watched.get(job_id, ())
+                    if (handle := reference()) is not None and handle._state == "PENDING"]
+            if left:
+                self.watched[job_id] = left
+            else:
+                self.watched.pop(job_id, None)
 
     def look(self) -> None:
         """Complete the handles of jobs that ended unnoticed, in another process above all. Reads the file."""
@@ -5340,7 +5344,8 @@ class Runner(Submitter, Executor):
         if self._ended and not self._store.closed:
             self._store.kick()                            # its outcome may be among those that wait for company
         with contextlib.suppress(KeyError):
-            handle._look()                                # it may have ended before it was watched
+            if handle._look() in OVER:                    # it ended before it was watched
+                self._handles.forget_completed(handle.id)
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         """Return wait(timeout), called inside a job while its worker's place is given away. In drain(), jobs run here

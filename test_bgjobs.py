@@ -5384,6 +5384,12 @@ class TestRunner:
             with contextlib.closing(bgjobs.Runner(f"{path}{n}", start=False)) as runner:
                 assert [job.status for job in runner.jobs()] == ["pending"] * 2
 
+    def test_a_handle_whose_job_ended_before_it_was_watched_is_watched_no_longer(self, runner):
+        jobs = [runner.submit(add, n) for n in range(20)]
+        wait_for(lambda: all(job.status == "finished" for job in jobs))
+        assert len(concurrent.futures.wait(jobs, 10).done) == len(list(concurrent.futures.as_completed(jobs))) == 20
+        assert not runner._handles.watched
+
     def test_starting_and_closing_leaves_no_thread_and_no_descriptor(self, path):
         def descriptors():
             return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
