@@ -4228,12 +4228,18 @@ class Job(Future):                                        # type: ignore[type-ar
         if self._state == "PENDING":
             self._runner._handles.hold(self)
         super().add_done_callback(fn)
-        self._look()
+        self._complete()
 
     @library_code
     def _complete(self) -> None:
         """Take the outcome over from the store, once. Wakes who waits; callbacks come in a thread of their own."""
-        rows = self._runner._store.read(OUTCOME_OF, {"id": self.id})
+        try:
+            rows = self._runner._store.read(OUTCOME_OF, {"id": self._stored()})
+        except KeyError:                                  # rolled back
+            rows = []
+        else:
+            if not rows and self._created_at is not None:
+                return                                    # not committed yet
         status = rows[0]["status"] if rows else "removed"
         if status not in (*OVER, "removed"):
             return
@@ -5343,9 +5349,9 @@ class Runner(Submitter, Executor):
         self._ensure_service()
         if self._ended and not self._store.closed:
             self._store.kick()                            # its outcome may be among those that wait for company
-        with contextlib.suppress(KeyError):
-            if handle._look() in OVER:                    # it ended before it was watched
-                self._handles.forget_completed(handle.id)
+        handle._complete()                                # it may have ended before it was watched
+        if handle._state != "PENDING":
+            self._handles.forget_completed(handle.id)
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         """Return wait(timeout), called inside a job while its worker's place is given away. In drain(), jobs run here

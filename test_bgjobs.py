@@ -4197,6 +4197,29 @@ class TestConnection:
                 use()
         assert other.status == "pending"
 
+    def test_a_callback_comes_after_the_commit_and_of_a_job_that_is_gone_at_once(self, idle, connect):
+        db, told = connect(), []
+        mine = idle.options(connection=db).submit(add, 1, 2)
+        mine.add_done_callback(told.append)                  # others may see the job after the commit only
+        idle._handles.look()
+        assert mine._state == "PENDING"
+        db.commit()
+        idle.drain()
+        wait_for(lambda: told == [mine])
+        assert mine.result(0) == 3
+        again, lost = idle.get(mine.id), idle.options(connection=db).submit(add, 1)
+        lost.add_done_callback(told.append)
+        db.rollback()
+        idle.prune(finished=0)
+        again.add_done_callback(told.append)
+        assert idle.submit(add, 2).id == lost.id
+        idle.drain()
+        wait_for(lambda: told == [mine, again, lost])
+        for gone in (again, lost):
+            with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
+                gone.result(0)
+        assert not idle._handles._held and not idle._handles.watched
+
     def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
         db = connect()
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
