@@ -2676,11 +2676,18 @@ class Store:
                     (name, value) for name, value in (parameters or {}).items() if isinstance(value, int)
                     and value.bit_length() > 63 or isinstance(value, str) and _text(value, len(value)) != value)
                 raise ValueError(f"{name} is {_short(value)}, which SQLite cannot hold") from error
-            if len(self._readers) < 8 and not self.closed:
+            if len(self._readers) < 8:
                 self._readers.append(db)
             else:
                 db.close()
+            if self.closed:                               # perhaps since this read began
+                self._close_readers()
             return rows
+
+    def _close_readers(self) -> None:
+        with contextlib.suppress(IndexError):             # another thread does so, too
+            while True:
+                self._readers.pop().close()
 
     def row(self, job_id: int) -> sqlite3.Row:
         """Return a job's row. KeyError: there is none."""
@@ -2868,8 +2875,7 @@ class Store:
             with self._version_lock:
                 if self._version_db is not None:
                     self._version_db.close()
-            while self._readers:
-                self._readers.pop().close()
+            self._close_readers()
 
     def leave_to_parent(self) -> None:
         """In a forked child: leave the parent's connections alone. They are never used here, nor closed."""
@@ -5606,9 +5612,9 @@ class Runner(Submitter, Executor):
         for server in self._servers:
             server.shutdown()
             server.server_close()
-        self._presence.vanish(self._id)
         if self._service is not None:
             self._service.end(self._time_to_close(0.8, 1.0))
+        self._presence.vanish(self._id)                   # after that thread, which would open the lock file again
         self._pool.close(self._time_to_close(0.8, 0.2))
         self._handles.close()
 

@@ -5413,6 +5413,31 @@ class TestRunner:
         assert len(concurrent.futures.wait(jobs, 10).done) == len(list(concurrent.futures.as_completed(jobs))) == 20
         assert not runner._handles.watched
 
+    def test_the_service_thread_opens_the_lock_file_of_a_closed_runner_no_more(self, path, monkeypatch):
+        runner = bgjobs.Runner(path)
+        at_it, reassert = threading.Event(), runner._presence.reassert
+
+        def reassert_late():
+            at_it.set()
+            wait_for(lambda: runner._store.closed)
+            time.sleep(0.05)
+            return reassert()
+        monkeypatch.setattr(runner._presence, "reassert", reassert_late)
+        assert at_it.wait(10)
+        runner.close()
+        assert not runner._service.alive and runner._presence._opened is None
+
+    def test_a_read_that_ends_while_the_store_closes_leaves_no_connection_open(self, path):
+        store = bgjobs.Runner(path, start=False)._store
+        store.close()
+
+        class Readers(collections.deque):
+            def append(self, db):                            # the store is closed just before this
+                store.closed = True
+                super().append(db)
+        store._readers, store.closed = Readers(), False
+        assert store.read("SELECT 1") and not store._readers
+
     def test_starting_and_closing_leaves_no_thread_and_no_descriptor(self, path):
         def descriptors():
             return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
