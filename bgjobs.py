@@ -4834,8 +4834,9 @@ class _Handles:
                 if self._closed:
                     self._to_call_back.put(None)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
+                    thread.start()                        # raises, if there are too many: the next end tries again
+                    self._thread = thread
             self._held.discard(handle)
 
     def _run_callbacks(self) -> None:

@@ -2267,11 +2267,12 @@ class TestStore:
             runner._watch(job)
         runner._pool.lingers = True                          # a worker is about to claim: nothing else rides along
         runner.get(first.id).cancel()
-        assert first._state == "CANCELLED_AND_NOTIFIED"
+        wait_for(lambda: first._state == "CANCELLED_AND_NOTIFIED")       # the service thread may have led
         runner._pool.lingers = False
         bad = bgjobs._Write(lambda tx: 1 / 0)
         good = bgjobs._Write(lambda tx: tx.operate("cancel", second.id, None))
-        runner._store._commit([bad, good], False)           # the bad one has each run again alone
+        with runner._store._lead:
+            runner._store._commit([bad, good], False)        # the bad one has each run again alone
         assert isinstance(bad.error, ZeroDivisionError) and second._state == "CANCELLED_AND_NOTIFIED"
 
     def test_a_job_to_stop_that_fails_by_its_third_death_is_stopped_while_children_are_open(self, idle):
@@ -4995,6 +4996,24 @@ class TestHandle:
         closed.close()
         make(max_workers=1)
         wait_for(lambda: called == [job])
+
+    def test_callbacks_are_called_though_their_thread_could_not_start_at_first(self, make, monkeypatch, caplog):
+        runner, called, start = make(max_workers=1), [], threading.Thread.start
+
+        def start_no_more(thread):
+            if thread.name == "bgjobs-callbacks":
+                monkeypatch.setattr(threading.Thread, "start", start)
+                raise RuntimeError("can't start new thread")
+            start(thread)
+        jobs = [runner.submit(hold, name) for name in ("one", "two")]
+        for job in jobs:
+            job.add_done_callback(called.append)
+        monkeypatch.setattr(threading.Thread, "start", start_no_more)
+        for job, name in zip(jobs, ("one", "two")):
+            gate(name).set()
+            assert job.result(10) is None
+        wait_for(lambda: called == jobs)
+        wait_for(lambda: "can't start new thread" in caplog.text)
 
     def test_what_a_callback_raises_or_how_long_it_takes_harms_nobody(self, make, caplog):
         runner = make(max_workers=2)
