@@ -101,6 +101,10 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
+# For type checkers: a function as it is given and returned, the items of an iterable.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Item = TypeVar("_Item")
+
 
 def _say(level: int, text: str) -> None:
     """Log a message of the library's own, in a thread of its own: the app's handlers may block; no job may own it."""
@@ -565,7 +569,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def job(**options: Any) -> Callable[[_Function], _Function]:
     """Decorate a function with default options for its jobs; the function itself is returned unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
@@ -580,7 +584,7 @@ def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if name in options:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
-    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+    def declare(function: _Function) -> _Function:
         _registry.declare(function, options)
         return function
     return declare
@@ -1040,9 +1044,6 @@ class _Here(threading.local):
 
 
 _here = _Here()
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def library_code(function: _Function) -> _Function:
@@ -3691,7 +3692,7 @@ class JobContext:
         Returns at once; never a checkpoint. total=None: nobody knows; then no share is shown.
         """
 
-    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         """Yield the items, with a checkpoint before each of them and at the end, and report the progress.
 
         A resumed attempt goes on after the last item whose turn was completed: the iterable must then give the same
@@ -3864,7 +3865,7 @@ class Attempt(JobContext):
     # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose loops begin in the
     # same order, finds its own.
 
-    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         positions = self._loop_positions = self._loop_positions or json.loads(self._positions or "[]")
         loop, depth = self._loops, len(self._turns)
         self._loops += 1
