@@ -2616,14 +2616,14 @@ class Store:
         itself. ValueError: the connection is to another file."""
         self._check_open()
         db, is_within = _Through(connection), connection.in_transaction
-        autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
-        commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
-        if is_within:
-            begin, end, undo = "SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
-        else:
-            begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
         text_factory, connection.text_factory = connection.text_factory, str
         try:
+            autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
+            commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
+            if is_within:
+                begin, end, undo = "SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
+            else:
+                begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; "
