@@ -101,6 +101,10 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
+# For type checkers: a function as it is given and returned, the items of an iterable.
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Item = TypeVar("_Item")
+
 
 def _say(level: int, text: str) -> None:
     """Log a message of the library's own, in a thread of its own: the app's handlers may block; no job may own it."""
@@ -565,7 +569,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def job(**options: Any) -> Callable[[_Function], _Function]:
     """Decorate a function with default options for its jobs; the function itself is returned unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
@@ -580,7 +584,7 @@ def job(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if name in options:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
-    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+    def declare(function: _Function) -> _Function:
         _registry.declare(function, options)
         return function
     return declare
@@ -1042,9 +1046,6 @@ class _Here(threading.local):
 _here = _Here()
 
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
 def library_code(function: _Function) -> _Function:
     """Decorate what must not be interrupted by a force stop of the job that calls it."""
     @functools.wraps(function)
@@ -1210,8 +1211,8 @@ def rebuild(db: sqlite3.Connection, version: int) -> None:
     """Make the tables of a file with this version those of now, in the transaction that is open.
 
     The app's own tables stay as they are, and so do the triggers and indexes that it may have on ours. The connection
-    has foreign_keys off and legacy_alter_table on: else the app's views, triggers and foreign keys would follow the older
-    tables out of the way.
+    has foreign_keys off and legacy_alter_table on: else the app's views, triggers and foreign keys would follow the
+    older     tables out of the way.
     """
     apps_own = db.execute("""SELECT sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL
         AND name NOT LIKE 'bgjobs\\_%' ESCAPE '\\' AND tbl_name IN (SELECT value FROM json_each(?))""",
@@ -1473,12 +1474,15 @@ DIED_BESIDE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE deaths > 0 AND id <> :id
 FORGET_DEATHS = """UPDATE bgjobs_jobs SET (deaths, died_with) = (SELECT count(*), json_group_array(value)
     FROM json_each(died_with) WHERE value NOT IN
     (SELECT value FROM json_each((SELECT died_with FROM bgjobs_jobs WHERE id = :killer)))) WHERE id = :id"""
-_TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max", "running", "running_min", "running_max")
+_TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max",
+            "running", "running_min", "running_max")
 SAVE_TALLY = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(_TALLIES)}) VALUES ({", ".join("?" * 12)})
     ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
-    f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))" if name[-4:] in ("_min", "_max")
+    f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))"
+    if name[-4:] in ("_min", "_max")
     else f"{name} = {name} + excluded.{name}" for name in _TALLIES)
-# What was created is counted by its ids, when somebody asks or before some of it is removed: a submit pays nothing for it.
+# What was created is counted by its ids, when somebody asks or before some of it is removed: a submit pays nothing
+# for it.
 UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0, 0.0, NULL, NULL, 0.0, NULL, NULL
     FROM bgjobs_jobs WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
 NOTE_COUNTED = "UPDATE bgjobs_clock SET counted_id = max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"
@@ -1833,7 +1837,8 @@ class Transaction:
             self._freed.update(slots_of(job))
 
     def unpark_next(self, key: str) -> None:
-        """Make as many jobs ready as a limit leaves slots, and descendants of those that run, which may wait for them."""
+        """Make as many jobs ready as a limit leaves slots, and descendants of those that run, which may wait for
+        them."""
         running = self._holders(key)
 
         def make_ready(job: JobRow) -> bool:
@@ -1890,7 +1895,8 @@ class Transaction:
                 self._end(attempt)
 
     def finish_superseded(self, attempt: Attempt) -> bool:
-        """Record the outcome of an attempt that still executes, and accept nothing more from it. False: it has ended."""
+        """Record the outcome of an attempt that still executes, and accept nothing more from it. False: it has
+        ended."""
         ends = self._end(attempt)
         if ends:
             self.execute(SUPERSEDE, {"id": attempt.id})
@@ -2123,7 +2129,8 @@ class Transaction:
         if job.status == STOPPING and job is not top:
             self.execute(GO_ON, {"id": job.id, "goes_on": 1})       # as soon as it has stopped
             return True
-        if not (job.status == STOPPED or job.status == FAILED == top.status):      # of a failed one, the failed ones too
+        # Of a failed one, the failed ones too.
+        if not (job.status == STOPPED or job.status == FAILED == top.status):
             return False
         if job.deaths:
             self.execute(ACQUIT, {"id": job.id})          # somebody has looked at it
@@ -2613,14 +2620,14 @@ class Store:
         itself. ValueError: the connection is to another file."""
         self._check_open()
         db, is_within = _Through(connection), connection.in_transaction
-        autocommit = getattr(connection, "autocommit", -1)        # since Python 3.12; -1 leaves it to isolation_level
-        commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
-        if is_within:
-            begin, end, undo = "SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
-        else:
-            begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
         text_factory, connection.text_factory = connection.text_factory, str
         try:
+            autocommit = getattr(connection, "autocommit", -1)    # since Python 3.12; -1 leaves it to isolation_level
+            commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
+            if is_within:
+                begin, end, undo = "SAVEPOINT bgjobs", ["RELEASE bgjobs"], ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
+            else:
+                begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
             file = next(row[2] for row in db.execute("PRAGMA database_list").fetchall() if row[1] == "main")
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; "
@@ -2752,7 +2759,8 @@ class Store:
         self._writer.execute("SELECT version FROM bgjobs_schema").fetchone()      # the first read makes the WAL
 
     def _migrate(self) -> None:
-        """Bring the tables in the file to this version. What is cut short, by a kill even, leaves the file as it was."""
+        """Bring the tables in the file to this version. What is cut short, by a kill even, leaves the file as it
+        was."""
         db = self._writer
         if db.in_transaction:
             db.execute("ROLLBACK")
@@ -2772,7 +2780,8 @@ class Store:
             raise
 
     def _schema_version(self) -> int:
-        """Return the version of the schema that is in the file, 0: none. StoreError: it is a newer one, or has been damaged."""
+        """Return the version of the schema that is in the file, 0: none. StoreError: it is a newer one, or has been
+        damaged."""
         execute = self._writer.execute
         found = {name for name, in execute("SELECT name FROM sqlite_master WHERE type = 'table'")}.intersection(TABLES)
         if not found:
@@ -2785,11 +2794,15 @@ class Store:
             raise StoreError(f"{self.path} has schema version {version}, and this bgjobs {__version__} knows up to "
                              f"{SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
         else:
-            lacking = [name for name in (TABLES if version == SCHEMA_VERSION else ALL_VERSIONS_HAVE) if name not in found]
-            wrong = f"it lacks {', '.join(lacking)}" if lacking else "" if execute(CLOCK).fetchone() else "bgjobs_clock is empty"
+            needed = TABLES if version == SCHEMA_VERSION else ALL_VERSIONS_HAVE
+            lacking = [name for name in needed if name not in found]
+            if lacking:
+                wrong = f"it lacks {', '.join(lacking)}"
+            else:
+                wrong = "" if execute(CLOCK).fetchone() else "bgjobs_clock is empty"
         if wrong:
-            raise StoreError(f"cannot use {self.path} as a job file: somebody has changed its bgjobs_ tables: {wrong}; restore it from "
-                             "a backup, or drop these tables to start anew")
+            raise StoreError(f"cannot use {self.path} as a job file: somebody has changed its bgjobs_ tables: {wrong}; "
+                             "restore it from a backup, or drop these tables to start anew")
         return int(version)
 
     # looking after the file
@@ -3689,7 +3702,7 @@ class JobContext:
         Returns at once; never a checkpoint. total=None: nobody knows; then no share is shown.
         """
 
-    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         """Yield the items, with a checkpoint before each of them and at the end, and report the progress.
 
         A resumed attempt goes on after the last item whose turn was completed: the iterable must then give the same
@@ -3727,7 +3740,8 @@ class Attempt(JobContext):
     error: str | None = None
     exception: BaseException | None = None
     unsaved_progress: Report | None = None
-    has_reported = False                                  # the file knows of its progress, or of a charge beyond its claim's
+    # The file knows of its progress, or of a charge beyond its claim's.
+    has_reported = False
 
     _attention = False                                    # a checkpoint has more to do than to go on
     _operation: threading.Event | None = None             # it lets this pass first
@@ -3861,7 +3875,7 @@ class Attempt(JobContext):
     # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose loops begin in the
     # same order, finds its own.
 
-    def each(self, iterable: Iterable[Any], total: int | None = None) -> Iterator[Any]:
+    def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         positions = self._loop_positions = self._loop_positions or json.loads(self._positions or "[]")
         loop, depth = self._loops, len(self._turns)
         self._loops += 1
@@ -4616,9 +4630,9 @@ def keep_house(runner: Runner) -> None:
 # ---- 16 Runner ------------------------------------------------------------------------------------------------
 #
 # A runner connects the parts. The store has it take along what waits: log lines at the beginning of each transaction,
-# outcomes of ended attempts and claims for free places at its end (`_ride`). After the commit the claims go to the pool
-# (`_committed`), and the handles of jobs that are over are completed (`_announce`). The pool's workers call `_execute` and
-# `_settle`.
+# outcomes of ended attempts and claims for free places at its end (`_ride`). After the commit the claims go to the
+# pool (`_committed`), and the handles of jobs that are over are completed (`_announce`). The pool's workers call
+# `_execute` and `_settle`.
 
 SETTLE_SECONDS = 0.002     # how long an outcome that nobody waits for may wait for company
 POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
@@ -5014,7 +5028,8 @@ class Runner(Submitter, Executor):
             raise kind(f"{_text(error)} ({len(ids):,} jobs were stored before)") from error
 
     def schedules(self, system: bool = False) -> list[Schedule]:
-        """Return the schedules in the file, also those that no code has any more. system=True adds those of the library."""
+        """Return the schedules in the file, also those that no code has any more. system=True adds those of the
+        library."""
         return [Schedule(self, row["id"]) for row in self._store.read(SCHEDULES, {"system": system})]
 
     def _submission(self, fn: Callable[..., Any], options: dict[str, Any]) -> Submission:
@@ -5647,18 +5662,20 @@ class Runner(Submitter, Executor):
     # retention
 
     def prune(self, finished: float = RETENTION["finished"], failed: float = RETENTION["failed"]) -> int:
-        """Remove whole trees that are over for so many seconds (cancelled ones as finished), with their logs; return how many
-        jobs that were. In many short transactions; in a job each is followed by a checkpoint."""
+        """Remove whole trees that are over for so many seconds (cancelled ones as finished), with their logs; return
+        how many jobs that were. In many short transactions; in a job each is followed by a checkpoint."""
         return remove_expired(self, finished, failed)
 
     # statistics
 
     def stats(self, window: str = "24h", name: str | None = None) -> dict[str, Any]:
-        """Return what was counted in a window: "1h", "24h", "7d" or "30d", of all functions or of one; system jobs are not.
+        """Return what was counted in a window: "1h", "24h", "7d" or "30d", of all functions or of one; system jobs
+        are not.
 
-        {"window", "name", "from", "to", "parts": [{"at", "created", "started", "finished", "failed", "waiting", "running"}],
-        "total": the same over all parts, "functions": [the same for each "name"]}. from, to and at are Unix seconds. waiting,
-        from its creation or due time to a job's start, and running, until its end, are {"avg", "min", "max"} in seconds, or None.
+        {"window", "name", "from", "to", "parts": [{"at", "created", "started", "finished", "failed", "waiting",
+        "running"}], "total": the same over all parts, "functions": [the same for each "name"]}. from, to and at are
+        Unix seconds. waiting, from its creation or due time to a job's start, and running, until its end, are {"avg",
+        "min", "max"} in seconds, or None.
         """
         return read_statistics(self, window, name)
 
@@ -6112,40 +6129,46 @@ def _leave_to_parent() -> None:
 
 # ---- 18 Elsewhere ---------------------------------------------------------------------------------------------
 #
-# An attempt may execute in another process: one of its own (isolate=True), or wherever a concurrent.futures.Executor, the engine, takes
-# it (executor=). The life of such an attempt:
+# An attempt may execute in another process: one of its own (isolate=True), or wherever a concurrent.futures.Executor,
+# the engine, takes it (executor=). The life of such an attempt:
 #
-#   1. Handed over. The engine gets one call, run_attempt(payload). The payload is a JSON text: the job, the import path of its function, the
-#      address of the runner's callback, a port opened for the first such attempt, and a token for this attempt alone.
-#   2. Hello. Each process has one connection to the callback, made for its first attempt. There the attempt says hello. If the engine
-#      executes it twice, the first to do so is welcome. Now it has begun: its time runs, and its function is called.
-#   3. It says and asks: states, progress, log lines, children. The runner tells it unasked when it is to stop, or is void (superseded).
-#   4. Outcome. run_attempt returns it as a JSON text, and the engine's future brings it. The token is forgotten: what still comes with it is
-#      refused as "gone".
-#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun. A connection that
-#      is lost is made again, and the calls without an answer are repeated; by its number, the runner carries each out once.
-#      When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
+#   1. Handed over. The engine gets one call, run_attempt(payload). The payload is a JSON text: the job, the import
+#      path of its function, the address of the runner's callback, a port opened for the first such attempt, and a
+#      token for this attempt alone.
+#   2. Hello. Each process has one connection to the callback, made for its first attempt. There the attempt says
+#      hello. If the engine executes it twice, the first to do so is welcome. Now it has begun: its time runs, and its
+#      function is called.
+#   3. It says and asks: states, progress, log lines, children. The runner tells it unasked when it is to stop, or is
+#      void (superseded).
+#   4. Outcome. run_attempt returns it as a JSON text, and the engine's future brings it. The token is forgotten: what
+#      still comes with it is refused as "gone".
+#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun. A
+#      connection that is lost is made again, and the calls without an answer are repeated; by its number, the runner
+#      carries each out once. When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
 #
 # Lines of JSON go both ways:
 #
 #   there -> runner    [token, number, call, argument...]
 #   runner -> there    [number, value], or [number, null, type of an error, its text]; unasked: [0, token, news, value]
 #
-# Hosts and guests. An attempt that waits for another job gives its place away, but the engine counts its process as taken. So the process
-# executes what gets the place: the attempt says "leave", and is a host. The next attempt for this engine goes to a host, if there is
-# one, as the news "run", with the payload that the engine would get. This guest runs in a thread of its own, says hello like any other, and
-# "ended", with its outcome. When the host goes on it says "ask_back", which is answered as soon as it has a place. So that no job waits for
-# a process in vain: an attempt without a place, and without a guest that has not ended, is always among the hosts; and a new host takes
+# Hosts and guests. An attempt that waits for another job gives its place away, but the engine counts its process as
+# taken. So the process executes what gets the place: the attempt says "leave", and is a host. The next attempt for
+# this engine goes to a host, if there is one, as the news "run", with the payload that the engine would get. This
+# guest runs in a thread of its own, says hello like any other, and "ended", with its outcome. When the host goes on
+# it says "ask_back", which is answered as soon as it has a place. So that no job waits for a process in vain: an
+# attempt without a place, and without a guest that has not ended, is always among the hosts; and a new host takes
 # over what its engine has queued. That may begin in both places: the first to say hello executes it.
 
 RETRY_SECONDS = 10.0               # that a lost connection is tried again, before both sides give up
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
-COLLECT_SECONDS = 0.0002           # for each attempt under way, that the states of others may wait for company in the next transaction;
+# For each attempt under way, states may wait so long for company in the next transaction; no longer than the second.
+COLLECT_SECONDS = 0.0002
 COLLECT_AT_MOST = 0.02             # but no longer than this
 BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
-ONCE = ("submit", "operate", "leave", "ask_back", "ended")         # calls that must not be carried out again when they are repeated
+# Calls that must not be carried out again when they are repeated.
+ONCE = ("submit", "operate", "leave", "ask_back", "ended")
 REPLIES_KEPT = 100                 # of an attempt, for such repetitions
 WARM_PROCESSES = 8                 # of isolated attempts, that wait for the next one
 
@@ -6214,14 +6237,16 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
         self._is_unwanted = False                         # kill() was called
 
     def kill(self) -> None:
-        """Kill its process, now or as soon as there is one. Does nothing once it has answered: it may be another call's by then."""
+        """Kill its process, now or as soon as there is one. Does nothing once it has answered: it may be another
+        call's by then."""
         with self._lock:
             self._is_unwanted = True
             if self._process is not None:
                 self._process.kill()
 
     def execute(self, process: Any, payload: str) -> bytes:
-        """Have a process execute it; return the answer, a line. Else the process is not to be used again: it has died, or will."""
+        """Have a process execute it; return the answer, a line. Else the process is not to be used again: it has
+        died, or will."""
         with self._lock:
             self._process = process
             if self._is_unwanted:
@@ -6237,7 +6262,8 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
 
     @staticmethod
     def _answer_of(process: Any) -> bytes:
-        """Wait for a process's answer; b"": it has died. What it forked may live on with its pipes, so their end does not tell."""
+        """Wait for a process's answer; b"": it has died. What it forked may live on with its pipes, so their end does
+        not tell."""
         import selectors
         if os.name != "nt":
             with selectors.DefaultSelector() as selector:
@@ -6250,8 +6276,8 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
 
 
 class IsolatedProcesses(Executor):
-    """Makes each call in a process of its own: started fresh, never forked, and kept for another one after a call that has left
-    no thread behind."""
+    """Makes each call in a process of its own: started fresh, never forked, and kept for another one after a call
+    that has left no thread behind."""
 
     def __init__(self) -> None:
         self._warm: list[Any] = []                        # processes; list.append and pop need no lock
@@ -6278,7 +6304,8 @@ class IsolatedProcesses(Executor):
                 if answer:
                     return
                 code = process.returncode
-                raise BgjobsError("the process of its own died under it: " + (f"exit code {code}" if code >= 0 else f"signal {-code}"))
+                how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+                raise BgjobsError(f"the process of its own died under it: {how}")
         except Exception as error:
             call.set_exception(error)
         finally:
@@ -6303,13 +6330,16 @@ class IsolatedProcesses(Executor):
     @staticmethod
     def _start() -> Any:
         import subprocess
-        name, folder = (__name__, []) if __name__ != "__main__" else (_module_name("__main__"), [os.path.dirname(os.path.abspath(__file__))])
+        name, folder = __name__, []
+        if name == "__main__":
+            name, folder = _module_name(name), [os.path.dirname(os.path.abspath(__file__))]
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
                "__import__('importlib').import_module(name).serve_process()"
         command = [sys.executable, "-c", code, json.dumps([sys.path + folder, name])]
-        with _fork_gate:                                  # Popen waits for the end of a pipe; who is forked meanwhile would keep it open
+        # Popen waits for the end of a pipe; who is forked meanwhile would keep it open.
+        with _fork_gate:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    start_new_session=True)         # Ctrl-C in a terminal is for the app, which tells us
+                                    start_new_session=True)       # Ctrl-C in a terminal is for the app, which tells us
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         for call in list(self._calls):
@@ -6329,7 +6359,8 @@ def serve_process() -> None:
     os.dup2(2, 1)                                         # what functions print
     for payload in payloads:
         outcome = run_attempt(payload.decode())
-        is_clean = all(thread is threading.current_thread() or thread.name.startswith("bgjobs-") for thread in threading.enumerate())
+        is_clean = all(thread is threading.current_thread() or thread.name.startswith("bgjobs-")
+                       for thread in threading.enumerate())
         outcomes.write((b"+" if is_clean else b"-") + outcome.encode() + b"\n")
         outcomes.flush()
         if not is_clean:
@@ -6343,7 +6374,8 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-_serves_attempts = False                                  # this process: then it runs no jobs of its own, whatever the app's modules start
+# This process: then it runs no jobs of its own, whatever the app's modules start.
+_serves_attempts = False
 
 
 # The runner's side.
@@ -6408,7 +6440,8 @@ class Departed(Attempt):
     def lose(self, error: BaseException) -> None:
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
         if self.run is None and isinstance(error, BrokenExecutor):
-            self.outcome = UNSPENT                        # another attempt broke it, or there is something wrong with it
+            # Another attempt broke it, or there is something wrong with it.
+            self.outcome = UNSPENT
             if not self.engine.has_worked:
                 self.engine.note_broken()
         elif self.runner._shut_claims:
@@ -6482,8 +6515,8 @@ class _Caller:
 
 
 class Callback:
-    """Where a runner hands attempts over, in one thread, since an engine may block, and where it hears of them, in another: an
-    event loop's."""
+    """Where a runner hands attempts over, in one thread, since an engine may block, and where it hears of them, in
+    another: an event loop's."""
 
     def __init__(self, runner: Runner, address: str | None) -> None:
         self._runner, self._address = runner, address
@@ -6503,7 +6536,8 @@ class Callback:
         self._do(self._send_off, attempt)
 
     def stop(self, attempt: Departed) -> None:
-        """Tell an attempt that it is to stop or void; take it back if it has not begun. From any thread; returns at once."""
+        """Tell an attempt that it is to stop or void; take it back if it has not begun. From any thread; returns at
+        once."""
         self._soon(self._tell_to_stop, attempt)
         self._do(self._take_back, attempt)
 
@@ -6553,7 +6587,8 @@ class Callback:
 
     def _payload(self, attempt: Departed) -> str:
         function = _registry.find(attempt.name)
-        return _dump({"claim": attempt.claim, "module": _module_name(function.__module__), "function": function.__qualname__,    # type: ignore
+        return _dump({"claim": attempt.claim, "module": _module_name(function.__module__),
+                      "function": function.__qualname__,                                      # type: ignore[union-attr]
                       "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": self._runner.path,
                       "runner": self._runner._id, "is_guest": attempt.host is not None})
 
@@ -6578,7 +6613,8 @@ class Callback:
             self._end(attempt, outcome)
 
     def _end(self, attempt: Departed, outcome: str | BaseException | None) -> None:
-        """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over, as it is."""
+        """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over,
+        as it is."""
         if self._attempts.pop(attempt.token, None) is None:
             return                                        # it has been lost already, or its engine tells twice
         try:
@@ -6665,8 +6701,10 @@ class Callback:
         server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=1024))
         threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
         self.loop = loop
-        with contextlib.suppress(AttributeError, RuntimeError):         # the standard library's own; or the interpreter ends already
-            threading._register_atexit(_close_before_executors, weakref.ref(self._runner))          # type: ignore[attr-defined]
+        # The standard library's own; or the interpreter ends already.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            register: Callable[..., None] = threading._register_atexit       # type: ignore[attr-defined]
+            register(_close_before_executors, weakref.ref(self._runner))
 
     def _run_loop(self, loop: Any, server: Any) -> None:
         import asyncio
@@ -6691,7 +6729,9 @@ class Callback:
         """Carry a call out, or see to it, and answer it."""
         attempt = self._attempts.get(token)
         caller.is_known |= attempt is not None
-        if attempt is None or call != "ended" and (attempt.ticket.void or call != "hello" and attempt.caller is not caller):
+        is_gone = attempt is None or call != "ended" and (
+            attempt.ticket.void or call != "hello" and attempt.caller is not caller)
+        if attempt is None or is_gone:
             caller.send(number, None, "gone", "")
         elif call == "hello":
             caller.send(number, *self._welcome(caller, attempt, *arguments))
@@ -6711,7 +6751,8 @@ class Callback:
             reply.add_done_callback(lambda reply: self._soon(self._reply, caller, number, reply))
 
     def _outcome_of(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call a function; return its outcome. If it returns a future, its value is yet to come, and that is returned."""
+        """Call a function; return its outcome. If it returns a future, its value is yet to come, and that is
+        returned."""
         outcome: Future[Any] = Future()
         try:
             value = function(*arguments)
@@ -6732,7 +6773,8 @@ class Callback:
     def _refusal(self, error: BaseException) -> list[Any]:
         if self._runner._store.closed:
             return [None, "gone", ""]
-        return [None, _type_name(error), str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)]
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)
+        return [None, _type_name(error), text]
 
     def _save_soon(self, save: Save) -> None:
         if not self._saves:
@@ -6745,24 +6787,29 @@ class Callback:
         if not saves:
             return
         try:
-            stored = self._runner._store.write(lambda tx: tx.save_states([(each.attempt, each.state, each.positions) for each in saves]))
+            states: list[tuple[Attempt, str | None, str | None]] = [
+                (each.attempt, each.state, each.positions) for each in saves]
+            stored = self._runner._store.write(lambda tx: tx.save_states(states))
             replies = [[True] if is_stored else [None, "gone", ""] for is_stored in stored]
         except Exception as error:
             replies = [self._refusal(error)] * len(saves)
         for each, reply in zip(saves, replies):
             each.caller.send(each.number, *reply)
-        time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))           # many: more of them wake the loop at once
+        # Many: more of them wake the loop at once.
+        time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))
 
     def _welcome(self, caller: _Caller, attempt: Departed, run: str, is_guest: bool = False) -> list[Any]:
         runner = self._runner
-        is_taken = not is_guest and attempt.future is not None and attempt.future.cancelled()      # Dask may begin it all the same
+        # Dask may begin it all the same.
+        is_taken = not is_guest and attempt.future is not None and attempt.future.cancelled()
         if attempt.run is None and not is_taken:
             attempt.engine.has_worked = True
             attempt.host = attempt.host if is_guest else None
             attempt.run, attempt.begun, attempt.thread = run, time.monotonic(), 0
             runner._unwritten.add_start(attempt, runner._clock())
         if attempt.run != run:
-            return [None, "JobStopped", f"attempt {attempt.number} of job {attempt.id} has begun elsewhere: its executor has started it twice"]
+            return [None, "JobStopped", f"attempt {attempt.number} of job {attempt.id} has begun elsewhere: "
+                                        "its executor has started it twice"]
         attempt.caller = caller
         return [[attempt.stop_requested, attempt.reason]]
 
@@ -6776,7 +6823,9 @@ class Callback:
         parent = self._runner._attempts.get(submission.parent_id)      # type: ignore[arg-type]
         if parent is not None:
             parent.has_children = True
-        return self._runner._store.write(lambda tx: tx.submit(submission) if arguments is None else [*tx.submit_many(submission, arguments)])
+        if arguments is None:
+            return self._runner._store.write(lambda tx: tx.submit(submission))
+        return self._runner._store.write(lambda tx: [*tx.submit_many(submission, arguments)])
 
     def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
         if operation not in TRANSITIONS:
@@ -6845,8 +6894,8 @@ def _close_before_executors(reference: weakref.ref[Runner]) -> None:
 # Over there.
 
 def run_attempt(payload: str) -> str:
-    """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For engines: the one
-    function that they call."""
+    """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For
+    engines: the one function that they call."""
     given = json.loads(payload)
     return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute()
 
@@ -6881,7 +6930,8 @@ class AttemptThere(Attempt):
         except (Exception, JobStopped) as error:          # JobStopped: its hello was refused
             self.fail(BgjobsError(_text(error)) if isinstance(error, JobStopped) else error)
         lines, report, positions = self.link.part_from(self)
-        return _dump({"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran, "waited": self.waited,
+        return _dump({"outcome": self.outcome, "result": self.result, "error": self.error,
+                      "ran": self.ran, "waited": self.waited,
                       "lines": lines, "report": report, "positions": positions})
 
     def _import_function(self) -> None:
@@ -6902,7 +6952,8 @@ class AttemptThere(Attempt):
         report, positions = self.report_to_save(), self.unsaved_positions()
         new_positions = positions if positions != self._told_positions else None
         self._told_positions = positions
-        return self.runner.take_lines(self), None if report is None else list(report), new_positions         # type: ignore[attr-defined]
+        lines = self.runner.take_lines(self)              # type: ignore[attr-defined]
+        return lines, None if report is None else list(report), new_positions
 
 
 class RunnerThere(Runner):
@@ -6950,7 +7001,8 @@ class RunnerThere(Runner):
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
         self._link.ask(None, "operate", operation, job_id, by)
-        return Job(self, job_id) if handle is None or operation in ("resume", "restart") and handle._state != "PENDING" else handle
+        is_completed = handle is not None and operation in ("resume", "restart") and handle._state != "PENDING"
+        return Job(self, job_id) if handle is None or is_completed else handle
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         begun = time.monotonic()
@@ -6963,19 +7015,22 @@ class RunnerThere(Runner):
 
 
 class _StoreThere:
-    """What stands for the store in the process of an attempt: the one transaction and the one query that handles and submits need."""
+    """What stands for the store in the process of an attempt: the one transaction and the one query that handles and
+    submits need."""
 
     closed = forked = False
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self.outcomes: dict[int, dict[str, Any] | None] = {}      # of jobs that are over, while their handles are completed
+        # Of jobs that are over, while their handles are completed.
+        self.outcomes: dict[int, dict[str, Any] | None] = {}
 
     def write(self, run: Callable[[Any], Any]) -> Any:
         return run(self)
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or in a job without "
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
+                           "in a job without "
                            "executor= and isolate=")
 
     def kick(self) -> None:
@@ -7005,18 +7060,22 @@ class _Call(Future):                                      # type: ignore[type-ar
 
 
 class Link:
-    """The connection of this process to a runner's callback. A thread of its own keeps it, hears, and tells what is new."""
+    """The connection of this process to a runner's callback. A thread of its own keeps it, hears, and tells what is
+    new."""
 
     def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
         self._address = address
-        self._lock = threading.RLock()                    # guards all below, and the sending; no call is answered under it
-        self._attempts: dict[str, AttemptThere] = {}      # that execute here, by their runs: an engine may start one twice
+        # Guards all below, and the sending; no call is answered under it.
+        self._lock = threading.RLock()
+        # That execute here, by their runs: an engine may start one twice.
+        self._attempts: dict[str, AttemptThere] = {}
         self._calls: dict[int, _Call] = {}                # without an answer, by number
         self._numbers = itertools.count(1)
         self._socket: Any = None
         self._thread: threading.Thread | None = None      # while there are attempts or calls, and for some time after
         self._is_gone = False                             # the runner: it has been given up
-        self._lost_at = math.inf                          # monotonic: when the connection was lost, unless there is one that works
+        # Monotonic: when the connection was lost, unless there is one that works.
+        self._lost_at = math.inf
         self._told_at = 0.0
         self.runner = RunnerThere(self, path, runner_id)
 
@@ -7033,7 +7092,8 @@ class Link:
         self.runner._attempts[attempt.id] = attempt
 
     def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
-        """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the rest."""
+        """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the
+        rest."""
         with self._lock:
             self._attempts.pop(attempt.run, None)
             rest = attempt.untold()
@@ -7045,7 +7105,8 @@ class Link:
         return rest
 
     def attempt_here(self) -> AttemptThere:
-        """Return the attempt that this is called in; in another thread, one of this process. Raises JobStopped: there is none."""
+        """Return the attempt that this is called in; in another thread, one of this process. Raises JobStopped: there
+        is none."""
         attempt = _current.get() or next(iter(self._attempts.values()), None)
         if attempt is None or attempt.runner is not self.runner:
             raise JobStopped("the attempt that this belongs to has ended")
@@ -7053,8 +7114,8 @@ class Link:
 
     @library_code
     def ask(self, attempt: Any, name: str, *arguments: Any) -> Any:
-        """Ask the runner for something and return what it says. Raises JobStopped when it is not there any more, or the attempt is
-        superseded; else what it raised there."""
+        """Ask the runner for something and return what it says. Raises JobStopped when it is not there any more, or
+        the attempt is superseded; else what it raised there."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("the link's own thread cannot wait for an answer")
         return self.post(attempt or self.attempt_here(), name, *arguments).result()
@@ -7106,7 +7167,8 @@ class Link:
 
     def _run(self) -> None:
         used_at = time.monotonic()
-        idle_seconds = 60.0 if threading.current_thread().daemon else 1.0     # else it holds up the end of its interpreter
+        # Else it holds up the end of its interpreter.
+        idle_seconds = 60.0 if threading.current_thread().daemon else 1.0
         try:
             while True:
                 with self._lock:
@@ -7184,7 +7246,8 @@ class Link:
         if kind == "gone":
             kind, text = "JobStopped", "the attempt has been superseded"
             self._supersede(call.attempt)
-        known = {each.__name__: each for each in (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)}
+        errors = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        known = {each.__name__: each for each in errors}
         call.set_exception(known.get(kind, BgjobsError)(text))
 
     def _heed_news(self, token: str, news: str, value: Any) -> None:
