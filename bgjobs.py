@@ -4849,8 +4849,11 @@ class _Handles:
                     self._to_call_back.put(None)
                 if self._thread is None:
                     thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
-                    thread.start()                        # raises, if there are too many: the next end tries again
-                    self._thread = thread
+                    try:
+                        thread.start()
+                        self._thread = thread
+                    except RuntimeError as error:         # there are too many; the next end tries again
+                        _say(logging.ERROR, f"bgjobs: {error}")
             self._held.discard(handle)
 
     def _run_callbacks(self) -> None:
