@@ -92,7 +92,8 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sized, TypeVar
+from typing import (
+    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, ParamSpec, Sized, TypeVar, overload)
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -101,8 +102,10 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers: a function as it is given and returned, the items of an iterable.
+# For type checkers: a function as it is given and returned, its parameters, what it returns; the items of an iterable.
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _Item = TypeVar("_Item")
 
 
@@ -3991,7 +3994,7 @@ def current_job() -> JobContext:
 
 # ---- 13 The handle --------------------------------------------------------------------------------------------
 
-class _Waiters(list):                                     # type: ignore[type-arg]
+class _Waiters(list[Any]):
     """A Future's list of waiters. `wait` and `as_completed` append theirs before they wait on its event; inside a job
     that wait gives the worker's place away."""
 
@@ -4031,7 +4034,7 @@ def _typed(value: Any) -> Any:
     return decode(json.dumps(value))
 
 
-class Job(Future):                                        # type: ignore[type-arg]
+class Job(Future[_T]):
     """The handle of a job: a concurrent.futures.Future whose attributes are read from the store when asked.
 
     `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and `resume` of a failed
@@ -4052,7 +4055,7 @@ class Job(Future):                                        # type: ignore[type-ar
         self._created_at = created_at                     # while its transaction may be rolled back; None: it is stored
         # With the four above, this is what Future.__init__ sets.
         self._waiters = _Waiters()
-        self._done_callbacks: list[Callable[[Future[Any]], Any]] = []
+        self._done_callbacks: list[Callable[[Job[_T]], Any]] = []
 
     def _stored(self) -> int:
         """Return the id while it is this job's: a transaction that is rolled back leaves its ids to others.
@@ -4065,29 +4068,30 @@ class Job(Future):                                        # type: ignore[type-ar
                 self._created_at = None
         return self.id
 
-    name = _live("name", "The stable name of the function.")
-    label = _live("label", "A title for people, or None.")
-    status = _live("status", "One of the seven statuses.")
-    phase = _live("phase", "What refines the status for people, or \"\".")
-    created_at = _live("created_at", "Unix seconds.")
-    started_at = _live("started_at", "Unix seconds of the first attempt since creation or restart, or None.")
-    finished_at = _live("finished_at", "Unix seconds, or None.")
-    waiting = _live("waiting", "Seconds from creation, or its due time, to the start, or until now.")
-    duration = _live("duration", "Seconds that its attempts have been running, all together.")
-    errors = _live("errors", "How many of its own attempts and of its descendants have failed.")
-    low_priority = _live("low_priority", "Whether it runs in periods of low load only.")
-    run_by = _live("run_by", "Who asked for it, or None.")
-    progress = _live("progress", "0 to 1, or None.")
-    eta = _live("eta", "Seconds left, or None.")
-    children = _live("children", "{\"total\", \"done\", \"failed\", \"running\"}, counts over all descendants.")
-    parent_id = _live("parent_id", "The parent's id, or None.")
-    root_id = _live("root_id", "The id of its tree's root.")
-    attempt = _live("attempt", "The number of the newest attempt, 0 before the first.")
-    args = _live("args", "A list of its positional arguments, secret ones masked.", _typed)
-    kwargs = _live("kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
-    state = _live("state", "What its last checkpoint saved, or None.", _typed)
-    error = _live("error", "The traceback of the newest failure, a text, or None.")
-    operations = _live("operations", "A list of the operations that its status allows now.")
+    name: str = _live("name", "The stable name of the function.")
+    label: str | None = _live("label", "A title for people, or None.")
+    status: str = _live("status", "One of the seven statuses.")
+    phase: str = _live("phase", "What refines the status for people, or \"\".")
+    created_at: float = _live("created_at", "Unix seconds.")
+    started_at: float | None = _live("started_at", "Unix seconds of the first attempt since creation or restart, or "
+                                     "None.")
+    finished_at: float | None = _live("finished_at", "Unix seconds, or None.")
+    waiting: float = _live("waiting", "Seconds from creation, or its due time, to the start, or until now.")
+    duration: float = _live("duration", "Seconds that its attempts have been running, all together.")
+    errors: int = _live("errors", "How many of its own attempts and of its descendants have failed.")
+    low_priority: bool = _live("low_priority", "Whether it runs in periods of low load only.")
+    run_by: str | None = _live("run_by", "Who asked for it, or None.")
+    progress: float | None = _live("progress", "0 to 1, or None.")
+    eta: float | None = _live("eta", "Seconds left, or None.")
+    children: dict[str, int] = _live("children", '{"total", "done", "failed", "running"}, counts over all descendants.')
+    parent_id: int | None = _live("parent_id", "The parent's id, or None.")
+    root_id: int = _live("root_id", "The id of its tree's root.")
+    attempt: int = _live("attempt", "The number of the newest attempt, 0 before the first.")
+    args: list[Any] = _live("args", "A list of its positional arguments, secret ones masked.", _typed)
+    kwargs: dict[str, Any] = _live("kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
+    state: Any = _live("state", "What its last checkpoint saved, or None.", _typed)
+    error: str | None = _live("error", "The traceback of the newest failure, a text, or None.")
+    operations: list[str] = _live("operations", "A list of the operations that its status allows now.")
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
@@ -4106,23 +4110,23 @@ class Job(Future):                                        # type: ignore[type-ar
 
     # operations
 
-    def stop(self, *, by: str | None = None) -> Job:
+    def stop(self, *, by: str | None = None) -> Job[_T]:
         """Stop the job and its descendants at their next checkpoint, or now where none executes. Returns before it."""
         return self._runner._operate("stop", self._stored(), by, self)
 
-    def resume(self, *, by: str | None = None) -> Job:
+    def resume(self, *, by: str | None = None) -> Job[_T]:
         """Have a stopped or failed job go on from its saved state. Returns a new handle if this one was completed."""
         return self._runner._operate("resume", self._stored(), by, self)
 
-    def force_stop(self, *, by: str | None = None) -> Job:
+    def force_stop(self, *, by: str | None = None) -> Job[_T]:
         """Make a stopping job stopped now; what the abandoned attempt still does changes nothing in the store."""
         return self._runner._operate("force_stop", self._stored(), by, self)
 
-    def restart(self, *, by: str | None = None) -> Job:
+    def restart(self, *, by: str | None = None) -> Job[_T]:
         """Run a finished or failed job again from scratch, its former descendants removed. Returns a new handle."""
         return self._runner._operate("restart", self._stored(), by, self)
 
-    def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job:
+    def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
         """Have the job and its descendants run in periods of low load only, or no longer so."""
         operation = "set_low_priority" if low_priority else "remove_low_priority"
         return self._runner._operate(operation, self._stored(), by, self)
@@ -4172,7 +4176,7 @@ class Job(Future):                                        # type: ignore[type-ar
         return status
 
     @library_code
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> _T:
         """Return what the function returned, once the job and all its descendants are over.
 
         timeout: seconds, None waits on. In a job this is a checkpoint, and the worker's place is given away meanwhile.
@@ -4181,7 +4185,8 @@ class Job(Future):                                        # type: ignore[type-ar
         """
         error = self.exception(timeout)
         if error is None:                                 # Future.result asks for its truth
-            return self._result
+            value: _T = self._result
+            return value
         try:
             raise error
         finally:
@@ -4209,17 +4214,17 @@ class Job(Future):                                        # type: ignore[type-ar
             with condition:
                 condition.wait_for(over, timeout)
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, _T]:
         import asyncio
         return (asyncio.wrap_future(self) if _current.get() is None else self._await_in_job()).__await__()
 
-    async def _await_in_job(self) -> Any:
+    async def _await_in_job(self) -> _T:
         """Await the result in a thread that is no executor's: the interpreter would wait for that at exit. A cancelled
         task goes on when the attempt has its place again."""
         import asyncio
         loop = asyncio.get_running_loop()
         cancelled: list[asyncio.CancelledError] = []
-        outcome: Future[Any] = Future()
+        outcome: Future[_T] = Future()
         end = loop.create_future()
 
         def wait() -> None:
@@ -4243,11 +4248,11 @@ class Job(Future):                                        # type: ignore[type-ar
         return outcome.result()
 
     @library_code
-    def add_done_callback(self, fn: Callable[[Future[Any]], Any]) -> None:
+    def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread of the runner's for callbacks; at once if it is over."""
         if self._state == "PENDING":
             self._runner._handles.hold(self)
-        super().add_done_callback(fn)
+        super().add_done_callback(fn)                     # type: ignore[arg-type]
         self._complete()
 
     @library_code
@@ -4406,7 +4411,7 @@ class Schedule:
         """Go on with the next time; what was missed in the pause is not made up for."""
         return self._set_paused(False)
 
-    def run_now(self) -> Job:
+    def run_now(self) -> Job[Any]:
         """Submit its job now; its times stay. InvalidOperation: the last job is not over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
@@ -4656,7 +4661,12 @@ class Submitter:
             raise TypeError("executor is an option of a function, @job(executor=...), or of start(); it cannot be "
                             "stored with a job")
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
+    @overload                                             # a coroutine is run, and its value is the result
+    def submit(self, fn: Callable[_P, Coroutine[Any, Any, _T]], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
+    @overload
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit. In a job: a child of it.
 
         TypeError: the function or the arguments cannot be stored; RuntimeError: the runner is shut down;
@@ -4671,8 +4681,8 @@ class Submitter:
         """
         return (self._of or default_runner())._submit_many(fn, argument_tuples, self._options)
 
-    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
-            ) -> Iterator[Any]:
+    def map(self, fn: Callable[..., _T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+            ) -> Iterator[_T]:
         """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in
         order.
 
@@ -4682,7 +4692,7 @@ class Submitter:
         jobs = [self.submit(fn, *arguments) for arguments in zip(*iterables)]
         return _results(jobs, None if timeout is None else time.monotonic() + timeout)
 
-    def every(self, schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
+    def every(self, schedule: float | str, fn: Callable[_P, Any], /, *args: _P.args, **kwargs: _P.kwargs) -> Schedule:
         """Have `fn(*args, **kwargs)` submitted again and again, from all processes once each time; return the schedule.
 
         schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone of the option tz. It
@@ -4698,7 +4708,7 @@ class Submitter:
         return Submitter(self._of, {**self._options, **options})
 
 
-def _results(jobs: list[Job], deadline: float | None) -> Iterator[Any]:
+def _results(jobs: list[Job[_T]], deadline: float | None) -> Iterator[_T]:
     jobs.reverse()
     try:
         while jobs:
@@ -4779,23 +4789,23 @@ class _Handles:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.to_cancel: queue.SimpleQueue[Job] = queue.SimpleQueue()   # of a `map` given up; by the service thread
-        self._to_call_back: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.to_cancel: queue.SimpleQueue[Job[Any]] = queue.SimpleQueue()   # of a `map` given up; by the service thread
+        self._to_call_back: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self.ends_missed = False                          # jobs may be over whose handles were not told: look() is due
         # `lock` guards the five below and the making of a handle's condition; no SQL runs under it.
         self.lock = threading.Lock()
-        self.watched: dict[int, list[weakref.ref[Job]]] = {}
-        self._held: set[Job] = set()                      # handles with callbacks live until these were called
+        self.watched: dict[int, list[weakref.ref[Job[Any]]]] = {}
+        self._held: set[Job[Any]] = set()                 # handles with callbacks live until these were called
         self.callbacks_left = 0
         self._thread: threading.Thread | None = None      # which calls them
         self._closed = False
 
-    def watch(self, handle: Job) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Have this handle completed when its job is over."""
         with self.lock:
             self.watched.setdefault(handle.id, []).append(weakref.ref(handle))
 
-    def hold(self, handle: Job) -> None:
+    def hold(self, handle: Job[Any]) -> None:
         """Keep a handle alive until its callbacks were called, even if the app drops it."""
         with self.lock:
             self._held.add(handle)
@@ -4839,7 +4849,7 @@ class _Handles:
             going_on = {row[0] for row in self._store.read(GOING_ON, {"ids": json.dumps(ids)})}
             self.complete([job_id for job_id in ids if job_id not in going_on])
 
-    def call_back(self, handle: Job) -> None:
+    def call_back(self, handle: Job[Any]) -> None:
         """Have the callbacks of a completed handle called, outside of any transaction and any job's context."""
         with self.lock:
             if handle._done_callbacks:
@@ -4867,7 +4877,7 @@ class _Handles:
                 with self.lock:
                     self.callbacks_left -= 1
 
-    def _ends(self, handle: Job | None) -> bool:
+    def _ends(self, handle: Job[Any] | None) -> bool:
         """Return whether the thread ends: with the None after the last handle, once this is closed."""
         with self.lock:
             if handle is not None or self.callbacks_left > 0:
@@ -5001,7 +5011,7 @@ class Runner(Submitter, Executor):
     # the hot path: submit, claim, execute, finish
 
     def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
-                ) -> Job:
+                ) -> Job[Any]:
         new = self._submission(fn, options)
         if args:
             new.args = encode(args, f"the arguments of {new.name}")
@@ -5296,7 +5306,7 @@ class Runner(Submitter, Executor):
 
     # reading and operating
 
-    def get(self, job_id: int) -> Job:
+    def get(self, job_id: int) -> Job[Any]:
         """Return the handle of a job. KeyError: there is none with this id."""
         if isinstance(job_id, bool) or not isinstance(job_id, int):
             raise TypeError(f"a job id is an int, got {_short(job_id)}")
@@ -5305,7 +5315,7 @@ class Runner(Submitter, Executor):
         self._status(job_id)
         return Job(self, job_id)
 
-    def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job]:
+    def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job[Any]]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent=
         system= created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None.
         ValueError: a bad value."""
@@ -5330,7 +5340,7 @@ class Runner(Submitter, Executor):
         return read_logs(self._store, job_id, *filters, **named)
 
     @library_code
-    def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
+    def _operate(self, operation: str, job_id: int, by: str | None, handle: Job[Any] | None = None) -> Job[Any]:
         by = None if by is None else " ".join(_text(by, 200).split())
         if handle is not None and operation in ("resume", "restart"):
             handle.done()                                 # a handle whose job was over keeps that outcome
@@ -5368,7 +5378,7 @@ class Runner(Submitter, Executor):
     # waiting
 
     @library_code
-    def _watch(self, handle: Job) -> None:
+    def _watch(self, handle: Job[Any]) -> None:
         """Have this handle completed when its job is over, whichever process runs it."""
         self._handles.watch(handle)
         self._ensure_service()
@@ -6970,7 +6980,7 @@ class RunnerThere(Runner):
         self._begin_empty()
         self._unwritten.starts = deque(maxlen=0)          # the runner counts them
 
-    def _watch(self, handle: Job) -> None:
+    def _watch(self, handle: Job[Any]) -> None:
         """Complete this handle when its job is over. Does not wait for an answer: the caller may hold another handle's
         lock."""
         self._handles.watch(handle)
@@ -7002,7 +7012,7 @@ class RunnerThere(Runner):
         lines: list[dict[str, Any]] = self._link.ask(None, "logs", *filters)
         return lines
 
-    def _operate(self, operation: str, job_id: int, by: str | None, handle: Job | None = None) -> Job:
+    def _operate(self, operation: str, job_id: int, by: str | None, handle: Job[Any] | None = None) -> Job[Any]:
         self._link.ask(None, "operate", operation, job_id, by)
         is_completed = handle is not None and operation in ("resume", "restart") and handle._state != "PENDING"
         return Job(self, job_id) if handle is None or is_completed else handle
@@ -7347,7 +7357,13 @@ def default_runner() -> Runner:
     return runner
 
 
-def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job:
+@overload
+def submit(fn: Callable[_P, Coroutine[Any, Any, _T]], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
+@overload
+def submit(fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
+
+
+def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job[Any]:
     """Runner.submit on the default runner; inside a job, a child of it."""
     return default_runner()._submit(fn, args, kwargs, {})
 
@@ -7392,7 +7408,7 @@ def options(**options: Any) -> Submitter:
     return Submitter(None, options)
 
 
-def every(schedule: float | str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Schedule:
+def every(schedule: float | str, fn: Callable[_P, Any], /, *args: _P.args, **kwargs: _P.kwargs) -> Schedule:
     """Runner.every on the default runner: `every("15m", tidy)`, or by the clock of a place:
     `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
     return default_runner().every(schedule, fn, *args, **kwargs)
@@ -7413,12 +7429,12 @@ def prune(finished: float = RETENTION["finished"], failed: float = RETENTION["fa
     return default_runner().prune(finished, failed)
 
 
-def get(job_id: int) -> Job:
+def get(job_id: int) -> Job[Any]:
     """Runner.get on the default runner."""
     return default_runner().get(job_id)
 
 
-def jobs(**filters: Any) -> list[Job]:
+def jobs(**filters: Any) -> list[Job[Any]]:
     """Runner.jobs on the default runner."""
     return default_runner().jobs(**filters)
 
@@ -9430,7 +9446,7 @@ def progress_line(info: dict[str, Any], width: int) -> str:
     return _fitted(_plain("  ".join(filter(None, parts))), max(20, width - 1)).rstrip()
 
 
-def _follow(job: Job) -> dict[str, Any]:
+def _follow(job: Job[Any]) -> dict[str, Any]:
     """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
     import shutil
     while True:
@@ -9454,7 +9470,7 @@ def _answer(args: Any, found: Any, print_it: Callable[[], object]) -> None:
 
 # Commands that run jobs.
 
-def _finished(job: Job) -> dict[str, Any] | None:
+def _finished(job: Job[Any]) -> dict[str, Any] | None:
     """Follow a job to its end; return its info. If it has not finished, say so and return None."""
     info = _follow(job)
     if info["status"] == FINISHED:
