@@ -1613,6 +1613,7 @@ class Transaction:
         self._tallies: defaultdict[str, _Tally] = defaultdict(_Tally)        # by name of the function
         self.over: list[int] = []                         # jobs that became over
         self.parked = 0                                   # jobs that claims have put out of the way
+        self.more_ready = False                           # than the last claim took
         self.trees: list[tuple[str, float]] = []          # jobs with children that finished: name and duration
         self.after_commit: list[Callable[[], None]] = []
 
@@ -1748,7 +1749,7 @@ class Transaction:
         self._slots.clear()
         while True:
             self.apply()                                  # what this transaction submitted, or parked, counts
-            parked = self.parked
+            parked, self.more_ready = self.parked, False
             claims += self._claim_lane(0, owner, free - len(claims), ahead, planned, workers, costs)
             low = self._claim_lane(1, owner, min(low_free, free - len(claims)), 0, 0.0, workers, costs)
             low_free -= len(low)
@@ -1762,6 +1763,7 @@ class Transaction:
         ready = list(map(Claim._make, self.execute(READY_ROOTS, {"lane": lane, "limit": limit}))) if limit else []
         if not ready:
             return []
+        self.more_ready |= len(ready) == limit
         claims: list[Claim] = []
         tag, budget = 0, AHEAD_SECONDS * workers
         batches: defaultdict[tuple[str, int], list[int]] = defaultdict(list)      # statement and charge -> ids
@@ -1776,6 +1778,7 @@ class Transaction:
                 planned += plans[job.name][1]
                 once = job.options is not None and '"recover":false' in job.options
                 if planned > budget or len(claims) >= limit or once:
+                    self.more_ready = True
                     break
             claims.append(Claim(*job[:-1], charge))
             if job.parent_id is None and job.total == 0:
@@ -2294,9 +2297,10 @@ class Transaction:
 #
 # How a write gets into the file. A thread that wants to write puts a function of the transaction into a queue and tries
 # to lead. One thread leads at a time: it opens a transaction, runs all that is in the queue, lets ride along what else
-# waits (log lines, outcomes, claims), and commits. The others sleep until their writes are done, or nobody leads. So a
-# caller alone pays no hand-over, and batches grow with the load. If a batch fails, each of its writes is run again
-# alone, so that only a bad one fails.
+# waits (log lines, outcomes, claims), and commits. The others sleep until their writes are done, or they are woken to
+# lead. So a caller alone pays no hand-over, and batches grow with the load. The lead is kept free for the thread that
+# was woken for it: if the last leader took it for its next write, the other would have been woken in vain each time. If
+# a batch fails, each of its writes is run again alone, so that only a bad one fails.
 #
 # Ctrl-C may hit the main thread anywhere, and a second one may hit it while it cleans up. Hence the lead is a lock that
 # is released by a single call in C, a write stays in the queue until it is done, and sleepers look again every second.
@@ -2374,18 +2378,15 @@ class _Write:
         self.error: BaseException | None = None
         self.done = False                                 # committed, or failed
         self.gone = False                                 # Ctrl-C came: nobody waits for it
-        self.wake: queue.SimpleQueue[None] | None = None  # where its thread sleeps, if it does
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # where its thread sleeps, if it does
 
     def fail(self, error: BaseException) -> None:
         self.error, self.done = error, True
 
     def sleep(self) -> None:
         """Sleep until somebody wakes this thread: it looks then whether the write is done, or it can lead."""
-        if self.wake is None:
-            self.wake = queue.SimpleQueue()               # it looks once more, now that it can be woken
-        else:
-            with contextlib.suppress(queue.Empty):        # Ctrl-C came in the thread that should have woken it
-                self.wake.get(timeout=1.0)
+        with contextlib.suppress(queue.Empty):            # Ctrl-C came in the thread that should have woken it
+            self.wake.get(timeout=1.0)
 
 
 def _do_nothing(tx: Transaction) -> None:
@@ -2415,6 +2416,7 @@ class Store:
         self._waiting: deque[_Write] = deque()            # writes, until they are done; only the leader removes them
         self._again = False                               # more is to ride along than the last transaction took
         self.leading = False                              # a hint: some thread leads
+        self._heir: _Write | None = None                  # a hint: its thread was woken to lead next
         self.closed = self.forked = False
         self.cut_short = False                            # by Ctrl-C: perhaps nobody was told of what was committed
         self.close_by = math.inf                          # when a runner that goes down gives up what still runs
@@ -2452,6 +2454,8 @@ class Store:
         write = _Write(run)
         try:
             self._waiting.append(write)
+            if self._is_led:                              # that thread takes the write along, or wakes this one
+                write.sleep()
             while not write.done:
                 if not self._lead_once(kicked=False) and not write.done:
                     write.sleep()
@@ -2476,7 +2480,7 @@ class Store:
         try:
             if not self._lead.acquire(blocking=False):
                 return False
-            self.leading, self._again = True, False
+            self.leading, self._again, self._heir = True, False, None
             worked = self._commit([write for write in tuple(self._waiting) if not (write.done or write.gone)], kicked)
             self._dismiss()
             self.leading = False
@@ -2492,17 +2496,22 @@ class Store:
                 self._pass_on(kicked and worked)
         return worked
 
+    @property
+    def _is_led(self) -> bool:
+        """Whether a thread leads, or is about to."""
+        heir = self._heir
+        return self.leading or heir is not None and not (heir.done or heir.gone)
+
     def _dismiss(self) -> None:
         """Take the writes that are done out of the queue, and wake their threads."""
         while self._waiting and (self._waiting[0].done or self._waiting[0].gone):
-            write = self._waiting.popleft()
-            if write.wake is not None:
-                write.wake.put(None)
+            self._waiting.popleft().wake.put(None)
 
     def _pass_on(self, goes_on: bool) -> None:
         """After leading: wake the first thread that waits, to lead; or say that there is more to ride along."""
         heirs = tuple(self._waiting)[:1]
-        if heirs and heirs[0].wake is not None:
+        if heirs:
+            self._heir = heirs[0]
             heirs[0].wake.put(None)
         elif self._again and not goes_on:
             self.backlog()
@@ -2899,7 +2908,7 @@ class Store:
             _never_free(connection)
         self._readers, self._version_db, self._waiting = deque(), None, deque()
         self._lead, self._version_lock = threading.RLock(), threading.Lock()
-        self.leading, self.closed, self.forked = False, True, True
+        self.leading, self._heir, self.closed, self.forked = False, None, True, True
 
 
 _REMEDIES = {
@@ -4999,7 +5008,7 @@ class Runner(Submitter, Executor):
         self._ended: deque[Attempt] = deque()             # until they are recorded; only the leading thread removes
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._finishing = False                           # a transaction with outcomes is under way, or has failed
-        self._backlog = True                              # more may be ready than the last claim took
+        self._backlog = True                              # more may be ready, as far as the last claim knows
         self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()     # by job id, with the attempt
         self._schedules: dict[str, tuple[Any, ...]] = {}  # that this code has, by key: times, zone, function, arguments
         self._started = self._inline = False              # inline: in drain()
@@ -5112,7 +5121,7 @@ class Runner(Submitter, Executor):
         free = max(0, free)
         planned = sum(self._costs.means.get(attempt.name, 0.0) + _OVERHEAD for attempt in waiting)
         rows = tx.claim(self._id, free, low_free, ahead, planned, quick, self._costs)
-        self._backlog = len(rows) >= free or low_free <= 0
+        self._backlog = tx.more_ready or low_free <= 0
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, claim: Claim) -> Attempt:
@@ -5198,7 +5207,7 @@ class Runner(Submitter, Executor):
 
     def _settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt for `_ride`. True: the caller is to lead a transaction now, since somebody
-        waits for the outcome, or a ready job for the place; else one follows within SETTLE_SECONDS, for more at a time.
+        waits for the outcome, or a ready job for the place or the limit; else one follows within SETTLE_SECONDS, for more at a time.
         """
         try:
             if attempt.exception is not None and not attempt.ticket.void:
@@ -5212,6 +5221,7 @@ class Runner(Submitter, Executor):
         self._ended.append(attempt)
         if attempt.id in watched or attempt.has_children or attempt.parent_id is not None and watched \
                 or self._backlog and self._pool.is_empty \
+                or attempt.max_running is not None and attempt.max_running <= self._pool.size \
                 or now - self._ended_at > SETTLE_SECONDS and not self._store.leading:
             return True
         self._nudge_service()

@@ -1313,6 +1313,21 @@ class TestFairShares:
         assert ahead(add, 1) == 9 and ahead(add, 1, workers=4) == 38
         assert ahead(nap, 1, workers=8) == 0 == ahead(fail, workers=8) == ahead(add, 1, recover=False)
 
+    @pytest.mark.parametrize("low_priority", [False, True])
+    def test_a_claim_knows_whether_more_is_ready(self, idle, low_priority):
+        def more_ready(free, ahead=0):
+            def claim(tx):
+                taken = tx.claim(idle._id, free, free, ahead, 0.0, 4, idle._costs)
+                return len(taken), tx.more_ready
+            return idle._store.write(claim)
+        idle._costs = bgjobs.Costs({"test_bgjobs.add": 0.0001, "test_bgjobs.nap": 1.0})
+        root = idle.options(low_priority=low_priority).submit(add, 1)
+        idle.options(parent=root).submit_many(add, [(1,)] * 5)
+        assert [more_ready(4), more_ready(4), more_ready(1)] == [(4, True), (2, False), (0, False)]
+        idle.options(low_priority=low_priority).submit_many(nap, [(1,)] * 2)
+        assert more_ready(1, ahead=0 if low_priority else 9) == (1, True)      # too long to be claimed ahead
+        assert more_ready(2) == (1, False)
+
 
 class TestPace:
     @pytest.mark.parametrize("children, seconds, workers", [(40, 5, 4), (400, 0.5, 4), (100, 1, 1), (1_000, 0.2, 8)])
@@ -2836,6 +2851,22 @@ class TestStore:
             assert job.status == "finished" and runner.jobs(status="finished")
             assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
             other.execute("ROLLBACK")
+
+    def test_who_comes_leaves_the_lead_to_the_one_who_was_woken_for_it(self, idle):
+        store, order = idle._store, []
+        heir = store._heir = bgjobs._Write(lambda tx: order.append("heir"))
+        store._waiting.append(heir)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            comes = thread.submit(store.write, lambda tx: order.append("comes"))
+            wait_for(lambda: len(store._waiting) == 2)
+            assert not concurrent.futures.wait([comes], 0.1).done
+            assert store._lead_once(kicked=False)
+            comes.result(0.5)
+            assert order == ["heir", "comes"] and not store._waiting
+            store._heir = heir                               # a stale hint: its write is done
+            thread.submit(store.write, lambda tx: None).result(0.5)
+            store._heir = bgjobs._Write(lambda tx: None)     # its thread is gone
+            thread.submit(store.write, lambda tx: None).result(5)
 
     def test_who_waits_is_told_of_any_end_whatever_rode_along(self, make):
         runner = make(max_workers=1)
