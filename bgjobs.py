@@ -5207,8 +5207,8 @@ class Runner(Submitter, Executor):
 
     def _settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt for `_ride`. True: the caller is to lead a transaction now, since somebody
-        waits for the outcome, or a ready job for the place or the limit; else one follows within SETTLE_SECONDS, for more at a time.
-        """
+        waits for the outcome, or a ready job for the place or the limit; else one follows within SETTLE_SECONDS, for
+        more at a time."""
         try:
             if attempt.exception is not None and not attempt.ticket.void:
                 self._remember_exception(attempt)
