@@ -1530,8 +1530,6 @@ class Submission:
         self.name = name
 
 
-
-
 def kept_options(text: str | None) -> dict[str, Any]:
     """Return the options that a row keeps; {"unreadable": why}, if somebody else has written what nobody can read."""
     if not text:
@@ -4690,16 +4688,20 @@ class Submitter:
         """
         return (self._of or default_runner())._submit_many(fn, argument_tuples, self._options)
 
-    def map(self, fn: Callable[..., _T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
-            ) -> Iterator[_T]:
+    def map(self, fn: Callable[..., _T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1,
+            buffersize: int | None = None) -> Iterator[_T]:
         """Submit `fn(*arguments)` for each tuple of zip(*iterables), now; return an iterator over the results, in
         order.
 
-        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored. What
-        has not begun is cancelled when the iterator raises or is dropped.
+        timeout: seconds from now until which all results must be there, else TimeoutError. chunksize is ignored.
+        buffersize: submit only so many now, and another one for each result that is taken. What has not begun is
+        cancelled when the iterator raises or is dropped. ValueError: a bad buffersize.
         """
-        jobs = [self.submit(fn, *arguments) for arguments in zip(*iterables)]
-        return _results(jobs, None if timeout is None else time.monotonic() + timeout)
+        if buffersize is not None and (type(buffersize) is not int or buffersize < 1):
+            raise ValueError(f"buffersize must be None or greater than 0, got {_short(buffersize)}")
+        submissions = (self.submit(fn, *arguments) for arguments in zip(*iterables))
+        jobs = deque(itertools.islice(submissions, buffersize))
+        return _results(jobs, submissions, None if timeout is None else time.monotonic() + timeout)
 
     def every(self, schedule: float | str, fn: Callable[_P, Any], /, *args: _P.args, **kwargs: _P.kwargs) -> Schedule:
         """Have `fn(*args, **kwargs)` submitted again and again, from all processes once each time; return the schedule.
@@ -4717,12 +4719,12 @@ class Submitter:
         return Submitter(self._of, {**self._options, **options})
 
 
-def _results(jobs: list[Job[_T]], deadline: float | None) -> Iterator[_T]:
-    jobs.reverse()
+def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]], deadline: float | None) -> Iterator[_T]:
     try:
         while jobs:
-            result = jobs[-1].result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            jobs.pop()
+            result = jobs[0].result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            jobs.popleft()
+            jobs.extend(itertools.islice(submissions, 1))
             yield result
             del result
     except GeneratorExit:
@@ -4866,14 +4868,18 @@ class _Handles:
                 self.callbacks_left += 1
                 if self._closed:
                     self._to_call_back.put(None)
-                if self._thread is None:
-                    thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
-                    try:
-                        thread.start()
-                        self._thread = thread
-                    except RuntimeError as error:         # there are too many; the next end tries again
-                        _say(logging.ERROR, f"bgjobs: {error}")
+                self._ensure_thread()
             self._held.discard(handle)
+
+    def _ensure_thread(self) -> None:
+        """Have the thread for callbacks running. Called under the lock."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run_callbacks, name="bgjobs-callbacks", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except RuntimeError as error:                 # there are too many; the next end tries again
+                self._store.complain(f"bgjobs: {error}")
 
     def _run_callbacks(self) -> None:
         while not self._ends(handle := self._to_call_back.get()):
@@ -4897,6 +4903,8 @@ class _Handles:
     def wait_for_callbacks(self) -> None:
         """Block until the callbacks of completed handles have returned; called from one of them, not at all."""
         while self.callbacks_left > 0 and threading.current_thread() is not self._thread:
+            with self.lock:
+                self._ensure_thread()
             time.sleep(0.002)
 
     def close(self) -> None:

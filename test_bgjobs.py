@@ -4378,7 +4378,9 @@ class TestHandle:
         make(max_workers=1)
         wait_for(lambda: called == [job])
 
-    def test_callbacks_are_called_though_their_thread_could_not_start_at_first(self, make, monkeypatch, caplog):
+    @pytest.mark.parametrize("retried_by", ["the next end", "shutdown"])
+    def test_callbacks_are_called_though_their_thread_could_not_start_at_first(
+            self, make, monkeypatch, caplog, retried_by):
         runner, called, start = make(max_workers=1), [], threading.Thread.start
 
         def start_no_more(thread):
@@ -4387,13 +4389,16 @@ class TestHandle:
                 raise RuntimeError("can't start new thread")
             start(thread)
         jobs = [runner.submit(hold, name) for name in ("one", "two")]
-        for job in jobs:
+        for job in jobs if retried_by == "the next end" else jobs[:1]:
             job.add_done_callback(called.append)
         monkeypatch.setattr(threading.Thread, "start", start_no_more)
         gate("one").set()
         assert jobs[0].result(10) is None and not called
         gate("two").set()
-        wait_for(lambda: called == jobs)
+        if retried_by == "shutdown":
+            runner.shutdown()
+            assert called == jobs[:1]
+        wait_for(lambda: called == jobs or retried_by == "shutdown")
         wait_for(lambda: "can't start new thread" in caplog.text)
 
     def test_what_a_callback_raises_or_how_long_it_takes_harms_nobody(self, make, caplog):
@@ -4982,6 +4987,17 @@ class TestExecutor:
         assert next(results) == [1, 0]
         with pytest.raises(ZeroDivisionError):
             next(results)
+
+    def test_a_map_with_a_buffer_submits_as_results_are_taken(self, idle):
+        results = idle.map(add, itertools.count(), buffersize=3)
+        assert len(idle.jobs()) == 3
+        idle.drain()
+        assert [next(results), next(results)] == [0, 1] and len(idle.jobs()) == 5
+        results.close()
+        assert list(idle.map(add, [], buffersize=1)) == []
+        for size in (0, -1, 1.5, True, "1"):
+            with pytest.raises(ValueError, match="buffersize must be None or greater than 0"):
+                idle.map(add, [1], buffersize=size)
 
     def test_map_gives_up_after_its_timeout(self, make):
         runner = make(max_workers=1)
