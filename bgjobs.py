@@ -3787,10 +3787,12 @@ class Attempt(JobContext):
 
     @property
     def took_too_long(self) -> TimeoutError:
+        """What a timeout is recorded as."""
         return TimeoutError(f"attempt {self.number} took longer than its timeout of {self.options['timeout']:,g} s")
 
     @property
     def superseded(self) -> JobStopped:
+        """What is raised in an attempt that the store refuses."""
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
@@ -3827,6 +3829,7 @@ class Attempt(JobContext):
             raise JobStopped(f"job {self.id} was asked to stop")
 
     def checkpoint(self, state: Any = _UNSET) -> None:
+        """Save the state, if one is given; then see to what was asked for. Mostly that is nothing, and costs a look."""
         if state is not _UNSET:
             self._save(encode(state, f"the state of job {self.id}"))
         if self._attention:
@@ -3844,6 +3847,7 @@ class Attempt(JobContext):
 
     @library_code
     def sleep(self, seconds: float) -> None:
+        """Wait for a stop request, for some seconds. The worker's place is kept."""
         self._wait(_Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
@@ -3886,6 +3890,7 @@ class Attempt(JobContext):
     # same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
+        """Yield the items from the saved position on. It is saved ten times a second at most, and with the outcome."""
         positions = self._loop_positions = self._loop_positions or json.loads(self._positions or "[]")
         loop, depth = self._loops, len(self._turns)
         self._loops += 1
@@ -3922,6 +3927,7 @@ class Attempt(JobContext):
     # progress and log
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
+        """Note how far the function is; the service thread writes the newest report."""
         if message is not None and type(message) is not str:
             message = library_code(_text)(message)        # here, not in the service thread, which is everybody's
         self._note_progress(float(done), None if total is None else float(total), message)
@@ -3953,6 +3959,7 @@ class Attempt(JobContext):
     @property
     @library_code
     def log(self) -> logging.Logger:
+        """The job's own logger, made when it is first asked for."""
         if self._logger is None:
             self._logger = _JobLogger(self)
         return self._logger
