@@ -2435,6 +2435,7 @@ class Store:
                 raise
         except sqlite3.Error as error:
             raise _store_error(f"use {self.path} as a job file", error)
+        self._wal = os.path.realpath(self.path) + "-wal"  # SQLite puts it beside the file that a link led to
         self._identity, self._checked_at = self._identity_now(), 0.0
 
     # writing
@@ -2819,9 +2820,8 @@ class Store:
 
     def _identity_now(self) -> list[tuple[int, int]]:
         """Return device and inode of the file and of its WAL, which is there as long as we are connected."""
-        wal = os.path.realpath(self.path) + "-wal"
         try:
-            found = [os.stat(path) for path in ([self.path, wal] if self._journal == "wal" else [self.path])]
+            found = [os.stat(path) for path in ([self.path, self._wal] if self._journal == "wal" else [self.path])]
         except OSError as error:
             raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew "
                              "with close() and a new runner") from None
@@ -2844,7 +2844,7 @@ class Store:
     def shorten_wal(self) -> None:
         """Truncate the WAL if it has grown large; complain if a reader does not let that happen."""
         try:
-            size = os.path.getsize(os.path.realpath(self.path) + "-wal")
+            size = os.path.getsize(self._wal)
         except OSError:
             return
         if size > WAL_LIMIT:
