@@ -3023,6 +3023,21 @@ class TestDisk:
             with pytest.raises(bgjobs.StoreError, match=text):
                 runner.submit(add, 1)
 
+    def test_a_link_to_the_file_may_be_used_and_one_that_leads_elsewhere_later_is_an_error(self, make, path, tmp_path):
+        link = tmp_path / "link.db"
+        link.symlink_to(path)
+        runner = make(link, max_workers=1)
+        assert runner.submit(add, 1, 2).result(10) == 3 and os.path.exists(path)
+        other = runner.backup(tmp_path / "other.db")
+        link.unlink()
+        link.symlink_to(other)
+        time.sleep(0.01)                                     # a writer looks every 5 ms
+        with pytest.raises(bgjobs.StoreError, match="was replaced"):
+            runner.submit(add, 1)
+        link.unlink()
+        link.symlink_to(path)
+        assert runner.submit(add, 2, 3).result(10) == 5
+
     def test_an_old_file_in_the_place_of_a_deleted_one_gets_nothing_of_the_new_ones(self, make, path, tmp_path):
         runner = make(max_workers=1)
         runner.submit(add, 1).result(10)
