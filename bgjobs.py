@@ -5013,6 +5013,7 @@ class Runner(Submitter, Executor):
         self._schedules: dict[str, tuple[Any, ...]] = {}  # that this code has, by key: times, zone, function, arguments
         self._started = self._inline = False              # inline: in drain()
         self._shut = self._shut_claims = False            # takes no jobs; claims none, since it goes down
+        self._interrupted_at = -math.inf                  # monotonic; when Ctrl-C had it shut down
         self._close_lock = threading.Lock()               # only one thread closes
         self._service: _Service | None = None
         self._servers: list[Any] = []                     # of the status page
@@ -5569,6 +5570,8 @@ class Runner(Submitter, Executor):
         ready or running; then close. cancel_futures: cancel those that are pending."""
         with contextlib.suppress(StoreError):
             self._shut = True
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):         # it ends the `with` block of this runner
+                self._interrupted_at = time.monotonic()
             if cancel_futures:
                 self._cancel_pending()
             if self._started and not wait:
@@ -5656,6 +5659,11 @@ class Runner(Submitter, Executor):
         self._presence.vanish(self._id)                   # after that thread, which would open the lock file again
         self._pool.close(self._time_to_close(0.8, 0.2))
         self._handles.close()
+
+    @property
+    def _goes_down(self) -> bool:
+        """Whether what took an attempt's process away, like Ctrl-C, is ending this process, too."""
+        return self._shut_claims or time.monotonic() < self._interrupted_at + 2 * INTERRUPT_SECONDS
 
     def _pause(self) -> None:
         """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
@@ -6165,9 +6173,10 @@ def _leave_to_parent() -> None:
 #      void (superseded).
 #   4. Outcome. run_attempt returns it as a JSON text, and the engine's future brings it. The token is forgotten: what
 #      still comes with it is refused as "gone".
-#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun. A
-#      connection that is lost is made again, and the calls without an answer are repeated; by its number, the runner
-#      carries each out once. When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
+#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun, or
+#      if the runner goes down, too: Ctrl-C reaches all processes of a terminal, and some may tell before the runner
+#      knows. A connection that is lost is made again, and the calls without an answer are repeated; by its number, the
+#      runner carries each out once. When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
 #
 # Lines of JSON go both ways:
 #
@@ -6183,6 +6192,7 @@ def _leave_to_parent() -> None:
 # over what its engine has queued. That may begin in both places: the first to say hello executes it.
 
 RETRY_SECONDS = 10.0               # that a lost connection is tried again, before both sides give up
+INTERRUPT_SECONDS = 1.0            # that what is lost waits for the runner to go down: it is given back then
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
@@ -6412,6 +6422,7 @@ class Departed(Attempt):
     host: Departed | None = None                          # in whose process it executes, or is to, as a guest
     run: str | None = None                                # the execution of it that has said hello
     caller: _Caller | None = None                         # the connection of its process, if there is one now
+    loss: dict[str, Any] | BaseException | None = None    # what cut it off: the runner may be about to go down, too
     _report: Report | None = None
     _positions_there: str | None = None
 
@@ -6459,16 +6470,18 @@ class Departed(Attempt):
         self.outcome, self.result, self.error = outcome["outcome"], outcome["result"], outcome["error"]
         self.ran, self.waited = outcome["ran"], outcome["waited"]
         self.worked = max(0.0, self.ran - self.waited)
+        if outcome["was_interrupted"] and self.runner._goes_down:
+            self.outcome = RELEASED
 
     def lose(self, error: BaseException) -> None:
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
-        if self.run is None and isinstance(error, BrokenExecutor):
+        if self.runner._goes_down:
+            self.outcome = RELEASED if self.run else UNSPENT
+        elif self.run is None and isinstance(error, BrokenExecutor):
             # Another attempt broke it, or there is something wrong with it.
             self.outcome = UNSPENT
             if not self.engine.has_worked:
                 self.engine.note_broken()
-        elif self.runner._shut_claims:
-            self.outcome = RELEASED                       # Ctrl-C went to its process, too
         else:
             self.ran = self.worked = time.monotonic() - self.begun if self.run else 0.0
             self.fail(error)
@@ -6616,8 +6629,11 @@ class Callback:
                       "runner": self._runner._id, "is_guest": attempt.host is not None})
 
     def _take_back(self, attempt: Departed) -> None:
-        """Cancel what has not begun; kill what has been superseded, if it has a process of its own."""
-        if attempt.host is not None:
+        """Cancel what has not begun; kill what has been superseded, if it has a process of its own; end what has been
+        cut off."""
+        if attempt.loss is not None:
+            self._end(attempt, attempt.loss)
+        elif attempt.host is not None:
             self._give_back(attempt)
         elif attempt.ticket.void and isinstance(attempt.future, IsolatedCall):
             attempt.future.kill()
@@ -6628,14 +6644,22 @@ class Callback:
 
     def _come_back(self, attempt: Departed, future: Any) -> None:
         """Take the outcome from an engine's future. Called in a thread of the engine's."""
+        outcome: Any
         try:
-            outcome = CancelledError() if future.cancelled() else future.result()
+            outcome = json.loads(future.result())
+            is_cut_off = outcome["was_interrupted"]
         except BaseException as error:                    # a process of it died, or was taken away
-            outcome = error
-        if attempt.host is None:                          # else it was taken from the engine before it began
-            self._end(attempt, outcome)
+            outcome, is_cut_off = error, not isinstance(error, CancelledError)
+        if attempt.host is not None:
+            return                                        # it was taken from the engine before it began
+        if is_cut_off:
+            # In this order: either the runner that goes down meets the loss in _take_back, or it is seen here.
+            attempt.loss = outcome
+            if not self._runner._shut_claims:
+                return self._soon(self.loop.call_later, INTERRUPT_SECONDS, self._end, attempt, outcome)
+        self._end(attempt, outcome)
 
-    def _end(self, attempt: Departed, outcome: str | BaseException | None) -> None:
+    def _end(self, attempt: Departed, outcome: dict[str, Any] | BaseException | None) -> None:
         """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over,
         as it is."""
         if self._attempts.pop(attempt.token, None) is None:
@@ -6644,7 +6668,7 @@ class Callback:
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome is not None:
-                attempt.take_over(json.loads(outcome))
+                attempt.take_over(outcome)
         except CancelledError:
             attempt.outcome = UNSPENT
         except BaseException as error:
@@ -6883,7 +6907,7 @@ class Callback:
             place.set_result(False)                       # it needs none
         return place
 
-    def _call_ended(self, attempt: Departed, outcome: str) -> None:
+    def _call_ended(self, attempt: Departed, outcome: dict[str, Any]) -> None:
         if attempt.host is not None:                      # else its engine was quicker
             self._end(attempt, outcome)
 
@@ -6920,7 +6944,7 @@ def run_attempt(payload: str) -> str:
     """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For
     engines: the one function that they call."""
     given = json.loads(payload)
-    return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute()
+    return _dump(AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute())
 
 
 _links: dict[tuple[Any, ...], Link] = {}
@@ -6942,20 +6966,20 @@ class AttemptThere(Attempt):
         self.link, self.token, self.run, self.is_guest = link, given["token"], secrets.token_hex(8), given["is_guest"]
         self._module, self._function = given["module"], given["function"]
 
-    def execute(self) -> str:
-        """Say hello, call the function; return the outcome, as JSON."""
+    def execute(self) -> dict[str, Any]:
+        """Say hello, call the function; return the outcome."""
         _capture_log_records()
         try:
             self.link.begin(self)
             if not self.stop_requested:
                 self._import_function()
                 self.runner._perform(self)
-        except (Exception, JobStopped) as error:          # JobStopped: its hello was refused
+        except BaseException as error:                    # JobStopped: its hello was refused
             self.fail(BgjobsError(_text(error)) if isinstance(error, JobStopped) else error)
         lines, report, positions = self.link.part_from(self)
-        return _dump({"outcome": self.outcome, "result": self.result, "error": self.error,
-                      "ran": self.ran, "waited": self.waited,
-                      "lines": lines, "report": report, "positions": positions})
+        return {"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran,
+                "waited": self.waited, "was_interrupted": isinstance(self.exception, KeyboardInterrupt),
+                "lines": lines, "report": report, "positions": positions}
 
     def _import_function(self) -> None:
         import importlib

@@ -5981,6 +5981,10 @@ def is_alive(pid):
         return False
 
 
+def interrupt_itself():
+    raise KeyboardInterrupt("by itself")
+
+
 def children_with_pauses(count):
     ids = []
     for n in range(count):
@@ -6401,6 +6405,81 @@ class TestElsewhere:
         runner = bgjobs.Runner(tmp_path / "jobs.db", start=False)
         assert [job.status for job in runner.jobs()] == ["pending"] * 3 and any(job.state for job in runner.jobs())
         runner.close()
+
+    @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+    @pytest.mark.parametrize("busy,ending", [(2, "try: ready()\nfinally: runner.close()"), (3, "with runner: ready()"), (2, "ready()")])
+    def test_what_ctrl_c_cuts_off_in_the_processes_of_a_pool_goes_on_at_the_next_start(self, tmp_path, busy, ending):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, itertools, multiprocessing, sys, time
+            from concurrent.futures import ProcessPoolExecutor
+            def nap():
+                time.sleep(0.3)
+            def count():
+                for n in itertools.count():
+                    bgjobs.current_job().checkpoint(state=n)
+                    sum(range(100_000))
+            def ready():
+                print("ready", flush=True)
+                time.sleep(60)
+            def main(busy, ending):                          # of three processes, a third may be idle
+                pool = lambda: ProcessPoolExecutor(3, multiprocessing.get_context("spawn"))
+                runner = bgjobs.Runner("jobs.db", executor=pool, max_workers=3)
+                [job.result() for job in [runner.submit(nap) for _ in range(3)]]
+                jobs = [runner.submit(count) for _ in range(int(busy))]
+                while not all(job.state for job in jobs):
+                    time.sleep(0.01)
+                exec(ending, {**globals(), "runner": runner})
+            if __name__ == "__main__":
+                main(*sys.argv[1:])
+            """))
+        with open(tmp_path / "printed", "w") as printed:
+            app = subprocess.Popen([sys.executable, "app.py", str(busy), ending], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                                   stdout=printed, stderr=printed, start_new_session=True, env=environment())
+        try:
+            wait_for(lambda: "ready" in (tmp_path / "printed").read_text(), 30)
+            with contextlib.closing(bgjobs.Runner(tmp_path / "jobs.db", start=False)) as runner:
+                jobs = [job for job in runner.jobs() if job.name.endswith("count")]
+                os.killpg(app.pid, signal.SIGINT)
+                if "with" in ending:                                            # waits for the jobs, as executors do: they go on
+                    wait_for(lambda: all(job.attempt == 2 for job in jobs), 20)
+                    states = [job.state for job in jobs]
+                    wait_for(lambda: all(job.state > state for job, state in zip(jobs, states)), 20)
+                    os.killpg(app.pid, signal.SIGINT)
+                assert app.wait(20)
+                assert [(job.status, job.phase, job.errors) for job in jobs] == [("pending", "interrupted", 0)] * busy
+                assert all(job.state for job in jobs)
+                consistent(runner)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(app.pid, signal.SIGKILL)
+            app.wait(10)
+
+    def test_what_is_cut_off_is_given_back_only_if_the_runner_goes_down_within_a_second(self, make, monkeypatch):
+        hand = Hand()
+        runner = make(executor=hand, max_workers=3)
+        jobs = [runner.submit(interrupt_itself), runner.submit(add, 1), runner.submit(hold, "cut off")]
+        wait_for(lambda: len(hand.calls) == 3)
+        hand.execute(0).join()
+        executing = threading.Thread(target=hand.calls[2][1], args=hand.calls[2][2])
+        executing.start()
+        wait_for(lambda: seen[-1:] == ["cut off"])
+        for future, *_ in hand.calls[1:]:
+            future.set_exception(KeyboardInterrupt("by Ctrl-C"))
+        assert [job.status for job in jobs] == ["running"] * 3
+        runner.close()
+        again = make(start=False)
+        assert [(job.status, job.phase, job.attempt) for job in map(again.get, (job.id for job in jobs))] == [
+            ("pending", "interrupted", 1), ("pending", "", 0), ("pending", "interrupted", 1)]
+        consistent(again)
+        gate("cut off").set()
+        executing.join(10)
+
+    def test_who_raises_keyboard_interrupt_while_nobody_goes_down_fails(self, elsewhere):
+        job = elsewhere.submit(interrupt_itself)
+        with pytest.raises(bgjobs.JobFailed, match="KeyboardInterrupt: by itself"):
+            job.result(20)
+        assert job.status == "failed" and elsewhere.submit(add, 1).result(20) == 1
+        consistent(job._runner)
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
