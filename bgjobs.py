@@ -6195,6 +6195,8 @@ RETRY_SECONDS = 10.0               # that a lost connection is tried again, befo
 INTERRUPT_SECONDS = 1.0            # that what is lost waits for the runner to go down: it is given back then
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
+ACCEPTED_AT_ONCE = 10              # far fewer than STRANGERS: else many processes that come at once displace each other
+STRANGERS = 100                    # connections that have shown none; one more, and the oldest is closed
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
 # For each attempt under way, states may wait so long for company in the next transaction; no longer than the second.
 COLLECT_SECONDS = 0.0002
@@ -6509,14 +6511,18 @@ class _Caller:
 
     def __init__(self, callback: Callback) -> None:
         self._callback, self._lines = callback, Lines()
-        self.is_known = False                             # it has shown a token
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has shown a token."""
+        return self not in self._callback.strangers
 
     def connection_made(self, transport: Any) -> None:
         import socket
         self.transport = transport
+        self._patience = self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
+        self._callback.receive(self)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._callback.callers.add(self)
-        self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
 
     def data_received(self, received: bytes) -> None:
         try:
@@ -6546,6 +6552,8 @@ class _Caller:
         pass
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._patience.cancel()                           # it would keep a flood in memory
+        self._callback.strangers.pop(self, None)
         self._callback.callers.discard(self)
         self._callback.lose(self)
 
@@ -6562,7 +6570,8 @@ class Callback:
         self._thread: threading.Thread | None = None
         self._listener: Any = None
         self.loop: Any = None
-        self.callers: set[_Caller] = set()                # these two belong to the loop's thread
+        self.callers: set[_Caller] = set()                # these three belong to the loop's thread
+        self.strangers: dict[_Caller, None] = {}          # of them; a set in order, the oldest first
         self._saves: list[Save] = []
 
     # 1. handing over
@@ -6745,7 +6754,9 @@ class Callback:
         self._listener = socket.create_server((host, int(port)))
         loop = asyncio.SelectorEventLoop()
         make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
-        server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=1024))
+        # The loop accepts as many at once as it is told of here, before it reads what those say. The rest waits outside.
+        server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=ACCEPTED_AT_ONCE))
+        self._listener.listen(1024)
         threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
         self.loop = loop
         # The standard library's own; or the interpreter ends already.
@@ -6772,10 +6783,20 @@ class Callback:
         if attempt.caller is not None and attempt.run is not None:        # else it hears that when it says hello
             attempt.caller.send(0, attempt.token, "void" if attempt.ticket.void else "stop", attempt.reason)
 
+    def receive(self, caller: _Caller) -> None:
+        """Take in a connection, which has shown no token yet; if there are too many of those, close the oldest."""
+        self.callers.add(caller)
+        self.strangers[caller] = None
+        if len(self.strangers) > STRANGERS:
+            oldest = next(iter(self.strangers))
+            del self.strangers[oldest]
+            oldest.transport.abort()
+
     def heed(self, caller: _Caller, token: str, number: int, call: str, arguments: list[Any]) -> None:
         """Carry a call out, or see to it, and answer it."""
         attempt = self._attempts.get(token)
-        caller.is_known |= attempt is not None
+        if attempt is not None:
+            self.strangers.pop(caller, None)
         is_gone = attempt is None or call != "ended" and (
             attempt.ticket.void or call != "hello" and attempt.caller is not caller)
         if attempt is None or is_gone:

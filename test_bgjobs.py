@@ -6215,6 +6215,38 @@ class TestElsewhere:
             assert runner.submit(nested, 1).result(10) == 1
             runner.close()
 
+    def test_a_flood_of_strangers_takes_few_connections_and_holds_up_no_attempt(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "STRANGERS", 20)
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            assert runner.submit(add, 1).result(10) == 1
+            callback, address = runner._callback, runner._callback._listener.getsockname()
+            strangers = [socket.create_connection(address, timeout=10) for _ in range(60)]
+            for stranger in strangers[:40]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert stranger.recv(1) == b""                              # the oldest are closed
+            wait_for(lambda: len(callback.strangers) == 20 and len(callback.callers) == 21)
+            strangers[-1].sendall(b'["wrong",1,"hello","x"]\n')
+            assert strangers[-1].recv(100) == b'[1,null,"gone",""]\n'
+            over, most = threading.Event(), []
+
+            def flood():
+                while not over.is_set():
+                    strangers.append(socket.create_connection(address, timeout=10))
+                    strangers.pop(0).close()
+                    most.append(len(callback.callers))
+            flooding = threading.Thread(target=flood)
+            flooding.start()
+            begun = time.monotonic()
+            for n in range(20):
+                cut_connections(runner)
+                assert runner.submit(add, n).result(10) == n
+            over.set(), flooding.join(10)
+            assert time.monotonic() - begun < 10 and max(most) < 60
+            for stranger in strangers:
+                stranger.close()
+            runner.close()
+
     @pytest.mark.parametrize("places", [2, 16])
     def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make, places):
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
