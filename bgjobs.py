@@ -4943,7 +4943,7 @@ class Runner(Submitter, Executor):
     concurrent.futures.Executor (or what makes one, a class or a function without arguments: then a broken one is
     replaced); max_workers is how many at once, by default the executor's. callback: "host:port" of this machine, by
     which an executor's workers on other machines reach it. clock: returns Unix seconds. Raises ValueError for a bad
-    value, StoreError for a file that cannot be used.
+    value, StoreError for a file that cannot be used, OSError for a callback address that cannot.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None,
@@ -5434,7 +5434,7 @@ class Runner(Submitter, Executor):
         """Take back what a dead process left behind, and begin to run jobs. Returns the runner.
 
         In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules
-        may call it, it does nothing.
+        may call it, it does nothing. Raises OSError: the address given as callback= cannot be used.
         """
         if _serves_attempts:
             return self
@@ -5443,6 +5443,8 @@ class Runner(Submitter, Executor):
         if self._shut:
             raise RuntimeError(f"the runner on {self.path} is shut down; make a new one")
         if not self._started:
+            if self._callback_address is not None:
+                self._callback.listen()                   # now: later nobody would hear of an address that is taken
             _capture_log_records()
             self._recover_dead()
             self._started = True
@@ -6611,8 +6613,7 @@ class Callback:
         if function is None or engine.is_broken:
             return self._end(attempt, None)
         try:
-            if self.loop is None:
-                self._listen()
+            self.listen()
             attempt.host = self._host_for(attempt)
             if attempt.host is None:
                 attempt.future = engine.submit(self._payload(attempt))
@@ -6747,11 +6748,18 @@ class Callback:
 
     # 2. and 3. listening: in the loop's thread
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Open the port, unless it is open. Raises OSError, which names the address."""
         import asyncio
         import socket
-        host, _, port = (self._address or "127.0.0.1:0").rpartition(":")
-        self._listener = socket.create_server((host, int(port)))
+        if self.loop is not None:
+            return
+        address = self._address or "127.0.0.1:0"
+        host, _, port = address.rpartition(":")
+        try:
+            self._listener = socket.create_server((host, int(port)))
+        except OSError as error:
+            raise OSError(error.errno, f"callback {address} cannot be listened at: {error.strerror}") from error
         loop = asyncio.SelectorEventLoop()
         make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
         # The loop accepts as many at once as it is told of here, before it reads what those say. The rest waits outside.

@@ -10,6 +10,7 @@ import contextvars
 import csv
 import datetime
 import decimal
+import errno
 import fractions
 import functools
 import gc
@@ -6523,6 +6524,20 @@ class TestElsewhere:
             with pytest.raises(ValueError, match='callback must be "host:port"'):
                 make(callback=bad)
         assert make(str(tmp_path / "a.db"), executor=concurrent.futures.ThreadPoolExecutor(3)).max_workers == 3
+
+    def test_a_callback_address_that_is_taken_is_an_error_at_start(self, make):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
+                make(executor=Hand(), callback=address)
+            assert caught.value.errno == errno.EADDRINUSE
+            runner = make(executor=concurrent.futures.ThreadPoolExecutor, callback=address, start=False)
+            job = runner.submit(add, 1)
+            with pytest.raises(OSError, match=address):
+                runner.start()
+        assert runner.start().get(job.id).result(10) == 1 and runner._callback._listener.getsockname()[1] == int(address[10:])
+        with pytest.raises(OSError, match="callback no.such.host.invalid:80 cannot be listened at: "):
+            make(executor=Hand(), callback="no.such.host.invalid:80")
 
     def test_functions_say_where_they_execute(self, make):
         here, there = Hand(), Hand()
