@@ -7263,17 +7263,17 @@ class Link:
             raise
 
     def _connect(self) -> bool:
+        """Make the connection, say hello for all that execute here, and repeat what has no answer. False: it cannot be
+        made, or nobody has answered for RETRY_SECONDS by those that could."""
         import socket
-        pause = 0.02
-        while True:
-            try:
+        connection = None
+        while connection is None:
+            away = time.monotonic() - self._lost_at
+            if away > RETRY_SECONDS:
+                return False
+            time.sleep(min(away / 2, 1.0))                # so it is tried at once, and then ever more rarely
+            with contextlib.suppress(OSError):
                 connection = socket.create_connection(self._address, timeout=5)
-                break
-            except OSError:
-                if time.monotonic() - self._lost_at > RETRY_SECONDS:
-                    return False
-                time.sleep(pause)
-                pause = min(2 * pause, 1.0)
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:

@@ -6339,6 +6339,25 @@ class TestElsewhere:
         thread.join(5)
         assert not thread.is_alive() and json.loads(hand.calls[0][0].result(0))["outcome"] in ("halted", "released")
 
+    def test_an_attempt_gives_up_a_port_that_has_become_somebody_elses(self, monkeypatch):
+        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.5)
+        came = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def accept():
+                with contextlib.suppress(OSError):
+                    while True:
+                        server.accept()[0].close()                              # it does not know what is wanted
+                        came.append(time.monotonic())
+            threading.Thread(target=accept, daemon=True).start()
+            link = bgjobs.Link(server.getsockname(), "nowhere.db", 1)
+            attempt = bgjobs.AttemptThere(link, {"claim": [1, None, None, "x", 0, *[None] * 5, "ann", 0, 0, *[None] * 6, 0.0, 0],
+                                                 "token": "t", "module": "test_bgjobs", "function": "add", "is_guest": False})
+            begun = time.monotonic()
+            assert "the runner does not answer at 127.0.0.1:" in attempt.execute()["error"]
+            assert 0.4 < time.monotonic() - begun < 5 and len(came) < 50
+            server.shutdown(socket.SHUT_RDWR)
+
     def test_a_force_stop_kills_nobody_elses_process(self, make, quick_processes):
         runner = make(max_workers=1)
         isolated = runner.options(isolate=True)
