@@ -4958,7 +4958,7 @@ class Runner(Submitter, Executor):
     concurrent.futures.Executor (or what makes one, a class or a function without arguments: then a broken one is
     replaced); max_workers is how many at once, by default the executor's. callback: "host:port" of this machine, by
     which an executor's workers on other machines reach it. clock: returns Unix seconds. Raises ValueError for a bad
-    value, StoreError for a file that cannot be used.
+    value, StoreError for a file that cannot be used, OSError for a callback address that cannot.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, max_workers: int | None = None,
@@ -5028,6 +5028,7 @@ class Runner(Submitter, Executor):
         self._schedules: dict[str, tuple[Any, ...]] = {}  # that this code has, by key: times, zone, function, arguments
         self._started = self._inline = False              # inline: in drain()
         self._shut = self._shut_claims = False            # takes no jobs; claims none, since it goes down
+        self._interrupted_at = -math.inf                  # monotonic; when Ctrl-C had it shut down
         self._close_lock = threading.Lock()               # only one thread closes
         self._service: _Service | None = None
         self._servers: list[Any] = []                     # of the status page
@@ -5448,7 +5449,7 @@ class Runner(Submitter, Executor):
         """Take back what a dead process left behind, and begin to run jobs. Returns the runner.
 
         In a forked child it opens the file anew first. In the process of an isolated attempt, whose function's modules
-        may call it, it does nothing.
+        may call it, it does nothing. Raises OSError: the address given as callback= cannot be used.
         """
         if _serves_attempts:
             return self
@@ -5457,6 +5458,8 @@ class Runner(Submitter, Executor):
         if self._shut:
             raise RuntimeError(f"the runner on {self.path} is shut down; make a new one")
         if not self._started:
+            if self._callback_address is not None:
+                self._callback.listen()                   # now: later nobody would hear of an address that is taken
             _capture_log_records()
             self._recover_dead()
             self._started = True
@@ -5584,6 +5587,8 @@ class Runner(Submitter, Executor):
         ready or running; then close. cancel_futures: cancel those that are pending."""
         with contextlib.suppress(StoreError):
             self._shut = True
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):         # it ends the `with` block of this runner
+                self._interrupted_at = time.monotonic()
             if cancel_futures:
                 self._cancel_pending()
             if self._started and not wait:
@@ -5671,6 +5676,11 @@ class Runner(Submitter, Executor):
         self._presence.vanish(self._id)                   # after that thread, which would open the lock file again
         self._pool.close(self._time_to_close(0.8, 0.2))
         self._handles.close()
+
+    @property
+    def _goes_down(self) -> bool:
+        """Whether what took an attempt's process away, like Ctrl-C, is ending this process, too."""
+        return self._shut_claims or time.monotonic() < self._interrupted_at + 2 * INTERRUPT_SECONDS
 
     def _pause(self) -> None:
         """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
@@ -6180,9 +6190,10 @@ def _leave_to_parent() -> None:
 #      void (superseded).
 #   4. Outcome. run_attempt returns it as a JSON text, and the engine's future brings it. The token is forgotten: what
 #      still comes with it is refused as "gone".
-#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun. A
-#      connection that is lost is made again, and the calls without an answer are repeated; by its number, the runner
-#      carries each out once. When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
+#   5. Or loss. The engine's future brings an error: the attempt has failed, or is given back if it had not begun, or
+#      if the runner goes down, too: Ctrl-C reaches all processes of a terminal, and some may tell before the runner
+#      knows. A connection that is lost is made again, and the calls without an answer are repeated; by its number, the
+#      runner carries each out once. When it cannot be made for RETRY_SECONDS, the attempt stops at its next checkpoint.
 #
 # Lines of JSON go both ways:
 #
@@ -6198,8 +6209,11 @@ def _leave_to_parent() -> None:
 # over what its engine has queued. That may begin in both places: the first to say hello executes it.
 
 RETRY_SECONDS = 10.0               # that a lost connection is tried again, before both sides give up
+INTERRUPT_SECONDS = 1.0            # that what is lost waits for the runner to go down: it is given back then
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
+ACCEPTED_AT_ONCE = 10              # far fewer than STRANGERS: else many processes that come at once displace each other
+STRANGERS = 100                    # connections that have shown none; one more, and the oldest is closed
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
 # For each attempt under way, states may wait so long for company in the next transaction; no longer than the second.
 COLLECT_SECONDS = 0.0002
@@ -6427,6 +6441,7 @@ class Departed(Attempt):
     host: Departed | None = None                          # in whose process it executes, or is to, as a guest
     run: str | None = None                                # the execution of it that has said hello
     caller: _Caller | None = None                         # the connection of its process, if there is one now
+    loss: dict[str, Any] | BaseException | None = None    # what cut it off: the runner may be about to go down, too
     _report: Report | None = None
     _positions_there: str | None = None
 
@@ -6474,16 +6489,18 @@ class Departed(Attempt):
         self.outcome, self.result, self.error = outcome["outcome"], outcome["result"], outcome["error"]
         self.ran, self.waited = outcome["ran"], outcome["waited"]
         self.worked = max(0.0, self.ran - self.waited)
+        if outcome["was_interrupted"] and self.runner._goes_down:
+            self.outcome = RELEASED
 
     def lose(self, error: BaseException) -> None:
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
-        if self.run is None and isinstance(error, BrokenExecutor):
+        if self.runner._goes_down:
+            self.outcome = RELEASED if self.run else UNSPENT
+        elif self.run is None and isinstance(error, BrokenExecutor):
             # Another attempt broke it, or there is something wrong with it.
             self.outcome = UNSPENT
             if not self.engine.has_worked:
                 self.engine.note_broken()
-        elif self.runner._shut_claims:
-            self.outcome = RELEASED                       # Ctrl-C went to its process, too
         else:
             self.ran = self.worked = time.monotonic() - self.begun if self.run else 0.0
             self.fail(error)
@@ -6511,14 +6528,18 @@ class _Caller:
 
     def __init__(self, callback: Callback) -> None:
         self._callback, self._lines = callback, Lines()
-        self.is_known = False                             # it has shown a token
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has shown a token."""
+        return self not in self._callback.strangers
 
     def connection_made(self, transport: Any) -> None:
         import socket
         self.transport = transport
+        self._patience = self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
+        self._callback.receive(self)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._callback.callers.add(self)
-        self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
 
     def data_received(self, received: bytes) -> None:
         try:
@@ -6548,6 +6569,8 @@ class _Caller:
         pass
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._patience.cancel()                           # it would keep a flood in memory
+        self._callback.strangers.pop(self, None)
         self._callback.callers.discard(self)
         self._callback.lose(self)
 
@@ -6564,7 +6587,8 @@ class Callback:
         self._thread: threading.Thread | None = None
         self._listener: Any = None
         self.loop: Any = None
-        self.callers: set[_Caller] = set()                # these two belong to the loop's thread
+        self.callers: set[_Caller] = set()                # these three belong to the loop's thread
+        self.strangers: dict[_Caller, None] = {}          # of them; a set in order, the oldest first
         self._saves: list[Save] = []
 
     # 1. handing over
@@ -6604,8 +6628,7 @@ class Callback:
         if function is None or engine.is_broken:
             return self._end(attempt, None)
         try:
-            if self.loop is None:
-                self._listen()
+            self.listen()
             attempt.host = self._host_for(attempt)
             if attempt.host is None:
                 attempt.future = engine.submit(self._payload(attempt))
@@ -6631,8 +6654,11 @@ class Callback:
                       "runner": self._runner._id, "is_guest": attempt.host is not None})
 
     def _take_back(self, attempt: Departed) -> None:
-        """Cancel what has not begun; kill what has been superseded, if it has a process of its own."""
-        if attempt.host is not None:
+        """Cancel what has not begun; kill what has been superseded, if it has a process of its own; end what has been
+        cut off."""
+        if attempt.loss is not None:
+            self._end(attempt, attempt.loss)
+        elif attempt.host is not None:
             self._give_back(attempt)
         elif attempt.ticket.void and isinstance(attempt.future, IsolatedCall):
             attempt.future.kill()
@@ -6643,14 +6669,22 @@ class Callback:
 
     def _come_back(self, attempt: Departed, future: Any) -> None:
         """Take the outcome from an engine's future. Called in a thread of the engine's."""
+        outcome: Any
         try:
-            outcome = CancelledError() if future.cancelled() else future.result()
+            outcome = json.loads(future.result())
+            is_cut_off = outcome["was_interrupted"]
         except BaseException as error:                    # a process of it died, or was taken away
-            outcome = error
-        if attempt.host is None:                          # else it was taken from the engine before it began
-            self._end(attempt, outcome)
+            outcome, is_cut_off = error, not isinstance(error, CancelledError)
+        if attempt.host is not None:
+            return                                        # it was taken from the engine before it began
+        if is_cut_off:
+            # In this order: either the runner that goes down meets the loss in _take_back, or it is seen here.
+            attempt.loss = outcome
+            if not self._runner._shut_claims:
+                return self._soon(self.loop.call_later, INTERRUPT_SECONDS, self._end, attempt, outcome)
+        self._end(attempt, outcome)
 
-    def _end(self, attempt: Departed, outcome: str | BaseException | None) -> None:
+    def _end(self, attempt: Departed, outcome: dict[str, Any] | BaseException | None) -> None:
         """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over,
         as it is."""
         if self._attempts.pop(attempt.token, None) is None:
@@ -6659,7 +6693,7 @@ class Callback:
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome is not None:
-                attempt.take_over(json.loads(outcome))
+                attempt.take_over(outcome)
         except CancelledError:
             attempt.outcome = UNSPENT
         except BaseException as error:
@@ -6729,14 +6763,23 @@ class Callback:
 
     # 2. and 3. listening: in the loop's thread
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Open the port, unless it is open. Raises OSError, which names the address."""
         import asyncio
         import socket
-        host, _, port = (self._address or "127.0.0.1:0").rpartition(":")
-        self._listener = socket.create_server((host, int(port)))
+        if self.loop is not None:
+            return
+        address = self._address or "127.0.0.1:0"
+        host, _, port = address.rpartition(":")
+        try:
+            self._listener = socket.create_server((host, int(port)))
+        except OSError as error:
+            raise OSError(error.errno, f"callback {address} cannot be listened at: {error.strerror}") from error
         loop = asyncio.SelectorEventLoop()
         make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
-        server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=1024))
+        # The loop accepts as many at once as it is told of here, before it reads what those say. The rest waits outside.
+        server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=ACCEPTED_AT_ONCE))
+        self._listener.listen(1024)
         threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
         self.loop = loop
         # The standard library's own; or the interpreter ends already.
@@ -6763,10 +6806,20 @@ class Callback:
         if attempt.caller is not None and attempt.run is not None:        # else it hears that when it says hello
             attempt.caller.send(0, attempt.token, "void" if attempt.ticket.void else "stop", attempt.reason)
 
+    def receive(self, caller: _Caller) -> None:
+        """Take in a connection, which has shown no token yet; if there are too many of those, close the oldest."""
+        self.callers.add(caller)
+        self.strangers[caller] = None
+        if len(self.strangers) > STRANGERS:
+            oldest = next(iter(self.strangers))
+            del self.strangers[oldest]
+            oldest.transport.abort()
+
     def heed(self, caller: _Caller, token: str, number: int, call: str, arguments: list[Any]) -> None:
         """Carry a call out, or see to it, and answer it."""
         attempt = self._attempts.get(token)
-        caller.is_known |= attempt is not None
+        if attempt is not None:
+            self.strangers.pop(caller, None)
         is_gone = attempt is None or call != "ended" and (
             attempt.ticket.void or call != "hello" and attempt.caller is not caller)
         if attempt is None or is_gone:
@@ -6898,7 +6951,7 @@ class Callback:
             place.set_result(False)                       # it needs none
         return place
 
-    def _call_ended(self, attempt: Departed, outcome: str) -> None:
+    def _call_ended(self, attempt: Departed, outcome: dict[str, Any]) -> None:
         if attempt.host is not None:                      # else its engine was quicker
             self._end(attempt, outcome)
 
@@ -6935,7 +6988,7 @@ def run_attempt(payload: str) -> str:
     """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For
     engines: the one function that they call."""
     given = json.loads(payload)
-    return AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute()
+    return _dump(AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute())
 
 
 _links: dict[tuple[Any, ...], Link] = {}
@@ -6957,20 +7010,20 @@ class AttemptThere(Attempt):
         self.link, self.token, self.run, self.is_guest = link, given["token"], secrets.token_hex(8), given["is_guest"]
         self._module, self._function = given["module"], given["function"]
 
-    def execute(self) -> str:
-        """Say hello, call the function; return the outcome, as JSON."""
+    def execute(self) -> dict[str, Any]:
+        """Say hello, call the function; return the outcome."""
         _capture_log_records()
         try:
             self.link.begin(self)
             if not self.stop_requested:
                 self._import_function()
                 self.runner._perform(self)
-        except (Exception, JobStopped) as error:          # JobStopped: its hello was refused
+        except BaseException as error:                    # JobStopped: its hello was refused
             self.fail(BgjobsError(_text(error)) if isinstance(error, JobStopped) else error)
         lines, report, positions = self.link.part_from(self)
-        return _dump({"outcome": self.outcome, "result": self.result, "error": self.error,
-                      "ran": self.ran, "waited": self.waited,
-                      "lines": lines, "report": report, "positions": positions})
+        return {"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran,
+                "waited": self.waited, "was_interrupted": isinstance(self.exception, KeyboardInterrupt),
+                "lines": lines, "report": report, "positions": positions}
 
     def _import_function(self) -> None:
         import importlib
@@ -7225,17 +7278,17 @@ class Link:
             raise
 
     def _connect(self) -> bool:
+        """Make the connection, say hello for all that execute here, and repeat what has no answer. False: it cannot be
+        made, or nobody has answered for RETRY_SECONDS by those that could."""
         import socket
-        pause = 0.02
-        while True:
-            try:
+        connection = None
+        while connection is None:
+            away = time.monotonic() - self._lost_at
+            if away > RETRY_SECONDS:
+                return False
+            time.sleep(min(away / 2, 1.0))                # so it is tried at once, and then ever more rarely
+            with contextlib.suppress(OSError):
                 connection = socket.create_connection(self._address, timeout=5)
-                break
-            except OSError:
-                if time.monotonic() - self._lost_at > RETRY_SECONDS:
-                    return False
-                time.sleep(pause)
-                pause = min(2 * pause, 1.0)
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:

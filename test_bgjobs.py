@@ -10,6 +10,7 @@ import contextvars
 import csv
 import datetime
 import decimal
+import errno
 import fractions
 import functools
 import gc
@@ -6012,6 +6013,10 @@ def is_alive(pid):
         return False
 
 
+def interrupt_itself():
+    raise KeyboardInterrupt("by itself")
+
+
 def children_with_pauses(count):
     ids = []
     for n in range(count):
@@ -6242,6 +6247,38 @@ class TestElsewhere:
             assert runner.submit(nested, 1).result(10) == 1
             runner.close()
 
+    def test_a_flood_of_strangers_takes_few_connections_and_holds_up_no_attempt(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "STRANGERS", 20)
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            assert runner.submit(add, 1).result(10) == 1
+            callback, address = runner._callback, runner._callback._listener.getsockname()
+            strangers = [socket.create_connection(address, timeout=10) for _ in range(60)]
+            for stranger in strangers[:40]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert stranger.recv(1) == b""                              # the oldest are closed
+            wait_for(lambda: len(callback.strangers) == 20 and len(callback.callers) == 21)
+            strangers[-1].sendall(b'["wrong",1,"hello","x"]\n')
+            assert strangers[-1].recv(100) == b'[1,null,"gone",""]\n'
+            over, most = threading.Event(), []
+
+            def flood():
+                while not over.is_set():
+                    strangers.append(socket.create_connection(address, timeout=10))
+                    strangers.pop(0).close()
+                    most.append(len(callback.callers))
+            flooding = threading.Thread(target=flood)
+            flooding.start()
+            begun = time.monotonic()
+            for n in range(20):
+                cut_connections(runner)
+                assert runner.submit(add, n).result(10) == n
+            over.set(), flooding.join(10)
+            assert time.monotonic() - begun < 10 and max(most) < 60
+            for stranger in strangers:
+                stranger.close()
+            runner.close()
+
     @pytest.mark.parametrize("places", [2, 16])
     def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make, places):
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
@@ -6332,6 +6369,25 @@ class TestElsewhere:
         gate("later").set()
         thread.join(5)
         assert not thread.is_alive() and json.loads(hand.calls[0][0].result(0))["outcome"] in ("halted", "released")
+
+    def test_an_attempt_gives_up_a_port_that_has_become_somebody_elses(self, monkeypatch):
+        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.5)
+        came = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def accept():
+                with contextlib.suppress(OSError):
+                    while True:
+                        server.accept()[0].close()                              # it does not know what is wanted
+                        came.append(time.monotonic())
+            threading.Thread(target=accept, daemon=True).start()
+            link = bgjobs.Link(server.getsockname(), "nowhere.db", 1)
+            attempt = bgjobs.AttemptThere(link, {"claim": [1, None, None, "x", 0, *[None] * 5, "ann", 0, 0, *[None] * 6, 0.0, 0],
+                                                 "token": "t", "module": "test_bgjobs", "function": "add", "is_guest": False})
+            begun = time.monotonic()
+            assert "the runner does not answer at 127.0.0.1:" in attempt.execute()["error"]
+            assert 0.4 < time.monotonic() - begun < 5 and len(came) < 50
+            server.shutdown(socket.SHUT_RDWR)
 
     def test_a_force_stop_kills_nobody_elses_process(self, make, quick_processes):
         runner = make(max_workers=1)
@@ -6433,6 +6489,81 @@ class TestElsewhere:
         assert [job.status for job in runner.jobs()] == ["pending"] * 3 and any(job.state for job in runner.jobs())
         runner.close()
 
+    @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+    @pytest.mark.parametrize("busy,ending", [(2, "try: ready()\nfinally: runner.close()"), (3, "with runner: ready()"), (2, "ready()")])
+    def test_what_ctrl_c_cuts_off_in_the_processes_of_a_pool_goes_on_at_the_next_start(self, tmp_path, busy, ending):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, itertools, multiprocessing, sys, time
+            from concurrent.futures import ProcessPoolExecutor
+            def nap():
+                time.sleep(0.3)
+            def count():
+                for n in itertools.count():
+                    bgjobs.current_job().checkpoint(state=n)
+                    sum(range(100_000))
+            def ready():
+                print("ready", flush=True)
+                time.sleep(60)
+            def main(busy, ending):                          # of three processes, a third may be idle
+                pool = lambda: ProcessPoolExecutor(3, multiprocessing.get_context("spawn"))
+                runner = bgjobs.Runner("jobs.db", executor=pool, max_workers=3)
+                [job.result() for job in [runner.submit(nap) for _ in range(3)]]
+                jobs = [runner.submit(count) for _ in range(int(busy))]
+                while not all(job.state for job in jobs):
+                    time.sleep(0.01)
+                exec(ending, {**globals(), "runner": runner})
+            if __name__ == "__main__":
+                main(*sys.argv[1:])
+            """))
+        with open(tmp_path / "printed", "w") as printed:
+            app = subprocess.Popen([sys.executable, "app.py", str(busy), ending], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                                   stdout=printed, stderr=printed, start_new_session=True, env=environment())
+        try:
+            wait_for(lambda: "ready" in (tmp_path / "printed").read_text(), 30)
+            with contextlib.closing(bgjobs.Runner(tmp_path / "jobs.db", start=False)) as runner:
+                jobs = [job for job in runner.jobs() if job.name.endswith("count")]
+                os.killpg(app.pid, signal.SIGINT)
+                if "with" in ending:                                            # waits for the jobs, as executors do: they go on
+                    wait_for(lambda: all(job.attempt == 2 for job in jobs), 20)
+                    states = [job.state for job in jobs]
+                    wait_for(lambda: all(job.state > state for job, state in zip(jobs, states)), 20)
+                    os.killpg(app.pid, signal.SIGINT)
+                assert app.wait(20)
+                assert [(job.status, job.phase, job.errors) for job in jobs] == [("pending", "interrupted", 0)] * busy
+                assert all(job.state for job in jobs)
+                consistent(runner)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(app.pid, signal.SIGKILL)
+            app.wait(10)
+
+    def test_what_is_cut_off_is_given_back_only_if_the_runner_goes_down_within_a_second(self, make, monkeypatch):
+        hand = Hand()
+        runner = make(executor=hand, max_workers=3)
+        jobs = [runner.submit(interrupt_itself), runner.submit(add, 1), runner.submit(hold, "cut off")]
+        wait_for(lambda: len(hand.calls) == 3)
+        hand.execute(0).join()
+        executing = threading.Thread(target=hand.calls[2][1], args=hand.calls[2][2])
+        executing.start()
+        wait_for(lambda: seen[-1:] == ["cut off"])
+        for future, *_ in hand.calls[1:]:
+            future.set_exception(KeyboardInterrupt("by Ctrl-C"))
+        assert [job.status for job in jobs] == ["running"] * 3
+        runner.close()
+        again = make(start=False)
+        assert [(job.status, job.phase, job.attempt) for job in map(again.get, (job.id for job in jobs))] == [
+            ("pending", "interrupted", 1), ("pending", "", 0), ("pending", "interrupted", 1)]
+        consistent(again)
+        gate("cut off").set()
+        executing.join(10)
+
+    def test_who_raises_keyboard_interrupt_while_nobody_goes_down_fails(self, elsewhere):
+        job = elsewhere.submit(interrupt_itself)
+        with pytest.raises(bgjobs.JobFailed, match="KeyboardInterrupt: by itself"):
+            job.result(20)
+        assert job.status == "failed" and elsewhere.submit(add, 1).result(20) == 1
+        consistent(job._runner)
+
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
             with pytest.raises(ValueError, match="executor must be a concurrent.futures.Executor, what makes one, or None"):
@@ -6443,6 +6574,20 @@ class TestElsewhere:
             with pytest.raises(ValueError, match='callback must be "host:port"'):
                 make(callback=bad)
         assert make(str(tmp_path / "a.db"), executor=concurrent.futures.ThreadPoolExecutor(3)).max_workers == 3
+
+    def test_a_callback_address_that_is_taken_is_an_error_at_start(self, make):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
+                make(executor=Hand(), callback=address)
+            assert caught.value.errno == errno.EADDRINUSE
+            runner = make(executor=concurrent.futures.ThreadPoolExecutor, callback=address, start=False)
+            job = runner.submit(add, 1)
+            with pytest.raises(OSError, match=address):
+                runner.start()
+        assert runner.start().get(job.id).result(10) == 1 and runner._callback._listener.getsockname()[1] == int(address[10:])
+        with pytest.raises(OSError, match="callback no.such.host.invalid:80 cannot be listened at: "):
+            make(executor=Hand(), callback="no.such.host.invalid:80")
 
     def test_functions_say_where_they_execute(self, make):
         here, there = Hand(), Hand()
