@@ -7989,38 +7989,48 @@ const COLUMNS = [
   ["Children", childrenOf],
 ];
 
-const opened = new Set();              // paths ("7", "7/9") of the rows whose children are shown
+const opened = new Set();              // ids of the jobs whose children are shown
 const selected = new Set();            // ids
 let everything = false;                // all that match the filters are, also those that are not shown
 let shown = new Map();                 // id -> job, for every row on the page
 const include = (set, item, isIn) => isIn ? set.add(item) : set.delete(item);
 
-/* Fetch the children of every row that is open, however deep. */
-async function loadOpened(jobs, prefix, signal) {
-  await Promise.all(jobs.map(async job => {
-    const path = prefix + job.id, children = `api/jobs?parent=${job.id}&system=true&limit=${MOST_CHILDREN}`;
-    job.kids = opened.has(path) ? await get(children, signal) : null;
-    if (job.kids) await loadOpened(job.kids.jobs, path + "/", signal);
-  }));
+/* Fetch the children of a job, and theirs where they are open, however deep. */
+async function loadKids(job, signal) {
+  job.kids = await get(`api/jobs?parent=${job.id}&system=true&limit=${MOST_CHILDREN}`, signal);
+  await loadOpened(job.kids.jobs, signal);
 }
 
-function jobTable(jobs, prefix = "", more = null) {
-  const ids = jobs.map(job => job.id), areAll = ids.every(id => selected.has(id));
+const loadOpened = (jobs, signal) =>
+  Promise.all(jobs.filter(({ id }) => opened.has(id)).map(job => loadKids(job, signal)));
+
+/* The jobs of a list, or the children of a parent. */
+function jobTable(list, parent) {
+  const ids = list.jobs.map(job => job.id), areAll = ids.every(id => selected.has(id));
   const head = el("div", { class: "job" }, checkbox("Select all", areAll, ids), el("span", { class: "twist" }), "Job");
-  const rows = jobs.map(job => jobRows(job, prefix, 0));
-  return tableOf([head, ...COLUMNS.map(([title]) => title)], [rows, more], { class: "jobs" });
+  return tableOf([head, ...COLUMNS.map(([title]) => title)], jobRows(list, parent), { class: "jobs" });
 }
 
-function jobRows(job, prefix, depth) {
-  shown.set(job.id, job);
-  const path = prefix + job.id, kids = opened.has(path) && job.kids, isSelected = selected.has(job.id);
+/* A key is a path like "/7/9": a child that is listed for itself may stand below its parent, too. */
+function jobRows({ jobs, next }, parent, depth = 0, path = "") {
+  const rows = jobs.map(job => {
+    shown.set(job.id, job);
+    const key = `${path}/${job.id}`, kids = opened.has(job.id) && job.kids;
+    return [jobRow(job, depth, key), kids && jobRows(kids, job.id, depth + 1, key)];
+  });
+  const isPart = parent && next !== null;                // there are too many for a tree
+  return [rows, isPart && el("tr", { key: path + "/more" },
+    el("td", { class: "more", colspan: COLUMNS.length + 1 }, link(`?parent=${parent}`, "All children as a list")))];
+}
+
+function jobRow(job, depth, key) {
+  const isSelected = selected.has(job.id);
   const name = () => el("div", { class: "job" },
     checkbox(`Select job ${job.id}`, isSelected, [job.id]),
     Array.from({ length: Math.min(depth, 8) }, () => el("span", { class: "indent" })),
-    job.children.total > 0 ? disclosure(job, path) : el("span", { class: "twist" }),
+    job.children.total > 0 ? disclosure(job.id) : el("span", { class: "twist" }),
     el("span", null, link(`jobs/${job.id}`, el("bdi", null, nameOf(job))), " ", small(`#${job.id}`)));
-  const row = tableRow([["Job", name], ...COLUMNS], job, { key: path, class: isSelected && "selected" });
-  return [row, kids && [kids.jobs.map(kid => jobRows(kid, path + "/", depth + 1)), moreRow(job, path)]];
+  return tableRow([["Job", name], ...COLUMNS], job, { key, class: isSelected && "selected" });
 }
 
 function checkbox(label, checked, ids) {
@@ -8033,19 +8043,15 @@ function checkbox(label, checked, ids) {
     el("input", { type: "checkbox", "aria-label": label, ".checked": checked, ".onchange": pick }));
 }
 
-function disclosure(job, path) {
-  const isOpen = opened.has(path);
+function disclosure(id) {
+  const isOpen = opened.has(id);
   const toggle = () => {
-    include(opened, path, !isOpen);
+    include(opened, id, !isOpen);
     poll();
   };
   return button(isOpen ? "\u25be" : "\u25b8", toggle,
-    { class: "twist", "aria-expanded": String(isOpen), "aria-label": `Children of job ${job.id}` });
+    { class: "twist", "aria-expanded": String(isOpen), "aria-label": `Children of job ${id}` });
 }
-
-/* The way to all children, where they are too many for a tree. */
-const moreRow = (job, path) => job.kids.next !== null && el("tr", { key: path + "/more" },
-  el("td", { class: "more", colspan: COLUMNS.length + 1 }, link(`?parent=${job.id}`, "All children as a list")));
 
 // Operations ----------------------------------------------------------------------------------------------
 
@@ -8175,7 +8181,7 @@ async function loadList({ query }, signal) {
   asked.set("limit", PAGE);
   if (query.has("before")) asked.set("before", query.get("before"));
   const answer = await get("api/jobs?" + asked, signal);
-  await loadOpened(answer.jobs, "", signal);
+  await loadOpened(answer.jobs, signal);
   return answer;
 }
 
@@ -8191,7 +8197,7 @@ function drawList({ query, data }) {
     parent ? heading("Children of ", link(`jobs/${parent}`, `job ${parent}`)) : heading("Jobs"),
     tabs("Status", statusTab("", STATUSES), STATUSES.map(name => statusTab(name, [name]))),
     filterForm(query),
-    jobs.length > 0 && jobTable(jobs),
+    jobs.length > 0 && jobTable(data),
     !jobs.length && (String(query) ? nothingMatches(isPart && next) : firstSteps()),
     el("nav", { key: "pages", "aria-label": "Pages", class: "pages" },
       query.has("before") && link(withParams(query, {}), "Newest"),
@@ -8292,12 +8298,11 @@ const ATTEMPT_COLUMNS = [
 
 async function loadJob(here, signal) {
   const [id] = here.args, path = "api/jobs/" + id;
-  opened.add("job/" + id);
   here.log ??= newLog({ job: id, level: "", text: "", regex: "", tree: false, follow: true });
   try {
     const [job, { attempts, positions }] = await Promise.all(
       [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
-    await loadOpened([job], "job/", signal);
+    await loadKids(job, signal);
     const stack = showsStack(job) ? (await get(path + "/stack", signal)).stack : null;
     return { job, stack, attempts, positions };
   } catch (error) {
@@ -8311,7 +8316,7 @@ function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
   shown.set(job.id, job);
   const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
   document.title = `${job.status}${percentage} - ${named(job)} - bgjobs`;
-  const { id, root_id: root, parent_id: parent, kids } = job, path = `job/${id}`;
+  const { id, root_id: root, parent_id: parent, kids } = job;
   return [
     el("nav", { key: "path", class: "path", "aria-label": "Path" }, link("", "Jobs"),
       root !== id && [" / ", link(`jobs/${root}`, `root job ${root}`)],
@@ -8328,7 +8333,7 @@ function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
     el("div", { key: "values", class: "values" }, BLOCKS.map(([name, title]) => !isEmpty(job[name])
       && section(title, el("pre", { tabindex: 0 }, JSON.stringify(job[name], null, 2))))),
     attempts.length > 1 && section("Attempts", table(ATTEMPT_COLUMNS, attempts, "attempt")),
-    kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path))),
+    kids.jobs.length > 0 && section("Children", jobTable(kids, id)),
     logSection(log),
   ];
 }
