@@ -7494,7 +7494,7 @@ PAGE_HTML = r'''<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>bgjobs</title>
-<link id="icon" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
 %3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E
 %3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="page.css">
@@ -8186,10 +8186,7 @@ async function loadList({ query }, signal) {
 }
 
 function drawList({ query, data }) {
-  const { jobs, next, counts } = data, parent = query.get("parent");
-  const busy = ["running", "failed"].map(name => counts[name] && `${count(counts[name])} ${name}`);
-  document.title = `${listed(...busy) || "Jobs"} - bgjobs`;
-  markIcon(counts);
+  const { jobs, next } = data, parent = query.get("parent");
   const statusTab = (name, statuses) => tab(withParams(query, { status: name }), (query.get("status") ?? "") === name,
     name || "all", " ", small(countOf(statuses, data)));
   const isPart = next !== null && jobs.length < PAGE;    // the time was up
@@ -8211,16 +8208,6 @@ function exportLink(query, format) {
   const asked = filtersOf(query);
   asked.set("format", format);
   return el("a", { href: `${BASE}api/export?${asked}`, download: true }, format.toUpperCase());
-}
-
-/* A dot on the tab's icon: red for failed jobs, green for running ones. */
-let bareIcon;
-function markIcon(counts) {
-  const icon = byId("icon"), colour = counts.failed ? "ff5a4f" : counts.running && "44c767";
-  bareIcon ??= icon.getAttribute("href");
-  const dot = colour ? `%3Ccircle cx='12' cy='12' r='4' fill='%23${colour}' stroke='%23fff'/%3E` : "";
-  const href = bareIcon.replace("%3C/svg%3E", dot + "%3C/svg%3E");
-  if (icon.getAttribute("href") !== href) icon.setAttribute("href", href);
 }
 
 function filterForm(query) {
@@ -8299,23 +8286,15 @@ const ATTEMPT_COLUMNS = [
 async function loadJob(here, signal) {
   const [id] = here.args, path = "api/jobs/" + id;
   here.log ??= newLog({ job: id, level: "", text: "", regex: "", tree: false, follow: true });
-  try {
-    const [job, { attempts, positions }] = await Promise.all(
-      [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
-    await loadKids(job, signal);
-    const stack = showsStack(job) ? (await get(path + "/stack", signal)).stack : null;
-    return { job, stack, attempts, positions };
-  } catch (error) {
-    if (error.status === 404) return { missing: error.message };
-    throw error;
-  }
+  const [job, { attempts, positions }] = await Promise.all(
+    [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
+  await loadKids(job, signal);
+  const stack = showsStack(job) ? (await get(path + "/stack", signal)).stack : null;
+  return { job, stack, attempts, positions };
 }
 
-function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
-  if (missing) return [heading("No such job"), el("p", null, missing, " ", link("", "All jobs"))];
+function drawJob({ data: { job, stack, attempts, positions }, log }) {
   shown.set(job.id, job);
-  const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
-  document.title = `${job.status}${percentage} - ${named(job)} - bgjobs`;
   const { id, root_id: root, parent_id: parent, kids } = job;
   return [
     el("nav", { key: "path", class: "path", "aria-label": "Path" }, link("", "Jobs"),
@@ -8463,8 +8442,7 @@ function logSection(log) {
 const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
 
 /* Put the lines that have come into the list. */
-function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
-  if (data.missing) return;
+function drawLines({ log }, toTheEnd = log.fresh.length > 0) {
   const list = byId("log"), isPart = log.level || log.text || log.regex;
   const drawn = lines => lines.splice(0).map(line => logLine(line, log.tree, isPart && contextButton(line)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
@@ -8522,7 +8500,6 @@ const loadSchedules = async (here, signal) =>
   ({ ...await get("api/schedules", signal), isReadOnly: (await session()).read_only });
 
 function drawSchedules({ data: { schedules, isReadOnly } }) {
-  document.title = "Schedules - bgjobs";
   const columns = isReadOnly ? SCHEDULE_COLUMNS : [...SCHEDULE_COLUMNS, ["Actions", scheduleButtons]];
   const none = () => empty(
     el("p", null, "There are no schedules yet. This makes a job each night:"),
@@ -8565,7 +8542,6 @@ function loadStatistics({ query }, signal) {
 }
 
 function drawStatistics({ query, data }) {
-  document.title = "Statistics - bgjobs";
   const path = changes => "statistics" + withParams(query, changes);
   const functions = [...data.functions].sort((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1));
   return [
@@ -8694,28 +8670,29 @@ function visit({ typed = false, scroll = 0 } = {}) {
   poll();
 }
 
-function abandonedIn({ abandoned, workers, pid, host }) {
-  const most = 2 * workers, attempts = abandoned > 1 ? "attempts have" : "attempt has";
-  return `In process ${pid} on ${host}: ${abandoned} force-stopped ${attempts} not ended yet. `
-    + (abandoned < most ? `At ${most} of them it takes no more jobs.` : "It takes no more jobs until some of them do.");
-}
+const abandonedIn = ({ abandoned, workers, pid, host }) => abandoned > 0
+  && `${abandoned} of the force-stopped attempts in process ${pid} on ${host} `
+  + `still run (at ${2 * workers} it takes no more jobs)`;
 
 async function poll() {
   clearTimeout(timer);
   polling?.abort();
   const mine = polling = new AbortController(), late = setTimeout(() => mine.abort(), TIMEOUT_MS);
-  let trouble = "", refused = null;
+  const outcome = { refused: null };
+  let trouble;
   try {
-    const [data, { runners }] = await Promise.all([here.view.load(here, mine.signal), get("api/runners", mine.signal)]);
-    if (mine === polling) here.data = data;
-    trouble = runners.filter(runner => runner.abandoned).map(abandonedIn).join(" ");
-  } catch (error) {
-    if (error.status) refused = error.message;
-    trouble = refused ?? "The connection to the app is lost. Trying again.";
+    const loads = [here.view.load(here, mine.signal), get("api/runners", mine.signal)];
+    const [data, { runners }] = await Promise.all(loads);
+    outcome.data = data;
+    trouble = listed(...runners.map(abandonedIn));
+  } catch ({ status, message }) {
+    if (status) outcome.refused = message;
+    if (status < 500) outcome.data = null;               // it is the address that is wrong, or nothing is there any more
+    trouble = status < 500 ? "" : outcome.refused ?? "The connection to the app is lost. Trying again.";
   }
   clearTimeout(late);
   if (mine !== polling) return;        // somebody could not wait for the next poll
-  here.refused = refused;
+  Object.assign(here, outcome);
   if (byId("banner").textContent !== trouble) byId("banner").textContent = trouble;      // else it is read out again
   if (!document.hidden) timer = setTimeout(poll, POLL_MS);
   draw();
@@ -8731,6 +8708,7 @@ function draw() {
   const content = (here.data ? here.view.draw : drawRefusal)(here);
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
   fill("main", content);
+  document.title = `\u2068${byId("main").querySelector("h1").textContent}\u2069 - bgjobs`;
   fill("bulk", bulkBar());
   fill("views", NAVIGATION.map(([title, path]) =>
     el("a", { href: BASE + path, "aria-current": here.view.under === title && "true" }, title)));
