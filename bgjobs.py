@@ -7740,7 +7740,8 @@ const BASE = location.origin + location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/
 
 const STATUSES = ["pending", "running", "stopping", "stopped", "finished", "failed", "cancelled"];
 
-const OPERATIONS = {       // the button, the word in the answer, and what to say before doing it
+/* Kind -> name -> the button, the word in the answer, and what to say before doing it. */
+const OPERATIONS = { jobs: {
   stop: ["Stop", "stopped"],
   resume: ["Resume", "resumed"],
   force_stop: ["Force stop", "force-stopped", "This does not wait for a checkpoint. What has been done since the "
@@ -7751,13 +7752,12 @@ const OPERATIONS = {       // the button, the word in the answer, and what to sa
     + "count are cleared, and its former children are removed."],
   set_low_priority: ["Low priority", "set to low priority"],
   remove_low_priority: ["Normal priority", "set to normal priority"],
-};
-const SCHEDULE_OPERATIONS = {
+}, schedules: {
   run_now: ["Run now", "submitted"],
   pause: ["Pause", "paused"],
   resume: ["Resume", "resumed"],
   remove: ["Remove", "removed", "Its jobs stay. It comes back when the app registers it again."],
-};
+} };
 
 const WHY = {              // what a phase, or else a status, means for someone who waits
   "scheduled": "It starts at the time it was submitted for.",
@@ -7972,6 +7972,7 @@ function progress(job) {
     el("progress", { max: 1, value: job.progress, "aria-label": `Progress of job ${job.id}` }), text);
 }
 
+const jobInWords = job => `job ${job.id} (${named(job)})`;
 const badCount = number => number > 0 && el("b", { class: "bad" }, count(number));
 
 // The table of jobs ---------------------------------------------------------------------------------------
@@ -8068,21 +8069,22 @@ function clearSelection() {
   draw();
 }
 
-function selectEverything() {
-  everything = true;
-  draw();
-}
-
 function bulkBar() {
-  const ids = [...selected];
+  const ids = [...selected], jobs = ids.map(id => shown.get(id));
   if (!ids.length && !everything) return [byId("answer").textContent && button("Close", clearSelection)];
-  const allowed = everything ? Object.keys(OPERATIONS) : ids.flatMap(id => offered(shown.get(id)));
+  const names = Object.keys(OPERATIONS.jobs), allowed = everything ? names : jobs.flatMap(offered);
   const isPart = here.view.load === loadList && (here.data.next !== null || here.query.has("before"));
+  const selectAll = () => {
+    everything = true;
+    draw();
+  };
+  const [whom, body] = everything
+    ? [`all ${matching()} jobs that match`, { filter: Object.fromEntries(filtersOf(here.query)) }]
+    : [ids.length === 1 ? jobInWords(jobs[0]) : `${ids.length} jobs`, { ids }];
   return [
     el("b", null, everything ? `All ${matching()} that match` : `${ids.length} selected`),
-    isPart && !everything && allowed.length > 0 && button(`Select all ${matching()} that match`, selectEverything),
-    Object.keys(OPERATIONS).map(name =>
-      operationButton(name, everything ? null : ids, { disabled: !allowed.includes(name) })),
+    isPart && !everything && allowed.length > 0 && button(`Select all ${matching()} that match`, selectAll),
+    names.map(name => operationButton("jobs", name, whom, body, { disabled: !allowed.includes(name) })),
     button("Clear selection", clearSelection),
   ];
 }
@@ -8095,31 +8097,22 @@ function countOf(statuses, { counts, atLeast }) {
 
 const matching = () => countOf(here.query.has("status") ? [here.query.get("status")] : STATUSES, here.data);
 
-const operationButton = (name, ids, props) =>
-  button(OPERATIONS[name][0], () => operateOnJobs(name, ids), { key: name, ...props });
-
-/* ids: null for all jobs that match. */
-function operateOnJobs(name, ids) {
-  const [label, done, warning = ""] = OPERATIONS[name], path = "api/jobs/" + name;
-  if (ids) {
-    const whom = ids.length === 1 ? `job ${ids[0]} (${named(shown.get(ids[0]))})` : `${ids.length} jobs`;
-    return operate(path, [label, done, warning], whom, { ids });
-  }
-  const all = "It goes to each job that passes the filters now, also to those that are not shown. ";
-  const filter = Object.fromEntries(filtersOf(here.query));
-  return operate(path, [label, done, all + warning], `all ${matching()} jobs that match`, { filter });
-}
-
-/* Do it, after a question where there is a warning, and say what came of it. */
-async function operate(path, [label, done, warning], whom, body) {
-  if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
-  if (body.filter) say("Working on it\u2026");
-  try {
-    say(outcome(done, await post(path, body)));
-  } catch (error) {
-    say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
-  }
-  poll();
+/* A button that does it, after a question where there is a warning, and says what came of it. */
+function operationButton(kind, name, whom, body, props) {
+  const [label, done, ...warnings] = OPERATIONS[kind][name];
+  if (body.filter) warnings.unshift("It goes to all jobs that pass the filters now, also to those that are not shown.");
+  const operate = async () => {
+    const warning = warnings.join(" ");
+    if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
+    if (body.filter) say("Working on it\u2026");
+    try {
+      say(outcome(done, await post(`api/${kind}/${name}`, body)));
+    } catch (error) {
+      say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
+    }
+    poll();
+  };
+  return button(label, operate, { key: name, ...props });
 }
 
 function outcome(word, { done, refused }) {
@@ -8303,7 +8296,8 @@ function drawJob({ data: { job, stack, attempts, positions }, log }) {
     heading(el("bdi", null, nameOf(job)), " ", small(`#${id}`)),
     el("p", { key: "status" }, statusOf(job.status), job.phase && `, ${job.phase}`, " ",
       small(WHY[job.phase] ?? WHY[job.status], " ", whereItGoesOn(job, positions))),
-    el("p", { key: "operations", class: "buttons" }, offered(job).map(name => operationButton(name, [id]))),
+    el("p", { key: "operations", class: "buttons" },
+      offered(job).map(name => operationButton("jobs", name, jobInWords(job), { ids: [id] }))),
     el("div", { key: "progress" }, progress(job), small(job.message)),
     runs(job) && stackDetails(job, stack),
     job.error && section("Error", el("pre", { class: "error", tabindex: 0 }, job.error)),
@@ -8508,11 +8502,9 @@ function drawSchedules({ data: { schedules, isReadOnly } }) {
 }
 
 const scheduleButtons = each => el("div", { class: "buttons" },
-  ["run_now", each.paused ? "resume" : "pause", !each.registered && "remove"].filter(Boolean).map(name => {
-    const operation = SCHEDULE_OPERATIONS[name], [label] = operation, whom = `the schedule of ${named(each)}`;
-    return button(label, () => operate("api/schedules/" + name, operation, whom, { ids: [each.id] }),
-      { key: name, "aria-label": `${label}: ${named(each)}` });
-  }));
+  ["run_now", each.paused ? "resume" : "pause", !each.registered && "remove"].filter(Boolean).map(name =>
+    operationButton("schedules", name, `the schedule of ${named(each)}`, { ids: [each.id] },
+      { "aria-label": `${OPERATIONS.schedules[name][0]}: ${named(each)}` })));
 
 // Statistics ----------------------------------------------------------------------------------------------
 
@@ -8687,7 +8679,7 @@ async function poll() {
     trouble = listed(...runners.map(abandonedIn));
   } catch ({ status, message }) {
     if (status) outcome.refused = message;
-    if (status < 500) outcome.data = null;               // it is the address that is wrong, or nothing is there any more
+    if (status < 500) outcome.data = null;               // there is no such thing, or not any more
     trouble = status < 500 ? "" : outcome.refused ?? "The connection to the app is lost. Trying again.";
   }
   clearTimeout(late);
