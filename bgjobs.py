@@ -7688,9 +7688,9 @@ svg { display: block; width: 100%; height: 7.5rem; border-top: 1px dashed var(--
 .bar, .band { fill: var(--accent); }
 .bad .bar { fill: var(--bad); }
 .band { opacity: 0.25; }
-.mean { fill: none; stroke: var(--accent); stroke-width: 2; vector-effect: non-scaling-stroke; }
 .at { fill: var(--text); opacity: 0.12; }
-.base { stroke: var(--edge); vector-effect: non-scaling-stroke; }
+line { stroke: var(--edge); vector-effect: non-scaling-stroke; }
+.mean { stroke: var(--accent); stroke-width: 2; }
 figure table { width: auto; }
 figure details[open] { max-height: 16rem; overflow: auto; }
 
@@ -7919,19 +7919,15 @@ const listed = (...parts) => parts.filter(Boolean).join(", ");
 const nameOf = job => /[^\s\p{Cf}]/u.test(job.label ?? "") ? job.label : job.name;      // for a label that can be seen
 const named = job => `\u2068${nameOf(job)}\u2069`;       // in a text: whatever its direction, the rest keeps its own
 
-/* 2026-12-31 23:59:59 where the reader is; null for a time that no calendar has. */
-function localTime(seconds) {
-  const date = new Date(seconds * 1000), local = new Date(date - date.getTimezoneOffset() * 60000);
-  return isNaN(local) ? null : local.toISOString().slice(0, 19).replace("T", " ");
-}
+/* 2026-12-31 23:59:59 where the reader is: how Swedes write it. */
+const localTime = date => date.toLocaleString("sv");
 
 function when(seconds, inFull) {
-  const text = seconds !== null && localTime(seconds);
-  if (!text) return seconds;
-  const isToday = text.slice(0, 10) === localTime(Date.now() / 1000).slice(0, 10);
-  const iso = new Date(seconds * 1000).toISOString();
-  const short = isToday ? text.slice(11) : text.slice(0, 16);
-  return el("time", { datetime: iso, title: iso }, inFull ? text : short);
+  const date = new Date(seconds * 1000);
+  if (seconds === null || isNaN(date)) return seconds;   // there are times that no calendar has
+  const text = localTime(date), iso = date.toISOString();
+  const isToday = date.toDateString() === new Date().toDateString();
+  return el("time", { datetime: iso, title: iso }, inFull ? text : isToday ? text.slice(11) : text.slice(0, 16));
 }
 
 function span(seconds) {
@@ -8143,7 +8139,6 @@ const FLAGS = [["errors", "With errors"], ["low_priority", "Low priority"], ["sy
   ["children", "Children too"]];
 const FILTERS = [...TEXTS, ...FLAGS].map(([name]) => name);
 const isOn = value => value === "true" || value === "1";
-let filtersOpen = false;               // where the window is narrow
 
 /* The filters in the page's query string as the interface has them: times are Unix seconds, and children are left out
    unless they are asked for. */
@@ -8205,10 +8200,8 @@ function exportLink(query, format) {
 
 function filterForm(query) {
   const active = FILTERS.filter(name => query.has(name)).length;
-  const toggle = () => { filtersOpen = !filtersOpen; };
-  const open = filtersOpen || matchMedia("(min-width: 80rem)").matches;
-  return el("details", { key: "filters", class: "filtering", open },
-    el("summary", { ".onclick": toggle }, active ? `Filters (${active})` : "Filters"),
+  return el("details", { key: "filters", class: "filtering", open: matchMedia("(min-width: 80rem)").matches },
+    el("summary", null, active ? `Filters (${active})` : "Filters"),
     el("form", { id: "filters", class: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
       TEXTS.map(([name, label, type]) => el("label", null, label, el("input", { name, type, value: query.get(name) }))),
       el("div", { class: "flags" },
@@ -8510,7 +8503,6 @@ const scheduleButtons = each => el("div", { class: "buttons" },
 
 const WINDOWS = [["1h", "1 hour"], ["24h", "24 hours"], ["7d", "7 days"], ["30d", "30 days"]];
 const CHARTS = [["Created", "created"], ["Failed", "failed", "bad"], ["Waiting", "waiting"], ["Run time", "running"]];
-const CHART_WIDTH = 600, CHART_HEIGHT = 120;
 
 /* A value of the statistics is a number of jobs, or the seconds { avg, min, max } of some, or null: those of none. */
 const isCount = value => typeof value === "number";
@@ -8546,7 +8538,7 @@ function drawStatistics({ query, data }) {
 }
 
 function figure({ parts, total, window, from, to }, title, field, tone) {
-  const clock = seconds => localTime(seconds).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
+  const clock = seconds => localTime(new Date(seconds * 1000)).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
   const values = parts.map(part => part[field]), whole = total[field];
   const most = Math.max(...values.map(value => isCount(value) ? value : value?.max ?? 0));
   const summary = isCount(whole) ? `${count(whole)} in all` : inWords(whole) ?? "no job";
@@ -8559,7 +8551,7 @@ function figure({ parts, total, window, from, to }, title, field, tone) {
       el("b", null, title), " ", el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
     el("small", { class: "most", "aria-hidden": "true" }, most > 0 && (isCount(whole) ? count(most) : span(most))),
     svg("svg", {
-      viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, preserveAspectRatio: "none", class: tone,
+      viewBox: `0 0 ${parts.length} ${most || 1}`, preserveAspectRatio: "none", class: tone,
       role: "img", "aria-label": `${title}, ${summary}. Arrow keys read the parts.`,
       ...pointing(title, parts.length, pointed),
     }, drawing(values, most || 1, pointed)),
@@ -8591,34 +8583,19 @@ function pointing(title, length, pointed) {
   return { tabindex: 0, ".onkeydown": move, ".onpointermove": follow, ".onpointerleave": leave, ".onblur": leave };
 }
 
-/* A bar for each number; or for each run of parts that have seconds, a band from the least to the most and a line
-   through the averages. */
+/* A bar for each number; for seconds one from the least to the most, and a line at the average. In the drawing a part
+   is 1 wide and a value is as high as it says. */
 function drawing(values, most, pointed) {
-  const step = CHART_WIDTH / values.length, y = value => CHART_HEIGHT * (1 - value / most);
-  const bar = (value, index) => value > 0 && svg("rect", { key: index, class: "bar",
-    x: (index + 0.1) * step, width: step * 0.8, y: y(value), height: CHART_HEIGHT - y(value) });
-  const band = run => {
-    const edge = name => run.flatMap(index => [index, index + 1].map(x => `${x * step},${y(values[index][name])}`));
-    return svg("g", { key: run[0] },
-      svg("path", { class: "band", d: `M${edge("max").join("L")}L${edge("min").reverse().join("L")}Z` }),
-      svg("path", { class: "mean", d: `M${edge("avg").join("L")}` }));
-  };
+  const bar = (name, x, low, high) =>
+    svg("rect", { key: name + x, class: name, x: x + 0.1, width: 0.8, y: most - high, height: high - low });
+  const line = (name, x, width, value) =>
+    svg("line", { key: name + x, class: name, x1: x, x2: x + width, y1: most - value, y2: most - value });
   return [
-    pointed !== null
-      && svg("rect", { key: "at", class: "at", x: pointed * step, y: 0, width: step, height: CHART_HEIGHT }),
-    values.every(isCount) ? values.map(bar) : runsOf(values).map(band),
-    svg("line", { key: "base", class: "base", x1: 0, x2: CHART_WIDTH, y1: CHART_HEIGHT, y2: CHART_HEIGHT }),
+    pointed !== null && bar("at", pointed, 0, most),
+    values.map((value, x) => value && (isCount(value) ? bar("bar", x, 0, value)
+      : [bar("band", x, value.min, value.max), line("mean", x, 1, value.avg)])),
+    line("base", 0, values.length, 0),
   ];
-}
-
-/* The runs of values that are there, as lists of their indexes. */
-function runsOf(values) {
-  const runs = [];
-  values.forEach((value, index) => {
-    if (value && !values[index - 1]) runs.push([]);
-    if (value) runs.at(-1).push(index);
-  });
-  return runs;
 }
 
 // Where we are, and keeping it current --------------------------------------------------------------------
