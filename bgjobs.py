@@ -8752,11 +8752,11 @@ def _json_bytes(value: Any) -> bytes:
 
 
 class _Refused(Exception):
-    """A request that is answered with an error: its HTTP status, and the text for people, or a whole body."""
+    """A request that is answered with an error: its HTTP status, and the text for people."""
 
-    def __init__(self, status: int, text: str, *headers: tuple[str, str], body: Any = None) -> None:
+    def __init__(self, status: int, text: str, *headers: tuple[str, str]) -> None:
         super().__init__(text)
-        self.answer = _Answer(_json_bytes(body or {"error": text}), status=status, headers=headers)
+        self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
 # The fields of a query string, each with the function that reads it, or raises ValueError with what it must be.
@@ -8846,7 +8846,6 @@ class _Request:
 def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
     """Yield the pieces of a table of jobs for spreadsheets: a header, then a line for each job."""
     import csv
-    import io
 
     def cell(value: Any) -> Any:
         if isinstance(value, (dict, list)):
@@ -8854,14 +8853,10 @@ def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
         is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
         return "'" + value if is_formula else value       # a spreadsheet would execute what a stranger has named a job
 
-    text = io.StringIO()
-    table = csv.DictWriter(text, EXPORT_COLUMNS)
-    table.writeheader()
+    line = csv.writer(types.SimpleNamespace(write=str)).writerow       # returns what write() does: the line
+    yield line(EXPORT_COLUMNS)
     for infos in pages:
-        table.writerows({name: cell(value) for name, value in info.items()} for info in infos)
-        yield text.getvalue()
-        text.seek(0)
-        text.truncate()
+        yield "".join(line([cell(info[name]) for name in EXPORT_COLUMNS]) for info in infos)
 
 
 def _json_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
@@ -9047,9 +9042,10 @@ class Page:
     def _html(self, request: _Request) -> _Answer:
         return _Answer(PAGE_HTML.encode(), "text/html")
 
-    def _asset(self, request: _Request, kind: str) -> _Answer:
-        if kind == "css":
-            return _Answer(PAGE_CSS.encode(), "text/css")
+    def _css(self, request: _Request) -> _Answer:
+        return _Answer(PAGE_CSS.encode(), "text/css")
+
+    def _javascript(self, request: _Request) -> _Answer:
         return _Answer(PAGE_JS.encode(), "text/javascript")
 
     def _health(self, request: _Request) -> _Answer:
@@ -9084,11 +9080,12 @@ class Page:
 
     def _pages(self, filters: dict[str, Any]) -> Iterator[list[int]]:
         """Yield the ids of all jobs that pass, newest first, a page at a time."""
-        ids, before = find_jobs(self._runner._store, filters, LIST_LIMIT)
-        yield ids
-        while before is not None:
+        before = None
+        while True:
             ids, before = find_jobs(self._runner._store, filters, LIST_LIMIT, before)
             yield ids
+            if before is None:
+                return
 
     def _export(self, request: _Request) -> _Answer:
         """Answer with all jobs that pass the filters, page by page."""
@@ -9153,32 +9150,29 @@ class Page:
 
     # operating
 
-    def _operate(self, request: _Request, kind: str, operation: str) -> dict[str, Any]:
+    def _operate(self, request: _Request, kind: str, operation: str) -> _Answer:
         """Operate on each job, or schedule, that the body names; return what was done and what was refused."""
         operations = TRANSITIONS if kind == "job" else SCHEDULE_OPERATIONS
         if operation not in operations:
             raise _Refused(404, f"there is no such operation; there are {', '.join(operations)}")
         body = request.json()
         ids = self._ids_in(body, kind)
-        done, refused = [], []
+        done, refused, status = [], [], 200
         for each in ids:
             try:
                 if kind == "job":
                     self._runner._operate(operation, each, request.user)
                 else:
                     getattr(Schedule(self._runner, each), operation)()
-            except KeyError:
-                status, why = 404, f"there is no {kind} {each}"
-            except InvalidOperation as error:
-                status, why = 409, str(error)
-            else:
                 done.append(each)
-                continue
-            refused.append({"id": each, "why": why})
-        answer = {"done": done, "refused": refused}
-        if refused and "ids" in body and len(body["ids"]) == 1:
-            raise _Refused(status, why, body=answer)
-        return answer
+            except KeyError:
+                status = 404
+                refused.append({"id": each, "why": f"there is no {kind} {each}"})
+            except InvalidOperation as error:
+                status = 409
+                refused.append({"id": each, "why": str(error)})
+        is_one = "ids" in body and len(body["ids"]) == 1
+        return _Answer(_json_bytes({"done": done, "refused": refused}), status=status if is_one else 200)
 
     def _ids_in(self, body: Any, kind: str) -> Iterable[int]:
         """Return the ids that an operation's body names. ValueError: a bad body."""
@@ -9207,7 +9201,8 @@ class Page:
     # but a commit changes it.
     _ROUTES: tuple[tuple[str, str, Callable[..., Any], bool], ...] = (
         ("GET", r"|statistics|schedules|jobs/[0-9]+", _html, False),
-        ("GET", r"(?:jobs/)?page\.(css|js)", _asset, False),
+        ("GET", r"(?:jobs/)?page\.css", _css, False),
+        ("GET", r"(?:jobs/)?page\.js", _javascript, False),
         ("GET", r"healthz", _health, False),
         ("GET", r"metrics", _metrics, False),
         ("GET", r"api/session", _session, False),
