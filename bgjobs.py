@@ -7566,35 +7566,38 @@ pre.error { border-left: 3px solid var(--bad); }
 h1:focus, main:focus { outline: none; }
 
 /* The frame */
+header, #views, #dock, .tabs, .pages, .flags, .buttons, .filters {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem;
+}
 header, main, #banner, #dock { padding: 0 var(--side); }
 header, #banner, #dock { background: var(--raised); border: 0 solid var(--line); }
-header { display: flex; align-items: center; gap: 1.5rem; border-bottom-width: 1px; }
-header a { padding: 0.625rem 0; color: inherit; text-decoration: none; }
+header { column-gap: 1.5rem; border-bottom-width: 1px; }
+header a { padding: 0.625rem 0; color: inherit; }
 header a[aria-current] { box-shadow: inset 0 -2px var(--accent); }
-#views, .pages, .flags { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+#views, #dock, .pages, .flags { column-gap: 1rem; }
 #banner, #answer { margin: 0; }
 #banner:not(:empty) { padding-block: 0.5rem; border-bottom-width: 1px; color: var(--warn); }
 main { flex: 1; padding-bottom: 2rem; }
 main[aria-busy] { opacity: 0.6; transition: opacity 0s 0.4s; }
-#dock { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1rem; }
+#dock { position: sticky; bottom: 0; }
 #dock:has(:not(:empty)) { padding-block: 0.625rem; border-top-width: 1px; }
 #answer { order: 1; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { position: static; padding: 0.5rem var(--side); }
 .path { margin-top: 0.5rem; }
 .path + h1 { margin-top: 0.25rem; }
-.pages { align-items: baseline; margin-top: 1rem; }
+.pages { margin-top: 1rem; }
 .pages a, .path a { display: inline-block; padding: 0.25rem 0; }
 .export { margin-left: auto; color: var(--quiet); }
 .export a { margin-left: 0.5rem; }
 .empty { margin: 2rem 0; }
 .empty pre { width: fit-content; max-width: 100%; }
 
-.tabs { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
-.tabs a { display: block; padding: 0.1875rem 0.625rem; border-radius: 1rem; color: inherit; text-decoration: none; }
+.tabs { gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
+.tabs a { display: block; padding: 0.1875rem 0.625rem; border-radius: 1rem; color: inherit; }
 .tabs a[aria-current] { background: var(--accent); color: var(--on-accent); }
 .tabs a[aria-current] small { color: inherit; }
-header a:hover, .tabs a:hover, tbody th a:hover { text-decoration: underline; }
+:is(header, .tabs, .job) a:not(:hover) { text-decoration: none; }
 
 dialog {
   max-width: min(30rem, calc(100% - 2rem)); padding: 1.25rem;
@@ -7611,14 +7614,13 @@ input:not([type=checkbox]), select, button {
   min-height: 2rem; padding: 0 0.5rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px;
 }
 input[type=search] { width: 11rem; }
-button { padding: 0 0.75rem; cursor: pointer; }
-button:hover:enabled { border-color: var(--accent); color: var(--accent); }
-button:disabled { color: var(--quiet); border-color: var(--line); cursor: default; }
-button.grave, button.grave:hover:enabled { background: var(--bad); border-color: var(--bad); color: var(--back); }
-button.grave:hover:enabled { border-color: var(--text); }
-.buttons { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.75rem 0; }
+button { padding: 0 0.75rem; }
+button:hover:enabled { box-shadow: 0 0 0 1px; }
+button:disabled { color: var(--quiet); border-color: var(--line); }
+button.grave { background: var(--bad); border-color: var(--bad); color: var(--back); }
+.buttons { margin: 0.75rem 0; }
 td .buttons, #bulk { margin: 0; }
-.filters { display: flex; flex-wrap: wrap; align-items: end; gap: 0.5rem 0.75rem; margin-bottom: 1rem; }
+.filters { align-items: end; column-gap: 0.75rem; margin-bottom: 1rem; }
 .filters label { display: grid; }
 .filters .flag, .flags a { display: flex; align-items: center; gap: 0.375rem; min-height: 2rem; color: var(--text); }
 summary { padding: 0.25rem 0; width: fit-content; }
@@ -7633,13 +7635,13 @@ tbody tr:hover { background: var(--raised); }
 tbody tr.selected { background: var(--chosen); }
 td code { overflow-wrap: anywhere; }
 td > small { display: block; }
-td[data-label=Waiting], td[data-label=Duration], td[data-label=Took] { white-space: nowrap; }
+[data-label=Waiting], [data-label=Duration], [data-label=Took] { white-space: nowrap; }
 td[data-label="Run by"] { min-width: 5rem; overflow-wrap: anywhere; }
 td[data-label=Children] { min-width: 7rem; }
 td progress { flex: none; width: 6.5rem; }
 td .progress { flex-direction: column; align-items: start; }
 .job { display: flex; align-items: center; min-height: 1.75rem; min-width: 14rem; max-width: 24rem; }
-.job a { display: inline-block; padding: 0.1875rem 0; text-decoration: none; }
+.job a { display: inline-block; padding: 0.1875rem 0; }
 .pick { flex: none; display: grid; place-items: center; width: 2rem; height: 1.75rem; }
 .indent { flex: 0 0 1.25rem; }
 .twist { flex: none; width: 1.75rem; min-height: 1.75rem; padding: 0; }
@@ -7697,7 +7699,7 @@ figure details[open] { max-height: 16rem; overflow: auto; }
 @media (min-width: 80rem) { .filtering > summary { display: none; } }
 @media (max-width: 79.99rem) {         /* a row is a card: its name, a job's status, the rest after its title */
   :root { --side: 0.75rem; }
-  #bulk button:disabled, thead, td:empty, .job .twist:empty { display: none; }
+  #bulk button:disabled, thead, td:empty, .pick + .twist:empty { display: none; }
   table, tbody { display: block; }
   tr { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.875rem; padding: 0.25rem 0 0.375rem; }
   tr { border-bottom: 1px solid var(--line); }
@@ -7713,11 +7715,11 @@ figure details[open] { max-height: 16rem; overflow: auto; }
   .jobs thead th:not(:first-child) { display: none; }
   .jobs tr { align-items: start; padding-left: 2rem; }
   .jobs .pick { margin-left: -2rem; }
-  .jobs tbody th { flex-basis: calc(100% - 8.875rem); }
+  .jobs tbody th { flex-basis: calc(100% - 7.875rem); }
   .job { min-width: 0; max-width: none; }
   tbody .job { align-items: start; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
-  td[data-label=Status] { order: 1; flex: 0 0 8rem; padding-top: 0.1875rem; text-align: right; }
+  td[data-label=Status] { order: 1; flex: 0 0 7rem; padding-top: 0.1875rem; text-align: right; }
   td[data-label=Status] > small { display: block; }
   td[data-label=Progress] { order: 1; flex: 1 1 100%; }
   td[data-label=Progress]:has(> small) { display: none; }
