@@ -7690,7 +7690,7 @@ svg { display: block; width: 100%; height: 7.5rem; border-top: 1px dashed var(--
 .bar, .band { fill: var(--accent); }
 .bad .bar { fill: var(--bad); }
 .band { opacity: 0.25; }
-.at { fill: var(--text); opacity: 0.12; }
+.at { fill: var(--text); opacity: 0.25; }
 line { stroke: var(--edge); vector-effect: non-scaling-stroke; }
 .mean { stroke: var(--accent); stroke-width: 2; }
 figure table { width: auto; }
@@ -7919,7 +7919,9 @@ const count = number => number > 10000 ? "10,000+" : grouped.format(number);
 const percent = progress => Math.floor(progress * 100) + "%";
 const listed = (...parts) => parts.filter(Boolean).join(", ");
 const nameOf = job => /[^\s\p{Cf}]/u.test(job.label ?? "") ? job.label : job.name;      // for a label that can be seen
-const named = job => `\u2068${nameOf(job)}\u2069`;       // in a text: whatever its direction, the rest keeps its own
+/* In a text, whatever the direction of a name: the rest keeps its own. */
+const isolated = text => `\u2068${text.replace(/\p{Bidi_Control}/gu, "")}\u2069`;
+const named = job => isolated(nameOf(job));
 
 /* 2026-12-31 23:59:59 where the reader is: how Swedes write it. */
 const localTime = date => date.toLocaleString("sv");
@@ -8093,7 +8095,7 @@ function countOf(statuses, { counts, atLeast }) {
   return grouped.format(sum) + (statuses.some(name => counts[name] > 10000 || atLeast.includes(name)) ? "+" : "");
 }
 
-const matching = () => countOf(here.query.has("status") ? [here.query.get("status")] : STATUSES, here.data);
+const matching = () => countOf(STATUSES.filter(name => name === (here.query.get("status") || name)), here.data);
 
 /* A button that does it, after a question where there is a warning, and says what came of it. */
 function operationButton(kind, name, whom, body, props) {
@@ -8352,9 +8354,11 @@ async function getLines({ job, level, text, tree }, where, signal) {
 }
 
 async function loadLines(log, signal) {
-  const lines = await getLines(log, { after: log.after, limit: LOG_PAGE }, signal);
-  log.fresh.push(...await matchingLines(log, lines));
-  log.after = lines.at(-1)?.id ?? log.after;
+  const { after } = log, lines = await getLines(log, { after, limit: LOG_PAGE }, signal);
+  const found = await matchingLines(log, lines);
+  if (log.after !== after) return;     // another poll was quicker
+  log.fresh.push(...found);
+  log.after = lines.at(-1)?.id ?? after;
   if (!log.first) {
     log.first = lines[0];
     log.isWhole = lines.length < LOG_PAGE;
@@ -8363,11 +8367,12 @@ async function loadLines(log, signal) {
 }
 
 async function loadEarlier(log, signal) {
-  const lines = await getLines(log, { until: log.first.at, limit: LOG_MOST }, signal);
-  const earlier = lines.filter(({ id }) => id < log.first.id);
+  const { first } = log, lines = await getLines(log, { until: first.at, limit: LOG_MOST }, signal);
+  const earlier = lines.filter(({ id }) => id < first.id), found = await matchingLines(log, earlier);
+  if (log.first !== first) return;     // the button was pressed twice
   log.isWhole = lines.length < LOG_MOST || !earlier.length;
-  log.first = earlier[0] ?? log.first;
-  log.earlier.unshift(...await matchingLines(log, earlier));
+  log.first = earlier[0] ?? first;
+  log.earlier.unshift(...found);
 }
 
 /* The lines that the log's expression is found in. It is tried here, so that a slow one keeps nobody's app busy,
@@ -8670,7 +8675,7 @@ async function poll() {
 }
 
 const drawRefusal = ({ refused }) =>
-  [heading("This cannot be shown"), el("p", null, refused, " ", link("", "All jobs"))];
+  [heading("This cannot be shown"), el("p", null, refused), link("", "All jobs")];
 
 function draw() {
   if (!here.data && !here.refused) return;
@@ -8679,7 +8684,7 @@ function draw() {
   const content = (here.data ? here.view.draw : drawRefusal)(here);
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
   fill("main", content);
-  document.title = `\u2068${byId("main").querySelector("h1").textContent}\u2069 - bgjobs`;
+  document.title = `${isolated(byId("main").querySelector("h1").textContent)} - bgjobs`;
   fill("bulk", bulkBar());
   fill("views", NAVIGATION.map(([title, path]) =>
     el("a", { href: BASE + path, "aria-current": here.view.under === title && "true" }, title)));
@@ -8776,10 +8781,10 @@ def _truth(text: str) -> bool:
 
 
 def _unix_seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("Unix seconds") from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(seconds := float(text)):
+            return seconds
+    raise ValueError("Unix seconds")
 
 
 def _parent(text: str) -> int | None:
@@ -8827,7 +8832,11 @@ class _Request:
 
     def fields(self, known: _Fields) -> dict[str, Any]:
         from urllib.parse import parse_qsl
-        return _read_fields(dict(parse_qsl(self.query, max_num_fields=50)), known)
+        given = parse_qsl(self.query, max_num_fields=50)
+        fields = dict(given)
+        if len(fields) < len(given):                      # readers disagree whether the first or the last counts
+            raise ValueError("each parameter may be given once")
+        return _read_fields(fields, known)
 
     def json(self) -> Any:
         length = self.environ.get("CONTENT_LENGTH") or ""
