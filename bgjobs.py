@@ -7562,7 +7562,7 @@ PAGE_HTML = r'''<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>bgjobs</title>
-<link id="icon" rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
 %3Crect width='16' height='16' rx='3' fill='%232456c7'/%3E
 %3Cpath d='M3 5h10M3 8h7M3 11h4' stroke='%23fff' stroke-width='1.6'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="page.css">
@@ -7634,35 +7634,38 @@ pre.error { border-left: 3px solid var(--bad); }
 h1:focus, main:focus { outline: none; }
 
 /* The frame */
+header, #views, #dock, .tabs, .pages, .flags, .buttons, .filters {
+  display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem;
+}
 header, main, #banner, #dock { padding: 0 var(--side); }
 header, #banner, #dock { background: var(--raised); border: 0 solid var(--line); }
-header { display: flex; align-items: center; gap: 1.5rem; border-bottom-width: 1px; }
-header a { padding: 0.625rem 0; color: inherit; text-decoration: none; }
+header { column-gap: 1.5rem; border-bottom-width: 1px; }
+header a { padding: 0.625rem 0; color: inherit; }
 header a[aria-current] { box-shadow: inset 0 -2px var(--accent); }
-#views, .pages, .flags { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+#views, #dock, .pages, .flags { column-gap: 1rem; }
 #banner, #answer { margin: 0; }
 #banner:not(:empty) { padding-block: 0.5rem; border-bottom-width: 1px; color: var(--warn); }
 main { flex: 1; padding-bottom: 2rem; }
 main[aria-busy] { opacity: 0.6; transition: opacity 0s 0.4s; }
-#dock { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem 1rem; }
+#dock { position: sticky; bottom: 0; }
 #dock:has(:not(:empty)) { padding-block: 0.625rem; border-top-width: 1px; }
 #answer { order: 1; }
 .skip { position: absolute; left: -99rem; }
 .skip:focus { position: static; padding: 0.5rem var(--side); }
 .path { margin-top: 0.5rem; }
 .path + h1 { margin-top: 0.25rem; }
-.pages { align-items: baseline; margin-top: 1rem; }
+.pages { margin-top: 1rem; }
 .pages a, .path a { display: inline-block; padding: 0.25rem 0; }
 .export { margin-left: auto; color: var(--quiet); }
 .export a { margin-left: 0.5rem; }
 .empty { margin: 2rem 0; }
 .empty pre { width: fit-content; max-width: 100%; }
 
-.tabs { display: flex; flex-wrap: wrap; gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
-.tabs a { display: block; padding: 0.1875rem 0.625rem; border-radius: 1rem; color: inherit; text-decoration: none; }
+.tabs { gap: 0.25rem; margin: 0 0 0.75rem; padding: 0; list-style: none; }
+.tabs a { display: block; padding: 0.1875rem 0.625rem; border-radius: 1rem; color: inherit; }
 .tabs a[aria-current] { background: var(--accent); color: var(--on-accent); }
 .tabs a[aria-current] small { color: inherit; }
-header a:hover, .tabs a:hover, tbody th a:hover { text-decoration: underline; }
+:is(header, .tabs, .job) a:not(:hover) { text-decoration: none; }
 
 dialog {
   max-width: min(30rem, calc(100% - 2rem)); padding: 1.25rem;
@@ -7679,14 +7682,13 @@ input:not([type=checkbox]), select, button {
   min-height: 2rem; padding: 0 0.5rem; background: var(--back); border: 1px solid var(--edge); border-radius: 4px;
 }
 input[type=search] { width: 11rem; }
-button { padding: 0 0.75rem; cursor: pointer; }
-button:hover:enabled { border-color: var(--accent); color: var(--accent); }
-button:disabled { color: var(--quiet); border-color: var(--line); cursor: default; }
-button.grave, button.grave:hover:enabled { background: var(--bad); border-color: var(--bad); color: var(--back); }
-button.grave:hover:enabled { border-color: var(--text); }
-.buttons { display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; margin: 0.75rem 0; }
+button { padding: 0 0.75rem; }
+button:hover:enabled { box-shadow: 0 0 0 1px; }
+button:disabled { color: var(--quiet); border-color: var(--line); }
+button.grave { background: var(--bad); border-color: var(--bad); color: var(--back); }
+.buttons { margin: 0.75rem 0; }
 td .buttons, #bulk { margin: 0; }
-.filters { display: flex; flex-wrap: wrap; align-items: end; gap: 0.5rem 0.75rem; margin-bottom: 1rem; }
+.filters { align-items: end; column-gap: 0.75rem; margin-bottom: 1rem; }
 .filters label { display: grid; }
 .filters .flag, .flags a { display: flex; align-items: center; gap: 0.375rem; min-height: 2rem; color: var(--text); }
 summary { padding: 0.25rem 0; width: fit-content; }
@@ -7701,13 +7703,13 @@ tbody tr:hover { background: var(--raised); }
 tbody tr.selected { background: var(--chosen); }
 td code { overflow-wrap: anywhere; }
 td > small { display: block; }
-td[data-label=Waiting], td[data-label=Duration], td[data-label=Took] { white-space: nowrap; }
+[data-label=Waiting], [data-label=Duration], [data-label=Took] { white-space: nowrap; }
 td[data-label="Run by"] { min-width: 5rem; overflow-wrap: anywhere; }
 td[data-label=Children] { min-width: 7rem; }
 td progress { flex: none; width: 6.5rem; }
 td .progress { flex-direction: column; align-items: start; }
 .job { display: flex; align-items: center; min-height: 1.75rem; min-width: 14rem; max-width: 24rem; }
-.job a { display: inline-block; padding: 0.1875rem 0; text-decoration: none; }
+.job a { display: inline-block; padding: 0.1875rem 0; }
 .pick { flex: none; display: grid; place-items: center; width: 2rem; height: 1.75rem; }
 .indent { flex: 0 0 1.25rem; }
 .twist { flex: none; width: 1.75rem; min-height: 1.75rem; padding: 0; }
@@ -7756,16 +7758,16 @@ svg { display: block; width: 100%; height: 7.5rem; border-top: 1px dashed var(--
 .bar, .band { fill: var(--accent); }
 .bad .bar { fill: var(--bad); }
 .band { opacity: 0.25; }
-.mean { fill: none; stroke: var(--accent); stroke-width: 2; vector-effect: non-scaling-stroke; }
-.at { fill: var(--text); opacity: 0.12; }
-.base { stroke: var(--edge); vector-effect: non-scaling-stroke; }
+.at { fill: var(--text); opacity: 0.25; }
+line { stroke: var(--edge); vector-effect: non-scaling-stroke; }
+.mean { stroke: var(--accent); stroke-width: 2; }
 figure table { width: auto; }
 figure details[open] { max-height: 16rem; overflow: auto; }
 
 @media (min-width: 80rem) { .filtering > summary { display: none; } }
 @media (max-width: 79.99rem) {         /* a row is a card: its name, a job's status, the rest after its title */
   :root { --side: 0.75rem; }
-  #bulk button:disabled, thead, td:empty, .job .twist:empty { display: none; }
+  #bulk button:disabled, thead, td:empty, .pick + .twist:empty { display: none; }
   table, tbody { display: block; }
   tr { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.875rem; padding: 0.25rem 0 0.375rem; }
   tr { border-bottom: 1px solid var(--line); }
@@ -7781,11 +7783,11 @@ figure details[open] { max-height: 16rem; overflow: auto; }
   .jobs thead th:not(:first-child) { display: none; }
   .jobs tr { align-items: start; padding-left: 2rem; }
   .jobs .pick { margin-left: -2rem; }
-  .jobs tbody th { flex-basis: calc(100% - 8.875rem); }
+  .jobs tbody th { flex-basis: calc(100% - 7.875rem); }
   .job { min-width: 0; max-width: none; }
   tbody .job { align-items: start; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
-  td[data-label=Status] { order: 1; flex: 0 0 8rem; padding-top: 0.1875rem; text-align: right; }
+  td[data-label=Status] { order: 1; flex: 0 0 7rem; padding-top: 0.1875rem; text-align: right; }
   td[data-label=Status] > small { display: block; }
   td[data-label=Progress] { order: 1; flex: 1 1 100%; }
   td[data-label=Progress]:has(> small) { display: none; }
@@ -7808,7 +7810,8 @@ const BASE = location.origin + location.pathname.replace(/\/jobs\/\d+$|\/[^/]*$/
 
 const STATUSES = ["pending", "running", "stopping", "stopped", "finished", "failed", "cancelled"];
 
-const OPERATIONS = {       // the button, the word in the answer, and what to say before doing it
+/* Kind -> name -> the button, the word in the answer, and what to say before doing it. */
+const OPERATIONS = { jobs: {
   stop: ["Stop", "stopped"],
   resume: ["Resume", "resumed"],
   force_stop: ["Force stop", "force-stopped", "This does not wait for a checkpoint. What has been done since the "
@@ -7819,13 +7822,12 @@ const OPERATIONS = {       // the button, the word in the answer, and what to sa
     + "count are cleared, and its former children are removed."],
   set_low_priority: ["Low priority", "set to low priority"],
   remove_low_priority: ["Normal priority", "set to normal priority"],
-};
-const SCHEDULE_OPERATIONS = {
+}, schedules: {
   run_now: ["Run now", "submitted"],
   pause: ["Pause", "paused"],
   resume: ["Resume", "resumed"],
   remove: ["Remove", "removed", "Its jobs stay. It comes back when the app registers it again."],
-};
+} };
 
 const WHY = {              // what a phase, or else a status, means for someone who waits
   "scheduled": "It starts at the time it was submitted for.",
@@ -7985,21 +7987,19 @@ const count = number => number > 10000 ? "10,000+" : grouped.format(number);
 const percent = progress => Math.floor(progress * 100) + "%";
 const listed = (...parts) => parts.filter(Boolean).join(", ");
 const nameOf = job => /[^\s\p{Cf}]/u.test(job.label ?? "") ? job.label : job.name;      // for a label that can be seen
-const named = job => `\u2068${nameOf(job)}\u2069`;       // in a text: whatever its direction, the rest keeps its own
+/* In a text, whatever the direction of a name: the rest keeps its own. */
+const isolated = text => `\u2068${text.replace(/\p{Bidi_Control}/gu, "")}\u2069`;
+const named = job => isolated(nameOf(job));
 
-/* 2026-12-31 23:59:59 where the reader is; null for a time that no calendar has. */
-function localTime(seconds) {
-  const date = new Date(seconds * 1000), local = new Date(date - date.getTimezoneOffset() * 60000);
-  return isNaN(local) ? null : local.toISOString().slice(0, 19).replace("T", " ");
-}
+/* 2026-12-31 23:59:59 where the reader is: how Swedes write it. */
+const localTime = date => date.toLocaleString("sv");
 
 function when(seconds, inFull) {
-  const text = seconds !== null && localTime(seconds);
-  if (!text) return seconds;
-  const isToday = text.slice(0, 10) === localTime(Date.now() / 1000).slice(0, 10);
-  const iso = new Date(seconds * 1000).toISOString();
-  const short = isToday ? text.slice(11) : text.slice(0, 16);
-  return el("time", { datetime: iso, title: iso }, inFull ? text : short);
+  const date = new Date(seconds * 1000);
+  if (seconds === null || isNaN(date)) return seconds;   // there are times that no calendar has
+  const text = localTime(date), iso = date.toISOString();
+  const isToday = date.toDateString() === new Date().toDateString();
+  return el("time", { datetime: iso, title: iso }, inFull ? text : isToday ? text.slice(11) : text.slice(0, 16));
 }
 
 function span(seconds) {
@@ -8040,6 +8040,7 @@ function progress(job) {
     el("progress", { max: 1, value: job.progress, "aria-label": `Progress of job ${job.id}` }), text);
 }
 
+const jobInWords = job => `job ${job.id} (${named(job)})`;
 const badCount = number => number > 0 && el("b", { class: "bad" }, count(number));
 
 // The table of jobs ---------------------------------------------------------------------------------------
@@ -8057,38 +8058,48 @@ const COLUMNS = [
   ["Children", childrenOf],
 ];
 
-const opened = new Set();              // paths ("7", "7/9") of the rows whose children are shown
+const opened = new Set();              // ids of the jobs whose children are shown
 const selected = new Set();            // ids
 let everything = false;                // all that match the filters are, also those that are not shown
 let shown = new Map();                 // id -> job, for every row on the page
 const include = (set, item, isIn) => isIn ? set.add(item) : set.delete(item);
 
-/* Fetch the children of every row that is open, however deep. */
-async function loadOpened(jobs, prefix, signal) {
-  await Promise.all(jobs.map(async job => {
-    const path = prefix + job.id, children = `api/jobs?parent=${job.id}&system=true&limit=${MOST_CHILDREN}`;
-    job.kids = opened.has(path) ? await get(children, signal) : null;
-    if (job.kids) await loadOpened(job.kids.jobs, path + "/", signal);
-  }));
+/* Fetch the children of a job, and theirs where they are open, however deep. */
+async function loadKids(job, signal) {
+  job.kids = await get(`api/jobs?parent=${job.id}&system=true&limit=${MOST_CHILDREN}`, signal);
+  await loadOpened(job.kids.jobs, signal);
 }
 
-function jobTable(jobs, prefix = "", more = null) {
-  const ids = jobs.map(job => job.id), areAll = ids.every(id => selected.has(id));
+const loadOpened = (jobs, signal) =>
+  Promise.all(jobs.filter(({ id }) => opened.has(id)).map(job => loadKids(job, signal)));
+
+/* The jobs of a list, or the children of a parent. */
+function jobTable(list, parent) {
+  const ids = list.jobs.map(job => job.id), areAll = ids.every(id => selected.has(id));
   const head = el("div", { class: "job" }, checkbox("Select all", areAll, ids), el("span", { class: "twist" }), "Job");
-  const rows = jobs.map(job => jobRows(job, prefix, 0));
-  return tableOf([head, ...COLUMNS.map(([title]) => title)], [rows, more], { class: "jobs" });
+  return tableOf([head, ...COLUMNS.map(([title]) => title)], jobRows(list, parent), { class: "jobs" });
 }
 
-function jobRows(job, prefix, depth) {
-  shown.set(job.id, job);
-  const path = prefix + job.id, kids = opened.has(path) && job.kids, isSelected = selected.has(job.id);
+/* A key is a path like "/7/9": a child that is listed for itself may stand below its parent, too. */
+function jobRows({ jobs, next }, parent, depth = 0, path = "") {
+  const rows = jobs.map(job => {
+    shown.set(job.id, job);
+    const key = `${path}/${job.id}`, kids = opened.has(job.id) && job.kids;
+    return [jobRow(job, depth, key), kids && jobRows(kids, job.id, depth + 1, key)];
+  });
+  const isPart = parent && next !== null;                // there are too many for a tree
+  return [rows, isPart && el("tr", { key: path + "/more" },
+    el("td", { class: "more", colspan: COLUMNS.length + 1 }, link(`?parent=${parent}`, "All children as a list")))];
+}
+
+function jobRow(job, depth, key) {
+  const isSelected = selected.has(job.id);
   const name = () => el("div", { class: "job" },
     checkbox(`Select job ${job.id}`, isSelected, [job.id]),
     Array.from({ length: Math.min(depth, 8) }, () => el("span", { class: "indent" })),
-    job.children.total > 0 ? disclosure(job, path) : el("span", { class: "twist" }),
+    job.children.total > 0 ? disclosure(job.id) : el("span", { class: "twist" }),
     el("span", null, link(`jobs/${job.id}`, el("bdi", null, nameOf(job))), " ", small(`#${job.id}`)));
-  const row = tableRow([["Job", name], ...COLUMNS], job, { key: path, class: isSelected && "selected" });
-  return [row, kids && [kids.jobs.map(kid => jobRows(kid, path + "/", depth + 1)), moreRow(job, path)]];
+  return tableRow([["Job", name], ...COLUMNS], job, { key, class: isSelected && "selected" });
 }
 
 function checkbox(label, checked, ids) {
@@ -8101,19 +8112,15 @@ function checkbox(label, checked, ids) {
     el("input", { type: "checkbox", "aria-label": label, ".checked": checked, ".onchange": pick }));
 }
 
-function disclosure(job, path) {
-  const isOpen = opened.has(path);
+function disclosure(id) {
+  const isOpen = opened.has(id);
   const toggle = () => {
-    include(opened, path, !isOpen);
+    include(opened, id, !isOpen);
     poll();
   };
   return button(isOpen ? "\u25be" : "\u25b8", toggle,
-    { class: "twist", "aria-expanded": String(isOpen), "aria-label": `Children of job ${job.id}` });
+    { class: "twist", "aria-expanded": String(isOpen), "aria-label": `Children of job ${id}` });
 }
-
-/* The way to all children, where they are too many for a tree. */
-const moreRow = (job, path) => job.kids.next !== null && el("tr", { key: path + "/more" },
-  el("td", { class: "more", colspan: COLUMNS.length + 1 }, link(`?parent=${job.id}`, "All children as a list")));
 
 // Operations ----------------------------------------------------------------------------------------------
 
@@ -8130,21 +8137,22 @@ function clearSelection() {
   draw();
 }
 
-function selectEverything() {
-  everything = true;
-  draw();
-}
-
 function bulkBar() {
-  const ids = [...selected];
+  const ids = [...selected], jobs = ids.map(id => shown.get(id));
   if (!ids.length && !everything) return [byId("answer").textContent && button("Close", clearSelection)];
-  const allowed = everything ? Object.keys(OPERATIONS) : ids.flatMap(id => offered(shown.get(id)));
+  const names = Object.keys(OPERATIONS.jobs), allowed = everything ? names : jobs.flatMap(offered);
   const isPart = here.view.load === loadList && (here.data.next !== null || here.query.has("before"));
+  const selectAll = () => {
+    everything = true;
+    draw();
+  };
+  const [whom, body] = everything
+    ? [`all ${matching()} jobs that match`, { filter: Object.fromEntries(filtersOf(here.query)) }]
+    : [ids.length === 1 ? jobInWords(jobs[0]) : `${ids.length} jobs`, { ids }];
   return [
     el("b", null, everything ? `All ${matching()} that match` : `${ids.length} selected`),
-    isPart && !everything && allowed.length > 0 && button(`Select all ${matching()} that match`, selectEverything),
-    Object.keys(OPERATIONS).map(name =>
-      operationButton(name, everything ? null : ids, { disabled: !allowed.includes(name) })),
+    isPart && !everything && allowed.length > 0 && button(`Select all ${matching()} that match`, selectAll),
+    names.map(name => operationButton("jobs", name, whom, body, { disabled: !allowed.includes(name) })),
     button("Clear selection", clearSelection),
   ];
 }
@@ -8155,33 +8163,24 @@ function countOf(statuses, { counts, atLeast }) {
   return grouped.format(sum) + (statuses.some(name => counts[name] > 10000 || atLeast.includes(name)) ? "+" : "");
 }
 
-const matching = () => countOf(here.query.has("status") ? [here.query.get("status")] : STATUSES, here.data);
+const matching = () => countOf(STATUSES.filter(name => name === (here.query.get("status") || name)), here.data);
 
-const operationButton = (name, ids, props) =>
-  button(OPERATIONS[name][0], () => operateOnJobs(name, ids), { key: name, ...props });
-
-/* ids: null for all jobs that match. */
-function operateOnJobs(name, ids) {
-  const [label, done, warning = ""] = OPERATIONS[name], path = "api/jobs/" + name;
-  if (ids) {
-    const whom = ids.length === 1 ? `job ${ids[0]} (${named(shown.get(ids[0]))})` : `${ids.length} jobs`;
-    return operate(path, [label, done, warning], whom, { ids });
-  }
-  const all = "It goes to each job that passes the filters now, also to those that are not shown. ";
-  const filter = Object.fromEntries(filtersOf(here.query));
-  return operate(path, [label, done, all + warning], `all ${matching()} jobs that match`, { filter });
-}
-
-/* Do it, after a question where there is a warning, and say what came of it. */
-async function operate(path, [label, done, warning], whom, body) {
-  if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
-  if (body.filter) say("Working on it\u2026");
-  try {
-    say(outcome(done, await post(path, body)));
-  } catch (error) {
-    say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
-  }
-  poll();
+/* A button that does it, after a question where there is a warning, and says what came of it. */
+function operationButton(kind, name, whom, body, props) {
+  const [label, done, ...warnings] = OPERATIONS[kind][name];
+  if (body.filter) warnings.unshift("It goes to all jobs that pass the filters now, also to those that are not shown.");
+  const operate = async () => {
+    const warning = warnings.join(" ");
+    if (warning && !await confirmed(`${label} ${whom}?`, warning, `Yes, ${label.toLowerCase()}`)) return;
+    if (body.filter) say("Working on it\u2026");
+    try {
+      say(outcome(done, await post(`api/${kind}/${name}`, body)));
+    } catch (error) {
+      say(error.status ? error.message : "The app did not answer, so it is not known whether this was done.");
+    }
+    poll();
+  };
+  return button(label, operate, { key: name, ...props });
 }
 
 function outcome(word, { done, refused }) {
@@ -8212,7 +8211,6 @@ const FLAGS = [["errors", "With errors"], ["low_priority", "Low priority"], ["sy
   ["children", "Children too"]];
 const FILTERS = [...TEXTS, ...FLAGS].map(([name]) => name);
 const isOn = value => value === "true" || value === "1";
-let filtersOpen = false;               // where the window is narrow
 
 /* The filters in the page's query string as the interface has them: times are Unix seconds, and children are left out
    unless they are asked for. */
@@ -8243,15 +8241,12 @@ async function loadList({ query }, signal) {
   asked.set("limit", PAGE);
   if (query.has("before")) asked.set("before", query.get("before"));
   const answer = await get("api/jobs?" + asked, signal);
-  await loadOpened(answer.jobs, "", signal);
+  await loadOpened(answer.jobs, signal);
   return answer;
 }
 
 function drawList({ query, data }) {
-  const { jobs, next, counts } = data, parent = query.get("parent");
-  const busy = ["running", "failed"].map(name => counts[name] && `${count(counts[name])} ${name}`);
-  document.title = `${listed(...busy) || "Jobs"} - bgjobs`;
-  markIcon(counts);
+  const { jobs, next } = data, parent = query.get("parent");
   const statusTab = (name, statuses) => tab(withParams(query, { status: name }), (query.get("status") ?? "") === name,
     name || "all", " ", small(countOf(statuses, data)));
   const isPart = next !== null && jobs.length < PAGE;    // the time was up
@@ -8259,7 +8254,7 @@ function drawList({ query, data }) {
     parent ? heading("Children of ", link(`jobs/${parent}`, `job ${parent}`)) : heading("Jobs"),
     tabs("Status", statusTab("", STATUSES), STATUSES.map(name => statusTab(name, [name]))),
     filterForm(query),
-    jobs.length > 0 && jobTable(jobs),
+    jobs.length > 0 && jobTable(data),
     !jobs.length && (String(query) ? nothingMatches(isPart && next) : firstSteps()),
     el("nav", { key: "pages", "aria-label": "Pages", class: "pages" },
       query.has("before") && link(withParams(query, {}), "Newest"),
@@ -8275,22 +8270,10 @@ function exportLink(query, format) {
   return el("a", { href: `${BASE}api/export?${asked}`, download: true }, format.toUpperCase());
 }
 
-/* A dot on the tab's icon: red for failed jobs, green for running ones. */
-let bareIcon;
-function markIcon(counts) {
-  const icon = byId("icon"), colour = counts.failed ? "ff5a4f" : counts.running && "44c767";
-  bareIcon ??= icon.getAttribute("href");
-  const dot = colour ? `%3Ccircle cx='12' cy='12' r='4' fill='%23${colour}' stroke='%23fff'/%3E` : "";
-  const href = bareIcon.replace("%3C/svg%3E", dot + "%3C/svg%3E");
-  if (icon.getAttribute("href") !== href) icon.setAttribute("href", href);
-}
-
 function filterForm(query) {
   const active = FILTERS.filter(name => query.has(name)).length;
-  const toggle = () => { filtersOpen = !filtersOpen; };
-  const open = filtersOpen || matchMedia("(min-width: 80rem)").matches;
-  return el("details", { key: "filters", class: "filtering", open },
-    el("summary", { ".onclick": toggle }, active ? `Filters (${active})` : "Filters"),
+  return el("details", { key: "filters", class: "filtering", open: matchMedia("(min-width: 80rem)").matches },
+    el("summary", null, active ? `Filters (${active})` : "Filters"),
     el("form", { id: "filters", class: "filters", ".oninput": filterSoon, ".onsubmit": filterNow },
       TEXTS.map(([name, label, type]) => el("label", null, label, el("input", { name, type, value: query.get(name) }))),
       el("div", { class: "flags" },
@@ -8360,26 +8343,17 @@ const ATTEMPT_COLUMNS = [
 
 async function loadJob(here, signal) {
   const [id] = here.args, path = "api/jobs/" + id;
-  opened.add("job/" + id);
   here.log ??= newLog({ job: id, level: "", text: "", regex: "", tree: false, follow: true });
-  try {
-    const [job, { attempts, positions }] = await Promise.all(
-      [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
-    await loadOpened([job], "job/", signal);
-    const stack = showsStack(job) ? (await get(path + "/stack", signal)).stack : null;
-    return { job, stack, attempts, positions };
-  } catch (error) {
-    if (error.status === 404) return { missing: error.message };
-    throw error;
-  }
+  const [job, { attempts, positions }] = await Promise.all(
+    [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
+  await loadKids(job, signal);
+  const stack = showsStack(job) ? (await get(path + "/stack", signal)).stack : null;
+  return { job, stack, attempts, positions };
 }
 
-function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
-  if (missing) return [heading("No such job"), el("p", null, missing, " ", link("", "All jobs"))];
+function drawJob({ data: { job, stack, attempts, positions }, log }) {
   shown.set(job.id, job);
-  const percentage = runs(job) && job.progress !== null ? ` ${percent(job.progress)}` : "";
-  document.title = `${job.status}${percentage} - ${named(job)} - bgjobs`;
-  const { id, root_id: root, parent_id: parent, kids } = job, path = `job/${id}`;
+  const { id, root_id: root, parent_id: parent, kids } = job;
   return [
     el("nav", { key: "path", class: "path", "aria-label": "Path" }, link("", "Jobs"),
       root !== id && [" / ", link(`jobs/${root}`, `root job ${root}`)],
@@ -8387,7 +8361,8 @@ function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
     heading(el("bdi", null, nameOf(job)), " ", small(`#${id}`)),
     el("p", { key: "status" }, statusOf(job.status), job.phase && `, ${job.phase}`, " ",
       small(WHY[job.phase] ?? WHY[job.status], " ", whereItGoesOn(job, positions))),
-    el("p", { key: "operations", class: "buttons" }, offered(job).map(name => operationButton(name, [id]))),
+    el("p", { key: "operations", class: "buttons" },
+      offered(job).map(name => operationButton("jobs", name, jobInWords(job), { ids: [id] }))),
     el("div", { key: "progress" }, progress(job), small(job.message)),
     runs(job) && stackDetails(job, stack),
     job.error && section("Error", el("pre", { class: "error", tabindex: 0 }, job.error)),
@@ -8396,7 +8371,7 @@ function drawJob({ data: { job, stack, attempts, positions, missing }, log }) {
     el("div", { key: "values", class: "values" }, BLOCKS.map(([name, title]) => !isEmpty(job[name])
       && section(title, el("pre", { tabindex: 0 }, JSON.stringify(job[name], null, 2))))),
     attempts.length > 1 && section("Attempts", table(ATTEMPT_COLUMNS, attempts, "attempt")),
-    kids?.jobs.length > 0 && section("Children", jobTable(kids.jobs, path + "/", moreRow(job, path))),
+    kids.jobs.length > 0 && section("Children", jobTable(kids, id)),
     logSection(log),
   ];
 }
@@ -8447,9 +8422,11 @@ async function getLines({ job, level, text, tree }, where, signal) {
 }
 
 async function loadLines(log, signal) {
-  const lines = await getLines(log, { after: log.after, limit: LOG_PAGE }, signal);
-  log.fresh.push(...await matchingLines(log, lines));
-  log.after = lines.at(-1)?.id ?? log.after;
+  const { after } = log, lines = await getLines(log, { after, limit: LOG_PAGE }, signal);
+  const found = await matchingLines(log, lines);
+  if (log.after !== after) return;     // another poll was quicker
+  log.fresh.push(...found);
+  log.after = lines.at(-1)?.id ?? after;
   if (!log.first) {
     log.first = lines[0];
     log.isWhole = lines.length < LOG_PAGE;
@@ -8458,11 +8435,12 @@ async function loadLines(log, signal) {
 }
 
 async function loadEarlier(log, signal) {
-  const lines = await getLines(log, { until: log.first.at, limit: LOG_MOST }, signal);
-  const earlier = lines.filter(({ id }) => id < log.first.id);
+  const { first } = log, lines = await getLines(log, { until: first.at, limit: LOG_MOST }, signal);
+  const earlier = lines.filter(({ id }) => id < first.id), found = await matchingLines(log, earlier);
+  if (log.first !== first) return;     // the button was pressed twice
   log.isWhole = lines.length < LOG_MOST || !earlier.length;
-  log.first = earlier[0] ?? log.first;
-  log.earlier.unshift(...await matchingLines(log, earlier));
+  log.first = earlier[0] ?? first;
+  log.earlier.unshift(...found);
 }
 
 /* The lines that the log's expression is found in. It is tried here, so that a slow one keeps nobody's app busy,
@@ -8526,8 +8504,7 @@ function logSection(log) {
 const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
 
 /* Put the lines that have come into the list. */
-function drawLines({ log, data }, toTheEnd = log.fresh.length > 0) {
-  if (data.missing) return;
+function drawLines({ log }, toTheEnd = log.fresh.length > 0) {
   const list = byId("log"), isPart = log.level || log.text || log.regex;
   const drawn = lines => lines.splice(0).map(line => logLine(line, log.tree, isPart && contextButton(line)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
@@ -8585,7 +8562,6 @@ const loadSchedules = async (here, signal) =>
   ({ ...await get("api/schedules", signal), isReadOnly: (await session()).read_only });
 
 function drawSchedules({ data: { schedules, isReadOnly } }) {
-  document.title = "Schedules - bgjobs";
   const columns = isReadOnly ? SCHEDULE_COLUMNS : [...SCHEDULE_COLUMNS, ["Actions", scheduleButtons]];
   const none = () => empty(
     el("p", null, "There are no schedules yet. This makes a job each night:"),
@@ -8594,17 +8570,14 @@ function drawSchedules({ data: { schedules, isReadOnly } }) {
 }
 
 const scheduleButtons = each => el("div", { class: "buttons" },
-  ["run_now", each.paused ? "resume" : "pause", !each.registered && "remove"].filter(Boolean).map(name => {
-    const operation = SCHEDULE_OPERATIONS[name], [label] = operation, whom = `the schedule of ${named(each)}`;
-    return button(label, () => operate("api/schedules/" + name, operation, whom, { ids: [each.id] }),
-      { key: name, "aria-label": `${label}: ${named(each)}` });
-  }));
+  ["run_now", each.paused ? "resume" : "pause", !each.registered && "remove"].filter(Boolean).map(name =>
+    operationButton("schedules", name, `the schedule of ${named(each)}`, { ids: [each.id] },
+      { "aria-label": `${OPERATIONS.schedules[name][0]}: ${named(each)}` })));
 
 // Statistics ----------------------------------------------------------------------------------------------
 
 const WINDOWS = [["1h", "1 hour"], ["24h", "24 hours"], ["7d", "7 days"], ["30d", "30 days"]];
 const CHARTS = [["Created", "created"], ["Failed", "failed", "bad"], ["Waiting", "waiting"], ["Run time", "running"]];
-const CHART_WIDTH = 600, CHART_HEIGHT = 120;
 
 /* A value of the statistics is a number of jobs, or the seconds { avg, min, max } of some, or null: those of none. */
 const isCount = value => typeof value === "number";
@@ -8628,7 +8601,6 @@ function loadStatistics({ query }, signal) {
 }
 
 function drawStatistics({ query, data }) {
-  document.title = "Statistics - bgjobs";
   const path = changes => "statistics" + withParams(query, changes);
   const functions = [...data.functions].sort((a, b) => b.created - a.created || (a.name < b.name ? -1 : 1));
   return [
@@ -8641,7 +8613,7 @@ function drawStatistics({ query, data }) {
 }
 
 function figure({ parts, total, window, from, to }, title, field, tone) {
-  const clock = seconds => localTime(seconds).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
+  const clock = seconds => localTime(new Date(seconds * 1000)).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
   const values = parts.map(part => part[field]), whole = total[field];
   const most = Math.max(...values.map(value => isCount(value) ? value : value?.max ?? 0));
   const summary = isCount(whole) ? `${count(whole)} in all` : inWords(whole) ?? "no job";
@@ -8654,7 +8626,7 @@ function figure({ parts, total, window, from, to }, title, field, tone) {
       el("b", null, title), " ", el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
     el("small", { class: "most", "aria-hidden": "true" }, most > 0 && (isCount(whole) ? count(most) : span(most))),
     svg("svg", {
-      viewBox: `0 0 ${CHART_WIDTH} ${CHART_HEIGHT}`, preserveAspectRatio: "none", class: tone,
+      viewBox: `0 0 ${parts.length} ${most || 1}`, preserveAspectRatio: "none", class: tone,
       role: "img", "aria-label": `${title}, ${summary}. Arrow keys read the parts.`,
       ...pointing(title, parts.length, pointed),
     }, drawing(values, most || 1, pointed)),
@@ -8686,34 +8658,19 @@ function pointing(title, length, pointed) {
   return { tabindex: 0, ".onkeydown": move, ".onpointermove": follow, ".onpointerleave": leave, ".onblur": leave };
 }
 
-/* A bar for each number; or for each run of parts that have seconds, a band from the least to the most and a line
-   through the averages. */
+/* A bar for each number; for seconds one from the least to the most, and a line at the average. In the drawing a part
+   is 1 wide and a value is as high as it says. */
 function drawing(values, most, pointed) {
-  const step = CHART_WIDTH / values.length, y = value => CHART_HEIGHT * (1 - value / most);
-  const bar = (value, index) => value > 0 && svg("rect", { key: index, class: "bar",
-    x: (index + 0.1) * step, width: step * 0.8, y: y(value), height: CHART_HEIGHT - y(value) });
-  const band = run => {
-    const edge = name => run.flatMap(index => [index, index + 1].map(x => `${x * step},${y(values[index][name])}`));
-    return svg("g", { key: run[0] },
-      svg("path", { class: "band", d: `M${edge("max").join("L")}L${edge("min").reverse().join("L")}Z` }),
-      svg("path", { class: "mean", d: `M${edge("avg").join("L")}` }));
-  };
+  const bar = (name, x, low, high) =>
+    svg("rect", { key: name + x, class: name, x: x + 0.1, width: 0.8, y: most - high, height: high - low });
+  const line = (name, x, width, value) =>
+    svg("line", { key: name + x, class: name, x1: x, x2: x + width, y1: most - value, y2: most - value });
   return [
-    pointed !== null
-      && svg("rect", { key: "at", class: "at", x: pointed * step, y: 0, width: step, height: CHART_HEIGHT }),
-    values.every(isCount) ? values.map(bar) : runsOf(values).map(band),
-    svg("line", { key: "base", class: "base", x1: 0, x2: CHART_WIDTH, y1: CHART_HEIGHT, y2: CHART_HEIGHT }),
+    pointed !== null && bar("at", pointed, 0, most),
+    values.map((value, x) => value && (isCount(value) ? bar("bar", x, 0, value)
+      : [bar("band", x, value.min, value.max), line("mean", x, 1, value.avg)])),
+    line("base", 0, values.length, 0),
   ];
-}
-
-/* The runs of values that are there, as lists of their indexes. */
-function runsOf(values) {
-  const runs = [];
-  values.forEach((value, index) => {
-    if (value && !values[index - 1]) runs.push([]);
-    if (value) runs.at(-1).push(index);
-  });
-  return runs;
 }
 
 // Where we are, and keeping it current --------------------------------------------------------------------
@@ -8757,35 +8714,36 @@ function visit({ typed = false, scroll = 0 } = {}) {
   poll();
 }
 
-function abandonedIn({ abandoned, workers, pid, host }) {
-  const most = 2 * workers, attempts = abandoned > 1 ? "attempts have" : "attempt has";
-  return `In process ${pid} on ${host}: ${abandoned} force-stopped ${attempts} not ended yet. `
-    + (abandoned < most ? `At ${most} of them it takes no more jobs.` : "It takes no more jobs until some of them do.");
-}
+const abandonedIn = ({ abandoned, workers, pid, host }) => abandoned > 0
+  && `${abandoned} of the force-stopped attempts in process ${pid} on ${host} `
+  + `still run (at ${2 * workers} it takes no more jobs)`;
 
 async function poll() {
   clearTimeout(timer);
   polling?.abort();
   const mine = polling = new AbortController(), late = setTimeout(() => mine.abort(), TIMEOUT_MS);
-  let trouble = "", refused = null;
+  const outcome = { refused: null };
+  let trouble;
   try {
-    const [data, { runners }] = await Promise.all([here.view.load(here, mine.signal), get("api/runners", mine.signal)]);
-    if (mine === polling) here.data = data;
-    trouble = runners.filter(runner => runner.abandoned).map(abandonedIn).join(" ");
-  } catch (error) {
-    if (error.status) refused = error.message;
-    trouble = refused ?? "The connection to the app is lost. Trying again.";
+    const loads = [here.view.load(here, mine.signal), get("api/runners", mine.signal)];
+    const [data, { runners }] = await Promise.all(loads);
+    outcome.data = data;
+    trouble = listed(...runners.map(abandonedIn));
+  } catch ({ status, message }) {
+    if (status) outcome.refused = message;
+    if (status < 500) outcome.data = null;               // there is no such thing, or not any more
+    trouble = status < 500 ? "" : outcome.refused ?? "The connection to the app is lost. Trying again.";
   }
   clearTimeout(late);
   if (mine !== polling) return;        // somebody could not wait for the next poll
-  here.refused = refused;
+  Object.assign(here, outcome);
   if (byId("banner").textContent !== trouble) byId("banner").textContent = trouble;      // else it is read out again
   if (!document.hidden) timer = setTimeout(poll, POLL_MS);
   draw();
 }
 
 const drawRefusal = ({ refused }) =>
-  [heading("This cannot be shown"), el("p", null, refused, " ", link("", "All jobs"))];
+  [heading("This cannot be shown"), el("p", null, refused), link("", "All jobs")];
 
 function draw() {
   if (!here.data && !here.refused) return;
@@ -8794,6 +8752,7 @@ function draw() {
   const content = (here.data ? here.view.draw : drawRefusal)(here);
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
   fill("main", content);
+  document.title = `${isolated(byId("main").querySelector("h1").textContent)} - bgjobs`;
   fill("bulk", bulkBar());
   fill("views", NAVIGATION.map(([title, path]) =>
     el("a", { href: BASE + path, "aria-current": here.view.under === title && "true" }, title)));
@@ -8868,11 +8827,11 @@ def _json_bytes(value: Any) -> bytes:
 
 
 class _Refused(Exception):
-    """A request that is answered with an error: its HTTP status, and the text for people, or a whole body."""
+    """A request that is answered with an error: its HTTP status, and the text for people."""
 
-    def __init__(self, status: int, text: str, *headers: tuple[str, str], body: Any = None) -> None:
+    def __init__(self, status: int, text: str, *headers: tuple[str, str]) -> None:
         super().__init__(text)
-        self.answer = _Answer(_json_bytes(body or {"error": text}), status=status, headers=headers)
+        self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
 # The fields of a query string, each with the function that reads it, or raises ValueError with what it must be.
@@ -8890,10 +8849,10 @@ def _truth(text: str) -> bool:
 
 
 def _unix_seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("Unix seconds") from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(seconds := float(text)):
+            return seconds
+    raise ValueError("Unix seconds")
 
 
 def _parent(text: str) -> int | None:
@@ -8941,7 +8900,11 @@ class _Request:
 
     def fields(self, known: _Fields) -> dict[str, Any]:
         from urllib.parse import parse_qsl
-        return _read_fields(dict(parse_qsl(self.query, max_num_fields=50)), known)
+        given = parse_qsl(self.query, max_num_fields=50)
+        fields = dict(given)
+        if len(fields) < len(given):                      # readers disagree whether the first or the last counts
+            raise ValueError("each parameter may be given once")
+        return _read_fields(fields, known)
 
     def json(self) -> Any:
         length = self.environ.get("CONTENT_LENGTH") or ""
@@ -8962,7 +8925,6 @@ class _Request:
 def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
     """Yield the pieces of a table of jobs for spreadsheets: a header, then a line for each job."""
     import csv
-    import io
 
     def cell(value: Any) -> Any:
         if isinstance(value, (dict, list)):
@@ -8970,14 +8932,10 @@ def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
         is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
         return "'" + value if is_formula else value       # a spreadsheet would execute what a stranger has named a job
 
-    text = io.StringIO()
-    table = csv.DictWriter(text, EXPORT_COLUMNS)
-    table.writeheader()
+    line = csv.writer(types.SimpleNamespace(write=str)).writerow       # returns what write() does: the line
+    yield line(EXPORT_COLUMNS)
     for infos in pages:
-        table.writerows({name: cell(value) for name, value in info.items()} for info in infos)
-        yield text.getvalue()
-        text.seek(0)
-        text.truncate()
+        yield "".join(line([cell(info[name]) for name in EXPORT_COLUMNS]) for info in infos)
 
 
 def _json_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
@@ -9163,9 +9121,10 @@ class Page:
     def _html(self, request: _Request) -> _Answer:
         return _Answer(PAGE_HTML.encode(), "text/html")
 
-    def _asset(self, request: _Request, kind: str) -> _Answer:
-        if kind == "css":
-            return _Answer(PAGE_CSS.encode(), "text/css")
+    def _css(self, request: _Request) -> _Answer:
+        return _Answer(PAGE_CSS.encode(), "text/css")
+
+    def _javascript(self, request: _Request) -> _Answer:
         return _Answer(PAGE_JS.encode(), "text/javascript")
 
     def _health(self, request: _Request) -> _Answer:
@@ -9200,11 +9159,12 @@ class Page:
 
     def _pages(self, filters: dict[str, Any]) -> Iterator[list[int]]:
         """Yield the ids of all jobs that pass, newest first, a page at a time."""
-        ids, before = find_jobs(self._runner._store, filters, LIST_LIMIT)
-        yield ids
-        while before is not None:
+        before = None
+        while True:
             ids, before = find_jobs(self._runner._store, filters, LIST_LIMIT, before)
             yield ids
+            if before is None:
+                return
 
     def _export(self, request: _Request) -> _Answer:
         """Answer with all jobs that pass the filters, page by page."""
@@ -9269,32 +9229,29 @@ class Page:
 
     # operating
 
-    def _operate(self, request: _Request, kind: str, operation: str) -> dict[str, Any]:
+    def _operate(self, request: _Request, kind: str, operation: str) -> _Answer:
         """Operate on each job, or schedule, that the body names; return what was done and what was refused."""
         operations = TRANSITIONS if kind == "job" else SCHEDULE_OPERATIONS
         if operation not in operations:
             raise _Refused(404, f"there is no such operation; there are {', '.join(operations)}")
         body = request.json()
         ids = self._ids_in(body, kind)
-        done, refused = [], []
+        done, refused, status = [], [], 200
         for each in ids:
             try:
                 if kind == "job":
                     self._runner._operate(operation, each, request.user)
                 else:
                     getattr(Schedule(self._runner, each), operation)()
-            except KeyError:
-                status, why = 404, f"there is no {kind} {each}"
-            except InvalidOperation as error:
-                status, why = 409, str(error)
-            else:
                 done.append(each)
-                continue
-            refused.append({"id": each, "why": why})
-        answer = {"done": done, "refused": refused}
-        if refused and "ids" in body and len(body["ids"]) == 1:
-            raise _Refused(status, why, body=answer)
-        return answer
+            except KeyError:
+                status = 404
+                refused.append({"id": each, "why": f"there is no {kind} {each}"})
+            except InvalidOperation as error:
+                status = 409
+                refused.append({"id": each, "why": str(error)})
+        is_one = "ids" in body and len(body["ids"]) == 1
+        return _Answer(_json_bytes({"done": done, "refused": refused}), status=status if is_one else 200)
 
     def _ids_in(self, body: Any, kind: str) -> Iterable[int]:
         """Return the ids that an operation's body names. ValueError: a bad body."""
@@ -9323,7 +9280,8 @@ class Page:
     # but a commit changes it.
     _ROUTES: tuple[tuple[str, str, Callable[..., Any], bool], ...] = (
         ("GET", r"|statistics|schedules|jobs/[0-9]+", _html, False),
-        ("GET", r"(?:jobs/)?page\.(css|js)", _asset, False),
+        ("GET", r"(?:jobs/)?page\.css", _css, False),
+        ("GET", r"(?:jobs/)?page\.js", _javascript, False),
         ("GET", r"healthz", _health, False),
         ("GET", r"metrics", _metrics, False),
         ("GET", r"api/session", _session, False),

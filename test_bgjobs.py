@@ -6689,7 +6689,8 @@ class TestPage:
 
     @pytest.mark.parametrize("address", ["api/jobs?status=done", "api/jobs?colour=1", "api/jobs?limit=x", "api/jobs?parent=-1",
                                       "api/jobs?created_from=soon", "api/jobs?errors=perhaps", "api/jobs/1/logs?level=loud",
-                                      "api/jobs/1/logs?since=x", "api/jobs/1/logs?regex=x"])
+                                      "api/jobs/1/logs?since=x", "api/jobs/1/logs?regex=x", "api/jobs?created_to=nan",
+                                      "api/jobs/1/logs?until=inf", "api/jobs?status=failed&status=pending"])
     def test_bad_parameters_are_named(self, runner, visitor, address):
         runner.submit(add, 1)
         assert len(visitor.get(address, 400)["error"]) > 10
@@ -7141,7 +7142,7 @@ class TestInTheBrowser:
             browser.run("""const field = [...document.querySelectorAll('label')].find(each => each.innerText.startsWith(arguments[0]))
                 .querySelector('input'); field.value = arguments[1]; field.dispatchEvent(new Event('input', { bubbles: true }))""", label, text)
         wait_for(lambda: lines() == [str(n) for n in range(2_500, 3_000)])
-        browser.click("Earlier lines")
+        browser.run("const it = [...document.querySelectorAll('button')].find(each => each.innerText === 'Earlier lines'); it.click(); it.click()")
         wait_for(lambda: len(lines()) == 2_499)
         browser.click("Earlier lines")
         wait_for(lambda: lines() == [str(n) for n in range(3_000)] and "Earlier lines" not in browser.text())
@@ -7168,8 +7169,8 @@ class TestInTheBrowser:
 
     def test_odd_addresses_names_and_filters(self, runner, browser):
         url = runner.serve(port=0)
-        ids = [runner.options(label=label).submit(add, n, n).id for n, label in enumerate(("pay \u202e001 bob", " \u200b", "plain"))]
-        for odd in ("?utm_source=mail", "?status=bogus", "?before=abc", "statistics?window=bogus"):
+        ids = [runner.options(label=label).submit(add, n, n).id for n, label in enumerate(("pay \u202e001 bob", " \u200b", "plain", "a\u2069\u202eb"))]
+        for odd in ("?utm_source=mail", "?status=bogus", "?before=abc", "statistics?window=bogus", "jobs/99"):
             browser.open(url + odd)
             wait_for(lambda: "This cannot be shown" in browser.text() and "Schedules" in browser.text())
         browser.click("All jobs", "a")
@@ -7186,7 +7187,9 @@ class TestInTheBrowser:
         wait_for(lambda: "pay" in browser.text())
         left, right = (browser.run(f"return document.querySelector('h1 {part}').getBoundingClientRect().left") for part in ("bdi", "small"))
         assert left < right
-        assert not [line for line in browser.complaints() if "status of 400" not in line]
+        browser.open(url + f"jobs/{ids[3]}")
+        wait_for(lambda: browser.run("return document.title") == "\u2068ab #4\u2069 - bgjobs")
+        assert not [line for line in browser.complaints() if not re.search("status of 40[04]", line)]
 
     def test_nothing_scrolls_sideways(self, runner, browser):
         runner.options(label="x" * 200, run_by="y" * 100).submit(add, 1).result(10)
