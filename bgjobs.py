@@ -93,7 +93,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
-    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, ParamSpec, Sized, TypeVar, overload)
+    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, ParamSpec, Sized, TextIO,
+    TypeVar, overload)
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -9478,31 +9479,34 @@ def _answer(args: Any, found: Any, print_it: Callable[[], object]) -> None:
         print_it()
 
 
+def _until_interrupted(what: str, stream: TextIO | None = None) -> NoReturn:
+    """Say what goes on until Ctrl-C, and let it."""
+    print(what, file=stream, flush=True)
+    while True:
+        time.sleep(3600)
+
+
 # Commands that run jobs.
 
-def _finished(job: Job[Any]) -> dict[str, Any] | None:
-    """Follow a job to its end; return its info. If it has not finished, say so and return None."""
+def _finished(job: Job[Any]) -> dict[str, Any]:
+    """Follow a job to its end; return its info. SystemExit, which says so: it has not finished."""
     info = _follow(job)
-    if info["status"] == FINISHED:
-        return info
-    print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
-    return None
+    if info["status"] != FINISHED:
+        sys.exit(f"job {job.id} is {info['status']}\n{info['error'] or ''}")
+    return info
 
 
 def _run(args: Any) -> int:
-    import importlib
-    module, colon, name = args.function.partition(":")
-    if not colon:
+    import pkgutil
+    if ":" not in args.function:
         raise BgjobsError(f"{args.function!r} names no function; write module:function")
     sys.path.insert(0, os.getcwd())
     try:
-        function = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
+        function = pkgutil.resolve_name(args.function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise BgjobsError(f"cannot find {args.function}: {error}") from None
     with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
         info = _finished(runner.submit(function, *map(_argument, args.args)))
-    if info is None:
-        return 1
     print(json.dumps(info["result"], indent=2))
     return 0
 
@@ -9518,21 +9522,17 @@ def _argument(text: str) -> Any:
 def _work(args: Any) -> int:
     """Be a worker process. At its end running jobs pause at a checkpoint and go back to the file with their state."""
     import signal
-    ended = threading.Event()
-
-    def end(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)             # once more ends it at once
-        ended.set()
     sys.path.insert(0, os.getcwd())
     try:
         runner = Runner(args.db, max_workers=args.workers, modules=args.modules)
     except ImportError as error:
         raise BgjobsError(f"cannot import what it should work for: {error}") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    print(f"working on {runner.path} with {runner.max_workers} workers; Ctrl-C ends it", file=sys.stderr, flush=True)
-    while not ended.wait(1.0):                            # in pieces: on Windows no signal interrupts a wait
-        pass
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _until_interrupted(f"working on {runner.path} with {runner.max_workers} workers; Ctrl-C ends it", sys.stderr)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)         # once more ends it at once
     runner.close(args.grace)
     return 0
 
@@ -9686,9 +9686,7 @@ def _serve(args: Any) -> int:
                            password=os.environ.get("BGJOBS_PASSWORD") or None)
         if not url:
             raise BgjobsError(f"port {args.port} is taken; give another with --port, or 0 for a free one")
-        print(f"Status page: {url}   Ctrl-C ends it", flush=True)
-        while True:
-            time.sleep(3600)
+        _until_interrupted(f"Status page: {url}   Ctrl-C ends it")
 
 
 def _prune(args: Any) -> int:
@@ -9790,13 +9788,9 @@ def _demo(args: Any) -> int:
         print(f"Status page: {url}\nJob file:    {runner.path}", flush=True)
         info = _finished(runner.options(key=f"demo {folder}", label=f"Duplicate files below {folder}", run_by="demo")
                          .submit(fingerprint, folder))
-        if info is None:
-            return 1
         _print_report(info["result"], info["duration"])
         if sys.stdout.isatty() and not args.once:
-            print("The status page stays up until Ctrl-C.")
-            while True:
-                time.sleep(3600)
+            _until_interrupted("The status page stays up until Ctrl-C.")
     return 0
 
 
