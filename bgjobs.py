@@ -9429,21 +9429,30 @@ def _fitted(text: str, cells: int) -> str:
     return text + " " * (cells - _cells(text))
 
 
-def print_table(items: Iterable[Any], columns: dict[str, Callable[[Any], Any]], spare: Iterable[str]) -> None:
-    """Print a table with a row for each item; `columns` has their titles and what gives an item's cell. The last column
-    takes what the terminal leaves; a narrow one does without the spare columns, first those named first."""
+def _width(stream: TextIO) -> int:
+    """Return the columns of a stream's terminal; of what is no terminal, more than a line needs."""
     import shutil
-    room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
-    rows = [{title: title for title in columns}]
-    rows += [{title: _plain(cell(item)) for title, cell in columns.items()} for item in items]
-    *others, last = columns
-    widths = {title: max(_cells(row[title]) for row in rows) for title in columns}
+    if not stream.isatty():
+        return 10_000
+    return shutil.get_terminal_size(os.get_terminal_size(stream.fileno())).columns or 80
+
+
+def print_table(rows: list[dict[str, Any]], spare: Iterable[str]) -> None:
+    """Print rows of cells, by the titles of their columns. The last column takes what the terminal leaves; a narrow one
+    does without the spare columns, first those named first."""
+    if not rows:
+        return
+    titles = {title: title for title in rows[0]}
+    lines = [titles, *({title: _plain(cell) for title, cell in row.items()} for row in rows)]
+    widths = {title: max(_cells(line[title]) for line in lines) for title in titles}
+    last, longest = widths.popitem()
+    room = _width(sys.stdout) - sum(width + 2 for width in widths.values())
     for title in spare:
-        if sum(widths[other] + 2 for other in others) + 20 > room:
-            others.remove(title)
-    widths[last] = max(8, min(widths[last], room - sum(widths[other] + 2 for other in others)))
-    for row in rows:
-        cells = {title: _fitted(row[title], widths[title]) for title in (*others, last)}
+        if room < 20:
+            room += widths.pop(title) + 2
+    widths[last] = max(8, min(longest, room))
+    for line in lines:
+        cells = {title: _fitted(line[title], width) for title, width in widths.items()}
         print("  ".join(_coloured(cell) if title == "Status" else cell for title, cell in cells.items()).rstrip())
 
 
@@ -9459,13 +9468,12 @@ def progress_line(info: dict[str, Any], width: int) -> str:
 
 def _follow(job: Job[Any]) -> dict[str, Any]:
     """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
-    import shutil
     while True:
         info = job.info()
         ended = info["status"] in (*OVER, STOPPED)
         if sys.stderr.isatty():
-            width = shutil.get_terminal_size(os.get_terminal_size(sys.stderr.fileno())).columns
-            print("\r\x1b[K" + ("" if ended else progress_line(info, width)), end="", file=sys.stderr, flush=True)
+            line = "" if ended else progress_line(info, _width(sys.stderr))
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         if ended:
             return info
         wait([job], timeout=0.2)
@@ -9547,35 +9555,6 @@ def _opened(args: Any) -> contextlib.closing[Runner]:
     return contextlib.closing(Runner(path, start=False))
 
 
-def _progress_cell(job: dict[str, Any]) -> str:
-    return ("" if job["progress"] is None else f"{job['progress']:.0%}") + (
-        "" if job["eta"] is None else f", {for_people(job['eta'])} left")
-
-
-def _children_cell(job: dict[str, Any]) -> str:
-    children = job["children"]
-    return f"{children['done']:,}/{children['total']:,}" if children["total"] else ""
-
-
-def _name_cell(job: dict[str, Any]) -> str:
-    phase = f" ({job['phase']})" if job["phase"] else ""
-    return f"{job['label'] or job['name']}{phase}{' (low priority)' if job['low_priority'] else ''}"
-
-
-_LIST_COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "ID": lambda job: job["id"],
-    "Created": lambda job: _clock_time(job["created_at"]),
-    "Waiting": lambda job: for_people(job["waiting"]),
-    "Duration": lambda job: for_people(job["duration"]),
-    "Status": lambda job: job["status"],
-    "Errors": lambda job: job["errors"] or "",
-    "Progress": _progress_cell,
-    "Children": _children_cell,
-    "Run by": lambda job: job["run_by"] or "",
-    "Name": _name_cell,
-}
-
-
 _FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system")
 
 
@@ -9585,9 +9564,28 @@ def _list(args: Any) -> int:
         filters["parent"] = None
     with _opened(args) as runner:
         jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
-    spare = ("Run by", "Created", "Waiting", "Errors", "Children", "Duration")
-    _answer(args, jobs, lambda: print_table(jobs, _LIST_COLUMNS, spare))
+    _answer(args, jobs, lambda: print_table(
+        list(map(_listed, jobs)), ("Run by", "Created", "Waiting", "Errors", "Children", "Duration")))
     return 0
+
+
+def _listed(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job's row in the list."""
+    progress, eta, children = job["progress"], job["eta"], job["children"]
+    return {
+        "ID": job["id"],
+        "Created": _clock_time(job["created_at"]),
+        "Waiting": for_people(job["waiting"]),
+        "Duration": for_people(job["duration"]),
+        "Status": job["status"],
+        "Errors": job["errors"] or "",
+        "Progress": ("" if progress is None else f"{progress:.0%}")
+                    + ("" if eta is None else f", {for_people(eta)} left"),
+        "Children": f"{children['done']:,}/{children['total']:,}" if children["total"] else "",
+        "Run by": job["run_by"] or "",
+        "Name": (job["label"] or job["name"]) + (f" ({job['phase']})" if job["phase"] else "")
+                + (" (low priority)" if job["low_priority"] else ""),
+    }
 
 
 def _show(args: Any) -> int:
@@ -9639,44 +9637,36 @@ def _operation(args: Any) -> int:
         by = getpass.getuser()
     except Exception:                                     # KeyError, ImportError, OSError: a user without a name
         by = "the command line"
-    statuses: dict[int, str] = {}
+    done: list[int] = []
     refused: list[dict[str, Any]] = []
     with _opened(args) as runner:
         for job_id in args.ids:
             try:
                 runner._operate(args.command.replace("-", "_"), job_id, by)
-                statuses[job_id] = runner.get(job_id).status
+                said, stream = f"job {job_id}: {_coloured(runner.get(job_id).status)}", sys.stdout
+                done.append(job_id)
             except (InvalidOperation, KeyError) as error:
+                said, stream = f"bgjobs: {error.args[0]}", sys.stderr
                 refused.append({"id": job_id, "why": str(error.args[0])})
-
-    def print_outcomes() -> None:
-        for job_id, status in statuses.items():
-            print(f"job {job_id}: {_coloured(status)}")
-        for one in refused:
-            print(f"bgjobs: {one['why']}", file=sys.stderr)
-    _answer(args, {"done": list(statuses), "refused": refused}, print_outcomes)
+            if not args.json:
+                print(said, file=stream)
+    if args.json:
+        print(json.dumps({"done": done, "refused": refused}, indent=2))
     return 1 if refused else 0
-
-
-def _measured(times: dict[str, float] | None) -> str:
-    return "" if times is None else "{} ({} - {})".format(*(for_people(times[what]) for what in ("avg", "min", "max")))
 
 
 def _stats(args: Any) -> int:
     with _opened(args) as runner:
         stats = runner.stats(args.window, args.name)
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "Created": lambda part: f"{part['created']:,}",
-        "Started": lambda part: f"{part['started']:,}",
-        "Finished": lambda part: f"{part['finished']:,}",
-        "Failed": lambda part: f"{part['failed']:,}",
-        "Waiting (least - most)": lambda part: _measured(part["waiting"]),
-        "Running (least - most)": lambda part: _measured(part["running"]),
-        f"Name, last {args.window}": lambda part: part["name"],
-    }
-    parts = [*stats["functions"], {**stats["total"], "name": "all"}]
-    _answer(args, stats, lambda: print_table(parts, columns, (
-        "Waiting (least - most)", "Started", "Running (least - most)")))
+
+    def measured(times: dict[str, float] | None) -> str:
+        return "" if times is None else "{avg} ({min} - {max})".format_map(
+            {what: for_people(seconds) for what, seconds in times.items()})
+    rows = [{**{what.title(): f"{part[what]:,}" for what in ("created", "started", "finished", "failed")},
+             **{f"{what.title()} (least - most)": measured(part[what]) for what in ("waiting", "running")},
+             f"Name, last {args.window}": part["name"]}
+            for part in (*stats["functions"], {**stats["total"], "name": "all"})]
+    _answer(args, stats, lambda: print_table(rows, ("Waiting (least - most)", "Started", "Running (least - most)")))
     return 0
 
 
