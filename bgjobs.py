@@ -9398,6 +9398,11 @@ def _plain(value: Any) -> str:
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
+def _plain_lines(text: str, indent: int = 0) -> str:
+    """Return such text whose lines stand below each other, all but the first after so many spaces."""
+    return ("\n" + " " * indent).join(map(_plain, text.split("\n")))
+
+
 def _clock_time(at: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
@@ -9500,7 +9505,7 @@ def _finished(job: Job[Any]) -> dict[str, Any]:
     """Follow a job to its end; return its info. SystemExit, which says so: it has not finished."""
     info = _follow(job)
     if info["status"] != FINISHED:
-        sys.exit(f"job {job.id} is {info['status']}\n{info['error'] or ''}")
+        sys.exit(f"job {job.id} is {info['status']}\n{_plain_lines(info['error'] or '')}")
     return info
 
 
@@ -9597,7 +9602,7 @@ def _show(args: Any) -> int:
 
 
 def _print_fields(info: dict[str, Any]) -> None:
-    """Print what there is to say of a job, a line for each field; lines of a text stand below each other."""
+    """Print what there is to say of a job, a line for each field."""
     for name, value in info.items():
         if value in (None, "", [], {}, False):
             continue
@@ -9607,24 +9612,24 @@ def _print_fields(info: dict[str, Any]) -> None:
             value = for_people(value)
         elif not isinstance(value, str):
             value = json.dumps(value)
-        text = ("\n" + " " * 14).join(map(_plain, value.split("\n")))
+        text = _plain_lines(value, 14)
         print(f"{name.replace('_', ' '):>12}  {_coloured(text) if name == 'status' else text}")
 
 
 def _logs(args: Any) -> int:
-    """Print a job's log; with -f until the job is over."""
+    """Print a job's log; with -f until the job is over or stopped."""
     with _opened(args) as runner:
         job, after, limit = runner.get(args.id), 0, None if args.all else 1_000
         while True:
-            over = job.status in (*OVER, STOPPED)         # first: what it logs before its end is read after this
+            ended = job.status in (*OVER, STOPPED)        # first: what it logs before its end is read after this
             for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
                                  limit=limit):
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""
-                message = "\n  ".join(map(_plain, line["message"].split("\n")))
+                message = _plain_lines(line["message"], 2)
                 print(json.dumps(line) if args.json else
                       f"{_clock_time(line['at'])} {line['level']:<8}{source} {message}", flush=True)
-            if over or not args.follow:
+            if ended or not args.follow:
                 return 0
             limit = None
             time.sleep(0.2)
