@@ -9709,24 +9709,23 @@ def fingerprint(folder: str) -> dict[str, Any]:
     context = current_job()
     if context.state is None:                             # a resumed attempt finds its children where they are
         context.checkpoint(state=_submit_children(folder))
-    unreadable, folders = context.state, set()
+    parts = [child.result() for child in jobs(parent=context.id, limit=None)]
     # Sets: an attempt cut off while it submitted children leaves some that the next one submits again.
     copies: dict[tuple[int, str], set[str]] = defaultdict(set)
-    for child in reversed(jobs(parent=context.id, limit=None)):
-        result = child.result()
-        unreadable += result["unreadable"]
-        for name, size, digest in result["files"]:
-            folders.add(result["folder"])
-            copies[size, digest].add(os.path.join(result["folder"], name))
-        context.checkpoint()
-    groups = sorted(((size * (len(paths) - 1), size, digest, paths) for (size, digest), paths in copies.items()
-                     if size and len(paths) > 1), reverse=True)
+    for part in parts:
+        for name, size, digest in part["files"]:
+            copies[size, digest].add(os.path.join(part["folder"], name))
+    groups = [{"wasted": size * (len(paths) - 1), "size": size, "sha256": digest, "copies": len(paths),
+               "paths": heapq.nsmallest(3, paths)}
+              for (size, digest), paths in copies.items() if size and len(paths) > 1]
     context.progress(1, 1, f"{len(groups):,} groups of duplicates")
-    return {"folder": folder, "folders": len(folders), "files": sum(map(len, copies.values())),
-            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()), "unreadable": unreadable,
-            "duplicate_groups": len(groups), "wasted_bytes": sum(wasted for wasted, *_ in groups),
-            "largest_groups": [{"sha256": digest, "size": size, "copies": len(paths), "paths": sorted(paths)[:5]}
-                               for _, size, digest, paths in groups[:20]]}
+    return {"folders": len({part["folder"] for part in parts if part["files"]}),
+            "files": sum(map(len, copies.values())),
+            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()),
+            "unreadable": context.state + sum(part["unreadable"] for part in parts),
+            "groups": len(groups),
+            "wasted": sum(group["wasted"] for group in groups),
+            "largest": heapq.nlargest(5, groups, operator.itemgetter("wasted"))}
 
 
 def _submit_children(folder: str) -> int:
@@ -9738,13 +9737,10 @@ def _submit_children(folder: str) -> int:
         folders.append((path, names))
         context.progress(0, message=f"looking: {len(folders):,} folders")
         context.checkpoint()
-
-    def parts(folders: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-        return [(path, names[i:i + ENTRIES_A_CHILD]) for path, names in folders
-                for i in range(0, len(names), ENTRIES_A_CHILD)]
     folders.sort(key=lambda found: len(found[1]))
-    submit_many(fingerprint_files, parts(folders[:-1]))
-    options(low_priority=True).submit_many(fingerprint_files, parts(folders[-1:]))
+    for submit_all, some in (submit_many, folders[:-1]), (options(low_priority=True).submit_many, folders[-1:]):
+        submit_all(fingerprint_files, [(path, names[i:i + ENTRIES_A_CHILD]) for path, names in some
+                                       for i in range(0, len(names), ENTRIES_A_CHILD)])
     context.progress(0, 1, f"{len(folders):,} folders")
     return len(unreadable)
 
@@ -9792,12 +9788,10 @@ def _demo(args: Any) -> int:
 def _print_report(report: dict[str, Any], seconds: float) -> None:
     print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, "
           f"in {for_people(seconds)}; {report['unreadable']:,} could not be read\n"
-          f"{report['duplicate_groups']:,} groups of duplicates waste {report['wasted_bytes'] / 1e6:,.1f} MB; "
-          "the largest:")
-    for group in report["largest_groups"][:5]:
-        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}")
-        for path in group["paths"][:3]:
-            print("    " + path.encode("utf-8", "backslashreplace").decode())
+          f"{report['groups']:,} groups of duplicates waste {report['wasted'] / 1e6:,.1f} MB; the largest:")
+    for group in report["largest"]:
+        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}",
+              *map(_plain, group["paths"]), sep="\n    ")
 
 
 # The benchmark: bgjobs beside bare sqlite3 that does the least of the same.
