@@ -9378,7 +9378,7 @@ def _page_server(page: Page, host: str, port: int) -> Any:
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------
 #
-# For each command there is a function that takes the parsed arguments and returns the exit code; `_COMMANDS`, near the
+# For each command there is a function that takes the parsed arguments and returns the exit code; `_arguments`, near the
 # end, names them all.
 
 # What goes to a terminal.
@@ -9554,19 +9554,15 @@ def _work(args: Any) -> int:
 
 def _opened(args: Any) -> contextlib.closing[Runner]:
     """Open a job file that exists, to look and operate only."""
-    path = args.db or os.environ.get("BGJOBS_DB", "bgjobs.db")
-    if not os.path.exists(path):
-        raise BgjobsError(f"there is no job file {path}; name one with --db")
-    return contextlib.closing(Runner(path, start=False))
-
-
-_FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system")
+    if not os.path.exists(args.db):
+        raise BgjobsError(f"there is no job file {args.db}; name one with --db")
+    return contextlib.closing(Runner(args.db, start=False))
 
 
 def _list(args: Any) -> int:
-    filters = {name: value for name, value in vars(args).items() if name in _FILTERS and value is not None}
-    if args.parent is None and args.q is None and not args.children:
-        filters["parent"] = None
+    filters = {name: getattr(args, name) for name in ("status", "q", "system")}
+    if args.parent is not None or not (args.q or args.children):
+        filters["parent"] = args.parent
     with _opened(args) as runner:
         jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
     _answer(args, jobs, lambda: print_table(
@@ -9619,11 +9615,10 @@ def _print_fields(info: dict[str, Any]) -> None:
 def _logs(args: Any) -> int:
     """Print a job's log; with -f until the job is over or stopped."""
     with _opened(args) as runner:
-        job, after, limit = runner.get(args.id), 0, None if args.all else 1_000
+        job, after = runner.get(args.id), 0
         while True:
             ended = job.status in (*OVER, STOPPED)        # first: what it logs before its end is read after this
-            for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
-                                 limit=limit):
+            for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree):
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""
                 message = _plain_lines(line["message"], 2)
@@ -9631,7 +9626,6 @@ def _logs(args: Any) -> int:
                       f"{_clock_time(line['at'])} {line['level']:<8}{source} {message}", flush=True)
             if ended or not args.follow:
                 return 0
-            limit = None
             time.sleep(0.2)
 
 
@@ -9662,7 +9656,7 @@ def _operation(args: Any) -> int:
 
 def _stats(args: Any) -> int:
     with _opened(args) as runner:
-        stats = runner.stats(args.window, args.name)
+        stats = runner.stats(args.window)
 
     def measured(times: dict[str, float] | None) -> str:
         return "" if times is None else "{avg} ({min} - {max})".format_map(
@@ -9677,7 +9671,7 @@ def _stats(args: Any) -> int:
 
 def _serve(args: Any) -> int:
     with _opened(args) as runner:
-        url = runner.serve(args.host, args.port, read_only=bool(args.read_only),
+        url = runner.serve(args.host, args.port, read_only=args.read_only,
                            password=os.environ.get("BGJOBS_PASSWORD") or None)
         if not url:
             raise BgjobsError(f"port {args.port} is taken; give another with --port, or 0 for a free one")
@@ -9780,7 +9774,7 @@ def _demo(args: Any) -> int:
         info = _finished(runner.options(key=f"demo {folder}", label=f"Duplicate files below {folder}", run_by="demo")
                          .submit(fingerprint, folder))
         _print_report(info["result"], info["duration"])
-        if sys.stdout.isatty() and not args.once:
+        if sys.stdout.isatty():
             _until_interrupted("The status page stays up until Ctrl-C.")
     return 0
 
@@ -9904,71 +9898,59 @@ def _bench(args: Any) -> int:
 
 # The commands and their arguments.
 
-_Argument = tuple[tuple[str, ...], dict[str, Any]]        # of ArgumentParser.add_argument
+def _arguments(arguments: list[str] | None) -> Any:
+    """Parse a command line; `call` of what is returned is its command's function."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
+    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument("--db", default=os.environ.get("BGJOBS_DB", "bgjobs.db"), metavar="FILE",
+                      help="the job file (default: $BGJOBS_DB, else bgjobs.db)")
+    as_json, workers = (argparse.ArgumentParser(add_help=False, parents=[file]) for _ in range(2))
+    as_json.add_argument("--json", action="store_true", help="print JSON, for programs")
+    workers.add_argument("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")
+    one_job = argparse.ArgumentParser(add_help=False, parents=[as_json])
+    one_job.add_argument("id", type=int, metavar="ID")
+    one_job.add_argument("-f", "--follow", action="store_true", help="go on until it is over or stopped")
 
+    def command(name: str, call: Callable[[Any], int], does: str, *shared: Any) -> Callable[..., Any]:
+        """Add a command with arguments that others have, too; return what adds its own."""
+        made = commands.add_parser(name, help=does, description=does, parents=shared)
+        made.set_defaults(call=call)
+        return made.add_argument
 
-def _arg(*names: str, **settings: Any) -> _Argument:
-    return names, settings
+    demo = command("demo", _demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the "
+                                  "status page.", workers)
+    demo("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one")
+    demo("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)")
 
+    run = command("run", _run, "Run a function as a job and print its result as JSON.", workers)
+    run("function", metavar="MODULE:FUNCTION")
+    run("args", nargs="*", metavar="ARG", help="JSON, or else text")
 
-def _flag(*names: str, help: str) -> _Argument:
-    return names, {"action": "store_true", "default": None, "help": help}
+    work = command("work", _work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.", workers)
+    work("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name")
+    work("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+         help="what running jobs get at the end to reach a checkpoint (default: %(default)s)")
 
+    list_ = command("list", _list, "List jobs, the newest first.", as_json)
+    list_("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}")
+    list_("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by")
+    list_("--parent", type=int, metavar="ID", help="the children of a job")
+    list_("--children", action="store_true", help="children, too, not only roots")
+    list_("--system", action="store_true", help="system jobs, too")
+    list_("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)")
 
-_FILE = [_arg("--db", metavar="FILE", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")]
-_FILE_OR_JSON = [*_FILE, _flag("--json", help="print JSON, for programs")]
-_RUNNER = [*_FILE, _arg("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")]
-_ID = _arg("id", type=int, metavar="ID")
-_IDS = _arg("ids", type=int, nargs="+", metavar="ID")
+    command("show", _show, "Show a job. Exit code 1: it has failed or was cancelled.", one_job)
 
+    logs = command("logs", _logs, "Print a job's log.", one_job)
+    logs("--level", help="the least: DEBUG, INFO, WARNING, ERROR")
+    logs("--text", help="only lines that contain it")
+    logs("--regex", help="only lines in which it is found")
+    logs("--tree", action="store_true", help="those of its descendants, too")
 
-def _days(seconds: int) -> str:
-    return f"{seconds // 86_400}d"
-
-
-# name -> what does it, what it does, its arguments
-_COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
-    "demo": (_demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status "
-                    "page.", [
-        _arg("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one"),
-        _arg("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)"),
-        _flag("--once", help="end with the job; do not keep the page up"),
-        *_RUNNER]),
-    "run": (_run, "Run a function as a job and print its result as JSON.", [
-        _arg("function", metavar="MODULE:FUNCTION"),
-        _arg("args", nargs="*", metavar="ARG", help="JSON, or else text"),
-        *_RUNNER]),
-    "work": (_work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.", [
-        _arg("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name"),
-        _arg("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
-             help="what running jobs get at the end to reach a checkpoint (default: %(default)s)"),
-        *_RUNNER]),
-    "list": (_list, "List jobs, the newest first.", [
-        _arg("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}"),
-        _arg("--name", help="of the function"),
-        _arg("--run-by", metavar="NAME", help="who asked for it"),
-        _arg("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by"),
-        _arg("--parent", type=int, metavar="ID", help="the children of a job"),
-        _flag("--errors", help="only those with errors"),
-        _flag("--low-priority", help="only those that run in periods of low load"),
-        _flag("--children", help="children, too, not only roots"),
-        _flag("--system", help="system jobs, too"),
-        _arg("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)"),
-        *_FILE_OR_JSON]),
-    "show": (_show, "Show a job. Exit code 1: it has failed or was cancelled.", [
-        _ID,
-        _flag("-f", "--follow", help="wait until it is over or stopped; on a terminal with a progress bar"),
-        *_FILE_OR_JSON]),
-    "logs": (_logs, "Print a job's log, the newest 1,000 lines.", [
-        _ID,
-        _flag("-f", "--follow", help="go on until it is over or stopped"),
-        _flag("--all", help="all lines"),
-        _arg("--level", help="the least: DEBUG, INFO, WARNING, ERROR"),
-        _arg("--text", help="only lines that contain it"),
-        _arg("--regex", help="only lines in which it is found"),
-        _flag("--tree", help="those of its descendants, too"),
-        *_FILE_OR_JSON]),
-    **{name: (_operation, f"{what} Exit code 1: one was refused.", [_IDS, *_FILE_OR_JSON]) for name, what in {
+    for name, does in {
         "stop": "Stop jobs at their next checkpoint.",
         "resume": "Have stopped or failed jobs go on.",
         "force-stop": "Make stopping jobs stopped now.",
@@ -9976,43 +9958,28 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
         "restart": "Run finished or failed jobs from scratch.",
         "set-low-priority": "Run jobs in periods of low load.",
         "remove-low-priority": "Run jobs as others.",
-    }.items()},
-    "stats": (_stats, "Print what was created, started, finished and failed, and how long that took.", [
-        _arg("--window", choices=WINDOWS, default="24h", help="default: %(default)s"),
-        _arg("--name", help="of one function"),
-        *_FILE_OR_JSON]),
-    "serve": (_serve, "Serve the status page of a job file, until Ctrl-C.", [
-        _arg("--host", default="127.0.0.1",
-             help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD"),
-        _arg("--port", type=int, default=8765, help="default: %(default)s; 0: a free one"),
-        _flag("--read-only", help="without operations"),
-        *_FILE]),
-    "prune": (_prune, "Remove whole trees that are over for long.", [
-        _arg("--finished", default=_days(RETENTION["finished"]), metavar="TIME",
-             help="how long finished and cancelled ones are kept (default: %(default)s)"),
-        _arg("--failed", default=_days(RETENTION["failed"]), metavar="TIME",
-             help="how long failed ones are kept (default: %(default)s)"),
-        *_FILE_OR_JSON]),
-    "bench": (_bench, "Measure bgjobs beside bare sqlite3 on this machine.", [
-        _arg("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")]),
-}
+    }.items():
+        operation = command(name, _operation, f"{does} Exit code 1: one was refused.", as_json)
+        operation("ids", type=int, nargs="+", metavar="ID")
 
+    stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.",
+                    as_json)
+    stats("--window", choices=WINDOWS, default="24h", help="default: %(default)s")
 
-def _arguments(arguments: list[str] | None) -> Any:
-    import argparse
-    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
-    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, help, command_arguments) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        for names, settings in command_arguments:
-            command.add_argument(*names, **settings)
+    serve = command("serve", _serve, "Serve the status page of a job file, until Ctrl-C.", file)
+    serve("--host", default="127.0.0.1", help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD")
+    serve("--port", type=int, default=8765, help="default: %(default)s; 0: a free one")
+    serve("--read-only", action="store_true", help="without operations")
+
+    prune = command("prune", _prune, "Remove whole trees that are over for long.", as_json)
+    prune("--finished", default=_period(RETENTION["finished"]), metavar="TIME",
+          help="how long finished and cancelled ones are kept (default: %(default)s)")
+    prune("--failed", default=_period(RETENTION["failed"]), metavar="TIME",
+          help="how long failed ones are kept (default: %(default)s)")
+
+    bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
+    bench("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-def _drop_output() -> None:
-    """Let what is still to be written to stdout go nowhere: at exit it would be tried once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -10024,18 +9991,16 @@ def main(arguments: list[str] | None = None) -> int:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = _arguments(arguments)
-    run, _, _ = _COMMANDS[args.command]
     try:
-        code = run(args)
+        code: int = args.call(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:                               # `bgjobs logs 5 | head`
-        _drop_output()
-        return 0
     except (BgjobsError, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError):                    # perhaps of the output, which would be tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):            # `bgjobs logs 5 | head`
+            return 0
         print(f"bgjobs: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        if isinstance(error, OSError):                    # perhaps of the output
-            _drop_output()
         return 2
     except KeyboardInterrupt:
         print("\nbgjobs: interrupted; unfinished jobs wait in the file and go on with the next start", file=sys.stderr)
