@@ -704,7 +704,14 @@ def browser():
         browser.close()
 
 
+def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, **variables):
+    """Start `python bgjobs.py` with these arguments."""
+    return subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, stdout=stdout,
+                            stderr=subprocess.PIPE, text=True, env=environment(**variables))
+
+
 def bgjobs_command(*arguments, cwd=None, **variables):
+    """Run `python -m bgjobs` with these arguments."""
     return subprocess.run([sys.executable, "-m", "bgjobs", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           timeout=60, env=environment(**variables))
 
@@ -7071,11 +7078,11 @@ class TestCommandLine:
 
     def test_run_prints_the_result_as_json(self, tmp_path):
         (tmp_path / "tasks.py").write_text("import bgjobs\ndef work(a, b):\n    return [a, b, bgjobs.current_job().id]\n"
-                                           "def bad():\n    raise ValueError('boom')\n")
+                                           "def bad():\n    raise ValueError('boom\\x1b[31m')\n")
         done = bgjobs_command("run", "tasks:work", "1", "text", cwd=tmp_path)
         assert (done.returncode, json.loads(done.stdout)) == (0, [1, "text", 1]), done.stderr
         done = bgjobs_command("run", "tasks:bad", cwd=tmp_path)
-        assert done.returncode == 1 and "ValueError: boom" in done.stderr
+        assert done.returncode == 1 and "ValueError: boom [31m\n" in done.stderr
 
     @pytest.mark.parametrize("arguments,text", [
         (["run", "tasks"], "write module:function"), (["run", "nowhere:f"], "cannot find nowhere:f"), (["run", "os:nothing"], "cannot find"),
@@ -7088,9 +7095,12 @@ class TestCommandLine:
     def test_output_that_cannot_be_written_is_one_line_and_odd_characters_are_escaped(self, jobs_file):
         for command in ("list", "stats"):
             with open("/dev/full", "w") as full:
-                done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), command, "--db", jobs_file], stdout=full,
-                                      stderr=subprocess.PIPE, text=True, timeout=60)
-            assert (done.returncode, done.stderr) == (2, "bgjobs: [Errno 28] No space left on device\n")
+                assert finish(started_command(command, "--db", jobs_file, stdout=full)) == (
+                    2, None, "bgjobs: [Errno 28] No space left on device\n")
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as nobody_reads:
+            assert finish(started_command("list", "--db", jobs_file, stdout=nobody_reads)) == (0, None, "")
         closed = subprocess.run(["sh", "-c", f"'{sys.executable}' '{HERE / 'bgjobs.py'}' list --db '{jobs_file}' >&-"], timeout=60,
                                 stderr=subprocess.PIPE, text=True)
         assert (closed.returncode, closed.stderr) == (0, "")
@@ -7108,6 +7118,7 @@ class TestCommandLine:
             runner.drain()
             runner.submit(add, 1, 2)
             runner.options(low_priority=True, delay=3_600, label="\u6570\u5b57" * 40).submit(add, 2)
+            runner.options(system=True, delay=3_600).submit(add, 3)
         return path
 
     def test_list_and_show_are_tables_for_people_and_json_for_programs(self, jobs_file):
@@ -7118,7 +7129,10 @@ class TestCommandLine:
         assert "3/3" in lines[3] and "ann" in lines[3] and "(scheduled) (low priority)" in lines[0] and "failed" in lines[2]
         listed = json.loads(bgjobs_command("list", "--db", jobs_file, "--json", "--children", "--status", "finished").stdout)
         assert [job["id"] for job in listed] == [5, 4, 3, 1]
-        assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", "--parent", 1, BGJOBS_DB=jobs_file).stdout)] == [5, 4, 3]
+        for filters, ids in ((["--parent", 1], [5, 4, 3]), (["-q", "SUMS"], [1]), (["-q", "test_bgjobs.add", "--limit", 4], [7, 6, 5, 4]),
+                             (["--system", "--status", "pending"], [8, 7, 6])):
+            assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", *filters, BGJOBS_DB=jobs_file).stdout)] == ids
+        assert bgjobs_command("list", "--status", "stopped", "--db", jobs_file).stdout == ""
         shown = bgjobs_command("show", 2, "--db", jobs_file)
         assert shown.returncode == 1 and "ValueError: boom" in shown.stdout and "operations  [\"resume\", \"restart\"" in shown.stdout
         assert json.loads(bgjobs_command("show", 1, "--json", "--db", jobs_file).stdout)["children"]["done"] == 3
@@ -7133,17 +7147,18 @@ class TestCommandLine:
         done = bgjobs_command("restart", 2, "--json", "--db", jobs_file)
         assert (done.returncode, json.loads(done.stdout)) == (0, {"done": [2], "refused": []})
         assert bgjobs_command("force-stop", 2, "--db", jobs_file).returncode == 1
+        assert bgjobs_command("restart", 3, "--db", jobs_file).returncode == 0
+        assert "[3] restart by " in bgjobs_command("logs", 1, "--tree", "--db", jobs_file).stdout
         assert "stop by " in bgjobs_command("logs", 6, "--db", jobs_file).stdout
 
     def test_logs_are_followed_and_filtered(self, make, path):
         runner = make(max_workers=1)
         job = runner.submit(log_until, "follow")
-        follower = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "logs", "-f", str(job.id), "--db", path, "--level", "info"],
-                                    stdout=subprocess.PIPE, text=True)
+        follower = started_command("logs", "-f", job.id, "--db", path, "--level", "info")
         assert follower.stdout.readline().endswith("INFO     first\n")
         gate("follow").set()
-        out, _ = follower.communicate(timeout=20)
-        assert (follower.returncode, [line.split()[-1] for line in out.splitlines()]) == (0, ["second", "last"])
+        code, out, _ = finish(follower)
+        assert (code, [line.split()[-1] for line in out.splitlines()]) == (0, ["second", "last"])
         job.result(5)
         assert [line["message"] for line in job.logs(regex="^(first|la.t)$")] == ["first", "last"]
         assert [json.loads(line)["message"] for line in bgjobs_command("logs", job.id, "--json", "--regex", "st$", "--db", path).stdout.splitlines()] \
@@ -7168,8 +7183,7 @@ class TestCommandLine:
         assert bgjobs_command("prune", "--failed", "0", "--db", jobs_file).stdout == "1 jobs removed\n"
 
     def test_serve_shows_a_file_without_running_it(self, jobs_file):
-        process = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "serve", "--port", "0", "--read-only", "--db", jobs_file],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = started_command("serve", "--port", "0", "--read-only", "--db", jobs_file)
         visitor = Visitor(re.search(r"http://\S+", process.stdout.readline())[0])
         assert visitor.get("api/jobs")["counts"]["pending"] == 2 and visitor.get("api/session")["read_only"] is True
         process.send_signal(signal.SIGINT)
@@ -7183,19 +7197,18 @@ class TestCommandLine:
 
     def test_colours_are_for_terminals_whose_users_want_them(self, jobs_file):
         import pty
-        for environment, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        for wanted, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
             main, side = pty.openpty()
-            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60", **environment}
             for command in ("list", "stats"):
-                done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), command, "--db", jobs_file], stdout=side,
-                                      stderr=subprocess.PIPE, env=environment, timeout=30)
+                variables = {"TERM": "xterm", "COLUMNS": "60", **wanted}
+                assert finish(started_command(command, "--db", jobs_file, stdout=side, **variables))[0] == 0
             os.close(side)
             out = b""
             with contextlib.suppress(OSError):
                 while block := os.read(main, 65536):
                     out += block
             os.close(main)
-            assert done.returncode == 0 and (b"\x1b[31mfailed" in out) is coloured
+            assert (b"\x1b[31mfailed" in out) is coloured
             assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in out.decode().splitlines())
 
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
@@ -7215,8 +7228,7 @@ class TestCommandLine:
                 print(runner.submit(tasks.double, 21).id, runner.submit(tasks.count).id)
             """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
         assert code == 0, err
-        worker = subprocess.Popen([sys.executable, HERE / "bgjobs.py", "work", "--db", "jobs.db", "--workers", "2", "tasks"], cwd=tmp_path,
-                                  stderr=subprocess.PIPE, text=True)
+        worker = started_command("work", "--db", "jobs.db", "--workers", "2", "tasks", cwd=tmp_path)
         with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
             assert runner.get(1).result(20) == 42
             wait_for(lambda: (runner.get(2).progress or 0) > 0)
