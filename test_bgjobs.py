@@ -35,6 +35,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import types
 import urllib.request
 import uuid
@@ -170,6 +171,54 @@ def python(code, *arguments, cwd=None, **variables):
     """Start a Python process that can import bgjobs and this file, and compiles them once for all such processes."""
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**variables))
+
+
+def ready(code, *arguments, **variables):
+    """Start such a process and wait until it says "ready"."""
+    process = python(code, *arguments, **variables)
+    assert process.stdout.readline() == "ready\n", finish(process)
+    return process
+
+
+def holder(path, name, workers=1):
+    """Start a process with a runner each of whose workers holds a job, until it is killed."""
+    return ready("""
+        import bgjobs, sys, test_bgjobs, threading
+        path, name, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+        runner = bgjobs.Runner(path, max_workers=workers)
+        runner.submit_many(test_bgjobs.hold, [(name,)] * workers)
+        test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == workers)
+        print("ready", flush=True)
+        threading.Event().wait()
+        """, path, name, workers)
+
+
+def let_go(processes):
+    """Have processes that say "ready" and then read a line go on at the same time."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", finish(process)
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+def in_a_child(function):
+    """Call a function in a forked process, which ends with code 0, or 1 where it raises; return its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    return child
 
 
 def environment(**more):
@@ -2434,15 +2483,16 @@ class TestKeys:
     def test_one_key_submitted_by_8_processes_is_one_job(self, idle, path, inside):
         parent = idle.submit(hold, "parent") if inside else None
         processes = [python("""
-            import bgjobs, sys, time
-            path, parent, begin = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-            import test_bgjobs
+            import bgjobs, sys, test_bgjobs
+            path, parent = sys.argv[1], int(sys.argv[2])
             with bgjobs.Runner(path, start=False) as runner:
                 options = {"parent": runner.get(parent)} if parent else {}
-                time.sleep(max(0, begin - time.time()))
+                print("ready", flush=True)
+                sys.stdin.readline()
                 for key in range(20):
                     print(runner.options(key=f"key {key}", **options).submit(test_bgjobs.add, 1).id)
-            """, path, parent.id if inside else 0, time.time() + 1.5) for _ in range(8)]
+            """, path, parent.id if inside else 0) for _ in range(8)]
+        let_go(processes)
         outs = [finish(process) for process in processes]
         assert all(code == 0 for code, _, _ in outs), outs
         assert len({out for _, out, _ in outs}) == 1         # each got the same twenty
@@ -2494,9 +2544,10 @@ class TestMaxRunning:
 
     @pytest.mark.parametrize("ending", ["raise", "stop", "force stop", "cancel", "release", "crash"])
     def test_a_slot_is_free_however_its_attempt_ends(self, make, ending):
-        idle = make(start=False)
-        first, second, third = (idle.options(max_running=1, delay=0.001 * n).submit(add, 1, 2) for n in range(3))
-        time.sleep(0.01)
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        first, second, third = (idle.options(max_running=1, delay=n).submit(add, 1, 2) for n in range(3))
+        clock.now += 3
         idle._store.write(lambda tx: tx.wake_due())
         attempt, = claimed(idle, 5)
         assert [second.phase, third.phase] == ["limit reached"] * 2
@@ -2795,11 +2846,7 @@ class TestStore:
                 runner.submit_many(test_bgjobs.add, [(1, 2)] * 100)
                 print(count + 100)
             """, path, n) for n in range(8)]
-        for writer in writers:
-            assert writer.stdout.readline() == "ready\n"
-        for writer in writers:
-            writer.stdin.write("\n")
-            writer.stdin.flush()
+        let_go(writers)
         ends = [finish(writer) for writer in writers]
         assert {code for code, _, _ in ends} == {0}, [err for _, _, err in ends]
         submitted = sum(int(out) for _, out, _ in ends)
@@ -3452,18 +3499,8 @@ class TestSweeps:
             import os, pathlib, pytest, sys, test_bgjobs
             folder = pathlib.Path(sys.argv[1])
 
-            def in_a_child(function):
-                child = os.fork()
-                if child == 0:
-                    try:
-                        function()
-                        os._exit(0)
-                    except BaseException:
-                        import traceback
-                        traceback.print_exc()
-                        sys.stderr.flush()
-                        os._exit(1)
-                return os.waitpid(child, 0)[1] >> 8
+            def code_of(function):
+                return os.waitpid(test_bgjobs.in_a_child(function), 0)[1] >> 8
 
             def crash_at(number, when, path, effects, acknowledged):
                 commits = 0
@@ -3485,9 +3522,9 @@ class TestSweeps:
                 codes = []
                 for when in ("before", "after"):
                     path, effects, acknowledged = (str(folder / f"{kind} {when} {number}") for kind in ("db", "effects", "ids"))
-                    codes.append(in_a_child(lambda: crash_at(number, when, path, effects, acknowledged)))
+                    codes.append(code_of(lambda: crash_at(number, when, path, effects, acknowledged)))
                     ids = [int(line) for line in open(acknowledged)] if os.path.exists(acknowledged) else []
-                    assert in_a_child(lambda: test_bgjobs.live_again(path, effects, ids, 1)) == 0, (when, number)
+                    assert code_of(lambda: test_bgjobs.live_again(path, effects, ids, 1)) == 0, (when, number)
                 assert set(codes) <= {0, 9}, codes                 # how many commits there are depends on the time a little
                 crashes += 2
                 if codes == [0, 0]:
@@ -3704,7 +3741,7 @@ class TestWorkerPool:
         wait_for(lambda: parent.status == "stopped" and runner._pool.room()[0] == 1)
 
     def test_a_job_that_awaits_its_child_does_not_hold_the_exit_up(self, path):
-        process = python("""
+        process = ready("""
             import bgjobs, sys, test_bgjobs
             bgjobs.GRACE_SECONDS = 0.6
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
@@ -3712,7 +3749,6 @@ class TestWorkerPool:
             test_bgjobs.wait_for(lambda: test_bgjobs.seen)
             print("ready", flush=True)
         """, path)
-        assert process.stdout.readline() == "ready\n"
         assert finish(process)[::2] == (0, "")
 
     def test_several_waiting_threads_of_one_job_give_one_place_away(self, make):
@@ -3783,8 +3819,7 @@ class TestLowPriority:
         first = runner.options(low_priority=True).submit(hold, "first")
         second = runner.options(low_priority=True).submit(hold, "second")
         wait_for(lambda: first.status == "running")
-        time.sleep(0.05)
-        assert second.status == "pending" and second.phase == "waiting for low load"
+        wait_for(lambda: second.phase == "waiting for low load")
         first.set_low_priority(False)
         wait_for(lambda: second.status == "running")
         gate("first").set()
@@ -4025,7 +4060,6 @@ class TestInsideAJob:
         assert following.eta is None
         gate("following").set()
         following.result(10)
-        time.sleep(0.01)
         unreported = runner.submit(nap, 0.3)
         unreported.result(10)
         again = runner.submit(nap, 0.3)
@@ -4650,23 +4684,19 @@ class TestSchedules:
 
     def test_four_processes_make_one_job_for_each_time_even_if_one_is_killed(self, path):
         code = """
-            import sys, time, bgjobs, test_bgjobs
+            import sys, bgjobs, test_bgjobs, threading
             with bgjobs.Runner(sys.argv[1], max_workers=1) as runner:
                 runner.every(0.05, test_bgjobs.add, 1)
                 print("ready", flush=True)
-                time.sleep(60)
+                threading.Event().wait()
         """
-        processes = [python(code, path) for _ in range(4)]
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        time.sleep(1)
-        processes[0].kill()
-        time.sleep(1)
-        for process in processes:
-            process.kill()
-            process.communicate()
+        processes = [ready(code, path) for _ in range(4)]
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
-            info = runner.schedules()[0].info()
+            schedule, = runner.schedules()
+            for process, runs in ((processes[0], 15), *((process, 30) for process in processes[1:])):
+                wait_for(lambda: schedule.info()["runs"] >= runs)
+                kill(process)
+            info = schedule.info()
             (created, next_at), = rows(runner, "SELECT created_at, next_at FROM bgjobs_schedules WHERE system = 0")
             due = [created + 0.05 * n for n in range(1, round((next_at - created) / 0.05))]
             made = sorted(job.created_at for job in runner.jobs(limit=None))
@@ -5257,20 +5287,10 @@ def interrupt_once(monkeypatch, holder, name):
 
 class TestCrashes:
     def test_after_kill_9_the_next_start_runs_what_was_running_and_what_was_queued(self, path):
-        code = """
-            import sys, time, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=3)
-            runner.submit_many(test_bgjobs.hold, [("kill",)] * 3)
-            runner.submit_many(test_bgjobs.add, [(i, i) for i in range(20)])
-            while len(test_bgjobs.seen) < 3:
-                time.sleep(0.01)
-            print("ready", flush=True)
-            time.sleep(60)
-        """
-        process = python(code, path)
-        assert process.stdout.readline() == "ready\n"
-        process.kill()
-        process.communicate()
+        process = holder(path, "kill", 3)
+        with bgjobs.Runner(path, start=False) as idle:
+            idle.submit_many(add, [(i, i) for i in range(20)])
+        kill(process)
         with contextlib.closing(bgjobs.Runner(path, max_workers=3)) as runner:
             wait_for(lambda: all(runner.get(i).attempt == 2 and runner.get(i).status == "running" for i in (1, 2, 3)))
             assert "its process died; pending now" in runner.get(1).logs()[0]["message"]
@@ -5279,22 +5299,11 @@ class TestCrashes:
             consistent(runner)
 
     def test_a_living_process_takes_a_dead_ones_jobs_back_within_a_moment(self, make, path):
-        code = """
-            import sys, time, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.hold_if, "dead")
-            while not test_bgjobs.seen:
-                time.sleep(0.01)
-            print("ready", flush=True)
-            time.sleep(60)
-        """
-        process = python(code, path)
-        assert process.stdout.readline() == "ready\n"
+        process = holder(path, "dead")
         runner = make(max_workers=1)
         time.sleep(1.2)
         assert runner.get(1).attempt == 1        # its owner lives: nobody touches it, however long it takes
-        process.kill()
-        process.communicate()
+        kill(process)
         wait_for(lambda: runner.get(1).attempt == 2, 3)
 
     def test_a_hundred_kills_at_random_moments_lose_nothing_and_end_nothing_twice(self, tmp_path):
@@ -5302,19 +5311,6 @@ class TestCrashes:
         code, out, err = finish(python("""
             import bgjobs, os, random, signal, sys, time, test_bgjobs
             path, effects, submitted = (f"{sys.argv[1]}/{name}" for name in ("jobs.db", "effects", "submitted"))
-
-            def in_a_child(function):
-                child = os.fork()
-                if child == 0:
-                    try:
-                        function()
-                        os._exit(0)
-                    except BaseException:
-                        import traceback
-                        traceback.print_exc()
-                        sys.stderr.flush()
-                        os._exit(1)
-                return child
 
             def live():
                 runner = bgjobs.Runner(path, max_workers=3)
@@ -5346,7 +5342,7 @@ class TestCrashes:
 
             older = None
             for kill in range(int(sys.argv[2])):
-                newer = in_a_child(live)
+                newer = test_bgjobs.in_a_child(live)
                 time.sleep(0.02 + random.random() / 20)
                 victim, older = (newer, older) if older is not None and random.random() < 0.5 else (older, newer)
                 if victim is not None:
@@ -5354,7 +5350,7 @@ class TestCrashes:
                     assert os.waitpid(victim, 0)[1] == signal.SIGKILL
             os.kill(older, signal.SIGKILL)
             os.waitpid(older, 0)
-            sys.exit(os.waitpid(in_a_child(live_on), 0)[1] >> 8)
+            sys.exit(os.waitpid(test_bgjobs.in_a_child(live_on), 0)[1] >> 8)
             """, tmp_path, 100), 120)
         assert code == 0, err
         jobs, again, _ = map(int, out.split())
@@ -5362,14 +5358,7 @@ class TestCrashes:
 
     def test_a_runner_whose_row_is_deleted_by_hand_lives_on_and_a_dead_one_is_recovered_without_it(self, make, path, monkeypatch):
         monkeypatch.setattr(bgjobs, "HEARTBEAT_SECONDS", 1)
-        process = python("""
-            import sys, time, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.hold_if, "dead")
-            print(test_bgjobs.wait_for(lambda: test_bgjobs.seen), flush=True)
-            time.sleep(60)
-        """, path)
-        process.stdout.readline()
+        process = holder(path, "dead")
         runner = make(max_workers=1)
         living = runner.submit(hold, "living")
         wait_for(lambda: living.status == "running")
@@ -5377,21 +5366,14 @@ class TestCrashes:
         wait_for(lambda: rows(runner, "SELECT id, pid FROM bgjobs_runners") == [(runner._id, os.getpid())], 5)
         time.sleep(1.2)
         assert runner.get(1).attempt == living.attempt == 1      # both live: their locks say so
-        process.kill()
-        process.communicate()
+        kill(process)
         gate("living").set()
         wait_for(lambda: runner.get(1).attempt == 2, 5)
         gate("dead").set()
         runner.get(1).result(5)
 
     def test_a_dead_process_is_told_by_its_lock_even_if_another_has_its_pid_now(self, make, path):
-        finish(python("""
-            import os, sys, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.hold_if, "pid")
-            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
-            os._exit(9)
-        """, path))
+        kill(holder(path, "pid"))
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("UPDATE bgjobs_runners SET pid = ?, heartbeat_at = ?", (os.getpid(), time.time() + 100))
             db.commit()
@@ -5435,8 +5417,7 @@ class TestCrashes:
             process = python("""
                 import bgjobs, sys, test_bgjobs
                 with bgjobs.Runner(sys.argv[1], max_workers=4) as runner:
-                    while runner.jobs(status=("pending", "running")):
-                        bgjobs.time.sleep(0.01)
+                    test_bgjobs.wait_for(lambda: not runner.jobs(status=("pending", "running")), 30)
                 """, path)
             finish(process)
         assert "its process died under it 3 times" in bad[0].error
@@ -5527,11 +5508,10 @@ class TestCrashes:
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
-            import os, sys, time, bgjobs, test_bgjobs
+            import os, sys, bgjobs, test_bgjobs
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
             runner.options(recover=False).submit(test_bgjobs.hold, "once")
-            while not test_bgjobs.seen:
-                time.sleep(0.01)
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
             os._exit(9)
         """
         assert finish(python(code, path))[0] == 9
@@ -5697,7 +5677,7 @@ class TestExit:
         ("spin", "threading.Thread(target=runner.close, args=(60,), daemon=True).start()", 0), ("spin", "runner.close(0.2); sys.exit(4)", 4)])
     def test_the_interpreter_exits_on_time_and_leaves_the_jobs_in_the_file(self, path, function, ending, code):
         script = f"""
-            import os, signal, sys, threading, time, bgjobs, test_bgjobs
+            import os, signal, sys, threading, bgjobs, test_bgjobs
             bgjobs.GRACE_SECONDS = 0.6
             handlers = [signal.getsignal(number) for number in range(1, 20)]
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
@@ -5707,15 +5687,12 @@ class TestExit:
                 timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
                 timer.daemon = True                              # it comes while the interpreter closes the runner
                 timer.start()
-            while not test_bgjobs.seen:
-                time.sleep(0.01)
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
             assert handlers == [signal.getsignal(number) for number in range(1, 20)]
             print("ready", flush=True)
             {ending}
         """
-        process = python(script, path)
-        assert process.stdout.readline() == "ready\n"
-        got, out, err = finish(process)                    # within 1 s where the machine has time
+        got, out, err = finish(ready(script, path))        # within 1 s where the machine has time
         assert got == code or code is None
         assert "Exception ignored" not in err and ("result()" in ending or "/bgjobs.py" not in err), err
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
@@ -5725,7 +5702,7 @@ class TestExit:
             consistent(runner)
 
     def test_several_runners_share_the_time_that_an_exit_may_take(self, path):
-        process = python("""
+        process = ready("""
             import atexit, bgjobs, sys, test_bgjobs
             atexit.register(lambda: print(len({runner._store.close_by for runner in runners}), "deadline"))
             bgjobs.GRACE_SECONDS = 1.0
@@ -5735,7 +5712,6 @@ class TestExit:
             test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == 8)
             print("ready", flush=True)
         """, path)
-        assert process.stdout.readline() == "ready\n"
         assert finish(process) == (0, "1 deadline\n", "")
         for n in range(4):
             with contextlib.closing(bgjobs.Runner(f"{path}{n}", start=False)) as runner:
