@@ -93,7 +93,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
-    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, ParamSpec, Sized, TypeVar, overload)
+    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, ParamSpec, Sized, TextIO,
+    TypeVar, overload)
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -9403,7 +9404,7 @@ def _page_server(page: Page, host: str, port: int) -> Any:
 
 # ---- 21 Command line ------------------------------------------------------------------------------------------
 #
-# For each command there is a function that takes the parsed arguments and returns the exit code; `_COMMANDS`, near the
+# For each command there is a function that takes the parsed arguments and returns the exit code; `_arguments`, near the
 # end, names them all.
 
 # What goes to a terminal.
@@ -9421,6 +9422,11 @@ def _coloured(status: str) -> str:
 def _plain(value: Any) -> str:
     """Return text that does nothing to a terminal but stand there."""
     return "".join(c if c.isprintable() else " " for c in str(value))
+
+
+def _plain_lines(text: str, indent: int = 0) -> str:
+    """Return such text whose lines stand below each other, all but the first after so many spaces."""
+    return ("\n" + " " * indent).join(map(_plain, text.split("\n")))
 
 
 def _clock_time(at: float) -> str:
@@ -9454,21 +9460,30 @@ def _fitted(text: str, cells: int) -> str:
     return text + " " * (cells - _cells(text))
 
 
-def print_table(items: Iterable[Any], columns: dict[str, Callable[[Any], Any]], spare: Iterable[str]) -> None:
-    """Print a table with a row for each item; `columns` has their titles and what gives an item's cell. The last column
-    takes what the terminal leaves; a narrow one does without the spare columns, first those named first."""
+def _width(stream: TextIO) -> int:
+    """Return the columns of a stream's terminal; of what is no terminal, more than a line needs."""
     import shutil
-    room = shutil.get_terminal_size((200, 24)).columns if sys.stdout.isatty() else 10_000
-    rows = [{title: title for title in columns}]
-    rows += [{title: _plain(cell(item)) for title, cell in columns.items()} for item in items]
-    *others, last = columns
-    widths = {title: max(_cells(row[title]) for row in rows) for title in columns}
+    if not stream.isatty():
+        return 10_000
+    return shutil.get_terminal_size(os.get_terminal_size(stream.fileno())).columns or 80
+
+
+def print_table(rows: list[dict[str, Any]], spare: Iterable[str]) -> None:
+    """Print rows of cells, by the titles of their columns. The last column takes what the terminal leaves; a narrow one
+    does without the spare columns, first those named first."""
+    if not rows:
+        return
+    titles = {title: title for title in rows[0]}
+    lines = [titles, *({title: _plain(cell) for title, cell in row.items()} for row in rows)]
+    widths = {title: max(_cells(line[title]) for line in lines) for title in titles}
+    last, longest = widths.popitem()
+    room = _width(sys.stdout) - sum(width + 2 for width in widths.values())
     for title in spare:
-        if sum(widths[other] + 2 for other in others) + 20 > room:
-            others.remove(title)
-    widths[last] = max(8, min(widths[last], room - sum(widths[other] + 2 for other in others)))
-    for row in rows:
-        cells = {title: _fitted(row[title], widths[title]) for title in (*others, last)}
+        if room < 20:
+            room += widths.pop(title) + 2
+    widths[last] = max(8, min(longest, room))
+    for line in lines:
+        cells = {title: _fitted(line[title], width) for title, width in widths.items()}
         print("  ".join(_coloured(cell) if title == "Status" else cell for title, cell in cells.items()).rstrip())
 
 
@@ -9484,13 +9499,12 @@ def progress_line(info: dict[str, Any], width: int) -> str:
 
 def _follow(job: Job[Any]) -> dict[str, Any]:
     """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
-    import shutil
     while True:
         info = job.info()
         ended = info["status"] in (*OVER, STOPPED)
         if sys.stderr.isatty():
-            width = shutil.get_terminal_size(os.get_terminal_size(sys.stderr.fileno())).columns
-            print("\r\x1b[K" + ("" if ended else progress_line(info, width)), end="", file=sys.stderr, flush=True)
+            line = "" if ended else progress_line(info, _width(sys.stderr))
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         if ended:
             return info
         wait([job], timeout=0.2)
@@ -9504,31 +9518,34 @@ def _answer(args: Any, found: Any, print_it: Callable[[], object]) -> None:
         print_it()
 
 
+def _until_interrupted(what: str, stream: TextIO | None = None) -> NoReturn:
+    """Say what goes on until Ctrl-C, and let it."""
+    print(what, file=stream, flush=True)
+    while True:
+        time.sleep(3600)
+
+
 # Commands that run jobs.
 
-def _finished(job: Job[Any]) -> dict[str, Any] | None:
-    """Follow a job to its end; return its info. If it has not finished, say so and return None."""
+def _finished(job: Job[Any]) -> dict[str, Any]:
+    """Follow a job to its end; return its info. SystemExit, which says so: it has not finished."""
     info = _follow(job)
-    if info["status"] == FINISHED:
-        return info
-    print(f"job {job.id} is {info['status']}\n{info['error'] or ''}", file=sys.stderr)
-    return None
+    if info["status"] != FINISHED:
+        sys.exit(f"job {job.id} is {info['status']}\n{_plain_lines(info['error'] or '')}")
+    return info
 
 
 def _run(args: Any) -> int:
-    import importlib
-    module, colon, name = args.function.partition(":")
-    if not colon:
+    import pkgutil
+    if ":" not in args.function:
         raise BgjobsError(f"{args.function!r} names no function; write module:function")
     sys.path.insert(0, os.getcwd())
     try:
-        function = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
+        function = pkgutil.resolve_name(args.function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise BgjobsError(f"cannot find {args.function}: {error}") from None
     with contextlib.closing(Runner(args.db, max_workers=args.workers)) as runner:
         info = _finished(runner.submit(function, *map(_argument, args.args)))
-    if info is None:
-        return 1
     print(json.dumps(info["result"], indent=2))
     return 0
 
@@ -9544,21 +9561,17 @@ def _argument(text: str) -> Any:
 def _work(args: Any) -> int:
     """Be a worker process. At its end running jobs pause at a checkpoint and go back to the file with their state."""
     import signal
-    ended = threading.Event()
-
-    def end(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)             # once more ends it at once
-        ended.set()
     sys.path.insert(0, os.getcwd())
     try:
         runner = Runner(args.db, max_workers=args.workers, modules=args.modules)
     except ImportError as error:
         raise BgjobsError(f"cannot import what it should work for: {error}") from None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    print(f"working on {runner.path} with {runner.max_workers} workers; Ctrl-C ends it", file=sys.stderr, flush=True)
-    while not ended.wait(1.0):                            # in pieces: on Windows no signal interrupts a wait
-        pass
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _until_interrupted(f"working on {runner.path} with {runner.max_workers} workers; Ctrl-C ends it", sys.stderr)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)         # once more ends it at once
     runner.close(args.grace)
     return 0
 
@@ -9567,53 +9580,39 @@ def _work(args: Any) -> int:
 
 def _opened(args: Any) -> contextlib.closing[Runner]:
     """Open a job file that exists, to look and operate only."""
-    path = args.db or os.environ.get("BGJOBS_DB", "bgjobs.db")
-    if not os.path.exists(path):
-        raise BgjobsError(f"there is no job file {path}; name one with --db")
-    return contextlib.closing(Runner(path, start=False))
-
-
-def _progress_cell(job: dict[str, Any]) -> str:
-    return ("" if job["progress"] is None else f"{job['progress']:.0%}") + (
-        "" if job["eta"] is None else f", {for_people(job['eta'])} left")
-
-
-def _children_cell(job: dict[str, Any]) -> str:
-    children = job["children"]
-    return f"{children['done']:,}/{children['total']:,}" if children["total"] else ""
-
-
-def _name_cell(job: dict[str, Any]) -> str:
-    phase = f" ({job['phase']})" if job["phase"] else ""
-    return f"{job['label'] or job['name']}{phase}{' (low priority)' if job['low_priority'] else ''}"
-
-
-_LIST_COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "ID": lambda job: job["id"],
-    "Created": lambda job: _clock_time(job["created_at"]),
-    "Waiting": lambda job: for_people(job["waiting"]),
-    "Duration": lambda job: for_people(job["duration"]),
-    "Status": lambda job: job["status"],
-    "Errors": lambda job: job["errors"] or "",
-    "Progress": _progress_cell,
-    "Children": _children_cell,
-    "Run by": lambda job: job["run_by"] or "",
-    "Name": _name_cell,
-}
-
-
-_FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system")
+    if not os.path.exists(args.db):
+        raise BgjobsError(f"there is no job file {args.db}; name one with --db")
+    return contextlib.closing(Runner(args.db, start=False))
 
 
 def _list(args: Any) -> int:
-    filters = {name: value for name, value in vars(args).items() if name in _FILTERS and value is not None}
-    if args.parent is None and args.q is None and not args.children:
-        filters["parent"] = None
+    filters = {name: getattr(args, name) for name in ("status", "q", "system")}
+    if args.parent is not None or not (args.q or args.children):
+        filters["parent"] = args.parent
     with _opened(args) as runner:
         jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
-    spare = ("Run by", "Created", "Waiting", "Errors", "Children", "Duration")
-    _answer(args, jobs, lambda: print_table(jobs, _LIST_COLUMNS, spare))
+    _answer(args, jobs, lambda: print_table(
+        list(map(_listed, jobs)), ("Run by", "Created", "Waiting", "Errors", "Children", "Duration")))
     return 0
+
+
+def _listed(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job's row in the list."""
+    progress, eta, children = job["progress"], job["eta"], job["children"]
+    return {
+        "ID": job["id"],
+        "Created": _clock_time(job["created_at"]),
+        "Waiting": for_people(job["waiting"]),
+        "Duration": for_people(job["duration"]),
+        "Status": job["status"],
+        "Errors": job["errors"] or "",
+        "Progress": ("" if progress is None else f"{progress:.0%}")
+                    + ("" if eta is None else f", {for_people(eta)} left"),
+        "Children": f"{children['done']:,}/{children['total']:,}" if children["total"] else "",
+        "Run by": job["run_by"] or "",
+        "Name": (job["label"] or job["name"]) + (f" ({job['phase']})" if job["phase"] else "")
+                + (" (low priority)" if job["low_priority"] else ""),
+    }
 
 
 def _show(args: Any) -> int:
@@ -9625,7 +9624,7 @@ def _show(args: Any) -> int:
 
 
 def _print_fields(info: dict[str, Any]) -> None:
-    """Print what there is to say of a job, a line for each field; lines of a text stand below each other."""
+    """Print what there is to say of a job, a line for each field."""
     for name, value in info.items():
         if value in (None, "", [], {}, False):
             continue
@@ -9635,26 +9634,24 @@ def _print_fields(info: dict[str, Any]) -> None:
             value = for_people(value)
         elif not isinstance(value, str):
             value = json.dumps(value)
-        text = ("\n" + " " * 14).join(map(_plain, value.split("\n")))
+        text = _plain_lines(value, 14)
         print(f"{name.replace('_', ' '):>12}  {_coloured(text) if name == 'status' else text}")
 
 
 def _logs(args: Any) -> int:
-    """Print a job's log; with -f until the job is over."""
+    """Print a job's log; with -f until the job is over or stopped."""
     with _opened(args) as runner:
-        job, after, limit = runner.get(args.id), 0, None if args.all else 1_000
+        job, after = runner.get(args.id), 0
         while True:
-            over = job.status in (*OVER, STOPPED)         # first: what it logs before its end is read after this
-            for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree,
-                                 limit=limit):
+            ended = job.status in (*OVER, STOPPED)        # first: what it logs before its end is read after this
+            for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree):
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""
-                message = "\n  ".join(map(_plain, line["message"].split("\n")))
+                message = _plain_lines(line["message"], 2)
                 print(json.dumps(line) if args.json else
                       f"{_clock_time(line['at'])} {line['level']:<8}{source} {message}", flush=True)
-            if over or not args.follow:
+            if ended or not args.follow:
                 return 0
-            limit = None
             time.sleep(0.2)
 
 
@@ -9665,56 +9662,46 @@ def _operation(args: Any) -> int:
         by = getpass.getuser()
     except Exception:                                     # KeyError, ImportError, OSError: a user without a name
         by = "the command line"
-    statuses: dict[int, str] = {}
+    done: list[int] = []
     refused: list[dict[str, Any]] = []
     with _opened(args) as runner:
         for job_id in args.ids:
             try:
                 runner._operate(args.command.replace("-", "_"), job_id, by)
-                statuses[job_id] = runner.get(job_id).status
+                said, stream = f"job {job_id}: {_coloured(runner.get(job_id).status)}", sys.stdout
+                done.append(job_id)
             except (InvalidOperation, KeyError) as error:
+                said, stream = f"bgjobs: {error.args[0]}", sys.stderr
                 refused.append({"id": job_id, "why": str(error.args[0])})
-
-    def print_outcomes() -> None:
-        for job_id, status in statuses.items():
-            print(f"job {job_id}: {_coloured(status)}")
-        for one in refused:
-            print(f"bgjobs: {one['why']}", file=sys.stderr)
-    _answer(args, {"done": list(statuses), "refused": refused}, print_outcomes)
+            if not args.json:
+                print(said, file=stream)
+    if args.json:
+        print(json.dumps({"done": done, "refused": refused}, indent=2))
     return 1 if refused else 0
-
-
-def _measured(times: dict[str, float] | None) -> str:
-    return "" if times is None else "{} ({} - {})".format(*(for_people(times[what]) for what in ("avg", "min", "max")))
 
 
 def _stats(args: Any) -> int:
     with _opened(args) as runner:
-        stats = runner.stats(args.window, args.name)
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "Created": lambda part: f"{part['created']:,}",
-        "Started": lambda part: f"{part['started']:,}",
-        "Finished": lambda part: f"{part['finished']:,}",
-        "Failed": lambda part: f"{part['failed']:,}",
-        "Waiting (least - most)": lambda part: _measured(part["waiting"]),
-        "Running (least - most)": lambda part: _measured(part["running"]),
-        f"Name, last {args.window}": lambda part: part["name"],
-    }
-    parts = [*stats["functions"], {**stats["total"], "name": "all"}]
-    _answer(args, stats, lambda: print_table(parts, columns, (
-        "Waiting (least - most)", "Started", "Running (least - most)")))
+        stats = runner.stats(args.window)
+
+    def measured(times: dict[str, float] | None) -> str:
+        return "" if times is None else "{avg} ({min} - {max})".format_map(
+            {what: for_people(seconds) for what, seconds in times.items()})
+    rows = [{**{what.title(): f"{part[what]:,}" for what in ("created", "started", "finished", "failed")},
+             **{f"{what.title()} (least - most)": measured(part[what]) for what in ("waiting", "running")},
+             f"Name, last {args.window}": part["name"]}
+            for part in (*stats["functions"], {**stats["total"], "name": "all"})]
+    _answer(args, stats, lambda: print_table(rows, ("Waiting (least - most)", "Started", "Running (least - most)")))
     return 0
 
 
 def _serve(args: Any) -> int:
     with _opened(args) as runner:
-        url = runner.serve(args.host, args.port, read_only=bool(args.read_only),
+        url = runner.serve(args.host, args.port, read_only=args.read_only,
                            password=os.environ.get("BGJOBS_PASSWORD") or None)
         if not url:
             raise BgjobsError(f"port {args.port} is taken; give another with --port, or 0 for a free one")
-        print(f"Status page: {url}   Ctrl-C ends it", flush=True)
-        while True:
-            time.sleep(3600)
+        _until_interrupted(f"Status page: {url}   Ctrl-C ends it")
 
 
 def _prune(args: Any) -> int:
@@ -9742,24 +9729,23 @@ def fingerprint(folder: str) -> dict[str, Any]:
     context = current_job()
     if context.state is None:                             # a resumed attempt finds its children where they are
         context.checkpoint(state=_submit_children(folder))
-    unreadable, folders = context.state, set()
+    parts = [child.result() for child in jobs(parent=context.id, limit=None)]
     # Sets: an attempt cut off while it submitted children leaves some that the next one submits again.
     copies: dict[tuple[int, str], set[str]] = defaultdict(set)
-    for child in reversed(jobs(parent=context.id, limit=None)):
-        result = child.result()
-        unreadable += result["unreadable"]
-        for name, size, digest in result["files"]:
-            folders.add(result["folder"])
-            copies[size, digest].add(os.path.join(result["folder"], name))
-        context.checkpoint()
-    groups = sorted(((size * (len(paths) - 1), size, digest, paths) for (size, digest), paths in copies.items()
-                     if size and len(paths) > 1), reverse=True)
+    for part in parts:
+        for name, size, digest in part["files"]:
+            copies[size, digest].add(os.path.join(part["folder"], name))
+    groups = [{"wasted": size * (len(paths) - 1), "size": size, "sha256": digest, "copies": len(paths),
+               "paths": heapq.nsmallest(3, paths)}
+              for (size, digest), paths in copies.items() if size and len(paths) > 1]
     context.progress(1, 1, f"{len(groups):,} groups of duplicates")
-    return {"folder": folder, "folders": len(folders), "files": sum(map(len, copies.values())),
-            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()), "unreadable": unreadable,
-            "duplicate_groups": len(groups), "wasted_bytes": sum(wasted for wasted, *_ in groups),
-            "largest_groups": [{"sha256": digest, "size": size, "copies": len(paths), "paths": sorted(paths)[:5]}
-                               for _, size, digest, paths in groups[:20]]}
+    return {"folders": len({part["folder"] for part in parts if part["files"]}),
+            "files": sum(map(len, copies.values())),
+            "bytes": sum(size * len(paths) for (size, _), paths in copies.items()),
+            "unreadable": context.state + sum(part["unreadable"] for part in parts),
+            "groups": len(groups),
+            "wasted": sum(group["wasted"] for group in groups),
+            "largest": heapq.nlargest(5, groups, operator.itemgetter("wasted"))}
 
 
 def _submit_children(folder: str) -> int:
@@ -9771,13 +9757,10 @@ def _submit_children(folder: str) -> int:
         folders.append((path, names))
         context.progress(0, message=f"looking: {len(folders):,} folders")
         context.checkpoint()
-
-    def parts(folders: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
-        return [(path, names[i:i + ENTRIES_A_CHILD]) for path, names in folders
-                for i in range(0, len(names), ENTRIES_A_CHILD)]
     folders.sort(key=lambda found: len(found[1]))
-    submit_many(fingerprint_files, parts(folders[:-1]))
-    options(low_priority=True).submit_many(fingerprint_files, parts(folders[-1:]))
+    for submit_all, some in (submit_many, folders[:-1]), (options(low_priority=True).submit_many, folders[-1:]):
+        submit_all(fingerprint_files, [(path, names[i:i + ENTRIES_A_CHILD]) for path, names in some
+                                       for i in range(0, len(names), ENTRIES_A_CHILD)])
     context.progress(0, 1, f"{len(folders):,} folders")
     return len(unreadable)
 
@@ -9816,25 +9799,19 @@ def _demo(args: Any) -> int:
         print(f"Status page: {url}\nJob file:    {runner.path}", flush=True)
         info = _finished(runner.options(key=f"demo {folder}", label=f"Duplicate files below {folder}", run_by="demo")
                          .submit(fingerprint, folder))
-        if info is None:
-            return 1
         _print_report(info["result"], info["duration"])
-        if sys.stdout.isatty() and not args.once:
-            print("The status page stays up until Ctrl-C.")
-            while True:
-                time.sleep(3600)
+        if sys.stdout.isatty():
+            _until_interrupted("The status page stays up until Ctrl-C.")
     return 0
 
 
 def _print_report(report: dict[str, Any], seconds: float) -> None:
     print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, "
           f"in {for_people(seconds)}; {report['unreadable']:,} could not be read\n"
-          f"{report['duplicate_groups']:,} groups of duplicates waste {report['wasted_bytes'] / 1e6:,.1f} MB; "
-          "the largest:")
-    for group in report["largest_groups"][:5]:
-        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}")
-        for path in group["paths"][:3]:
-            print("    " + path.encode("utf-8", "backslashreplace").decode())
+          f"{report['groups']:,} groups of duplicates waste {report['wasted'] / 1e6:,.1f} MB; the largest:")
+    for group in report["largest"]:
+        print(f"  {group['copies']} copies of {group['size']:,} bytes, sha256 {group['sha256'][:12]}",
+              *map(_plain, group["paths"]), sep="\n    ")
 
 
 # The benchmark: bgjobs beside bare sqlite3 that does the least of the same.
@@ -9947,71 +9924,59 @@ def _bench(args: Any) -> int:
 
 # The commands and their arguments.
 
-_Argument = tuple[tuple[str, ...], dict[str, Any]]        # of ArgumentParser.add_argument
+def _arguments(arguments: list[str] | None) -> Any:
+    """Parse a command line; `call` of what is returned is its command's function."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
+    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument("--db", default=os.environ.get("BGJOBS_DB", "bgjobs.db"), metavar="FILE",
+                      help="the job file (default: $BGJOBS_DB, else bgjobs.db)")
+    as_json, workers = (argparse.ArgumentParser(add_help=False, parents=[file]) for _ in range(2))
+    as_json.add_argument("--json", action="store_true", help="print JSON, for programs")
+    workers.add_argument("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")
+    one_job = argparse.ArgumentParser(add_help=False, parents=[as_json])
+    one_job.add_argument("id", type=int, metavar="ID")
+    one_job.add_argument("-f", "--follow", action="store_true", help="go on until it is over or stopped")
 
+    def command(name: str, call: Callable[[Any], int], does: str, *shared: Any) -> Callable[..., Any]:
+        """Add a command with arguments that others have, too; return what adds its own."""
+        made = commands.add_parser(name, help=does, description=does, parents=shared)
+        made.set_defaults(call=call)
+        return made.add_argument
 
-def _arg(*names: str, **settings: Any) -> _Argument:
-    return names, settings
+    demo = command("demo", _demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the "
+                                  "status page.", workers)
+    demo("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one")
+    demo("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)")
 
+    run = command("run", _run, "Run a function as a job and print its result as JSON.", workers)
+    run("function", metavar="MODULE:FUNCTION")
+    run("args", nargs="*", metavar="ARG", help="JSON, or else text")
 
-def _flag(*names: str, help: str) -> _Argument:
-    return names, {"action": "store_true", "default": None, "help": help}
+    work = command("work", _work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.", workers)
+    work("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name")
+    work("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+         help="what running jobs get at the end to reach a checkpoint (default: %(default)s)")
 
+    list_ = command("list", _list, "List jobs, the newest first.", as_json)
+    list_("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}")
+    list_("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by")
+    list_("--parent", type=int, metavar="ID", help="the children of a job")
+    list_("--children", action="store_true", help="children, too, not only roots")
+    list_("--system", action="store_true", help="system jobs, too")
+    list_("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)")
 
-_FILE = [_arg("--db", metavar="FILE", help="the job file (default: $BGJOBS_DB, else bgjobs.db)")]
-_FILE_OR_JSON = [*_FILE, _flag("--json", help="print JSON, for programs")]
-_RUNNER = [*_FILE, _arg("--workers", type=int, metavar="N", help="jobs that run at once (default: cores + 4)")]
-_ID = _arg("id", type=int, metavar="ID")
-_IDS = _arg("ids", type=int, nargs="+", metavar="ID")
+    command("show", _show, "Show a job. Exit code 1: it has failed or was cancelled.", one_job)
 
+    logs = command("logs", _logs, "Print a job's log.", one_job)
+    logs("--level", help="the least: DEBUG, INFO, WARNING, ERROR")
+    logs("--text", help="only lines that contain it")
+    logs("--regex", help="only lines in which it is found")
+    logs("--tree", action="store_true", help="those of its descendants, too")
 
-def _days(seconds: int) -> str:
-    return f"{seconds // 86_400}d"
-
-
-# name -> what does it, what it does, its arguments
-_COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
-    "demo": (_demo, "Find duplicate files below FOLDER with a job for each subfolder, and show it on the status "
-                    "page.", [
-        _arg("folder", nargs="?", default=".", metavar="FOLDER", help="default: the current one"),
-        _arg("--port", type=int, default=8765, help="of the status page (default: %(default)s, else a free one)"),
-        _flag("--once", help="end with the job; do not keep the page up"),
-        *_RUNNER]),
-    "run": (_run, "Run a function as a job and print its result as JSON.", [
-        _arg("function", metavar="MODULE:FUNCTION"),
-        _arg("args", nargs="*", metavar="ARG", help="JSON, or else text"),
-        *_RUNNER]),
-    "work": (_work, "Run the jobs of a file in this process, until Ctrl-C or SIGTERM.", [
-        _arg("modules", nargs="*", metavar="MODULE", help="modules to import, whose functions jobs may name"),
-        _arg("--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
-             help="what running jobs get at the end to reach a checkpoint (default: %(default)s)"),
-        *_RUNNER]),
-    "list": (_list, "List jobs, the newest first.", [
-        _arg("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}"),
-        _arg("--name", help="of the function"),
-        _arg("--run-by", metavar="NAME", help="who asked for it"),
-        _arg("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by"),
-        _arg("--parent", type=int, metavar="ID", help="the children of a job"),
-        _flag("--errors", help="only those with errors"),
-        _flag("--low-priority", help="only those that run in periods of low load"),
-        _flag("--children", help="children, too, not only roots"),
-        _flag("--system", help="system jobs, too"),
-        _arg("--limit", type=int, default=50, metavar="N", help="how many at most (default: %(default)s)"),
-        *_FILE_OR_JSON]),
-    "show": (_show, "Show a job. Exit code 1: it has failed or was cancelled.", [
-        _ID,
-        _flag("-f", "--follow", help="wait until it is over or stopped; on a terminal with a progress bar"),
-        *_FILE_OR_JSON]),
-    "logs": (_logs, "Print a job's log, the newest 1,000 lines.", [
-        _ID,
-        _flag("-f", "--follow", help="go on until it is over or stopped"),
-        _flag("--all", help="all lines"),
-        _arg("--level", help="the least: DEBUG, INFO, WARNING, ERROR"),
-        _arg("--text", help="only lines that contain it"),
-        _arg("--regex", help="only lines in which it is found"),
-        _flag("--tree", help="those of its descendants, too"),
-        *_FILE_OR_JSON]),
-    **{name: (_operation, f"{what} Exit code 1: one was refused.", [_IDS, *_FILE_OR_JSON]) for name, what in {
+    for name, does in {
         "stop": "Stop jobs at their next checkpoint.",
         "resume": "Have stopped or failed jobs go on.",
         "force-stop": "Make stopping jobs stopped now.",
@@ -10019,43 +9984,28 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, list[_Argument]]] = {
         "restart": "Run finished or failed jobs from scratch.",
         "set-low-priority": "Run jobs in periods of low load.",
         "remove-low-priority": "Run jobs as others.",
-    }.items()},
-    "stats": (_stats, "Print what was created, started, finished and failed, and how long that took.", [
-        _arg("--window", choices=WINDOWS, default="24h", help="default: %(default)s"),
-        _arg("--name", help="of one function"),
-        *_FILE_OR_JSON]),
-    "serve": (_serve, "Serve the status page of a job file, until Ctrl-C.", [
-        _arg("--host", default="127.0.0.1",
-             help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD"),
-        _arg("--port", type=int, default=8765, help="default: %(default)s; 0: a free one"),
-        _flag("--read-only", help="without operations"),
-        *_FILE]),
-    "prune": (_prune, "Remove whole trees that are over for long.", [
-        _arg("--finished", default=_days(RETENTION["finished"]), metavar="TIME",
-             help="how long finished and cancelled ones are kept (default: %(default)s)"),
-        _arg("--failed", default=_days(RETENTION["failed"]), metavar="TIME",
-             help="how long failed ones are kept (default: %(default)s)"),
-        *_FILE_OR_JSON]),
-    "bench": (_bench, "Measure bgjobs beside bare sqlite3 on this machine.", [
-        _arg("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")]),
-}
+    }.items():
+        operation = command(name, _operation, f"{does} Exit code 1: one was refused.", as_json)
+        operation("ids", type=int, nargs="+", metavar="ID")
 
+    stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.",
+                    as_json)
+    stats("--window", choices=WINDOWS, default="24h", help="default: %(default)s")
 
-def _arguments(arguments: list[str] | None) -> Any:
-    import argparse
-    parser = argparse.ArgumentParser(prog="bgjobs", description="Background jobs in one SQLite file.")
-    parser.add_argument("--version", action="version", version=f"bgjobs {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, help, command_arguments) in _COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        for names, settings in command_arguments:
-            command.add_argument(*names, **settings)
+    serve = command("serve", _serve, "Serve the status page of a job file, until Ctrl-C.", file)
+    serve("--host", default="127.0.0.1", help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD")
+    serve("--port", type=int, default=8765, help="default: %(default)s; 0: a free one")
+    serve("--read-only", action="store_true", help="without operations")
+
+    prune = command("prune", _prune, "Remove whole trees that are over for long.", as_json)
+    prune("--finished", default=_period(RETENTION["finished"]), metavar="TIME",
+          help="how long finished and cancelled ones are kept (default: %(default)s)")
+    prune("--failed", default=_period(RETENTION["failed"]), metavar="TIME",
+          help="how long failed ones are kept (default: %(default)s)")
+
+    bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
+    bench("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-def _drop_output() -> None:
-    """Let what is still to be written to stdout go nowhere: at exit it would be tried once more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -10067,18 +10017,16 @@ def main(arguments: list[str] | None = None) -> int:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args = _arguments(arguments)
-    run, _, _ = _COMMANDS[args.command]
     try:
-        code = run(args)
+        code: int = args.call(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:                               # `bgjobs logs 5 | head`
-        _drop_output()
-        return 0
     except (BgjobsError, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError):                    # perhaps of the output, which would be tried again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):            # `bgjobs logs 5 | head`
+            return 0
         print(f"bgjobs: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        if isinstance(error, OSError):                    # perhaps of the output
-            _drop_output()
         return 2
     except KeyboardInterrupt:
         print("\nbgjobs: interrupted; unfinished jobs wait in the file and go on with the next start", file=sys.stderr)

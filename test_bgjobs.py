@@ -36,6 +36,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import types
 import urllib.request
 import uuid
@@ -171,6 +172,54 @@ def python(code, *arguments, cwd=None, **variables):
     """Start a Python process that can import bgjobs and this file, and compiles them once for all such processes."""
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**variables))
+
+
+def ready(code, *arguments, **variables):
+    """Start such a process and wait until it says "ready"."""
+    process = python(code, *arguments, **variables)
+    assert process.stdout.readline() == "ready\n", finish(process)
+    return process
+
+
+def holder(path, name, workers=1):
+    """Start a process with a runner each of whose workers holds a job, until it is killed."""
+    return ready("""
+        import bgjobs, sys, test_bgjobs, threading
+        path, name, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+        runner = bgjobs.Runner(path, max_workers=workers)
+        runner.submit_many(test_bgjobs.hold, [(name,)] * workers)
+        test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == workers)
+        print("ready", flush=True)
+        threading.Event().wait()
+        """, path, name, workers)
+
+
+def let_go(processes):
+    """Have processes that say "ready" and then read a line go on at the same time."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", finish(process)
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
+def in_a_child(function):
+    """Call a function in a forked process, which ends with code 0, or 1 where it raises; return its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    return child
 
 
 def environment(**more):
@@ -705,7 +754,14 @@ def browser():
         browser.close()
 
 
+def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, **variables):
+    """Start `python bgjobs.py` with these arguments."""
+    return subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, stdout=stdout,
+                            stderr=subprocess.PIPE, text=True, env=environment(**variables))
+
+
 def bgjobs_command(*arguments, cwd=None, **variables):
+    """Run `python -m bgjobs` with these arguments."""
     return subprocess.run([sys.executable, "-m", "bgjobs", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
                           timeout=60, env=environment(**variables))
 
@@ -2428,15 +2484,16 @@ class TestKeys:
     def test_one_key_submitted_by_8_processes_is_one_job(self, idle, path, inside):
         parent = idle.submit(hold, "parent") if inside else None
         processes = [python("""
-            import bgjobs, sys, time
-            path, parent, begin = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-            import test_bgjobs
+            import bgjobs, sys, test_bgjobs
+            path, parent = sys.argv[1], int(sys.argv[2])
             with bgjobs.Runner(path, start=False) as runner:
                 options = {"parent": runner.get(parent)} if parent else {}
-                time.sleep(max(0, begin - time.time()))
+                print("ready", flush=True)
+                sys.stdin.readline()
                 for key in range(20):
                     print(runner.options(key=f"key {key}", **options).submit(test_bgjobs.add, 1).id)
-            """, path, parent.id if inside else 0, time.time() + 1.5) for _ in range(8)]
+            """, path, parent.id if inside else 0) for _ in range(8)]
+        let_go(processes)
         outs = [finish(process) for process in processes]
         assert all(code == 0 for code, _, _ in outs), outs
         assert len({out for _, out, _ in outs}) == 1         # each got the same twenty
@@ -2488,9 +2545,10 @@ class TestMaxRunning:
 
     @pytest.mark.parametrize("ending", ["raise", "stop", "force stop", "cancel", "release", "crash"])
     def test_a_slot_is_free_however_its_attempt_ends(self, make, ending):
-        idle = make(start=False)
-        first, second, third = (idle.options(max_running=1, delay=0.001 * n).submit(add, 1, 2) for n in range(3))
-        time.sleep(0.01)
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        first, second, third = (idle.options(max_running=1, delay=n).submit(add, 1, 2) for n in range(3))
+        clock.now += 3
         idle._store.write(lambda tx: tx.wake_due())
         attempt, = claimed(idle, 5)
         assert [second.phase, third.phase] == ["limit reached"] * 2
@@ -2789,11 +2847,7 @@ class TestStore:
                 runner.submit_many(test_bgjobs.add, [(1, 2)] * 100)
                 print(count + 100)
             """, path, n) for n in range(8)]
-        for writer in writers:
-            assert writer.stdout.readline() == "ready\n"
-        for writer in writers:
-            writer.stdin.write("\n")
-            writer.stdin.flush()
+        let_go(writers)
         ends = [finish(writer) for writer in writers]
         assert {code for code, _, _ in ends} == {0}, [err for _, _, err in ends]
         submitted = sum(int(out) for _, out, _ in ends)
@@ -3461,18 +3515,8 @@ class TestSweeps:
             import os, pathlib, pytest, sys, test_bgjobs
             folder = pathlib.Path(sys.argv[1])
 
-            def in_a_child(function):
-                child = os.fork()
-                if child == 0:
-                    try:
-                        function()
-                        os._exit(0)
-                    except BaseException:
-                        import traceback
-                        traceback.print_exc()
-                        sys.stderr.flush()
-                        os._exit(1)
-                return os.waitpid(child, 0)[1] >> 8
+            def code_of(function):
+                return os.waitpid(test_bgjobs.in_a_child(function), 0)[1] >> 8
 
             def crash_at(number, when, path, effects, acknowledged):
                 commits = 0
@@ -3494,9 +3538,9 @@ class TestSweeps:
                 codes = []
                 for when in ("before", "after"):
                     path, effects, acknowledged = (str(folder / f"{kind} {when} {number}") for kind in ("db", "effects", "ids"))
-                    codes.append(in_a_child(lambda: crash_at(number, when, path, effects, acknowledged)))
+                    codes.append(code_of(lambda: crash_at(number, when, path, effects, acknowledged)))
                     ids = [int(line) for line in open(acknowledged)] if os.path.exists(acknowledged) else []
-                    assert in_a_child(lambda: test_bgjobs.live_again(path, effects, ids, 1)) == 0, (when, number)
+                    assert code_of(lambda: test_bgjobs.live_again(path, effects, ids, 1)) == 0, (when, number)
                 assert set(codes) <= {0, 9}, codes                 # how many commits there are depends on the time a little
                 crashes += 2
                 if codes == [0, 0]:
@@ -3713,7 +3757,7 @@ class TestWorkerPool:
         wait_for(lambda: parent.status == "stopped" and runner._pool.room()[0] == 1)
 
     def test_a_job_that_awaits_its_child_does_not_hold_the_exit_up(self, path):
-        process = python("""
+        process = ready("""
             import bgjobs, sys, test_bgjobs
             bgjobs.GRACE_SECONDS = 0.6
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
@@ -3721,7 +3765,6 @@ class TestWorkerPool:
             test_bgjobs.wait_for(lambda: test_bgjobs.seen)
             print("ready", flush=True)
         """, path)
-        assert process.stdout.readline() == "ready\n"
         assert finish(process)[::2] == (0, "")
 
     def test_several_waiting_threads_of_one_job_give_one_place_away(self, make):
@@ -3792,8 +3835,7 @@ class TestLowPriority:
         first = runner.options(low_priority=True).submit(hold, "first")
         second = runner.options(low_priority=True).submit(hold, "second")
         wait_for(lambda: first.status == "running")
-        time.sleep(0.05)
-        assert second.status == "pending" and second.phase == "waiting for low load"
+        wait_for(lambda: second.phase == "waiting for low load")
         first.set_low_priority(False)
         wait_for(lambda: second.status == "running")
         gate("first").set()
@@ -4034,7 +4076,6 @@ class TestInsideAJob:
         assert following.eta is None
         gate("following").set()
         following.result(10)
-        time.sleep(0.01)
         unreported = runner.submit(nap, 0.3)
         unreported.result(10)
         again = runner.submit(nap, 0.3)
@@ -4664,23 +4705,19 @@ class TestSchedules:
 
     def test_four_processes_make_one_job_for_each_time_even_if_one_is_killed(self, path):
         code = """
-            import sys, time, bgjobs, test_bgjobs
+            import sys, bgjobs, test_bgjobs, threading
             with bgjobs.Runner(sys.argv[1], max_workers=1) as runner:
                 runner.every(0.05, test_bgjobs.add, 1)
                 print("ready", flush=True)
-                time.sleep(60)
+                threading.Event().wait()
         """
-        processes = [python(code, path) for _ in range(4)]
-        for process in processes:
-            assert process.stdout.readline() == "ready\n"
-        time.sleep(1)
-        processes[0].kill()
-        time.sleep(1)
-        for process in processes:
-            process.kill()
-            process.communicate()
+        processes = [ready(code, path) for _ in range(4)]
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
-            info = runner.schedules()[0].info()
+            schedule, = runner.schedules()
+            for process, runs in ((processes[0], 15), *((process, 30) for process in processes[1:])):
+                wait_for(lambda: schedule.info()["runs"] >= runs)
+                kill(process)
+            info = schedule.info()
             (created, next_at), = rows(runner, "SELECT created_at, next_at FROM bgjobs_schedules WHERE system = 0")
             due = [created + 0.05 * n for n in range(1, round((next_at - created) / 0.05))]
             made = sorted(job.created_at for job in runner.jobs(limit=None))
@@ -5282,20 +5319,10 @@ def interrupt_once(monkeypatch, holder, name):
 
 class TestCrashes:
     def test_after_kill_9_the_next_start_runs_what_was_running_and_what_was_queued(self, path):
-        code = """
-            import sys, time, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=3)
-            runner.submit_many(test_bgjobs.hold, [("kill",)] * 3)
-            runner.submit_many(test_bgjobs.add, [(i, i) for i in range(20)])
-            while len(test_bgjobs.seen) < 3:
-                time.sleep(0.01)
-            print("ready", flush=True)
-            time.sleep(60)
-        """
-        process = python(code, path)
-        assert process.stdout.readline() == "ready\n"
-        process.kill()
-        process.communicate()
+        process = holder(path, "kill", 3)
+        with bgjobs.Runner(path, start=False) as idle:
+            idle.submit_many(add, [(i, i) for i in range(20)])
+        kill(process)
         with contextlib.closing(bgjobs.Runner(path, max_workers=3)) as runner:
             wait_for(lambda: all(runner.get(i).attempt == 2 and runner.get(i).status == "running" for i in (1, 2, 3)))
             assert "its process died; pending now" in runner.get(1).logs()[0]["message"]
@@ -5304,22 +5331,11 @@ class TestCrashes:
             consistent(runner)
 
     def test_a_living_process_takes_a_dead_ones_jobs_back_within_a_moment(self, make, path):
-        code = """
-            import sys, time, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.hold_if, "dead")
-            while not test_bgjobs.seen:
-                time.sleep(0.01)
-            print("ready", flush=True)
-            time.sleep(60)
-        """
-        process = python(code, path)
-        assert process.stdout.readline() == "ready\n"
+        process = holder(path, "dead")
         runner = make(max_workers=1)
         time.sleep(1.2)
         assert runner.get(1).attempt == 1        # its owner lives: nobody touches it, however long it takes
-        process.kill()
-        process.communicate()
+        kill(process)
         wait_for(lambda: runner.get(1).attempt == 2, 3)
 
     def test_a_hundred_kills_at_random_moments_lose_nothing_and_end_nothing_twice(self, tmp_path):
@@ -5327,19 +5343,6 @@ class TestCrashes:
         code, out, err = finish(python("""
             import bgjobs, os, random, signal, sys, time, test_bgjobs
             path, effects, submitted = (f"{sys.argv[1]}/{name}" for name in ("jobs.db", "effects", "submitted"))
-
-            def in_a_child(function):
-                child = os.fork()
-                if child == 0:
-                    try:
-                        function()
-                        os._exit(0)
-                    except BaseException:
-                        import traceback
-                        traceback.print_exc()
-                        sys.stderr.flush()
-                        os._exit(1)
-                return child
 
             def live():
                 runner = bgjobs.Runner(path, max_workers=3)
@@ -5371,7 +5374,7 @@ class TestCrashes:
 
             older = None
             for kill in range(int(sys.argv[2])):
-                newer = in_a_child(live)
+                newer = test_bgjobs.in_a_child(live)
                 time.sleep(0.02 + random.random() / 20)
                 victim, older = (newer, older) if older is not None and random.random() < 0.5 else (older, newer)
                 if victim is not None:
@@ -5379,7 +5382,7 @@ class TestCrashes:
                     assert os.waitpid(victim, 0)[1] == signal.SIGKILL
             os.kill(older, signal.SIGKILL)
             os.waitpid(older, 0)
-            sys.exit(os.waitpid(in_a_child(live_on), 0)[1] >> 8)
+            sys.exit(os.waitpid(test_bgjobs.in_a_child(live_on), 0)[1] >> 8)
             """, tmp_path, 100), 120)
         assert code == 0, err
         jobs, again, _ = map(int, out.split())
@@ -5387,14 +5390,7 @@ class TestCrashes:
 
     def test_a_runner_whose_row_is_deleted_by_hand_lives_on_and_a_dead_one_is_recovered_without_it(self, make, path, monkeypatch):
         monkeypatch.setattr(bgjobs, "HEARTBEAT_SECONDS", 1)
-        process = python("""
-            import sys, time, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.hold_if, "dead")
-            print(test_bgjobs.wait_for(lambda: test_bgjobs.seen), flush=True)
-            time.sleep(60)
-        """, path)
-        process.stdout.readline()
+        process = holder(path, "dead")
         runner = make(max_workers=1)
         living = runner.submit(hold, "living")
         wait_for(lambda: living.status == "running")
@@ -5402,21 +5398,14 @@ class TestCrashes:
         wait_for(lambda: rows(runner, "SELECT id, pid FROM bgjobs_runners") == [(runner._id, os.getpid())], 5)
         time.sleep(1.2)
         assert runner.get(1).attempt == living.attempt == 1      # both live: their locks say so
-        process.kill()
-        process.communicate()
+        kill(process)
         gate("living").set()
         wait_for(lambda: runner.get(1).attempt == 2, 5)
         gate("dead").set()
         runner.get(1).result(5)
 
     def test_a_dead_process_is_told_by_its_lock_even_if_another_has_its_pid_now(self, make, path):
-        finish(python("""
-            import os, sys, bgjobs, test_bgjobs
-            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
-            runner.submit(test_bgjobs.hold_if, "pid")
-            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
-            os._exit(9)
-        """, path))
+        kill(holder(path, "pid"))
         with contextlib.closing(sqlite3.connect(path)) as db:
             db.execute("UPDATE bgjobs_runners SET pid = ?, heartbeat_at = ?", (os.getpid(), time.time() + 100))
             db.commit()
@@ -5460,8 +5449,7 @@ class TestCrashes:
             process = python("""
                 import bgjobs, sys, test_bgjobs
                 with bgjobs.Runner(sys.argv[1], max_workers=4) as runner:
-                    while runner.jobs(status=("pending", "running")):
-                        bgjobs.time.sleep(0.01)
+                    test_bgjobs.wait_for(lambda: not runner.jobs(status=("pending", "running")), 30)
                 """, path)
             finish(process)
         assert "its process died under it 3 times" in bad[0].error
@@ -5552,11 +5540,10 @@ class TestCrashes:
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
-            import os, sys, time, bgjobs, test_bgjobs
+            import os, sys, bgjobs, test_bgjobs
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
             runner.options(recover=False).submit(test_bgjobs.hold, "once")
-            while not test_bgjobs.seen:
-                time.sleep(0.01)
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
             os._exit(9)
         """
         assert finish(python(code, path))[0] == 9
@@ -5722,7 +5709,7 @@ class TestExit:
         ("spin", "threading.Thread(target=runner.close, args=(60,), daemon=True).start()", 0), ("spin", "runner.close(0.2); sys.exit(4)", 4)])
     def test_the_interpreter_exits_on_time_and_leaves_the_jobs_in_the_file(self, path, function, ending, code):
         script = f"""
-            import os, signal, sys, threading, time, bgjobs, test_bgjobs
+            import os, signal, sys, threading, bgjobs, test_bgjobs
             bgjobs.GRACE_SECONDS = 0.6
             handlers = [signal.getsignal(number) for number in range(1, 20)]
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
@@ -5732,15 +5719,12 @@ class TestExit:
                 timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
                 timer.daemon = True                              # it comes while the interpreter closes the runner
                 timer.start()
-            while not test_bgjobs.seen:
-                time.sleep(0.01)
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
             assert handlers == [signal.getsignal(number) for number in range(1, 20)]
             print("ready", flush=True)
             {ending}
         """
-        process = python(script, path)
-        assert process.stdout.readline() == "ready\n"
-        got, out, err = finish(process)                    # within 1 s where the machine has time
+        got, out, err = finish(ready(script, path))        # within 1 s where the machine has time
         assert got == code or code is None
         assert "Exception ignored" not in err and ("result()" in ending or "/bgjobs.py" not in err), err
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
@@ -5750,7 +5734,7 @@ class TestExit:
             consistent(runner)
 
     def test_several_runners_share_the_time_that_an_exit_may_take(self, path):
-        process = python("""
+        process = ready("""
             import atexit, bgjobs, sys, test_bgjobs
             atexit.register(lambda: print(len({runner._store.close_by for runner in runners}), "deadline"))
             bgjobs.GRACE_SECONDS = 1.0
@@ -5760,7 +5744,6 @@ class TestExit:
             test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == 8)
             print("ready", flush=True)
         """, path)
-        assert process.stdout.readline() == "ready\n"
         assert finish(process) == (0, "1 deadline\n", "")
         for n in range(4):
             with contextlib.closing(bgjobs.Runner(f"{path}{n}", start=False)) as runner:
@@ -7250,11 +7233,11 @@ class TestCommandLine:
 
     def test_run_prints_the_result_as_json(self, tmp_path):
         (tmp_path / "tasks.py").write_text("import bgjobs\ndef work(a, b):\n    return [a, b, bgjobs.current_job().id]\n"
-                                           "def bad():\n    raise ValueError('boom')\n")
+                                           "def bad():\n    raise ValueError('boom\\x1b[31m')\n")
         done = bgjobs_command("run", "tasks:work", "1", "text", cwd=tmp_path)
         assert (done.returncode, json.loads(done.stdout)) == (0, [1, "text", 1]), done.stderr
         done = bgjobs_command("run", "tasks:bad", cwd=tmp_path)
-        assert done.returncode == 1 and "ValueError: boom" in done.stderr
+        assert done.returncode == 1 and "ValueError: boom [31m\n" in done.stderr
 
     @pytest.mark.parametrize("arguments,text", [
         (["run", "tasks"], "write module:function"), (["run", "nowhere:f"], "cannot find nowhere:f"), (["run", "os:nothing"], "cannot find"),
@@ -7267,9 +7250,12 @@ class TestCommandLine:
     def test_output_that_cannot_be_written_is_one_line_and_odd_characters_are_escaped(self, jobs_file):
         for command in ("list", "stats"):
             with open("/dev/full", "w") as full:
-                done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), command, "--db", jobs_file], stdout=full,
-                                      stderr=subprocess.PIPE, text=True, timeout=60)
-            assert (done.returncode, done.stderr) == (2, "bgjobs: [Errno 28] No space left on device\n")
+                assert finish(started_command(command, "--db", jobs_file, stdout=full)) == (
+                    2, None, "bgjobs: [Errno 28] No space left on device\n")
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as nobody_reads:
+            assert finish(started_command("list", "--db", jobs_file, stdout=nobody_reads)) == (0, None, "")
         closed = subprocess.run(["sh", "-c", f"'{sys.executable}' '{HERE / 'bgjobs.py'}' list --db '{jobs_file}' >&-"], timeout=60,
                                 stderr=subprocess.PIPE, text=True)
         assert (closed.returncode, closed.stderr) == (0, "")
@@ -7287,6 +7273,7 @@ class TestCommandLine:
             runner.drain()
             runner.submit(add, 1, 2)
             runner.options(low_priority=True, delay=3_600, label="\u6570\u5b57" * 40).submit(add, 2)
+            runner.options(system=True, delay=3_600).submit(add, 3)
         return path
 
     def test_list_and_show_are_tables_for_people_and_json_for_programs(self, jobs_file):
@@ -7297,7 +7284,10 @@ class TestCommandLine:
         assert "3/3" in lines[3] and "ann" in lines[3] and "(scheduled) (low priority)" in lines[0] and "failed" in lines[2]
         listed = json.loads(bgjobs_command("list", "--db", jobs_file, "--json", "--children", "--status", "finished").stdout)
         assert [job["id"] for job in listed] == [5, 4, 3, 1]
-        assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", "--parent", 1, BGJOBS_DB=jobs_file).stdout)] == [5, 4, 3]
+        for filters, ids in ((["--parent", 1], [5, 4, 3]), (["-q", "SUMS"], [1]), (["-q", "test_bgjobs.add", "--limit", 4], [7, 6, 5, 4]),
+                             (["--system", "--status", "pending"], [8, 7, 6])):
+            assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", *filters, BGJOBS_DB=jobs_file).stdout)] == ids
+        assert bgjobs_command("list", "--status", "stopped", "--db", jobs_file).stdout == ""
         shown = bgjobs_command("show", 2, "--db", jobs_file)
         assert shown.returncode == 1 and "ValueError: boom" in shown.stdout and "operations  [\"resume\", \"restart\"" in shown.stdout
         assert json.loads(bgjobs_command("show", 1, "--json", "--db", jobs_file).stdout)["children"]["done"] == 3
@@ -7312,17 +7302,18 @@ class TestCommandLine:
         done = bgjobs_command("restart", 2, "--json", "--db", jobs_file)
         assert (done.returncode, json.loads(done.stdout)) == (0, {"done": [2], "refused": []})
         assert bgjobs_command("force-stop", 2, "--db", jobs_file).returncode == 1
+        assert bgjobs_command("restart", 3, "--db", jobs_file).returncode == 0
+        assert "[3] restart by " in bgjobs_command("logs", 1, "--tree", "--db", jobs_file).stdout
         assert "stop by " in bgjobs_command("logs", 6, "--db", jobs_file).stdout
 
     def test_logs_are_followed_and_filtered(self, make, path):
         runner = make(max_workers=1)
         job = runner.submit(log_until, "follow")
-        follower = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "logs", "-f", str(job.id), "--db", path, "--level", "info"],
-                                    stdout=subprocess.PIPE, text=True)
+        follower = started_command("logs", "-f", job.id, "--db", path, "--level", "info")
         assert follower.stdout.readline().endswith("INFO     first\n")
         gate("follow").set()
-        out, _ = follower.communicate(timeout=20)
-        assert (follower.returncode, [line.split()[-1] for line in out.splitlines()]) == (0, ["second", "last"])
+        code, out, _ = finish(follower)
+        assert (code, [line.split()[-1] for line in out.splitlines()]) == (0, ["second", "last"])
         job.result(5)
         assert [line["message"] for line in job.logs(regex="^(first|la.t)$")] == ["first", "last"]
         assert [json.loads(line)["message"] for line in bgjobs_command("logs", job.id, "--json", "--regex", "st$", "--db", path).stdout.splitlines()] \
@@ -7347,8 +7338,7 @@ class TestCommandLine:
         assert bgjobs_command("prune", "--failed", "0", "--db", jobs_file).stdout == "1 jobs removed\n"
 
     def test_serve_shows_a_file_without_running_it(self, jobs_file):
-        process = subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), "serve", "--port", "0", "--read-only", "--db", jobs_file],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = started_command("serve", "--port", "0", "--read-only", "--db", jobs_file)
         visitor = Visitor(re.search(r"http://\S+", process.stdout.readline())[0])
         assert visitor.get("api/jobs")["counts"]["pending"] == 2 and visitor.get("api/session")["read_only"] is True
         process.send_signal(signal.SIGINT)
@@ -7362,19 +7352,18 @@ class TestCommandLine:
 
     def test_colours_are_for_terminals_whose_users_want_them(self, jobs_file):
         import pty
-        for environment, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        for wanted, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
             main, side = pty.openpty()
-            environment = {**os.environ, "TERM": "xterm", "COLUMNS": "60", **environment}
             for command in ("list", "stats"):
-                done = subprocess.run([sys.executable, str(HERE / "bgjobs.py"), command, "--db", jobs_file], stdout=side,
-                                      stderr=subprocess.PIPE, env=environment, timeout=30)
+                variables = {"TERM": "xterm", "COLUMNS": "60", **wanted}
+                assert finish(started_command(command, "--db", jobs_file, stdout=side, **variables))[0] == 0
             os.close(side)
             out = b""
             with contextlib.suppress(OSError):
                 while block := os.read(main, 65536):
                     out += block
             os.close(main)
-            assert done.returncode == 0 and (b"\x1b[31mfailed" in out) is coloured
+            assert (b"\x1b[31mfailed" in out) is coloured
             assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in out.decode().splitlines())
 
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
@@ -7394,8 +7383,7 @@ class TestCommandLine:
                 print(runner.submit(tasks.double, 21).id, runner.submit(tasks.count).id)
             """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
         assert code == 0, err
-        worker = subprocess.Popen([sys.executable, HERE / "bgjobs.py", "work", "--db", "jobs.db", "--workers", "2", "tasks"], cwd=tmp_path,
-                                  stderr=subprocess.PIPE, text=True)
+        worker = started_command("work", "--db", "jobs.db", "--workers", "2", "tasks", cwd=tmp_path)
         with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
             assert runner.get(1).result(20) == 42
             wait_for(lambda: (runner.get(2).progress or 0) > 0)
