@@ -2078,7 +2078,6 @@ def limited_nest(depth, kind):
     """Wait for a child that counts for the same limit, or is a suspect too."""
     if depth == 0:
         return 0
-    job = bgjobs.current_job()
     if kind == "limit":
         return 1 + bgjobs.options(name="limited", max_running=1).submit(limited_nest, depth - 1, kind).result()
     child = bgjobs.options(delay=0.02).submit(limited_nest, depth - 1, kind)
