@@ -2271,10 +2271,6 @@ class Transaction:
         return self.execute(SAVE_STATE, {"id": attempt.id, "attempt": attempt.number, "state": state,
                                          "positions": positions}).rowcount == 1
 
-    def save_states(self, saves: list[tuple[Attempt, str | None, str | None]]) -> list[bool]:
-        """Store the states of many attempts as `save_state` does; where state and positions are None it only tells."""
-        return [self.save_state(*save) for save in saves]
-
     def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         job = self._executing(attempt)
@@ -6208,6 +6204,8 @@ BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tri
 ONCE = ("submit", "operate", "leave", "ask_back", "ended")
 REPLIES_KEPT = 100                 # of an attempt, for such repetitions
 WARM_PROCESSES = 8                 # of isolated attempts, that wait for the next one
+GONE = (None, "gone", "")          # the answer to who has been superseded, or is unknown
+OUTCOME = ("outcome", "result", "error", "ran", "waited", "worked")       # of an attempt: what its runner takes over
 
 
 class Lines:
@@ -6225,8 +6223,26 @@ class Lines:
         return [json.loads(line.decode()) for line in lines]
 
 
-def _as_line(message: list[Any]) -> bytes:
+def _as_line(*message: Any) -> bytes:
     return _dump(message).encode() + b"\n"
+
+
+def _can_read(source: Any, seconds: float) -> bool:
+    """Wait until a socket or a pipe has something to read, or its end, for so many seconds at most."""
+    import selectors
+    with selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
+
+
+def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
+    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
+    for daemon in (True, False):
+        with contextlib.suppress(RuntimeError):
+            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
+            thread.start()
+            return thread
+    raise RuntimeError("no thread can be started")
 
 
 # Engines.
@@ -6259,7 +6275,14 @@ class Engine:
         self._executor, self.has_worked = self._make(), False           # type: ignore[misc]
         return self._executor.submit(run_attempt, payload)
 
+    def take_host(self) -> Departed | None:
+        """Take out a host, for the next attempt. None: there is none."""
+        with contextlib.suppress(KeyError):
+            return self.hosts.popitem()[0]
+        return None
+
     def close(self) -> None:
+        """Shut down the executor, if it was made here."""
         if self._make is not None and self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -6301,13 +6324,10 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
     def _answer_of(process: Any) -> bytes:
         """Wait for a process's answer; b"": it has died. What it forked may live on with its pipes, so their end does
         not tell."""
-        import selectors
-        if os.name != "nt":
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                while not selector.select(0.5):
-                    if process.poll() is not None and not selector.select(0):
-                        return b""
+        while os.name != "nt" and not _can_read(process.stdout, 0.5):
+            # It may have answered between the two, and then died.
+            if process.poll() is not None and not _can_read(process.stdout, 0):
+                return b""
         answer: bytes = process.stdout.readline()
         return answer
 
@@ -6323,26 +6343,27 @@ class IsolatedProcesses(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> IsolatedCall:
         call = IsolatedCall()
         self._calls.add(call)
-        threading.Thread(target=self._make, args=(call, *args), name="bgjobs-isolated", daemon=True).start()
+        _start_thread("bgjobs-isolated", self._make, call, *args)
         return call
 
     def _make(self, call: IsolatedCall, payload: str) -> None:
         try:
-            if call.set_running_or_notify_cancel():
-                process = self._warm_process() or self._start()
-                answer = call.execute(process, payload)
-                stays_warm = answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES
-                if stays_warm:
-                    self._warm.append(process)
-                if answer:
-                    call.set_result(answer[1:].decode())
-                if not stays_warm:                        # one with threads left ends with them
-                    self._end(process, kill=answer[:1] != b"-")
-                if answer:
-                    return
+            if not call.set_running_or_notify_cancel():
+                return
+            process = self._warm_process() or self._start()
+            answer = call.execute(process, payload)
+            if not answer:
+                self._end(process)
                 code = process.returncode
                 how = f"exit code {code}" if code >= 0 else f"signal {-code}"
                 raise BgjobsError(f"the process of its own died under it: {how}")
+            is_clean = answer.startswith(b"+")
+            stays_warm = is_clean and len(self._warm) < WARM_PROCESSES
+            if stays_warm:
+                self._warm.append(process)                # first: who gets the result may make the next call
+            call.set_result(answer[1:].decode())
+            if not stays_warm:
+                self._end(process, kill=is_clean)         # one with threads left ends with them
         except Exception as error:
             call.set_exception(error)
         finally:
@@ -6389,7 +6410,7 @@ def serve_process() -> None:
     """Execute the attempts whose payloads come on standard input, a line each; be a process of IsolatedProcesses."""
     global _serves_attempts
     _serves_attempts = True
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="bgjobs-parent", daemon=True).start()
+    _start_thread("bgjobs-parent", _end_with, os.getppid())
     payloads, outcomes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -6427,13 +6448,11 @@ class Departed(Attempt):
     run: str | None = None                                # the execution of it that has said hello
     caller: _Caller | None = None                         # the connection of its process, if there is one now
     loss: dict[str, Any] | BaseException | None = None    # what cut it off: the runner may be about to go down, too
-    _report: Report | None = None
-    _positions_there: str | None = None
+    _report: Report | None = None                         # the last that has not been saved
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...], engine: Engine) -> None:
-        import secrets
         super().__init__(runner, claim)
-        self.engine, self.token = engine, secrets.token_urlsafe(16)
+        self.engine, self.token = engine, os.urandom(16).hex()
         self.claim = claim[:-1]
         self.replies: dict[int, Future[Any]] = {}         # to calls of ONCE, by their numbers
 
@@ -6442,19 +6461,9 @@ class Departed(Attempt):
         if self.stop_requested:
             self.runner._callback.stop(self)
 
-    def let_pass(self, operation: threading.Event) -> None:
-        pass                                              # it holds nothing up here
-
-    def supersede(self) -> None:
-        self.ticket.void = True
-        self.request_stop(force=True)
-
     def report_to_save(self) -> Report | None:
         report, self._report = self._report, None
         return report
-
-    def unsaved_positions(self) -> str | None:
-        return self._positions_there
 
     def hear(self, lines: list[list[Any]], report: list[Any] | None, positions: str | None) -> None:
         """Take over what the attempt has logged and reported. Written with the next transaction, within a second."""
@@ -6463,19 +6472,19 @@ class Departed(Attempt):
             return
         for at, level, message in lines:
             runner._unwritten.add_line(self, at, level, message)
-        if report is not None:
+        if report:
             progress, rate, *rest = report
             self._report = Report(progress, Rate(*rate), *rest)
-        self._positions_there = positions or self._positions_there
+        if positions:
+            self._loop_positions = json.loads(positions)
 
     def take_over(self, outcome: dict[str, Any]) -> None:
         """Make what `run_attempt` returned this attempt's outcome."""
-        self.hear(outcome["lines"], outcome["report"], outcome["positions"])
-        self.outcome, self.result, self.error = outcome["outcome"], outcome["result"], outcome["error"]
-        self.ran, self.waited = outcome["ran"], outcome["waited"]
-        self.worked = max(0.0, self.ran - self.waited)
+        self.hear(*outcome["untold"])
+        for name in OUTCOME:
+            setattr(self, name, outcome[name])
         if outcome["was_interrupted"] and self.runner._goes_down:
-            self.outcome = RELEASED
+            self.lose(KeyboardInterrupt())
 
     def lose(self, error: BaseException) -> None:
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
@@ -6496,16 +6505,6 @@ class Place(Future):                                      # type: ignore[type-ar
 
     def set(self) -> None:
         self.set_result(True)
-
-
-class Save(NamedTuple):
-    """A state that waits for its transaction, or None: then only whether the attempt is still welcome is looked up."""
-
-    caller: _Caller
-    number: int
-    attempt: Departed
-    state: str | None
-    positions: str | None = None
 
 
 class _Caller:
@@ -6544,7 +6543,7 @@ class _Caller:
 
     def send(self, *message: Any) -> None:
         if not self.transport.is_closing():
-            self.transport.write(_as_line([*message]))
+            self.transport.write(_as_line(*message))
 
     def pause_writing(self) -> None:
         if not self.is_known:                             # it asks without end, and does not read
@@ -6574,7 +6573,8 @@ class Callback:
         self.loop: Any = None
         self.callers: set[_Caller] = set()                # these three belong to the loop's thread
         self.strangers: dict[_Caller, None] = {}          # of them; a set in order, the oldest first
-        self._saves: list[Save] = []
+        # What waits for the next transaction: (who is answered, to which call), (the attempt, its state and positions).
+        self._saves: list[tuple[tuple[_Caller, int], tuple[Departed, str | None, str | None]]] = []
 
     # 1. handing over
 
@@ -6593,8 +6593,7 @@ class Callback:
         self._steps.put(functools.partial(step, attempt))
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._hand_over, name="bgjobs-departures", daemon=True)
-                self._thread.start()
+                self._thread = _start_thread("bgjobs-departures", self._hand_over)
 
     def _hand_over(self) -> None:
         while (step := self._steps.get()) is not None:
@@ -6602,32 +6601,32 @@ class Callback:
                 step()
             except Exception:
                 _log.exception("trouble with an executor")
-            del step
+            del step                                      # it would keep the attempt until the next one
 
     def _send_off(self, attempt: Departed) -> None:
-        runner, engine, function = self._runner, attempt.engine, _registry.find(attempt.name)
+        engine = attempt.engine
         self._attempts[attempt.token] = attempt
         if attempt.stop_requested:
-            return self._end(attempt, CancelledError())
-        attempt.outcome = UNKNOWN                         # if it does not get there
-        if function is None or engine.is_broken:
-            return self._end(attempt, None)
+            return self._end(attempt)
+        if _registry.find(attempt.name) is None or engine.is_broken:
+            attempt.outcome = UNKNOWN
+            return self._end(attempt)
+        attempt.host = engine.take_host()
+        if attempt.host is not None:
+            return self._soon(self._send_to_host, attempt)
         try:
             self.listen()
-            attempt.host = self._host_for(attempt)
-            if attempt.host is None:
-                attempt.future = engine.submit(self._payload(attempt))
+            attempt.future = engine.submit(self._payload(attempt))
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
             text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
             with contextlib.suppress(StoreError):
-                runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+                self._runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
-            return self._end(attempt, None)
-        if attempt.host is not None:
-            return self._soon(self._send_to_host, attempt)
+            attempt.outcome = UNKNOWN
+            return self._end(attempt)
         attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
-        host = self._host_for(attempt)
+        host = engine.take_host()
         if host is not None:                              # it has come while the engine took the attempt
             self._soon(self._offer, host)
 
@@ -6636,7 +6635,7 @@ class Callback:
         return _dump({"claim": attempt.claim, "module": _module_name(function.__module__),
                       "function": function.__qualname__,                                      # type: ignore[union-attr]
                       "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": self._runner.path,
-                      "runner": self._runner._id, "is_guest": attempt.host is not None})
+                      "runner": self._runner._id})
 
     def _take_back(self, attempt: Departed) -> None:
         """Cancel what has not begun; kill what has been superseded, if it has a process of its own; end what has been
@@ -6658,8 +6657,10 @@ class Callback:
         try:
             outcome = json.loads(future.result())
             is_cut_off = outcome["was_interrupted"]
+        except CancelledError:
+            outcome, is_cut_off = None, False
         except BaseException as error:                    # a process of it died, or was taken away
-            outcome, is_cut_off = error, not isinstance(error, CancelledError)
+            outcome, is_cut_off = error, True
         if attempt.host is not None:
             return                                        # it was taken from the engine before it began
         if is_cut_off:
@@ -6669,9 +6670,9 @@ class Callback:
                 return self._soon(self.loop.call_later, INTERRUPT_SECONDS, self._end, attempt, outcome)
         self._end(attempt, outcome)
 
-    def _end(self, attempt: Departed, outcome: dict[str, Any] | BaseException | None) -> None:
-        """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over,
-        as it is."""
+    def _end(self, attempt: Departed, outcome: dict[str, Any] | BaseException | None = None) -> None:
+        """End an attempt with what run_attempt returned, or with what kept it from that. None: it has not begun, and
+        ends as it is."""
         if self._attempts.pop(attempt.token, None) is None:
             return                                        # it has been lost already, or its engine tells twice
         try:
@@ -6679,8 +6680,6 @@ class Callback:
                 raise outcome
             if outcome is not None:
                 attempt.take_over(outcome)
-        except CancelledError:
-            attempt.outcome = UNSPENT
         except BaseException as error:
             attempt.lose(error)
             for guest in [guest for guest in list(self._attempts.values()) if guest.host is attempt]:
@@ -6697,10 +6696,9 @@ class Callback:
         """Note that a connection is lost. Not every engine tells that a process of its died."""
         for attempt in [attempt for attempt in list(self._attempts.values()) if attempt.caller is caller]:
             attempt.caller = None
-            if attempt.host is not None and attempt.run is None:
+            if attempt.host is not None:
                 self._give_back(attempt)
-            else:
-                self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
+            self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
 
     def _end_if_away(self, attempt: Departed) -> None:
         if attempt.caller is None:
@@ -6708,21 +6706,16 @@ class Callback:
 
     # hosts and guests
 
-    @staticmethod
-    def _host_for(attempt: Departed) -> Departed | None:
-        if not attempt.options.get("isolate"):
-            with contextlib.suppress(KeyError):
-                return attempt.engine.hosts.popitem()[0]
-        return None
-
     def _offer(self, host: Departed) -> None:
         """Have a host's process execute what its engine has not begun, which may be what all its processes wait for;
         else what comes next. In the loop's thread."""
+        if host.options.get("isolate"):
+            return                                        # each of these gets a process
+        # In this order: of an attempt that comes meanwhile, either _send_off sees the host, or it is seen here.
         hosts = host.engine.hosts
-        hosts[host] = None                                # first: see _send_off
+        hosts[host] = None
         queued = next((each for each in list(self._attempts.values()) if each.engine is host.engine
-                       and each.host is None and each.run is None and each.future is not None
-                       and not isinstance(each.future, IsolatedCall)), None)
+                       and each.host is None and each.run is None and each.future is not None), None)
         if queued is None or hosts.pop(host, "taken") == "taken":
             return                                        # there is none, or _send_off has given it another
         queued.host = host
@@ -6744,7 +6737,7 @@ class Callback:
     def _give_back(self, guest: Departed) -> None:
         """Have a guest handed over anew, unless it has begun."""
         if guest.run is None:
-            self._end(guest, CancelledError())
+            self._end(guest)
 
     # 2. and 3. listening: in the loop's thread
 
@@ -6762,10 +6755,10 @@ class Callback:
             raise OSError(error.errno, f"callback {address} cannot be listened at: {error.strerror}") from error
         loop = asyncio.SelectorEventLoop()
         make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
-        # The loop accepts as many at once as it is told of here, before it reads what those say. The rest waits outside.
+        # So many are accepted before the loop reads what they say; asyncio has one parameter for this and the queue.
         server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=ACCEPTED_AT_ONCE))
-        self._listener.listen(1024)
-        threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
+        self._listener.listen(1024)                       # the queue
+        _start_thread("bgjobs-callback", self._run_loop, loop, server)
         self.loop = loop
         # The standard library's own; or the interpreter ends already.
         with contextlib.suppress(AttributeError, RuntimeError):
@@ -6805,72 +6798,67 @@ class Callback:
         attempt = self._attempts.get(token)
         if attempt is not None:
             self.strangers.pop(caller, None)
-        is_gone = attempt is None or call != "ended" and (
-            attempt.ticket.void or call != "hello" and attempt.caller is not caller)
-        if attempt is None or is_gone:
-            caller.send(number, None, "gone", "")
+        if attempt is None or call != "ended" and (
+                attempt.ticket.void or call != "hello" and attempt.caller is not caller):
+            caller.send(number, *GONE)
         elif call == "hello":
             caller.send(number, *self._welcome(caller, attempt, *arguments))
         elif call == "save":
-            self._save_soon(Save(caller, number, attempt, *arguments))
+            self._save_soon(caller, number, attempt, *arguments)
         elif call == "tell":
             attempt.hear(*arguments)
-            self._save_soon(Save(caller, number, attempt, None, arguments[-1]))
+            self._save_soon(caller, number, attempt, None, arguments[-1])
         else:
-            reply = attempt.replies.get(number)
-            if reply is None:
-                reply = self._outcome_of(lambda: getattr(self, "_call_" + call)(attempt, *arguments))
-                if call in ONCE:
-                    attempt.replies[number] = reply
-                    for old in [old for old, kept in attempt.replies.items() if kept.done()][:-REPLIES_KEPT]:
-                        del attempt.replies[old]
+            reply = attempt.replies.get(number) or self._carry_out(attempt, number, call, arguments)
             reply.add_done_callback(lambda reply: self._soon(self._reply, caller, number, reply))
 
-    def _outcome_of(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call a function; return its outcome. If it returns a future, its value is yet to come, and that is
-        returned."""
-        outcome: Future[Any] = Future()
+    def _carry_out(self, attempt: Departed, number: int, call: str, arguments: list[Any]) -> Future[Any]:
+        """Do what an attempt asks for; return the answer, which may be yet to come."""
+        reply: Future[Any] = Future()
         try:
-            value = function(*arguments)
+            value = getattr(self, "_call_" + call)(attempt, *arguments)
             if isinstance(value, Future):
-                return value
-            outcome.set_result(value)
+                reply = value
+            else:
+                reply.set_result(value)
         except BaseException as error:                    # JobStopped is one of these
-            outcome.set_exception(error)
-        return outcome
+            reply.set_exception(error)
+        if call in ONCE:
+            attempt.replies[number] = reply
+            for old in [old for old, kept in attempt.replies.items() if kept.done()][:-REPLIES_KEPT]:
+                del attempt.replies[old]
+        return reply
 
     def _reply(self, caller: _Caller, number: int, reply: Future[Any]) -> None:
         error = reply.exception()
-        if error is None:
-            caller.send(number, reply.result())
-        else:
-            caller.send(number, *self._refusal(error))
+        caller.send(number, *(self._refusal(error) if error else (reply.result(),)))
 
-    def _refusal(self, error: BaseException) -> list[Any]:
+    def _refusal(self, error: BaseException) -> tuple[Any, ...]:
         if self._runner._store.closed:
-            return [None, "gone", ""]
+            return GONE
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)
-        return [None, _type_name(error), text]
+        return None, _type_name(error), text
 
-    def _save_soon(self, save: Save) -> None:
+    def _save_soon(self, caller: _Caller, number: int, attempt: Departed, state: str | None,
+                   positions: str | None = None) -> None:
+        """Save a state with the next transaction; None: then only whether the attempt is still welcome is looked up."""
         if not self._saves:
             self.loop.call_soon(self.save)
-        self._saves.append(save)
+        self._saves.append(((caller, number), (attempt, state, positions)))
 
     def save(self) -> None:
         """Save the states that wait, in one transaction."""
         saves, self._saves = self._saves, []
         if not saves:
             return
+        replies: list[tuple[Any, ...]]
         try:
-            states: list[tuple[Attempt, str | None, str | None]] = [
-                (each.attempt, each.state, each.positions) for each in saves]
-            stored = self._runner._store.write(lambda tx: tx.save_states(states))
-            replies = [[True] if is_stored else [None, "gone", ""] for is_stored in stored]
+            stored = self._runner._store.write(lambda tx: [tx.save_state(*state) for _, state in saves])
+            replies = [(True,) if is_stored else GONE for is_stored in stored]
         except Exception as error:
             replies = [self._refusal(error)] * len(saves)
-        for each, reply in zip(saves, replies):
-            each.caller.send(each.number, *reply)
+        for ((caller, number), _), reply in zip(saves, replies):
+            caller.send(number, *reply)
         # Many: more of them wake the loop at once.
         time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))
 
@@ -6893,15 +6881,12 @@ class Callback:
 
     def _call_submit(self, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
         submission = Submission(new["name"])
-        for name, value in new.items():
-            setattr(submission, name, value)
-        submission.submitter, submission.author = self._runner._id, (attempt.id, attempt.number)
-        parent = self._runner._attempts.get(submission.parent_id)      # type: ignore[arg-type]
+        vars(submission).update(new, submitter=self._runner._id, author=(attempt.id, attempt.number))
+        parent = self._runner._attempts.get(new.get("parent_id", 0))
         if parent is not None:
             parent.has_children = True
-        if arguments is None:
-            return self._runner._store.write(lambda tx: tx.submit(submission))
-        return self._runner._store.write(lambda tx: [*tx.submit_many(submission, arguments)])
+        return self._runner._store.write(lambda tx: tx.submit(submission) if arguments is None else
+                                         list(tx.submit_many(submission, arguments)))
 
     def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
         if operation not in TRANSITIONS:
@@ -6915,8 +6900,7 @@ class Callback:
         return self._runner._logs(job_id, *filters)
 
     def _call_outcome(self, attempt: Departed, job_id: int) -> dict[str, Any] | None:
-        rows = self._runner._store.read(OUTCOME_OF, {"id": job_id})
-        return dict(rows[0]) if rows else None
+        return next(map(dict, self._runner._store.read(OUTCOME_OF, {"id": job_id})), None)
 
     def _call_end(self, attempt: Departed, job_id: int) -> Future[Any]:
         """Answer with a job's outcome once it is over."""
@@ -6973,15 +6957,12 @@ def run_attempt(payload: str) -> str:
     """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For
     engines: the one function that they call."""
     given = json.loads(payload)
-    return _dump(AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute())
+    runner = tuple(given["callback"]), given["path"], given["runner"]
+    link = _links.get(runner) or _links.setdefault(runner, Link(*runner))
+    return _dump(AttemptThere(link, given).execute())
 
 
-_links: dict[tuple[Any, ...], Link] = {}
-
-
-def _link_to(address: tuple[str, int], path: str, runner_id: int) -> Link:
-    key = address, path, runner_id
-    return _links.get(key) or _links.setdefault(key, Link(*key))
+_links: dict[tuple[Any, ...], Link] = {}                  # of this process, by the runner
 
 
 class AttemptThere(Attempt):
@@ -6989,10 +6970,9 @@ class AttemptThere(Attempt):
 
     _told_positions: str | None = None
 
-    def __init__(self, link: Link, given: dict[str, Any]) -> None:
-        import secrets
+    def __init__(self, link: Link, given: dict[str, Any], is_guest: bool = False) -> None:
         super().__init__(link.runner, (*given["claim"], 0))
-        self.link, self.token, self.run, self.is_guest = link, given["token"], secrets.token_hex(8), given["is_guest"]
+        self.link, self.token, self.run, self.is_guest = link, given["token"], os.urandom(8).hex(), is_guest
         self._module, self._function = given["module"], given["function"]
 
     def execute(self) -> dict[str, Any]:
@@ -7005,17 +6985,13 @@ class AttemptThere(Attempt):
                 self.runner._perform(self)
         except BaseException as error:                    # JobStopped: its hello was refused
             self.fail(BgjobsError(_text(error)) if isinstance(error, JobStopped) else error)
-        lines, report, positions = self.link.part_from(self)
-        return {"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran,
-                "waited": self.waited, "was_interrupted": isinstance(self.exception, KeyboardInterrupt),
-                "lines": lines, "report": report, "positions": positions}
+        return {"was_interrupted": isinstance(self.exception, KeyboardInterrupt),
+                "untold": self.link.part_from(self), **{name: getattr(self, name) for name in OUTCOME}}
 
     def _import_function(self) -> None:
         import importlib
-        function: Any = importlib.import_module(self._module)
-        for name in self._function.split("."):
-            function = getattr(function, name)
-        _registry.by_name[self.name] = function
+        module = importlib.import_module(self._module)
+        _registry.by_name[self.name] = operator.attrgetter(self._function)(module)
 
     def _save(self, state: str | None) -> None:
         if state is not None:                             # positions alone go with what is told next
@@ -7023,13 +6999,12 @@ class AttemptThere(Attempt):
             self._state = state
         self._saved_at = time.monotonic()
 
-    def untold(self) -> tuple[list[Any], list[Any] | None, str | None]:
+    def untold(self) -> tuple[list[Any], Report | None, str | None]:
         """Return the log lines, the progress and the positions that the runner has not been told; None: it knows."""
-        report, positions = self.report_to_save(), self.unsaved_positions()
-        new_positions = positions if positions != self._told_positions else None
+        positions, told = self.unsaved_positions(), self._told_positions
         self._told_positions = positions
         lines = self.runner.take_lines(self)              # type: ignore[attr-defined]
-        return lines, None if report is None else list(report), new_positions
+        return lines, self.report_to_save(), None if positions == told else positions
 
 
 class RunnerThere(Runner):
@@ -7047,7 +7022,7 @@ class RunnerThere(Runner):
         """Complete this handle when its job is over. Does not wait for an answer: the caller may hold another handle's
         lock."""
         self._handles.watch(handle)
-        call = self._link.post(self._link.attempt_here(), "end", handle.id)
+        call = self._link.post(None, "end", handle.id)
         call.add_done_callback(functools.partial(self._complete, handle.id))
 
     def _complete(self, job_id: int, end: Future[Any]) -> None:
@@ -7064,21 +7039,19 @@ class RunnerThere(Runner):
         waiting.extendleft(reversed([line for line in lines if line[0] is not attempt]))
         return [line[1:] for line in lines if line[0] is attempt]
 
-    def _info(self, job_id: int) -> dict[str, Any]:
-        info: dict[str, Any] = self._link.ask(None, "info", job_id)
-        return info
+    def _info(self, job_id: int) -> Any:
+        return self._link.ask(None, "info", job_id)
 
     def _status(self, job_id: int) -> str:
         return str(self._info(job_id)["status"])
 
-    def _logs(self, *filters: Any) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = self._link.ask(None, "logs", *filters)
-        return lines
+    def _logs(self, *filters: Any) -> Any:
+        return self._link.ask(None, "logs", *filters)
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job[Any] | None = None) -> Job[Any]:
         self._link.ask(None, "operate", operation, job_id, by)
-        is_completed = handle is not None and operation in ("resume", "restart") and handle._state != "PENDING"
-        return Job(self, job_id) if handle is None or is_completed else handle
+        is_over = handle is not None and handle._state != "PENDING"
+        return Job(self, job_id) if handle is None or is_over and operation in ("resume", "restart") else handle
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
         begun = time.monotonic()
@@ -7106,8 +7079,7 @@ class _StoreThere:
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
-                           "in a job without "
-                           "executor= and isolate=")
+                           "in a job without executor= and isolate=")
 
     def kick(self) -> None:
         """There is nothing to lead."""
@@ -7132,7 +7104,7 @@ class _Call(Future):                                      # type: ignore[type-ar
         super().__init__()
         self._condition = _Condition()
         self.attempt, self.name = attempt, name
-        self.line = _as_line([attempt.token, number, name, *arguments])
+        self.line = _as_line(attempt.token, number, name, *arguments)
 
 
 class Link:
@@ -7141,6 +7113,7 @@ class Link:
 
     def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
         self._address = address
+        self._no_answer = f"the runner does not answer at {address[0]}:{address[1]}"
         # Guards all below, and the sending; no call is answered under it.
         self._lock = threading.RLock()
         # That execute here, by their runs: an engine may start one twice.
@@ -7167,7 +7140,7 @@ class Link:
         hello.result()
         self.runner._attempts[attempt.id] = attempt
 
-    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
+    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], Report | None, str | None]:
         """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the
         rest."""
         with self._lock:
@@ -7180,7 +7153,7 @@ class Link:
         self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended", attempt)
         return rest
 
-    def attempt_here(self) -> AttemptThere:
+    def _attempt_here(self) -> AttemptThere:
         """Return the attempt that this is called in; in another thread, one of this process. Raises JobStopped: there
         is none."""
         attempt = _current.get() or next(iter(self._attempts.values()), None)
@@ -7194,13 +7167,14 @@ class Link:
         the attempt is superseded; else what it raised there."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("the link's own thread cannot wait for an answer")
-        return self.post(attempt or self.attempt_here(), name, *arguments).result()
+        return self.post(attempt, name, *arguments).result()
 
     @library_code
-    def post(self, attempt: AttemptThere, name: str, *arguments: Any) -> _Call:
-        """Ask the runner for something; the answer will be the result of what is returned."""
+    def post(self, attempt: AttemptThere | None, name: str, *arguments: Any) -> _Call:
+        """Ask the runner for something, for an attempt, or the one that this is called in; the answer will be the
+        result of what is returned."""
         number = next(self._numbers)
-        call = _Call(attempt, number, name, arguments)
+        call = _Call(attempt or self._attempt_here(), number, name, arguments)
         with self._lock:
             self._calls[number] = call
             self._send(call)
@@ -7227,16 +7201,11 @@ class Link:
             with contextlib.suppress(OSError):
                 self._socket.sendall(call.line)
 
-    @property
-    def _no_answer(self) -> str:
-        return f"the runner does not answer at {self._address[0]}:{self._address[1]}"
-
     def _refuse(self, why: str, attempt: AttemptThere | None = None) -> None:
         """Answer the calls of an attempt, or all, with JobStopped."""
-        with self._lock:
-            refused = [number for number, call in self._calls.items() if attempt in (None, call.attempt)]
-        for call in [self._calls.pop(number, None) for number in refused]:
-            if call is not None:
+        for number, call in list(self._calls.items()):
+            # Who takes it out answers it: here, or the link's thread by what it has heard meanwhile.
+            if attempt in (None, call.attempt) and self._calls.pop(number, None) is not None:
                 call.set_exception(JobStopped(why))
 
     # in the link's thread
@@ -7274,14 +7243,13 @@ class Link:
             time.sleep(min(away / 2, 1.0))                # so it is tried at once, and then ever more rarely
             with contextlib.suppress(OSError):
                 connection = socket.create_connection(self._address, timeout=5)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._socket, self._lines = connection, Lines()
-            unanswered = sorted(self._calls.values(), key=lambda call: call.name != "hello")
+            unanswered = list(self._calls.values())
             for attempt in self._attempts.values():
-                if not any(call.name == "hello" and call.attempt is attempt for call in unanswered):
-                    self._greet(attempt)
+                self._greet(attempt)                      # first: else the calls are refused
             for call in unanswered:
                 self._send(call)
         return True
@@ -7294,11 +7262,8 @@ class Link:
                 self._lost_at = min(self._lost_at, time.monotonic())
 
     def _hear(self) -> None:
-        import selectors
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            if not selector.select(TELL_SECONDS):
-                return
+        if not _can_read(self._socket, TELL_SECONDS):
+            return
         try:
             received = self._socket.recv(1 << 20)
             messages = self._lines.take(received)
@@ -7322,9 +7287,8 @@ class Link:
         if kind == "gone":
             kind, text = "JobStopped", "the attempt has been superseded"
             self._supersede(call.attempt)
-        errors = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
-        known = {each.__name__: each for each in errors}
-        call.set_exception(known.get(kind, BgjobsError)(text))
+        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        call.set_exception(next((each for each in known if each.__name__ == kind), BgjobsError)(text))
 
     def _heed_news(self, token: str, news: str, value: Any) -> None:
         if news == "run":
@@ -7341,7 +7305,7 @@ class Link:
 
     def _run_guest(self, payload: str) -> None:
         """Execute another attempt while one of this process waits."""
-        guest = AttemptThere(self, json.loads(payload))
+        guest = AttemptThere(self, json.loads(payload), is_guest=True)
         self.post(guest, "ended", guest.execute())
 
     def _tell(self) -> None:
@@ -7351,9 +7315,9 @@ class Link:
         self._told_at = time.monotonic()
         for attempt in list(self._attempts.values()):
             with self._lock:                              # it may part meanwhile
-                lines, report, positions = attempt.untold()
-                if lines or report is not None or positions is not None:
-                    self.post(attempt, "tell", lines, report, positions)
+                untold = attempt.untold()
+                if any(untold):
+                    self.post(attempt, "tell", *untold)
 
     def _give_up(self) -> None:
         """Stop what executes here: its runner is gone."""
@@ -7363,16 +7327,6 @@ class Link:
         for attempt in attempts:
             attempt.request_stop(RELEASED, force=True)
         self._refuse(self._no_answer)
-
-
-def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
-    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
-    for daemon in (True, False):
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
-            thread.start()
-            return thread
-    raise RuntimeError("no thread can be started")
 
 
 # ---- 19 The default runner ------------------------------------------------------------------------------------
