@@ -6388,12 +6388,10 @@ class IsolatedProcesses(Executor):
     @staticmethod
     def _start() -> Any:
         import subprocess
-        name, folder = __name__, []
-        if name == "__main__":
-            name, folder = _module_name(name), [os.path.dirname(os.path.abspath(__file__))]
+        folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
                "__import__('importlib').import_module(name).serve_process()"
-        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, name])]
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, _module_name(__name__)])]
         # Popen waits for the end of a pipe; who is forked meanwhile would keep it open.
         with _fork_gate:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -6470,8 +6468,8 @@ class Departed(Attempt):
         runner = self.runner
         if runner._attempts.get(self.id) is not self:
             return
-        for at, level, message in lines:
-            runner._unwritten.add_line(self, at, level, message)
+        for line in lines:
+            runner._unwritten.add_line(self, *line)
         if report:
             progress, rate, *rest = report
             self._report = Report(progress, Rate(*rate), *rest)
@@ -6527,14 +6525,15 @@ class _Caller:
 
     def data_received(self, received: bytes) -> None:
         try:
-            calls = [(token, number, call, arguments) for token, number, call, *arguments in self._lines.take(received)]
-            if not all((type(token), type(number), type(call)) == (str, int, str) for token, number, call, _ in calls):
-                raise ValueError("that is no call")
-        except (ValueError, TypeError, RecursionError):
-            self.transport.abort()
-            return
-        for call in calls:
-            self._callback.heed(self, *call)
+            messages = self._lines.take(received)
+        except (ValueError, RecursionError):
+            messages = [None]                             # which is no call, either
+        for message in messages:
+            match message:
+                case [str(token), int(number), str(call), *arguments]:
+                    self._callback.heed(self, token, number, call, arguments)
+                case _:
+                    self.transport.abort()
         if not self.is_known and len(self._lines.unread) > STRANGER_BYTES:
             self.transport.abort()
 
