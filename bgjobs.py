@@ -6259,9 +6259,11 @@ class Engine:
 
     @property
     def is_broken(self) -> bool:
+        """Whether it took nothing lately."""
         return time.monotonic() < self._broken_until
 
     def note_broken(self) -> None:
+        """Send nothing there for BROKEN_SECONDS."""
         self._broken_until = time.monotonic() + BROKEN_SECONDS
 
     def submit(self, payload: str) -> Any:
@@ -6292,13 +6294,13 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()                     # guards the two below
+        # Guards the two below, and the killing: else the process could answer, and be another call's, in between.
+        self._lock = threading.Lock()
         self._process: Any = None                         # while it executes the call
         self._is_unwanted = False                         # kill() was called
 
     def kill(self) -> None:
-        """Kill its process, now or as soon as there is one. Does nothing once it has answered: it may be another
-        call's by then."""
+        """Kill its process, now or as soon as there is one; not once it has answered."""
         with self._lock:
             self._is_unwanted = True
             if self._process is not None:
@@ -6309,7 +6311,7 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
         died, or will."""
         with self._lock:
             self._process = process
-            if self._is_unwanted:
+            if self._is_unwanted:                         # kill() came before there was a process
                 process.kill()
         answer = b""
         with contextlib.suppress(OSError):
@@ -6318,6 +6320,7 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
             answer = self._answer_of(process)
         with self._lock:
             self._process = None
+            # Unwanted: kill() came after the answer, or cut it short. The process dies either way.
             return answer if answer.endswith(b"\n") and not self._is_unwanted else b""
 
     @staticmethod
@@ -6341,12 +6344,14 @@ class IsolatedProcesses(Executor):
         self._calls: set[IsolatedCall] = set()            # under way
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> IsolatedCall:
+        """Have a process execute a payload, the one argument of `run_attempt`. Returns at once."""
         call = IsolatedCall()
         self._calls.add(call)
         _start_thread("bgjobs-isolated", self._make, call, *args)
         return call
 
     def _make(self, call: IsolatedCall, payload: str) -> None:
+        """Make a call, in a thread of its own."""
         try:
             if not call.set_running_or_notify_cancel():
                 return
@@ -6371,12 +6376,14 @@ class IsolatedProcesses(Executor):
 
     @staticmethod
     def _end(process: Any, kill: bool = True) -> None:
+        """Kill a process, or wait until it ends by itself."""
         if kill:
             process.kill()
         with contextlib.suppress(OSError), process:       # its pipes are closed, and it has ended
             pass
 
     def _warm_process(self) -> Any:
+        """Return a process that waits for a call, or None."""
         with contextlib.suppress(IndexError):
             while True:
                 process = self._warm.pop()
@@ -6387,6 +6394,7 @@ class IsolatedProcesses(Executor):
 
     @staticmethod
     def _start() -> Any:
+        """Start a process that imports this module, and nothing of the app."""
         import subprocess
         folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
@@ -6398,6 +6406,7 @@ class IsolatedProcesses(Executor):
                                     start_new_session=True)       # Ctrl-C in a terminal is for the app, which tells us
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Kill all processes, whatever they do. Waits for the warm ones to end."""
         for call in list(self._calls):
             call.kill()
         while self._warm:
@@ -6455,11 +6464,13 @@ class Departed(Attempt):
         self.replies: dict[int, Future[Any]] = {}         # to calls of ONCE, by their numbers
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
+        """Have JobStopped raised at the next checkpoint over there; what has not begun is taken back."""
         super().request_stop(reason, force)
         if self.stop_requested:
             self.runner._callback.stop(self)
 
     def report_to_save(self) -> Report | None:
+        """Return the progress that has been told since it was last asked for, or None."""
         report, self._report = self._report, None
         return report
 
@@ -6502,6 +6513,7 @@ class Place(Future):                                      # type: ignore[type-ar
     """The place that an attempt elsewhere asks back: the answer to its call."""
 
     def set(self) -> None:
+        """Say that it is there, as an event would. For the pool."""
         self.set_result(True)
 
 
@@ -6517,6 +6529,7 @@ class _Caller:
         return self not in self._callback.strangers
 
     def connection_made(self, transport: Any) -> None:
+        """Begin as a stranger."""
         import socket
         self.transport = transport
         self._patience = self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
@@ -6524,6 +6537,7 @@ class _Caller:
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, received: bytes) -> None:
+        """Heed the calls that are complete. What sends anything else is cut off."""
         try:
             messages = self._lines.take(received)
         except (ValueError, RecursionError):
@@ -6538,20 +6552,24 @@ class _Caller:
             self.transport.abort()
 
     def eof_received(self) -> None:
-        self._callback.save()                             # the answers go out before the connection is closed
+        """Answer what waits for a transaction before the connection is closed."""
+        self._callback.save()
 
     def send(self, *message: Any) -> None:
+        """Send a message, unless the connection is about to close. In the loop's thread; never blocks."""
         if not self.transport.is_closing():
             self.transport.write(_as_line(*message))
 
     def pause_writing(self) -> None:
-        if not self.is_known:                             # it asks without end, and does not read
+        """Cut off a stranger who asks without end, and does not read."""
+        if not self.is_known:
             self.transport.abort()
 
     def resume_writing(self) -> None:
-        pass
+        """Go on as before: nothing was held back."""
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Forget the connection."""
         self._patience.cancel()                           # it would keep a flood in memory
         self._callback.strangers.pop(self, None)
         self._callback.callers.discard(self)
@@ -6566,7 +6584,7 @@ class Callback:
         self._runner, self._address = runner, address
         self._attempts: dict[str, Departed] = {}          # from being handed over to the outcome, by token
         self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()       # for engines
-        self._starting = threading.Lock()                 # guards _thread
+        self._starting = threading.Lock()                 # guards _thread: only one is started
         self._thread: threading.Thread | None = None
         self._listener: Any = None
         self.loop: Any = None
@@ -6595,6 +6613,7 @@ class Callback:
                 self._thread = _start_thread("bgjobs-departures", self._hand_over)
 
     def _hand_over(self) -> None:
+        """Do what is to be done with engines, one after the other, until close()."""
         while (step := self._steps.get()) is not None:
             try:
                 step()
@@ -6603,6 +6622,7 @@ class Callback:
             del step                                      # it would keep the attempt until the next one
 
     def _send_off(self, attempt: Departed) -> None:
+        """Hand an attempt to a host, else to its engine."""
         engine = attempt.engine
         self._attempts[attempt.token] = attempt
         if attempt.stop_requested:
@@ -6626,10 +6646,12 @@ class Callback:
             return self._end(attempt)
         attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
         host = engine.take_host()
-        if host is not None:                              # it has come while the engine took the attempt
+        if host is not None:
+            # It has come while the engine took the attempt, and may have looked for one in vain, see _offer.
             self._soon(self._offer, host)
 
     def _payload(self, attempt: Departed) -> str:
+        """Return what `run_attempt` needs to execute an attempt, as JSON."""
         function = _registry.find(attempt.name)
         return _dump({"claim": attempt.claim, "module": _module_name(function.__module__),
                       "function": function.__qualname__,                                      # type: ignore[union-attr]
@@ -6661,9 +6683,10 @@ class Callback:
         except BaseException as error:                    # a process of it died, or was taken away
             outcome, is_cut_off = error, True
         if attempt.host is not None:
-            return                                        # it was taken from the engine before it began
+            return                                        # a host has taken it from the engine
         if is_cut_off:
-            # In this order: either the runner that goes down meets the loss in _take_back, or it is seen here.
+            # In this order: if the runner begins to go down before the look at _shut_claims, that shows it; if later,
+            # it stops the attempt, and _take_back finds the loss.
             attempt.loss = outcome
             if not self._runner._shut_claims:
                 return self._soon(self.loop.call_later, INTERRUPT_SECONDS, self._end, attempt, outcome)
@@ -6673,7 +6696,7 @@ class Callback:
         """End an attempt with what run_attempt returned, or with what kept it from that. None: it has not begun, and
         ends as it is."""
         if self._attempts.pop(attempt.token, None) is None:
-            return                                        # it has been lost already, or its engine tells twice
+            return                                        # somebody else has ended it: a loss, a guest, a late future
         try:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -6700,6 +6723,7 @@ class Callback:
             self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
 
     def _end_if_away(self, attempt: Departed) -> None:
+        """End an attempt whose process has not come back."""
         if attempt.caller is None:
             self._end(attempt, BgjobsError("the process that executed it is gone"))
 
@@ -6723,12 +6747,14 @@ class Callback:
 
     @staticmethod
     def _cancel_queued(guest: Departed) -> None:
-        if guest.host is not None:                        # the first to say hello executes it
+        """Have the engine forget what a host executes, unless the engine was quicker: then it is no guest any more."""
+        if guest.host is not None:
             guest.future.cancel()
 
     def _send_to_host(self, guest: Departed) -> None:
+        """Have a guest executed by its host's process."""
         guest.caller = guest.host.caller                  # type: ignore[union-attr]
-        if guest.caller is None:
+        if guest.caller is None:                          # its connection has been lost meanwhile
             self._give_back(guest)
         else:
             guest.caller.send(0, guest.host.token, "run", self._payload(guest))         # type: ignore[union-attr]
@@ -6765,6 +6791,7 @@ class Callback:
             register(_close_before_executors, weakref.ref(self._runner))
 
     def _run_loop(self, loop: Any, server: Any) -> None:
+        """Serve the connections until close()."""
         import asyncio
         loop.run_forever()                                # until close()
         server.close()
@@ -6780,7 +6807,8 @@ class Callback:
                 self.loop.call_soon_threadsafe(step, *arguments)
 
     def _tell_to_stop(self, attempt: Departed) -> None:
-        if attempt.caller is not None and attempt.run is not None:        # else it hears that when it says hello
+        """Tell an attempt that it is to stop, or void."""
+        if attempt.caller is not None and attempt.run is not None:        # else it hears of it as it says hello
             attempt.caller.send(0, attempt.token, "void" if attempt.ticket.void else "stop", attempt.reason)
 
     def receive(self, caller: _Caller) -> None:
@@ -6829,10 +6857,12 @@ class Callback:
         return reply
 
     def _reply(self, caller: _Caller, number: int, reply: Future[Any]) -> None:
+        """Answer a call. In the loop's thread."""
         error = reply.exception()
         caller.send(number, *(self._refusal(error) if error else (reply.result(),)))
 
     def _refusal(self, error: BaseException) -> tuple[Any, ...]:
+        """Return the answer to a call that has raised this."""
         if self._runner._store.closed:
             return GONE
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)
@@ -6862,8 +6892,10 @@ class Callback:
         time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))
 
     def _welcome(self, caller: _Caller, attempt: Departed, run: str, is_guest: bool = False) -> list[Any]:
+        """Return the answer to a hello: whether it is to stop at once. The first run of an attempt that says it is the
+        one: its engine may begin it twice, and so may its engine and a host."""
         runner = self._runner
-        # Dask may begin it all the same.
+        # Dask may begin it although it was cancelled for the sake of a host.
         is_taken = not is_guest and attempt.future is not None and attempt.future.cancelled()
         if attempt.run is None and not is_taken:
             attempt.engine.has_worked = True
@@ -6876,9 +6908,10 @@ class Callback:
         attempt.caller = caller
         return [[attempt.stop_requested, attempt.reason]]
 
-    # what an attempt may ask for
+    # what an attempt may ask for: each call has a method here, whose value, or whose future's, is the answer
 
     def _call_submit(self, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
+        """Submit one job, or one for each of the arguments; answer with the ids."""
         submission = Submission(new["name"])
         vars(submission).update(new, submitter=self._runner._id, author=(attempt.id, attempt.number))
         parent = self._runner._attempts.get(new.get("parent_id", 0))
@@ -6888,17 +6921,21 @@ class Callback:
                                          list(tx.submit_many(submission, arguments)))
 
     def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
+        """Stop, resume, cancel ... a job."""
         if operation not in TRANSITIONS:
             raise ValueError(f"there is no operation {_short(operation)}")
         self._runner._operate(operation, job_id, by)
 
     def _call_info(self, attempt: Departed, job_id: int) -> dict[str, Any]:
+        """Answer with what Job.info() returns."""
         return self._runner._info(job_id)
 
     def _call_logs(self, attempt: Departed, job_id: int, *filters: Any) -> list[dict[str, Any]]:
+        """Answer with what Job.logs() returns."""
         return self._runner._logs(job_id, *filters)
 
     def _call_outcome(self, attempt: Departed, job_id: int) -> dict[str, Any] | None:
+        """Answer with how a job has ended, or None: there is none."""
         return next(map(dict, self._runner._store.read(OUTCOME_OF, {"id": job_id})), None)
 
     def _call_end(self, attempt: Departed, job_id: int) -> Future[Any]:
@@ -6908,24 +6945,28 @@ class Callback:
         return end
 
     def _call_leave(self, attempt: Departed) -> None:
+        """Give the attempt's place away; its process becomes a host."""
         if not attempt.waits:
             self._offer(attempt)
         self._runner._pool.leave(attempt)
 
     def _call_ask_back(self, attempt: Departed) -> Future[Any]:
-        place = Place()                                   # until it has that, its process executes others
+        """Answer once the attempt has a place again; until then its process executes others."""
+        place = Place()
         place.add_done_callback(lambda place: attempt.engine.hosts.pop(attempt, None))
         if not self._runner._pool.ask_back(attempt, place):
             place.set_result(False)                       # it needs none
         return place
 
     def _call_ended(self, attempt: Departed, outcome: dict[str, Any]) -> None:
+        """Take the outcome of a guest."""
         if attempt.host is not None:                      # else its engine was quicker
             self._end(attempt, outcome)
 
     # going down
 
     def close(self) -> None:
+        """End both threads. Returns at once."""
         self._steps.put(None)
         if self.loop is not None:
             self._soon(self.loop.stop)
@@ -6988,11 +7029,13 @@ class AttemptThere(Attempt):
                 "untold": self.link.part_from(self), **{name: getattr(self, name) for name in OUTCOME}}
 
     def _import_function(self) -> None:
+        """Have the registry know the function by the job's name."""
         import importlib
         module = importlib.import_module(self._module)
         _registry.by_name[self.name] = operator.attrgetter(self._function)(module)
 
     def _save(self, state: str | None) -> None:
+        """Save a state; return once it is in the file. Raises JobStopped: the attempt has been superseded."""
         if state is not None:                             # positions alone go with what is told next
             self.link.ask(self, "save", state, self.unsaved_positions())
             self._state = state
@@ -7018,13 +7061,13 @@ class RunnerThere(Runner):
         self._unwritten.starts = deque(maxlen=0)          # the runner counts them
 
     def _watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over. Does not wait for an answer: the caller may hold another handle's
-        lock."""
+        """Complete this handle when its job is over. Returns at once: the caller may hold another handle's lock."""
         self._handles.watch(handle)
         call = self._link.post(None, "end", handle.id)
         call.add_done_callback(functools.partial(self._complete, handle.id))
 
     def _complete(self, job_id: int, end: Future[Any]) -> None:
+        """Complete the handles of a job that is over."""
         if isinstance(end.exception(), JobStopped):
             return                                        # who asked has ended
         self._store.outcomes[job_id] = None if end.exception() else end.result()         # type: ignore[attr-defined]
@@ -7039,20 +7082,25 @@ class RunnerThere(Runner):
         return [line[1:] for line in lines if line[0] is attempt]
 
     def _info(self, job_id: int) -> Any:
+        """Return what Job.info() does."""
         return self._link.ask(None, "info", job_id)
 
     def _status(self, job_id: int) -> str:
+        """Return a job's status."""
         return str(self._info(job_id)["status"])
 
     def _logs(self, *filters: Any) -> Any:
+        """Return what Job.logs() does."""
         return self._link.ask(None, "logs", *filters)
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job[Any] | None = None) -> Job[Any]:
+        """Have the runner stop, resume, cancel ... a job; return its handle, a new one if the old one is complete."""
         self._link.ask(None, "operate", operation, job_id, by)
         is_over = handle is not None and handle._state != "PENDING"
         return Job(self, job_id) if handle is None or is_over and operation in ("resume", "restart") else handle
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+        """Wait without a place: this process executes other attempts meanwhile."""
         begun = time.monotonic()
         self._link.ask(attempt, "leave")
         try:
@@ -7074,21 +7122,25 @@ class _StoreThere:
         self.outcomes: dict[int, dict[str, Any] | None] = {}
 
     def write(self, run: Callable[[Any], Any]) -> Any:
+        """Call `run(transaction)`, where this is the transaction."""
         return run(self)
 
     def __getattr__(self, name: str) -> Any:
+        """Refuse all that a store does besides."""
         raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
                            "in a job without executor= and isolate=")
 
     def kick(self) -> None:
-        """There is nothing to lead."""
+        """Do nothing: the runner's store has the transactions."""
 
     def submit(self, new: Submission, arguments: list[str | None] | None = None) -> Any:
+        """Have the runner submit a job, or one for each of the arguments; return the ids."""
         return self._link.ask(None, "submit", vars(new), arguments)
 
     submit_many = submit
 
     def read(self, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
+        """Return the row of the one query that handles need."""
         if sql != OUTCOME_OF:
             self.__getattr__("read")                      # raises
         job_id = parameters["id"]
@@ -7113,7 +7165,8 @@ class Link:
     def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
         self._address = address
         self._no_answer = f"the runner does not answer at {address[0]}:{address[1]}"
-        # Guards all below, and the sending; no call is answered under it.
+        # Guards all below, and the sending, but for the taking of a call out of _calls, which one pop decides. No call
+        # is answered under it: that may run callbacks of the app's.
         self._lock = threading.RLock()
         # That execute here, by their runs: an engine may start one twice.
         self._attempts: dict[str, AttemptThere] = {}
@@ -7142,7 +7195,7 @@ class Link:
     def part_from(self, attempt: AttemptThere) -> tuple[list[Any], Report | None, str | None]:
         """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the
         rest."""
-        with self._lock:
+        with self._lock:                                  # _tell takes and posts under it: nothing is in between
             self._attempts.pop(attempt.run, None)
             rest = attempt.untold()
             if self.runner._attempts.get(attempt.id) is attempt:
@@ -7180,17 +7233,19 @@ class Link:
             if self._thread is None and not self._is_gone:
                 self._lost_at = min(self._lost_at, time.monotonic())
                 self._thread = _start_thread("bgjobs-link", self._run)
-        if self._is_gone:
+        if self._is_gone:                                 # since before the call was there: _give_up has not seen it
             self._refuse(self._no_answer)
         return call
 
     def _greet(self, attempt: AttemptThere) -> _Call:
+        """Say hello for an attempt, on each new connection."""
         hello = self.post(attempt, "hello", attempt.run, attempt.is_guest)
         hello.add_done_callback(functools.partial(self._heed_welcome, attempt))
         return hello
 
     @staticmethod
     def _heed_welcome(attempt: AttemptThere, hello: Future[Any]) -> None:
+        """Stop, if that was asked for before it could be told."""
         if hello.exception() is None and hello.result()[0]:
             attempt.request_stop(hello.result()[1], force=True)
 
@@ -7210,6 +7265,7 @@ class Link:
     # in the link's thread
 
     def _run(self) -> None:
+        """Keep the connection while there are attempts or calls; give up when nobody answers."""
         used_at = time.monotonic()
         # Else it holds up the end of its interpreter.
         idle_seconds = 60.0 if threading.current_thread().daemon else 1.0
@@ -7254,6 +7310,7 @@ class Link:
         return True
 
     def _hang_up(self) -> None:
+        """Close the connection, if there is one."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -7261,6 +7318,7 @@ class Link:
                 self._lost_at = min(self._lost_at, time.monotonic())
 
     def _hear(self) -> None:
+        """Take in what the runner says, within TELL_SECONDS."""
         if not _can_read(self._socket, TELL_SECONDS):
             return
         try:
@@ -7278,6 +7336,7 @@ class Link:
                 self._heed_news(*rest)
 
     def _heed_answer(self, number: int, value: Any, kind: str | None = None, text: str = "") -> None:
+        """Complete a call, unless it has been refused meanwhile."""
         call = self._calls.pop(number, None)
         if call is None:
             return
@@ -7290,6 +7349,7 @@ class Link:
         call.set_exception(next((each for each in known if each.__name__ == kind), BgjobsError)(text))
 
     def _heed_news(self, token: str, news: str, value: Any) -> None:
+        """Heed what the runner says unasked."""
         if news == "run":
             _start_thread("bgjobs-guest", self._run_guest, value)
         for attempt in [each for each in list(self._attempts.values()) if each.token == token]:
@@ -7299,6 +7359,7 @@ class Link:
                 self._supersede(attempt)
 
     def _supersede(self, attempt: AttemptThere) -> None:
+        """Stop an attempt that is void, wherever it is."""
         attempt.supersede()
         self._refuse("the attempt has been superseded", attempt)
 
@@ -7313,7 +7374,7 @@ class Link:
             return
         self._told_at = time.monotonic()
         for attempt in list(self._attempts.values()):
-            with self._lock:                              # it may part meanwhile
+            with self._lock:                              # if it parts first, nothing is left to tell
                 untold = attempt.untold()
                 if any(untold):
                     self.post(attempt, "tell", *untold)
