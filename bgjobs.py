@@ -6196,9 +6196,8 @@ STRANGER_BYTES = 4_096             # that it may send before
 ACCEPTED_AT_ONCE = 10              # far fewer than STRANGERS: else many processes that come at once displace each other
 STRANGERS = 100                    # connections that have shown none; one more, and the oldest is closed
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
-# For each attempt under way, states may wait so long for company in the next transaction; no longer than the second.
-COLLECT_SECONDS = 0.0002
-COLLECT_AT_MOST = 0.02             # but no longer than this
+COLLECT_SECONDS = 0.0002           # for each attempt under way, that states wait for company in the next transaction
+COLLECT_AT_MOST = 0.02             # of this in all
 BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
 # Calls that must not be carried out again when they are repeated.
 ONCE = ("submit", "operate", "leave", "ask_back", "ended")
@@ -6251,6 +6250,7 @@ class Engine:
     """An executor of a runner: one that the app made, or what makes one, which then also replaces a broken one."""
 
     def __init__(self, executor: Any) -> None:
+        # None: the app has made it, and another cannot be made.
         self._make = executor if isinstance(executor, type) or not hasattr(executor, "submit") else None
         self._executor: Any = None if self._make is not None else executor
         self._broken_until = -math.inf                    # monotonic
