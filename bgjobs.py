@@ -6793,7 +6793,7 @@ class Callback:
     def _run_loop(self, loop: Any, server: Any) -> None:
         """Serve the connections until close()."""
         import asyncio
-        loop.run_forever()                                # until close()
+        loop.run_forever()
         server.close()
         for caller in self.callers:
             caller.transport.abort()
@@ -6825,6 +6825,7 @@ class Callback:
         attempt = self._attempts.get(token)
         if attempt is not None:
             self.strangers.pop(caller, None)
+        # "ended" is heeded in any case: the guest has a place, which is to become free.
         if attempt is None or call != "ended" and (
                 attempt.ticket.void or call != "hello" and attempt.caller is not caller):
             caller.send(number, *GONE)
