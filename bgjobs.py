@@ -2270,10 +2270,6 @@ class Transaction:
         return self.execute(SAVE_STATE, {"id": attempt.id, "attempt": attempt.number, "state": state,
                                          "positions": positions}).rowcount == 1
 
-    def save_states(self, saves: list[tuple[Attempt, str | None, str | None]]) -> list[bool]:
-        """Store the states of many attempts as `save_state` does; where state and positions are None it only tells."""
-        return [self.save_state(*save) for save in saves]
-
     def save_progress(self, attempt: Attempt, report: Report) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         job = self._executing(attempt)
@@ -6216,14 +6212,15 @@ STRANGER_BYTES = 4_096             # that it may send before
 ACCEPTED_AT_ONCE = 10              # far fewer than STRANGERS: else many processes that come at once displace each other
 STRANGERS = 100                    # connections that have shown none; one more, and the oldest is closed
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
-# For each attempt under way, states may wait so long for company in the next transaction; no longer than the second.
-COLLECT_SECONDS = 0.0002
-COLLECT_AT_MOST = 0.02             # but no longer than this
+COLLECT_SECONDS = 0.0002           # for each attempt under way, that states wait for company in the next transaction
+COLLECT_AT_MOST = 0.02             # of this in all
 BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
 # Calls that must not be carried out again when they are repeated.
 ONCE = ("submit", "operate", "leave", "ask_back", "ended")
 REPLIES_KEPT = 100                 # of an attempt, for such repetitions
 WARM_PROCESSES = 8                 # of isolated attempts, that wait for the next one
+GONE = (None, "gone", "")          # the answer to who has been superseded, or is unknown
+OUTCOME = ("outcome", "result", "error", "ran", "waited", "worked")       # of an attempt: what its runner takes over
 
 
 class Lines:
@@ -6241,8 +6238,26 @@ class Lines:
         return [json.loads(line.decode()) for line in lines]
 
 
-def _as_line(message: list[Any]) -> bytes:
+def _as_line(*message: Any) -> bytes:
     return _dump(message).encode() + b"\n"
+
+
+def _can_read(source: Any, seconds: float) -> bool:
+    """Wait until a socket or a pipe has something to read, or its end, for so many seconds at most."""
+    import selectors
+    with selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
+        return bool(selector.select(seconds))
+
+
+def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
+    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
+    for daemon in (True, False):
+        with contextlib.suppress(RuntimeError):
+            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
+            thread.start()
+            return thread
+    raise RuntimeError("no thread can be started")
 
 
 # Engines.
@@ -6251,6 +6266,7 @@ class Engine:
     """An executor of a runner: one that the app made, or what makes one, which then also replaces a broken one."""
 
     def __init__(self, executor: Any) -> None:
+        # None: the app has made it, and another cannot be made.
         self._make = executor if isinstance(executor, type) or not hasattr(executor, "submit") else None
         self._executor: Any = None if self._make is not None else executor
         self._broken_until = -math.inf                    # monotonic
@@ -6259,9 +6275,11 @@ class Engine:
 
     @property
     def is_broken(self) -> bool:
+        """Whether it took nothing lately."""
         return time.monotonic() < self._broken_until
 
     def note_broken(self) -> None:
+        """Send nothing there for BROKEN_SECONDS."""
         self._broken_until = time.monotonic() + BROKEN_SECONDS
 
     def submit(self, payload: str) -> Any:
@@ -6275,7 +6293,14 @@ class Engine:
         self._executor, self.has_worked = self._make(), False           # type: ignore[misc]
         return self._executor.submit(run_attempt, payload)
 
+    def take_host(self) -> Departed | None:
+        """Take out a host, for the next attempt. None: there is none."""
+        with contextlib.suppress(KeyError):
+            return self.hosts.popitem()[0]
+        return None
+
     def close(self) -> None:
+        """Shut down the executor, if it was made here."""
         if self._make is not None and self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -6285,13 +6310,13 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()                     # guards the two below
+        # Guards the two below, and the killing: else the process could answer, and be another call's, in between.
+        self._lock = threading.Lock()
         self._process: Any = None                         # while it executes the call
         self._is_unwanted = False                         # kill() was called
 
     def kill(self) -> None:
-        """Kill its process, now or as soon as there is one. Does nothing once it has answered: it may be another
-        call's by then."""
+        """Kill its process, now or as soon as there is one; not once it has answered."""
         with self._lock:
             self._is_unwanted = True
             if self._process is not None:
@@ -6302,7 +6327,7 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
         died, or will."""
         with self._lock:
             self._process = process
-            if self._is_unwanted:
+            if self._is_unwanted:                         # kill() came before there was a process
                 process.kill()
         answer = b""
         with contextlib.suppress(OSError):
@@ -6311,19 +6336,17 @@ class IsolatedCall(Future):                               # type: ignore[type-ar
             answer = self._answer_of(process)
         with self._lock:
             self._process = None
+            # Unwanted: kill() came after the answer, or cut it short. The process dies either way.
             return answer if answer.endswith(b"\n") and not self._is_unwanted else b""
 
     @staticmethod
     def _answer_of(process: Any) -> bytes:
         """Wait for a process's answer; b"": it has died. What it forked may live on with its pipes, so their end does
         not tell."""
-        import selectors
-        if os.name != "nt":
-            with selectors.DefaultSelector() as selector:
-                selector.register(process.stdout, selectors.EVENT_READ)
-                while not selector.select(0.5):
-                    if process.poll() is not None and not selector.select(0):
-                        return b""
+        while os.name != "nt" and not _can_read(process.stdout, 0.5):
+            # It may have answered between the two, and then died.
+            if process.poll() is not None and not _can_read(process.stdout, 0):
+                return b""
         answer: bytes = process.stdout.readline()
         return answer
 
@@ -6337,28 +6360,31 @@ class IsolatedProcesses(Executor):
         self._calls: set[IsolatedCall] = set()            # under way
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> IsolatedCall:
+        """Have a process execute a payload, the one argument of `run_attempt`. Returns at once."""
         call = IsolatedCall()
         self._calls.add(call)
-        threading.Thread(target=self._make, args=(call, *args), name="bgjobs-isolated", daemon=True).start()
+        _start_thread("bgjobs-isolated", self._make, call, *args)
         return call
 
     def _make(self, call: IsolatedCall, payload: str) -> None:
+        """Make a call, in a thread of its own."""
         try:
-            if call.set_running_or_notify_cancel():
-                process = self._warm_process() or self._start()
-                answer = call.execute(process, payload)
-                stays_warm = answer[:1] == b"+" and len(self._warm) < WARM_PROCESSES
-                if stays_warm:
-                    self._warm.append(process)
-                if answer:
-                    call.set_result(answer[1:].decode())
-                if not stays_warm:                        # one with threads left ends with them
-                    self._end(process, kill=answer[:1] != b"-")
-                if answer:
-                    return
+            if not call.set_running_or_notify_cancel():
+                return
+            process = self._warm_process() or self._start()
+            answer = call.execute(process, payload)
+            if not answer:
+                self._end(process)
                 code = process.returncode
                 how = f"exit code {code}" if code >= 0 else f"signal {-code}"
                 raise BgjobsError(f"the process of its own died under it: {how}")
+            is_clean = answer.startswith(b"+")
+            stays_warm = is_clean and len(self._warm) < WARM_PROCESSES
+            if stays_warm:
+                self._warm.append(process)                # first: who gets the result may make the next call
+            call.set_result(answer[1:].decode())
+            if not stays_warm:
+                self._end(process, kill=is_clean)         # one with threads left ends with them
         except Exception as error:
             call.set_exception(error)
         finally:
@@ -6366,12 +6392,14 @@ class IsolatedProcesses(Executor):
 
     @staticmethod
     def _end(process: Any, kill: bool = True) -> None:
+        """Kill a process, or wait until it ends by itself."""
         if kill:
             process.kill()
         with contextlib.suppress(OSError), process:       # its pipes are closed, and it has ended
             pass
 
     def _warm_process(self) -> Any:
+        """Return a process that waits for a call, or None."""
         with contextlib.suppress(IndexError):
             while True:
                 process = self._warm.pop()
@@ -6382,19 +6410,19 @@ class IsolatedProcesses(Executor):
 
     @staticmethod
     def _start() -> Any:
+        """Start a process that imports this module, and nothing of the app."""
         import subprocess
-        name, folder = __name__, []
-        if name == "__main__":
-            name, folder = _module_name(name), [os.path.dirname(os.path.abspath(__file__))]
+        folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[1:] = []; " \
                "__import__('importlib').import_module(name).serve_process()"
-        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, name])]
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, _module_name(__name__)])]
         # Popen waits for the end of a pipe; who is forked meanwhile would keep it open.
         with _fork_gate:
             return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                     start_new_session=True)       # Ctrl-C in a terminal is for the app, which tells us
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Kill all processes, whatever they do. Waits for the warm ones to end."""
         for call in list(self._calls):
             call.kill()
         while self._warm:
@@ -6405,7 +6433,7 @@ def serve_process() -> None:
     """Execute the attempts whose payloads come on standard input, a line each; be a process of IsolatedProcesses."""
     global _serves_attempts
     _serves_attempts = True
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="bgjobs-parent", daemon=True).start()
+    _start_thread("bgjobs-parent", _end_with, os.getppid())
     payloads, outcomes = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -6443,55 +6471,45 @@ class Departed(Attempt):
     run: str | None = None                                # the execution of it that has said hello
     caller: _Caller | None = None                         # the connection of its process, if there is one now
     loss: dict[str, Any] | BaseException | None = None    # what cut it off: the runner may be about to go down, too
-    _report: Report | None = None
-    _positions_there: str | None = None
+    _report: Report | None = None                         # the last that has not been saved
 
     def __init__(self, runner: Runner, claim: tuple[Any, ...], engine: Engine) -> None:
-        import secrets
         super().__init__(runner, claim)
-        self.engine, self.token = engine, secrets.token_urlsafe(16)
+        self.engine, self.token = engine, os.urandom(16).hex()
         self.claim = claim[:-1]
         self.replies: dict[int, Future[Any]] = {}         # to calls of ONCE, by their numbers
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
+        """Have JobStopped raised at the next checkpoint over there; what has not begun is taken back."""
         super().request_stop(reason, force)
         if self.stop_requested:
             self.runner._callback.stop(self)
 
-    def let_pass(self, operation: threading.Event) -> None:
-        pass                                              # it holds nothing up here
-
-    def supersede(self) -> None:
-        self.ticket.void = True
-        self.request_stop(force=True)
-
     def report_to_save(self) -> Report | None:
+        """Return the progress that has been told since it was last asked for, or None."""
         report, self._report = self._report, None
         return report
-
-    def unsaved_positions(self) -> str | None:
-        return self._positions_there
 
     def hear(self, lines: list[list[Any]], report: list[Any] | None, positions: str | None) -> None:
         """Take over what the attempt has logged and reported. Written with the next transaction, within a second."""
         runner = self.runner
         if runner._attempts.get(self.id) is not self:
             return
-        for at, level, message in lines:
-            runner._unwritten.add_line(self, at, level, message)
-        if report is not None:
+        for line in lines:
+            runner._unwritten.add_line(self, *line)
+        if report:
             progress, rate, *rest = report
             self._report = Report(progress, Rate(*rate), *rest)
-        self._positions_there = positions or self._positions_there
+        if positions:
+            self._loop_positions = json.loads(positions)
 
     def take_over(self, outcome: dict[str, Any]) -> None:
         """Make what `run_attempt` returned this attempt's outcome."""
-        self.hear(outcome["lines"], outcome["report"], outcome["positions"])
-        self.outcome, self.result, self.error = outcome["outcome"], outcome["result"], outcome["error"]
-        self.ran, self.waited = outcome["ran"], outcome["waited"]
-        self.worked = max(0.0, self.ran - self.waited)
+        self.hear(*outcome["untold"])
+        for name in OUTCOME:
+            setattr(self, name, outcome[name])
         if outcome["was_interrupted"] and self.runner._goes_down:
-            self.outcome = RELEASED
+            self.lose(KeyboardInterrupt())
 
     def lose(self, error: BaseException) -> None:
         """Make the loss of its process, which `error` tells of, this attempt's outcome."""
@@ -6511,17 +6529,8 @@ class Place(Future):                                      # type: ignore[type-ar
     """The place that an attempt elsewhere asks back: the answer to its call."""
 
     def set(self) -> None:
+        """Say that it is there, as an event would. For the pool."""
         self.set_result(True)
-
-
-class Save(NamedTuple):
-    """A state that waits for its transaction, or None: then only whether the attempt is still welcome is looked up."""
-
-    caller: _Caller
-    number: int
-    attempt: Departed
-    state: str | None
-    positions: str | None = None
 
 
 class _Caller:
@@ -6536,6 +6545,7 @@ class _Caller:
         return self not in self._callback.strangers
 
     def connection_made(self, transport: Any) -> None:
+        """Begin as a stranger."""
         import socket
         self.transport = transport
         self._patience = self._callback.loop.call_later(STRANGER_SECONDS, lambda: self.is_known or transport.abort())
@@ -6543,33 +6553,39 @@ class _Caller:
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, received: bytes) -> None:
+        """Heed the calls that are complete. What sends anything else is cut off."""
         try:
-            calls = [(token, number, call, arguments) for token, number, call, *arguments in self._lines.take(received)]
-            if not all((type(token), type(number), type(call)) == (str, int, str) for token, number, call, _ in calls):
-                raise ValueError("that is no call")
-        except (ValueError, TypeError, RecursionError):
-            self.transport.abort()
-            return
-        for call in calls:
-            self._callback.heed(self, *call)
+            messages = self._lines.take(received)
+        except (ValueError, RecursionError):
+            messages = [None]                             # which is no call, either
+        for message in messages:
+            match message:
+                case [str(token), int(number), str(call), *arguments]:
+                    self._callback.heed(self, token, number, call, arguments)
+                case _:
+                    self.transport.abort()
         if not self.is_known and len(self._lines.unread) > STRANGER_BYTES:
             self.transport.abort()
 
     def eof_received(self) -> None:
-        self._callback.save()                             # the answers go out before the connection is closed
+        """Answer what waits for a transaction before the connection is closed."""
+        self._callback.save()
 
     def send(self, *message: Any) -> None:
+        """Send a message, unless the connection is about to close. In the loop's thread; never blocks."""
         if not self.transport.is_closing():
-            self.transport.write(_as_line([*message]))
+            self.transport.write(_as_line(*message))
 
     def pause_writing(self) -> None:
-        if not self.is_known:                             # it asks without end, and does not read
+        """Cut off a stranger who asks without end, and does not read."""
+        if not self.is_known:
             self.transport.abort()
 
     def resume_writing(self) -> None:
-        pass
+        """Go on as before: nothing was held back."""
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Forget the connection."""
         self._patience.cancel()                           # it would keep a flood in memory
         self._callback.strangers.pop(self, None)
         self._callback.callers.discard(self)
@@ -6584,13 +6600,14 @@ class Callback:
         self._runner, self._address = runner, address
         self._attempts: dict[str, Departed] = {}          # from being handed over to the outcome, by token
         self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()       # for engines
-        self._starting = threading.Lock()                 # guards _thread
+        self._starting = threading.Lock()                 # guards _thread: only one is started
         self._thread: threading.Thread | None = None
         self._listener: Any = None
         self.loop: Any = None
         self.callers: set[_Caller] = set()                # these three belong to the loop's thread
         self.strangers: dict[_Caller, None] = {}          # of them; a set in order, the oldest first
-        self._saves: list[Save] = []
+        # What waits for the next transaction: (who is answered, to which call), (the attempt, its state and positions).
+        self._saves: list[tuple[tuple[_Caller, int], tuple[Departed, str | None, str | None]]] = []
 
     # 1. handing over
 
@@ -6609,50 +6626,53 @@ class Callback:
         self._steps.put(functools.partial(step, attempt))
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._hand_over, name="bgjobs-departures", daemon=True)
-                self._thread.start()
+                self._thread = _start_thread("bgjobs-departures", self._hand_over)
 
     def _hand_over(self) -> None:
+        """Do what is to be done with engines, one after the other, until close()."""
         while (step := self._steps.get()) is not None:
             try:
                 step()
             except Exception:
                 _log.exception("trouble with an executor")
-            del step
+            del step                                      # it would keep the attempt until the next one
 
     def _send_off(self, attempt: Departed) -> None:
-        runner, engine, function = self._runner, attempt.engine, _registry.find(attempt.name)
+        """Hand an attempt to a host, else to its engine."""
+        engine = attempt.engine
         self._attempts[attempt.token] = attempt
         if attempt.stop_requested:
-            return self._end(attempt, CancelledError())
-        attempt.outcome = UNKNOWN                         # if it does not get there
-        if function is None or engine.is_broken:
-            return self._end(attempt, None)
+            return self._end(attempt)
+        if _registry.find(attempt.name) is None or engine.is_broken:
+            attempt.outcome = UNKNOWN
+            return self._end(attempt)
+        attempt.host = engine.take_host()
+        if attempt.host is not None:
+            return self._soon(self._send_to_host, attempt)
         try:
             self.listen()
-            attempt.host = self._host_for(attempt)
-            if attempt.host is None:
-                attempt.future = engine.submit(self._payload(attempt))
+            attempt.future = engine.submit(self._payload(attempt))
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
             text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
             with contextlib.suppress(StoreError):
-                runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+                self._runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
-            return self._end(attempt, None)
-        if attempt.host is not None:
-            return self._soon(self._send_to_host, attempt)
+            attempt.outcome = UNKNOWN
+            return self._end(attempt)
         attempt.future.add_done_callback(functools.partial(self._come_back, attempt))
-        host = self._host_for(attempt)
-        if host is not None:                              # it has come while the engine took the attempt
+        host = engine.take_host()
+        if host is not None:
+            # It has come while the engine took the attempt, and may have looked for one in vain, see _offer.
             self._soon(self._offer, host)
 
     def _payload(self, attempt: Departed) -> str:
+        """Return what `run_attempt` needs to execute an attempt, as JSON."""
         function = _registry.find(attempt.name)
         return _dump({"claim": attempt.claim, "module": _module_name(function.__module__),
                       "function": function.__qualname__,                                      # type: ignore[union-attr]
                       "callback": self._listener.getsockname()[:2], "token": attempt.token, "path": self._runner.path,
-                      "runner": self._runner._id, "is_guest": attempt.host is not None})
+                      "runner": self._runner._id})
 
     def _take_back(self, attempt: Departed) -> None:
         """Cancel what has not begun; kill what has been superseded, if it has a process of its own; end what has been
@@ -6674,29 +6694,30 @@ class Callback:
         try:
             outcome = json.loads(future.result())
             is_cut_off = outcome["was_interrupted"]
+        except CancelledError:
+            outcome, is_cut_off = None, False
         except BaseException as error:                    # a process of it died, or was taken away
-            outcome, is_cut_off = error, not isinstance(error, CancelledError)
+            outcome, is_cut_off = error, True
         if attempt.host is not None:
-            return                                        # it was taken from the engine before it began
+            return                                        # a host has taken it from the engine
         if is_cut_off:
-            # In this order: either the runner that goes down meets the loss in _take_back, or it is seen here.
+            # In this order: if the runner begins to go down before the look at _shut_claims, that shows it; if later,
+            # it stops the attempt, and _take_back finds the loss.
             attempt.loss = outcome
             if not self._runner._shut_claims:
                 return self._soon(self.loop.call_later, INTERRUPT_SECONDS, self._end, attempt, outcome)
         self._end(attempt, outcome)
 
-    def _end(self, attempt: Departed, outcome: dict[str, Any] | BaseException | None) -> None:
-        """End an attempt with what run_attempt returned, with what kept it from that, or, if it was not handed over,
-        as it is."""
+    def _end(self, attempt: Departed, outcome: dict[str, Any] | BaseException | None = None) -> None:
+        """End an attempt with what run_attempt returned, or with what kept it from that. None: it has not begun, and
+        ends as it is."""
         if self._attempts.pop(attempt.token, None) is None:
-            return                                        # it has been lost already, or its engine tells twice
+            return                                        # somebody else has ended it: a loss, a guest, a late future
         try:
             if isinstance(outcome, BaseException):
                 raise outcome
             if outcome is not None:
                 attempt.take_over(outcome)
-        except CancelledError:
-            attempt.outcome = UNSPENT
         except BaseException as error:
             attempt.lose(error)
             for guest in [guest for guest in list(self._attempts.values()) if guest.host is attempt]:
@@ -6713,32 +6734,27 @@ class Callback:
         """Note that a connection is lost. Not every engine tells that a process of its died."""
         for attempt in [attempt for attempt in list(self._attempts.values()) if attempt.caller is caller]:
             attempt.caller = None
-            if attempt.host is not None and attempt.run is None:
+            if attempt.host is not None:
                 self._give_back(attempt)
-            else:
-                self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
+            self.loop.call_later(RETRY_SECONDS, self._end_if_away, attempt)
 
     def _end_if_away(self, attempt: Departed) -> None:
+        """End an attempt whose process has not come back."""
         if attempt.caller is None:
             self._end(attempt, BgjobsError("the process that executed it is gone"))
 
     # hosts and guests
 
-    @staticmethod
-    def _host_for(attempt: Departed) -> Departed | None:
-        if not attempt.options.get("isolate"):
-            with contextlib.suppress(KeyError):
-                return attempt.engine.hosts.popitem()[0]
-        return None
-
     def _offer(self, host: Departed) -> None:
         """Have a host's process execute what its engine has not begun, which may be what all its processes wait for;
         else what comes next. In the loop's thread."""
+        if host.options.get("isolate"):
+            return                                        # each of these gets a process
+        # In this order: of an attempt that comes meanwhile, either _send_off sees the host, or it is seen here.
         hosts = host.engine.hosts
-        hosts[host] = None                                # first: see _send_off
+        hosts[host] = None
         queued = next((each for each in list(self._attempts.values()) if each.engine is host.engine
-                       and each.host is None and each.run is None and each.future is not None
-                       and not isinstance(each.future, IsolatedCall)), None)
+                       and each.host is None and each.run is None and each.future is not None), None)
         if queued is None or hosts.pop(host, "taken") == "taken":
             return                                        # there is none, or _send_off has given it another
         queued.host = host
@@ -6747,12 +6763,14 @@ class Callback:
 
     @staticmethod
     def _cancel_queued(guest: Departed) -> None:
-        if guest.host is not None:                        # the first to say hello executes it
+        """Have the engine forget what a host executes, unless the engine was quicker: then it is no guest any more."""
+        if guest.host is not None:
             guest.future.cancel()
 
     def _send_to_host(self, guest: Departed) -> None:
+        """Have a guest executed by its host's process."""
         guest.caller = guest.host.caller                  # type: ignore[union-attr]
-        if guest.caller is None:
+        if guest.caller is None:                          # its connection has been lost meanwhile
             self._give_back(guest)
         else:
             guest.caller.send(0, guest.host.token, "run", self._payload(guest))         # type: ignore[union-attr]
@@ -6760,7 +6778,7 @@ class Callback:
     def _give_back(self, guest: Departed) -> None:
         """Have a guest handed over anew, unless it has begun."""
         if guest.run is None:
-            self._end(guest, CancelledError())
+            self._end(guest)
 
     # 2. and 3. listening: in the loop's thread
 
@@ -6778,10 +6796,10 @@ class Callback:
             raise OSError(error.errno, f"callback {address} cannot be listened at: {error.strerror}") from error
         loop = asyncio.SelectorEventLoop()
         make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
-        # The loop accepts as many at once as it is told of here, before it reads what those say. The rest waits outside.
+        # So many are accepted before the loop reads what they say; asyncio has one parameter for this and the queue.
         server = loop.run_until_complete(loop.create_server(make_caller, sock=self._listener, backlog=ACCEPTED_AT_ONCE))
-        self._listener.listen(1024)
-        threading.Thread(target=self._run_loop, args=(loop, server), name="bgjobs-callback", daemon=True).start()
+        self._listener.listen(1024)                       # the queue
+        _start_thread("bgjobs-callback", self._run_loop, loop, server)
         self.loop = loop
         # The standard library's own; or the interpreter ends already.
         with contextlib.suppress(AttributeError, RuntimeError):
@@ -6789,8 +6807,9 @@ class Callback:
             register(_close_before_executors, weakref.ref(self._runner))
 
     def _run_loop(self, loop: Any, server: Any) -> None:
+        """Serve the connections until close()."""
         import asyncio
-        loop.run_forever()                                # until close()
+        loop.run_forever()
         server.close()
         for caller in self.callers:
             caller.transport.abort()
@@ -6804,7 +6823,8 @@ class Callback:
                 self.loop.call_soon_threadsafe(step, *arguments)
 
     def _tell_to_stop(self, attempt: Departed) -> None:
-        if attempt.caller is not None and attempt.run is not None:        # else it hears that when it says hello
+        """Tell an attempt that it is to stop, or void."""
+        if attempt.caller is not None and attempt.run is not None:        # else it hears of it as it says hello
             attempt.caller.send(0, attempt.token, "void" if attempt.ticket.void else "stop", attempt.reason)
 
     def receive(self, caller: _Caller) -> None:
@@ -6821,78 +6841,78 @@ class Callback:
         attempt = self._attempts.get(token)
         if attempt is not None:
             self.strangers.pop(caller, None)
-        is_gone = attempt is None or call != "ended" and (
-            attempt.ticket.void or call != "hello" and attempt.caller is not caller)
-        if attempt is None or is_gone:
-            caller.send(number, None, "gone", "")
+        # "ended" is heeded in any case: the guest has a place, which is to become free.
+        if attempt is None or call != "ended" and (
+                attempt.ticket.void or call != "hello" and attempt.caller is not caller):
+            caller.send(number, *GONE)
         elif call == "hello":
             caller.send(number, *self._welcome(caller, attempt, *arguments))
         elif call == "save":
-            self._save_soon(Save(caller, number, attempt, *arguments))
+            self._save_soon(caller, number, attempt, *arguments)
         elif call == "tell":
             attempt.hear(*arguments)
-            self._save_soon(Save(caller, number, attempt, None, arguments[-1]))
+            self._save_soon(caller, number, attempt, None, arguments[-1])
         else:
-            reply = attempt.replies.get(number)
-            if reply is None:
-                reply = self._outcome_of(lambda: getattr(self, "_call_" + call)(attempt, *arguments))
-                if call in ONCE:
-                    attempt.replies[number] = reply
-                    for old in [old for old, kept in attempt.replies.items() if kept.done()][:-REPLIES_KEPT]:
-                        del attempt.replies[old]
+            reply = attempt.replies.get(number) or self._carry_out(attempt, number, call, arguments)
             reply.add_done_callback(lambda reply: self._soon(self._reply, caller, number, reply))
 
-    def _outcome_of(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Call a function; return its outcome. If it returns a future, its value is yet to come, and that is
-        returned."""
-        outcome: Future[Any] = Future()
+    def _carry_out(self, attempt: Departed, number: int, call: str, arguments: list[Any]) -> Future[Any]:
+        """Do what an attempt asks for; return the answer, which may be yet to come."""
+        reply: Future[Any] = Future()
         try:
-            value = function(*arguments)
+            value = getattr(self, "_call_" + call)(attempt, *arguments)
             if isinstance(value, Future):
-                return value
-            outcome.set_result(value)
+                reply = value
+            else:
+                reply.set_result(value)
         except BaseException as error:                    # JobStopped is one of these
-            outcome.set_exception(error)
-        return outcome
+            reply.set_exception(error)
+        if call in ONCE:
+            attempt.replies[number] = reply
+            for old in [old for old, kept in attempt.replies.items() if kept.done()][:-REPLIES_KEPT]:
+                del attempt.replies[old]
+        return reply
 
     def _reply(self, caller: _Caller, number: int, reply: Future[Any]) -> None:
+        """Answer a call. In the loop's thread."""
         error = reply.exception()
-        if error is None:
-            caller.send(number, reply.result())
-        else:
-            caller.send(number, *self._refusal(error))
+        caller.send(number, *(self._refusal(error) if error else (reply.result(),)))
 
-    def _refusal(self, error: BaseException) -> list[Any]:
+    def _refusal(self, error: BaseException) -> tuple[Any, ...]:
+        """Return the answer to a call that has raised this."""
         if self._runner._store.closed:
-            return [None, "gone", ""]
+            return GONE
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)
-        return [None, _type_name(error), text]
+        return None, _type_name(error), text
 
-    def _save_soon(self, save: Save) -> None:
+    def _save_soon(self, caller: _Caller, number: int, attempt: Departed, state: str | None,
+                   positions: str | None = None) -> None:
+        """Save a state with the next transaction; None: then only whether the attempt is still welcome is looked up."""
         if not self._saves:
             self.loop.call_soon(self.save)
-        self._saves.append(save)
+        self._saves.append(((caller, number), (attempt, state, positions)))
 
     def save(self) -> None:
         """Save the states that wait, in one transaction."""
         saves, self._saves = self._saves, []
         if not saves:
             return
+        replies: list[tuple[Any, ...]]
         try:
-            states: list[tuple[Attempt, str | None, str | None]] = [
-                (each.attempt, each.state, each.positions) for each in saves]
-            stored = self._runner._store.write(lambda tx: tx.save_states(states))
-            replies = [[True] if is_stored else [None, "gone", ""] for is_stored in stored]
+            stored = self._runner._store.write(lambda tx: [tx.save_state(*state) for _, state in saves])
+            replies = [(True,) if is_stored else GONE for is_stored in stored]
         except Exception as error:
             replies = [self._refusal(error)] * len(saves)
-        for each, reply in zip(saves, replies):
-            each.caller.send(each.number, *reply)
+        for ((caller, number), _), reply in zip(saves, replies):
+            caller.send(number, *reply)
         # Many: more of them wake the loop at once.
         time.sleep(min(COLLECT_AT_MOST, COLLECT_SECONDS * len(self._attempts)))
 
     def _welcome(self, caller: _Caller, attempt: Departed, run: str, is_guest: bool = False) -> list[Any]:
+        """Return the answer to a hello: whether it is to stop at once. The first run of an attempt that says it is the
+        one: its engine may begin it twice, and so may its engine and a host."""
         runner = self._runner
-        # Dask may begin it all the same.
+        # Dask may begin it although it was cancelled for the sake of a host.
         is_taken = not is_guest and attempt.future is not None and attempt.future.cancelled()
         if attempt.run is None and not is_taken:
             attempt.engine.has_worked = True
@@ -6905,34 +6925,35 @@ class Callback:
         attempt.caller = caller
         return [[attempt.stop_requested, attempt.reason]]
 
-    # what an attempt may ask for
+    # what an attempt may ask for: each call has a method here, whose value, or whose future's, is the answer
 
     def _call_submit(self, attempt: Departed, new: dict[str, Any], arguments: list[str | None] | None) -> Any:
+        """Submit one job, or one for each of the arguments; answer with the ids."""
         submission = Submission(new["name"])
-        for name, value in new.items():
-            setattr(submission, name, value)
-        submission.submitter, submission.author = self._runner._id, (attempt.id, attempt.number)
-        parent = self._runner._attempts.get(submission.parent_id)      # type: ignore[arg-type]
+        vars(submission).update(new, submitter=self._runner._id, author=(attempt.id, attempt.number))
+        parent = self._runner._attempts.get(new.get("parent_id", 0))
         if parent is not None:
             parent.has_children = True
-        if arguments is None:
-            return self._runner._store.write(lambda tx: tx.submit(submission))
-        return self._runner._store.write(lambda tx: [*tx.submit_many(submission, arguments)])
+        return self._runner._store.write(lambda tx: tx.submit(submission) if arguments is None else
+                                         list(tx.submit_many(submission, arguments)))
 
     def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
+        """Stop, resume, cancel ... a job."""
         if operation not in TRANSITIONS:
             raise ValueError(f"there is no operation {_short(operation)}")
         self._runner._operate(operation, job_id, by)
 
     def _call_info(self, attempt: Departed, job_id: int) -> dict[str, Any]:
+        """Answer with what Job.info() returns."""
         return self._runner._info(job_id)
 
     def _call_logs(self, attempt: Departed, job_id: int, *filters: Any) -> list[dict[str, Any]]:
+        """Answer with what Job.logs() returns."""
         return self._runner._logs(job_id, *filters)
 
     def _call_outcome(self, attempt: Departed, job_id: int) -> dict[str, Any] | None:
-        rows = self._runner._store.read(OUTCOME_OF, {"id": job_id})
-        return dict(rows[0]) if rows else None
+        """Answer with how a job has ended, or None: there is none."""
+        return next(map(dict, self._runner._store.read(OUTCOME_OF, {"id": job_id})), None)
 
     def _call_end(self, attempt: Departed, job_id: int) -> Future[Any]:
         """Answer with a job's outcome once it is over."""
@@ -6941,24 +6962,28 @@ class Callback:
         return end
 
     def _call_leave(self, attempt: Departed) -> None:
+        """Give the attempt's place away; its process becomes a host."""
         if not attempt.waits:
             self._offer(attempt)
         self._runner._pool.leave(attempt)
 
     def _call_ask_back(self, attempt: Departed) -> Future[Any]:
-        place = Place()                                   # until it has that, its process executes others
+        """Answer once the attempt has a place again; until then its process executes others."""
+        place = Place()
         place.add_done_callback(lambda place: attempt.engine.hosts.pop(attempt, None))
         if not self._runner._pool.ask_back(attempt, place):
             place.set_result(False)                       # it needs none
         return place
 
     def _call_ended(self, attempt: Departed, outcome: dict[str, Any]) -> None:
+        """Take the outcome of a guest."""
         if attempt.host is not None:                      # else its engine was quicker
             self._end(attempt, outcome)
 
     # going down
 
     def close(self) -> None:
+        """End both threads. Returns at once."""
         self._steps.put(None)
         if self.loop is not None:
             self._soon(self.loop.stop)
@@ -6989,15 +7014,12 @@ def run_attempt(payload: str) -> str:
     """Execute one attempt in this process, for the runner that made this text; return its outcome, as JSON. For
     engines: the one function that they call."""
     given = json.loads(payload)
-    return _dump(AttemptThere(_link_to(tuple(given["callback"]), given["path"], given["runner"]), given).execute())
+    runner = tuple(given["callback"]), given["path"], given["runner"]
+    link = _links.get(runner) or _links.setdefault(runner, Link(*runner))
+    return _dump(AttemptThere(link, given).execute())
 
 
-_links: dict[tuple[Any, ...], Link] = {}
-
-
-def _link_to(address: tuple[str, int], path: str, runner_id: int) -> Link:
-    key = address, path, runner_id
-    return _links.get(key) or _links.setdefault(key, Link(*key))
+_links: dict[tuple[Any, ...], Link] = {}                  # of this process, by the runner
 
 
 class AttemptThere(Attempt):
@@ -7005,10 +7027,9 @@ class AttemptThere(Attempt):
 
     _told_positions: str | None = None
 
-    def __init__(self, link: Link, given: dict[str, Any]) -> None:
-        import secrets
+    def __init__(self, link: Link, given: dict[str, Any], is_guest: bool = False) -> None:
         super().__init__(link.runner, (*given["claim"], 0))
-        self.link, self.token, self.run, self.is_guest = link, given["token"], secrets.token_hex(8), given["is_guest"]
+        self.link, self.token, self.run, self.is_guest = link, given["token"], os.urandom(8).hex(), is_guest
         self._module, self._function = given["module"], given["function"]
 
     def execute(self) -> dict[str, Any]:
@@ -7021,31 +7042,28 @@ class AttemptThere(Attempt):
                 self.runner._perform(self)
         except BaseException as error:                    # JobStopped: its hello was refused
             self.fail(BgjobsError(_text(error)) if isinstance(error, JobStopped) else error)
-        lines, report, positions = self.link.part_from(self)
-        return {"outcome": self.outcome, "result": self.result, "error": self.error, "ran": self.ran,
-                "waited": self.waited, "was_interrupted": isinstance(self.exception, KeyboardInterrupt),
-                "lines": lines, "report": report, "positions": positions}
+        return {"was_interrupted": isinstance(self.exception, KeyboardInterrupt),
+                "untold": self.link.part_from(self), **{name: getattr(self, name) for name in OUTCOME}}
 
     def _import_function(self) -> None:
+        """Have the registry know the function by the job's name."""
         import importlib
-        function: Any = importlib.import_module(self._module)
-        for name in self._function.split("."):
-            function = getattr(function, name)
-        _registry.by_name[self.name] = function
+        module = importlib.import_module(self._module)
+        _registry.by_name[self.name] = operator.attrgetter(self._function)(module)
 
     def _save(self, state: str | None) -> None:
+        """Save a state; return once it is in the file. Raises JobStopped: the attempt has been superseded."""
         if state is not None:                             # positions alone go with what is told next
             self.link.ask(self, "save", state, self.unsaved_positions())
             self._state = state
         self._saved_at = time.monotonic()
 
-    def untold(self) -> tuple[list[Any], list[Any] | None, str | None]:
+    def untold(self) -> tuple[list[Any], Report | None, str | None]:
         """Return the log lines, the progress and the positions that the runner has not been told; None: it knows."""
-        report, positions = self.report_to_save(), self.unsaved_positions()
-        new_positions = positions if positions != self._told_positions else None
+        positions, told = self.unsaved_positions(), self._told_positions
         self._told_positions = positions
         lines = self.runner.take_lines(self)              # type: ignore[attr-defined]
-        return lines, None if report is None else list(report), new_positions
+        return lines, self.report_to_save(), None if positions == told else positions
 
 
 class RunnerThere(Runner):
@@ -7060,13 +7078,13 @@ class RunnerThere(Runner):
         self._unwritten.starts = deque(maxlen=0)          # the runner counts them
 
     def _watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over. Does not wait for an answer: the caller may hold another handle's
-        lock."""
+        """Complete this handle when its job is over. Returns at once: the caller may hold another handle's lock."""
         self._handles.watch(handle)
-        call = self._link.post(self._link.attempt_here(), "end", handle.id)
+        call = self._link.post(None, "end", handle.id)
         call.add_done_callback(functools.partial(self._complete, handle.id))
 
     def _complete(self, job_id: int, end: Future[Any]) -> None:
+        """Complete the handles of a job that is over."""
         if isinstance(end.exception(), JobStopped):
             return                                        # who asked has ended
         self._store.outcomes[job_id] = None if end.exception() else end.result()         # type: ignore[attr-defined]
@@ -7080,23 +7098,26 @@ class RunnerThere(Runner):
         waiting.extendleft(reversed([line for line in lines if line[0] is not attempt]))
         return [line[1:] for line in lines if line[0] is attempt]
 
-    def _info(self, job_id: int) -> dict[str, Any]:
-        info: dict[str, Any] = self._link.ask(None, "info", job_id)
-        return info
+    def _info(self, job_id: int) -> Any:
+        """Return what Job.info() does."""
+        return self._link.ask(None, "info", job_id)
 
     def _status(self, job_id: int) -> str:
+        """Return a job's status."""
         return str(self._info(job_id)["status"])
 
-    def _logs(self, *filters: Any) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = self._link.ask(None, "logs", *filters)
-        return lines
+    def _logs(self, *filters: Any) -> Any:
+        """Return what Job.logs() does."""
+        return self._link.ask(None, "logs", *filters)
 
     def _operate(self, operation: str, job_id: int, by: str | None, handle: Job[Any] | None = None) -> Job[Any]:
+        """Have the runner stop, resume, cancel ... a job; return its handle, a new one if the old one is complete."""
         self._link.ask(None, "operate", operation, job_id, by)
-        is_completed = handle is not None and operation in ("resume", "restart") and handle._state != "PENDING"
-        return Job(self, job_id) if handle is None or is_completed else handle
+        is_over = handle is not None and handle._state != "PENDING"
+        return Job(self, job_id) if handle is None or is_over and operation in ("resume", "restart") else handle
 
     def _wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+        """Wait without a place: this process executes other attempts meanwhile."""
         begun = time.monotonic()
         self._link.ask(attempt, "leave")
         try:
@@ -7118,22 +7139,25 @@ class _StoreThere:
         self.outcomes: dict[int, dict[str, Any] | None] = {}
 
     def write(self, run: Callable[[Any], Any]) -> Any:
+        """Call `run(transaction)`, where this is the transaction."""
         return run(self)
 
     def __getattr__(self, name: str) -> Any:
+        """Refuse all that a store does besides."""
         raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
-                           "in a job without "
-                           "executor= and isolate=")
+                           "in a job without executor= and isolate=")
 
     def kick(self) -> None:
-        """There is nothing to lead."""
+        """Do nothing: the runner's store has the transactions."""
 
     def submit(self, new: Submission, arguments: list[str | None] | None = None) -> Any:
+        """Have the runner submit a job, or one for each of the arguments; return the ids."""
         return self._link.ask(None, "submit", vars(new), arguments)
 
     submit_many = submit
 
     def read(self, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
+        """Return the row of the one query that handles need."""
         if sql != OUTCOME_OF:
             self.__getattr__("read")                      # raises
         job_id = parameters["id"]
@@ -7148,7 +7172,7 @@ class _Call(Future):                                      # type: ignore[type-ar
         super().__init__()
         self._condition = _Condition()
         self.attempt, self.name = attempt, name
-        self.line = _as_line([attempt.token, number, name, *arguments])
+        self.line = _as_line(attempt.token, number, name, *arguments)
 
 
 class Link:
@@ -7157,7 +7181,9 @@ class Link:
 
     def __init__(self, address: tuple[str, int], path: str, runner_id: int) -> None:
         self._address = address
-        # Guards all below, and the sending; no call is answered under it.
+        self._no_answer = f"the runner does not answer at {address[0]}:{address[1]}"
+        # Guards all below, and the sending, but for the taking of a call out of _calls, which one pop decides. No call
+        # is answered under it: that may run callbacks of the app's.
         self._lock = threading.RLock()
         # That execute here, by their runs: an engine may start one twice.
         self._attempts: dict[str, AttemptThere] = {}
@@ -7183,10 +7209,10 @@ class Link:
         hello.result()
         self.runner._attempts[attempt.id] = attempt
 
-    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], list[Any] | None, str | None]:
+    def part_from(self, attempt: AttemptThere) -> tuple[list[Any], Report | None, str | None]:
         """Forget an attempt that has ended; return what its runner has not been told of it, once it has heard the
         rest."""
-        with self._lock:
+        with self._lock:                                  # _tell takes and posts under it: nothing is in between
             self._attempts.pop(attempt.run, None)
             rest = attempt.untold()
             if self.runner._attempts.get(attempt.id) is attempt:
@@ -7196,7 +7222,7 @@ class Link:
         self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended", attempt)
         return rest
 
-    def attempt_here(self) -> AttemptThere:
+    def _attempt_here(self) -> AttemptThere:
         """Return the attempt that this is called in; in another thread, one of this process. Raises JobStopped: there
         is none."""
         attempt = _current.get() or next(iter(self._attempts.values()), None)
@@ -7210,30 +7236,33 @@ class Link:
         the attempt is superseded; else what it raised there."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("the link's own thread cannot wait for an answer")
-        return self.post(attempt or self.attempt_here(), name, *arguments).result()
+        return self.post(attempt, name, *arguments).result()
 
     @library_code
-    def post(self, attempt: AttemptThere, name: str, *arguments: Any) -> _Call:
-        """Ask the runner for something; the answer will be the result of what is returned."""
+    def post(self, attempt: AttemptThere | None, name: str, *arguments: Any) -> _Call:
+        """Ask the runner for something, for an attempt, or the one that this is called in; the answer will be the
+        result of what is returned."""
         number = next(self._numbers)
-        call = _Call(attempt, number, name, arguments)
+        call = _Call(attempt or self._attempt_here(), number, name, arguments)
         with self._lock:
             self._calls[number] = call
             self._send(call)
             if self._thread is None and not self._is_gone:
                 self._lost_at = min(self._lost_at, time.monotonic())
                 self._thread = _start_thread("bgjobs-link", self._run)
-        if self._is_gone:
+        if self._is_gone:                                 # since before the call was there: _give_up has not seen it
             self._refuse(self._no_answer)
         return call
 
     def _greet(self, attempt: AttemptThere) -> _Call:
+        """Say hello for an attempt, on each new connection."""
         hello = self.post(attempt, "hello", attempt.run, attempt.is_guest)
         hello.add_done_callback(functools.partial(self._heed_welcome, attempt))
         return hello
 
     @staticmethod
     def _heed_welcome(attempt: AttemptThere, hello: Future[Any]) -> None:
+        """Stop, if that was asked for before it could be told."""
         if hello.exception() is None and hello.result()[0]:
             attempt.request_stop(hello.result()[1], force=True)
 
@@ -7243,21 +7272,17 @@ class Link:
             with contextlib.suppress(OSError):
                 self._socket.sendall(call.line)
 
-    @property
-    def _no_answer(self) -> str:
-        return f"the runner does not answer at {self._address[0]}:{self._address[1]}"
-
     def _refuse(self, why: str, attempt: AttemptThere | None = None) -> None:
         """Answer the calls of an attempt, or all, with JobStopped."""
-        with self._lock:
-            refused = [number for number, call in self._calls.items() if attempt in (None, call.attempt)]
-        for call in [self._calls.pop(number, None) for number in refused]:
-            if call is not None:
+        for number, call in list(self._calls.items()):
+            # Who takes it out answers it: here, or the link's thread by what it has heard meanwhile.
+            if attempt in (None, call.attempt) and self._calls.pop(number, None) is not None:
                 call.set_exception(JobStopped(why))
 
     # in the link's thread
 
     def _run(self) -> None:
+        """Keep the connection while there are attempts or calls; give up when nobody answers."""
         used_at = time.monotonic()
         # Else it holds up the end of its interpreter.
         idle_seconds = 60.0 if threading.current_thread().daemon else 1.0
@@ -7290,19 +7315,19 @@ class Link:
             time.sleep(min(away / 2, 1.0))                # so it is tried at once, and then ever more rarely
             with contextlib.suppress(OSError):
                 connection = socket.create_connection(self._address, timeout=5)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._socket, self._lines = connection, Lines()
-            unanswered = sorted(self._calls.values(), key=lambda call: call.name != "hello")
+            unanswered = list(self._calls.values())
             for attempt in self._attempts.values():
-                if not any(call.name == "hello" and call.attempt is attempt for call in unanswered):
-                    self._greet(attempt)
+                self._greet(attempt)                      # first: else the calls are refused
             for call in unanswered:
                 self._send(call)
         return True
 
     def _hang_up(self) -> None:
+        """Close the connection, if there is one."""
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
@@ -7310,11 +7335,9 @@ class Link:
                 self._lost_at = min(self._lost_at, time.monotonic())
 
     def _hear(self) -> None:
-        import selectors
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            if not selector.select(TELL_SECONDS):
-                return
+        """Take in what the runner says, within TELL_SECONDS."""
+        if not _can_read(self._socket, TELL_SECONDS):
+            return
         try:
             received = self._socket.recv(1 << 20)
             messages = self._lines.take(received)
@@ -7330,6 +7353,7 @@ class Link:
                 self._heed_news(*rest)
 
     def _heed_answer(self, number: int, value: Any, kind: str | None = None, text: str = "") -> None:
+        """Complete a call, unless it has been refused meanwhile."""
         call = self._calls.pop(number, None)
         if call is None:
             return
@@ -7338,11 +7362,11 @@ class Link:
         if kind == "gone":
             kind, text = "JobStopped", "the attempt has been superseded"
             self._supersede(call.attempt)
-        errors = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
-        known = {each.__name__: each for each in errors}
-        call.set_exception(known.get(kind, BgjobsError)(text))
+        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        call.set_exception(next((each for each in known if each.__name__ == kind), BgjobsError)(text))
 
     def _heed_news(self, token: str, news: str, value: Any) -> None:
+        """Heed what the runner says unasked."""
         if news == "run":
             _start_thread("bgjobs-guest", self._run_guest, value)
         for attempt in [each for each in list(self._attempts.values()) if each.token == token]:
@@ -7352,12 +7376,13 @@ class Link:
                 self._supersede(attempt)
 
     def _supersede(self, attempt: AttemptThere) -> None:
+        """Stop an attempt that is void, wherever it is."""
         attempt.supersede()
         self._refuse("the attempt has been superseded", attempt)
 
     def _run_guest(self, payload: str) -> None:
         """Execute another attempt while one of this process waits."""
-        guest = AttemptThere(self, json.loads(payload))
+        guest = AttemptThere(self, json.loads(payload), is_guest=True)
         self.post(guest, "ended", guest.execute())
 
     def _tell(self) -> None:
@@ -7366,10 +7391,10 @@ class Link:
             return
         self._told_at = time.monotonic()
         for attempt in list(self._attempts.values()):
-            with self._lock:                              # it may part meanwhile
-                lines, report, positions = attempt.untold()
-                if lines or report is not None or positions is not None:
-                    self.post(attempt, "tell", lines, report, positions)
+            with self._lock:                              # if it parts first, nothing is left to tell
+                untold = attempt.untold()
+                if any(untold):
+                    self.post(attempt, "tell", *untold)
 
     def _give_up(self) -> None:
         """Stop what executes here: its runner is gone."""
@@ -7379,16 +7404,6 @@ class Link:
         for attempt in attempts:
             attempt.request_stop(RELEASED, force=True)
         self._refuse(self._no_answer)
-
-
-def _start_thread(name: str, run: Callable[..., None], *args: Any) -> threading.Thread:
-    """Start a thread that belongs to no job, a daemon where the interpreter allows them: a subinterpreter does not."""
-    for daemon in (True, False):
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name, daemon=daemon)
-            thread.start()
-            return thread
-    raise RuntimeError("no thread can be started")
 
 
 # ---- 19 The default runner ------------------------------------------------------------------------------------

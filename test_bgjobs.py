@@ -6365,7 +6365,7 @@ class TestElsewhere:
             threading.Thread(target=accept, daemon=True).start()
             link = bgjobs.Link(server.getsockname(), "nowhere.db", 1)
             attempt = bgjobs.AttemptThere(link, {"claim": [1, None, None, "x", 0, *[None] * 5, "ann", 0, 0, *[None] * 6, 0.0, 0],
-                                                 "token": "t", "module": "test_bgjobs", "function": "add", "is_guest": False})
+                                                 "token": "t", "module": "test_bgjobs", "function": "add"})
             begun = time.monotonic()
             assert "the runner does not answer at 127.0.0.1:" in attempt.execute()["error"]
             assert 0.4 < time.monotonic() - begun < 5 and len(came) < 50
