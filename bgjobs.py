@@ -7643,6 +7643,7 @@ td .progress { flex-direction: column; align-items: start; }
 .job { display: flex; align-items: center; min-height: 1.75rem; min-width: 14rem; max-width: 24rem; }
 .job a { display: inline-block; padding: 0.1875rem 0; }
 .pick { flex: none; display: grid; place-items: center; width: 2rem; height: 1.75rem; }
+tbody .job > :last-child { min-width: 8rem; }
 .indent { flex: 0 0 1.25rem; }
 .twist { flex: none; width: 1.75rem; min-height: 1.75rem; padding: 0; }
 button.twist { border: 0; background: none; color: var(--quiet); }
@@ -7670,6 +7671,7 @@ progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
 dl, .values, .charts { display: grid; gap: 0.75rem 1.25rem; }
 dl { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); margin: 1.25rem 0; }
+dl > :has(code) { grid-column: 1 / -1; }
 dd { margin: 0; }
 .values { grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); align-items: start; }
 .values h2 { margin-top: 0.75rem; }
@@ -7716,7 +7718,8 @@ figure details[open] { max-height: 16rem; overflow: auto; }
   .jobs tr { align-items: start; padding-left: 2rem; }
   .jobs .pick { margin-left: -2rem; }
   .jobs tbody th { flex-basis: calc(100% - 7.875rem); }
-  .job { min-width: 0; max-width: none; }
+  .job, tbody .job > :last-child { min-width: 0; max-width: none; }
+  .indent { flex-basis: 0.375rem; }
   tbody .job { align-items: start; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
   td[data-label=Status] { order: 1; flex: 0 0 7rem; padding-top: 0.1875rem; text-align: right; }
