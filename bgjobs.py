@@ -8769,7 +8769,7 @@ class _Refused(Exception):
         self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
-# The fields of a query string, each with the function that reads it, or raises ValueError with what it must be.
+# What reads the value of a parameter, or raises ValueError with what it must be.
 
 def _whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
@@ -8794,20 +8794,15 @@ def _parent(text: str) -> int | None:
     return None if text == "none" else _whole_number(text)
 
 
-_Fields = dict[str, Callable[[str], Any]]
-_FILTER_FIELDS: _Fields = {
-    **dict.fromkeys(FILTERS, str), "errors": _truth, "low_priority": _truth, "system": _truth, "parent": _parent,
-    "created_from": _unix_seconds, "created_to": _unix_seconds}
-_LIST_FIELDS: _Fields = {**_FILTER_FIELDS, "before": _whole_number, "limit": _whole_number}
-_EXPORT_FIELDS: _Fields = {**_FILTER_FIELDS, "format": str}
-_LOG_FIELDS: _Fields = {
-    "level": str, "text": str, "since": _unix_seconds, "until": _unix_seconds, "after": _whole_number,
-    "limit": _whole_number, "tree": _truth}
-_STATS_FIELDS: _Fields = {"window": str, "name": str}
+_READERS: dict[str, Callable[[str], Any]] = {              # all others are texts
+    "parent": _parent,
+    **dict.fromkeys(("errors", "low_priority", "system", "tree"), _truth),
+    **dict.fromkeys(("created_from", "created_to", "since", "until"), _unix_seconds),
+    **dict.fromkeys(("before", "after", "limit"), _whole_number)}
 
 
-def _read_fields(given: dict[str, str], known: _Fields) -> dict[str, Any]:
-    """Return the values of the fields that are not empty. ValueError: an unknown field, or a bad value."""
+def _read_parameters(given: dict[str, str], known: Iterable[str]) -> dict[str, Any]:
+    """Return the values of the parameters that are not empty. ValueError: an unknown one, or a bad value."""
     values = {}
     for name, text in given.items():
         if text == "":
@@ -8815,7 +8810,7 @@ def _read_fields(given: dict[str, str], known: _Fields) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
         try:
-            values[name] = known[name](text)
+            values[name] = _READERS.get(name, str)(text)
         except ValueError as wanted:
             raise ValueError(f"{name} must be {wanted}, got {_short(text)}") from None
     return values
@@ -8833,13 +8828,12 @@ class _Request:
         self.query: str = environ.get("QUERY_STRING", "")
         self.user = ""                                    # for the job log: who it is that has been let in
 
-    def fields(self, known: _Fields) -> dict[str, Any]:
+    def parameters(self, *known: str) -> dict[str, Any]:
         from urllib.parse import parse_qsl
         given = parse_qsl(self.query, max_num_fields=50)
-        fields = dict(given)
-        if len(fields) < len(given):                      # readers disagree whether the first or the last counts
+        if len(given) > len(dict(given)):                 # readers disagree whether the first or the last counts
             raise ValueError("each parameter may be given once")
-        return _read_fields(fields, known)
+        return _read_parameters(dict(given), known)
 
     def json(self) -> Any:
         length = self.environ.get("CONTENT_LENGTH") or ""
@@ -9076,7 +9070,7 @@ class Page:
         return {"token": token, "read_only": self._read_only, "version": __version__}
 
     def _list(self, request: _Request) -> _Answer:
-        filters = request.fields(_LIST_FIELDS)
+        filters = request.parameters(*FILTERS, "before", "limit")
         limit = max(1, min(filters.pop("limit", 50), LIST_LIMIT))
         before = filters.pop("before", None) or None
         store = self._runner._store
@@ -9103,7 +9097,7 @@ class Page:
 
     def _export(self, request: _Request) -> _Answer:
         """Answer with all jobs that pass the filters, page by page."""
-        filters = request.fields(_EXPORT_FIELDS)
+        filters = request.parameters(*FILTERS, "format")
         form = filters.pop("format", "csv")
         if form not in _EXPORTS:
             raise ValueError(f"format must be {' or '.join(_EXPORTS)}, got {_short(form)}")
@@ -9135,8 +9129,9 @@ class Page:
 
     def _logs(self, request: _Request, number: str) -> dict[str, Any]:
         job_id = self._info(number)["id"]
-        filters = {"level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False,
-                   **request.fields(_LOG_FIELDS)}
+        filters: dict[str, Any] = {
+            "level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False}
+        filters.update(request.parameters(*filters))
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
         return {"logs": self._runner._logs(job_id, **filters)}
 
@@ -9153,7 +9148,7 @@ class Page:
         return {"stack": "".join(traceback.format_list(own)) or None}
 
     def _stats(self, request: _Request) -> dict[str, Any]:
-        return self._runner.stats(**request.fields(_STATS_FIELDS))
+        return self._runner.stats(**request.parameters("window", "name"))
 
     def _schedules(self, request: _Request) -> dict[str, Any]:
         rows = self._runner._store.read(SCHEDULES, {"system": False})
@@ -9208,7 +9203,7 @@ class Page:
                  if value is not None}
         if "parent" in given:
             texts.setdefault("parent", "none")            # null: root jobs alone
-        for ids in self._pages(_read_fields(texts, _FILTER_FIELDS)):
+        for ids in self._pages(_read_parameters(texts, FILTERS)):
             yield from ids
 
     # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
