@@ -8346,10 +8346,8 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
 
 /* A log with its filters (others make another log), of which no line is known yet: neither the `first` one nor the
    last, whose id is `after`. drawLines() has yet to put the `earlier` lines at its beginning and the `fresh` ones at
-   its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used; `top`: how far somebody
-   has scrolled. */
-const newLog = filters =>
-  ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "", top: 0 });
+   its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used. */
+const newLog = filters => ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "" });
 
 async function getLines({ job, level, text, tree }, where, signal) {
   const asked = Object.entries({ level, text, tree, ...where }).filter(([, value]) => value);
@@ -8414,13 +8412,10 @@ function logSection(log) {
     el("input", { type: "search", ".value": log[name], ".oninput": refilter(name, "value"), ...props }));
   const follow = on => {
     log.follow = on;
-    draw();
-    drawLines(here, on);
+    if (on) toTheEnd();
   };
   const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) => {
-    const isUp = scrollTop < log.top && scrollTop + clientHeight < scrollHeight - 40;
-    if (log.follow && isUp) follow(false);               // a person did that
-    log.top = scrollTop;
+    log.follow = scrollTop + clientHeight > scrollHeight - 40;
   };
   return section("Log",
     el("p", { class: "filters" },
@@ -8439,15 +8434,19 @@ function logSection(log) {
 const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
 
 /* Put the lines that have come into the list. */
-function drawLines({ log }, toTheEnd = log.fresh.length > 0) {
-  const list = byId("log"), isPart = log.level || log.text || log.regex;
+function drawLines({ log }) {
+  const list = byId("log"), isPart = log.level || log.text || log.regex, isMore = log.fresh.length > 0;
   const drawn = lines => lines.splice(0).map(line => logLine(line, log.tree, isPart && contextButton(line)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
   list.prepend(...earlier);
   if (earlier.length) list.scrollTop += list.scrollHeight - height;
   list.append(...drawn(log.fresh));
   while (list.childElementCount > LOG_LINES) list.firstChild.remove();
-  if (log.follow && toTheEnd) list.scrollTop = list.scrollHeight;
+  if (log.follow && isMore) toTheEnd();
+}
+
+function toTheEnd() {
+  byId("log").scrollTop = byId("log").scrollHeight;
 }
 
 const logLine = ({ job_id, at, level, message }, tree, tool, around) =>
@@ -8529,11 +8528,7 @@ const FUNCTION_COLUMNS = [
   ["Run time", each => inWords(each.running)],
 ];
 
-function loadStatistics({ query }, signal) {
-  const asked = new URLSearchParams({ window: query.get("window") ?? "24h" });
-  if (query.has("name")) asked.set("name", query.get("name"));
-  return get("api/stats?" + asked, signal);
-}
+const loadStatistics = ({ query }, signal) => get("api/stats?" + query, signal);
 
 function drawStatistics({ query, data }) {
   const path = changes => "statistics" + withParams(query, changes);
@@ -8573,13 +8568,10 @@ function figure({ parts, total, window, from, to }, title, field, tone) {
 /* The props of a chart whose parts are read by pointer and by arrow keys. */
 function pointing(title, length, pointed) {
   const point = index => {
-    here.pointed = { title, index: Math.max(0, Math.min(length - 1, index)) };
+    here.pointed = index !== null && { title, index: Math.max(0, Math.min(length - 1, index)) };
     draw();
   };
-  const leave = () => {
-    here.pointed = null;
-    draw();
-  };
+  const leave = () => point(null);
   const follow = ({ currentTarget, clientX }) => {
     const { left, width } = currentTarget.getBoundingClientRect();
     point(Math.floor((clientX - left) / width * length));
@@ -8677,14 +8669,12 @@ async function poll() {
   draw();
 }
 
-const drawRefusal = ({ refused }) =>
-  [heading("This cannot be shown"), el("p", null, refused), link("", "All jobs")];
-
 function draw() {
   if (!here.data && !here.refused) return;
   const focused = document.activeElement;
   shown = new Map();
-  const content = (here.data ? here.view.draw : drawRefusal)(here);
+  const content = here.data ? here.view.draw(here)
+    : [heading("This cannot be shown"), el("p", null, here.refused), link("", "All jobs")];
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
   fill("main", content);
   document.title = `${isolated(byId("main").querySelector("h1").textContent)} - bgjobs`;
