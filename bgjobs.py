@@ -7528,17 +7528,19 @@ PAGE_HTML = r'''<!doctype html>
 
 PAGE_CSS = r''':root {
   color-scheme: light dark;
-  --back: #ffffff; --raised: #f5f6f8; --text: #1c2026; --quiet: #5a6270; --line: #e1e4e9; --edge: #7d8591;
-  --accent: #2456c7; --on-accent: #ffffff; --chosen: #eaf0fd;
-  --good: #1a7a3c; --bad: #b3261e; --warn: #8a5a00;
+  --back: light-dark(#ffffff, #15181c);
+  --raised: light-dark(#f5f6f8, #1e2227);
+  --text: light-dark(#1c2026, #e4e7eb);
+  --quiet: light-dark(#5a6270, #a0a8b4);
+  --line: light-dark(#e1e4e9, #2d333b);
+  --edge: light-dark(#7d8591, #79828f);
+  --accent: light-dark(#2456c7, #8ab0ff);
+  --on-accent: light-dark(#ffffff, #10131a);
+  --chosen: light-dark(#eaf0fd, #1d2a45);
+  --good: light-dark(#1a7a3c, #5cc47e);
+  --bad: light-dark(#b3261e, #ff8a80);
+  --warn: light-dark(#8a5a00, #e3b341);
   --side: 1.25rem; --small: 0.8125rem;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #15181c; --raised: #1e2227; --text: #e4e7eb; --quiet: #a0a8b4; --line: #2d333b; --edge: #79828f;
-    --accent: #8ab0ff; --on-accent: #10131a; --chosen: #1d2a45;
-    --good: #5cc47e; --bad: #ff8a80; --warn: #e3b341;
-  }
 }
 
 /* Text */
