@@ -9271,6 +9271,8 @@ def _page_server(page: Page, host: str, port: int) -> Any:
         """One request for each connection: what a refused one leaves unread is never taken for the next."""
 
         server_version, sys_version = "bgjobs", ""
+        default_request_version = "HTTP/1.0"              # who does not name one gets headers, too
+        error_content_type, error_message_format = "application/json", '{"error": "%(message)s"}'
 
         def setup(self) -> None:
             super().setup()
@@ -9284,10 +9286,12 @@ def _page_server(page: Page, host: str, port: int) -> Any:
             return io.StringIO()                          # for tracebacks of clients that went away
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            body = _json_bytes({"error": self.responses.get(code, ("bad request",))[0]})
-            headers = [("Content-Type", "application/json"), ("Content-Length", len(body)), *_SECURITY_HEADERS]
-            lines = [f"HTTP/1.0 {int(code)} Refused", *(f"{name}: {value}" for name, value in headers), "", ""]
-            self.wfile.write("\r\n".join(lines).encode() + body)
+            super().send_error(code)                      # the message would repeat what a stranger has sent
+
+        def end_headers(self) -> None:                    # of such an error: the page's answers bring their own
+            for header in _SECURITY_HEADERS:
+                self.send_header(*header)
+            super().end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
             _log.debug("page: " + format, *args)

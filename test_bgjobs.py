@@ -6584,6 +6584,7 @@ class TestPage:
         monkeypatch.setattr(bgjobs, "REQUEST_SECONDS", 1.0)
         answer = raw(visitor, data)
         assert answer.count(b"HTTP/1.0 ") <= 1 and b"X-Evil" not in answer and b"token" not in answer
+        assert not answer or re.match(rb"HTTP/1\.0 [45]", answer) and b"default-src 'none'" in answer
         assert visitor.get("api/session")["token"] == visitor.token
 
     def test_slow_requests_end_at_a_deadline_and_hold_nobody_up(self, visitor, monkeypatch):
