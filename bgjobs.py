@@ -8076,7 +8076,9 @@ function clearSelection() {
 
 function bulkBar() {
   const ids = [...selected], jobs = ids.map(id => shown.get(id));
-  if (!ids.length && !everything) return [byId("answer").textContent && button("Close", clearSelection)];
+  if (!here.data || !ids.length && !everything) {
+    return [byId("answer").textContent && button("Close", clearSelection)];
+  }
   const names = Object.keys(OPERATIONS.jobs), allowed = everything ? names : jobs.flatMap(offered);
   const isPart = here.view.load === loadList && (here.data.next !== null || here.query.has("before"));
   const selectAll = () => {
@@ -8084,7 +8086,7 @@ function bulkBar() {
     draw();
   };
   const [whom, body] = everything
-    ? [`all ${matching()} jobs that match`, { filter: Object.fromEntries(filtersOf(here.query)) }]
+    ? [`all ${matching()} jobs that match`, { filter: filtersOf(here.query) }]
     : [ids.length === 1 ? jobInWords(jobs[0]) : `${ids.length} jobs`, { ids }];
   return [
     el("b", null, everything ? `All ${matching()} that match` : `${ids.length} selected`),
@@ -8152,13 +8154,11 @@ const isOn = value => value === "true" || value === "1";
 /* The filters in the page's query string as the interface has them: times are Unix seconds, and children are left out
    unless they are asked for. */
 function filtersOf(query) {
-  const filters = new URLSearchParams(query);
+  const { before, children, ...filters } = Object.fromEntries(query);
   for (const name of ["created_from", "created_to"]) {
-    if (filters.has(name)) filters.set(name, new Date(filters.get(name)) / 1000);
+    if (filters[name]) filters[name] = String(new Date(filters[name]) / 1000);
   }
-  if (!isOn(filters.get("children")) && !filters.has("parent")) filters.set("parent", "none");
-  filters.delete("children");
-  filters.delete("before");
+  if (!isOn(children)) filters.parent ??= "none";
   return filters;
 }
 
@@ -8174,10 +8174,8 @@ function withParams(query, changes) {
 }
 
 async function loadList({ query }, signal) {
-  const asked = filtersOf(query);
-  asked.set("limit", PAGE);
-  if (query.has("before")) asked.set("before", query.get("before"));
-  const answer = await get("api/jobs?" + asked, signal);
+  const asked = { ...filtersOf(query), before: query.get("before") ?? "", limit: PAGE };
+  const answer = await get("api/jobs?" + new URLSearchParams(asked), signal);
   await loadOpened(answer.jobs, signal);
   return answer;
 }
@@ -8201,11 +8199,9 @@ function drawList({ query, data }) {
   ];
 }
 
-function exportLink(query, format) {
-  const asked = filtersOf(query);
-  asked.set("format", format);
-  return el("a", { href: `${BASE}api/export?${asked}`, download: true }, format.toUpperCase());
-}
+const exportLink = (query, format) => el("a",
+  { href: `${BASE}api/export?${new URLSearchParams({ ...filtersOf(query), format })}`, download: true },
+  format.toUpperCase());
 
 function filterForm(query) {
   const active = FILTERS.filter(name => query.has(name)).length;
