@@ -8541,14 +8541,14 @@ function drawStatistics({ query, data }) {
 }
 
 function figure({ parts, total, window, from, to }, title, field, tone) {
-  const clock = seconds => localTime(new Date(seconds * 1000)).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
+  const clock = seconds => localTime(new Date(seconds * 1000)).slice(["1h", "24h"].includes(window) ? 11 : 0, 16);
   const values = parts.map(part => part[field]), whole = total[field];
-  const most = Math.max(...values.map(value => isCount(value) ? value : value?.max ?? 0));
+  const most = Math.max(...values.map(value => value?.max ?? value));
   const summary = isCount(whole) ? `${count(whole)} in all` : inWords(whole) ?? "no job";
   const pointed = here.pointed?.title === title ? here.pointed.index : null;
   const part = index =>
     `${clock(parts[index].at)} \u2013 ${clock(parts[index + 1]?.at ?? to)}: ${inWords(values[index]) ?? "no job"}`;
-  const rows = parts.map(({ at }, index) => ({ at, value: values[index] })).filter(({ value }) => value);
+  const columns = [["From", part => clock(part.at)], [title, part => inWords(part[field])]];
   return el("figure", { key: title },
     el("figcaption", null,
       el("b", null, title), " ", el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
@@ -8559,8 +8559,7 @@ function figure({ parts, total, window, from, to }, title, field, tone) {
       ...pointing(title, parts.length, pointed),
     }, drawing(values, most || 1, pointed)),
     el("div", { class: "axis", "aria-hidden": "true" }, small(clock(from)), small(clock(to))),
-    el("details", null, el("summary", null, "Data"),
-      table([["From", row => clock(row.at)], [title, row => inWords(row.value)]], rows, "at")));
+    el("details", null, el("summary", null, "Data"), table(columns, parts.filter(part => part[field]), "at")));
 }
 
 /* The props of a chart whose parts are read by pointer and by arrow keys. */
