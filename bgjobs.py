@@ -8241,7 +8241,7 @@ const firstSteps = () => empty(
 
 def export(table):
     job = bgjobs.current_job()
-    # with progress, ETA and places to stop:
+    # progress, ETA, places to stop:
     for row in job.each(read(table)):
         write(row)
 
@@ -8716,9 +8716,8 @@ LOG_LIMIT = 2_000                      # log lines in one answer
 BODY_LIMIT = 1024 * 1024               # bytes
 EXPORTS_AT_ONCE = 4                    # each may take as long as its reader
 EXPORT_COLUMNS = (
-    "id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
-    "attempt", "message", "phase", "waiting", "duration", "errors", "low_priority", "system", "progress", "eta",
-    "children", "root_id", "args", "kwargs", "state", "result", "error", "operations")
+    *COLUMNS_SEEN, "phase", "waiting", "duration", "errors", "low_priority", "system", "progress", "eta", "children",
+    "root_id", "args", "kwargs", "state", "result", "error", "operations")
 SCHEDULE_OPERATIONS = ("pause", "resume", "run_now", "remove")
 _exports = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
