@@ -8347,9 +8347,9 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
    its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used. */
 const newLog = filters => ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "" });
 
-async function getLines({ job, level, text, tree }, where, signal) {
-  const asked = Object.entries({ level, text, tree, ...where }).filter(([, value]) => value);
-  return (await get(`api/jobs/${job}/logs?${new URLSearchParams(asked)}`, signal)).logs;
+async function getLines({ job, level = "", text = "", tree = false }, where, signal) {
+  const asked = new URLSearchParams({ level, text, tree, ...where });
+  return (await get(`api/jobs/${job}/logs?${asked}`, signal)).logs;
 }
 
 async function loadLines(log, signal) {
