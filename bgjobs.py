@@ -8076,9 +8076,7 @@ function clearSelection() {
 
 function bulkBar() {
   const ids = [...selected], jobs = ids.map(id => shown.get(id));
-  if (!here.data || !ids.length && !everything) {
-    return [byId("answer").textContent && button("Close", clearSelection)];
-  }
+  if (!ids.length && !everything) return [byId("answer").textContent && button("Close", clearSelection)];
   const names = Object.keys(OPERATIONS.jobs), allowed = everything ? names : jobs.flatMap(offered);
   const isPart = here.view.load === loadList && (here.data.next !== null || here.query.has("before"));
   const selectAll = () => {
@@ -8673,6 +8671,7 @@ function draw() {
   const content = here.data ? here.view.draw(here)
     : [heading("This cannot be shown"), el("p", null, here.refused), link("", "All jobs")];
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
+  everything &&= here.data !== null;
   fill("main", content);
   document.title = `${isolated(byId("main").querySelector("h1").textContent)} - bgjobs`;
   fill("bulk", bulkBar());

@@ -6921,6 +6921,21 @@ class TestInTheBrowser:
         assert [job.status for job in jobs] == ["pending", "cancelled"] * 65
         assert not browser.complaints()
 
+    def test_who_is_not_let_in_any_more_sees_no_jobs_and_operates_on_none(self, idle, browser):
+        idle.submit_many(add, [(n,) for n in range(60)])
+        user = ["ann"]
+        browser.open(idle.serve(port=0, authorize=lambda request: user[0]))
+        wait_for(lambda: browser.run("return document.querySelectorAll('tbody input').length") == 50)
+        browser.run("document.querySelector('thead input').click()")
+        browser.click("Select all 60 that match")
+        wait_for(lambda: "All 60 that match" in browser.text())
+        user[0] = None
+        wait_for(lambda: "you may not see this page" in browser.text() and "Cancel" not in browser.text())
+        user[0] = "ann"
+        wait_for(lambda: "test_bgjobs.add" in browser.text())
+        assert "Cancel" not in browser.text()
+        assert not [line for line in browser.complaints() if "status of 403" not in line]
+
     def test_statistics_and_schedules_are_read_and_operated(self, runner, browser):
         schedule = runner.options(label="Hourly").every("1h", add, 1)
         runner.submit(add, 1).result(10), runner.submit(fail).exception(10)
