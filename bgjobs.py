@@ -9271,10 +9271,6 @@ def _page_server(page: Page, host: str, port: int) -> Any:
             super().setup()
             self.rfile = io.BufferedReader(DeadlineReader(self.connection))
 
-        def handle(self) -> None:
-            with contextlib.suppress(OSError):            # the client went away, or was too slow
-                super().handle()
-
         def get_stderr(self) -> Any:
             return io.StringIO()                          # for tracebacks of clients that went away
 
@@ -9312,7 +9308,7 @@ def _page_server(page: Page, host: str, port: int) -> Any:
                 free.release()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            _log.debug("page: a request failed", exc_info=True)
+            _log.debug("page: a request failed", exc_info=True)            # its client went away, or was too slow
 
     server = Server((host, port), Handler)
     server.base_environ = {                               # type: ignore[attr-defined]
