@@ -7612,17 +7612,19 @@ PAGE_HTML = r'''<!doctype html>
 
 PAGE_CSS = r''':root {
   color-scheme: light dark;
-  --back: #ffffff; --raised: #f5f6f8; --text: #1c2026; --quiet: #5a6270; --line: #e1e4e9; --edge: #7d8591;
-  --accent: #2456c7; --on-accent: #ffffff; --chosen: #eaf0fd;
-  --good: #1a7a3c; --bad: #b3261e; --warn: #8a5a00;
+  --back: light-dark(#ffffff, #15181c);
+  --raised: light-dark(#f5f6f8, #1e2227);
+  --text: light-dark(#1c2026, #e4e7eb);
+  --quiet: light-dark(#5a6270, #a0a8b4);
+  --line: light-dark(#e1e4e9, #2d333b);
+  --edge: light-dark(#7d8591, #79828f);
+  --accent: light-dark(#2456c7, #8ab0ff);
+  --on-accent: light-dark(#ffffff, #10131a);
+  --chosen: light-dark(#eaf0fd, #1d2a45);
+  --good: light-dark(#1a7a3c, #5cc47e);
+  --bad: light-dark(#b3261e, #ff8a80);
+  --warn: light-dark(#8a5a00, #e3b341);
   --side: 1.25rem; --small: 0.8125rem;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #15181c; --raised: #1e2227; --text: #e4e7eb; --quiet: #a0a8b4; --line: #2d333b; --edge: #79828f;
-    --accent: #8ab0ff; --on-accent: #10131a; --chosen: #1d2a45;
-    --good: #5cc47e; --bad: #ff8a80; --warn: #e3b341;
-  }
 }
 
 /* Text */
@@ -7727,6 +7729,7 @@ td .progress { flex-direction: column; align-items: start; }
 .job { display: flex; align-items: center; min-height: 1.75rem; min-width: 14rem; max-width: 24rem; }
 .job a { display: inline-block; padding: 0.1875rem 0; }
 .pick { flex: none; display: grid; place-items: center; width: 2rem; height: 1.75rem; }
+tbody .job > :last-child { min-width: 8rem; }
 .indent { flex: 0 0 1.25rem; }
 .twist { flex: none; width: 1.75rem; min-height: 1.75rem; padding: 0; }
 button.twist { border: 0; background: none; color: var(--quiet); }
@@ -7754,6 +7757,7 @@ progress::-webkit-progress-value { background: var(--accent); }
 progress::-moz-progress-bar { background: var(--accent); }
 dl, .values, .charts { display: grid; gap: 0.75rem 1.25rem; }
 dl { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); margin: 1.25rem 0; }
+dl > :has(code) { grid-column: 1 / -1; }
 dd { margin: 0; }
 .values { grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); align-items: start; }
 .values h2 { margin-top: 0.75rem; }
@@ -7800,7 +7804,8 @@ figure details[open] { max-height: 16rem; overflow: auto; }
   .jobs tr { align-items: start; padding-left: 2rem; }
   .jobs .pick { margin-left: -2rem; }
   .jobs tbody th { flex-basis: calc(100% - 7.875rem); }
-  .job { min-width: 0; max-width: none; }
+  .job, tbody .job > :last-child { min-width: 0; max-width: none; }
+  .indent { flex-basis: 0.375rem; }
   tbody .job { align-items: start; }
   .job, td[data-label=Status] { font-size: 0.875rem; }
   td[data-label=Status] { order: 1; flex: 0 0 7rem; padding-top: 0.1875rem; text-align: right; }
@@ -8163,7 +8168,7 @@ function bulkBar() {
     draw();
   };
   const [whom, body] = everything
-    ? [`all ${matching()} jobs that match`, { filter: Object.fromEntries(filtersOf(here.query)) }]
+    ? [`all ${matching()} jobs that match`, { filter: filtersOf(here.query) }]
     : [ids.length === 1 ? jobInWords(jobs[0]) : `${ids.length} jobs`, { ids }];
   return [
     el("b", null, everything ? `All ${matching()} that match` : `${ids.length} selected`),
@@ -8231,13 +8236,11 @@ const isOn = value => value === "true" || value === "1";
 /* The filters in the page's query string as the interface has them: times are Unix seconds, and children are left out
    unless they are asked for. */
 function filtersOf(query) {
-  const filters = new URLSearchParams(query);
+  const { before, children, ...filters } = Object.fromEntries(query);
   for (const name of ["created_from", "created_to"]) {
-    if (filters.has(name)) filters.set(name, new Date(filters.get(name)) / 1000);
+    if (filters[name]) filters[name] = String(new Date(filters[name]) / 1000);
   }
-  if (!isOn(filters.get("children")) && !filters.has("parent")) filters.set("parent", "none");
-  filters.delete("children");
-  filters.delete("before");
+  if (!isOn(children)) filters.parent ??= "none";
   return filters;
 }
 
@@ -8253,10 +8256,8 @@ function withParams(query, changes) {
 }
 
 async function loadList({ query }, signal) {
-  const asked = filtersOf(query);
-  asked.set("limit", PAGE);
-  if (query.has("before")) asked.set("before", query.get("before"));
-  const answer = await get("api/jobs?" + asked, signal);
+  const asked = { ...filtersOf(query), before: query.get("before") ?? "", limit: PAGE };
+  const answer = await get("api/jobs?" + new URLSearchParams(asked), signal);
   await loadOpened(answer.jobs, signal);
   return answer;
 }
@@ -8280,11 +8281,9 @@ function drawList({ query, data }) {
   ];
 }
 
-function exportLink(query, format) {
-  const asked = filtersOf(query);
-  asked.set("format", format);
-  return el("a", { href: `${BASE}api/export?${asked}`, download: true }, format.toUpperCase());
-}
+const exportLink = (query, format) => el("a",
+  { href: `${BASE}api/export?${new URLSearchParams({ ...filtersOf(query), format })}`, download: true },
+  format.toUpperCase());
 
 function filterForm(query) {
   const active = FILTERS.filter(name => query.has(name)).length;
@@ -8324,7 +8323,7 @@ const firstSteps = () => empty(
 
 def export(table):
     job = bgjobs.current_job()
-    # with progress, ETA and places to stop:
+    # progress, ETA, places to stop:
     for row in job.each(read(table)):
         write(row)
 
@@ -8427,14 +8426,12 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
 
 /* A log with its filters (others make another log), of which no line is known yet: neither the `first` one nor the
    last, whose id is `after`. drawLines() has yet to put the `earlier` lines at its beginning and the `fresh` ones at
-   its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used; `top`: how far somebody
-   has scrolled. */
-const newLog = filters =>
-  ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "", top: 0 });
+   its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used. */
+const newLog = filters => ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "" });
 
-async function getLines({ job, level, text, tree }, where, signal) {
-  const asked = Object.entries({ level, text, tree, ...where }).filter(([, value]) => value);
-  return (await get(`api/jobs/${job}/logs?${new URLSearchParams(asked)}`, signal)).logs;
+async function getLines({ job, level = "", text = "", tree = false }, where, signal) {
+  const asked = new URLSearchParams({ level, text, tree, ...where });
+  return (await get(`api/jobs/${job}/logs?${asked}`, signal)).logs;
 }
 
 async function loadLines(log, signal) {
@@ -8495,13 +8492,10 @@ function logSection(log) {
     el("input", { type: "search", ".value": log[name], ".oninput": refilter(name, "value"), ...props }));
   const follow = on => {
     log.follow = on;
-    draw();
-    drawLines(here, on);
+    if (on) toTheEnd();
   };
   const scrolled = ({ target: { scrollTop, clientHeight, scrollHeight } }) => {
-    const isUp = scrollTop < log.top && scrollTop + clientHeight < scrollHeight - 40;
-    if (log.follow && isUp) follow(false);               // a person did that
-    log.top = scrollTop;
+    log.follow = scrollTop + clientHeight > scrollHeight - 40;
   };
   return section("Log",
     el("p", { class: "filters" },
@@ -8520,15 +8514,19 @@ function logSection(log) {
 const attempted = promise => promise.catch(error => say(error.message)).finally(draw);
 
 /* Put the lines that have come into the list. */
-function drawLines({ log }, toTheEnd = log.fresh.length > 0) {
-  const list = byId("log"), isPart = log.level || log.text || log.regex;
+function drawLines({ log }) {
+  const list = byId("log"), isPart = log.level || log.text || log.regex, isMore = log.fresh.length > 0;
   const drawn = lines => lines.splice(0).map(line => logLine(line, log.tree, isPart && contextButton(line)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
   list.prepend(...earlier);
   if (earlier.length) list.scrollTop += list.scrollHeight - height;
   list.append(...drawn(log.fresh));
   while (list.childElementCount > LOG_LINES) list.firstChild.remove();
-  if (log.follow && toTheEnd) list.scrollTop = list.scrollHeight;
+  if (log.follow && isMore) toTheEnd();
+}
+
+function toTheEnd() {
+  byId("log").scrollTop = byId("log").scrollHeight;
 }
 
 const logLine = ({ job_id, at, level, message }, tree, tool, around) =>
@@ -8610,11 +8608,7 @@ const FUNCTION_COLUMNS = [
   ["Run time", each => inWords(each.running)],
 ];
 
-function loadStatistics({ query }, signal) {
-  const asked = new URLSearchParams({ window: query.get("window") ?? "24h" });
-  if (query.has("name")) asked.set("name", query.get("name"));
-  return get("api/stats?" + asked, signal);
-}
+const loadStatistics = ({ query }, signal) => get("api/stats?" + query, signal);
 
 function drawStatistics({ query, data }) {
   const path = changes => "statistics" + withParams(query, changes);
@@ -8629,14 +8623,14 @@ function drawStatistics({ query, data }) {
 }
 
 function figure({ parts, total, window, from, to }, title, field, tone) {
-  const clock = seconds => localTime(new Date(seconds * 1000)).slice(window === "1h" || window === "24h" ? 11 : 0, 16);
+  const clock = seconds => localTime(new Date(seconds * 1000)).slice(["1h", "24h"].includes(window) ? 11 : 0, 16);
   const values = parts.map(part => part[field]), whole = total[field];
-  const most = Math.max(...values.map(value => isCount(value) ? value : value?.max ?? 0));
+  const most = Math.max(...values.map(value => value?.max ?? value));
   const summary = isCount(whole) ? `${count(whole)} in all` : inWords(whole) ?? "no job";
   const pointed = here.pointed?.title === title ? here.pointed.index : null;
   const part = index =>
     `${clock(parts[index].at)} \u2013 ${clock(parts[index + 1]?.at ?? to)}: ${inWords(values[index]) ?? "no job"}`;
-  const rows = parts.map(({ at }, index) => ({ at, value: values[index] })).filter(({ value }) => value);
+  const columns = [["From", part => clock(part.at)], [title, part => inWords(part[field])]];
   return el("figure", { key: title },
     el("figcaption", null,
       el("b", null, title), " ", el("small", { role: "status" }, pointed === null ? summary : part(pointed))),
@@ -8647,20 +8641,16 @@ function figure({ parts, total, window, from, to }, title, field, tone) {
       ...pointing(title, parts.length, pointed),
     }, drawing(values, most || 1, pointed)),
     el("div", { class: "axis", "aria-hidden": "true" }, small(clock(from)), small(clock(to))),
-    el("details", null, el("summary", null, "Data"),
-      table([["From", row => clock(row.at)], [title, row => inWords(row.value)]], rows, "at")));
+    el("details", null, el("summary", null, "Data"), table(columns, parts.filter(part => part[field]), "at")));
 }
 
 /* The props of a chart whose parts are read by pointer and by arrow keys. */
 function pointing(title, length, pointed) {
   const point = index => {
-    here.pointed = { title, index: Math.max(0, Math.min(length - 1, index)) };
+    here.pointed = index !== null && { title, index: Math.max(0, Math.min(length - 1, index)) };
     draw();
   };
-  const leave = () => {
-    here.pointed = null;
-    draw();
-  };
+  const leave = () => point(null);
   const follow = ({ currentTarget, clientX }) => {
     const { left, width } = currentTarget.getBoundingClientRect();
     point(Math.floor((clientX - left) / width * length));
@@ -8758,15 +8748,14 @@ async function poll() {
   draw();
 }
 
-const drawRefusal = ({ refused }) =>
-  [heading("This cannot be shown"), el("p", null, refused), link("", "All jobs")];
-
 function draw() {
   if (!here.data && !here.refused) return;
   const focused = document.activeElement;
   shown = new Map();
-  const content = (here.data ? here.view.draw : drawRefusal)(here);
+  const content = here.data ? here.view.draw(here)
+    : [heading("This cannot be shown"), el("p", null, here.refused), link("", "All jobs")];
   for (const id of selected) if (!shown.has(id)) selected.delete(id);   // nobody operates on what he cannot see
+  everything &&= here.data !== null;
   fill("main", content);
   document.title = `${isolated(byId("main").querySelector("h1").textContent)} - bgjobs`;
   fill("bulk", bulkBar());
@@ -8810,9 +8799,8 @@ LOG_LIMIT = 2_000                      # log lines in one answer
 BODY_LIMIT = 1024 * 1024               # bytes
 EXPORTS_AT_ONCE = 4                    # each may take as long as its reader
 EXPORT_COLUMNS = (
-    "id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by", "parent_id",
-    "attempt", "message", "phase", "waiting", "duration", "errors", "low_priority", "system", "progress", "eta",
-    "children", "root_id", "args", "kwargs", "state", "result", "error", "operations")
+    *COLUMNS_SEEN, "phase", "waiting", "duration", "errors", "low_priority", "system", "progress", "eta", "children",
+    "root_id", "args", "kwargs", "state", "result", "error", "operations")
 SCHEDULE_OPERATIONS = ("pause", "resume", "run_now", "remove")
 _exports = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -8850,7 +8838,7 @@ class _Refused(Exception):
         self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
-# The fields of a query string, each with the function that reads it, or raises ValueError with what it must be.
+# What reads the value of a parameter, or raises ValueError with what it must be.
 
 def _whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
@@ -8875,20 +8863,15 @@ def _parent(text: str) -> int | None:
     return None if text == "none" else _whole_number(text)
 
 
-_Fields = dict[str, Callable[[str], Any]]
-_FILTER_FIELDS: _Fields = {
-    **dict.fromkeys(FILTERS, str), "errors": _truth, "low_priority": _truth, "system": _truth, "parent": _parent,
-    "created_from": _unix_seconds, "created_to": _unix_seconds}
-_LIST_FIELDS: _Fields = {**_FILTER_FIELDS, "before": _whole_number, "limit": _whole_number}
-_EXPORT_FIELDS: _Fields = {**_FILTER_FIELDS, "format": str}
-_LOG_FIELDS: _Fields = {
-    "level": str, "text": str, "since": _unix_seconds, "until": _unix_seconds, "after": _whole_number,
-    "limit": _whole_number, "tree": _truth}
-_STATS_FIELDS: _Fields = {"window": str, "name": str}
+_READERS: dict[str, Callable[[str], Any]] = {              # all others are texts
+    "parent": _parent,
+    **dict.fromkeys(("errors", "low_priority", "system", "tree"), _truth),
+    **dict.fromkeys(("created_from", "created_to", "since", "until"), _unix_seconds),
+    **dict.fromkeys(("before", "after", "limit"), _whole_number)}
 
 
-def _read_fields(given: dict[str, str], known: _Fields) -> dict[str, Any]:
-    """Return the values of the fields that are not empty. ValueError: an unknown field, or a bad value."""
+def _read_parameters(given: dict[str, str], known: Iterable[str]) -> dict[str, Any]:
+    """Return the values of the parameters that are not empty. ValueError: an unknown one, or a bad value."""
     values = {}
     for name, text in given.items():
         if text == "":
@@ -8896,7 +8879,7 @@ def _read_fields(given: dict[str, str], known: _Fields) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
         try:
-            values[name] = known[name](text)
+            values[name] = _READERS.get(name, str)(text)
         except ValueError as wanted:
             raise ValueError(f"{name} must be {wanted}, got {_short(text)}") from None
     return values
@@ -8914,13 +8897,12 @@ class _Request:
         self.query: str = environ.get("QUERY_STRING", "")
         self.user = ""                                    # for the job log: who it is that has been let in
 
-    def fields(self, known: _Fields) -> dict[str, Any]:
+    def parameters(self, *known: str) -> dict[str, Any]:
         from urllib.parse import parse_qsl
         given = parse_qsl(self.query, max_num_fields=50)
-        fields = dict(given)
-        if len(fields) < len(given):                      # readers disagree whether the first or the last counts
+        if len(given) > len(dict(given)):                 # readers disagree whether the first or the last counts
             raise ValueError("each parameter may be given once")
-        return _read_fields(fields, known)
+        return _read_parameters(dict(given), known)
 
     def json(self) -> Any:
         length = self.environ.get("CONTENT_LENGTH") or ""
@@ -9157,7 +9139,7 @@ class Page:
         return {"token": token, "read_only": self._read_only, "version": __version__}
 
     def _list(self, request: _Request) -> _Answer:
-        filters = request.fields(_LIST_FIELDS)
+        filters = request.parameters(*FILTERS, "before", "limit")
         limit = max(1, min(filters.pop("limit", 50), LIST_LIMIT))
         before = filters.pop("before", None) or None
         store = self._runner._store
@@ -9184,7 +9166,7 @@ class Page:
 
     def _export(self, request: _Request) -> _Answer:
         """Answer with all jobs that pass the filters, page by page."""
-        filters = request.fields(_EXPORT_FIELDS)
+        filters = request.parameters(*FILTERS, "format")
         form = filters.pop("format", "csv")
         if form not in _EXPORTS:
             raise ValueError(f"format must be {' or '.join(_EXPORTS)}, got {_short(form)}")
@@ -9216,8 +9198,9 @@ class Page:
 
     def _logs(self, request: _Request, number: str) -> dict[str, Any]:
         job_id = self._info(number)["id"]
-        filters = {"level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False,
-                   **request.fields(_LOG_FIELDS)}
+        filters: dict[str, Any] = {
+            "level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False}
+        filters.update(request.parameters(*filters))
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
         return {"logs": self._runner._logs(job_id, **filters)}
 
@@ -9234,7 +9217,7 @@ class Page:
         return {"stack": "".join(traceback.format_list(own)) or None}
 
     def _stats(self, request: _Request) -> dict[str, Any]:
-        return self._runner.stats(**request.fields(_STATS_FIELDS))
+        return self._runner.stats(**request.parameters("window", "name"))
 
     def _schedules(self, request: _Request) -> dict[str, Any]:
         rows = self._runner._store.read(SCHEDULES, {"system": False})
@@ -9289,7 +9272,7 @@ class Page:
                  if value is not None}
         if "parent" in given:
             texts.setdefault("parent", "none")            # null: root jobs alone
-        for ids in self._pages(_read_fields(texts, _FILTER_FIELDS)):
+        for ids in self._pages(_read_parameters(texts, FILTERS)):
             yield from ids
 
     # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
@@ -9365,23 +9348,23 @@ def _page_server(page: Page, host: str, port: int) -> Any:
         """One request for each connection: what a refused one leaves unread is never taken for the next."""
 
         server_version, sys_version = "bgjobs", ""
+        default_request_version = "HTTP/1.0"              # who does not name one gets headers, too
+        error_content_type, error_message_format = "application/json", '{"error": "%(message)s"}'
 
         def setup(self) -> None:
             super().setup()
             self.rfile = io.BufferedReader(DeadlineReader(self.connection))
 
-        def handle(self) -> None:
-            with contextlib.suppress(OSError):            # the client went away, or was too slow
-                super().handle()
-
         def get_stderr(self) -> Any:
             return io.StringIO()                          # for tracebacks of clients that went away
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            body = _json_bytes({"error": self.responses.get(code, ("bad request",))[0]})
-            headers = [("Content-Type", "application/json"), ("Content-Length", len(body)), *_SECURITY_HEADERS]
-            lines = [f"HTTP/1.0 {int(code)} Refused", *(f"{name}: {value}" for name, value in headers), "", ""]
-            self.wfile.write("\r\n".join(lines).encode() + body)
+            super().send_error(code)                      # the message would repeat what a stranger has sent
+
+        def end_headers(self) -> None:                    # of such an error: the page's answers bring their own
+            for header in _SECURITY_HEADERS:
+                self.send_header(*header)
+            super().end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
             _log.debug("page: " + format, *args)
@@ -9409,7 +9392,7 @@ def _page_server(page: Page, host: str, port: int) -> Any:
                 free.release()
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            _log.debug("page: a request failed", exc_info=True)
+            _log.debug("page: a request failed", exc_info=True)            # its client went away, or was too slow
 
     server = Server((host, port), Handler)
     server.base_environ = {                               # type: ignore[attr-defined]

@@ -731,6 +731,11 @@ class Browser:
             each.innerText.trim() === arguments[0] && each.checkVisibility() && !each.disabled);
             if (it) it.click(); return !!it""", text, within))
 
+    def resize(self, width):
+        """Make the window this wide, on a phone if that is narrow; None: as it was."""
+        which, size = ("clear", {}) if width is None else ("set", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        self.call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{which}DeviceMetricsOverride", "params": size})
+
     def complaints(self):
         return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
 
@@ -6737,6 +6742,7 @@ class TestPage:
         monkeypatch.setattr(bgjobs, "REQUEST_SECONDS", 1.0)
         answer = raw(visitor, data)
         assert answer.count(b"HTTP/1.0 ") <= 1 and b"X-Evil" not in answer and b"token" not in answer
+        assert not answer or re.match(rb"HTTP/1\.0 [45]", answer) and b"default-src 'none'" in answer
         assert visitor.get("api/session")["token"] == visitor.token
 
     def test_slow_requests_end_at_a_deadline_and_hold_nobody_up(self, visitor, monkeypatch):
@@ -7073,6 +7079,21 @@ class TestInTheBrowser:
         assert [job.status for job in jobs] == ["pending", "cancelled"] * 65
         assert not browser.complaints()
 
+    def test_who_is_not_let_in_any_more_sees_no_jobs_and_operates_on_none(self, idle, browser):
+        idle.submit_many(add, [(n,) for n in range(60)])
+        user = ["ann"]
+        browser.open(idle.serve(port=0, authorize=lambda request: user[0]))
+        wait_for(lambda: browser.run("return document.querySelectorAll('tbody input').length") == 50)
+        browser.run("document.querySelector('thead input').click()")
+        browser.click("Select all 60 that match")
+        wait_for(lambda: "All 60 that match" in browser.text())
+        user[0] = None
+        wait_for(lambda: "you may not see this page" in browser.text() and "Cancel" not in browser.text())
+        user[0] = "ann"
+        wait_for(lambda: "test_bgjobs.add" in browser.text())
+        assert "Cancel" not in browser.text()
+        assert not [line for line in browser.complaints() if "status of 403" not in line]
+
     def test_statistics_and_schedules_are_read_and_operated(self, runner, browser):
         schedule = runner.options(label="Hourly").every("1h", add, 1)
         runner.submit(add, 1).result(10), runner.submit(fail).exception(10)
@@ -7173,6 +7194,21 @@ class TestInTheBrowser:
         wait_for(lambda: browser.run("return document.title") == "\u2068ab #4\u2069 - bgjobs")
         assert not [line for line in browser.complaints() if not re.search("status of 40[04]", line)]
 
+    def test_names_stay_legible_however_deep_they_stand(self, runner, browser):
+        runner.options(run_by="y" * 100).submit(nested, 12).result(20)
+        url = runner.serve(port=0)
+        browser.open(url)
+        widths = "return [...document.querySelectorAll('tbody .job > :last-child')].map(each => each.getBoundingClientRect().width)"
+        for depth in range(1, 12):
+            wait_for(lambda: len(browser.run(widths)) == depth)
+            browser.run("[...document.querySelectorAll('.twist[aria-expanded=false]')].pop().click()")
+        try:
+            for width in (1300, 390):
+                browser.resize(width)
+                assert min(browser.run(widths)) > 80 and browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        finally:
+            browser.resize(None)
+
     def test_nothing_scrolls_sideways(self, runner, browser):
         runner.options(label="x" * 200, run_by="y" * 100).submit(add, 1).result(10)
         runner.options(label="x" * 200).every("1h", add, 1)
@@ -7180,14 +7216,13 @@ class TestInTheBrowser:
         url = runner.serve(port=0)
         try:
             for width in (390, 1300):
-                browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": {
-                    "width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}})
+                browser.resize(width)
                 for page in ("", "jobs/1", "jobs/2", "schedules", "statistics"):
                     browser.open(url + page)
                     wait_for(lambda: "xxx" in browser.text() or "zzz" in browser.text())
                     assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), (width, page)
         finally:
-            browser.call("POST", "/goog/cdp/execute", {"cmd": "Emulation.clearDeviceMetricsOverride", "params": {}})
+            browser.resize(None)
 
 
 # ---- 21 Command line -------------------------------------------------------------------------------------------
