@@ -273,6 +273,17 @@ def hold(name):
     assert gate(name).wait(20)
 
 
+def wait_for_held(name):
+    return bgjobs.submit(hold, name).result()
+
+
+def write_down(path):
+    """Add a line to a file: which attempt of which job this is."""
+    job = bgjobs.current_job()
+    with open(path, "a") as file:
+        file.write(f"{job.id} {job.attempt}\n")
+
+
 def fail(text="boom"):
     raise ValueError(text)
 
@@ -292,8 +303,7 @@ def outlives(name):
 def kill_me(effects, count):
     """Write down that an attempt began; work a little, in children if so asked."""
     job = bgjobs.current_job()
-    with open(effects, "a") as file:
-        file.write(f"{job.id} {job.attempt}\n")
+    write_down(effects)
     for n in job.each(range(3)):
         if count:
             bgjobs.options(key=str(n)).submit(kill_me, effects, 0).result()
@@ -333,16 +343,6 @@ def slow_at_first():
     return job.attempt
 
 
-def swallow_forever():
-    while not gate("forever").is_set():
-        with contextlib.suppress(BaseException):
-            gate("forever").wait(0.05)
-
-
-def long_nap():
-    time.sleep(0.9)
-
-
 class Clock:
     """Time that goes on when it is told to."""
 
@@ -355,6 +355,13 @@ class Clock:
 
 def nap(seconds):
     time.sleep(seconds)
+
+
+def swallow():
+    while not gate("swallow").is_set():
+        with contextlib.suppress(BaseException):
+            while not gate("swallow").wait(0.01):
+                pass
 
 
 def stoppable(name="stoppable"):
@@ -456,8 +463,7 @@ def count_up(turns):
 def sweep_job(effects, count):
     """Save states, make keyed children, wait for them; write down each run."""
     job = bgjobs.current_job()
-    with open(effects, "a") as file:
-        print(f"{job.id} {job.attempt}", file=file)
+    write_down(effects)
     if count:
         children = [bgjobs.options(key=str(n)).submit(sweep_job, effects, 0) for n in range(count)]
         for child in job.each(children):
@@ -1471,10 +1477,6 @@ class TestPace:
 
 # ---- 6 Force stop ----------------------------------------------------------------------------------------------
 
-def long_sleep():
-    time.sleep(0.7)
-
-
 def untimed_lock():
     seen.append("lock")
     with locks["untimed"]:
@@ -1483,13 +1485,6 @@ def untimed_lock():
 
 def receive():
     locks["socket"][0].recv(1)
-
-
-def swallow():
-    while not gate("swallow").is_set():
-        with contextlib.suppress(BaseException):
-            while not gate("swallow").wait(0.01):
-                pass
 
 
 def use_the_library(seed):
@@ -1562,13 +1557,13 @@ def wait_for_child(name):
 
 
 class TestForceStop:
-    @pytest.mark.parametrize("function", [spin, long_sleep, untimed_lock, receive, swallow])
-    def test_whatever_the_function_does_the_job_is_stopped_and_its_place_is_usable(self, make, function):
+    @pytest.mark.parametrize("function,arguments", [(spin, []), (nap, [0.7]), (untimed_lock, []), (receive, []), (swallow, [])])
+    def test_whatever_the_function_does_the_job_is_stopped_and_its_place_is_usable(self, make, function, arguments):
         locks.update(untimed=threading.Lock(), socket=socket.socketpair())
         locks["untimed"].acquire()
         gate("swallow")
         runner = make(max_workers=1)
-        job = runner.options(stoppable=False).submit(function)
+        job = runner.options(stoppable=False).submit(function, *arguments)
         wait_for(lambda: job.status == "running")
         assert job.stop().status == "stopping"
         assert job.force_stop().status == "stopped"
@@ -1577,7 +1572,7 @@ class TestForceStop:
         locks["socket"][1].send(b"x")
         gate("swallow").set()
         wait_for(lambda: runner._pool.abandoned == 0)        # the thread ends as soon as it can
-        assert job.status == "stopped" and job.attempt == 1
+        assert job.status == "stopped" and job.attempt == 1 and job.info()["result"] is None
         for end in locks["socket"]:
             end.close()
         consistent(runner)
@@ -2077,7 +2072,6 @@ def limited_nest(depth, kind):
     """Wait for a child that counts for the same limit, or is a suspect too."""
     if depth == 0:
         return 0
-    job = bgjobs.current_job()
     if kind == "limit":
         return 1 + bgjobs.options(name="limited", max_running=1).submit(limited_nest, depth - 1, kind).result()
     child = bgjobs.options(delay=0.02).submit(limited_nest, depth - 1, kind)
@@ -3633,10 +3627,6 @@ class TestWhatPeopleSee:
 
 # ---- 11 Worker pool --------------------------------------------------------------------------------------------
 
-def low_parent_of(name):
-    bgjobs.submit(hold, name).result()
-
-
 def low_parent():
     bgjobs.submit(add, 1).result()
     gate("low parent").wait(20)
@@ -3858,7 +3848,7 @@ class TestLowPriority:
 
     def test_low_priority_parents_that_wait_for_the_low_place_keep_no_normal_job_waiting(self, make):
         runner = make(max_workers=2, start=False)
-        parents = [runner.options(low_priority=True).submit(low_parent_of, f"child {n}") for n in range(2)]
+        parents = [runner.options(low_priority=True).submit(wait_for_held, f"child {n}") for n in range(2)]
         runner.start()                                       # with both there, so that neither child comes before a parent
         wait_for(lambda: parents[0].children["total"] == 1 and parents[1].children["total"] == 1)
         wait_for(lambda: places(runner)[1] == 1)
@@ -4278,16 +4268,17 @@ class TestLog:
 
 
 class TestTimeout:
-    @pytest.mark.parametrize("function", ["stoppable", "swallow_forever", "long_nap"])
-    def test_an_attempt_that_takes_too_long_fails_at_a_checkpoint_or_without_one(self, make, monkeypatch, function):
+    @pytest.mark.parametrize("function,arguments", [(stoppable, []), (swallow, []), (nap, [0.9])])
+    def test_an_attempt_that_takes_too_long_fails_at_a_checkpoint_or_without_one(self, make, monkeypatch, function, arguments):
         monkeypatch.setattr(bgjobs, "GRACE_SECONDS", 0.2)
+        gate("swallow")
         runner = make(max_workers=1)
-        job = runner.options(timeout=0.2, stoppable=False).submit(globals()[function])
+        job = runner.options(timeout=0.2, stoppable=False).submit(function, *arguments)
         with pytest.raises(TimeoutError, match="attempt 1 took longer than its timeout of 0.2 s"):
             job.result(5)
         assert (job.status, job.errors) == ("failed", 1) and "TimeoutError" in job.error
         assert runner.submit(add, 1, 2).result(5) == 3
-        gate("forever").set()
+        gate("swallow").set()
         wait_for(lambda: runner._pool.abandoned == 0)
         consistent(runner)
 
@@ -5932,10 +5923,6 @@ def cut_connections(runner):
             caller.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-def wait_for_held(name):
-    return bgjobs.submit(hold, name).result()
-
-
 def wait_for_two_handles():
     child = bgjobs.submit(hold, "held child")
     bgjobs.current_job().log.info("hello")
@@ -7322,15 +7309,8 @@ class TestReadme:
 
 # ---- the soak: python test_bgjobs.py soak [MINUTES] [WORKERS] -------------------------------------------------
 
-def soak_note():
-    """Write down that this attempt began: none may begin twice."""
-    job, notes = bgjobs.current_job(), os.environ["SOAK_NOTES"]
-    with open(notes, "a") as file:
-        file.write(f"{job.id} {job.attempt}\n")
-
-
 def soak_leaf(seconds):
-    soak_note()
+    write_down(os.environ["SOAK_NOTES"])                        # none may begin twice
     job = bgjobs.current_job()
     for n in job.each(range(5)):
         job.log.info("turn %d", n)
@@ -7341,7 +7321,7 @@ def soak_leaf(seconds):
 
 
 def soak_parent(count):
-    soak_note()
+    write_down(os.environ["SOAK_NOTES"])                        # none may begin twice
     children = [bgjobs.options(key=str(n)).submit(soak_leaf, 0.01) for n in range(count)]
     bgjobs.current_job().progress(1, 2)
     concurrent.futures.wait(children)
