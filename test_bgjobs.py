@@ -2768,10 +2768,11 @@ def small_disk(tmp_path):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Hold the lock of a file as another program does."""
+def locked(path, how="IMMEDIATE"):
+    """Have another program in a transaction on a file: an immediate one holds its lock, a deferred one reads."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+        other.execute(f"BEGIN {how}")
+        other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
         yield
         other.execute("COMMIT")
 
@@ -2893,12 +2894,10 @@ class TestStore:
     def test_readers_do_not_wait_for_a_writer(self, runner):
         job = runner.submit(add, 1)
         job.result(10)
-        with contextlib.closing(sqlite3.connect(runner.path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(runner.path):
             begun = time.monotonic()
             assert job.status == "finished" and runner.jobs(status="finished")
             assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
-            other.execute("ROLLBACK")
 
     def test_who_comes_leaves_the_lead_to_the_one_who_was_woken_for_it(self, idle):
         store, order = idle._store, []
@@ -3101,8 +3100,7 @@ class TestDisk:
         runner = make(start=False, journal="delete")
         with pytest.raises(bgjobs.StoreError, match="to .*nowhere/b.db: .*; give a path in a folder that exists"):
             runner.backup(tmp_path / "nowhere" / "b.db")
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
+        with locked(path, "EXCLUSIVE"):
             begun = time.monotonic()
             with pytest.raises(bgjobs.StoreError, match="database is locked; another program holds its lock"):
                 runner.backup(tmp_path / "b.db")
@@ -3158,11 +3156,8 @@ class TestDisk:
     def test_a_lock_of_another_program_is_waited_for_and_then_an_error_the_runner_survives(self, make, path, monkeypatch):
         monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.3)
         runner = make(max_workers=1)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            with pytest.raises(bgjobs.StoreError, match="locked; another program holds its lock: end it, or wait"):
-                runner.submit(add, 1)
-            other.execute("COMMIT")
+        with locked(path), pytest.raises(bgjobs.StoreError, match="locked; another program holds its lock: end it, or wait"):
+            runner.submit(add, 1)
         assert runner.submit(add, 1, 2).result(10) == 3
 
     def test_many_threads_that_wait_for_the_same_lock_get_the_error_together(self, make, path, monkeypatch):
@@ -3197,22 +3192,16 @@ class TestDisk:
 
     def test_with_a_rollback_journal_a_commit_waits_for_a_reader(self, make, path, monkeypatch):
         runner = make(journal="delete", start=False)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN")
-            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            with locked(path, "DEFERRED"):
                 waiting = thread.submit(runner.submit, add, 1)
                 wait_for(lambda: os.path.exists(path + "-journal"))
                 time.sleep(4 * bgjobs.LOCK_STEP_SECONDS)         # more than SQLite waits at a time
                 assert not waiting.done()
-                other.execute("COMMIT")
-                assert waiting.result(10).id == 1
-            monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.2)
-            other.execute("BEGIN")
-            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
-            with pytest.raises(bgjobs.StoreError, match="locked"):
-                runner.submit(add, 2)
-            other.execute("COMMIT")
+            assert waiting.result(10).id == 1
+        monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.2)
+        with locked(path, "DEFERRED"), pytest.raises(bgjobs.StoreError, match="locked"):
+            runner.submit(add, 2)
         assert runner.submit(add, 3).id == 2
         consistent(runner)
 
@@ -3236,9 +3225,7 @@ class TestDisk:
     def test_a_reader_that_pins_the_wal_is_complained_about_and_what_it_left_is_cut(self, make, path, monkeypatch, caplog):
         monkeypatch.setattr(bgjobs, "WAL_LIMIT", 100_000)
         runner = make(max_workers=1)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN")
-            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
+        with locked(path, "DEFERRED"):
             for _ in range(10):
                 runner.options(delay=100).submit_many(echo, [("x" * 1_000,)] * 100)
             runner._service._done_at.clear()                     # it looks once a minute
