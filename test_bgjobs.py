@@ -763,10 +763,25 @@ def browser():
         browser.close()
 
 
-def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, **variables):
+def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **variables):
     """Start `python bgjobs.py` with these arguments."""
     return subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, stdout=stdout,
-                            stderr=subprocess.PIPE, text=True, env=environment(**variables))
+                            stderr=stderr, text=True, env=environment(**variables))
+
+
+def printed_on_a_terminal(stream, *arguments, **variables):
+    """Run such a command, whose stdout or stderr is a terminal; return what stands there."""
+    import pty
+    main, side = pty.openpty()
+    code, *others = finish(started_command(*arguments, **{stream: side}, **variables))
+    os.close(side)
+    out = b""
+    with contextlib.suppress(OSError):                           # nobody has the other side any more
+        while block := os.read(main, 65536):
+            out += block
+    os.close(main)
+    assert code == 0, (out, others)
+    return out.decode()
 
 
 def bgjobs_command(*arguments, cwd=None, **variables):
@@ -6993,6 +7008,7 @@ class TestCommandLine:
         assert done.returncode == 0, done.stderr
         assert "4 files in 3 folders" in done.stdout and "1 groups of duplicates" in done.stdout and "3 copies of 400 bytes" in done.stdout
         assert re.search(r"Status page: http://127\.0\.0\.1:\d+/", done.stdout) and (tmp_path / "bgjobs.db").exists()
+        assert f"    {folder}/sub/b  \u00e9\n" in done.stdout     # the line break of its name is none of the report
 
     def test_a_demo_that_is_stopped_and_resumed_loses_no_file(self, make, tmp_path):
         names = [f"{n:03}" for n in range(100)]
@@ -7063,7 +7079,8 @@ class TestCommandLine:
         for filters, ids in ((["--parent", 1], [5, 4, 3]), (["-q", "SUMS"], [1]), (["-q", "test_bgjobs.add", "--limit", 4], [7, 6, 5, 4]),
                              (["--system", "--status", "pending"], [8, 7, 6])):
             assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", *filters, BGJOBS_DB=jobs_file).stdout)] == ids
-        assert bgjobs_command("list", "--status", "stopped", "--db", jobs_file).stdout == ""
+        none = bgjobs_command("list", "--status", "stopped", "--db", jobs_file)
+        assert (none.returncode, none.stdout, none.stderr) == (0, "", "")
         shown = bgjobs_command("show", 2, "--db", jobs_file)
         assert shown.returncode == 1 and "ValueError: boom" in shown.stdout and "operations  [\"resume\", \"restart\"" in shown.stdout
         assert json.loads(bgjobs_command("show", 1, "--json", "--db", jobs_file).stdout)["children"]["done"] == 3
@@ -7108,9 +7125,9 @@ class TestCommandLine:
         assert json.loads(bgjobs_command("stats", "--json", "--window", "1h", "--db", jobs_file).stdout)["total"]["failed"] == 1
         assert bgjobs_command("prune", "--db", jobs_file).stdout == "0 jobs removed\n"
         assert json.loads(bgjobs_command("prune", "--finished", "0.01s", "--json", "--db", jobs_file).stdout) == {"removed": 4}
-        for bad in (["prune", "--failed", "soon"], ["stop", str(1 << 70)], ["serve", "--port", "99999"]):
+        for bad, code in ((["prune", "--failed", "soon"], 2), (["stop", 1 << 70], 1), (["serve", "--port", 99999], 2)):
             done = bgjobs_command(*bad, "--db", jobs_file)
-            assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1, done.stderr
+            assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr
         assert bgjobs_command("prune", "--failed", "0", "--db", jobs_file).stdout == "1 jobs removed\n"
 
     def test_serve_shows_a_file_without_running_it(self, jobs_file):
@@ -7127,20 +7144,17 @@ class TestCommandLine:
         assert list(tmp_path.iterdir()) == []
 
     def test_colours_are_for_terminals_whose_users_want_them(self, jobs_file):
-        import pty
         for wanted, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
-            main, side = pty.openpty()
-            for command in ("list", "stats"):
-                variables = {"TERM": "xterm", "COLUMNS": "60", **wanted}
-                assert finish(started_command(command, "--db", jobs_file, stdout=side, **variables))[0] == 0
-            os.close(side)
-            out = b""
-            with contextlib.suppress(OSError):
-                while block := os.read(main, 65536):
-                    out += block
-            os.close(main)
-            assert (b"\x1b[31mfailed" in out) is coloured
-            assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in out.decode().splitlines())
+            listed, stats = (printed_on_a_terminal("stdout", command, "--db", jobs_file, COLUMNS="60", **{"TERM": "xterm", **wanted})
+                             for command in ("list", "stats"))
+            assert ("\x1b[31mfailed" in listed) is coloured
+            assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in (listed + stats).splitlines())
+
+    def test_run_and_show_draw_a_progress_bar_on_a_terminal_and_remove_it(self, tmp_path):
+        drawn = printed_on_a_terminal("stderr", "run", "test_bgjobs:nap_in_turns", 5, 0.2, "--db", tmp_path / "jobs.db", COLUMNS="60")
+        assert re.search(r"\r\x1b\[K\[#{4,23}-+\] +[2-9]\d\.0%", drawn) and drawn.endswith("\r\x1b[K")
+        shown = printed_on_a_terminal("stderr", "show", "-f", 1, "--db", tmp_path / "jobs.db")
+        assert shown == "\r\x1b[K"                               # it was over
 
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
     def test_a_worker_process_runs_the_jobs_of_others_and_gives_them_back_at_its_end(self, tmp_path, end):
@@ -7160,6 +7174,7 @@ class TestCommandLine:
             """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
         assert code == 0, err
         worker = started_command("work", "--db", "jobs.db", "--workers", "2", "tasks", cwd=tmp_path)
+        assert "jobs.db with 2 workers; Ctrl-C ends it" in worker.stderr.readline()
         with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
             assert runner.get(1).result(20) == 42
             wait_for(lambda: (runner.get(2).progress or 0) > 0)
@@ -7169,6 +7184,20 @@ class TestCommandLine:
             assert (counting.status, counting.phase) == ("pending", "interrupted")
         missing = bgjobs_command("work", "no_such_module", cwd=tmp_path)
         assert missing.returncode == 2 and "cannot import what it should work for" in missing.stderr
+
+    def test_a_worker_process_gives_its_jobs_time_and_a_second_signal_ends_it_at_once(self, idle, path):
+        job = idle.submit(hold, "no checkpoint")
+        for grace in (0.1, 60):
+            worker = started_command("work", "--db", path, "--grace", grace, "test_bgjobs")
+            assert worker.stderr.readline().startswith(f"working on {path} with ")
+            wait_for(lambda: job.status == "running")
+            worker.send_signal(signal.SIGTERM)
+            if grace == 0.1:
+                assert finish(worker, bgjobs.GRACE_SECONDS - 1)[0] == 0
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1)
+        worker.send_signal(signal.SIGTERM)
+        assert finish(worker)[0] == -signal.SIGTERM
 
     def test_the_progress_line_fits_the_terminal_and_is_inert(self):
         info = {"progress": 0.5, "eta": 75.0, "children": {"total": 10, "done": 4}, "phase": "", "message": "\x1b[31mred\u2028" + "x" * 200}
