@@ -7267,6 +7267,44 @@ ASK = """
     """
 
 
+# What a type checker says of an app: the lines it refuses are marked.
+TYPED = """
+    import asyncio
+    import bgjobs
+
+    def double(n: int) -> int:
+        return 2 * n
+
+    async def fetch(url: str) -> bytes:
+        return url.encode()
+
+    @bgjobs.job(retries=3)
+    def export(table: str) -> list[str]:
+        return [f"{table} {row + 1}" for row in bgjobs.current_job().each([1, 2])]
+
+    def told(job: bgjobs.Job[int]) -> None:
+        print(job.result() + 1)
+
+    async def handler() -> tuple[int, bytes]:
+        return await bgjobs.submit(double, 1), await bgjobs.submit(fetch, "url")
+
+    bgjobs.submit(double, 1).add_done_callback(told)
+    number: int = bgjobs.options(delay=1).submit(double, 1).resume().result()
+    numbers: list[int] = list(bgjobs.options().map(double, [1, 2]))
+    content: bytes = bgjobs.submit(fetch, url="url").result(timeout=1)
+    lines: list[str] = bgjobs.submit(export, "users").result()
+    bgjobs.every("15m", double, 1)
+
+    text: str = bgjobs.submit(double, 1).result()                  # wrong
+    bgjobs.submit(double, "1")                                     # wrong
+    bgjobs.submit(double)                                          # wrong
+    bgjobs.submit(export, "users", 1)                              # wrong
+    bgjobs.options(delay=1).submit(fetch, 1)                       # wrong
+    bgjobs.submit(fetch, "url").add_done_callback(told)            # wrong
+    bgjobs.every("15m", double, "1")                               # wrong
+    """
+
+
 class TestReadme:
     TEXT = (HERE / "README.md").read_text()
     BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
@@ -7292,6 +7330,14 @@ class TestReadme:
         done = bgjobs_command("run", *run[1].split("#")[0].split(), cwd=tmp_path)
         assert done.returncode == 0 and int(done.stdout) == (HERE / "bgjobs.py").stat().st_size
         assert demo[1] == "/usr/share"                           # TestCommandLine runs it on a small folder
+
+    def test_a_type_checker_knows_what_a_job_returns_and_takes(self, tmp_path):
+        mypy = pytest.importorskip("mypy.api", reason="no type checker: pip install mypy")
+        app = tmp_path / "app.py"
+        app.write_text(textwrap.dedent(TYPED))
+        out, err, _ = mypy.run(["--strict", "--no-error-summary", f"--cache-dir={tmp_path}", str(app), str(HERE / "bgjobs.py")])
+        wrong = [number for number, line in enumerate(app.read_text().splitlines(), 1) if line.endswith("# wrong")]
+        assert [int(number) for number in re.findall(r"app\.py:(\d+): error", out)] == wrong and "bgjobs.py" not in out, out + err
 
     def test_its_links_lead_somewhere(self):
         anchors = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
