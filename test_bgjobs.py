@@ -274,6 +274,17 @@ def hold(name):
     assert gate(name).wait(20)
 
 
+def wait_for_held(name):
+    return bgjobs.submit(hold, name).result()
+
+
+def write_down(path):
+    """Add a line to a file: which attempt of which job this is."""
+    job = bgjobs.current_job()
+    with open(path, "a") as file:
+        file.write(f"{job.id} {job.attempt}\n")
+
+
 def fail(text="boom"):
     raise ValueError(text)
 
@@ -293,8 +304,7 @@ def outlives(name):
 def kill_me(effects, count):
     """Write down that an attempt began; work a little, in children if so asked."""
     job = bgjobs.current_job()
-    with open(effects, "a") as file:
-        file.write(f"{job.id} {job.attempt}\n")
+    write_down(effects)
     for n in job.each(range(3)):
         if count:
             bgjobs.options(key=str(n)).submit(kill_me, effects, 0).result()
@@ -334,16 +344,6 @@ def slow_at_first():
     return job.attempt
 
 
-def swallow_forever():
-    while not gate("forever").is_set():
-        with contextlib.suppress(BaseException):
-            gate("forever").wait(0.05)
-
-
-def long_nap():
-    time.sleep(0.9)
-
-
 class Clock:
     """Time that goes on when it is told to."""
 
@@ -356,6 +356,13 @@ class Clock:
 
 def nap(seconds):
     time.sleep(seconds)
+
+
+def swallow():
+    while not gate("swallow").is_set():
+        with contextlib.suppress(BaseException):
+            while not gate("swallow").wait(0.01):
+                pass
 
 
 def stoppable(name="stoppable"):
@@ -457,8 +464,7 @@ def count_up(turns):
 def sweep_job(effects, count):
     """Save states, make keyed children, wait for them; write down each run."""
     job = bgjobs.current_job()
-    with open(effects, "a") as file:
-        print(f"{job.id} {job.attempt}", file=file)
+    write_down(effects)
     if count:
         children = [bgjobs.options(key=str(n)).submit(sweep_job, effects, 0) for n in range(count)]
         for child in job.each(children):
@@ -545,8 +551,12 @@ STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError,
            "NoTraceback": NoTraceback, "NoAttributes": NoAttributes, "Falsy": Falsy, "Ambiguous": AmbiguousError}
 
 
+def exception_named(name):
+    return STRANGE.get(name) or vars(builtins)[name]
+
+
 def raise_it(name):
-    raise (STRANGE.get(name) or vars(__import__("builtins"))[name])()
+    raise exception_named(name)()
 
 
 class Ambiguous:
@@ -759,10 +769,25 @@ def browser():
         browser.close()
 
 
-def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, **variables):
+def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **variables):
     """Start `python bgjobs.py` with these arguments."""
     return subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, stdout=stdout,
-                            stderr=subprocess.PIPE, text=True, env=environment(**variables))
+                            stderr=stderr, text=True, env=environment(**variables))
+
+
+def printed_on_a_terminal(stream, *arguments, **variables):
+    """Run such a command, whose stdout or stderr is a terminal; return what stands there."""
+    import pty
+    main, side = pty.openpty()
+    code, *others = finish(started_command(*arguments, **{stream: side}, **variables))
+    os.close(side)
+    out = b""
+    with contextlib.suppress(OSError):                           # nobody has the other side any more
+        while block := os.read(main, 65536):
+            out += block
+    os.close(main)
+    assert code == 0, (out, others)
+    return out.decode()
 
 
 def bgjobs_command(*arguments, cwd=None, **variables):
@@ -1064,7 +1089,7 @@ class TestFunctions:
         ("key", ["", 5, "x" * 501, "\udcff"]), ("name", ["", 5, "x" * 501, "\udcff"]), ("delay", [10**400, float("inf"), True]),
         ("run_at", [10**400, float("nan"), datetime.datetime(2026, 1, 1, tzinfo=NoOffset("raises")),
                     datetime.datetime(2026, 1, 1, tzinfo=NoOffset(None))]),
-        ("max_running", [0, 2**63, True]), ("secret", ["b", None, [5], (name for name in "b")])])
+        ("max_running", [0, -1, 1.5, 2**63, True, "2"]), ("secret", ["b", None, [5], (name for name in "b")])])
     def test_values_that_cannot_be_kept_as_they_are_are_refused(self, idle, name, values):
         for value in values:
             with pytest.raises(ValueError, match=f"{name} must be .*, got "):
@@ -1477,10 +1502,6 @@ class TestPace:
 
 # ---- 6 Force stop ----------------------------------------------------------------------------------------------
 
-def long_sleep():
-    time.sleep(0.7)
-
-
 def untimed_lock():
     seen.append("lock")
     with locks["untimed"]:
@@ -1489,13 +1510,6 @@ def untimed_lock():
 
 def receive():
     locks["socket"][0].recv(1)
-
-
-def swallow():
-    while not gate("swallow").is_set():
-        with contextlib.suppress(BaseException):
-            while not gate("swallow").wait(0.01):
-                pass
 
 
 def use_the_library(seed):
@@ -1568,13 +1582,13 @@ def wait_for_child(name):
 
 
 class TestForceStop:
-    @pytest.mark.parametrize("function", [spin, long_sleep, untimed_lock, receive, swallow])
-    def test_whatever_the_function_does_the_job_is_stopped_and_its_place_is_usable(self, make, function):
+    @pytest.mark.parametrize("function,arguments", [(spin, []), (nap, [0.7]), (untimed_lock, []), (receive, []), (swallow, [])])
+    def test_whatever_the_function_does_the_job_is_stopped_and_its_place_is_usable(self, make, function, arguments):
         locks.update(untimed=threading.Lock(), socket=socket.socketpair())
         locks["untimed"].acquire()
         gate("swallow")
         runner = make(max_workers=1)
-        job = runner.options(stoppable=False).submit(function)
+        job = runner.options(stoppable=False).submit(function, *arguments)
         wait_for(lambda: job.status == "running")
         assert job.stop().status == "stopping"
         assert job.force_stop().status == "stopped"
@@ -1583,7 +1597,7 @@ class TestForceStop:
         locks["socket"][1].send(b"x")
         gate("swallow").set()
         wait_for(lambda: runner._pool.abandoned == 0)        # the thread ends as soon as it can
-        assert job.status == "stopped" and job.attempt == 1
+        assert job.status == "stopped" and job.attempt == 1 and job.info()["result"] is None
         for end in locks["socket"]:
             end.close()
         consistent(runner)
@@ -2629,11 +2643,6 @@ class TestMaxRunning:
         assert attempt.id == children[1].id and waiting.phase == "limit reached"
         consistent(idle)
 
-    @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
-    def test_a_bad_limit_is_refused(self, idle, value):
-        with pytest.raises(ValueError, match="max_running must be a whole number greater than 0"):
-            idle.options(max_running=value)
-
 
 class TestRetries:
     def test_a_failed_attempt_is_repeated_after_a_pause_and_keeps_its_state(self, make):
@@ -2779,10 +2788,11 @@ def small_disk(tmp_path):
 
 
 @contextlib.contextmanager
-def locked(path):
-    """Hold the lock of a file as another program does."""
+def locked(path, how="IMMEDIATE"):
+    """Have another program in a transaction on a file: an immediate one holds its lock, a deferred one reads."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+        other.execute(f"BEGIN {how}")
+        other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
         yield
         other.execute("COMMIT")
 
@@ -2904,12 +2914,10 @@ class TestStore:
     def test_readers_do_not_wait_for_a_writer(self, runner):
         job = runner.submit(add, 1)
         job.result(10)
-        with contextlib.closing(sqlite3.connect(runner.path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(runner.path):
             begun = time.monotonic()
             assert job.status == "finished" and runner.jobs(status="finished")
             assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
-            other.execute("ROLLBACK")
 
     def test_who_comes_leaves_the_lead_to_the_one_who_was_woken_for_it(self, idle):
         store, order = idle._store, []
@@ -3127,8 +3135,7 @@ class TestDisk:
         runner = make(start=False, journal="delete")
         with pytest.raises(bgjobs.StoreError, match="to .*nowhere/b.db: .*; give a path in a folder that exists"):
             runner.backup(tmp_path / "nowhere" / "b.db")
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
+        with locked(path, "EXCLUSIVE"):
             begun = time.monotonic()
             with pytest.raises(bgjobs.StoreError, match="database is locked; another program holds its lock"):
                 runner.backup(tmp_path / "b.db")
@@ -3184,11 +3191,8 @@ class TestDisk:
     def test_a_lock_of_another_program_is_waited_for_and_then_an_error_the_runner_survives(self, make, path, monkeypatch):
         monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.3)
         runner = make(max_workers=1)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            with pytest.raises(bgjobs.StoreError, match="locked; another program holds its lock: end it, or wait"):
-                runner.submit(add, 1)
-            other.execute("COMMIT")
+        with locked(path), pytest.raises(bgjobs.StoreError, match="locked; another program holds its lock: end it, or wait"):
+            runner.submit(add, 1)
         assert runner.submit(add, 1, 2).result(10) == 3
 
     def test_many_threads_that_wait_for_the_same_lock_get_the_error_together(self, make, path, monkeypatch):
@@ -3223,22 +3227,16 @@ class TestDisk:
 
     def test_with_a_rollback_journal_a_commit_waits_for_a_reader(self, make, path, monkeypatch):
         runner = make(journal="delete", start=False)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN")
-            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            with locked(path, "DEFERRED"):
                 waiting = thread.submit(runner.submit, add, 1)
                 wait_for(lambda: os.path.exists(path + "-journal"))
                 time.sleep(4 * bgjobs.LOCK_STEP_SECONDS)         # more than SQLite waits at a time
                 assert not waiting.done()
-                other.execute("COMMIT")
-                assert waiting.result(10).id == 1
-            monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.2)
-            other.execute("BEGIN")
-            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
-            with pytest.raises(bgjobs.StoreError, match="locked"):
-                runner.submit(add, 2)
-            other.execute("COMMIT")
+            assert waiting.result(10).id == 1
+        monkeypatch.setattr(bgjobs, "LOCK_SECONDS", 0.2)
+        with locked(path, "DEFERRED"), pytest.raises(bgjobs.StoreError, match="locked"):
+            runner.submit(add, 2)
         assert runner.submit(add, 3).id == 2
         consistent(runner)
 
@@ -3262,9 +3260,7 @@ class TestDisk:
     def test_a_reader_that_pins_the_wal_is_complained_about_and_what_it_left_is_cut(self, make, path, monkeypatch, caplog):
         monkeypatch.setattr(bgjobs, "WAL_LIMIT", 100_000)
         runner = make(max_workers=1)
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN")
-            other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
+        with locked(path, "DEFERRED"):
             for _ in range(10):
                 runner.options(delay=100).submit_many(echo, [("x" * 1_000,)] * 100)
             runner._service._done_at.clear()                     # it looks once a minute
@@ -3653,10 +3649,6 @@ class TestWhatPeopleSee:
 
 # ---- 11 Worker pool --------------------------------------------------------------------------------------------
 
-def low_parent_of(name):
-    bgjobs.submit(hold, name).result()
-
-
 def low_parent():
     bgjobs.submit(add, 1).result()
     gate("low parent").wait(20)
@@ -3878,7 +3870,7 @@ class TestLowPriority:
 
     def test_low_priority_parents_that_wait_for_the_low_place_keep_no_normal_job_waiting(self, make):
         runner = make(max_workers=2, start=False)
-        parents = [runner.options(low_priority=True).submit(low_parent_of, f"child {n}") for n in range(2)]
+        parents = [runner.options(low_priority=True).submit(wait_for_held, f"child {n}") for n in range(2)]
         runner.start()                                       # with both there, so that neither child comes before a parent
         wait_for(lambda: parents[0].children["total"] == 1 and parents[1].children["total"] == 1)
         wait_for(lambda: places(runner)[1] == 1)
@@ -4178,32 +4170,14 @@ class TestInsideAJob:
         gate("returns").set()
         wait_for(lambda: job.status == "finished")
 
-    def test_force_stop_gives_stopped_at_once_and_the_abandoned_attempt_changes_nothing(self, make):
+    @pytest.mark.parametrize("name", [
+        "SystemExit", "KeyboardInterrupt", "GeneratorExit", "MemoryError", "RecursionError", "CancelledError",
+        "Unprintable", "OwnText", "NoName", "NoTraceback", "NoAttributes"])
+    def test_any_exception_ends_only_that_attempt_even_if_its_own_methods_raise(self, make, name):
         runner = make(max_workers=1)
-        job = runner.submit(hold, "abandoned")
-        wait_for(lambda: job.status == "running" and "abandoned" in seen)
-        job.stop()
-        assert job.force_stop().status == "stopped"
-        assert runner.submit(add, 1, 2).result(5) == 3           # the worker's place is usable
-        gate("abandoned").set()
-        wait_for(lambda: runner._pool.abandoned == 0)
-        assert job.status == "stopped" and job.info()["result"] is None
-        consistent(runner)
-
-    def test_any_exception_ends_only_that_attempt(self, make):
-        runner = make(max_workers=1)
-        for kind in (SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, Unprintable, asyncio.CancelledError):
-            job = runner.submit(raise_it, kind.__name__)
-            assert type(job.exception(10)).__name__ == kind.__name__
-            assert job.status == "failed" and kind.__name__ in job.error
-        assert runner.submit(add, 1, 2).result(5) == 3
-
-    @pytest.mark.parametrize("kind", ["OwnText", "NoName", "NoTraceback", "NoAttributes"])
-    def test_an_exception_whose_own_methods_raise_ends_only_that_attempt(self, make, kind):
-        runner = make(max_workers=1)
-        job = runner.submit(raise_it, kind)
-        assert type(job.exception(10)) is STRANGE[kind]
-        assert job.status == "failed" and kind in job.error
+        job = runner.submit(raise_it, name)
+        assert type(job.exception(10)) is exception_named(name)
+        assert job.status == "failed" and name in job.error
         assert runner.submit(add, 1, 2).result(5) == 3
 
     def test_whatever_goes_wrong_when_an_attempt_ends_is_recorded_as_its_failure(self, make, monkeypatch):
@@ -4298,16 +4272,17 @@ class TestLog:
 
 
 class TestTimeout:
-    @pytest.mark.parametrize("function", ["stoppable", "swallow_forever", "long_nap"])
-    def test_an_attempt_that_takes_too_long_fails_at_a_checkpoint_or_without_one(self, make, monkeypatch, function):
+    @pytest.mark.parametrize("function,arguments", [(stoppable, []), (swallow, []), (nap, [0.9])])
+    def test_an_attempt_that_takes_too_long_fails_at_a_checkpoint_or_without_one(self, make, monkeypatch, function, arguments):
         monkeypatch.setattr(bgjobs, "GRACE_SECONDS", 0.2)
+        gate("swallow")
         runner = make(max_workers=1)
-        job = runner.options(timeout=0.2, stoppable=False).submit(globals()[function])
+        job = runner.options(timeout=0.2, stoppable=False).submit(function, *arguments)
         with pytest.raises(TimeoutError, match="attempt 1 took longer than its timeout of 0.2 s"):
             job.result(5)
         assert (job.status, job.errors) == ("failed", 1) and "TimeoutError" in job.error
         assert runner.submit(add, 1, 2).result(5) == 3
-        gate("forever").set()
+        gate("swallow").set()
         wait_for(lambda: runner._pool.abandoned == 0)
         consistent(runner)
 
@@ -5968,10 +5943,6 @@ def cut_connections(runner):
             caller.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-def wait_for_held(name):
-    return bgjobs.submit(hold, name).result()
-
-
 def wait_for_two_handles():
     child = bgjobs.submit(hold, "held child")
     bgjobs.current_job().log.info("hello")
@@ -7251,6 +7222,7 @@ class TestCommandLine:
         assert done.returncode == 0, done.stderr
         assert "4 files in 3 folders" in done.stdout and "1 groups of duplicates" in done.stdout and "3 copies of 400 bytes" in done.stdout
         assert re.search(r"Status page: http://127\.0\.0\.1:\d+/", done.stdout) and (tmp_path / "bgjobs.db").exists()
+        assert f"    {folder}/sub/b  \u00e9\n" in done.stdout     # the line break of its name is none of the report
 
     def test_a_demo_that_is_stopped_and_resumed_loses_no_file(self, make, tmp_path):
         names = [f"{n:03}" for n in range(100)]
@@ -7321,7 +7293,8 @@ class TestCommandLine:
         for filters, ids in ((["--parent", 1], [5, 4, 3]), (["-q", "SUMS"], [1]), (["-q", "test_bgjobs.add", "--limit", 4], [7, 6, 5, 4]),
                              (["--system", "--status", "pending"], [8, 7, 6])):
             assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", *filters, BGJOBS_DB=jobs_file).stdout)] == ids
-        assert bgjobs_command("list", "--status", "stopped", "--db", jobs_file).stdout == ""
+        none = bgjobs_command("list", "--status", "stopped", "--db", jobs_file)
+        assert (none.returncode, none.stdout, none.stderr) == (0, "", "")
         shown = bgjobs_command("show", 2, "--db", jobs_file)
         assert shown.returncode == 1 and "ValueError: boom" in shown.stdout and "operations  [\"resume\", \"restart\"" in shown.stdout
         assert json.loads(bgjobs_command("show", 1, "--json", "--db", jobs_file).stdout)["children"]["done"] == 3
@@ -7366,9 +7339,9 @@ class TestCommandLine:
         assert json.loads(bgjobs_command("stats", "--json", "--window", "1h", "--db", jobs_file).stdout)["total"]["failed"] == 1
         assert bgjobs_command("prune", "--db", jobs_file).stdout == "0 jobs removed\n"
         assert json.loads(bgjobs_command("prune", "--finished", "0.01s", "--json", "--db", jobs_file).stdout) == {"removed": 4}
-        for bad in (["prune", "--failed", "soon"], ["stop", str(1 << 70)], ["serve", "--port", "99999"]):
+        for bad, code in ((["prune", "--failed", "soon"], 2), (["stop", 1 << 70], 1), (["serve", "--port", 99999], 2)):
             done = bgjobs_command(*bad, "--db", jobs_file)
-            assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1, done.stderr
+            assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr
         assert bgjobs_command("prune", "--failed", "0", "--db", jobs_file).stdout == "1 jobs removed\n"
 
     def test_serve_shows_a_file_without_running_it(self, jobs_file):
@@ -7385,20 +7358,17 @@ class TestCommandLine:
         assert list(tmp_path.iterdir()) == []
 
     def test_colours_are_for_terminals_whose_users_want_them(self, jobs_file):
-        import pty
         for wanted, coloured in (({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
-            main, side = pty.openpty()
-            for command in ("list", "stats"):
-                variables = {"TERM": "xterm", "COLUMNS": "60", **wanted}
-                assert finish(started_command(command, "--db", jobs_file, stdout=side, **variables))[0] == 0
-            os.close(side)
-            out = b""
-            with contextlib.suppress(OSError):
-                while block := os.read(main, 65536):
-                    out += block
-            os.close(main)
-            assert (b"\x1b[31mfailed" in out) is coloured
-            assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in out.decode().splitlines())
+            listed, stats = (printed_on_a_terminal("stdout", command, "--db", jobs_file, COLUMNS="60", **{"TERM": "xterm", **wanted})
+                             for command in ("list", "stats"))
+            assert ("\x1b[31mfailed" in listed) is coloured
+            assert all(bgjobs._cells(re.sub(r"\x1b\[\d*m", "", line)) <= 60 for line in (listed + stats).splitlines())
+
+    def test_run_and_show_draw_a_progress_bar_on_a_terminal_and_remove_it(self, tmp_path):
+        drawn = printed_on_a_terminal("stderr", "run", "test_bgjobs:nap_in_turns", 5, 0.2, "--db", tmp_path / "jobs.db", COLUMNS="60")
+        assert re.search(r"\r\x1b\[K\[#{4,23}-+\] +[2-9]\d\.0%", drawn) and drawn.endswith("\r\x1b[K")
+        shown = printed_on_a_terminal("stderr", "show", "-f", 1, "--db", tmp_path / "jobs.db")
+        assert shown == "\r\x1b[K"                               # it was over
 
     @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
     def test_a_worker_process_runs_the_jobs_of_others_and_gives_them_back_at_its_end(self, tmp_path, end):
@@ -7418,6 +7388,7 @@ class TestCommandLine:
             """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
         assert code == 0, err
         worker = started_command("work", "--db", "jobs.db", "--workers", "2", "tasks", cwd=tmp_path)
+        assert "jobs.db with 2 workers; Ctrl-C ends it" in worker.stderr.readline()
         with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
             assert runner.get(1).result(20) == 42
             wait_for(lambda: (runner.get(2).progress or 0) > 0)
@@ -7427,6 +7398,20 @@ class TestCommandLine:
             assert (counting.status, counting.phase) == ("pending", "interrupted")
         missing = bgjobs_command("work", "no_such_module", cwd=tmp_path)
         assert missing.returncode == 2 and "cannot import what it should work for" in missing.stderr
+
+    def test_a_worker_process_gives_its_jobs_time_and_a_second_signal_ends_it_at_once(self, idle, path):
+        job = idle.submit(hold, "no checkpoint")
+        for grace in (0.1, 60):
+            worker = started_command("work", "--db", path, "--grace", grace, "test_bgjobs")
+            assert worker.stderr.readline().startswith(f"working on {path} with ")
+            wait_for(lambda: job.status == "running")
+            worker.send_signal(signal.SIGTERM)
+            if grace == 0.1:
+                assert finish(worker, bgjobs.GRACE_SECONDS - 1)[0] == 0
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1)
+        worker.send_signal(signal.SIGTERM)
+        assert finish(worker)[0] == -signal.SIGTERM
 
     def test_the_progress_line_fits_the_terminal_and_is_inert(self):
         info = {"progress": 0.5, "eta": 75.0, "children": {"total": 10, "done": 4}, "phase": "", "message": "\x1b[31mred\u2028" + "x" * 200}
@@ -7496,6 +7481,44 @@ ASK = """
     """
 
 
+# What a type checker says of an app: the lines it refuses are marked.
+TYPED = """
+    import asyncio
+    import bgjobs
+
+    def double(n: int) -> int:
+        return 2 * n
+
+    async def fetch(url: str) -> bytes:
+        return url.encode()
+
+    @bgjobs.job(retries=3)
+    def export(table: str) -> list[str]:
+        return [f"{table} {row + 1}" for row in bgjobs.current_job().each([1, 2])]
+
+    def told(job: bgjobs.Job[int]) -> None:
+        print(job.result() + 1)
+
+    async def handler() -> tuple[int, bytes]:
+        return await bgjobs.submit(double, 1), await bgjobs.submit(fetch, "url")
+
+    bgjobs.submit(double, 1).add_done_callback(told)
+    number: int = bgjobs.options(delay=1).submit(double, 1).resume().result()
+    numbers: list[int] = list(bgjobs.options().map(double, [1, 2]))
+    content: bytes = bgjobs.submit(fetch, url="url").result(timeout=1)
+    lines: list[str] = bgjobs.submit(export, "users").result()
+    bgjobs.every("15m", double, 1)
+
+    text: str = bgjobs.submit(double, 1).result()                  # wrong
+    bgjobs.submit(double, "1")                                     # wrong
+    bgjobs.submit(double)                                          # wrong
+    bgjobs.submit(export, "users", 1)                              # wrong
+    bgjobs.options(delay=1).submit(fetch, 1)                       # wrong
+    bgjobs.submit(fetch, "url").add_done_callback(told)            # wrong
+    bgjobs.every("15m", double, "1")                               # wrong
+    """
+
+
 class TestReadme:
     TEXT = (HERE / "README.md").read_text()
     BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
@@ -7522,6 +7545,14 @@ class TestReadme:
         assert done.returncode == 0 and int(done.stdout) == (HERE / "bgjobs.py").stat().st_size
         assert demo[1] == "/usr/share"                           # TestCommandLine runs it on a small folder
 
+    def test_a_type_checker_knows_what_a_job_returns_and_takes(self, tmp_path):
+        mypy = pytest.importorskip("mypy.api", reason="no type checker: pip install mypy")
+        app = tmp_path / "app.py"
+        app.write_text(textwrap.dedent(TYPED))
+        out, err, _ = mypy.run(["--strict", "--no-error-summary", f"--cache-dir={tmp_path}", str(app), str(HERE / "bgjobs.py")])
+        wrong = [number for number, line in enumerate(app.read_text().splitlines(), 1) if line.endswith("# wrong")]
+        assert [int(number) for number in re.findall(r"app\.py:(\d+): error", out)] == wrong and "bgjobs.py" not in out, out + err
+
     def test_its_links_lead_somewhere(self):
         anchors = {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-")
                    for title in re.findall(r"^#+ (.*)$", self.TEXT, re.M)}
@@ -7529,21 +7560,15 @@ class TestReadme:
             assert link[1:] in anchors if link.startswith("#") else (HERE / link).is_file(), link
 
     def test_the_first_example_of_the_docstring_is_that_of_the_readme(self):
-        example = textwrap.dedent(bgjobs.__doc__.split("\n\n", 1)[1].split("\n\nWords.")[0])
-        assert "def export(table):" in example and "job.each(read(table))" in self.BLOCKS[0]
+        example, readme = ([" ".join(line.split()) for line in text.splitlines() if line.strip()] for text in (
+            bgjobs.__doc__.split("\n\n", 1)[1].split("\n\nWords.")[0], self.BLOCKS[0]))
+        assert [line for line in readme if line in example] == example
 
 
 # ---- the soak: python test_bgjobs.py soak [MINUTES] [WORKERS] -------------------------------------------------
 
-def soak_note():
-    """Write down that this attempt began: none may begin twice."""
-    job, notes = bgjobs.current_job(), os.environ["SOAK_NOTES"]
-    with open(notes, "a") as file:
-        file.write(f"{job.id} {job.attempt}\n")
-
-
 def soak_leaf(seconds):
-    soak_note()
+    write_down(os.environ["SOAK_NOTES"])                        # none may begin twice
     job = bgjobs.current_job()
     for n in job.each(range(5)):
         job.log.info("turn %d", n)
@@ -7554,7 +7579,7 @@ def soak_leaf(seconds):
 
 
 def soak_parent(count):
-    soak_note()
+    write_down(os.environ["SOAK_NOTES"])                        # none may begin twice
     children = [bgjobs.options(key=str(n)).submit(soak_leaf, 0.01) for n in range(count)]
     bgjobs.current_job().progress(1, 2)
     concurrent.futures.wait(children)
