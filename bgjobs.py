@@ -9583,8 +9583,11 @@ def _opened(args: Any) -> contextlib.closing[Runner]:
     return contextlib.closing(Runner(args.db, start=False))
 
 
+_LIST_FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "system")
+
+
 def _list(args: Any) -> int:
-    filters = {name: getattr(args, name) for name in ("status", "q", "system")}
+    filters = {name: getattr(args, name) for name in _LIST_FILTERS}
     if args.parent is not None or not (args.q or args.children):
         filters["parent"] = args.parent
     with _opened(args) as runner:
@@ -9680,7 +9683,7 @@ def _operation(args: Any) -> int:
 
 def _stats(args: Any) -> int:
     with _opened(args) as runner:
-        stats = runner.stats(args.window)
+        stats = runner.stats(args.window, args.name)
 
     def measured(times: dict[str, float] | None) -> str:
         return "" if times is None else "{avg} ({min} - {max})".format_map(
@@ -9960,6 +9963,10 @@ def _arguments(arguments: list[str] | None) -> Any:
 
     list_ = command("list", _list, "List jobs, the newest first.", as_json)
     list_("--status", choices=STATUSES, metavar="STATUS", help=f"one of {', '.join(STATUSES)}")
+    list_("--name", help="of the function")
+    list_("--run-by", metavar="NAME", help="who asked for it")
+    list_("--errors", action="store_true", default=None, help="only those with errors")
+    list_("--low-priority", action="store_true", default=None, help="only those that run in periods of low load")
     list_("-q", metavar="TEXT", help="an id, or text in name, label, arguments, message or run by")
     list_("--parent", type=int, metavar="ID", help="the children of a job")
     list_("--children", action="store_true", help="children, too, not only roots")
@@ -9989,6 +9996,7 @@ def _arguments(arguments: list[str] | None) -> Any:
     stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.",
                     as_json)
     stats("--window", choices=WINDOWS, default="24h", help="default: %(default)s")
+    stats("--name", help="of one function")
 
     serve = command("serve", _serve, "Serve the status page of a job file, until Ctrl-C.", file)
     serve("--host", default="127.0.0.1", help="default: %(default)s; another one needs a password in $BGJOBS_PASSWORD")

@@ -7291,7 +7291,8 @@ class TestCommandLine:
         listed = json.loads(bgjobs_command("list", "--db", jobs_file, "--json", "--children", "--status", "finished").stdout)
         assert [job["id"] for job in listed] == [5, 4, 3, 1]
         for filters, ids in ((["--parent", 1], [5, 4, 3]), (["-q", "SUMS"], [1]), (["-q", "test_bgjobs.add", "--limit", 4], [7, 6, 5, 4]),
-                             (["--system", "--status", "pending"], [8, 7, 6])):
+                             (["--system", "--status", "pending"], [8, 7, 6]), (["--errors"], [2]), (["--low-priority"], [7]),
+                             (["--name", "test_bgjobs.fail"], [2]), (["--run-by", "ann", "--children"], [5, 4, 3, 1])):
             assert [job["id"] for job in json.loads(bgjobs_command("list", "--json", *filters, BGJOBS_DB=jobs_file).stdout)] == ids
         none = bgjobs_command("list", "--status", "stopped", "--db", jobs_file)
         assert (none.returncode, none.stdout, none.stderr) == (0, "", "")
@@ -7337,6 +7338,8 @@ class TestCommandLine:
         done = bgjobs_command("stats", "--db", jobs_file)
         assert done.returncode == 0 and [line.split()[:4] for line in done.stdout.splitlines()[-1:]] == [["7", "5", "4", "1"]]
         assert json.loads(bgjobs_command("stats", "--json", "--window", "1h", "--db", jobs_file).stdout)["total"]["failed"] == 1
+        only = json.loads(bgjobs_command("stats", "--json", "--name", "test_bgjobs.fail", "--db", jobs_file).stdout)
+        assert (only["total"]["finished"], only["total"]["failed"]) == (0, 1)
         assert bgjobs_command("prune", "--db", jobs_file).stdout == "0 jobs removed\n"
         assert json.loads(bgjobs_command("prune", "--finished", "0.01s", "--json", "--db", jobs_file).stdout) == {"removed": 4}
         for bad, code in ((["prune", "--failed", "soon"], 2), (["stop", 1 << 70], 1), (["serve", "--port", 99999], 2)):
