@@ -6697,7 +6697,7 @@ class Callback:
         except CancelledError:
             outcome, is_cut_off = None, False
         except BaseException as error:                    # a process of it died, or was taken away
-            outcome, is_cut_off = error, True
+            outcome, is_cut_off = error, not isinstance(future, IsolatedCall)      # Ctrl-C does not reach those
         if attempt.host is not None:
             return                                        # a host has taken it from the engine
         if is_cut_off:
