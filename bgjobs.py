@@ -7923,9 +7923,8 @@ function morph(old, fresh) {
     if (old.data !== fresh.data) old.data = fresh.data;
     return;
   }
-  for (const name in old.props) if (!(name in fresh.props)) setProp(old, name, null);
-  for (const name in fresh.props) {    // people change properties, but only we change attributes
-    if (name[0] === "." || old.props[name] !== fresh.props[name]) setProp(old, name, fresh.props[name]);
+  for (const name in { ...old.props, ...fresh.props }) {    // people change properties, only we change attributes
+    if (name[0] === "." || old.props[name] !== fresh.props[name]) setProp(old, name, fresh.props[name] ?? null);
   }
   old.props = fresh.props;
   if (!fresh.own && (old.firstChild || fresh.firstChild)) morphChildren(old, [...fresh.childNodes]);
@@ -8205,11 +8204,10 @@ function operationButton(kind, name, whom, body, props) {
 }
 
 function outcome(word, { done, refused }) {
-  const reasons = [...new Set(refused.map(({ why }) => why))];
-  const rest = reasons.length > 3 ? `, and ${reasons.length - 3} other reasons` : "";
+  const reasons = refused.slice(0, 3).map(({ why }) => why).join(". ") + (refused.length > 3 ? " \u2026" : "");
   return listed(
     (done.length > 0 || !refused.length) && `${done.length} ${word}`,
-    refused.length > 0 && `${refused.length} refused: ${reasons.slice(0, 3).join(". ")}${rest}`);
+    refused.length > 0 && `${refused.length} refused: ${reasons}`);
 }
 
 function confirmed(title, text, yes) {
