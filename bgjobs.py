@@ -8230,13 +8230,14 @@ const FLAGS = [["errors", "With errors"], ["low_priority", "Low priority"], ["sy
   ["children", "Children too"]];
 const FILTERS = [...TEXTS, ...FLAGS].map(([name]) => name);
 const isOn = value => value === "true" || value === "1";
+const unixOf = text => text && String(new Date(text) / 1000);            // of a field for a local time
 
 /* The filters in the page's query string as the interface has them: times are Unix seconds, and children are left out
    unless they are asked for. */
 function filtersOf(query) {
   const { before, children, ...filters } = Object.fromEntries(query);
   for (const name of ["created_from", "created_to"]) {
-    if (filters[name]) filters[name] = String(new Date(filters[name]) / 1000);
+    if (filters[name]) filters[name] = unixOf(filters[name]);
   }
   if (!isOn(children)) filters.parent ??= "none";
   return filters;
@@ -8356,7 +8357,7 @@ const ATTEMPT_COLUMNS = [
 
 async function loadJob(here, signal) {
   const [id] = here.args, path = "api/jobs/" + id;
-  here.log ??= newLog({ job: id, level: "", text: "", regex: "", tree: false, follow: true });
+  here.log ??= newLog({ job: id, level: "", text: "", regex: "", since: "", until: "", tree: false, follow: true });
   const [job, { attempts, positions }] = await Promise.all(
     [get(path, signal), get(path + "/attempts", signal), loadLines(here.log, signal)]);
   await loadKids(job, signal);
@@ -8427,8 +8428,8 @@ const LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"];
    its end. `isWhole`: nothing comes before the first; `wrong`: why the regex cannot be used. */
 const newLog = filters => ({ ...filters, first: null, after: "", earlier: [], fresh: [], isWhole: false, wrong: "" });
 
-async function getLines({ job, level = "", text = "", tree = false }, where, signal) {
-  const asked = new URLSearchParams({ level, text, tree, ...where });
+async function getLines({ job, level = "", text = "", since = "", until = "", tree = false }, where, signal) {
+  const asked = new URLSearchParams({ level, text, since: unixOf(since), until: unixOf(until), tree, ...where });
   return (await get(`api/jobs/${job}/logs?${asked}`, signal)).logs;
 }
 
@@ -8486,8 +8487,8 @@ function logSection(log) {
     here.log = newLog({ ...here.log, [name]: target[key] });
     poll();
   };
-  const search = (label, name, props) => el("label", null, label,
-    el("input", { type: "search", ".value": log[name], ".oninput": refilter(name, "value"), ...props }));
+  const field = (label, name, type, props) => el("label", null, label,
+    el("input", { type, ".value": log[name], ".oninput": refilter(name, "value"), ...props }));
   const follow = on => {
     log.follow = on;
     if (on) toTheEnd();
@@ -8499,8 +8500,9 @@ function logSection(log) {
     el("p", { class: "filters" },
       el("label", null, "Level", el("select", { ".value": log.level, ".onchange": refilter("level", "value") },
         el("option", { value: "" }, "all"), LEVELS.map(name => el("option", { value: name }, `${name} and above`)))),
-      search("Text", "text"),
-      search("Regex", "regex", log.wrong ? { "aria-invalid": "true", "aria-describedby": "regex-wrong" } : {}),
+      field("Text", "text", "search"),
+      field("Regex", "regex", "search", log.wrong ? { "aria-invalid": "true", "aria-describedby": "regex-wrong" } : {}),
+      field("From", "since", "datetime-local"), field("To", "until", "datetime-local"),
       flag("Children too", { ".checked": log.tree, ".onchange": refilter("tree", "checked") }),
       flag("Follow", { ".checked": log.follow, ".onchange": ({ target }) => follow(target.checked) })),
     log.wrong && el("p", { key: "wrong", id: "regex-wrong", class: "bad" }, log.wrong),
@@ -8513,7 +8515,8 @@ const attempted = promise => promise.catch(error => say(error.message)).finally(
 
 /* Put the lines that have come into the list. */
 function drawLines({ log }) {
-  const list = byId("log"), isPart = log.level || log.text || log.regex, isMore = log.fresh.length > 0;
+  const list = byId("log"), isPart = log.level || log.text || log.regex || log.since || log.until;
+  const isMore = log.fresh.length > 0;
   const drawn = lines => lines.splice(0).map(line => logLine(line, log.tree, isPart && contextButton(line)));
   const height = list.scrollHeight, earlier = drawn(log.earlier);
   list.prepend(...earlier);

@@ -7135,6 +7135,15 @@ class TestInTheBrowser:
             wait_for(lambda: text in browser.text() and lines() == [])
         enter("Regex", "")
         wait_for(lambda: len(lines()) == 500)
+        for since, until, shown in (("9999-01-01T00:00", "", 0), ("", "1999-12-31T23:59", 0), ("1999-12-31T23:59", "9999-01-01T00:00", 500)):
+            enter("From", since)
+            enter("To", until)
+            wait_for(lambda: len(lines()) == shown)
+        browser.click("Earlier lines")
+        wait_for(lambda: len(lines()) == 2_499)
+        enter("From", "")
+        enter("To", "")
+        wait_for(lambda: len(lines()) == 500)
         browser.click("Follow", "label")                                        # reading around a line had ended it
         gate("more").set()
         wait_for(lambda: lines()[-1] == "more" and browser.run("const it = document.getElementById('log'); "
