@@ -242,6 +242,27 @@ def finish(process, seconds=30):
     return process.returncode, out, err
 
 
+def printed(process, seconds=30):
+    """Wait until a process has ended well; return what it printed."""
+    code, out, err = finish(process, seconds)
+    assert code == 0, err
+    return out
+
+
+def in_another_process(path, statement):
+    """Execute a statement with a `runner` on the same file in a process of its own; return what it printed."""
+    return printed(python(f"""
+        import bgjobs, sys, test_bgjobs
+        with bgjobs.Runner(sys.argv[1], start=False) as runner:
+            {statement}
+        """, path))
+
+
+def stop_and_wait(job):
+    job.stop()
+    wait_for(lambda: job.status == "stopped")
+
+
 # ---- the functions that jobs run ------------------------------------------------------------------------------
 
 gates = {}                 # name -> event that jobs wait for
@@ -1676,12 +1697,7 @@ class TestForceStop:
         seen.clear()
         job = runner.submit(spin)
         wait_for(lambda: "spin" in seen)
-        code, _, err = finish(python("""
-            import bgjobs, sys
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                runner.get(1).stop().force_stop()
-            """, path))
-        assert code == 0, err
+        in_another_process(path, "runner.get(1).stop().force_stop()")
         wait_for(lambda: "spin ends" in seen)
         assert job.status == "stopped"
         assert runner.submit(add, 1, 2).result(10) == 3
@@ -1692,30 +1708,23 @@ class TestForceStop:
         job = runner.submit(stoppable_with_end)
         for attempt in (1, 2, 3):
             wait_for(lambda: ("begins", attempt) in seen)
-            code, _, err = finish(python("""
-                import bgjobs, sys
-                with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                    runner.get(1).stop().force_stop().resume()
-                """, path))
-            assert code == 0, err
+            in_another_process(path, "runner.get(1).stop().force_stop().resume()")
             wait_for(lambda: ("ends", attempt) in seen)
         wait_for(lambda: ("begins", 4) in seen)
         assert job.status == "running" and job.attempt == 4 and list(runner._attempts) == [job.id]
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         assert runner._pool.abandoned == 0 and places(runner) == (0, 0)
 
     def test_lines_that_a_superseded_attempt_logs_are_refused(self, make, path):
         runner = make(max_workers=1)
         job = runner.submit(log_on_and_on)
         wait_for(lambda: job.status == "running")
-        code, out, err = finish(python("""
+        out = printed(python("""
             import bgjobs, sys, time
             with bgjobs.Runner(sys.argv[1], start=False) as runner:
                 runner.get(1).stop().force_stop()
                 print(time.time())
             """, path))
-        assert code == 0, err
         wait_for(lambda: runner._pool.abandoned == 0 and not runner._attempts)
         runner.submit(add, 1).result(10)
         assert all(line["at"] <= float(out) for line in job.logs())
@@ -2117,6 +2126,14 @@ def parent_of_deaf(waits):
         child.result()
 
 
+def stop_above_a_deaf_child(runner, waits=True):
+    """Stop a parent whose child has not reached a checkpoint yet; return the parent."""
+    parent = runner.submit(parent_of_deaf, waits)
+    wait_for(lambda: parent.children["running"] == 1)
+    stop_and_wait(parent)
+    return parent
+
+
 def fail_by_child():
     bgjobs.submit(hold, "sibling")
     bgjobs.submit(fail).result()
@@ -2299,10 +2316,7 @@ class TestOperations:
     @pytest.mark.parametrize("waits", [True, False])
     def test_a_resume_reaches_descendants_that_are_still_stopping(self, make, waits):
         runner = make(max_workers=2)
-        parent = runner.submit(parent_of_deaf, waits)
-        wait_for(lambda: parent.children["running"] == 1)
-        parent.stop()
-        wait_for(lambda: parent.status == "stopped")
+        parent = stop_above_a_deaf_child(runner, waits)
         child, = runner.jobs(parent=parent)
         assert child.status == "stopping" and parent.operations[:2] == ["resume", "force_stop"]
         assert parent.cancel() is False
@@ -2313,10 +2327,7 @@ class TestOperations:
 
     def test_a_stop_takes_the_resume_of_a_stopping_descendant_back(self, make):
         runner = make(max_workers=2)
-        parent = runner.submit(parent_of_deaf, True)
-        wait_for(lambda: parent.children["running"] == 1)
-        parent.stop()
-        wait_for(lambda: parent.status == "stopped")
+        parent = stop_above_a_deaf_child(runner)
         parent.resume()
         wait_for(lambda: parent.status == "running")
         parent.stop()
@@ -2327,10 +2338,7 @@ class TestOperations:
 
     def test_a_force_stop_of_a_stopped_root_reaches_descendants_that_are_still_stopping(self, make):
         runner = make(max_workers=2)
-        parent = runner.submit(parent_of_deaf, True)
-        wait_for(lambda: parent.children["running"] == 1)
-        parent.stop()
-        wait_for(lambda: parent.status == "stopped")
+        parent = stop_above_a_deaf_child(runner)
         child, = runner.jobs(parent=parent)
         parent.force_stop()
         assert child.status == "stopped" and parent.status == "stopped"
@@ -2486,8 +2494,7 @@ class TestKeys:
         seen.clear()
         job = runner.submit(keyed_parent)
         wait_for(lambda: job.state == "submitted")
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         gate("keyed").set()
         job.resume()
         assert job.result(10) == [0, 2, 4] and job.children["total"] == 3
@@ -3134,7 +3141,7 @@ class TestDisk:
         assert os.listdir(small_disk) == []
 
     def test_a_file_or_folder_that_cannot_be_written_is_refused_with_the_remedy(self, tmp_path):
-        code, out, err = finish(python("""
+        out = printed(python("""
             import bgjobs, os, pathlib, sys
             folder = pathlib.Path(sys.argv[1])
             bgjobs.Runner(folder / "jobs.db").close()
@@ -3150,7 +3157,6 @@ class TestDisk:
                     print(error)
                 assert ((folder / name).read_bytes() if (folder / name).exists() else None) == before
             """, shared_folder(tmp_path)))
-        assert code == 0, err
         first, second = out.splitlines()
         assert "jobs.db" in first and "make the file and its folder writable" in first
         assert "new.db" in second and "check that the folder exists and is writable" in second
@@ -3490,7 +3496,7 @@ class TestSweeps:
             live_again(path, effects, acknowledged, crashes=1)
 
     def test_s2_a_crash_before_or_after_any_commit_loses_nothing_acknowledged(self, tmp_path):
-        code, out, err = finish(python("""
+        out = printed(python("""
             import os, pathlib, pytest, sys, test_bgjobs
             folder = pathlib.Path(sys.argv[1])
 
@@ -3526,7 +3532,6 @@ class TestSweeps:
                     break
             print(crashes)
             """, tmp_path), 120)
-        assert code == 0, err
         assert int(out) > 40
 
 
@@ -3865,12 +3870,7 @@ class TestLowPriority:
         first = runner.options(low_priority=True).submit(hold, "one")
         second = runner.options(low_priority=True).submit(add, 1, 2)
         wait_for(lambda: first.status == "running")
-        code, _, err = finish(python("""
-            import bgjobs, sys
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                runner.get(1).set_low_priority(False)
-            """, path))
-        assert code == 0, err
+        in_another_process(path, "runner.get(1).set_low_priority(False)")
         assert second.result(10) == 3
 
     def test_low_priority_parents_that_return_from_a_wait_leave_one_place(self, make):
@@ -4113,8 +4113,7 @@ class TestInsideAJob:
     def test_a_stop_reaches_a_sleep_at_once_and_state_is_kept(self, runner):
         job = runner.submit(count_with_state)
         wait_for(lambda: job.state and job.state["n"] >= 3)
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         kept = job.state["n"]
         assert not job.done() and job.phase == ""
         gate("count").set()
@@ -4126,8 +4125,7 @@ class TestInsideAJob:
         gate("again").set()
         job = runner.submit(each_item, 300, "again")
         wait_for(lambda: len(seen) > 50)
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         job.resume()
         assert job.result(10) == 300
         items = [item for _, _, item in seen]
@@ -4282,8 +4280,7 @@ class TestTimeout:
         assert runner.options(timeout=0.1).submit(nap, 0.4).result(5) is None
         job = runner.options(timeout=30).submit(stoppable)
         wait_for(lambda: job.status == "running")
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
 
 
 # ---- 13 The handle ---------------------------------------------------------------------------------------------
@@ -5187,23 +5184,12 @@ class TestRunner:
         assert begun + 0.29 <= job.result(10) < begun + 2
 
     def test_a_submit_from_another_process_is_noticed(self, runner, path):
-        code = """
-            import sys, bgjobs, test_bgjobs
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                job = runner.submit(test_bgjobs.add, 20, 22)
-                print(job.result(10))
-        """
-        assert finish(python(code, path))[1] == "42\n"
+        assert in_another_process(path, "print(runner.submit(test_bgjobs.add, 20, 22).result(10))") == "42\n"
 
     def test_a_stop_from_another_process_reaches_the_attempt(self, runner, path):
         job = runner.submit(stoppable, "from outside")
         wait_for(lambda: job.running() and ("from outside", 1) in seen)
-        code = """
-            import sys, bgjobs
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                runner.get(1).stop(by="outside")
-        """
-        assert finish(python(code, path))[0] == 0
+        in_another_process(path, "runner.get(1).stop(by='outside')")
         wait_for(lambda: job.status == "stopped", 2)
 
     def test_close_gives_running_jobs_back_with_their_state(self, make):
@@ -5282,7 +5268,7 @@ class TestCrashes:
 
     def test_a_hundred_kills_at_random_moments_lose_nothing_and_end_nothing_twice(self, tmp_path):
         # A child with a runner is killed after 0 to 50 ms, while another one lives or not, and what it wrote down is held against the file.
-        code, out, err = finish(python("""
+        out = printed(python("""
             import bgjobs, os, random, signal, sys, time, test_bgjobs
             path, effects, submitted = (f"{sys.argv[1]}/{name}" for name in ("jobs.db", "effects", "submitted"))
 
@@ -5326,7 +5312,6 @@ class TestCrashes:
             os.waitpid(older, 0)
             sys.exit(os.waitpid(test_bgjobs.in_a_child(live_on), 0)[1] >> 8)
             """, tmp_path, 100), 120)
-        assert code == 0, err
         jobs, again, _ = map(int, out.split())
         assert jobs > 100 and again > 20
 
@@ -5471,12 +5456,11 @@ class TestCrashes:
             os.remove(path + end)
         new = make(max_workers=1)
         assert new._id > old_id
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, sys
             with bgjobs.Runner(sys.argv[1], start=False) as runner:
                 print(runner._id, bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
-            """, path, new._id))
-        assert (code, out) == (0, f"{new._id + 1} False\n"), err
+            """, path, new._id)) == f"{new._id + 1} False\n"
         old.close()
         assert bgjobs._presence(path).is_dead(new._id) is False
 
@@ -5563,7 +5547,7 @@ class TestFork:
         assert code == 0 and "Exception" not in err, err         # since 3.12 forks beside threads are warned of
 
     def test_a_forked_child_is_told_works_after_start_and_the_parent_never_notices(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, concurrent.futures, os, sys, threading
             nobody_inside = []                                           # SQLite, at the moment of the fork
             os.register_at_fork(before=lambda: nobody_inside.append(
@@ -5602,11 +5586,10 @@ class TestFork:
             import test_bgjobs
             test_bgjobs.consistent(runner)
             print("whole")
-            """, path, PYTHONWARNINGS="ignore"), 60)
-        assert code == 0 and out == "whole\n", err
+            """, path, PYTHONWARNINGS="ignore"), 60) == "whole\n"
 
     def test_a_child_that_a_job_forks_ends_with_the_jobs_function(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, os, sys
             def fork(how):
                 child = os.fork()
@@ -5622,11 +5605,10 @@ class TestFork:
                 return "of the child"
             bgjobs.start(sys.argv[1], max_workers=1)
             print(*[bgjobs.submit(fork, how).result(10) for how in ("returns", "raises", "exits", "starts")])
-            """, path, PYTHONWARNINGS="ignore"))
-        assert (code, out) == (0, "True True True True\n"), err
+            """, path, PYTHONWARNINGS="ignore")) == "True True True True\n"
 
     def test_multiprocessing_in_a_job_and_beside_one(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, multiprocessing, sys, test_bgjobs
             context = multiprocessing.get_context("fork")
             def square(n):
@@ -5638,8 +5620,7 @@ class TestFork:
             with bgjobs.Runner(sys.argv[1], max_workers=2) as runner:
                 assert runner.submit(in_a_job).result(30) == in_a_job()
             print("fine")
-            """, path, PYTHONWARNINGS="ignore"), 60)
-        assert code == 0 and out == "fine\n", err
+            """, path, PYTHONWARNINGS="ignore"), 60) == "fine\n"
 
 
 class TestExit:
@@ -5760,7 +5741,7 @@ class TestExit:
         consistent(runner)
 
     def test_ctrl_c_at_any_moment_leaves_the_runner_whole(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, os, random, signal, sys, threading, time, test_bgjobs
             runner = bgjobs.start(sys.argv[1], max_workers=3)
             aim, over = threading.Event(), threading.Event()
@@ -5800,8 +5781,7 @@ class TestExit:
             runner.shutdown()
             test_bgjobs.consistent(runner)
             print("whole")
-        """, path), 60)
-        assert (code, out) == (0, "whole\n"), err
+        """, path), 60) == "whole\n"
 
     def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
         job = runner.submit(add, 1)
@@ -7018,8 +6998,7 @@ class TestCommandLine:
         runner = make()
         job = runner.submit(bgjobs.fingerprint_files, str(tmp_path), names)
         wait_for(lambda: (job.progress or 0) > 0)
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         job.resume()
         assert [name for name, _, _ in job.result(60)["files"]] == names
 
@@ -7167,12 +7146,11 @@ class TestCommandLine:
                 for n in job.each(range(10**6)):
                     job.sleep(0.001)
             """))
-        code, out, err = finish(python("""
+        printed(python("""
             import bgjobs, tasks
             with bgjobs.Runner("jobs.db", start=False) as runner:
                 print(runner.submit(tasks.double, 21).id, runner.submit(tasks.count).id)
             """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
-        assert code == 0, err
         worker = started_command("work", "--db", "jobs.db", "--workers", "2", "tasks", cwd=tmp_path)
         assert "jobs.db with 2 workers; Ctrl-C ends it" in worker.stderr.readline()
         with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
