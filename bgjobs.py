@@ -9461,13 +9461,17 @@ def print_table(rows: list[dict[str, Any]], spare: Iterable[str]) -> None:
         print("  ".join(_coloured(cell) if title == "Status" else cell for title, cell in cells.items()).rstrip())
 
 
+def _time_left(info: dict[str, Any]) -> str:
+    return "" if info["eta"] is None else f"{for_people(info['eta'])} left"
+
+
 def progress_line(info: dict[str, Any], width: int) -> str:
     """Return one line for a terminal of this width: bar, percent, children, time left, message."""
     progress, children = info["progress"], info["children"]
     filled = int(24 * (progress or 0))
     parts = [f"[{'#' * filled}{'-' * (24 - filled)}]", "  ..." if progress is None else f"{progress:5.1%}",
              f"{children['done']:,} of {children['total']:,} children" if children["total"] else "",
-             "" if info["eta"] is None else f"{for_people(info['eta'])} left", info["phase"], info["message"]]
+             _time_left(info), info["phase"], info["message"]]
     return _fitted(_plain("  ".join(filter(None, parts))), max(20, width - 1)).rstrip()
 
 
@@ -9572,7 +9576,7 @@ def _list(args: Any) -> int:
 
 def _listed(job: dict[str, Any]) -> dict[str, Any]:
     """Return a job's row in the list."""
-    progress, eta, children = job["progress"], job["eta"], job["children"]
+    progress, children = "" if job["progress"] is None else f"{job['progress']:.0%}", job["children"]
     return {
         "ID": job["id"],
         "Created": _clock_time(job["created_at"]),
@@ -9580,8 +9584,7 @@ def _listed(job: dict[str, Any]) -> dict[str, Any]:
         "Duration": for_people(job["duration"]),
         "Status": job["status"],
         "Errors": job["errors"] or "",
-        "Progress": ("" if progress is None else f"{progress:.0%}")
-                    + ("" if eta is None else f", {for_people(eta)} left"),
+        "Progress": ", ".join(filter(None, (progress, _time_left(job)))),
         "Children": f"{children['done']:,}/{children['total']:,}" if children["total"] else "",
         "Run by": job["run_by"] or "",
         "Name": (job["label"] or job["name"]) + (f" ({job['phase']})" if job["phase"] else "")

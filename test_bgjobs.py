@@ -7185,6 +7185,12 @@ class TestCommandLine:
         wide = bgjobs.progress_line({**info, "message": "\u6570" * 200}, 80)
         assert wide.endswith("\u6570\u2026") and bgjobs._cells(wide) in (78, 79)
 
+    def test_a_job_that_reports_nothing_has_a_time_left_all_the_same(self, idle):
+        info = idle.submit(add, 1).info()
+        assert [bgjobs._listed({**info, "progress": progress, "eta": eta})["Progress"]
+                for progress, eta in ((None, None), (0.5, None), (None, 75.0), (0.5, 75.0))] == [
+                    "", "50%", "1 min 15 s left", "50%, 1 min 15 s left"]
+
     def test_long_texts_are_cut_to_a_width_quickly(self):
         begun = time.perf_counter()
         assert [bgjobs._fitted(text, 5) for text in ("\u6570" * 8_192, "e\u0301" * 4_096, "abc", "abcde", "")] == [
