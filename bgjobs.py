@@ -9475,11 +9475,14 @@ def progress_line(info: dict[str, Any], width: int) -> str:
     return _fitted(_plain("  ".join(filter(None, parts))), max(20, width - 1)).rstrip()
 
 
+_AT_REST = (*OVER, STOPPED)        # what following a job ends with
+
+
 def _follow(job: Job[Any]) -> dict[str, Any]:
     """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
     while True:
         info = job.info()
-        ended = info["status"] in (*OVER, STOPPED)
+        ended = info["status"] in _AT_REST
         if sys.stderr.isatty():
             line = "" if ended else progress_line(info, _width(sys.stderr))
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
@@ -9620,7 +9623,7 @@ def _logs(args: Any) -> int:
     with _opened(args) as runner:
         job, after = runner.get(args.id), 0
         while True:
-            ended = job.status in (*OVER, STOPPED)        # first: what it logs before its end is read after this
+            ended = job.status in _AT_REST                # first: what it logs before its end is read after this
             for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree):
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""
