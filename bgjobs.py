@@ -9486,21 +9486,28 @@ def print_table(rows: list[dict[str, Any]], spare: Iterable[str]) -> None:
         print("  ".join(_coloured(cell) if title == "Status" else cell for title, cell in cells.items()).rstrip())
 
 
+def _time_left(info: dict[str, Any]) -> str:
+    return "" if info["eta"] is None else f"{for_people(info['eta'])} left"
+
+
 def progress_line(info: dict[str, Any], width: int) -> str:
     """Return one line for a terminal of this width: bar, percent, children, time left, message."""
     progress, children = info["progress"], info["children"]
     filled = int(24 * (progress or 0))
     parts = [f"[{'#' * filled}{'-' * (24 - filled)}]", "  ..." if progress is None else f"{progress:5.1%}",
              f"{children['done']:,} of {children['total']:,} children" if children["total"] else "",
-             "" if info["eta"] is None else f"{for_people(info['eta'])} left", info["phase"], info["message"]]
+             _time_left(info), info["phase"], info["message"]]
     return _fitted(_plain("  ".join(filter(None, parts))), max(20, width - 1)).rstrip()
+
+
+_AT_REST = (*OVER, STOPPED)        # what following a job ends with
 
 
 def _follow(job: Job[Any]) -> dict[str, Any]:
     """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
     while True:
         info = job.info()
-        ended = info["status"] in (*OVER, STOPPED)
+        ended = info["status"] in _AT_REST
         if sys.stderr.isatty():
             line = "" if ended else progress_line(info, _width(sys.stderr))
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
@@ -9600,7 +9607,7 @@ def _list(args: Any) -> int:
 
 def _listed(job: dict[str, Any]) -> dict[str, Any]:
     """Return a job's row in the list."""
-    progress, eta, children = job["progress"], job["eta"], job["children"]
+    progress, children = "" if job["progress"] is None else f"{job['progress']:.0%}", job["children"]
     return {
         "ID": job["id"],
         "Created": _clock_time(job["created_at"]),
@@ -9608,8 +9615,7 @@ def _listed(job: dict[str, Any]) -> dict[str, Any]:
         "Duration": for_people(job["duration"]),
         "Status": job["status"],
         "Errors": job["errors"] or "",
-        "Progress": ("" if progress is None else f"{progress:.0%}")
-                    + ("" if eta is None else f", {for_people(eta)} left"),
+        "Progress": ", ".join(filter(None, (progress, _time_left(job)))),
         "Children": f"{children['done']:,}/{children['total']:,}" if children["total"] else "",
         "Run by": job["run_by"] or "",
         "Name": (job["label"] or job["name"]) + (f" ({job['phase']})" if job["phase"] else "")
@@ -9645,7 +9651,7 @@ def _logs(args: Any) -> int:
     with _opened(args) as runner:
         job, after = runner.get(args.id), 0
         while True:
-            ended = job.status in (*OVER, STOPPED)        # first: what it logs before its end is read after this
+            ended = job.status in _AT_REST                # first: what it logs before its end is read after this
             for line in job.logs(level=args.level, text=args.text, regex=args.regex, after=after, tree=args.tree):
                 after = line["id"]
                 source = f" [{line['job_id']}]" if args.tree else ""

@@ -243,6 +243,27 @@ def finish(process, seconds=30):
     return process.returncode, out, err
 
 
+def printed(process, seconds=30):
+    """Wait until a process has ended well; return what it printed."""
+    code, out, err = finish(process, seconds)
+    assert code == 0, err
+    return out
+
+
+def in_another_process(path, statement):
+    """Execute a statement with a `runner` on the same file in a process of its own; return what it printed."""
+    return printed(python(f"""
+        import bgjobs, sys, test_bgjobs
+        with bgjobs.Runner(sys.argv[1], start=False) as runner:
+            {statement}
+        """, path))
+
+
+def stop_and_wait(job):
+    job.stop()
+    wait_for(lambda: job.status == "stopped")
+
+
 # ---- the functions that jobs run ------------------------------------------------------------------------------
 
 gates = {}                 # name -> event that jobs wait for
@@ -1682,12 +1703,7 @@ class TestForceStop:
         seen.clear()
         job = runner.submit(spin)
         wait_for(lambda: "spin" in seen)
-        code, _, err = finish(python("""
-            import bgjobs, sys
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                runner.get(1).stop().force_stop()
-            """, path))
-        assert code == 0, err
+        in_another_process(path, "runner.get(1).stop().force_stop()")
         wait_for(lambda: "spin ends" in seen)
         assert job.status == "stopped"
         assert runner.submit(add, 1, 2).result(10) == 3
@@ -1698,30 +1714,23 @@ class TestForceStop:
         job = runner.submit(stoppable_with_end)
         for attempt in (1, 2, 3):
             wait_for(lambda: ("begins", attempt) in seen)
-            code, _, err = finish(python("""
-                import bgjobs, sys
-                with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                    runner.get(1).stop().force_stop().resume()
-                """, path))
-            assert code == 0, err
+            in_another_process(path, "runner.get(1).stop().force_stop().resume()")
             wait_for(lambda: ("ends", attempt) in seen)
         wait_for(lambda: ("begins", 4) in seen)
         assert job.status == "running" and job.attempt == 4 and list(runner._attempts) == [job.id]
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         assert runner._pool.abandoned == 0 and places(runner) == (0, 0)
 
     def test_lines_that_a_superseded_attempt_logs_are_refused(self, make, path):
         runner = make(max_workers=1)
         job = runner.submit(log_on_and_on)
         wait_for(lambda: job.status == "running")
-        code, out, err = finish(python("""
+        out = printed(python("""
             import bgjobs, sys, time
             with bgjobs.Runner(sys.argv[1], start=False) as runner:
                 runner.get(1).stop().force_stop()
                 print(time.time())
             """, path))
-        assert code == 0, err
         wait_for(lambda: runner._pool.abandoned == 0 and not runner._attempts)
         runner.submit(add, 1).result(10)
         assert all(line["at"] <= float(out) for line in job.logs())
@@ -2123,6 +2132,14 @@ def parent_of_deaf(waits):
         child.result()
 
 
+def stop_above_a_deaf_child(runner, waits=True):
+    """Stop a parent whose child has not reached a checkpoint yet; return the parent."""
+    parent = runner.submit(parent_of_deaf, waits)
+    wait_for(lambda: parent.children["running"] == 1)
+    stop_and_wait(parent)
+    return parent
+
+
 def fail_by_child():
     bgjobs.submit(hold, "sibling")
     bgjobs.submit(fail).result()
@@ -2305,10 +2322,7 @@ class TestOperations:
     @pytest.mark.parametrize("waits", [True, False])
     def test_a_resume_reaches_descendants_that_are_still_stopping(self, make, waits):
         runner = make(max_workers=2)
-        parent = runner.submit(parent_of_deaf, waits)
-        wait_for(lambda: parent.children["running"] == 1)
-        parent.stop()
-        wait_for(lambda: parent.status == "stopped")
+        parent = stop_above_a_deaf_child(runner, waits)
         child, = runner.jobs(parent=parent)
         assert child.status == "stopping" and parent.operations[:2] == ["resume", "force_stop"]
         assert parent.cancel() is False
@@ -2319,10 +2333,7 @@ class TestOperations:
 
     def test_a_stop_takes_the_resume_of_a_stopping_descendant_back(self, make):
         runner = make(max_workers=2)
-        parent = runner.submit(parent_of_deaf, True)
-        wait_for(lambda: parent.children["running"] == 1)
-        parent.stop()
-        wait_for(lambda: parent.status == "stopped")
+        parent = stop_above_a_deaf_child(runner)
         parent.resume()
         wait_for(lambda: parent.status == "running")
         parent.stop()
@@ -2333,10 +2344,7 @@ class TestOperations:
 
     def test_a_force_stop_of_a_stopped_root_reaches_descendants_that_are_still_stopping(self, make):
         runner = make(max_workers=2)
-        parent = runner.submit(parent_of_deaf, True)
-        wait_for(lambda: parent.children["running"] == 1)
-        parent.stop()
-        wait_for(lambda: parent.status == "stopped")
+        parent = stop_above_a_deaf_child(runner)
         child, = runner.jobs(parent=parent)
         parent.force_stop()
         assert child.status == "stopped" and parent.status == "stopped"
@@ -2492,8 +2500,7 @@ class TestKeys:
         seen.clear()
         job = runner.submit(keyed_parent)
         wait_for(lambda: job.state == "submitted")
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         gate("keyed").set()
         job.resume()
         assert job.result(10) == [0, 2, 4] and job.children["total"] == 3
@@ -3155,7 +3162,7 @@ class TestDisk:
         assert os.listdir(small_disk) == []
 
     def test_a_file_or_folder_that_cannot_be_written_is_refused_with_the_remedy(self, tmp_path):
-        code, out, err = finish(python("""
+        out = printed(python("""
             import bgjobs, os, pathlib, sys
             folder = pathlib.Path(sys.argv[1])
             bgjobs.Runner(folder / "jobs.db").close()
@@ -3171,7 +3178,6 @@ class TestDisk:
                     print(error)
                 assert ((folder / name).read_bytes() if (folder / name).exists() else None) == before
             """, shared_folder(tmp_path)))
-        assert code == 0, err
         first, second = out.splitlines()
         assert "jobs.db" in first and "make the file and its folder writable" in first
         assert "new.db" in second and "check that the folder exists and is writable" in second
@@ -3511,7 +3517,7 @@ class TestSweeps:
             live_again(path, effects, acknowledged, crashes=1)
 
     def test_s2_a_crash_before_or_after_any_commit_loses_nothing_acknowledged(self, tmp_path):
-        code, out, err = finish(python("""
+        out = printed(python("""
             import os, pathlib, pytest, sys, test_bgjobs
             folder = pathlib.Path(sys.argv[1])
 
@@ -3547,7 +3553,6 @@ class TestSweeps:
                     break
             print(crashes)
             """, tmp_path), 120)
-        assert code == 0, err
         assert int(out) > 40
 
 
@@ -3886,12 +3891,7 @@ class TestLowPriority:
         first = runner.options(low_priority=True).submit(hold, "one")
         second = runner.options(low_priority=True).submit(add, 1, 2)
         wait_for(lambda: first.status == "running")
-        code, _, err = finish(python("""
-            import bgjobs, sys
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                runner.get(1).set_low_priority(False)
-            """, path))
-        assert code == 0, err
+        in_another_process(path, "runner.get(1).set_low_priority(False)")
         assert second.result(10) == 3
 
     def test_low_priority_parents_that_return_from_a_wait_leave_one_place(self, make):
@@ -4134,8 +4134,7 @@ class TestInsideAJob:
     def test_a_stop_reaches_a_sleep_at_once_and_state_is_kept(self, runner):
         job = runner.submit(count_with_state)
         wait_for(lambda: job.state and job.state["n"] >= 3)
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         kept = job.state["n"]
         assert not job.done() and job.phase == ""
         gate("count").set()
@@ -4147,8 +4146,7 @@ class TestInsideAJob:
         gate("again").set()
         job = runner.submit(each_item, 300, "again")
         wait_for(lambda: len(seen) > 50)
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         job.resume()
         assert job.result(10) == 300
         items = [item for _, _, item in seen]
@@ -4303,8 +4301,7 @@ class TestTimeout:
         assert runner.options(timeout=0.1).submit(nap, 0.4).result(5) is None
         job = runner.options(timeout=30).submit(stoppable)
         wait_for(lambda: job.status == "running")
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
 
 
 # ---- 13 The handle ---------------------------------------------------------------------------------------------
@@ -5224,23 +5221,12 @@ class TestRunner:
         assert begun + 0.29 <= job.result(10) < begun + 2
 
     def test_a_submit_from_another_process_is_noticed(self, runner, path):
-        code = """
-            import sys, bgjobs, test_bgjobs
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                job = runner.submit(test_bgjobs.add, 20, 22)
-                print(job.result(10))
-        """
-        assert finish(python(code, path))[1] == "42\n"
+        assert in_another_process(path, "print(runner.submit(test_bgjobs.add, 20, 22).result(10))") == "42\n"
 
     def test_a_stop_from_another_process_reaches_the_attempt(self, runner, path):
         job = runner.submit(stoppable, "from outside")
         wait_for(lambda: job.running() and ("from outside", 1) in seen)
-        code = """
-            import sys, bgjobs
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                runner.get(1).stop(by="outside")
-        """
-        assert finish(python(code, path))[0] == 0
+        in_another_process(path, "runner.get(1).stop(by='outside')")
         wait_for(lambda: job.status == "stopped", 2)
 
     def test_close_gives_running_jobs_back_with_their_state(self, make):
@@ -5319,7 +5305,7 @@ class TestCrashes:
 
     def test_a_hundred_kills_at_random_moments_lose_nothing_and_end_nothing_twice(self, tmp_path):
         # A child with a runner is killed after 0 to 50 ms, while another one lives or not, and what it wrote down is held against the file.
-        code, out, err = finish(python("""
+        out = printed(python("""
             import bgjobs, os, random, signal, sys, time, test_bgjobs
             path, effects, submitted = (f"{sys.argv[1]}/{name}" for name in ("jobs.db", "effects", "submitted"))
 
@@ -5363,7 +5349,6 @@ class TestCrashes:
             os.waitpid(older, 0)
             sys.exit(os.waitpid(test_bgjobs.in_a_child(live_on), 0)[1] >> 8)
             """, tmp_path, 100), 120)
-        assert code == 0, err
         jobs, again, _ = map(int, out.split())
         assert jobs > 100 and again > 20
 
@@ -5508,12 +5493,11 @@ class TestCrashes:
             os.remove(path + end)
         new = make(max_workers=1)
         assert new._id > old_id
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, sys
             with bgjobs.Runner(sys.argv[1], start=False) as runner:
                 print(runner._id, bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
-            """, path, new._id))
-        assert (code, out) == (0, f"{new._id + 1} False\n"), err
+            """, path, new._id)) == f"{new._id + 1} False\n"
         old.close()
         assert bgjobs._presence(path).is_dead(new._id) is False
 
@@ -5600,7 +5584,7 @@ class TestFork:
         assert code == 0 and "Exception" not in err, err         # since 3.12 forks beside threads are warned of
 
     def test_a_forked_child_is_told_works_after_start_and_the_parent_never_notices(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, concurrent.futures, os, sys, threading
             nobody_inside = []                                           # SQLite, at the moment of the fork
             os.register_at_fork(before=lambda: nobody_inside.append(
@@ -5639,11 +5623,10 @@ class TestFork:
             import test_bgjobs
             test_bgjobs.consistent(runner)
             print("whole")
-            """, path, PYTHONWARNINGS="ignore"), 60)
-        assert code == 0 and out == "whole\n", err
+            """, path, PYTHONWARNINGS="ignore"), 60) == "whole\n"
 
     def test_a_child_that_a_job_forks_ends_with_the_jobs_function(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, os, sys
             def fork(how):
                 child = os.fork()
@@ -5659,11 +5642,10 @@ class TestFork:
                 return "of the child"
             bgjobs.start(sys.argv[1], max_workers=1)
             print(*[bgjobs.submit(fork, how).result(10) for how in ("returns", "raises", "exits", "starts")])
-            """, path, PYTHONWARNINGS="ignore"))
-        assert (code, out) == (0, "True True True True\n"), err
+            """, path, PYTHONWARNINGS="ignore")) == "True True True True\n"
 
     def test_multiprocessing_in_a_job_and_beside_one(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, multiprocessing, sys, test_bgjobs
             context = multiprocessing.get_context("fork")
             def square(n):
@@ -5675,8 +5657,7 @@ class TestFork:
             with bgjobs.Runner(sys.argv[1], max_workers=2) as runner:
                 assert runner.submit(in_a_job).result(30) == in_a_job()
             print("fine")
-            """, path, PYTHONWARNINGS="ignore"), 60)
-        assert code == 0 and out == "fine\n", err
+            """, path, PYTHONWARNINGS="ignore"), 60) == "fine\n"
 
 
 class TestExit:
@@ -5797,7 +5778,7 @@ class TestExit:
         consistent(runner)
 
     def test_ctrl_c_at_any_moment_leaves_the_runner_whole(self, path):
-        code, out, err = finish(python("""
+        assert printed(python("""
             import bgjobs, os, random, signal, sys, threading, time, test_bgjobs
             runner = bgjobs.start(sys.argv[1], max_workers=3)
             aim, over = threading.Event(), threading.Event()
@@ -5837,8 +5818,7 @@ class TestExit:
             runner.shutdown()
             test_bgjobs.consistent(runner)
             print("whole")
-        """, path), 60)
-        assert (code, out) == (0, "whole\n"), err
+        """, path), 60) == "whole\n"
 
     def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
         job = runner.submit(add, 1)
@@ -7241,8 +7221,7 @@ class TestCommandLine:
         runner = make()
         job = runner.submit(bgjobs.fingerprint_files, str(tmp_path), names)
         wait_for(lambda: (job.progress or 0) > 0)
-        job.stop()
-        wait_for(lambda: job.status == "stopped")
+        stop_and_wait(job)
         job.resume()
         assert [name for name, _, _ in job.result(60)["files"]] == names
 
@@ -7393,12 +7372,11 @@ class TestCommandLine:
                 for n in job.each(range(10**6)):
                     job.sleep(0.001)
             """))
-        code, out, err = finish(python("""
+        printed(python("""
             import bgjobs, tasks
             with bgjobs.Runner("jobs.db", start=False) as runner:
                 print(runner.submit(tasks.double, 21).id, runner.submit(tasks.count).id)
             """, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{tmp_path}"))
-        assert code == 0, err
         worker = started_command("work", "--db", "jobs.db", "--workers", "2", "tasks", cwd=tmp_path)
         assert "jobs.db with 2 workers; Ctrl-C ends it" in worker.stderr.readline()
         with bgjobs.Runner(tmp_path / "jobs.db", start=False) as runner:
@@ -7432,6 +7410,12 @@ class TestCommandLine:
         assert "\x1b" not in line
         wide = bgjobs.progress_line({**info, "message": "\u6570" * 200}, 80)
         assert wide.endswith("\u6570\u2026") and bgjobs._cells(wide) in (78, 79)
+
+    def test_a_job_that_reports_nothing_has_a_time_left_all_the_same(self, idle):
+        info = idle.submit(add, 1).info()
+        assert [bgjobs._listed({**info, "progress": progress, "eta": eta})["Progress"]
+                for progress, eta in ((None, None), (0.5, None), (None, 75.0), (0.5, 75.0))] == [
+                    "", "50%", "1 min 15 s left", "50%, 1 min 15 s left"]
 
     def test_long_texts_are_cut_to_a_width_quickly(self):
         begun = time.perf_counter()
