@@ -6783,17 +6783,24 @@ class Callback:
     # 2. and 3. listening: in the loop's thread
 
     def listen(self) -> None:
-        """Open the port, unless it is open. Raises OSError, which names the address."""
+        """Open the port, unless it is open. One that is taken may be so by the process before this one, which goes
+        down: wait for that. Raises OSError, which names the address."""
         import asyncio
+        import errno
         import socket
         if self.loop is not None:
             return
-        address = self._address or "127.0.0.1:0"
+        address, give_up = self._address or "127.0.0.1:0", time.monotonic() + GRACE_SECONDS + 1
         host, _, port = address.rpartition(":")
-        try:
-            self._listener = socket.create_server((host, int(port)))
-        except OSError as error:
-            raise OSError(error.errno, f"callback {address} cannot be listened at: {error.strerror}") from error
+        while True:
+            try:
+                self._listener = socket.create_server((host, int(port)))
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > give_up:
+                    text = f"callback {address} cannot be listened at: {error.strerror}"
+                    raise OSError(error.errno, text) from error
+                time.sleep(0.1)
         loop = asyncio.SelectorEventLoop()
         make_caller: Any = functools.partial(_Caller, self)      # a protocol by its looks: asyncio is imported late
         # So many are accepted before the loop reads what they say; asyncio has one parameter for this and the queue.

@@ -6513,17 +6513,21 @@ class TestElsewhere:
                 make(callback=bad)
         assert make(str(tmp_path / "a.db"), executor=concurrent.futures.ThreadPoolExecutor(3)).max_workers == 3
 
-    def test_a_callback_address_that_is_taken_is_an_error_at_start(self, make):
+    def test_a_callback_address_that_is_taken_is_waited_for_and_then_an_error_at_start(self, make, monkeypatch):
         with socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"
-            with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
-                make(executor=Hand(), callback=address)
-            assert caught.value.errno == errno.EADDRINUSE
             runner = make(executor=concurrent.futures.ThreadPoolExecutor, callback=address, start=False)
             job = runner.submit(add, 1)
-            with pytest.raises(OSError, match=address):
-                runner.start()
-        assert runner.start().get(job.id).result(10) == 1 and runner._callback._listener.getsockname()[1] == int(address[10:])
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                started = thread.submit(runner.start)
+                assert not concurrent.futures.wait([started], 0.2).done
+                other.close()                                # the process before this one has gone down
+                assert started.result(5) is runner
+        assert job.result(10) == 1 and runner._callback._listener.getsockname()[1] == int(address[10:])
+        monkeypatch.setattr(bgjobs, "GRACE_SECONDS", -1)
+        with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
+            make(executor=Hand(), callback=address)
+        assert caught.value.errno == errno.EADDRINUSE
         with pytest.raises(OSError, match="callback no.such.host.invalid:80 cannot be listened at: "):
             make(executor=Hand(), callback="no.such.host.invalid:80")
 
