@@ -6817,7 +6817,10 @@ class Callback:
         """Serve the connections until close()."""
         import asyncio
         loop.run_forever()
-        server.close()
+        loop.remove_reader(self._listener)
+        if coming := asyncio.all_tasks(loop):             # connections that are accepted, but not made known yet
+            loop.run_until_complete(asyncio.wait(coming))
+        server.close()                                    # not before: they would stay open
         for caller in self.callers:
             caller.transport.abort()
         loop.run_until_complete(asyncio.sleep(0))         # they close
