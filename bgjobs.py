@@ -2817,15 +2817,18 @@ class Store:
 
     def _identity_now(self) -> list[tuple[int, int]]:
         """Return device and inode of the file and of its WAL, which is there as long as we are connected."""
-        try:
-            found = [os.stat(path) for path in ([self.path, self._wal] if self._journal == "wal" else [self.path])]
-        except OSError as error:
-            raise StoreError(f"{error.filename} was deleted or moved while it was in use; put it back, or start anew "
-                             "with close() and a new runner") from None
-        if found[0].st_size == 0:
-            raise StoreError(f"{self.path} was emptied while it was in use; close() this runner, put a backup there, "
-                             "without a -wal beside it, and make a new runner")
-        return [(stat.st_dev, stat.st_ino) for stat in found]
+        found = []
+        for path in (self.path, self._wal) if self._journal == "wal" else (self.path,):
+            try:
+                stat = os.stat(path)
+            except OSError:
+                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, or start anew with "
+                                 "close() and a new runner") from None
+            if path == self.path and stat.st_size == 0:   # first: SQLite deletes the WAL of an empty file
+                raise StoreError(f"{path} was emptied while it was in use; close() this runner, put a backup there, "
+                                 "without a -wal beside it, and make a new runner")
+            found.append((stat.st_dev, stat.st_ino))
+        return found
 
     def check_file(self) -> None:
         """Raise StoreError unless the path still names the file that is open: SQLite would write on into nothing."""
