@@ -7991,8 +7991,10 @@ async function get(path, signal) {
 
 /* Throws an Error with a `status` when the app has answered, but not with what was asked for. */
 async function bodyOf(response) {
-  const body = await response.json().catch(() => ({})), { status } = response;
-  if (response.ok || body.refused) return body;
+  const { ok, status } = response;
+  if (ok) return response.json();      // which throws when a poll was cut short: half an answer is none
+  const body = await response.json().catch(() => ({}));
+  if (body.refused) return body;
   throw Object.assign(new Error(body.error ?? `The app answered with status ${status}.`), { status });
 }
 

@@ -7135,6 +7135,24 @@ class TestInTheBrowser:
                                                                "return it.scrollTop + it.clientHeight > it.scrollHeight - 2"))
         assert not browser.complaints()
 
+    def test_an_answer_that_was_cut_short_is_asked_for_again(self, runner, browser):
+        job = runner.submit(fail)
+        assert job.exception(10)
+        browser.open(runner.serve(port=0) + "jobs/1")
+        wait_for(lambda: "ValueError: boom" in browser.text())
+        browser.run("""const whole = fetch;
+            window.fetch = async (...request) => {
+                const answer = await whole(...request);
+                if (answer.status === 200 && request[0].endsWith("/attempts")) {
+                    [window.fetch, window.wasCut] = [whole, true];
+                    answer.json = () => Promise.reject(new DOMException("", "AbortError"));
+                }
+                return answer;
+            }""")
+        assert job.restart().exception(10)
+        wait_for(lambda: browser.run("return window.wasCut && document.body.innerText.includes('restart')"))
+        assert not browser.complaints()
+
     def test_odd_addresses_names_and_filters(self, runner, browser):
         url = runner.serve(port=0)
         ids = [runner.options(label=label).submit(add, n, n).id for n, label in enumerate(("pay \u202e001 bob", " \u200b", "plain", "a\u2069\u202eb"))]
