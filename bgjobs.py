@@ -4520,10 +4520,12 @@ SUMS = "SELECT {by}, " + ", ".join(
     f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES
     ) + " FROM bgjobs_stats WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"
 FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
-# A job goes with its root, which has the lowest id of its tree; what an interruption left behind has no root any more.
+# A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to do: a child that was
+# resumed below a root that is over still runs. What an interruption left behind has no root any more.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND (r.id IS NULL OR r.status = 'failed' AND r.finished_at < :failed
-    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished) ORDER BY j.id DESC"""
+    WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
+    AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
+    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
 
 
 def count_created(runner: Runner) -> None:

@@ -4861,6 +4861,17 @@ class TestRetention:
         assert idle.submit(add, 1).id > young.id                   # no id comes again
         assert rows(idle, "SELECT count(*) FROM bgjobs_logs WHERE job_id NOT IN (SELECT id FROM bgjobs_jobs)") == [(0,)]
 
+    def test_a_tree_in_which_something_is_not_over_stays_though_its_root_is_over(self, make):
+        idle = make(start=False)
+        top = idle.submit(outlives, "fail")
+        idle.drain()
+        below, = idle.jobs(parent=top)
+        assert (top.status, below.status) == ("finished", "failed")
+        below = below.resume()
+        assert idle.prune(0, 0) == 0 and below.status == "pending"
+        idle.drain()
+        assert below.status == "failed" and idle.prune(0, 0) == 2
+
     def test_what_an_interrupted_prune_left_of_a_tree_goes_with_the_next(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "PRUNE_IDS", 5)
         clock = Clock()
