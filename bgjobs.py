@@ -1532,19 +1532,9 @@ class Submission:
 
 
 def kept_options(text: str | None) -> dict[str, Any]:
-    """Return the options that a row keeps; {"unreadable": why}, if somebody else has written what nobody can read."""
-    if not text:
-        return {}
-    try:
-        options = json.loads(text)
-        if not isinstance(options, dict):
-            raise ValueError(f"{_short(text)} is no JSON object")
-        for name, value in options.items():
-            if not (isinstance(value, list) if name == "secret" else name not in _OPTIONS or _OPTIONS[name][0](value)):
-                raise ValueError(f"{name} is {_short(value)}")
-        return options
-    except (RecursionError, TypeError, ValueError) as error:
-        return {"unreadable": _text(error)}
+    """Return the options that a row keeps."""
+    options: dict[str, Any] = json.loads(text) if text else {}
+    return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
@@ -2590,8 +2580,6 @@ class Store:
                 for write in batch:
                     write.done = True
             self._lineages.clear()
-            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
-                db.text_factory = _decoded                # slower; the transaction is run again
             raise
         return tx
 
@@ -2668,7 +2656,7 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
         db: sqlite3.Connection = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
-        db.row_factory, db.text_factory = sqlite3.Row, _decoded
+        db.row_factory = sqlite3.Row
         return db
 
     @library_code
@@ -2972,11 +2960,6 @@ def _uri(path: str) -> str:
     return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
 
 
-def _decoded(text: bytes) -> str:
-    """Return a text of the file, even one that is not UTF-8, since somebody else has written it."""
-    return text.decode("utf-8", "backslashreplace")
-
-
 # ---- 10 What people see ---------------------------------------------------------------------------------------
 #
 # Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without an
@@ -3019,8 +3002,6 @@ _PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queu
 MASK = "\u2022\u2022\u2022"
 COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
                 "parent_id", "attempt", "message")
-_TEXT_COLUMNS = ("name", "status", "phase", "parked", "label", "run_by", "key", "message")
-_JSON_COLUMNS = ("options", "args", "kwargs", "state", "positions", "result", "error")
 
 
 # Lists and counts
@@ -3199,20 +3180,9 @@ def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
     """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds.
 
-    usual: returns how many seconds jobs of a name usually take. Of a row that somebody else has written wrong it
-    returns what can be read: one such row must not cost people the whole list.
+    usual: returns how many seconds jobs of a name usually take.
     """
-    try:
-        return _described(row, now, usual)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return _described(_legible(row, error), now, usual)
-
-
-def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
     options = kept_options(row["options"])
-    values = tuple(row)
-    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
-        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
     status = row["status"]
     due = max(row["created_at"], row["run_at"] or 0.0)
     waited_until = now if status == PENDING else row["finished_at"] or due      # of a job that has never started
@@ -3234,30 +3204,12 @@ def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[s
         "operations": allowed_operations(status, options, bool(row["system"]), row["running"] > 0)}
 
 
-def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
-    """Return a row without what nobody can read, nor any values: nobody knows which of them are secret."""
-    legible: dict[str, Any] = {}
-    for name in row.keys():
-        value = None if name in _JSON_COLUMNS else row[name]
-        if value is not None:
-            value = _text(value) if name in _TEXT_COLUMNS else value if _is_number(value) else 0
-        legible[name] = value
-    return {**legible, "error": dump_error("StoreError", f"this row cannot be read: {_text(why)}", "")}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
-
-
 def _parsed(text: str | None) -> Any:
-    """Return the JSON value of a column. ValueError: it is no JSON that could be passed on, such as NaN."""
-    return _parse(text) if text else None
+    """Return the JSON value of a column."""
+    return json.loads(text) if text else None
 
 
-def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
+def phase_of(row: sqlite3.Row) -> str:
     """Return what refines the status for people, or ""."""
     if row["status"] != PENDING:
         return "waiting for children" if row["status"] == RUNNING and row["returned"] else ""
@@ -3266,7 +3218,7 @@ def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
     return row["phase"] or default
 
 
-def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
+def progress_of(row: sqlite3.Row) -> float | None:
     """Return 0 to 1, or None: the mean over the descendants, and the job itself if it reports progress of its own."""
     if row["status"] == FINISHED:
         return 1.0
@@ -3279,7 +3231,7 @@ def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
     return min(1.0, max(0.0, float(done / parts)))
 
 
-def eta_of(row: sqlite3.Row | dict[str, Any], now: float, duration: float, usual: Callable[[str], float | None]
+def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str], float | None]
            ) -> float | None:
     """Return the seconds left: from the tree's rate and the attempt's own, else from earlier jobs of the same name."""
     if row["status"] not in ACTIVE:
@@ -3308,7 +3260,7 @@ def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
     return rows[0][0] if rows else None
 
 
-def shown_arguments(row: sqlite3.Row | dict[str, Any], secret: Iterable[str | int]) -> dict[str, Any]:
+def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
     args, kwargs = list(_parsed(row["args"]) or ()), dict(_parsed(row["kwargs"]) or {})
     for place in secret:
@@ -3767,7 +3719,7 @@ class Attempt(JobContext):
          self.due, self.ran_before, self.system, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
-        self.options = kept_options(options) if options else {}
+        self.options = kept_options(options)
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
@@ -5209,13 +5161,8 @@ class Runner(Submitter, Executor):
     @staticmethod
     def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
         _current.set(attempt)
-        if "unreadable" in attempt.options:
-            raise StoreError(f"the options of job {attempt.id} cannot be read: {attempt.options['unreadable']}")
-        try:
-            args = decode(attempt.args) if attempt.args else ()
-            kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
-        except Exception as error:
-            raise StoreError(f"the arguments of job {attempt.id} cannot be read: {_text(error)}") from error
+        args = decode(attempt.args) if attempt.args else ()
+        kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
         attempt.ticket.put_back()
         value = function(*args, **kwargs)
         if isinstance(value, types.CoroutineType):
