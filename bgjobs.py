@@ -2962,86 +2962,118 @@ def _uri(path: str) -> str:
 
 # ---- 10 What people see ---------------------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without an
-# index for every filter, which each submit would have to pay for. What no index has in order is searched for from the
-# newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it is "at least".
+# Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without
+# an index for every filter, which each submit would have to pay for. If no index has the jobs in order, the search
+# goes from the newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it
+# is "at least".
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 SEARCH_LIMIT = 60_000              # jobs that one search looks at; a sixth of that if it looks into their texts
 FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
+MAX_ID = (1 << 63) - 1
+MASK = "\u2022\u2022\u2022"
 
-JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
-MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
-    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
-    ORDER BY id {order} LIMIT :limit"""
-ONE_JOB = "= :id"
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
-    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
-FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
-_CONDITIONS = {
-    "name": "name = :name",
-    "run_by": "run_by = :run_by",
-    "errors": "(own_errors + failed > 0) = :errors",
-    "low_priority": "low_priority = :low_priority",
-    "created_from": "created_at >= :created_from",
-    "created_to": "created_at <= :created_to",
-    "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' ||
-        ifnull(run_by, '')), :q) OR instr(ifnull(options, ''), '"secret"') = 0 AND
-        instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
+# Readers of filters take a Python value, or a text of a URL. Each returns what SQL compares with; ValueError says what
+# the value must be.
+
+def _read_statuses(value: Any) -> list[str]:
+    asked = [value] if isinstance(value, str) else list(value)
+    if not set(asked) <= set(STATUSES):
+        raise ValueError(f"one of {', '.join(STATUSES)}")
+    return [status for status in STATUSES if status in asked]
+
+
+def _read_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
+
+
+def read_truth(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0"):
+        raise ValueError("true or false")
+    return text in ("true", "1")
+
+
+def read_seconds(value: Any) -> float:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(seconds := float(value)):
+            return seconds
+    raise ValueError("Unix seconds")
+
+
+def read_whole_number(value: Any) -> int:
+    text = str(value)
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError("a whole number")
+    return int(text)
+
+
+def _read_parent(value: Any) -> int | None:
+    return None if value in (None, "none") else read_whole_number(getattr(value, "id", value))
+
+
+class _Filter(NamedTuple):
+    """A filter of lists: how its value is read, and the condition in SQL."""
+
+    read: Callable[[Any], Any]
+    condition: str = ""
+
+
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children.
-_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
-                 "parked": "parked IS NOT NULL"}
-
-MASK = "\u2022\u2022\u2022"
-COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
-                "parent_id", "attempt", "message")
+FILTERS = {
+    "status": _Filter(_read_statuses),
+    "name": _Filter(_read_text, "name = :name"),
+    "run_by": _Filter(_read_text, "run_by = :run_by"),
+    "errors": _Filter(read_truth, "(own_errors + failed > 0) = :errors"),
+    "low_priority": _Filter(read_truth, "low_priority = :low_priority"),
+    "parent": _Filter(_read_parent, _CHILDREN),           # None: _ROOTS
+    "system": _Filter(read_truth, _NO_SYSTEM),            # True: no condition
+    "created_from": _Filter(read_seconds, "created_at >= :created_from"),
+    "created_to": _Filter(read_seconds, "created_at <= :created_to"),
+    # The last, since it takes long. In arguments all but ASCII is escaped, so they are searched for :json.
+    "q": _Filter(_text, """(id = :q OR instr(lower(name || ' ' || ifnull(label, '') || ' ' ||
+        ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q)) OR instr(ifnull(options, ''), '"secret"') = 0
+        AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
+}
 
 
 # Lists and counts
 
+def read_value(name: str, value: Any, read: Callable[[Any], Any]) -> Any:
+    """Return what a reader makes of a value. ValueError: a bad one; the text names it."""
+    try:
+        return read(value)
+    except ValueError as wanted:
+        raise ValueError(f"{name} must be {wanted}, got {_short(value)}") from None
+
+
 def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions for all filters but the status, and their parameters. TypeError, ValueError: a bad one.
+    """Return the SQL conditions for all filters but the status, and their parameters, `status` with them.
 
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
     part of the name, label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True
     adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
+    Raises TypeError if there is no such filter, ValueError if a value is bad.
     """
     for name in filters:
         if name not in FILTERS:
             raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    parameters = {name: value for name, value in filters.items()
-                  if name in _CONDITIONS and value is not None and (value or name != "q")}
-    where = [_CONDITIONS[name] for name in parameters if name != "q"]
-    for name, value in parameters.items():
-        if name in ("name", "run_by") and not isinstance(value, str):
-            raise ValueError(f"{name} must be a text, got {_short(value)}")
-        if name in ("errors", "low_priority"):
-            parameters[name] = int(bool(value))
-        if name in ("created_from", "created_to"):
-            try:
-                parameters[name] = float(value)
-            except OverflowError:
-                raise ValueError(f"{name} must be Unix seconds, got {_short(value)}") from None
-    if "parent" in filters:
-        parent = filters["parent"]
-        where.append(_ROOTS if parent is None else _CHILDREN)
-        parameters["parent"] = getattr(parent, "id", parent)
-    if not filters.get("system"):
-        where.append(_NO_SYSTEM)
-    if "q" in parameters:
-        where.append(_CONDITIONS["q"])                    # last, since it takes long
-        text = _text(parameters["q"])
-        parameters["number"] = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
-        parameters["q"] = text.lower()
-        parameters["json"] = _dump(text)[1:-1].lower()    # in arguments all but ASCII is escaped
-    return where, parameters
+    values: dict[str, Any] = {"status": STATUSES, "system": False}
+    values |= {name: read_value(name, value, FILTERS[name].read) for name, value in filters.items()
+               if value is not None or name == "parent"}
+    where = [condition for name, (_, condition) in FILTERS.items() if condition and name in values]
+    if values["system"]:
+        where.remove(_NO_SYSTEM)
+    if values.get("parent", 0) is None:
+        where[where.index(_CHILDREN)] = _ROOTS
+    if "q" in values:
+        values["json"] = _dump(values["q"])[1:-1]
+    return where, values
 
 
 def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
@@ -3052,63 +3084,53 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     `limit` among them, even none, and more further down.
     """
     where, parameters = conditions(filters)
-    parameters.update(before=1 << 62 if before is None else before, limit=-1 if limit is None else limit + 1)
-    statuses, bottom = _statuses(filters), None
-
-    def ids_of(jobs: str) -> list[int]:
-        return [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
+    parameters["before"] = MAX_ID if before is None else before
+    parameters["limit"] = -1 if limit is None else limit + 1
+    statuses, bottom = parameters["status"], None
     if _are_at_hand(store, statuses, where):
-        ids = [job_id for status in statuses for job_id in ids_of(f"({_of_status(status, where)}) WHERE id < :before")]
-        ids.sort(reverse=True)
+        queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
-        jobs = _newest_first(where)
-        bottom = _bound(store, jobs, parameters, most)
-        ids = ids_of(" AND ".join([jobs, _is_one_of(statuses), *where]))
+        is_one = f"status IN ({', '.join(map(repr, statuses))})"
+        jobs, bottom = _newest(store, [is_one, *where], parameters, most)
+        queries = [jobs]
+    ids = [row[0] for query in queries
+           for row in store.read(f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", parameters)]
+    ids.sort(reverse=True)
     return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
     """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT, and which counts are "at least".
 
-    These are the statuses whose jobs were not all looked at.
+    Those are the statuses whose jobs were not all looked at.
     """
     where, parameters = conditions(filters)
-    counts, unsure = dict.fromkeys(STATUSES, 0), list(STATUSES)
-    tell_indexes = set(where) <= set(_INDEXED)            # however many jobs there are
-    if not tell_indexes:
-        jobs = _newest_first(where)
-        bottom = _bound(store, jobs, parameters, SEARCH_LIMIT)
-        sql = f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status"
-        counts.update(map(tuple, store.read(sql, parameters)))
-        unsure = [status for status in STATUSES if bottom and counts[status] < COUNT_LIMIT]
-    for status in list(unsure):
-        if tell_indexes or _are_fewer(store, FEW // 10, _of_status(status, [])):
+    counts, at_least = dict.fromkeys(STATUSES, 0), []
+    an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
+    if not an_index_counts:
+        jobs, bottom = _newest(store, where, parameters, SEARCH_LIMIT)
+        counts.update(map(tuple, store.read(f"SELECT status, count(*) FROM {jobs} GROUP BY status", parameters)))
+    for status in STATUSES:
+        if an_index_counts or bottom and _count(store, FEW // 10, _of_status(status, [])) < FEW // 10:
             counts[status] = _count(store, COUNT_LIMIT, _of_status(status, where), parameters)
-            unsure.remove(status)
-    return {status: min(COUNT_LIMIT, counts[status]) for status in STATUSES}, unsure
+        elif bottom and counts[status] < COUNT_LIMIT:
+            at_least.append(status)
+        counts[status] = min(counts[status], COUNT_LIMIT)
+    return counts, at_least
 
 
-def _statuses(filters: dict[str, Any]) -> list[str]:
-    """Return the statuses that pass. ValueError: there is no such status."""
-    asked = filters.get("status")
-    statuses = STATUSES if asked is None else [asked] if isinstance(asked, str) else list(asked)
-    for status in statuses:
-        if status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
-    return [status for status in STATUSES if status in statuses]
-
-
-def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for statuses; without pending it is one by which SQLite may use bgjobs_begun."""
-    if len(statuses) == len(STATUSES):
-        return "1"
-    return f"status IN ({', '.join(map(repr, statuses))})" + ("" if PENDING in statuses else " AND status <> 'pending'")
+# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children.
+_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
+                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
+                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
+                 "parked": "parked IS NOT NULL"}
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of one status that fulfil conditions, by the indexes for the status."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
+    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes for the status."""
+    if status != PENDING:                                 # the second condition lets SQLite use bgjobs_begun
+        where = [f"status = '{status}' AND status <> 'pending'", *where]
+        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join(where)}"
     indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
     if _ROOTS in where:
         del indexes["ready_children"]
@@ -3122,43 +3144,33 @@ def _count(store: Store, limit: int, query: str, parameters: dict[str, Any] | No
     return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0])
 
 
-def _are_fewer(store: Store, number: int, query: str) -> bool:
-    return _count(store, number, query) < number
-
-
 def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of each of these statuses in order, or so few that they can all be sorted."""
+    """Tell whether indexes have the jobs of each of these statuses in order, or so few that all can be sorted."""
     in_order = where == _INDEXED
-    if _CHILDREN in where or not statuses or len(statuses) == len(STATUSES) and not in_order:
+    searches_all = len(statuses) == len(STATUSES) and not in_order
+    if searches_all or _CHILDREN in where:
         return False
     indexed = [condition for condition in where if condition in _INDEXED]
-    return all(in_order and status != PENDING or _are_fewer(store, FEW, _of_status(status, indexed))
-               for status in statuses)
+    to_sort = [status for status in statuses if status == PENDING or not in_order]
+    return all(_count(store, FEW, _of_status(status, indexed)) < FEW for status in to_sort)
 
 
-def _newest_first(where: list[str]) -> str:
-    """Return where to look at one job after the other, by :before and :lowest, and ORDER BY id DESC."""
-    jobs = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
-    return f"bgjobs_jobs {jobs} AND id < :before AND id >= :lowest"
-
-
-def _bound(store: Store, jobs: str, parameters: dict[str, Any], most: int | None) -> int | None:
-    """Set :before and :lowest so that `most` jobs are between them. Return the id below which to go on, or None."""
-    parameters.setdefault("before", 1 << 62)
-    parameters["lowest"] = 0
-    if most is None:
-        return None
-    if "created_from" in parameters:                      # ids go up with time, but for an hour's error of the clock
-        parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
-    if "created_to" in parameters:
-        parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
-    last = (most // 6 if "q" in parameters else most) - 1
-    rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
-    if not rows:
-        return None
-    lowest: int = rows[0][0]
-    parameters["lowest"] = lowest
-    return lowest
+def _newest(store: Store, where: list[str], parameters: dict[str, Any], most: int | None) -> tuple[str, int | None]:
+    """Return the tables and conditions of a search among the `most` newest jobs, and the id below which to go on, or
+    None. It sets :before, which may be set already, and :lowest."""
+    table = f"bgjobs_jobs WHERE {_CHILDREN}" if _CHILDREN in where else "bgjobs_jobs NOT INDEXED WHERE 1"
+    jobs, bottom = f"{table} AND id < :before AND id >= :lowest", None
+    parameters |= {"before": parameters.get("before", MAX_ID), "lowest": 0}
+    if most is not None:
+        if "created_from" in parameters:                  # ids go up with time, but for an hour's error of the clock
+            parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
+        if "created_to" in parameters:
+            first_later = _first_id_since(store, parameters["created_to"] + 3_600)
+            parameters["before"] = min(parameters["before"], first_later)
+        last = (most // 6 if "q" in parameters else most) - 1
+        for bottom, in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters):
+            parameters["lowest"] = bottom
+    return " AND ".join([jobs, *where]), bottom
 
 
 def _first_id_since(store: Store, created_at: float) -> int:
@@ -3170,6 +3182,11 @@ def _first_id_since(store: Store, created_at: float) -> int:
 
 
 # A job's info
+
+JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
+COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
+                "parent_id", "attempt", "message")
+
 
 def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]
                   ) -> list[dict[str, Any]]:
@@ -3252,6 +3269,9 @@ def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str],
     return mean - duration if mean is not None and duration < mean else None      # longer than usual: nobody knows
 
 
+MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
+
+
 def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
     """Return how many seconds jobs of this name have taken lately, here or in another process, or None."""
     if name in costs.changed:
@@ -3289,45 +3309,48 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
     return {"attempts": kept, "positions": _parsed(row["positions"]) or []}
 
 
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
+    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
+    ORDER BY id {order} LIMIT :limit"""
+WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
+    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
+
+
 def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None,
               until: float | None, after: int, limit: int | None, tree: bool, regex: str | None = None
               ) -> list[dict[str, Any]]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` ones, or those that follow `after`.
 
-    The filters are those of Job.logs. ValueError: a bad one.
+    The filters are those of Job.logs. Raises ValueError if one is bad.
     """
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"text must be a text or None, got {_short(text)}")
     check_limit(limit)
-    found_in, needle = _search_function(regex), (text or "").lower()
+    needle = read_value("text", text or "", _read_text).lower()
+    matches = read_value("regex", regex or "", _read_regex)
     newest = limit is not None and not after
-    sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
+    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="DESC" if newest else "ASC")
     rows = store.read(sql, {
-        "id": job_id, "after": after or 0, "level": _level_number(level), "since": since or 0.0,
-        "until": math.inf if until is None else until, "limit": -1 if limit is None or text or regex else limit})
-    passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
+        "id": job_id, "after": after or 0, "level": read_value("level", level or 0, _read_level),
+        "since": since or 0.0, "until": math.inf if until is None else until,
+        "limit": -1 if limit is None or text or regex else limit})
+    passing = (row for row in rows if needle in row["message"].lower() and matches(row["message"]))
     lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(passing, limit)]
     return lines[::-1] if newest else lines
 
 
-def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that finds a regular expression in a text. ValueError: it is none."""
-    if not regex:
-        return lambda text: True
+def _read_regex(regex: Any) -> Callable[[str], Any]:
     import re
     try:
         return re.compile(regex).search
     except (re.error, OverflowError, RecursionError, TypeError) as error:
-        raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
+        raise ValueError(f"a regular expression ({error})") from None
 
 
-def _level_number(level: str | int | None) -> int:
-    """Return a log level as a number. ValueError: there is no level of this name."""
-    if not isinstance(level, str):
-        return level or 0
-    number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
+def _read_level(level: Any) -> int:
+    number = level
+    if isinstance(level, str):
+        number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
     if not isinstance(number, int):
-        raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
+        raise ValueError("DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
     return number
 
 
@@ -8803,51 +8826,19 @@ class _Refused(Exception):
         self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
-# What reads the value of a parameter, or raises ValueError with what it must be.
-
-def _whole_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ValueError("a whole number")
-    return int(text)
+# Parameters that are no filters of lists, which `conditions` reads.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "tree": read_truth, "since": read_seconds, "until": read_seconds,
+    **dict.fromkeys(("before", "after", "limit"), read_whole_number)}
 
 
-def _truth(text: str) -> bool:
-    if text not in ("true", "false", "1", "0"):
-        raise ValueError("true or false")
-    return text in ("true", "1")
-
-
-def _unix_seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if math.isfinite(seconds := float(text)):
-            return seconds
-    raise ValueError("Unix seconds")
-
-
-def _parent(text: str) -> int | None:
-    return None if text == "none" else _whole_number(text)
-
-
-_READERS: dict[str, Callable[[str], Any]] = {              # all others are texts
-    "parent": _parent,
-    **dict.fromkeys(("errors", "low_priority", "system", "tree"), _truth),
-    **dict.fromkeys(("created_from", "created_to", "since", "until"), _unix_seconds),
-    **dict.fromkeys(("before", "after", "limit"), _whole_number)}
-
-
-def _read_parameters(given: dict[str, str], known: Iterable[str]) -> dict[str, Any]:
-    """Return the values of the parameters that are not empty. ValueError: an unknown one, or a bad value."""
-    values = {}
-    for name, text in given.items():
-        if text == "":
-            continue
-        if name not in known:
+def _read_parameters(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters that are not empty, all but filters read. ValueError: an unknown one, or a bad value."""
+    for name, value in given.items():
+        if name not in known and value != "":
             raise ValueError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
-        try:
-            values[name] = _READERS.get(name, str)(text)
-        except ValueError as wanted:
-            raise ValueError(f"{name} must be {wanted}, got {_short(text)}") from None
-    return values
+    return {name: read_value(name, value, _READERS[name]) if name in _READERS else value
+            for name, value in given.items() if value != ""}
 
 
 class _Request:
@@ -9233,11 +9224,7 @@ class Page:
         """Yield the ids of the jobs that pass a filter, newest first. ValueError: a bad one."""
         if not isinstance(given, dict) or any(isinstance(value, (dict, list)) for value in given.values()):
             raise ValueError("filter must be an object like the parameters of api/jobs")
-        texts = {name: value if isinstance(value, str) else _dump(value) for name, value in given.items()
-                 if value is not None}
-        if "parent" in given:
-            texts.setdefault("parent", "none")            # null: root jobs alone
-        for ids in self._pages(_read_parameters(texts, FILTERS)):
+        for ids in self._pages(_read_parameters(given, FILTERS)):
             yield from ids
 
     # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
@@ -9555,13 +9542,10 @@ def _opened(args: Any) -> contextlib.closing[Runner]:
     return contextlib.closing(Runner(args.db, start=False))
 
 
-_LIST_FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "system")
-
-
 def _list(args: Any) -> int:
-    filters = {name: getattr(args, name) for name in _LIST_FILTERS}
-    if args.parent is not None or not (args.q or args.children):
-        filters["parent"] = args.parent
+    filters = {name: value for name, value in vars(args).items() if name in FILTERS}
+    if args.parent is None and (args.q or args.children):
+        del filters["parent"]
     with _opened(args) as runner:
         jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
     _answer(args, jobs, lambda: print_table(
