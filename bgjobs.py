@@ -2962,101 +2962,84 @@ def _uri(path: str) -> str:
 
 # ---- 10 What people see ---------------------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without
-# an index for every filter, which each submit would have to pay for. If no index has the jobs in order, the search
-# goes from the newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it
-# is "at least".
+# Lists and counts, a job's `info`, its attempts, its log. A list takes milliseconds with a million jobs, too, and
+# without an index for every filter, which each submit would pay for. If no index has the jobs in order, the search
+# goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is
+# "at least".
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 SEARCH_LIMIT = 60_000              # jobs that one search looks at; a sixth of that if it looks into their texts
 FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
 MAX_ID = (1 << 63) - 1
-MASK = "\u2022\u2022\u2022"
 
 
-# Readers of filters take a Python value, or a text of a URL. Each returns what SQL compares with; ValueError says what
-# the value must be.
+# Filters
 
-def _read_statuses(value: Any) -> list[str]:
-    asked = [value] if isinstance(value, str) else list(value)
-    if not set(asked) <= set(STATUSES):
-        raise ValueError(f"one of {', '.join(STATUSES)}")
-    return [status for status in STATUSES if status in asked]
-
-
-def _read_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a text")
-    return value
-
-
-def read_truth(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0"):
-        raise ValueError("true or false")
-    return text in ("true", "1")
-
-
-def read_seconds(value: Any) -> float:
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if math.isfinite(seconds := float(value)):
-            return seconds
-    raise ValueError("Unix seconds")
-
-
-def read_whole_number(value: Any) -> int:
-    text = str(value)
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ValueError("a whole number")
-    return int(text)
-
-
-def _read_parent(value: Any) -> int | None:
-    return None if value in (None, "none") else read_whole_number(getattr(value, "id", value))
-
-
-class _Filter(NamedTuple):
-    """A filter of lists: how its value is read, and the condition in SQL."""
+class Reader(NamedTuple):
+    """Reads a parameter, a Python value or the text of a URL. If it is not as `must_be` says, `read` raises an error."""
 
     read: Callable[[Any], Any]
-    condition: str = ""
+    must_be: str
 
+
+def _natural(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number <= MAX_ID:
+        raise ValueError
+    return number
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
+A_TEXT = Reader(str.__str__, "a text")
+A_TIME = Reader(_finite, "Unix seconds")
+A_NUMBER = Reader(_natural, "a whole number")
+_A_STATUS = Reader(
+    lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
+    f"one of {', '.join(STATUSES)}")
+_A_PARENT = Reader(
+    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)), "the id of a job, or none")
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS = {
-    "status": _Filter(_read_statuses),
-    "name": _Filter(_read_text, "name = :name"),
-    "run_by": _Filter(_read_text, "run_by = :run_by"),
-    "errors": _Filter(read_truth, "(own_errors + failed > 0) = :errors"),
-    "low_priority": _Filter(read_truth, "low_priority = :low_priority"),
-    "parent": _Filter(_read_parent, _CHILDREN),           # None: _ROOTS
-    "system": _Filter(read_truth, _NO_SYSTEM),            # True: no condition
-    "created_from": _Filter(read_seconds, "created_at >= :created_from"),
-    "created_to": _Filter(read_seconds, "created_at <= :created_to"),
-    # The last, since it takes long. In arguments all but ASCII is escaped, so they are searched for :json.
-    "q": _Filter(_text, """(id = :q OR instr(lower(name || ' ' || ifnull(label, '') || ' ' ||
+FILTERS: dict[str, tuple[Reader, str]] = {                # and the conditions
+    "status": (_A_STATUS, ""),                            # its condition depends on the index
+    "name": (A_TEXT, "name = :name"),
+    "run_by": (A_TEXT, "run_by = :run_by"),
+    "errors": (A_TRUTH, "(own_errors + failed > 0) = :errors"),
+    "low_priority": (A_TRUTH, "low_priority = :low_priority"),
+    "parent": (_A_PARENT, _CHILDREN),                     # _ROOTS if it is None
+    "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
+    "created_from": (A_TIME, "created_at >= :created_from"),
+    "created_to": (A_TIME, "created_at <= :created_to"),
+    # The slowest condition is the last. Arguments are searched for :json, since their JSON is ASCII.
+    "q": (Reader(_text, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '') || ' ' ||
         ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q)) OR instr(ifnull(options, ''), '"secret"') = 0
         AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
 }
 
 
-# Lists and counts
-
-def read_value(name: str, value: Any, read: Callable[[Any], Any]) -> Any:
-    """Return what a reader makes of a value. ValueError: a bad one; the text names it."""
+def read_value(name: str, value: Any, reader: Reader) -> Any:
+    """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
     try:
-        return read(value)
-    except ValueError as wanted:
-        raise ValueError(f"{name} must be {wanted}, got {_short(value)}") from None
+        return reader.read(value)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"{name} must be {reader.must_be}, got {_short(value)}") from None
 
 
 def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions for all filters but the status, and their parameters, `status` with them.
+    """Return the SQL conditions of all filters but the status, and all their values by name.
 
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
-    part of the name, label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True
+    part of the name, label, arguments, message or run_by. parent: an id or a Job, None for roots only. system: True
     adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
     Raises TypeError if there is no such filter, ValueError if a value is bad.
     """
@@ -3064,56 +3047,58 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         if name not in FILTERS:
             raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
     values: dict[str, Any] = {"status": STATUSES, "system": False}
-    values |= {name: read_value(name, value, FILTERS[name].read) for name, value in filters.items()
+    values |= {name: read_value(name, value, FILTERS[name][0]) for name, value in filters.items()
                if value is not None or name == "parent"}
     where = [condition for name, (_, condition) in FILTERS.items() if condition and name in values]
     if values["system"]:
         where.remove(_NO_SYSTEM)
-    if values.get("parent", 0) is None:
+    if "parent" in values and values["parent"] is None:
         where[where.index(_CHILDREN)] = _ROOTS
     if "q" in values:
         values["json"] = _dump(values["q"])[1:-1]
     return where, values
 
 
+# Lists and counts
+
 def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
               most: int | None = None) -> tuple[list[int], int | None]:
-    """Return the ids of the jobs that pass the filters, the highest first, and the id below which to go on, or None.
+    """Return the ids of jobs that pass the filters, the highest first, and the id below which to go on, or None.
 
     before: only ids below that. limit: how many at most. most: how many jobs to look at; then there may be fewer than
     `limit` among them, even none, and more further down.
     """
-    where, parameters = conditions(filters)
-    parameters["before"] = MAX_ID if before is None else before
-    parameters["limit"] = -1 if limit is None else limit + 1
-    statuses, bottom = parameters["status"], None
+    where, values = conditions(filters)
+    values["before"] = MAX_ID if before is None else before
+    values["limit"] = -1 if limit is None else limit + 1
+    statuses, bottom = values["status"], None
     if _are_at_hand(store, statuses, where):
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
-        is_one = f"status IN ({', '.join(map(repr, statuses))})"
-        jobs, bottom = _newest(store, [is_one, *where], parameters, most)
-        queries = [jobs]
+        is_asked_for = f"status IN ({', '.join(map(repr, statuses))})"
+        newest, bottom = _newest(store, [is_asked_for, *where], values, most)
+        queries = [newest]
     ids = [row[0] for query in queries
-           for row in store.read(f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", parameters)]
+           for row in store.read(f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
     ids.sort(reverse=True)
     return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT, and which counts are "at least".
-
-    Those are the statuses whose jobs were not all looked at.
-    """
-    where, parameters = conditions(filters)
-    counts, at_least = dict.fromkeys(STATUSES, 0), []
+    """Return how many jobs of each status pass the other filters, at most COUNT_LIMIT, and the statuses that may have
+    more such jobs, since the search ended before."""
+    where, values = conditions(filters)
+    counts, at_least, bottom = dict.fromkeys(STATUSES, 0), [], None
     an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
     if not an_index_counts:
-        jobs, bottom = _newest(store, where, parameters, SEARCH_LIMIT)
-        counts.update(map(tuple, store.read(f"SELECT status, count(*) FROM {jobs} GROUP BY status", parameters)))
+        newest, bottom = _newest(store, where, values, SEARCH_LIMIT)
+        rows = store.read(f"SELECT status, count(*) FROM {newest} GROUP BY status", values)
+        counts.update(map(tuple, rows))
     for status in STATUSES:
-        if an_index_counts or bottom and _count(store, FEW // 10, _of_status(status, [])) < FEW // 10:
-            counts[status] = _count(store, COUNT_LIMIT, _of_status(status, where), parameters)
-        elif bottom and counts[status] < COUNT_LIMIT:
+        counts_again = bottom is not None and _has_few(store, status, [], FEW // 10)
+        if an_index_counts or counts_again:
+            counts[status] = _count(store, _of_status(status, where), values, COUNT_LIMIT)
+        elif bottom is not None and counts[status] < COUNT_LIMIT:
             at_least.append(status)
         counts[status] = min(counts[status], COUNT_LIMIT)
     return counts, at_least
@@ -3127,7 +3112,7 @@ _PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queu
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes for the status."""
+    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes of the status."""
     if status != PENDING:                                 # the second condition lets SQLite use bgjobs_begun
         where = [f"status = '{status}' AND status <> 'pending'", *where]
         return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join(where)}"
@@ -3140,36 +3125,43 @@ def _of_status(status: str, where: list[str]) -> str:
         for index, jobs in indexes.items())
 
 
-def _count(store: Store, limit: int, query: str, parameters: dict[str, Any] | None = None) -> int:
-    return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0])
+def _count(store: Store, query: str, values: dict[str, Any], limit: int) -> int:
+    return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)[0][0])
+
+
+def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
+    return _count(store, _of_status(status, where), {}, limit) < limit
 
 
 def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of each of these statuses in order, or so few that all can be sorted."""
+    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be sorted."""
     in_order = where == _INDEXED
-    searches_all = len(statuses) == len(STATUSES) and not in_order
-    if searches_all or _CHILDREN in where:
+    needs_a_search = len(statuses) == len(STATUSES) and not in_order
+    if needs_a_search or _CHILDREN in where:
         return False
     indexed = [condition for condition in where if condition in _INDEXED]
     to_sort = [status for status in statuses if status == PENDING or not in_order]
-    return all(_count(store, FEW, _of_status(status, indexed)) < FEW for status in to_sort)
+    return all(_has_few(store, status, indexed, FEW) for status in to_sort)
 
 
-def _newest(store: Store, where: list[str], parameters: dict[str, Any], most: int | None) -> tuple[str, int | None]:
-    """Return the tables and conditions of a search among the `most` newest jobs, and the id below which to go on, or
-    None. It sets :before, which may be set already, and :lowest."""
+def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None) -> tuple[str, int | None]:
+    """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
+
+    values: its :before limits the search, and :lowest is set.
+    """
     table = f"bgjobs_jobs WHERE {_CHILDREN}" if _CHILDREN in where else "bgjobs_jobs NOT INDEXED WHERE 1"
     jobs, bottom = f"{table} AND id < :before AND id >= :lowest", None
-    parameters |= {"before": parameters.get("before", MAX_ID), "lowest": 0}
+    values.setdefault("before", MAX_ID)
+    values["lowest"] = 0
     if most is not None:
-        if "created_from" in parameters:                  # ids go up with time, but for an hour's error of the clock
-            parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
-        if "created_to" in parameters:
-            first_later = _first_id_since(store, parameters["created_to"] + 3_600)
-            parameters["before"] = min(parameters["before"], first_later)
-        last = (most // 6 if "q" in parameters else most) - 1
-        for bottom, in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters):
-            parameters["lowest"] = bottom
+        # Ids go up with time, give or take an hour if the clock was set.
+        if "created_from" in values:
+            values["lowest"] = _first_id_since(store, values["created_from"] - 3_600)
+        if "created_to" in values:
+            values["before"] = min(values["before"], _first_id_since(store, values["created_to"] + 3_600))
+        offset = (most // 6 if "q" in values else most) - 1
+        for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {offset}", values):
+            bottom = values["lowest"] = row[0]
     return " AND ".join([jobs, *where]), bottom
 
 
@@ -3183,6 +3175,7 @@ def _first_id_since(store: Store, created_at: float) -> int:
 
 # A job's info
 
+MASK = "\u2022\u2022\u2022"
 JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
 COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
                 "parent_id", "attempt", "message")
@@ -3190,7 +3183,7 @@ COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "starte
 
 def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]
                   ) -> list[dict[str, Any]]:
-    """Return the `info` of those of these jobs that are still there, the highest id first."""
+    """Return the `info` of the jobs that are still there, the highest id first."""
     return [describe(row, now, usual) for row in store.read(JOB_ROWS, {"ids": json.dumps(ids)})]
 
 
@@ -3199,26 +3192,25 @@ def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None])
 
     usual: returns how many seconds jobs of a name usually take.
     """
-    options = kept_options(row["options"])
-    status = row["status"]
+    options, error = kept_options(row["options"]), _parsed(row["error"])
     due = max(row["created_at"], row["run_at"] or 0.0)
-    waited_until = now if status == PENDING else row["finished_at"] or due      # of a job that has never started
-    duration = row["duration"] + (max(0.0, now - row["since"]) if status in ACTIVE and row["since"] else 0.0)
-    error = _parsed(row["error"])
+    waiting = row["waited"]
+    if row["started_at"] is None:
+        waited_until = now if row["status"] == PENDING else row["finished_at"] or due
+        waiting = max(0.0, waited_until - due)
+    duration = row["duration"] + (max(0.0, now - row["since"]) if row["since"] else 0.0)
     return {
         **{name: row[name] for name in COLUMNS_SEEN},
-        "phase": phase_of(row),
-        "waiting": max(0.0, waited_until - due) if row["started_at"] is None else row["waited"],
-        "duration": duration,
+        "phase": phase_of(row), "waiting": waiting, "duration": duration,
         "errors": row["own_errors"] + row["failed"],
         "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
         "progress": progress_of(row), "eta": eta_of(row, now, duration, usual),
         "children": {name: row[name] for name in ("total", "done", "failed", "running")},
         "root_id": row["root_id"] or row["id"],
-        **shown_arguments(row, options.get("secret", ())),
+        **shown_arguments(row, options),
         "state": _parsed(row["state"]), "result": _parsed(row["result"]),
         "error": error and (error["traceback"] or f"{error['type']}: {error['text']}"),
-        "operations": allowed_operations(status, options, bool(row["system"]), row["running"] > 0)}
+        "operations": allowed_operations(row["status"], options, bool(row["system"]), row["running"] > 0)}
 
 
 def _parsed(text: str | None) -> Any:
@@ -3228,11 +3220,15 @@ def _parsed(text: str | None) -> Any:
 
 def phase_of(row: sqlite3.Row) -> str:
     """Return what refines the status for people, or ""."""
+    if row["status"] == RUNNING and row["returned"]:
+        return "waiting for children"
     if row["status"] != PENDING:
-        return "waiting for children" if row["status"] == RUNNING and row["returned"] else ""
-    waits_for_its_time = row["run_at"] is not None and row["queue"] is None and row["parked"] is None
-    default = "scheduled" if waits_for_its_time else "waiting for low load" if row["low_priority"] else ""
-    return row["phase"] or default
+        return ""
+    if row["phase"]:
+        return str(row["phase"])
+    if row["queue"] is None and row["parked"] is None:
+        return "scheduled"
+    return "waiting for low load" if row["low_priority"] else ""
 
 
 def progress_of(row: sqlite3.Row) -> float | None:
@@ -3280,33 +3276,32 @@ def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
     return rows[0][0] if rows else None
 
 
-def shown_arguments(row: sqlite3.Row, secret: Iterable[str | int]) -> dict[str, Any]:
+def shown_arguments(row: sqlite3.Row, options: dict[str, Any]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args, kwargs = list(_parsed(row["args"]) or ()), dict(_parsed(row["kwargs"]) or {})
-    for place in secret:
-        if isinstance(place, int) and place < len(args):
-            args[place] = MASK
-        elif place in kwargs:
-            kwargs[place] = MASK
+    args, kwargs = _parsed(row["args"]) or [], _parsed(row["kwargs"]) or {}
+    secret = {*options.get("secret", ())}                 # names, and positions
+    for name in secret & {*kwargs}:
+        kwargs[name] = MASK
+    for position in secret & {*range(len(args))}:
+        args[position] = MASK
     return {"args": args, "kwargs": kwargs}
 
 
 # A job's attempts and its log
 
 def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
-    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first. KeyError.
+    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
 
-    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The job's own row
-    tells of the last attempt, unless something followed it.
+    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The last attempt is
+    in the job's own row, unless something followed it. Raises KeyError if there is no such job.
     """
     row = store.row(job_id)
-    kept = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
-    if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
-        is_active = row["status"] in ACTIVE and not row["returned"]
-        kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
-                     "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None,
-                     "error": None})
-    return {"attempts": kept, "positions": _parsed(row["positions"]) or []}
+    attempts = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
+    if row["attempt"] not in [0, *(each["attempt"] for each in attempts)]:
+        attempts.append({
+            "attempt": row["attempt"], "started_at": row["since"] or row["started_at"],
+            "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
+    return {"attempts": attempts, "positions": _parsed(row["positions"]) or []}
 
 
 LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
@@ -3319,39 +3314,39 @@ WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id
 def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None,
               until: float | None, after: int, limit: int | None, tree: bool, regex: str | None = None
               ) -> list[dict[str, Any]]:
-    """Return log lines of a job, or of its tree, oldest first: the newest `limit` ones, or those that follow `after`.
+    """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those that follow `after`.
 
     The filters are those of Job.logs. Raises ValueError if one is bad.
     """
     check_limit(limit)
-    needle = read_value("text", text or "", _read_text).lower()
-    matches = read_value("regex", regex or "", _read_regex)
+    found_in, needle = _search_function(regex), read_value("text", text or "", A_TEXT).lower()
     newest = limit is not None and not after
     sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="DESC" if newest else "ASC")
     rows = store.read(sql, {
-        "id": job_id, "after": after or 0, "level": read_value("level", level or 0, _read_level),
+        "id": job_id, "after": after or 0, "level": read_value("level", level, _A_LEVEL),
         "since": since or 0.0, "until": math.inf if until is None else until,
         "limit": -1 if limit is None or text or regex else limit})
-    passing = (row for row in rows if needle in row["message"].lower() and matches(row["message"]))
+    passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
     lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(passing, limit)]
     return lines[::-1] if newest else lines
 
 
-def _read_regex(regex: Any) -> Callable[[str], Any]:
+def _search_function(regex: str | None) -> Callable[[str], Any]:
+    """Return a function that finds a regular expression in a text. Raises ValueError if it is none."""
     import re
     try:
-        return re.compile(regex).search
+        return re.compile(regex or "").search
     except (re.error, OverflowError, RecursionError, TypeError) as error:
-        raise ValueError(f"a regular expression ({error})") from None
+        raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
 
 
-def _read_level(level: Any) -> int:
-    number = level
-    if isinstance(level, str):
-        number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
-    if not isinstance(number, int):
-        raise ValueError("DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
-    return number
+def _level_number(level: str | int | None) -> int:
+    if not isinstance(level, str):
+        return level or 0
+    return int(level if level.isdecimal() else logging.getLevelName(level.upper()))
+
+
+_A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
 
 
 def check_limit(limit: Any) -> None:
@@ -4377,7 +4372,7 @@ def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
     return {**{name: row[name] for name in ("id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
                                             "job_status", "runs", "skipped")},
             **{name: bool(row[name]) for name in ("low_priority", "system", "paused", "registered")},
-            **shown_arguments(row, kept_options(row["options"]).get("secret", ())),
+            **shown_arguments(row, kept_options(row["options"])),
             "tz": row["zone"], "next_at": row["next_at"] if followed else None}
 
 
@@ -8826,10 +8821,8 @@ class _Refused(Exception):
         self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
-# Parameters that are no filters of lists, which `conditions` reads.
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "tree": read_truth, "since": read_seconds, "until": read_seconds,
-    **dict.fromkeys(("before", "after", "limit"), read_whole_number)}
+# Of parameters that are no filters of lists, which `conditions` reads.
+_READERS = {"tree": A_TRUTH, "since": A_TIME, "until": A_TIME, "before": A_NUMBER, "after": A_NUMBER, "limit": A_NUMBER}
 
 
 def _read_parameters(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
