@@ -2962,24 +2962,33 @@ def _uri(path: str) -> str:
 
 # ---- 10 What people see ---------------------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its attempts, its log. A list takes milliseconds with a million jobs, too, and
-# without an index for every filter, which each submit would pay for. If no index has the jobs in order, the search
-# goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is
-# "at least".
+# Lists and counts, a job's `info`, its attempts, its log. A list takes milliseconds with a million
+# jobs, too, and without an index for every filter, which each submit would pay for. If no index has
+# the jobs in order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list
+# then says where to go on, a count that it is "at least".
 
-COUNT_LIMIT = 10_001               # where counting for people ends
-SEARCH_LIMIT = 60_000              # jobs that one search looks at; a sixth of that if it looks into their texts
-FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
+COUNT_LIMIT = 10_001       # where counting for people ends
+SEARCH_LIMIT = 60_000      # jobs that one search looks at; a sixth of that if it looks into texts
+FEW = 10_000               # if a status has fewer jobs than that, all of them are looked at
 MAX_ID = (1 << 63) - 1
 
 
 # Filters
 
 class Reader(NamedTuple):
-    """Reads a parameter, a Python value or the text of a URL. If it is not as `must_be` says, `read` raises an error."""
+    """Reads a parameter: a Python value, or a text of a URL. `read` raises an error if the value
+    is not what it must be."""
 
     read: Callable[[Any], Any]
     must_be: str
+
+
+def read_value(name: str, value: Any, reader: Reader) -> Any:
+    """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    try:
+        return reader.read(value)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"{name} must be {reader.must_be}, got {_short(value)}") from None
 
 
 def _natural(value: Any) -> int:
@@ -3001,17 +3010,20 @@ A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
 A_TEXT = Reader(str.__str__, "a text")
 A_TIME = Reader(_finite, "Unix seconds")
 A_NUMBER = Reader(_natural, "a whole number")
-_A_STATUS = Reader(
+A_LIMIT = Reader(lambda value: MAX_ID - 1 if value is None else _natural(value),
+                 "a whole number, 0 or more, or None")
+_STATUSES = Reader(
     lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
     f"one of {', '.join(STATUSES)}")
 _A_PARENT = Reader(
-    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)), "the id of a job, or none")
+    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)),
+    "the id of a job, or none")
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS: dict[str, tuple[Reader, str]] = {                # and the conditions
-    "status": (_A_STATUS, ""),                            # its condition depends on the index
+FILTERS: dict[str, tuple[Reader, str]] = {                # each with its condition
+    "status": (_STATUSES, ""),                            # the condition depends on the index
     "name": (A_TEXT, "name = :name"),
     "run_by": (A_TEXT, "run_by = :run_by"),
     "errors": (A_TRUTH, "(own_errors + failed > 0) = :errors"),
@@ -3020,27 +3032,21 @@ FILTERS: dict[str, tuple[Reader, str]] = {                # and the conditions
     "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
-    # The slowest condition is the last. Arguments are searched for :json, since their JSON is ASCII.
-    "q": (Reader(_text, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '') || ' ' ||
-        ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q)) OR instr(ifnull(options, ''), '"secret"') = 0
+    # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
+    "q": (Reader(_text, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
+        || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q))
+        OR instr(ifnull(options, ''), '"secret"') = 0
         AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
 }
-
-
-def read_value(name: str, value: Any, reader: Reader) -> Any:
-    """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
-    try:
-        return reader.read(value)
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(f"{name} must be {reader.must_be}, got {_short(value)}") from None
 
 
 def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return the SQL conditions of all filters but the status, and all their values by name.
 
-    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
-    part of the name, label, arguments, message or run_by. parent: an id or a Job, None for roots only. system: True
-    adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
+    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
+    False. q: an id, or a part of the name, label, arguments, message or run_by. parent: an id or a
+    Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
+    seconds. A filter that is None, but for parent, lets every job pass.
     Raises TypeError if there is no such filter, ValueError if a value is bad.
     """
     for name in filters:
@@ -3063,30 +3069,31 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
               most: int | None = None) -> tuple[list[int], int | None]:
-    """Return the ids of jobs that pass the filters, the highest first, and the id below which to go on, or None.
+    """Return the ids of jobs that pass the filters, the highest first, and the id below which to
+    go on, or None.
 
-    before: only ids below that. limit: how many at most. most: how many jobs to look at; then there may be fewer than
-    `limit` among them, even none, and more further down.
+    before: only ids below that. limit: how many at most. most: how many jobs to look at; then
+    there may be fewer than `limit` among them, even none, and more further down.
     """
     where, values = conditions(filters)
-    values["before"] = MAX_ID if before is None else before
-    values["limit"] = -1 if limit is None else limit + 1
+    limit = read_value("limit", limit, A_LIMIT)
+    values |= {"before": MAX_ID if before is None else before, "limit": limit + 1}
     statuses, bottom = values["status"], None
     if _are_at_hand(store, statuses, where):
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
-        is_asked_for = f"status IN ({', '.join(map(repr, statuses))})"
-        newest, bottom = _newest(store, [is_asked_for, *where], values, most)
+        others = ", ".join(repr(status) for status in STATUSES if status not in statuses)
+        newest, bottom = _newest(store, [f"status NOT IN ({others})", *where], values, most)
         queries = [newest]
-    ids = [row[0] for query in queries
-           for row in store.read(f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
+    ids = [row[0] for query in queries for row in store.read(
+        f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
     ids.sort(reverse=True)
-    return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
+    return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """Return how many jobs of each status pass the other filters, at most COUNT_LIMIT, and the statuses that may have
-    more such jobs, since the search ended before."""
+    """Return how many jobs of each status pass the other filters, at most COUNT_LIMIT, and the
+    statuses that may have more such jobs, since the search ended before."""
     where, values = conditions(filters)
     counts, at_least, bottom = dict.fromkeys(STATUSES, 0), [], None
     an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
@@ -3104,7 +3111,8 @@ def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], l
     return counts, at_least
 
 
-# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children.
+# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through
+# all children.
 _PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
                  "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
                  "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
@@ -3112,8 +3120,10 @@ _PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queu
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes of the status."""
-    if status != PENDING:                                 # the second condition lets SQLite use bgjobs_begun
+    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes
+    of the status."""
+    if status != PENDING:
+        # The second condition lets SQLite use bgjobs_begun.
         where = [f"status = '{status}' AND status <> 'pending'", *where]
         return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join(where)}"
     indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
@@ -3126,7 +3136,8 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def _count(store: Store, query: str, values: dict[str, Any], limit: int) -> int:
-    return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)[0][0])
+    rows = store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)
+    return int(rows[0][0])
 
 
 def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
@@ -3134,7 +3145,8 @@ def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
 
 
 def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be sorted."""
+    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be
+    sorted."""
     in_order = where == _INDEXED
     needs_a_search = len(statuses) == len(STATUSES) and not in_order
     if needs_a_search or _CHILDREN in where:
@@ -3144,13 +3156,14 @@ def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
     return all(_has_few(store, status, indexed, FEW) for status in to_sort)
 
 
-def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None) -> tuple[str, int | None]:
+def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None
+            ) -> tuple[str, int | None]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
     values: its :before limits the search, and :lowest is set.
     """
-    table = f"bgjobs_jobs WHERE {_CHILDREN}" if _CHILDREN in where else "bgjobs_jobs NOT INDEXED WHERE 1"
-    jobs, bottom = f"{table} AND id < :before AND id >= :lowest", None
+    source = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
+    jobs, bottom = f"bgjobs_jobs {source} AND id < :before AND id >= :lowest", None
     values.setdefault("before", MAX_ID)
     values["lowest"] = 0
     if most is not None:
@@ -3158,27 +3171,34 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
         if "created_from" in values:
             values["lowest"] = _first_id_since(store, values["created_from"] - 3_600)
         if "created_to" in values:
-            values["before"] = min(values["before"], _first_id_since(store, values["created_to"] + 3_600))
-        offset = (most // 6 if "q" in values else most) - 1
-        for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {offset}", values):
+            first_later = _first_id_since(store, values["created_to"] + 3_600)
+            values["before"] = min(values["before"], first_later)
+        last = (most // 6 if "q" in values else most) - 1
+        for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
+                              values):
             bottom = values["lowest"] = row[0]
     return " AND ".join([jobs, *where]), bottom
+
+
+CREATED_SINCE_ID = "SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1"
 
 
 def _first_id_since(store: Store, created_at: float) -> int:
     """Return the first id that was given out at that time or later."""
     def created(job_id: int) -> float:
-        rows = store.read("SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1", {"id": job_id})
+        rows = store.read(CREATED_SINCE_ID, {"id": job_id})
         return rows[0][0] if rows else math.inf
-    return bisect.bisect_left(range(store.read(HIGHEST_ID)[0][0] + 1), created_at, key=created)
+    ids = range(store.read(HIGHEST_ID)[0][0] + 1)
+    return bisect.bisect_left(ids, created_at, key=created)
 
 
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
-COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
-                "parent_id", "attempt", "message")
+JOB_ROWS = """SELECT * FROM bgjobs_jobs
+    WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"""
+COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at",
+                "finished_at", "run_by", "parent_id", "attempt", "message")
 
 
 def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]
@@ -3188,7 +3208,8 @@ def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str
 
 
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
-    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds.
+    """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations
+    seconds.
 
     usual: returns how many seconds jobs of a name usually take.
     """
@@ -3199,18 +3220,19 @@ def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None])
         waited_until = now if row["status"] == PENDING else row["finished_at"] or due
         waiting = max(0.0, waited_until - due)
     duration = row["duration"] + (max(0.0, now - row["since"]) if row["since"] else 0.0)
+    is_system = bool(row["system"])
     return {
         **{name: row[name] for name in COLUMNS_SEEN},
         "phase": phase_of(row), "waiting": waiting, "duration": duration,
         "errors": row["own_errors"] + row["failed"],
-        "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
+        "low_priority": bool(row["low_priority"]), "system": is_system,
         "progress": progress_of(row), "eta": eta_of(row, now, duration, usual),
         "children": {name: row[name] for name in ("total", "done", "failed", "running")},
         "root_id": row["root_id"] or row["id"],
         **shown_arguments(row, options),
         "state": _parsed(row["state"]), "result": _parsed(row["result"]),
         "error": error and (error["traceback"] or f"{error['type']}: {error['text']}"),
-        "operations": allowed_operations(row["status"], options, bool(row["system"]), row["running"] > 0)}
+        "operations": allowed_operations(row["status"], options, is_system, row["running"] > 0)}
 
 
 def _parsed(text: str | None) -> Any:
@@ -3290,49 +3312,56 @@ def shown_arguments(row: sqlite3.Row, options: dict[str, Any]) -> dict[str, Any]
 # A job's attempts and its log
 
 def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
-    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
+    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost
+    first.
 
-    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The last attempt is
-    in the job's own row, unless something followed it. Raises KeyError if there is no such job.
+    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}.
+    The last attempt is in the job's own row, unless something followed it.
+    Raises KeyError if there is no such job.
     """
     row = store.row(job_id)
     attempts = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
     if row["attempt"] not in [0, *(each["attempt"] for each in attempts)]:
         attempts.append({
             "attempt": row["attempt"], "started_at": row["since"] or row["started_at"],
-            "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
+            "ended_at": row["finished_at"],
+            "outcome": row["status"] if row["status"] in OVER else None, "error": None})
     return {"attempts": attempts, "positions": _parsed(row["positions"]) or []}
 
 
 LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
     WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
     ORDER BY id {order} LIMIT :limit"""
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
-    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
+WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
+    SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
+    SELECT id FROM tree)"""
 
 
-def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None,
-              until: float | None, after: int, limit: int | None, tree: bool, regex: str | None = None
-              ) -> list[dict[str, Any]]:
-    """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those that follow `after`.
+def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None,
+              since: float | None, until: float | None, after: int, limit: int | None, tree: bool,
+              regex: str | None = None) -> list[dict[str, Any]]:
+    """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
+    that follow the line `after`.
 
     The filters are those of Job.logs. Raises ValueError if one is bad.
     """
-    check_limit(limit)
-    found_in, needle = _search_function(regex), read_value("text", text or "", A_TEXT).lower()
-    newest = limit is not None and not after
-    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="DESC" if newest else "ASC")
+    limit = read_value("limit", limit, A_LIMIT)
+    needle = read_value("text", text or "", A_TEXT).lower()
+    found_in = _search_function(regex)
+    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="ASC" if after else "DESC")
     rows = store.read(sql, {
         "id": job_id, "after": after or 0, "level": read_value("level", level, _A_LEVEL),
         "since": since or 0.0, "until": math.inf if until is None else until,
-        "limit": -1 if limit is None or text or regex else limit})
-    passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
-    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(passing, limit)]
-    return lines[::-1] if newest else lines
+        "limit": MAX_ID if text or regex else limit})
+    passing = [row for row in rows
+               if needle in row["message"].lower() and found_in(row["message"])]
+    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in passing[:limit]]
+    return lines if after else lines[::-1]
 
 
 def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that finds a regular expression in a text. Raises ValueError if it is none."""
+    """Return a function that finds a regular expression in a text. Raises ValueError if it is
+    none."""
     import re
     try:
         return re.compile(regex or "").search
@@ -3347,12 +3376,6 @@ def _level_number(level: str | int | None) -> int:
 
 
 _A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
-
-
-def check_limit(limit: Any) -> None:
-    """Raise ValueError unless `limit` is a number of things to return, or None."""
-    if limit is not None and (type(limit) is not int or limit < 0):
-        raise ValueError(f"limit must be a whole number, 0 or more, or None, got {_short(limit)}")
 
 
 # ---- 11 Worker pool -------------------------------------------------------------------------------------------
@@ -4289,33 +4312,23 @@ class Job(Future[_T]):
 
 # ---- 14 Schedules ---------------------------------------------------------------------------------------------
 #
-# A schedule is a row: a function with its arguments and options, and the times at which to make a job of them. Code
-# registers it at each start. Once no living process has it in its code, it makes no more jobs, and the row stays for
-# people to see. The transaction that submits a job moves `next_at` past the present: so each time makes one job,
-# whichever process looks first, and all the times that were missed make one, too.
+# A schedule is a row: a function, its arguments and options, and the times at which to make a
+# job of them. Code registers it at each start. Once no living process has it in its code, it
+# makes no more jobs, and the row stays for people to see. The transaction that submits a job also
+# moves `next_at` past the present. So each time makes one job, whichever process looks first, and
+# all times that were missed make one, too.
 
-_JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system", "max_running")
-SCHEDULE = """SELECT s.*, EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = s.id) AS registered,
+_JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system",
+                "max_running")
+SCHEDULE = """SELECT s.*,
+    EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = s.id) AS registered,
     (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
 SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
 ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
 DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
-# One whose times change is due anew. Else next_at stays, unless the clock was set back.
-SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
-    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
-    ON CONFLICT (key) DO UPDATE SET
-    next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first) ELSE :first END,
-    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
-SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
-REGISTER = "INSERT OR IGNORE INTO bgjobs_registered VALUES (:schedule, :runner)"
-TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now, job_id = ifnull(:job, job_id),
-    runs = runs + (:job IS NOT NULL), skipped = skipped + (:job IS NULL) WHERE id = :id"""
 SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
-REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id
-    AND NOT EXISTS (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id AND runner_id <> :runner)"""
-UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
@@ -4326,10 +4339,9 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: never later than if it began now, for the clock may have been set back.
-
-    In an hour, if that cannot be told here: another process wrote the schedule, and has other time zones.
-    """
+    """Return when a schedule is due next: never later than if it began now, for the clock may
+    have been set back. In an hour if this process cannot tell: the process that registered the
+    schedule may know other time zones."""
     try:
         times = schedule_of(row["schedule"], row["zone"])
     except ValueError as error:
@@ -4339,8 +4351,14 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
     return min(times.next(row["next_at"], now), times.first(now))
 
 
+TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
+    job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
+    skipped = skipped + (:job IS NULL) WHERE id = :id"""
+
+
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Submit a schedule's job and note when it is due next; return the job's id, or None: the last one is not over."""
+    """Submit a schedule's job, unless its last one is not over, and note when it is due next.
+    Return the job's id, or None."""
     job = None
     if row["job_status"] in (None, *OVER):
         new = Submission(row["name"])
@@ -4352,15 +4370,15 @@ def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
 
 
 def run_schedules(tx: Transaction) -> None:
-    """Make a job for each schedule that is due, one for all the times it was, unless its last one is not over."""
+    """Make a job for each schedule that is due, unless its last one is not over."""
     for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
         if _make_job(tx, row, _next_time(row, tx.now)) is None:
-            tx.log(row["job_id"], logging.WARNING,
-                   f"its schedule, {row['schedule']}, was due again, and skipped: this job is not over")
+            tx.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due "
+                   "again, and skipped: this job is not over")
 
 
 def clock_was_set_back(tx: Transaction) -> None:
-    """Have no schedule wait until the clock shows again the time at which it would have been due."""
+    """Let no schedule wait until the clock shows the time again at which it would have been due."""
     for row in _rows(tx, SCHEDULE):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
@@ -4368,49 +4386,62 @@ def clock_was_set_back(tx: Transaction) -> None:
 
 def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
     """Return the `info` of a schedule: a dict of the JSON interface."""
-    followed = row["registered"] and not row["paused"]
-    return {**{name: row[name] for name in ("id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
-                                            "job_status", "runs", "skipped")},
-            **{name: bool(row[name]) for name in ("low_priority", "system", "paused", "registered")},
+    is_followed = row["registered"] and not row["paused"]
+    return {**{name: row[name] for name in (
+                "id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
+                "job_status", "runs", "skipped")},
+            **{name: bool(row[name]) for name in (
+                "low_priority", "system", "paused", "registered")},
             **shown_arguments(row, kept_options(row["options"])),
-            "tz": row["zone"], "next_at": row["next_at"] if followed else None}
+            "tz": row["zone"], "next_at": row["next_at"] if is_followed else None}
+
+
+REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
+    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id AND runner_id <> :runner)"""
+UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
 
 
 class Schedule:
-    """What `every` returns: a schedule in the file. Once it was removed, its methods raise KeyError."""
+    """A schedule in the file, as `every` returns it. If it was removed, methods raise KeyError."""
 
     def __init__(self, runner: Runner, schedule_id: int) -> None:
         self._runner, self.id = runner, schedule_id
 
     def info(self) -> dict[str, Any]:
-        """Return all that is known of it, as JSON values. Times are Unix seconds. registered: the code of a living
-        process has it, else it makes no more jobs. skipped: how often its last job was not over when it was due."""
-        return describe_schedule(self._found(self._runner._store.read(ONE_SCHEDULE, {"id": self.id})))
+        """Return all that is known of it, as JSON values. Times are Unix seconds.
+
+        registered: a living process has it in its code, else it makes no more jobs. skipped: how
+        often its last job was not over when it was due.
+        """
+        return describe_schedule(self._found(
+            self._runner._store.read(ONE_SCHEDULE, {"id": self.id})))
 
     def pause(self) -> Schedule:
         """Make no more jobs, in any process, until it is resumed."""
         return self._set_paused(True)
 
     def resume(self) -> Schedule:
-        """Go on with the next time; what was missed in the pause is not made up for."""
+        """Go on with the next time; times that passed in the pause are not made up for."""
         return self._set_paused(False)
 
     def run_now(self) -> Job[Any]:
-        """Submit its job now; its times stay. InvalidOperation: the last job is not over."""
+        """Submit its job now; its times stay. Raises InvalidOperation if its last job is not
+        over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
             if job is None:
-                raise InvalidOperation(f"job {row['job_id']} of schedule {self.id} ({row['name']}) is "
-                                       f"{row['job_status']}; wait until it is over")
+                raise InvalidOperation(f"job {row['job_id']} of schedule {self.id} ({row['name']}) "
+                                       f"is {row['job_status']}; wait until it is over")
             return job
         return Job(self._runner, self._change(run))
 
     def remove(self) -> None:
-        """Delete it. InvalidOperation: the code of another living process has it."""
+        """Delete it. Raises InvalidOperation if another living process has it in its code."""
         def remove(tx: Transaction, row: sqlite3.Row) -> str:
-            if not tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._runner._id}).rowcount:
-                raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of another process that "
-                                       "runs; remove it there")
+            deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._runner._id})
+            if not deleted.rowcount:
+                raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
+                                       "another process that runs; remove it there")
             tx.execute(UNREGISTER_ALL, {"id": self.id})
             return str(row["key"])
         self._runner._schedules.pop(self._change(remove), None)
@@ -4421,7 +4452,8 @@ class Schedule:
         return self
 
     def _change(self, change: Callable[[Transaction, sqlite3.Row], Any]) -> Any:
-        return self._runner._store.write(lambda tx: change(tx, self._found(_rows(tx, ONE_SCHEDULE, id=self.id))))
+        return self._runner._store.write(
+            lambda tx: change(tx, self._found(_rows(tx, ONE_SCHEDULE, id=self.id))))
 
     def _found(self, rows: list[sqlite3.Row]) -> sqlite3.Row:
         if not rows:
@@ -4432,13 +4464,17 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
-def _call_as_key(new: Submission) -> str:
-    """Return the key of a schedule that was given none: function and arguments, hashed if they are secret or long."""
-    arguments = f"{new.args or ''}{new.kwargs or ''}"
-    if len(arguments) > 400 or '"secret"' in (new.options or ""):
-        import hashlib
-        arguments = hashlib.sha256(arguments.encode()).hexdigest()
-    return f"{new.name}({arguments})"
+# If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
+# was set back.
+SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules
+    (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
+    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
+    ON CONFLICT (key) DO UPDATE SET
+    next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first)
+        ELSE :first END,
+    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
+SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
+REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
 def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...],
@@ -4451,60 +4487,65 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
     new.low_priority = new.low_priority or 0
-    if not isinstance(schedule, str):
-        schedule = _period(schedule) if _are_seconds([schedule]) else _short(schedule)
+    schedule = _period(schedule) if _are_seconds([schedule]) else _text(schedule)
     zone = zone_of(options.get("tz", _registry.declared.get(fn, {}).get("tz")))[1]
-    times = schedule_of(schedule, zone)
+    first = schedule_of(schedule, zone).first
     key = new.key or _call_as_key(new)
     asked = schedule, zone, new.name, new.args, new.kwargs
     known = runner._schedules.setdefault(key, asked)
     if known != asked:
-        what = (f"the key {key!r} is taken by {known[2]}" if new.key else
-                f"{new.name} with these arguments is scheduled already")
-        raise ValueError(f"{what}, {known[0]}; give each schedule a key of its own")
+        taken = f"the key {key!r} is taken by {known[2]}"
+        if not new.key:
+            taken = f"{new.name} with these arguments is scheduled already"
+        raise ValueError(f"{taken}, {known[0]}; give each schedule a key of its own")
+    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
+              "key": key, "zone": zone, "schedule": schedule, "runner": runner._id}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
-                                   "schedule": schedule, "now": tx.now, "first": times.first(tx.now)})
-        schedule_id: int = tx.value(SCHEDULE_ID, key=key)
-        tx.execute(REGISTER, {"schedule": schedule_id, "runner": runner._id})
-        return schedule_id
+        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": first(tx.now)})
+        tx.execute(REGISTER, values)
+        return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(runner, runner._store.write(save))
+
+
+def _call_as_key(new: Submission) -> str:
+    """Return the key of a schedule that was given none: function and arguments, hashed if they
+    are secret or long."""
+    arguments = f"{new.args or ''}{new.kwargs or ''}"
+    if len(arguments) > 400 or '"secret"' in (new.options or ""):
+        import hashlib
+        arguments = hashlib.sha256(arguments.encode()).hexdigest()
+    return f"{new.name}({arguments})"
 
 
 # ---- 15 Statistics and retention ------------------------------------------------------------------------------
 #
-# Transactions count what happens to jobs, by minute and function, in bgjobs_stats; so it outlives the jobs. Every hour
-# a system job sums up what has left a window of `stats`, by the parts of the next longer one, and removes the trees
-# that have been over for long.
+# Transactions count in bgjobs_stats what happens to jobs, by minute and function, so that it
+# outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
+# by the parts of the next longer window, and removes the trees that have been over for long.
 
-WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}    # how many parts, of how many minutes
+# How many parts a window has, and of how many minutes.
+WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
+_A_WINDOW = Reader(WINDOWS.__getitem__, ", ".join(WINDOWS))
 AGES = 1 << 40             # minutes: one part for all that is older than the windows
 # Seconds that trees are kept once they are over, cancelled ones as finished.
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
-PRUNE_IDS = 2_000          # ids that a prune looks at together
-PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs; one may have thousands of log lines
 
-# {by}: what the rows begin with, and there is one for each.
+# {by}: the first columns of the rows, and what they are grouped by.
 SUMS = "SELECT {by}, " + ", ".join(
-    f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}" for name in _TALLIES
-    ) + " FROM bgjobs_stats WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"
-FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
-# A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to do: a child that was
-# resumed below a root that is over still runs. What an interruption left behind has no root any more.
-EXPIRED = """SELECT j.id FROM bgjobs_jobs j LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
-    AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
-    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
+    f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}"
+    for name in _TALLIES) + """ FROM bgjobs_stats
+    WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"""
 
 
 def count_created(runner: Runner) -> None:
-    """Bring the statistics up to date with what was created and begun by now."""
+    """Bring the statistics up to date with the jobs that were created and begun by now."""
     if runner._unwritten.starts or runner._store.read(UNCOUNTED):
         runner._store.write(Transaction.count_created)
 
 
-_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None, "running": None}
+_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None,
+            "running": None}
 
 
 def _counted(row: sqlite3.Row) -> dict[str, Any]:
@@ -4517,17 +4558,16 @@ def _counted(row: sqlite3.Row) -> dict[str, Any]:
 
 
 def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, Any]:
-    """Return what was counted in a window; see Runner.stats."""
-    if not isinstance(window, str) or window not in WINDOWS:
-        raise ValueError(f"window must be {', '.join(WINDOWS)}, got {_short(window)}")
-    count, step = WINDOWS[window]
+    """Return the counts of a window; see Runner.stats."""
+    count, step = read_value("window", window, _A_WINDOW)
     last = int(runner._clock() // 60)
     first = (last // step - count + 1) * step
     count_created(runner)
 
     def sums(by: str) -> dict[Any, dict[str, Any]]:
         bounds = {"first": first, "last": last, "name": name}
-        return {row[0]: _counted(row) for row in runner._store.read(SUMS.format(by=by), bounds)}
+        return {row[0]: _counted(row)
+                for row in runner._store.read(SUMS.format(by=by), bounds)}
     parts = sums(f"minute / {step}")
     return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
             "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)}
@@ -4537,8 +4577,9 @@ def read_statistics(runner: Runner, window: str, name: str | None) -> dict[str, 
 
 
 def _metric(name: str, help: str, values: Mapping[str, float], label: str = "") -> str:
-    """Return the lines of a metric, a value for each value of the label; without a label it has one."""
-    lines = f"# HELP bgjobs_{name} {help}\n# TYPE bgjobs_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+    """Return the lines of a metric: one for each value of the label, or one without a label."""
+    kind = "counter" if name.endswith("_total") else "gauge"
+    lines = f"# HELP bgjobs_{name} {help}\n# TYPE bgjobs_{name} {kind}\n"
     for of, value in values.items():
         escaped = of.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
         labels = f'{{{label}="{escaped}"}}' if label else ""
@@ -4546,40 +4587,67 @@ def _metric(name: str, help: str, values: Mapping[str, float], label: str = "") 
     return lines
 
 
+_COUNTERS = {
+    "created_total": "Jobs submitted.",
+    "started_total": "Jobs started for the first time.",
+    "finished_total": "Jobs finished.",
+    "failed_total": "Jobs failed for good.",
+    "waiting_seconds_total": "Seconds from creation or due time to the start.",
+    "running_seconds_total": "Seconds that ended jobs ran.",
+}
+
+
 def metrics(runner: Runner) -> str:
     """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
     count_created(runner)
-    functions = runner._store.read(SUMS.format(by="name"), {"first": 0, "last": AGES, "name": None})
+    ages = {"first": 0, "last": AGES, "name": None}
+    functions = runner._store.read(SUMS.format(by="name"), ages)
     runners = runner._store.read(RUNNERS)
-    counters = {"created_total": "Jobs submitted.", "started_total": "Jobs started for the first time.",
-                "finished_total": "Jobs finished.", "failed_total": "Jobs failed for good.",
-                "waiting_seconds_total": "Seconds from creation or due time to the start.",
-                "running_seconds_total": "Seconds that ended jobs ran."}
     return "".join([
         _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
                 count_jobs(runner._store, {"system": True})[0], "status"),
-        *(_metric(name, help, {row["name"]: row[name.partition("_")[0]] for row in functions}, "function")
-          for name, help in counters.items()),
-        _metric("runners", "Processes that have the file open to run or submit jobs.", {"": len(runners)}),
+        *(_metric(name, help, {row["name"]: row[name.partition("_")[0]] for row in functions},
+                  "function") for name, help in _COUNTERS.items()),
+        _metric("runners", "Processes that have the file open to run or submit jobs.",
+                {"": len(runners)}),
         _metric("abandoned_threads", "Threads of superseded attempts that live on.",
                 {"": sum(row["abandoned"] for row in runners)})])
 
 
+FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
+
+
 def fold_statistics(runner: Runner) -> None:
-    """Sum up what has left each window by the parts of the next longer one, and after the longest for good."""
+    """Sum up the rows that have left each window by the parts of the next longer window, and
+    after the longest for good."""
     now = int(runner._clock() // 60)
     for (count, step), (_, longer) in itertools.pairwise((*WINDOWS.values(), (1, AGES))):
         bounds = {"first": 0, "last": now - (count + 1) * step, "name": None}
 
         def fold(tx: Transaction) -> None:
-            sums = tx.execute(SUMS.format(by=f"minute / {longer} * {longer}, name"), bounds).fetchall()
+            by_part = SUMS.format(by=f"minute / {longer} * {longer}, name")
+            sums = tx.execute(by_part, bounds).fetchall()
             tx.execute(FORGET_MINUTES, bounds)
             tx.executemany(SAVE_TALLY, sums)
         runner._store.write(fold)
 
 
+PRUNE_IDS = 2_000          # ids that a prune looks at together
+PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs, while all writers wait
+
+# A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to
+# do: a child that was resumed below a root that is over still runs. Jobs that an interrupted prune
+# left behind have no root any more.
+EXPIRED = """SELECT j.id FROM bgjobs_jobs j
+    LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
+    WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
+    AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
+    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
+
+
 def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
-    """Remove expired jobs for PRUNE_SECONDS, since all who write wait so long; return how many that were."""
+    """Remove expired jobs for PRUNE_SECONDS and return how many; a job may have thousands of log
+    lines."""
     ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
     for count, (job_id,) in enumerate(ids, 1):
         tx.remove([job_id])
@@ -4589,13 +4657,16 @@ def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
 
 
 def remove_expired(runner: Runner, finished: float, failed: float) -> int:
-    """Remove whole trees that are over for so many seconds, and return how many jobs that were; see Runner.prune."""
+    """Remove whole trees that are over for so many seconds, and return the number of their jobs;
+    see Runner.prune."""
     if not _are_seconds([finished, failed]):
-        raise ValueError(f"finished and failed are seconds, 0 or more, got {_short((finished, failed))}")
+        raise ValueError("finished and failed are seconds, 0 or more, "
+                         f"got {_short((finished, failed))}")
     now, removed = runner._clock(), 0
     highest = runner._store.read(HIGHEST_ID)[0][0]
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
-        which = {"after": after, "until": after + PRUNE_IDS, "finished": now - finished, "failed": now - failed}
+        which = {"after": after, "until": after + PRUNE_IDS,
+                 "finished": now - finished, "failed": now - failed}
         while runner._store.read(EXPIRED + " LIMIT 1", which):
             removed += runner._store.write(lambda tx: _remove_some(tx, which))
             current_job().checkpoint()
@@ -4611,7 +4682,8 @@ def housekeeping(finished: float, failed: float) -> int:
 
 
 def keep_house(runner: Runner) -> None:
-    """Have the file looked after every hour, by one process at a time. Each runner that starts sees to it."""
+    """Schedule the housekeeping, which one process at a time does; each runner that starts calls
+    this."""
     if runner._retention is not None:
         label = "Housekeeping: remove what is over for long"
         hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
@@ -5312,7 +5384,6 @@ class Runner(Submitter, Executor):
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent=
         system= created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None.
         ValueError: a bad value."""
-        check_limit(limit)
         return [Job(self, job_id) for job_id in find_jobs(self._store, filters, limit, before)[0]]
 
     def _status(self, job_id: int) -> str:
