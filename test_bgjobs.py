@@ -99,15 +99,123 @@ def rows(runner, sql, *parameters):
         return db.execute(sql, parameters).fetchall()
 
 
+def execute(runner, sql, *parameters):
+    """Change the file as another program may."""
+    with contextlib.closing(sqlite3.connect(runner.path)) as db:
+        db.execute(sql, parameters)
+        db.commit()
+
+
+# The inside of bgjobs, which tests reach through these helpers only.
+
+def runner_id(runner):
+    return runner._id
+
+
+def runner_of(job):
+    return job._runner
+
+
+def store_of(runner):
+    return runner._store
+
+
+def written(runner, run):
+    """Call run(transaction) in a write of the runner's store, and return what it returned."""
+    return store_of(runner).write(run)
+
+
+def statements(runner, run):
+    """Return how many statements such a write executes."""
+    calls = itertools.count()
+    store_of(runner)._writer.set_trace_callback(lambda sql: next(calls))
+    written(runner, run)
+    store_of(runner)._writer.set_trace_callback(None)
+    return next(calls)
+
+
+def synchronous(runner):
+    """Return how SQLite is told to flush what the runner writes."""
+    return store_of(runner)._writer.execute("PRAGMA synchronous").fetchone()[0]
+
+
+def counted(runner, **filters):
+    """Return the number of jobs by status."""
+    return bgjobs.count_jobs(store_of(runner), filters)[0]
+
+
+def submission(runner, function, **options):
+    """Return what a runner would write for such a submit."""
+    return runner._submission(function, options)
+
+
+def operate(runner, operation, job_id):
+    return runner._operate(operation, job_id, None)
+
+
+def claim(tx, runner, count, ahead=0, workers=None, costs=None):
+    """Claim up to `count` jobs, and up to `ahead` more of short ones, as a runner does."""
+    costs = runner._costs if costs is None else costs
+    return tx.claim(runner_id(runner), count, count, ahead, 0.0, workers or count, costs)
+
+
 def claimed(runner, count):
-    """Claim jobs as a runner does, and run nothing."""
-    claims = runner._store.write(lambda tx: tx.claim(runner._id, count, count, 0, 0.0, count, runner._costs))
-    return [bgjobs.Attempt(runner, claim) for claim in claims]
+    """Claim jobs, run nothing, and return their attempts."""
+    claims = written(runner, lambda tx: claim(tx, runner, count))
+    return [bgjobs.Attempt(runner, each) for each in claims]
+
+
+def ended(runner, *attempts):
+    """Record the outcomes of attempts."""
+    written(runner, lambda tx: tx.finish(list(attempts)))
+
+
+def take_back(runner):
+    """Take back what a runner has claimed, as if its process had died."""
+    written(runner, lambda tx: tx.recover(runner_id(runner)))
+
+
+def look_for_the_dead(runner):
+    """Take back what runners whose processes have died had claimed."""
+    runner._recover_dead()
+
+
+def attempts_of(runner):
+    """Return the attempts that a runner has, by job id."""
+    return runner._attempts
+
+
+def abandoned(runner):
+    """Return the number of threads that a force stop has left behind."""
+    return runner._pool.abandoned
 
 
 def places(runner):
     """Return how many places are taken by normal and by low priority."""
     return tuple(map(len, runner._pool._placed))
+
+
+def free_places(runner):
+    return runner._pool.room()[0]
+
+
+def unwritten(runner):
+    """Return the log lines and the starts of attempts that the next write takes along."""
+    return runner._unwritten
+
+
+def watched(runner):
+    """Return the jobs whose end a handle of this runner waits for."""
+    return runner._handles.watched
+
+
+def callbacks_left(runner):
+    return runner._handles.callbacks_left
+
+
+def hurry(runner):
+    """Have all duties of the service thread done at its next round."""
+    runner._service._done_at.clear()
 
 
 def consistent(runner):
@@ -157,7 +265,7 @@ def job_in(idle, status):
     with contextlib.closing(sqlite3.connect(idle.path)) as db:
         db.execute("UPDATE bgjobs_jobs SET status = :status, queue = CASE WHEN :status = 'pending' THEN 0 END, owner = CASE WHEN "
                    ":status IN ('running', 'stopping') THEN :owner END, lane = CASE WHEN :status = 'pending' THEN 0 END WHERE id = :id",
-                   {"status": status, "id": job.id, "owner": idle._id})
+                   {"status": status, "id": job.id, "owner": runner_id(idle)})
         db.commit()
     return job
 
@@ -829,7 +937,7 @@ class TestTransitions:
     @pytest.mark.parametrize("status", bgjobs.STATUSES)
     def test_the_store_does_what_the_table_says(self, idle, status, operation):
         job = job_in(idle, status)
-        call = {"set_low_priority": lambda: job.set_low_priority(True), "cancel": lambda: idle._operate("cancel", job.id, None),
+        call = {"set_low_priority": lambda: job.set_low_priority(True), "cancel": lambda: operate(idle, "cancel", job.id),
                 "remove_low_priority": lambda: job.set_low_priority(False)}.get(operation, getattr(job, operation, None))
         expected = bgjobs.TRANSITIONS[operation].get(status)
         if expected is None:
@@ -1413,7 +1521,7 @@ class TestFairShares:
     def test_only_known_short_jobs_are_claimed_ahead(self, idle):
         def ahead(function, *arguments, workers=1, **options):
             idle.options(**options).submit_many(function, [arguments] * 50)
-            claims = idle._store.write(lambda tx: tx.claim(idle._id, 1, 1, 40, 0.0, workers, costs))
+            claims = written(idle, lambda tx: claim(tx, idle, 1, 40, workers, costs))
             for job in idle.jobs(limit=1000):
                 job.cancel()
             return len(claims) - 1
@@ -1424,11 +1532,8 @@ class TestFairShares:
     @pytest.mark.parametrize("low_priority", [False, True])
     def test_a_claim_knows_whether_more_is_ready(self, idle, low_priority):
         def more_ready(free, ahead=0):
-            def claim(tx):
-                taken = tx.claim(idle._id, free, free, ahead, 0.0, 4, idle._costs)
-                return len(taken), tx.more_ready
-            return idle._store.write(claim)
-        idle._costs = bgjobs.Costs({"test_bgjobs.add": 0.0001, "test_bgjobs.nap": 1.0})
+            return written(idle, lambda tx: (len(claim(tx, idle, free, ahead, 4, costs)), tx.more_ready))
+        costs = bgjobs.Costs({"test_bgjobs.add": 0.0001, "test_bgjobs.nap": 1.0})
         root = idle.options(low_priority=low_priority).submit(add, 1)
         idle.options(parent=root).submit_many(add, [(1,)] * 5)
         assert [more_ready(4), more_ready(4), more_ready(1)] == [(4, True), (2, False), (0, False)]
@@ -1617,7 +1722,7 @@ class TestForceStop:
         locks["untimed"].release()
         locks["socket"][1].send(b"x")
         gate("swallow").set()
-        wait_for(lambda: runner._pool.abandoned == 0)        # the thread ends as soon as it can
+        wait_for(lambda: abandoned(runner) == 0)        # the thread ends as soon as it can
         assert job.status == "stopped" and job.attempt == 1 and job.info()["result"] is None
         for end in locks["socket"]:
             end.close()
@@ -1645,7 +1750,7 @@ class TestForceStop:
             ends.append(wait_for(lambda: (status := job.status) in ("finished", "stopped") and status))
             assert (job.info()["result"] is None) == (ends[-1] == "stopped"), job.info()
         assert set(ends) == {"finished", "stopped"}
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
         assert runner.submit(add, 1, 2).result(10) == 3
         consistent(runner)
 
@@ -1660,7 +1765,7 @@ class TestForceStop:
                 job.stop()
                 job.force_stop()
             wait_for(lambda: job.status == "stopped")
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
         assert runner.submit(add, 1, 2).result(10) == 3
         consistent(runner)
 
@@ -1676,10 +1781,10 @@ class TestForceStop:
             job.force_stop()
             job.resume()
         wait_for(lambda: len(seen) == 3)
-        assert job.status == "running" and job.attempt == 3 and runner._pool.abandoned == 2
+        assert job.status == "running" and job.attempt == 3 and abandoned(runner) == 2
         locks["untimed"].release()
         assert job.result(10) is None and job.attempt == 3
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
         assert [line["message"] for line in job.logs()] == ["stop", "force stop", "resume"] * 2
         consistent(runner)
 
@@ -1692,7 +1797,7 @@ class TestForceStop:
         job.resume()
         wait_for(lambda: job.attempt == 2 and job.status == "running")
         gate("attempt 1").set()
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
         assert runner.submit(add, 1, 2).result(10) == 3      # the outcomes that waited are recorded by now
         assert job.status == "running"
         gate("attempt 2").set()
@@ -1717,9 +1822,9 @@ class TestForceStop:
             in_another_process(path, "runner.get(1).stop().force_stop().resume()")
             wait_for(lambda: ("ends", attempt) in seen)
         wait_for(lambda: ("begins", 4) in seen)
-        assert job.status == "running" and job.attempt == 4 and list(runner._attempts) == [job.id]
+        assert job.status == "running" and job.attempt == 4 and list(attempts_of(runner)) == [job.id]
         stop_and_wait(job)
-        assert runner._pool.abandoned == 0 and places(runner) == (0, 0)
+        assert abandoned(runner) == 0 and places(runner) == (0, 0)
 
     def test_lines_that_a_superseded_attempt_logs_are_refused(self, make, path):
         runner = make(max_workers=1)
@@ -1731,7 +1836,7 @@ class TestForceStop:
                 runner.get(1).stop().force_stop()
                 print(time.time())
             """, path))
-        wait_for(lambda: runner._pool.abandoned == 0 and not runner._attempts)
+        wait_for(lambda: abandoned(runner) == 0 and not attempts_of(runner))
         runner.submit(add, 1).result(10)
         assert all(line["at"] <= float(out) for line in job.logs())
 
@@ -1744,8 +1849,8 @@ class TestForceStop:
         claimed(idle, 1)
         with pytest.raises(bgjobs.JobStopped, match="attempt 1 of job 1 has been superseded"):
             attempt._save('"late"')
-        idle._unwritten.add_line(attempt, time.time(), 20, "late")
-        idle._store.write(lambda tx: tx.save_progress(attempt, bgjobs.Report(0.5)))
+        unwritten(idle).add_line(attempt, time.time(), 20, "late")
+        written(idle, lambda tx: tx.save_progress(attempt, bgjobs.Report(0.5)))
         assert (job.state, job.progress, job.attempt, job.status) == (None, None, 2, "running")
         assert "late" not in [line["message"] for line in job.logs()]
 
@@ -1763,7 +1868,7 @@ class TestForceStop:
                 time.sleep(chance.random() / 500)
                 job.stop()
                 job.force_stop()
-            wait_for(lambda: runner._pool.abandoned == 0)
+            wait_for(lambda: abandoned(runner) == 0)
             assert handler.lock.acquire(timeout=5)
             handler.lock.release()
         finally:
@@ -1774,7 +1879,7 @@ class TestForceStop:
         runner = make(max_workers=1)
         job = runner.submit(force_stop_itself)
         wait_for(lambda: job.status == "stopped")
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
         assert runner.submit(add, 1, 2).result(10) == 3
 
     def test_too_many_abandoned_threads_end_the_claiming_until_they_end(self, make, caplog):
@@ -1865,7 +1970,7 @@ class TestForceStop:
         runner = make(max_workers=1)
         job = runner.submit(checkpoint_on_and_on)
         wait_for(lambda: job.status == "running")
-        attempt = runner._attempts[job.id]
+        attempt = attempts_of(runner)[job.id]
         passed = threading.Event()
         attempt.let_pass(passed)
         wait_for(lambda: attempt._operation is None)
@@ -2109,7 +2214,7 @@ def limited_nest(depth, kind):
     if kind == "limit":
         return 1 + bgjobs.options(name="limited", max_running=1).submit(limited_nest, depth - 1, kind).result()
     child = bgjobs.options(delay=0.02).submit(limited_nest, depth - 1, kind)
-    child._runner._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", (child.id,)))
+    execute(runner_of(child), "UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", child.id)
     return 1 + child.result()
 
 
@@ -2244,7 +2349,7 @@ class TestOutcomes:
         attempts = claimed(idle, 2)
         child = attempts[1]
         child.outcome, child.worked = bgjobs.RETURNED, 5.0
-        idle._store.write(lambda tx: (tx.save_progress(child, bgjobs.Report(0.5)), tx.add_charge(child, 4_000_000), tx.finish([child])))
+        written(idle, lambda tx: (tx.save_progress(child, bgjobs.Report(0.5)), tx.add_charge(child, 4_000_000), tx.finish([child])))
         assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
         consistent(idle)
 
@@ -2257,14 +2362,14 @@ class TestOutcomes:
         child.force_stop()
         child.cancel()
         attempts[1].outcome = bgjobs.RETURNED
-        idle._store.write(lambda tx: tx.finish(attempts[1:]))
+        ended(idle, *attempts[1:])
         assert child.status == "cancelled" and parent.children["running"] == 0
         consistent(idle)
 
     def test_a_root_that_is_resumed_has_no_credit(self, idle):
         job = idle.submit(add, 1)
         job.stop()
-        idle._store.write(lambda tx: tx.execute(bgjobs.ADVANCE_CLOCK, {"tag": 50}))
+        written(idle, lambda tx: tx.execute(bgjobs.ADVANCE_CLOCK, {"tag": 50}))
         job.resume()
         assert rows(idle, "SELECT vtime FROM bgjobs_jobs") == [(50,)]
 
@@ -2381,7 +2486,7 @@ class TestOperations:
         def harass(operation):
             for job_id in ids:
                 with contextlib.suppress(bgjobs.InvalidOperation):
-                    runner._operate(operation, job_id, "test")
+                    operate(runner, operation, job_id)
         threads = [threading.Thread(target=harass, args=(operation,)) for operation in ("stop", "force_stop", "resume", "stop")]
         for thread in threads:
             thread.start()
@@ -2454,7 +2559,7 @@ class TestTrees:
         seen.clear()
         job = runner.submit(submit_late)
         wait_for(lambda: "submit late" in seen)
-        runner._store.write(lambda tx: tx.operate("stop", job.id, None))      # as another process does it
+        written(runner, lambda tx: tx.operate("stop", job.id, None))      # as another process does it
         gate("submit late").set()
         wait_for(lambda: job.status == "stopped")
         assert job.children["total"] == 0
@@ -2465,7 +2570,7 @@ class TestTrees:
         attempt.outcome = bgjobs.RETURNED
         new = bgjobs.Submission("test_bgjobs.add")
         new.parent_id = parent.id
-        idle._store.write(lambda tx: (tx.submit(new), tx.finish([attempt])))
+        written(idle, lambda tx: (tx.submit(new), tx.finish([attempt])))
         assert parent.phase == "waiting for children"
         consistent(idle)
 
@@ -2479,7 +2584,7 @@ class TestTrees:
         again.get(child.id).restart().stop()
         with concurrent.futures.ThreadPoolExecutor(1) as plain:
             waiting = plain.submit(again.get(child.id).exception, 10)
-            wait_for(lambda: again._handles.watched)
+            wait_for(lambda: watched(again))
             again.get(root.id).restart()
             assert "has been removed" in str(waiting.result(10))
 
@@ -2487,11 +2592,7 @@ class TestTrees:
         def writes(count):
             root = idle.submit(add, 1)
             idle.options(parent=root).submit_many(add, [(1,)] * count)
-            calls = itertools.count()
-            idle._store._writer.set_trace_callback(lambda sql: next(calls))
-            idle._store.write(lambda tx: [tx._changes[root.id], tx.apply()])
-            idle._store._writer.set_trace_callback(None)
-            return next(calls)
+            return statements(idle, lambda tx: [tx._changes[root.id], tx.apply()])
         assert writes(10_000) == writes(100)
 
 
@@ -2574,7 +2675,7 @@ class TestMaxRunning:
         idle = make(start=False, clock=clock)
         first, second, third = (idle.options(max_running=1, delay=n).submit(add, 1, 2) for n in range(3))
         clock.now += 3
-        idle._store.write(lambda tx: tx.wake_due())
+        written(idle, lambda tx: tx.wake_due())
         attempt, = claimed(idle, 5)
         assert [second.phase, third.phase] == ["limit reached"] * 2
         if ending == "cancel":
@@ -2594,14 +2695,14 @@ class TestMaxRunning:
             first.stop()
             first.force_stop()
         elif ending == "crash":
-            idle._store.write(lambda tx: tx.recover(idle._id))
+            take_back(idle)
         else:
-            idle._store.write(lambda tx: tx.finish([attempt]))
+            ended(idle, attempt)
         consistent(idle)
         for _ in range(3):
             for attempt in claimed(idle, 5):
                 attempt.outcome = bgjobs.RETURNED
-                idle._store.write(lambda tx: tx.finish([attempt]))
+                ended(idle, attempt)
         assert third.status == "finished" and rows(idle, "SELECT count(*) FROM bgjobs_jobs WHERE parked IS NOT NULL") == [(0,)]
         consistent(idle)
 
@@ -2609,9 +2710,9 @@ class TestMaxRunning:
         for name in ("b", "a", "c"):
             idle.submit(add, 1)
             idle.submit(add, 1)
-            idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET parked = ?, queue = NULL, lane = NULL WHERE parked IS NULL",
-                                                    (f"limit {name}",)))
-        assert [row[0] for row in idle._store.read(bgjobs.PARKED_KEYS)] == ["limit a", "limit b", "limit c"]
+            execute(idle, """UPDATE bgjobs_jobs SET parked = ?, queue = NULL, lane = NULL
+                             WHERE parked IS NULL""", f"limit {name}")
+        assert [row[0] for row in store_of(idle).read(bgjobs.PARKED_KEYS)] == ["limit a", "limit b", "limit c"]
 
     def test_a_thousand_limited_jobs_hold_nobody_up(self, make):
         idle = make(start=False)
@@ -2628,7 +2729,7 @@ class TestMaxRunning:
         others = idle.options(**options).submit_many(nap, [(0.001,)] * 5) if kind == "suspect" else []
         jobs = [idle.options(name="limited", **options).submit(limited_nest, 3, kind) for _ in range(4)]
         if kind == "suspect":
-            idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2"))
+            execute(idle, "UPDATE bgjobs_jobs SET deaths = 2")
         runner = make(max_workers=4)
         for job in jobs:
             assert runner.get(job.id).result(20) == 3
@@ -2645,7 +2746,7 @@ class TestMaxRunning:
         attempt, = claimed(idle, 5)
         assert attempt.id == children[0].id and waiting.phase == children[1].phase == "limit reached"
         attempt.outcome = bgjobs.RETURNED
-        idle._store.write(lambda tx: tx.finish([attempt]))
+        ended(idle, attempt)
         attempt, = claimed(idle, 5)
         assert attempt.id == children[1].id and waiting.phase == "limit reached"
         consistent(idle)
@@ -2716,7 +2817,7 @@ class TestRetries:
         attempt, = claimed(idle, 1)
         job.stop()
         attempt.fail(ValueError("boom"))
-        idle._store.write(lambda tx: tx.finish([attempt]))
+        ended(idle, attempt)
         assert (job.status, job.errors) == ("stopped", 1)
         job.resume()
         idle.drain()                                       # at once: somebody has looked at it
@@ -2735,7 +2836,7 @@ class TestRetries:
             bgjobs.Runner(sys.argv[1], max_workers=1).options(retries=1).submit(test_bgjobs.die).result()
             """, path))
         idle = make(start=False)
-        idle._recover_dead()
+        look_for_the_dead(idle)
         assert (idle.get(1).status, idle.get(1).phase, idle.get(1).errors) == ("pending", "interrupted", 0)
 
 
@@ -2883,12 +2984,12 @@ class TestStore:
         parent = idle.submit(add, 1)
 
         def submit_and_fail(tx):
-            child, grandchild = idle._submission(add, {"parent": parent}), idle._submission(add, {})
+            child, grandchild = submission(idle, add, parent=parent), submission(idle, add)
             grandchild.parent_id = tx.submit(child)
             tx.submit(grandchild)
             raise ValueError
         with pytest.raises(ValueError):
-            idle._store.write(submit_and_fail)
+            written(idle, submit_and_fail)
         root = idle.submit(add, 2)
         idle.options(parent=root).submit(add, 3)
         assert (parent.children["total"], root.children["total"]) == (0, 1)
@@ -2902,7 +3003,7 @@ class TestStore:
             barrier.wait()
             for i in range(50):
                 try:
-                    outcomes.append(idle._store.write(lambda tx: tx.submit(submission(-1 if bad else None))))
+                    outcomes.append(written(idle, lambda tx: tx.submit(submission(-1 if bad else None))))
                 except bgjobs.InvalidOperation:
                     outcomes.append(None)
 
@@ -2961,7 +3062,7 @@ class TestStore:
         def trouble(tx):
             tx.after_commit.append(lambda: 1 / 0)
             return tx.submit(bgjobs.Submission("test_bgjobs.add"))
-        assert idle._store.write(trouble) == 1
+        assert written(idle, trouble) == 1
         assert len(idle.jobs()) == 1
         wait_for(lambda: "trouble after a commit" in caplog.text)
 
@@ -2969,7 +3070,7 @@ class TestStore:
         def interrupt(tx):
             raise KeyboardInterrupt
         with pytest.raises(KeyboardInterrupt):
-            idle._store.write(interrupt)
+            written(idle, interrupt)
         assert idle.submit(add, 1).id == 1
 
     def test_a_write_waits_for_another_programs_lock(self, idle):
@@ -3033,16 +3134,16 @@ class TestFile:
         processes = [python(code, path) for _ in range(8)]
         assert [finish(process)[::2] for process in processes] == [(0, "")] * 8
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
-            assert bgjobs.count_jobs(runner._store, {})[0]["pending"] == 160
+            assert counted(runner)["pending"] == 160
             consistent(runner)
 
     def test_durability_power_and_bad_options(self, make, path):
         runner = make(durability="power")
         assert runner.submit(add, 1, 2).result(10) == 3
-        assert runner._store._writer.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert synchronous(runner) == 2
         for journal, durability, level in (("delete", "power", 3), ("delete", "process", 1), ("wal", "process", 1)):      # EXTRA, NORMAL
             with contextlib.closing(bgjobs.Runner(f"{path} {journal} {durability}", start=False, journal=journal, durability=durability)) as one:
-                assert one._store._writer.execute("PRAGMA synchronous").fetchone()[0] == level
+                assert synchronous(one) == level
         with pytest.raises(ValueError, match="durability must be"):
             bgjobs.Runner(path, durability="none")
 
@@ -3218,7 +3319,7 @@ class TestDisk:
         wait_for(lambda: ("locked out", 1) in seen)
         with locked(path), concurrent.futures.ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(runner.submit, add, 1)
-            wait_for(lambda: runner._store.leading)
+            wait_for(lambda: store_of(runner).leading)
             begun = time.monotonic()
             runner.close(timeout=0.3)
             assert isinstance(waiting.exception(), bgjobs.StoreError)
@@ -3228,7 +3329,7 @@ class TestDisk:
                 make()
         again = make(start=False)
         assert again.get(job.id).status == "running"             # what could not be given back is taken back as a dead one's is
-        again._recover_dead()
+        look_for_the_dead(again)
         assert again.get(job.id).status == "pending"
         consistent(again)
 
@@ -3270,9 +3371,9 @@ class TestDisk:
         with locked(path, "DEFERRED"):
             for _ in range(10):
                 runner.options(delay=100).submit_many(echo, [("x" * 1_000,)] * 100)
-            runner._service._done_at.clear()                     # it looks once a minute
+            hurry(runner)                     # it looks once a minute
             wait_for(lambda: "another program keeps an old read transaction open" in caplog.text)
-        runner._service._done_at.clear()
+        hurry(runner)
         wait_for(lambda: os.path.getsize(path + "-wal") < 100_000)
 
     def test_the_rollback_journal_works_as_well(self, make, path):
@@ -3307,7 +3408,7 @@ class TestConnection:
         wait_for(lambda: "submitted" in seen)
         db.execute("INSERT INTO orders VALUES (1)")              # the app's own, while the job goes on
         gate("submit through").set()
-        wait_for(lambda: not runner._attempts.get(job.id) or runner._attempts[job.id].thread is None)
+        wait_for(lambda: not attempts_of(runner).get(job.id) or attempts_of(runner)[job.id].thread is None)
         db.execute("INSERT INTO orders VALUES (2)")
         db.commit()
         assert job.result(10) is None and db.execute("SELECT count(*) FROM orders").fetchone() == (2,)
@@ -3369,7 +3470,7 @@ class TestConnection:
         for gone in (again, lost):
             with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
                 gone.result(0)
-        assert not idle._handles._held and not idle._handles.watched
+        assert not idle._handles._held and not watched(idle)
 
     def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
         db = connect()
@@ -3586,18 +3687,18 @@ class TestWhatPeopleSee:
         for _ in range(150):
             filters = {name: chance.choice(values[name]) for name in chance.sample(sorted(values), chance.choice([0, 1, 1, 2, 3]))}
             where, parameters = bgjobs.conditions(filters)
-            everywhere = [(row["id"], row["status"]) for row in idle._store.read(
+            everywhere = [(row["id"], row["status"]) for row in store_of(idle).read(
                 f"SELECT id, status FROM bgjobs_jobs WHERE {' AND '.join(where) or '1'} ORDER BY id DESC", parameters)]
             expected = [job_id for job_id, status in everywhere if status in (filters.get("status") or bgjobs.STATUSES)]
-            assert bgjobs.find_jobs(idle._store, filters, None) == (expected, None)
+            assert bgjobs.find_jobs(store_of(idle), filters, None) == (expected, None)
             found, before = [], None
             while True:
-                ids, before = bgjobs.find_jobs(idle._store, filters, 7, before, most)
+                ids, before = bgjobs.find_jobs(store_of(idle), filters, 7, before, most)
                 found += ids
                 if before is None:
                     break
             assert found == expected, filters
-            counts, unsure = bgjobs.count_jobs(idle._store, filters)
+            counts, unsure = bgjobs.count_jobs(store_of(idle), filters)
             for status in bgjobs.STATUSES:
                 real = [each for _, each in everywhere].count(status)
                 assert counts[status] == min(real, limit) or status in unsure and counts[status] < real, (filters, status)
@@ -3745,18 +3846,18 @@ class TestWorkerPool:
     def test_an_await_that_is_cancelled_takes_the_place_back_first(self, make, caplog):
         runner = make(max_workers=2)
         parent = runner.submit(await_for_a_moment)
-        wait_for(lambda: ["cancelled", True, "running"] in seen and runner._pool.room()[0] == 1)
+        wait_for(lambda: ["cancelled", True, "running"] in seen and free_places(runner) == 1)
         gate("too long").set()
         assert parent.result(10) is None
-        wait_for(lambda: runner._pool.room()[0] == 2)
+        wait_for(lambda: free_places(runner) == 2)
         assert caplog.text == ""
 
     def test_a_stop_of_a_job_that_awaits_its_child_reaches_it(self, make):
         runner = make(max_workers=2)
         parent = runner.submit(await_child, "hold", "awaited")
-        wait_for(lambda: "awaited" in seen and runner._pool.room()[0] == 1)
+        wait_for(lambda: "awaited" in seen and free_places(runner) == 1)
         parent.stop()
-        wait_for(lambda: parent.status == "stopped" and runner._pool.room()[0] == 1)
+        wait_for(lambda: parent.status == "stopped" and free_places(runner) == 1)
 
     def test_a_job_that_awaits_its_child_does_not_hold_the_exit_up(self, path):
         process = ready("""
@@ -3799,10 +3900,10 @@ class TestWorkerPool:
         runner = make(max_workers=1)
         job = runner.submit(leave_a_waiting_thread)
         wait_for(lambda: job.phase == "waiting for children" and runner.get(job.id + 1).running())
-        assert runner._pool.room()[0] == 0
+        assert free_places(runner) == 0
         gate("left waiting").set()
         job.result(10)
-        wait_for(lambda: runner._pool.room()[0] == 1)
+        wait_for(lambda: free_places(runner) == 1)
 
     def test_parents_that_poll_do_not_starve_their_children(self, make):
         runner = make(max_workers=1)
@@ -4130,7 +4231,7 @@ class TestInsideAJob:
         wait_for(lambda: job.running() and seen)
         job.stop()
         job.force_stop()
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
 
     def test_a_stop_reaches_a_sleep_at_once_and_state_is_kept(self, runner):
         job = runner.submit(count_with_state)
@@ -4265,7 +4366,7 @@ class TestLog:
         runner = make(max_workers=1)
         attempt = types.SimpleNamespace(id=runner.submit(add, 1).id, number=1)
         for line in ((float("nan"), 20, "a"), (1.0, None, "b"), (1.0, object(), "c")):
-            runner._unwritten.add_line(attempt, *line)
+            unwritten(runner).add_line(attempt, *line)
             assert runner.submit(add, 1, 2).result(5) == 3
         wait_for(lambda: sum(int(count) for count in re.findall(r"(\d) log lines of jobs were dropped", caplog.text)) == 3)
 
@@ -4282,7 +4383,7 @@ class TestTimeout:
         assert (job.status, job.errors) == ("failed", 1) and "TimeoutError" in job.error
         assert runner.submit(add, 1, 2).result(5) == 3
         gate("swallow").set()
-        wait_for(lambda: runner._pool.abandoned == 0)
+        wait_for(lambda: abandoned(runner) == 0)
         consistent(runner)
 
     def test_each_attempt_has_its_time_and_a_retry_may_do_better(self, make):
@@ -4441,7 +4542,7 @@ class TestHandle:
         runner.submit(nap, 0.01).add_done_callback(lambda job: gate("slow callback").wait(20))
         assert [runner.submit(add, i).result(5) for i in range(5)] == list(range(5))
         gate("slow callback").set()
-        wait_for(lambda: runner._handles.callbacks_left == 0)
+        wait_for(lambda: callbacks_left(runner) == 0)
         assert "a callback of job" in caplog.text
 
     def test_each_waiter_gets_the_very_exception(self, runner):
@@ -4595,7 +4696,7 @@ class TestSchedules:
         idle = make(start=False, clock=clock)
         idle.options(key="bad").every("* * * * *", add, 1), idle.options(key="good").every("1m", add, 2)
         idle.options(delay=60).submit(add, 3)
-        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_schedules SET zone = 'Mars/X' WHERE key = 'bad'"))
+        execute(idle, "UPDATE bgjobs_schedules SET zone = 'Mars/X' WHERE key = 'bad'")
         clock.now += 60
         assert idle.drain() == 3
         wait_for(lambda: "unknown time zone 'Mars/X'" in caplog.text)
@@ -4801,11 +4902,11 @@ class TestStatistics:
         for outcome in (bgjobs.UNSPENT, bgjobs.RELEASED):
             attempt, = claimed(idle, 1)
             attempt.outcome = outcome
-            idle._store.write(lambda tx: tx.finish([attempt]))
+            ended(idle, attempt)
         attempt, = claimed(idle, 1)
-        idle._unwritten.starts.append((attempt.name, 0.0))   # it has begun at last
-        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'"))
-        idle._store.write(lambda tx: tx.recover(idle._id))
+        unwritten(idle).starts.append((attempt.name, 0.0))   # it has begun at last
+        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'")
+        take_back(idle)
         total = idle.stats()["total"]
         assert [total[what] for what in ("created", "started", "finished", "failed")] == [1, 1, 0, 1]
 
@@ -4879,7 +4980,7 @@ class TestRetention:
         idle.submit(children, 12)
         idle.drain()
         clock.now += 8 * 86_400
-        idle._store.write(lambda tx: tx.remove([1, 2, 3, 4, 5]))
+        written(idle, lambda tx: tx.remove([1, 2, 3, 4, 5]))
         assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
         assert idle.prune() == 8
 
@@ -4902,7 +5003,7 @@ class TestRetention:
         sizes = []
         for day in range(30):
             ids = runner.submit_many(echo, [("x" * 200,)] * 300)
-            wait_for(lambda: bgjobs.count_jobs(runner._store, {"created_from": clock.now})[0]["finished"] >= 300)
+            wait_for(lambda: counted(runner, created_from=clock.now)["finished"] >= 300)
             runs = schedule.info()["runs"]
             clock.now += 86_400
             wait_for(lambda: schedule.info()["runs"] > runs and schedule.info()["job_status"] == "finished")
@@ -4958,7 +5059,7 @@ class TestRetention:
         for count in (560, 680, 1_000):
             job = runner.submit(log_lines, count)
             job.result(20)
-            wait_for(lambda: not runner._unwritten)
+            wait_for(lambda: not unwritten(runner))
             assert len(job.logs()) == 500 + (50 if count == 560 else 0) or 500 <= len(job.logs()) <= 550
 
     def test_an_interrupted_prune_leaves_no_child_without_its_root(self, make, monkeypatch):
@@ -5083,7 +5184,7 @@ class TestExecutor:
         def nested_write(tx):
             idle.submit(add, 1)
         with pytest.raises(RuntimeError, match="inside a write of the same thread"):
-            idle._store.write(nested_write)
+            written(idle, nested_write)
         assert idle.submit(add, 1).id == 1
 
     def test_jobs_and_plain_futures_mix(self, runner):
@@ -5207,7 +5308,7 @@ class TestRunner:
             idle.submit_many(echo, (bytes([255]).decode() for _ in range(1)))
         with pytest.raises(TypeError, match=r"write \(value,\) for a single argument"):
             idle.submit_many(echo, [1])
-        assert bgjobs.count_jobs(idle._store, {})[0]["pending"] == bgjobs.COUNT_LIMIT
+        assert counted(idle)["pending"] == bgjobs.COUNT_LIMIT
 
     def test_submit_many_inside_a_job_makes_children(self, idle):
         job = idle.submit(many_children)
@@ -5370,8 +5471,8 @@ class TestCrashes:
         runner = make(max_workers=1)
         living = runner.submit(hold, "living")
         wait_for(lambda: living.status == "running")
-        runner._store.write(lambda tx: tx.execute("DELETE FROM bgjobs_runners"))
-        wait_for(lambda: rows(runner, "SELECT id, pid FROM bgjobs_runners") == [(runner._id, os.getpid())], 5)
+        execute(runner, "DELETE FROM bgjobs_runners")
+        wait_for(lambda: rows(runner, "SELECT id, pid FROM bgjobs_runners") == [(runner_id(runner), os.getpid())], 5)
         time.sleep(1.2)
         assert runner.get(1).attempt == living.attempt == 1      # both live: their locks say so
         kill(process)
@@ -5446,20 +5547,19 @@ class TestCrashes:
                     test_bgjobs.wait_for(lambda: runner.get(1).status == "finished")
                 """, path))
         assert job.result(5) == "outlived JobFailed" and job.children["failed"] == 1
-        consistent(job._runner)
+        consistent(runner_of(job))
 
     def test_who_died_beside_a_killer_is_acquitted_when_it_is_found_out(self, idle):
         beside, killer, other = idle.submit(add, 1), idle.submit(add, 2), idle.submit(add, 3)
-        idle._store.write(lambda tx: [
-            tx.execute("UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]' WHERE id IN (?, ?)", (beside.id, killer.id)),
-            tx.execute("UPDATE bgjobs_jobs SET deaths = 2, died_with = '[8, 5]' WHERE id = ?", (other.id,))])
+        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]' WHERE id IN (?, ?)", beside.id, killer.id)
+        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[8, 5]' WHERE id = ?", other.id)
         attempt, = claimed(idle, 3)
         assert attempt.id == beside.id and killer.phase == "interrupted"            # the others are suspects beside a suspect
         attempt.outcome = bgjobs.RELEASED
-        idle._store.write(lambda tx: (tx.finish([attempt]), tx.operate("stop", beside.id, None)))
+        written(idle, lambda tx: (tx.finish([attempt]), tx.operate("stop", beside.id, None)))
         attempt, = claimed(idle, 3)
         assert attempt.id == killer.id
-        idle._store.write(lambda tx: tx.recover(idle._id))
+        take_back(idle)
         assert killer.status == "failed" and "died under it 3 times" in killer.error
         assert rows(idle, "SELECT id, deaths, died_with FROM bgjobs_jobs WHERE id <> ?", killer.id) == [(beside.id, 0, "[]"), (other.id, 1, "[5]")]
         assert [attempt.id for attempt in claimed(idle, 3)] == [other.id]
@@ -5469,10 +5569,10 @@ class TestCrashes:
         crashed = make(start=False, clock=clock)
         job = crashed.submit(add, 1)
         claimed(crashed, 1)
-        crashed._store.write(lambda tx: tx.execute("UPDATE bgjobs_runners SET id = 77, heartbeat_at = ?", (clock.now + 30,)))
-        crashed._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET owner = 77"))
+        execute(crashed, "UPDATE bgjobs_runners SET id = 77, heartbeat_at = ?", clock.now + 30)
+        execute(crashed, "UPDATE bgjobs_jobs SET owner = 77")
         clock.now += 3 * 86_400
-        make(start=False, clock=clock)._recover_dead()
+        look_for_the_dead(make(start=False, clock=clock))
         assert (job.status, job.duration) == ("pending", 30 + bgjobs.HEARTBEAT_SECONDS)
         assert rows(crashed, "SELECT vtime FROM bgjobs_jobs") == [(45_000_000,)]
 
@@ -5492,7 +5592,7 @@ class TestCrashes:
         os.remove(f"{path}-bgjobs-lock")
         if not busy:
             wait_for(lambda: os.path.exists(f"{path}-bgjobs-lock"), 3)
-            runner._store.write(lambda tx: tx.execute("UPDATE bgjobs_runners SET lock_file = NULL"))     # the lock alone decides
+            execute(runner, "UPDATE bgjobs_runners SET lock_file = NULL")     # the lock alone decides
         assert finish(python(others, path)) == (0, "", "")
         assert (job.status, job.attempt) == ("running", 1)
         gate("lock file").set()
@@ -5500,18 +5600,18 @@ class TestCrashes:
 
     def test_a_runner_on_a_deleted_file_shares_no_lock_with_one_on_the_new_file(self, make, path):
         old = make(max_workers=1)
-        old_id = old._id
+        old_id = runner_id(old)
         for end in ("", "-wal", "-shm"):
             os.remove(path + end)
         new = make(max_workers=1)
-        assert new._id > old_id
+        assert runner_id(new) > old_id
         assert printed(python("""
-            import bgjobs, sys
+            import bgjobs, sys, test_bgjobs
             with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                print(runner._id, bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
-            """, path, new._id)) == f"{new._id + 1} False\n"
+                print(test_bgjobs.runner_id(runner), bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
+            """, path, runner_id(new))) == f"{runner_id(new) + 1} False\n"
         old.close()
-        assert bgjobs._presence(path).is_dead(new._id) is False
+        assert bgjobs._presence(path).is_dead(runner_id(new)) is False
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
@@ -5533,7 +5633,8 @@ class TestCrashes:
             runner = bgjobs.Runner(sys.argv[1], max_workers=1)
             job = runner.submit(test_bgjobs.nap, 1.5)
             time.sleep(1.3)
-            print(job.attempt <= 1, len(test_bgjobs.rows(runner, "SELECT 1 FROM bgjobs_runners WHERE id = ?", runner._id)))
+            print(job.attempt <= 1, len(test_bgjobs.rows(
+                runner, "SELECT 1 FROM bgjobs_runners WHERE id = ?", test_bgjobs.runner_id(runner))))
             runner.close()
         """
         processes = [python(code, path) for _ in range(6)]
@@ -5544,8 +5645,8 @@ class TestCrashes:
         child = idle.options(parent=parent).submit(add, 2)
         claimed(idle, 1)
         parent.stop()
-        idle._store.write(lambda tx: tx.execute("UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", [parent.id]))
-        idle._store.write(lambda tx: tx.recover(idle._id))
+        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", parent.id)
+        take_back(idle)
         assert (parent.status, child.status) == ("stopped", "stopped")
         consistent(idle)
         parent.resume()
@@ -5701,14 +5802,14 @@ class TestExit:
         assert "Exception ignored" not in err and ("result()" in ending or "/bgjobs.py" not in err), err
         with contextlib.closing(bgjobs.Runner(path, start=False)) as runner:
             if "abort" in ending:
-                runner._recover_dead()
-            assert bgjobs.count_jobs(runner._store, {})[0]["pending"] == 6
+                look_for_the_dead(runner)
+            assert counted(runner)["pending"] == 6
             consistent(runner)
 
     def test_several_runners_share_the_time_that_an_exit_may_take(self, path):
         process = ready("""
             import atexit, bgjobs, sys, test_bgjobs
-            atexit.register(lambda: print(len({runner._store.close_by for runner in runners}), "deadline"))
+            atexit.register(lambda: print(len({test_bgjobs.store_of(runner).close_by for runner in runners}), "deadline"))
             bgjobs.GRACE_SECONDS = 1.0
             runners = [bgjobs.Runner(f"{sys.argv[1]}{n}", max_workers=2) for n in range(4)]
             for runner in runners:
@@ -5725,7 +5826,7 @@ class TestExit:
         jobs = [runner.submit(add, n) for n in range(20)]
         wait_for(lambda: all(job.status == "finished" for job in jobs))
         assert len(concurrent.futures.wait(jobs, 10).done) == len(list(concurrent.futures.as_completed(jobs))) == 20
-        assert not runner._handles.watched
+        assert not watched(runner)
 
     def test_the_service_thread_opens_the_lock_file_of_a_closed_runner_no_more(self, path, monkeypatch):
         runner = bgjobs.Runner(path)
@@ -5733,7 +5834,7 @@ class TestExit:
 
         def reassert_late():
             at_it.set()
-            wait_for(lambda: runner._store.closed)
+            wait_for(lambda: store_of(runner).closed)
             time.sleep(0.05)
             return reassert()
         monkeypatch.setattr(runner._presence, "reassert", reassert_late)
@@ -5742,7 +5843,7 @@ class TestExit:
         assert not runner._service.alive and runner._presence._opened is None
 
     def test_a_read_that_ends_while_the_store_closes_leaves_no_connection_open(self, path):
-        store = bgjobs.Runner(path, start=False)._store
+        store = store_of(bgjobs.Runner(path, start=False))
         store.close()
 
         class Readers(collections.deque):
@@ -6901,7 +7002,7 @@ class TestPage:
         assert told(plain) == [(2, "force-stopped", None)]
         plain.resume()
         claimed(idle, 1)
-        idle._store.write(lambda tx: tx.recover(idle._id))
+        take_back(idle)
         idle.drain()
         assert [each[:2] for each in told(plain)] == [(2, "force-stopped"), (3, "interrupted"), (4, "finished")]
         monkeypatch.setattr(bgjobs, "ATTEMPTS_A_JOB", 2)
@@ -7642,7 +7743,7 @@ def soak(minutes, workers=2):
         print("at the start:", size(), "workers' MB:", memory(), flush=True)
         said = time.monotonic()
         while time.monotonic() < deadline:
-            behind = bgjobs.count_jobs(runner._store, {})[0]["pending"] > 300            # what counts is the life of jobs, not how many wait
+            behind = counted(runner)["pending"] > 300            # what counts is the life of jobs, not how many wait
             for _ in range(0 if behind else chance.randrange(8)):
                 if chance.random() < 0.2:
                     submitted.append(runner.submit(soak_parent, chance.randrange(1, 6)).id)
@@ -7679,14 +7780,14 @@ def soak(minutes, workers=2):
         for process in processes:
             process.kill()
             process.wait()
-        runner._recover_dead()
+        look_for_the_dead(runner)
         consistent(runner)
         jobs = runner.jobs(limit=None)
         assert {job.id for job in jobs} >= set(submitted)
         begun = collections.Counter(pathlib.Path(notes).read_text().splitlines())
         assert max(begun.values()) == 1, [attempt for attempt, count in begun.items() if count > 1][:20]
         print(f"{len(jobs):,} jobs of {len(submitted):,} roots, {len(begun):,} attempts, {operations:,} operations ({refused:,} refused), {kills} kills; by status:",
-              {status: count for status, count in bgjobs.count_jobs(runner._store, {})[0].items() if count}, "the file is consistent")
+              {status: count for status, count in counted(runner).items() if count}, "the file is consistent")
     shutil.rmtree(folder)
 
 
