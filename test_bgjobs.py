@@ -49,7 +49,8 @@ import bgjobs
 HERE = pathlib.Path(__file__).resolve().parent
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------------------
+# A job function or a helper that few sections use stands above the first class that uses it.
 
 def wait_for(condition, seconds=10.0):
     """Wait until condition() is true and return what it gave; fail after `seconds`."""
@@ -259,117 +260,10 @@ def consistent(runner):
             assert job["open"] == 0
 
 
-def job_in(idle, status):
-    """Submit a job and write a status into the file."""
-    job = idle.submit(add, 1)
-    with contextlib.closing(sqlite3.connect(idle.path)) as db:
-        db.execute("UPDATE bgjobs_jobs SET status = :status, queue = CASE WHEN :status = 'pending' THEN 0 END, owner = CASE WHEN "
-                   ":status IN ('running', 'stopping') THEN :owner END, lane = CASE WHEN :status = 'pending' THEN 0 END WHERE id = :id",
-                   {"status": status, "id": job.id, "owner": runner_id(idle)})
-        db.commit()
-    return job
-
-
 def lineage(jobs, job):
     while job["parent_id"] is not None:
         yield job["parent_id"]
         job = jobs[job["parent_id"]]
-
-
-def python(code, *arguments, cwd=None, **variables):
-    """Start a Python process that can import bgjobs and this file, and compiles them once for all such processes."""
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**variables))
-
-
-def ready(code, *arguments, **variables):
-    """Start such a process and wait until it says "ready"."""
-    process = python(code, *arguments, **variables)
-    assert process.stdout.readline() == "ready\n", finish(process)
-    return process
-
-
-def holder(path, name, workers=1):
-    """Start a process with a runner each of whose workers holds a job, until it is killed."""
-    return ready("""
-        import bgjobs, sys, test_bgjobs, threading
-        path, name, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-        runner = bgjobs.Runner(path, max_workers=workers)
-        runner.submit_many(test_bgjobs.hold, [(name,)] * workers)
-        test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == workers)
-        print("ready", flush=True)
-        threading.Event().wait()
-        """, path, name, workers)
-
-
-def let_go(processes):
-    """Have processes that say "ready" and then read a line go on at the same time."""
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", finish(process)
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-
-
-def kill(process):
-    process.kill()
-    process.communicate()
-
-
-def in_a_child(function):
-    """Call a function in a forked process, which ends with code 0, or 1 where it raises; return its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    return child
-
-
-def environment(**more):
-    """Return the variables with which a process imports these files, which are compiled once for all of them."""
-    return {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode_folder(), **more}
-
-
-@functools.cache
-def bytecode_folder():
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def finish(process, seconds=30):
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"the process did not end in time; it printed {process.communicate()}") from None
-    return process.returncode, out, err
-
-
-def printed(process, seconds=30):
-    """Wait until a process has ended well; return what it printed."""
-    code, out, err = finish(process, seconds)
-    assert code == 0, err
-    return out
-
-
-def in_another_process(path, statement):
-    """Execute a statement with a `runner` on the same file in a process of its own; return what it printed."""
-    return printed(python(f"""
-        import bgjobs, sys, test_bgjobs
-        with bgjobs.Runner(sys.argv[1], start=False) as runner:
-            {statement}
-        """, path))
-
-
-def stop_and_wait(job):
-    job.stop()
-    wait_for(lambda: job.status == "stopped")
 
 
 # ---- the functions that jobs run ------------------------------------------------------------------------------
@@ -403,74 +297,8 @@ def hold(name):
     assert gate(name).wait(20)
 
 
-def wait_for_held(name):
-    return bgjobs.submit(hold, name).result()
-
-
-def write_down(path):
-    """Add a line to a file: which attempt of which job this is."""
-    job = bgjobs.current_job()
-    with open(path, "a") as file:
-        file.write(f"{job.id} {job.attempt}\n")
-
-
 def fail(text="boom"):
     raise ValueError(text)
-
-
-def die():
-    os._exit(9)
-
-
-def outlives(name):
-    """Wait for a child that may not end well, and say how it did."""
-    try:
-        return bgjobs.options(key="child").submit(globals()[name]).result()
-    except Exception as error:
-        return f"outlived {type(error).__name__}"
-
-
-def kill_me(effects, count):
-    """Write down that an attempt began; work a little, in children if so asked."""
-    job = bgjobs.current_job()
-    write_down(effects)
-    for n in job.each(range(3)):
-        if count:
-            bgjobs.options(key=str(n)).submit(kill_me, effects, 0).result()
-        job.checkpoint(state=n)
-        job.sleep(0.001)
-
-
-left_open = []
-
-
-def leave_a_transaction_open(path, ends):
-    left_open.append(sqlite3.connect(path))                # more than its frame holds it
-    bgjobs.options(connection=left_open[-1]).submit(add, 1)
-    if not ends:
-        raise ValueError
-
-
-def fail_until(attempt):
-    job = bgjobs.current_job()
-    job.checkpoint(state=(job.state or 0) + 1)
-    if job.attempt < attempt:
-        raise ValueError(f"boom {job.attempt}")
-    return job.state
-
-
-def parent_fails_once():
-    child = bgjobs.options(key="child").submit(add, 1, 2)
-    if bgjobs.current_job().attempt == 1:
-        raise ValueError
-    return child.result()
-
-
-def slow_at_first():
-    job = bgjobs.current_job()
-    if job.attempt == 1:
-        job.sleep(5)
-    return job.attempt
 
 
 class Clock:
@@ -487,445 +315,22 @@ def nap(seconds):
     time.sleep(seconds)
 
 
-def swallow():
-    while not gate("swallow").is_set():
-        with contextlib.suppress(BaseException):
-            while not gate("swallow").wait(0.01):
-                pass
-
-
-def stoppable(name="stoppable"):
-    job = bgjobs.current_job()
-    seen.append((name, job.attempt))
-    while True:
-        job.sleep(5)
-
-
 def children(count, function="add", *arguments):
     return [bgjobs.submit(globals()[function], *(arguments or (i, i))).id for i in range(count)]
 
 
-def sum_of_children(count):
-    jobs = [bgjobs.submit(add, i, i) for i in range(count)]
-    return sum(job.result() for job in jobs)
-
-
-def nested(depth):
-    return 0 if depth == 0 else 1 + bgjobs.submit(nested, depth - 1).result()
-
-
-def tree(width, depth):
-    if depth == 0:
-        return 1
-    return sum(job.result() for job in [bgjobs.submit(tree, width, depth - 1) for _ in range(width)])
-
-
-def each_item(count, name="each"):
-    job = bgjobs.current_job()
-    for item in job.each(range(count)):
-        seen.append((name, job.attempt, item))
-        if gate(name).is_set():
-            job.sleep(0.001)
-    return count
-
-
-def context_seen():
-    job = bgjobs.current_job()
-    return [job.id, job.name, job.run_by, job.attempt, job.stop_requested]
-
-
-class Tasks:
-    @staticmethod
-    def double(value):
-        return 2 * value
-
-
-async def coroutine(value):
-    await asyncio.sleep(0)
-    return [value, bgjobs.current_job().id]
-
-
-@bgjobs.job(name="tests.declared", low_priority=True, label="Declared")
-def declared(value):
-    return value
-
-
-UTC = datetime.timezone.utc
-
-
-def outer():
-    def inner():
-        pass
-    return inner
-
-
-def minutes(text, zone):
-    return datetime.datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
-
-
-def jain(shares):
-    return sum(shares) ** 2 / (len(shares) * sum(share ** 2 for share in shares))
-
-
-def hold_if(name):
-    if name:
-        hold(name)
-
-
-def spin():
-    seen.append("spin")
-    try:
-        while True:
-            pass
-    finally:
-        seen.append("spin ends")
-
-
-locks = {}
-
-
-def count_up(turns):
-    for _ in range(turns):
-        pass
-    return turns
-
-
-def sweep_job(effects, count):
-    """Save states, make keyed children, wait for them; write down each run."""
-    job = bgjobs.current_job()
-    write_down(effects)
-    if count:
-        children = [bgjobs.options(key=str(n)).submit(sweep_job, effects, 0) for n in range(count)]
-        for child in job.each(children):
-            job.checkpoint(state=child.id)
-            child.result()
-    return count
-
-
-def live(path, effects, acknowledge):
-    """Do what a runner does in its life, and say which job ids were acknowledged."""
-    runner = bgjobs.Runner(path, start=False)
-    try:
-        parent = runner.submit(sweep_job, effects, 2)
-        acknowledge(parent.id)
-        for job_id in runner.submit_many(sweep_job, [(effects, 0)] * 3):
-            acknowledge(job_id)
-        stopped = runner.get(2).stop().resume().set_low_priority()
-        runner.drain()
-        stopped.restart()
-        runner.get(3).restart().cancel()
-        runner.drain()
-    finally:
-        runner.close()
-
-
-class Evil:
-    def __repr__(self):
-        raise RuntimeError("evil")
-    __hash__ = object.__hash__
-
-
-def odd(what):
-    if what in ("fraction", "decimal"):
-        one = fractions.Fraction(1) if what == "fraction" else decimal.Decimal(1)
-        bgjobs.current_job().progress(one, 2 * one)
-        raise ValueError
-    if what == "set":
-        return {Evil()}
-    return type("Odd", (), {"__module__": None})()
-
-
-class Unprintable(Exception):
-    def __str__(self):
-        raise RuntimeError("no")
-    __repr__ = __str__
-
-
-class OwnText(Exception):
-    def __str__(self):
-        class Text(str):
-            __len__ = encode = None
-        return Text("text")
-
-
-class NoNames(type):
-    def __getattribute__(cls, name):
-        raise RuntimeError(name)
-
-
-class NoName(Exception, metaclass=NoNames):
-    pass
-
-
-class NoTraceback(Exception):
-    __traceback__ = property(lambda self: 1 / 0)
-
-
-class NoAttributes(Exception):
-    def __getattribute__(self, name):
-        raise KeyError(name)
-
-
-class Falsy(Exception):
-    def __len__(self):
-        return 0
-
-
-class AmbiguousError(Exception):
-    def __bool__(self):
-        raise ValueError
-
-
-STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError, "OwnText": OwnText, "NoName": NoName,
-           "NoTraceback": NoTraceback, "NoAttributes": NoAttributes, "Falsy": Falsy, "Ambiguous": AmbiguousError}
-
-
-def exception_named(name):
-    return STRANGE.get(name) or vars(builtins)[name]
-
-
-def raise_it(name):
-    raise exception_named(name)()
-
-
-class Ambiguous:
-    """Has neither truth nor falsehood, as an array of numpy's."""
-
-    def __bool__(self):
-        raise ValueError("the truth value is ambiguous")
-
-    def __str__(self):
-        return "ambiguous"
-
-
-def count_with_state():
-    job = bgjobs.current_job()
-    n = begun = (job.state or {"n": 0})["n"]
-    while not gate("count").is_set():
-        n += 1
-        job.checkpoint(state={"n": n})
-        job.sleep(0.001)
-    return [begun, job.attempt]
-
-
-def submit_late():
-    seen.append("submit late")
-    gate("submit late").wait(20)
-    return bgjobs.submit(add, 1).id
-
-
-def deaf():
-    """Reach the first checkpoint late."""
-    while not gate("deaf").is_set():
-        time.sleep(0.002)
-    bgjobs.current_job().checkpoint()
-
-
-executing = []
-
-
-def count_executing(seconds=0.002):
-    executing.append(1)
-    seen.append(len(executing))
-    time.sleep(seconds)
-    executing.pop()
-
-
-others = []
-
-
-@pytest.fixture
-def quick_processes(monkeypatch):
-    """Let isolated processes find the files compiled."""
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", bytecode_folder())
-    monkeypatch.syspath_prepend(str(HERE))
-
-
-@pytest.fixture(params=["threads", "processes", "isolate"])
-def elsewhere(request, make, quick_processes):
-    """A runner whose functions execute elsewhere, and the options that make it so."""
-    if request.param == "isolate":
-        yield make(max_workers=2).options(isolate=True)
-        return
-    executor = concurrent.futures.ThreadPoolExecutor(2) if request.param == "threads" else concurrent.futures.ProcessPoolExecutor(
-        2, multiprocessing.get_context("spawn"))
-    with executor:
-        runner = make(executor=executor)
-        yield runner
-        runner.close()
-
-
-def where():
-    return os.getpid()
-
-
-def steps(name, count):
-    """Save a state at each step, and wait for the gate's file at the last one."""
-    job = bgjobs.current_job()
-    step = (job.state or {"step": 0})["step"]
-    while step < count:
-        step += 1
-        job.checkpoint(state={"step": step})
-        job.progress(step, count, f"step {step}")
-    logging.getLogger("app").warning("step %d of attempt %d", step, job.attempt)
-    while not os.path.exists(name):
-        job.sleep(0.01)
-    return [step, job.attempt, job.run_by]
-
-
-class Visitor:
-    """A browser's manners towards a page, without the browser."""
-
-    def __init__(self, url):
-        self.url, self.host = url, url.split("/")[2]
-        self.token = self.get("api/session")["token"]
-
-    def request(self, method, path, body=None, headers=()):
-        connection = http.client.HTTPConnection(self.host, timeout=10)
-        connection.request(method, "/" + path, body, {"Host": self.host, **dict(headers)})
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-        return answer.status, answer.headers, content
-
-    def get(self, path, status=200):
-        got, _, content = self.request("GET", path)
-        assert got == status, content
-        return json.loads(content)
-
-    def post(self, path, body, status=200, **headers):
-        full = {"Content-Type": "application/json", "Origin": f"http://{self.host}", "X-Bgjobs-Token": self.token,
-                **{name.replace("_", "-"): value for name, value in headers.items()}}
-        got, _, content = self.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(),
-                                       {name: value for name, value in full.items() if value is not None})
-        assert got == status, content
-        return json.loads(content)
-
-
-@pytest.fixture
-def visitor(runner):
-    return Visitor(runner.serve(port=0))
-
-
-def raw(visitor, data, seconds=12):
-    """Send bytes, return all that comes back."""
-    host, port = visitor.host.split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        connection.sendall(data)
-        got = b""
-        with contextlib.suppress(ConnectionError):
-            while block := connection.recv(65536):
-                got += block
-        return got
-
-
-def hold_and_log(name):
-    bgjobs.current_job().log.info("one")
-    bgjobs.current_job().log.warning("two")
-    hold(name)
-
-
-class Browser:
-    """A headless Chromium over the WebDriver protocol."""
-
-    def __init__(self, driver, chromium, profile):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.url = f"http://127.0.0.1:{port}/session"
-        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                     "--disable-component-update", "--disable-sync", "--window-size=1300,900", f"--user-data-dir={profile}"]
-        wait_for(self._ready)
-        answer = self.call("POST", "", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"binary": chromium, "args": arguments},
-                                                                         "goog:loggingPrefs": {"browser": "ALL"}}}})
-        self.url += "/" + answer["sessionId"]
-
-    def _ready(self):
-        with contextlib.suppress(OSError):
-            return self.call("GET", "/../status")["ready"]
-
-    def call(self, method, path, body=None):
-        url = self.url.replace("/session", "") + path[3:] if path.startswith("/..") else self.url + path
-        request = urllib.request.Request(url, method=method, data=None if body is None else json.dumps(body).encode())
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script, *arguments):
-        return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
-
-    def open(self, url):
-        self.call("POST", "/url", {"url": "about:blank"})
-        self.complaints()                                        # of the last test's page, whose runner has been closed
-        self.call("POST", "/url", {"url": url})
-
-    def text(self):
-        return self.run("return document.body.innerText")
-
-    def click(self, text, within="button, a, label"):
-        """Click the first visible, enabled element with this text."""
-        wait_for(lambda: self.run("""const it = [...document.querySelectorAll(arguments[1])].find(each =>
-            each.innerText.trim() === arguments[0] && each.checkVisibility() && !each.disabled);
-            if (it) it.click(); return !!it""", text, within))
-
-    def resize(self, width):
-        """Make the window this wide, on a phone if that is narrow; None: as it was."""
-        which, size = ("clear", {}) if width is None else ("set", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
-        self.call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{which}DeviceMetricsOverride", "params": size})
-
-    def complaints(self):
-        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.call("DELETE", "")
-        self.process.terminate()
-        self.process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
-    if not driver or not chromium:
-        if os.environ.get("CI"):
-            pytest.fail("chromium and chromedriver are needed where CI is set: apt-get install chromium chromium-driver")
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(driver, chromium, profile)
-        yield browser
-        browser.close()
-
-
-def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **variables):
-    """Start `python bgjobs.py` with these arguments."""
-    return subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, stdout=stdout,
-                            stderr=stderr, text=True, env=environment(**variables))
-
-
-def printed_on_a_terminal(stream, *arguments, **variables):
-    """Run such a command, whose stdout or stderr is a terminal; return what stands there."""
-    import pty
-    main, side = pty.openpty()
-    code, *others = finish(started_command(*arguments, **{stream: side}, **variables))
-    os.close(side)
-    out = b""
-    with contextlib.suppress(OSError):                           # nobody has the other side any more
-        while block := os.read(main, 65536):
-            out += block
-    os.close(main)
-    assert code == 0, (out, others)
-    return out.decode()
-
-
-def bgjobs_command(*arguments, cwd=None, **variables):
-    """Run `python -m bgjobs` with these arguments."""
-    return subprocess.run([sys.executable, "-m", "bgjobs", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          timeout=60, env=environment(**variables))
-
-
 # ---- 1 Words and rules -----------------------------------------------------------------------------------------
+
+def job_in(idle, status):
+    """Submit a job and write a status into the file."""
+    job = idle.submit(add, 1)
+    with contextlib.closing(sqlite3.connect(idle.path)) as db:
+        db.execute("UPDATE bgjobs_jobs SET status = :status, queue = CASE WHEN :status = 'pending' THEN 0 END, owner = CASE WHEN "
+                   ":status IN ('running', 'stopping') THEN :owner END, lane = CASE WHEN :status = 'pending' THEN 0 END WHERE id = :id",
+                   {"status": status, "id": job.id, "owner": runner_id(idle)})
+        db.commit()
+    return job
+
 
 class TestTransitions:
     def test_every_status_has_a_row_of_answers(self):
@@ -994,6 +399,13 @@ class TestTransitions:
 
 
 # ---- 2 Values --------------------------------------------------------------------------------------------------
+
+UTC = datetime.timezone.utc
+
+
+def minutes(text, zone):
+    return datetime.datetime.fromisoformat(text).replace(tzinfo=zone).timestamp()
+
 
 STORED = [
     None, True, 0, -1, 1.5, 10**100, "", "text", "\ud800 lone", "\x00nul", [], [1, [2, {}]], {}, {"a": {"b": [None]}},
@@ -1106,6 +518,64 @@ class TestValues:
 
 
 # ---- 3 Functions and options -----------------------------------------------------------------------------------
+
+def python(code, *arguments, cwd=None, **variables):
+    """Start a Python process that can import bgjobs and this file, and compiles them once for all such processes."""
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], text=True, cwd=cwd,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(**variables))
+
+
+def ready(code, *arguments, **variables):
+    """Start such a process and wait until it says "ready"."""
+    process = python(code, *arguments, **variables)
+    assert process.stdout.readline() == "ready\n", finish(process)
+    return process
+
+
+def environment(**more):
+    """Return the variables with which a process imports these files, which are compiled once for all of them."""
+    return {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": bytecode_folder(), **more}
+
+
+@functools.cache
+def bytecode_folder():
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def finish(process, seconds=30):
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"the process did not end in time; it printed {process.communicate()}") from None
+    return process.returncode, out, err
+
+
+def printed(process, seconds=30):
+    """Wait until a process has ended well; return what it printed."""
+    code, out, err = finish(process, seconds)
+    assert code == 0, err
+    return out
+
+
+class Tasks:
+    @staticmethod
+    def double(value):
+        return 2 * value
+
+
+@bgjobs.job(name="tests.declared", low_priority=True, label="Declared")
+def declared(value):
+    return value
+
+
+def outer():
+    def inner():
+        pass
+    return inner
+
 
 def any_number(*words, **named):
     pass
@@ -1423,6 +893,10 @@ class TestTimesOfSchedules:
 
 # ---- 5 Fair shares and pace ------------------------------------------------------------------------------------
 
+def jain(shares):
+    return sum(shares) ** 2 / (len(shares) * sum(share ** 2 for share in shares))
+
+
 def simulate(roots, workers, seconds, arrivals=()):
     """Run the queue's arithmetic on simulated time; return what each root had of the workers' time.
 
@@ -1627,6 +1101,52 @@ class TestPace:
 
 
 # ---- 6 Force stop ----------------------------------------------------------------------------------------------
+
+def in_another_process(path, statement):
+    """Execute a statement with a `runner` on the same file in a process of its own; return what it printed."""
+    return printed(python(f"""
+        import bgjobs, sys, test_bgjobs
+        with bgjobs.Runner(sys.argv[1], start=False) as runner:
+            {statement}
+        """, path))
+
+
+def stop_and_wait(job):
+    job.stop()
+    wait_for(lambda: job.status == "stopped")
+
+
+def spin():
+    seen.append("spin")
+    try:
+        while True:
+            pass
+    finally:
+        seen.append("spin ends")
+
+
+def swallow():
+    while not gate("swallow").is_set():
+        with contextlib.suppress(BaseException):
+            while not gate("swallow").wait(0.01):
+                pass
+
+
+def stoppable(name="stoppable"):
+    job = bgjobs.current_job()
+    seen.append((name, job.attempt))
+    while True:
+        job.sleep(5)
+
+
+locks = {}
+
+
+def count_up(turns):
+    for _ in range(turns):
+        pass
+    return turns
+
 
 def untimed_lock():
     seen.append("lock")
@@ -2231,6 +1751,13 @@ def submit_and_fail_once():
     return attempt
 
 
+def deaf():
+    """Reach the first checkpoint late."""
+    while not gate("deaf").is_set():
+        time.sleep(0.002)
+    bgjobs.current_job().checkpoint()
+
+
 def parent_of_deaf(waits):
     child = bgjobs.submit(deaf)
     if waits:
@@ -2272,6 +1799,11 @@ def keyed_parent():
     while not gate("keyed").is_set():
         job.sleep(1)
     return [job.result() for job in jobs]
+
+
+def hold_if(name):
+    if name:
+        hold(name)
 
 
 class TestFairRunning:
@@ -2497,6 +2029,12 @@ class TestOperations:
         assert {job.status for job in runner.jobs(limit=1000)} <= {"finished", "stopped"}
 
 
+def submit_late():
+    seen.append("submit late")
+    gate("submit late").wait(20)
+    return bgjobs.submit(add, 1).id
+
+
 class TestTrees:
     def test_a_parent_is_over_after_its_last_descendant(self, runner):
         job = runner.submit(children, 5, "hold", "child")
@@ -2596,6 +2134,15 @@ class TestTrees:
         assert writes(10_000) == writes(100)
 
 
+def let_go(processes):
+    """Have processes that say "ready" and then read a line go on at the same time."""
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", finish(process)
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
 class TestKeys:
     def test_keyed_children_of_a_parent_that_runs_again_give_back_their_results(self, runner):
         seen.clear()
@@ -2634,6 +2181,29 @@ class TestKeys:
         assert second.id != first.id
         with pytest.raises(bgjobs.InvalidOperation, match=f"job {second.id} has its key 'k' now"):
             first.restart()
+
+
+def holder(path, name, workers=1):
+    """Start a process with a runner each of whose workers holds a job, until it is killed."""
+    return ready("""
+        import bgjobs, sys, test_bgjobs, threading
+        path, name, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+        runner = bgjobs.Runner(path, max_workers=workers)
+        runner.submit_many(test_bgjobs.hold, [(name,)] * workers)
+        test_bgjobs.wait_for(lambda: len(test_bgjobs.seen) == workers)
+        print("ready", flush=True)
+        threading.Event().wait()
+        """, path, name, workers)
+
+
+executing = []
+
+
+def count_executing(seconds=0.002):
+    executing.append(1)
+    seen.append(len(executing))
+    time.sleep(seconds)
+    executing.pop()
 
 
 class TestMaxRunning:
@@ -2750,6 +2320,25 @@ class TestMaxRunning:
         attempt, = claimed(idle, 5)
         assert attempt.id == children[1].id and waiting.phase == "limit reached"
         consistent(idle)
+
+
+def die():
+    os._exit(9)
+
+
+def fail_until(attempt):
+    job = bgjobs.current_job()
+    job.checkpoint(state=(job.state or 0) + 1)
+    if job.attempt < attempt:
+        raise ValueError(f"boom {job.attempt}")
+    return job.state
+
+
+def parent_fails_once():
+    child = bgjobs.options(key="child").submit(add, 1, 2)
+    if bgjobs.current_job().attempt == 1:
+        raise ValueError
+    return child.result()
 
 
 class TestRetries:
@@ -2880,6 +2469,11 @@ def live_again(path, effects, acknowledged, crashes):
     runs = pathlib.Path(effects).read_text().split("\n")[:-1] if os.path.exists(effects) else []
     for job_id in {run.split()[0] for run in runs}:
         assert sum(run.split()[0] == job_id for run in runs) <= 2 + crashes      # once, once more after restart, once for each crash
+
+
+def sum_of_children(count):
+    jobs = [bgjobs.submit(add, i, i) for i in range(count)]
+    return sum(job.result() for job in jobs)
 
 
 @pytest.fixture
@@ -3385,6 +2979,16 @@ class TestDisk:
         consistent(runner)
 
 
+left_open = []
+
+
+def leave_a_transaction_open(path, ends):
+    left_open.append(sqlite3.connect(path))                # more than its frame holds it
+    bgjobs.options(connection=left_open[-1]).submit(add, 1)
+    if not ends:
+        raise ValueError
+
+
 class TestConnection:
     MODES = [{}, {"isolation_level": None}, {"isolation_level": "IMMEDIATE"}, {"isolation_level": "EXCLUSIVE"},
              *([{"autocommit": True}, {"autocommit": False}] if sys.version_info >= (3, 12) else [])]
@@ -3599,6 +3203,56 @@ class TestConnection:
         assert runner.get(job.id).result(5) == 3 and job.id == gone.id   # an id that never was is given out
 
 
+def in_a_child(function):
+    """Call a function in a forked process, which ends with code 0, or 1 where it raises; return its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    return child
+
+
+def write_down(path):
+    """Add a line to a file: which attempt of which job this is."""
+    job = bgjobs.current_job()
+    with open(path, "a") as file:
+        file.write(f"{job.id} {job.attempt}\n")
+
+
+def sweep_job(effects, count):
+    """Save states, make keyed children, wait for them; write down each run."""
+    job = bgjobs.current_job()
+    write_down(effects)
+    if count:
+        children = [bgjobs.options(key=str(n)).submit(sweep_job, effects, 0) for n in range(count)]
+        for child in job.each(children):
+            job.checkpoint(state=child.id)
+            child.result()
+    return count
+
+
+def live(path, effects, acknowledge):
+    """Do what a runner does in its life, and say which job ids were acknowledged."""
+    runner = bgjobs.Runner(path, start=False)
+    try:
+        parent = runner.submit(sweep_job, effects, 2)
+        acknowledge(parent.id)
+        for job_id in runner.submit_many(sweep_job, [(effects, 0)] * 3):
+            acknowledge(job_id)
+        stopped = runner.get(2).stop().resume().set_low_priority()
+        runner.drain()
+        stopped.restart()
+        runner.get(3).restart().cancel()
+        runner.drain()
+    finally:
+        runner.close()
+
+
 class TestSweeps:
     @pytest.mark.parametrize("part", range(4))
     def test_s1_whichever_statement_fails_the_file_is_intact_and_nothing_acknowledged_is_lost(self, tmp_path, monkeypatch, part):
@@ -3659,6 +3313,12 @@ class TestSweeps:
 
 
 # ---- 10 What people see ----------------------------------------------------------------------------------------
+
+def hold_and_log(name):
+    bgjobs.current_job().log.info("one")
+    bgjobs.current_job().log.warning("two")
+    hold(name)
+
 
 class TestWhatPeopleSee:
     @pytest.mark.parametrize("most,few,limit", [(20_000, 10_000, 10_001), (12, 20, 10_001), (40, 6, 6)])
@@ -3759,6 +3419,19 @@ class TestWhatPeopleSee:
 def low_parent():
     bgjobs.submit(add, 1).result()
     gate("low parent").wait(20)
+
+
+def nested(depth):
+    return 0 if depth == 0 else 1 + bgjobs.submit(nested, depth - 1).result()
+
+
+def tree(width, depth):
+    if depth == 0:
+        return 1
+    return sum(job.result() for job in [bgjobs.submit(tree, width, depth - 1) for _ in range(width)])
+
+
+others = []
 
 
 def wait_elsewhere():
@@ -3922,6 +3595,10 @@ class TestWorkerPool:
         assert job.result() == 5
 
 
+def wait_for_held(name):
+    return bgjobs.submit(hold, name).result()
+
+
 class TestLowPriority:
     def test_low_priority_set_on_a_running_parent_holds_for_its_later_children(self, make):
         runner = make(max_workers=2)
@@ -4007,6 +3684,114 @@ class TestLowPriority:
 
 
 # ---- 12 Inside a job -------------------------------------------------------------------------------------------
+
+def each_item(count, name="each"):
+    job = bgjobs.current_job()
+    for item in job.each(range(count)):
+        seen.append((name, job.attempt, item))
+        if gate(name).is_set():
+            job.sleep(0.001)
+    return count
+
+
+def context_seen():
+    job = bgjobs.current_job()
+    return [job.id, job.name, job.run_by, job.attempt, job.stop_requested]
+
+
+async def coroutine(value):
+    await asyncio.sleep(0)
+    return [value, bgjobs.current_job().id]
+
+
+def count_with_state():
+    job = bgjobs.current_job()
+    n = begun = (job.state or {"n": 0})["n"]
+    while not gate("count").is_set():
+        n += 1
+        job.checkpoint(state={"n": n})
+        job.sleep(0.001)
+    return [begun, job.attempt]
+
+
+class Evil:
+    def __repr__(self):
+        raise RuntimeError("evil")
+    __hash__ = object.__hash__
+
+
+def odd(what):
+    if what in ("fraction", "decimal"):
+        one = fractions.Fraction(1) if what == "fraction" else decimal.Decimal(1)
+        bgjobs.current_job().progress(one, 2 * one)
+        raise ValueError
+    if what == "set":
+        return {Evil()}
+    return type("Odd", (), {"__module__": None})()
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+    __repr__ = __str__
+
+
+class OwnText(Exception):
+    def __str__(self):
+        class Text(str):
+            __len__ = encode = None
+        return Text("text")
+
+
+class NoNames(type):
+    def __getattribute__(cls, name):
+        raise RuntimeError(name)
+
+
+class NoName(Exception, metaclass=NoNames):
+    pass
+
+
+class NoTraceback(Exception):
+    __traceback__ = property(lambda self: 1 / 0)
+
+
+class NoAttributes(Exception):
+    def __getattribute__(self, name):
+        raise KeyError(name)
+
+
+class Falsy(Exception):
+    def __len__(self):
+        return 0
+
+
+class AmbiguousError(Exception):
+    def __bool__(self):
+        raise ValueError
+
+
+STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError, "OwnText": OwnText, "NoName": NoName,
+           "NoTraceback": NoTraceback, "NoAttributes": NoAttributes, "Falsy": Falsy, "Ambiguous": AmbiguousError}
+
+
+def exception_named(name):
+    return STRANGE.get(name) or vars(builtins)[name]
+
+
+def raise_it(name):
+    raise exception_named(name)()
+
+
+class Ambiguous:
+    """Has neither truth nor falsehood, as an array of numpy's."""
+
+    def __bool__(self):
+        raise ValueError("the truth value is ambiguous")
+
+    def __str__(self):
+        return "ambiguous"
+
 
 def nested_each():
     job = bgjobs.current_job()
@@ -4371,6 +4156,13 @@ class TestLog:
         wait_for(lambda: sum(int(count) for count in re.findall(r"(\d) log lines of jobs were dropped", caplog.text)) == 3)
 
 
+def slow_at_first():
+    job = bgjobs.current_job()
+    if job.attempt == 1:
+        job.sleep(5)
+    return job.attempt
+
+
 class TestTimeout:
     @pytest.mark.parametrize("function,arguments", [(stoppable, []), (swallow, []), (nap, [0.9])])
     def test_an_attempt_that_takes_too_long_fails_at_a_checkpoint_or_without_one(self, make, monkeypatch, function, arguments):
@@ -4623,6 +4415,11 @@ def declared_there():
 
 def register_a_schedule():
     return bgjobs.every("0 9 * * *", declared_there).info()["name"]
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
 
 
 class TestSchedules:
@@ -4934,6 +4731,14 @@ class TestStatistics:
         assert text.endswith("\n") and all(name.endswith("_total") == (kind == "counter") for name, kind in types.items())
         assert values['bgjobs_jobs{status="finished"}'] == 1 and values["bgjobs_runners"] == 1
         assert values['bgjobs_created_total{function="odd \\"name\\"\\\\ with\\nbreaks"}'] == 1
+
+
+def outlives(name):
+    """Wait for a child that may not end well, and say how it did."""
+    try:
+        return bgjobs.options(key="child").submit(globals()[name]).result()
+    except Exception as error:
+        return f"outlived {type(error).__name__}"
 
 
 class TestRetention:
@@ -5393,6 +5198,17 @@ def interrupt_once(monkeypatch, holder, name):
             raise KeyboardInterrupt
         return method(*args, **options)
     monkeypatch.setattr(holder, name, call)
+
+
+def kill_me(effects, count):
+    """Write down that an attempt began; work a little, in children if so asked."""
+    job = bgjobs.current_job()
+    write_down(effects)
+    for n in job.each(range(3)):
+        if count:
+            bgjobs.options(key=str(n)).submit(kill_me, effects, 0).result()
+        job.checkpoint(state=n)
+        job.sleep(0.001)
 
 
 class TestCrashes:
@@ -5947,6 +5763,46 @@ class TestExit:
 
 
 # ---- 18 Elsewhere ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Let isolated processes find the files compiled."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", bytecode_folder())
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture(params=["threads", "processes", "isolate"])
+def elsewhere(request, make, quick_processes):
+    """A runner whose functions execute elsewhere, and the options that make it so."""
+    if request.param == "isolate":
+        yield make(max_workers=2).options(isolate=True)
+        return
+    executor = concurrent.futures.ThreadPoolExecutor(2) if request.param == "threads" else concurrent.futures.ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn"))
+    with executor:
+        runner = make(executor=executor)
+        yield runner
+        runner.close()
+
+
+def where():
+    return os.getpid()
+
+
+def steps(name, count):
+    """Save a state at each step, and wait for the gate's file at the last one."""
+    job = bgjobs.current_job()
+    step = (job.state or {"step": 0})["step"]
+    while step < count:
+        step += 1
+        job.checkpoint(state={"step": step})
+        job.progress(step, count, f"step {step}")
+    logging.getLogger("app").warning("step %d of attempt %d", step, job.attempt)
+    while not os.path.exists(name):
+        job.sleep(0.01)
+    return [step, job.attempt, job.run_by]
+
 
 @pytest.fixture
 def spawned(make, quick_processes):
@@ -6708,6 +6564,53 @@ def fail_with(text):
     raise ValueError(text)
 
 
+class Visitor:
+    """A browser's manners towards a page, without the browser."""
+
+    def __init__(self, url):
+        self.url, self.host = url, url.split("/")[2]
+        self.token = self.get("api/session")["token"]
+
+    def request(self, method, path, body=None, headers=()):
+        connection = http.client.HTTPConnection(self.host, timeout=10)
+        connection.request(method, "/" + path, body, {"Host": self.host, **dict(headers)})
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        return answer.status, answer.headers, content
+
+    def get(self, path, status=200):
+        got, _, content = self.request("GET", path)
+        assert got == status, content
+        return json.loads(content)
+
+    def post(self, path, body, status=200, **headers):
+        full = {"Content-Type": "application/json", "Origin": f"http://{self.host}", "X-Bgjobs-Token": self.token,
+                **{name.replace("_", "-"): value for name, value in headers.items()}}
+        got, _, content = self.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(),
+                                       {name: value for name, value in full.items() if value is not None})
+        assert got == status, content
+        return json.loads(content)
+
+
+@pytest.fixture
+def visitor(runner):
+    return Visitor(runner.serve(port=0))
+
+
+def raw(visitor, data, seconds=12):
+    """Send bytes, return all that comes back."""
+    host, port = visitor.host.split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(data)
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while block := connection.recv(65536):
+                got += block
+        return got
+
+
 class TestPage:
     def test_the_list_has_what_the_contract_says(self, runner, visitor):
         job = runner.options(label="<script>alert(1)</script>", run_by="ann").submit(sum_of_children, 3)
@@ -7050,6 +6953,77 @@ class TestPage:
             assert "parent_id = :parent" in sql or not any("bgjobs_children" in step for step in plan), (sql, plan)
 
 
+class Browser:
+    """A headless Chromium over the WebDriver protocol."""
+
+    def __init__(self, driver, chromium, profile):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}/session"
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                     "--disable-component-update", "--disable-sync", "--window-size=1300,900", f"--user-data-dir={profile}"]
+        wait_for(self._ready)
+        answer = self.call("POST", "", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"binary": chromium, "args": arguments},
+                                                                         "goog:loggingPrefs": {"browser": "ALL"}}}})
+        self.url += "/" + answer["sessionId"]
+
+    def _ready(self):
+        with contextlib.suppress(OSError):
+            return self.call("GET", "/../status")["ready"]
+
+    def call(self, method, path, body=None):
+        url = self.url.replace("/session", "") + path[3:] if path.startswith("/..") else self.url + path
+        request = urllib.request.Request(url, method=method, data=None if body is None else json.dumps(body).encode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script, *arguments):
+        return self.call("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+
+    def open(self, url):
+        self.call("POST", "/url", {"url": "about:blank"})
+        self.complaints()                                        # of the last test's page, whose runner has been closed
+        self.call("POST", "/url", {"url": url})
+
+    def text(self):
+        return self.run("return document.body.innerText")
+
+    def click(self, text, within="button, a, label"):
+        """Click the first visible, enabled element with this text."""
+        wait_for(lambda: self.run("""const it = [...document.querySelectorAll(arguments[1])].find(each =>
+            each.innerText.trim() === arguments[0] && each.checkVisibility() && !each.disabled);
+            if (it) it.click(); return !!it""", text, within))
+
+    def resize(self, width):
+        """Make the window this wide, on a phone if that is narrow; None: as it was."""
+        which, size = ("clear", {}) if width is None else ("set", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+        self.call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{which}DeviceMetricsOverride", "params": size})
+
+    def complaints(self):
+        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.call("DELETE", "")
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
+    if not driver or not chromium:
+        if os.environ.get("CI"):
+            pytest.fail("chromium and chromedriver are needed where CI is set: apt-get install chromium chromium-driver")
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(driver, chromium, profile)
+        yield browser
+        browser.close()
+
+
 class TestInTheBrowser:
     def test_a_job_is_seen_stopped_resumed_and_read(self, runner, browser):
         url = runner.serve(port=0)
@@ -7329,6 +7303,33 @@ def log_until(name):
     assert gate(name).wait(20)
     log.info("second")
     log.warning("last")
+
+
+def started_command(*arguments, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **variables):
+    """Start `python bgjobs.py` with these arguments."""
+    return subprocess.Popen([sys.executable, str(HERE / "bgjobs.py"), *map(str, arguments)], cwd=cwd, stdout=stdout,
+                            stderr=stderr, text=True, env=environment(**variables))
+
+
+def printed_on_a_terminal(stream, *arguments, **variables):
+    """Run such a command, whose stdout or stderr is a terminal; return what stands there."""
+    import pty
+    main, side = pty.openpty()
+    code, *others = finish(started_command(*arguments, **{stream: side}, **variables))
+    os.close(side)
+    out = b""
+    with contextlib.suppress(OSError):                           # nobody has the other side any more
+        while block := os.read(main, 65536):
+            out += block
+    os.close(main)
+    assert code == 0, (out, others)
+    return out.decode()
+
+
+def bgjobs_command(*arguments, cwd=None, **variables):
+    """Run `python -m bgjobs` with these arguments."""
+    return subprocess.run([sys.executable, "-m", "bgjobs", *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          timeout=60, env=environment(**variables))
 
 
 class TestCommandLine:
