@@ -906,7 +906,8 @@ def jain(shares):
 def simulate(roots, workers, seconds, arrivals=()):
     """Run the queue's arithmetic on simulated time; return what each root had of the workers' time.
 
-    roots: {name: endless iterator of job lengths in seconds}. arrivals: [(time, name, lengths)] of roots that come later.
+    roots: {name: endless iterator of job lengths in seconds}.
+    arrivals: [(time, name, lengths)] of roots that come later.
     """
     streams, vtime, got, costs = {}, {}, {}, bgjobs.Costs()
     running, arrivals, serial, clock, now = [], list(arrivals), itertools.count(), 0, 0.0
@@ -918,8 +919,9 @@ def simulate(roots, workers, seconds, arrivals=()):
         arrive(name, lengths)
     while now < seconds:
         while len(running) < workers:
-            _, (name, length), tag, charge = next(bgjobs.fair_order(
-                [(vtime[name], i, stream) for i, (name, stream) in enumerate(streams.items())], lambda job: costs.plan(job[0])[0]))
+            queues = [(vtime[name], i, stream) for i, (name, stream) in enumerate(streams.items())]
+            _, (name, length), tag, charge = next(
+                bgjobs.fair_order(queues, lambda job: costs.plan(job[0])[0]))
             clock = max(clock, tag)
             vtime[name] += charge
             running.append((now + length, next(serial), name, length, charge))
@@ -2431,7 +2433,7 @@ class TestRetries:
 # ---- 9 Store ---------------------------------------------------------------------------------------------------
 
 class Trouble:
-    """What happens to the statements of all connections: `at(number, sql)` is called before each, `after(sql)` after it."""
+    """Call `at(number, sql)` before and `after(sql)` after each statement of all connections."""
 
     def __init__(self, monkeypatch, at=lambda number, sql: None, after=lambda sql: None):
         trouble = self
@@ -2450,11 +2452,12 @@ class Trouble:
                 trouble.at(trouble.statements, sql)
                 return super().executemany(sql, rows)
         connect = sqlite3.connect
-        monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+        monkeypatch.setattr(sqlite3, "connect", lambda *arguments, **options: connect(
+            *arguments, factory=Connection, **options))
 
 
 def live_again(path, effects, acknowledged, crashes):
-    """Open the file after a trouble, let everything end, and check that nothing was lost or done too often."""
+    """Open the file after trouble and let all jobs end; none may be lost or run too often."""
     with bgjobs.Runner(path, start=False) as runner:
         consistent(runner)
         assert {job.id for job in runner.jobs(limit=None)} >= set(acknowledged)
@@ -2464,10 +2467,11 @@ def live_again(path, effects, acknowledged, crashes):
         runner.drain()
         consistent(runner)
         jobs = runner.jobs(limit=None)
-        assert all(job.status in bgjobs.OVER for job in jobs), [(job.id, job.status) for job in jobs]
+        statuses = {job.id: job.status for job in jobs}
+        assert set(statuses.values()) <= set(bgjobs.OVER), statuses
     runs = pathlib.Path(effects).read_text().split("\n")[:-1] if os.path.exists(effects) else []
-    for job_id in {run.split()[0] for run in runs}:
-        assert sum(run.split()[0] == job_id for run in runs) <= 2 + crashes      # once, once more after restart, once for each crash
+    for count in collections.Counter(run.split()[0] for run in runs).values():
+        assert count <= 2 + crashes        # once, once more after restart, once for each crash
 
 
 def sum_of_children(count):
@@ -2480,7 +2484,8 @@ def small_disk(tmp_path):
     """A file system with room for two megabytes."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here: that takes root and its full rights")
     yield folder
     for gate in list(gates_made):
@@ -2490,7 +2495,7 @@ def small_disk(tmp_path):
 
 @contextlib.contextmanager
 def locked(path, how="IMMEDIATE"):
-    """Have another program in a transaction on a file: an immediate one holds its lock, a deferred one reads."""
+    """Have another program in a transaction: an immediate one locks the file, a deferred one reads."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute(f"BEGIN {how}")
         other.execute("SELECT count(*) FROM bgjobs_jobs").fetchall()
@@ -7733,74 +7738,120 @@ def soak_worker(path):
         threading.Event().wait()
 
 
-def soak(minutes, workers=2):
-    """Submit, operate, kill and restart at random over several processes; check the file now and then, and at the end."""
-    folder = tempfile.mkdtemp(prefix="soak")
-    path, chance, deadline = f"{folder}/jobs.db", random.Random(), time.monotonic() + 60 * minutes
-    submitted, operations, refused, kills = [], 0, 0, 0
-    os.environ["SOAK_NOTES"] = notes = f"{folder}/notes"
+class Soak:
+    """Several processes that run jobs on one file, and a runner that makes trouble for them."""
+    UNSETTLED = ("pending", "running", "stopping", "stopped")
 
-    def size():
-        return {name: os.path.getsize(path + end) // 1024 for name, end in (("file KB", ""), ("WAL KB", "-wal")) if os.path.exists(path + end)}
+    def __init__(self, workers):
+        self.folder = tempfile.mkdtemp(prefix="soak")
+        self.path, self.notes = f"{self.folder}/jobs.db", f"{self.folder}/notes"
+        os.environ["SOAK_NOTES"] = self.notes
+        self.chance = random.Random()
+        self.submitted, self.operations, self.refused, self.kills = [], 0, 0, 0
+        self.runner = bgjobs.Runner(self.path, start=False)
+        self.processes = [self.worker() for _ in range(workers)]
 
-    def memory():
-        return [int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{p.pid}/status").read_text())[1]) // 1024 for p in processes]
+    def worker(self):
+        command = [sys.executable, __file__, "soak-worker", self.path]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=HERE)
 
-    def worker():
-        return subprocess.Popen([sys.executable, __file__, "soak-worker", path], stderr=subprocess.DEVNULL, cwd=HERE)
-    with contextlib.ExitStack() as at_the_end, bgjobs.Runner(path, start=False) as runner:
-        processes = [worker() for _ in range(workers)]
-        at_the_end.callback(lambda: [process.kill() for process in processes])
-        time.sleep(2)
-        print("at the start:", size(), "workers' MB:", memory(), flush=True)
-        said = time.monotonic()
-        while time.monotonic() < deadline:
-            behind = counted(runner)["pending"] > 300            # what counts is the life of jobs, not how many wait
-            for _ in range(0 if behind else chance.randrange(8)):
-                if chance.random() < 0.2:
-                    submitted.append(runner.submit(soak_parent, chance.randrange(1, 6)).id)
-                else:
-                    submitted.append(runner.options(max_running=chance.choice([None, None, 2])).submit(soak_leaf, chance.random() * 0.05).id)
-            for job in chance.sample(runner.jobs(limit=60, status=("pending", "running", "stopping", "stopped", "failed")) or [None], 1):
-                try:
-                    if job is not None and (allowed := [name for name in job.operations if "low" not in name]):
-                        getattr(job, chance.choice(allowed))()
-                        operations += 1
-                except bgjobs.InvalidOperation:
-                    refused += 1
-            if chance.random() < 0.01:
-                victim = chance.randrange(workers)
-                processes[victim].kill()
-                processes[victim].wait()
-                processes[victim] = worker()
-                kills += 1
-            if time.monotonic() - said > 60:
-                said = time.monotonic()
-                consistent(runner)
-                print(f"{len(submitted):,} submitted, {operations:,} operations ({refused:,} refused), {kills} kills;", size(), "MB:", memory(), flush=True)
-            time.sleep(0.02)
+    def say(self, *words):
+        """Print the words, the KB of the file and its WAL, and the MB of each worker process."""
+        size = [os.path.getsize(self.path + end) // 1024 for end in ("", "-wal")
+                if os.path.exists(self.path + end)]
+        status = [pathlib.Path(f"/proc/{each.pid}/status").read_text() for each in self.processes]
+        memory = [int(re.search(r"VmRSS:\s+(\d+)", text)[1]) // 1024 for text in status]
+        print(*words, "file and WAL KB:", size, "workers' MB:", memory, flush=True)
+
+    def account(self):
+        return (f"{len(self.submitted):,} submitted, {self.operations:,} operations "
+                f"({self.refused:,} refused), {self.kills} kills;")
+
+    def submit(self):
+        if counted(self.runner)["pending"] > 300:        # the life of jobs counts, not a backlog
+            return
+        for _ in range(self.chance.randrange(8)):
+            if self.chance.random() < 0.2:
+                job = self.runner.submit(soak_parent, self.chance.randrange(1, 6))
+            else:
+                limited = self.runner.options(max_running=self.chance.choice([None, None, 2]))
+                job = limited.submit(soak_leaf, self.chance.random() * 0.05)
+            self.submitted.append(job.id)
+
+    def operate(self):
+        jobs = self.runner.jobs(limit=60, status=(*self.UNSETTLED, "failed"))
+        if not jobs:
+            return
+        job = self.chance.choice(jobs)
+        try:
+            if allowed := [name for name in job.operations if "low" not in name]:
+                getattr(job, self.chance.choice(allowed))()
+                self.operations += 1
+        except bgjobs.InvalidOperation:
+            self.refused += 1
+
+    def kill(self):
+        victim = self.chance.randrange(len(self.processes))
+        self.processes[victim].kill()
+        self.processes[victim].wait()
+        self.processes[victim] = self.worker()
+        self.kills += 1
+
+    def settle(self):
+        """Wait until all jobs are over; fail if for a minute none ends."""
         left, moved = None, time.monotonic()
-        while unsettled := runner.jobs(limit=None, status=("pending", "running", "stopping", "stopped")):
+        while unsettled := self.runner.jobs(limit=None, status=self.UNSETTLED):
             if left != len(unsettled):
                 left, moved = len(unsettled), time.monotonic()
-            assert time.monotonic() < moved + 60, [(job.id, job.status, job.phase) for job in unsettled][:20]
+            assert time.monotonic() < moved + 60, [
+                (job.id, job.status, job.phase) for job in unsettled][:20]
             for job in unsettled:
                 with contextlib.suppress(bgjobs.InvalidOperation):
                     job.resume()
             time.sleep(0.5)
-        print("at the end:", size(), "workers' MB:", memory())
-        for process in processes:
+
+    def check(self):
+        """Check that no job was lost and that no attempt began twice."""
+        look_for_the_dead(self.runner)
+        consistent(self.runner)
+        jobs = self.runner.jobs(limit=None)
+        assert {job.id for job in jobs} >= set(self.submitted)
+        begun = collections.Counter(pathlib.Path(self.notes).read_text().splitlines())
+        assert max(begun.values()) == 1, [each for each, count in begun.items() if count > 1][:20]
+        by_status = {status: count for status, count in counted(self.runner).items() if count}
+        print(f"{len(jobs):,} jobs, {len(begun):,} attempts; by status: {by_status};",
+              "the file is consistent")
+
+    def end(self):
+        for process in self.processes:
             process.kill()
             process.wait()
-        look_for_the_dead(runner)
-        consistent(runner)
-        jobs = runner.jobs(limit=None)
-        assert {job.id for job in jobs} >= set(submitted)
-        begun = collections.Counter(pathlib.Path(notes).read_text().splitlines())
-        assert max(begun.values()) == 1, [attempt for attempt, count in begun.items() if count > 1][:20]
-        print(f"{len(jobs):,} jobs of {len(submitted):,} roots, {len(begun):,} attempts, {operations:,} operations ({refused:,} refused), {kills} kills; by status:",
-              {status: count for status, count in counted(runner).items() if count}, "the file is consistent")
-    shutil.rmtree(folder)
+
+
+def soak(minutes, workers=2):
+    """Submit, operate and kill at random; check the file once a minute, and at the end."""
+    it, deadline = Soak(workers), time.monotonic() + 60 * minutes
+    with it.runner:
+        try:
+            time.sleep(2)
+            it.say("at the start:")
+            said = time.monotonic()
+            while time.monotonic() < deadline:
+                it.submit()
+                it.operate()
+                if it.chance.random() < 0.01:
+                    it.kill()
+                if time.monotonic() - said > 60:
+                    said = time.monotonic()
+                    consistent(it.runner)
+                    it.say(it.account())
+                time.sleep(0.02)
+            it.settle()
+            it.say("at the end:", it.account())
+        finally:
+            it.end()
+        it.check()
+    shutil.rmtree(it.folder)
 
 
 if __name__ == "__main__":
