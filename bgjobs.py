@@ -9839,114 +9839,6 @@ def _print_report(report: dict[str, Any], seconds: float) -> None:
               *map(_plain, group["paths"]), sep="\n    ")
 
 
-# The benchmark: bgjobs beside bare sqlite3 that does the least of the same.
-
-def _nothing() -> None:
-    """Do nothing: the job of `bench`."""
-
-
-def _rate(count: int, call: Callable[[], object]) -> float:
-    """Return how many such calls a second there are, in a row of `count`."""
-    begun = time.perf_counter()
-    for _ in range(count):
-        call()
-    return count / (time.perf_counter() - begun)
-
-
-_BARE_INSERT = "INSERT INTO jobs (fn, args) VALUES ('nothing', ?)"
-
-
-def _bare_db(path: str) -> contextlib.closing[sqlite3.Connection]:
-    db = sqlite3.connect(path, isolation_level=None)
-    db.executescript("""
-        PRAGMA journal_mode = WAL;
-        PRAGMA synchronous = NORMAL;
-        CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0);
-        CREATE INDEX queued ON jobs(id) WHERE status = 0""")
-    return contextlib.closing(db)
-
-
-def _bare_write(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    db.executemany(statement, rows)
-    db.execute("COMMIT")
-
-
-def _run_all(runner: Runner) -> float:
-    last = runner.submit_many(_nothing, [()] * 5_000)[-1]
-    rate = 5_000 * _rate(1, lambda: runner.start().shutdown())
-    assert runner.get(last).status == FINISHED
-    return rate
-
-
-def _bare_run_all(db: sqlite3.Connection) -> float:
-    _bare_write(db, _BARE_INSERT, [("[]",)] * 5_000)
-
-    def drain() -> None:
-        while ids := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
-            _bare_write(db, "UPDATE jobs SET status = 1 WHERE id = ?", ids)
-            _bare_write(db, "UPDATE jobs SET status = 2 WHERE id = ?", ids)
-    return 5_000 * _rate(1, drain)
-
-
-def _round_trip(runner: Runner) -> float:
-    """Return the median milliseconds from submit to result on an idle runner."""
-    runner.start()
-    laps = []
-    for _ in range(100):
-        time.sleep(0.005)
-        laps.append(1e3 / _rate(1, lambda: runner.submit(_nothing).result(10)))
-    return sorted(laps)[50]
-
-
-def _checkpoints() -> float:
-    """Return the nanoseconds of a checkpoint without a state."""
-    return 1e9 / _rate(100_000, current_job().checkpoint)
-
-
-class _Bench(NamedTuple):
-    title: str
-    unit: str
-    ours: Callable[[Runner], float]                               # with a runner that has not been started
-    bare: Callable[[sqlite3.Connection], float] | None = None     # with _bare_db
-
-
-_BENCHES = (
-    _Bench("submit, one by one", "jobs/s",
-           lambda runner: _rate(3_000, lambda: runner.submit(_nothing)),
-           lambda db: _rate(3_000, lambda: db.execute(_BARE_INSERT, ("[]",)))),
-    _Bench("submit_many", "jobs/s",
-           lambda runner: 50_000 * _rate(1, lambda: runner.submit_many(_nothing, [()] * 50_000)),
-           lambda db: 10_000 * _rate(5, lambda: _bare_write(db, _BARE_INSERT, [("[]",)] * 10_000))),
-    _Bench("run 5,000 jobs, 8 workers", "jobs/s", _run_all, _bare_run_all),
-    _Bench("submit to result, idle", "ms", _round_trip),
-    _Bench("checkpoint()", "ns", lambda runner: float(runner.start().submit(_checkpoints).result(30))),
-)
-
-
-def _bench(args: Any) -> int:
-    """Print what bgjobs reaches beside bare sqlite3 on this machine, in one run."""
-    import statistics
-    import tempfile
-    print(f"bgjobs {__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, "
-          f"{os.cpu_count()} cores; medians of {args.repeat} runs, side by side")
-    print(f"{'':34}{'bgjobs':>14}{'bare sqlite3':>14}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        files = (os.path.join(folder, f"{number}.db") for number in itertools.count())
-        for title, unit, ours, bare in _BENCHES:
-            mine, theirs = [], []
-            for _ in range(args.repeat):
-                with contextlib.closing(Runner(next(files), start=False, max_workers=8)) as runner:
-                    mine.append(ours(runner))
-                if bare is not None:
-                    with _bare_db(next(files)) as db:
-                        theirs.append(bare(db))
-            figure, beside = statistics.median(mine), statistics.median(theirs) if theirs else None
-            ratio = f"{beside:>14,.1f}{figure / beside:>8.2f}" if beside else ""
-            print(f"{title:34}{figure:>14,.1f}{ratio:22}  {unit}", flush=True)
-    return 0
-
-
 # The commands and their arguments.
 
 def _arguments(arguments: list[str] | None) -> Any:
@@ -10032,9 +9924,6 @@ def _arguments(arguments: list[str] | None) -> Any:
           help="how long finished and cancelled ones are kept (default: %(default)s)")
     prune("--failed", default=_period(RETENTION["failed"]), metavar="TIME",
           help="how long failed ones are kept (default: %(default)s)")
-
-    bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
-    bench("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import struct
 import subprocess
 import sys
@@ -7460,10 +7461,6 @@ class TestCommandLine:
     def test_durations_for_people(self):
         assert [bgjobs.for_people(s) for s in (0.04, 9.96, 59.4, 60, 3661)] == ["0.0 s", "10.0 s", "59 s", "1 min 0 s", "1 h 1 min"]
 
-    def test_bench_prints_ratios(self, tmp_path):
-        done = bgjobs_command("bench", "--repeat", 1, cwd=tmp_path)
-        assert done.returncode == 0 and "submit_many" in done.stdout and "checkpoint()" in done.stdout and list(tmp_path.iterdir()) == []
-
 
 # ---- README ----------------------------------------------------------------------------------------------------
 
@@ -7574,6 +7571,12 @@ class TestReadme:
         done = bgjobs_command("run", *run[1].split("#")[0].split(), cwd=tmp_path)
         assert done.returncode == 0 and int(done.stdout) == (HERE / "bgjobs.py").stat().st_size
         assert demo[1] == "/usr/share"                           # TestCommandLine runs it on a small folder
+
+    def test_its_benchmark_prints_ratios(self, tmp_path):
+        done = subprocess.run([sys.executable, HERE / "test_bgjobs.py", "bench", "--repeat", "1"], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300, env=environment())
+        assert done.returncode == 0, done.stderr
+        assert "submit_many" in done.stdout and "checkpoint()" in done.stdout and list(tmp_path.iterdir()) == []
 
     def test_a_type_checker_knows_what_a_job_returns_and_takes(self, tmp_path):
         mypy = pytest.importorskip("mypy.api", reason="no type checker: pip install mypy")
@@ -7690,10 +7693,107 @@ def soak(minutes, workers=2):
     shutil.rmtree(folder)
 
 
+# ---- the benchmark, beside bare sqlite3 that does the least of the same: python test_bgjobs.py bench [--repeat N] ----
+
+def do_nothing():
+    pass
+
+
+def time_checkpoints():
+    """Return the nanoseconds of a checkpoint without a state."""
+    return 1e9 / rate(100_000, bgjobs.current_job().checkpoint)
+
+
+def rate(count, call):
+    """Return how many such calls a second there are, in a row of `count`."""
+    begun = time.perf_counter()
+    for _ in range(count):
+        call()
+    return count / (time.perf_counter() - begun)
+
+
+def round_trip(runner):
+    """Return the median milliseconds from submit to result on an idle runner."""
+    laps = []
+    for _ in range(100):
+        time.sleep(0.005)
+        laps.append(1e3 / rate(1, lambda: runner.submit(do_nothing).result(10)))
+    return statistics.median(laps)
+
+
+def run_all(runner):
+    last = runner.submit_many(do_nothing, [()] * 5_000)[-1]
+    ran = 5_000 * rate(1, lambda: runner.start().shutdown())
+    assert runner.get(last).status == "finished"
+    return ran
+
+
+BARE_INSERT = "INSERT INTO jobs (fn, args) VALUES ('nothing', ?)"
+
+
+def bare_db(path):
+    db = sqlite3.connect(path, isolation_level=None)
+    db.executescript("""
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = NORMAL;
+        CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0);
+        CREATE INDEX queued ON jobs(id) WHERE status = 0""")
+    return contextlib.closing(db)
+
+
+def bare_write(db, statement, rows):
+    db.execute("BEGIN IMMEDIATE")
+    db.executemany(statement, rows)
+    db.execute("COMMIT")
+
+
+def bare_run_all(db):
+    bare_write(db, BARE_INSERT, [("[]",)] * 5_000)
+
+    def drain():
+        while ids := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
+            bare_write(db, "UPDATE jobs SET status = 1 WHERE id = ?", ids)
+            bare_write(db, "UPDATE jobs SET status = 2 WHERE id = ?", ids)
+    return 5_000 * rate(1, drain)
+
+
+BENCHES = [                         # title, unit, with a runner that has not been started, with bare_db
+    ("submit, one by one", "jobs/s", lambda runner: rate(3_000, lambda: runner.submit(do_nothing)),
+     lambda db: rate(3_000, lambda: db.execute(BARE_INSERT, ("[]",)))),
+    ("submit_many", "jobs/s", lambda runner: 50_000 * rate(1, lambda: runner.submit_many(do_nothing, [()] * 50_000)),
+     lambda db: 10_000 * rate(5, lambda: bare_write(db, BARE_INSERT, [("[]",)] * 10_000))),
+    ("run 5,000 jobs, 8 workers", "jobs/s", run_all, bare_run_all),
+    ("submit to result, idle", "ms", lambda runner: round_trip(runner.start()), None),
+    ("checkpoint()", "ns", lambda runner: runner.start().submit(time_checkpoints).result(30), None),
+]
+
+
+def bench(repeat):
+    """Print what bgjobs reaches beside bare sqlite3 on this machine, in one run."""
+    print(f"bgjobs {bgjobs.__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, "
+          f"{os.cpu_count()} cores; medians of {repeat} runs, side by side")
+    print(f"{'':34}{'bgjobs':>14}{'bare sqlite3':>14}{'ratio':>8}")
+    with tempfile.TemporaryDirectory() as folder:
+        files = (os.path.join(folder, f"{number}.db") for number in itertools.count())
+        for title, unit, ours, bare in BENCHES:
+            mine, theirs = [], []
+            for _ in range(repeat):
+                with contextlib.closing(bgjobs.Runner(next(files), start=False, max_workers=8)) as runner:
+                    mine.append(ours(runner))
+                if bare is not None:
+                    with bare_db(next(files)) as db:
+                        theirs.append(bare(db))
+            figure, beside = statistics.median(mine), statistics.median(theirs) if theirs else None
+            ratio = f"{beside:>14,.1f}{figure / beside:>8.2f}" if beside else ""
+            print(f"{title:34}{figure:>14,.1f}{ratio:22}  {unit}", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["soak"]:
         soak(*map(float, sys.argv[2:3] or ["30"]), *map(int, sys.argv[3:4]))
     elif sys.argv[1:2] == ["soak-worker"]:
         soak_worker(sys.argv[2])
+    elif sys.argv[1:] == ["bench"] or sys.argv[1:3] == ["bench", "--repeat"]:
+        bench(*map(int, sys.argv[3:] or ["3"]))
     else:
-        sys.exit("python test_bgjobs.py soak [MINUTES] [WORKERS]; the tests themselves run with pytest")
+        sys.exit("python test_bgjobs.py soak [MINUTES] [WORKERS], or bench [--repeat N]; the tests themselves run with pytest")
