@@ -22,7 +22,7 @@ a point where the function may be stopped and may save its *state*, from which t
 
 Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
 descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
-next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. TRANSITIONS below is the table.
+next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. OPERATIONS below is the table.
 
 Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
 kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
@@ -120,27 +120,46 @@ def _say(level: int, text: str) -> None:
 # ---- 1 Words and rules ----------------------------------------------------------------------------------------
 
 PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"        # an attempt executes, or has returned and waits for children. A crash: pending again.
+RUNNING = "running"        # executes, or has returned and waits for children. A crash: pending again.
 STOPPING = "stopping"      # asked to stop, no checkpoint reached yet. A crash: stopped.
 STOPPED = "stopped"        # halted; can be resumed or cancelled.
 FINISHED = "finished"      # the function returned and all descendants are over.
 FAILED = "failed"          # the function raised.
 CANCELLED = "cancelled"    # discarded for good.
 
-STATUSES = (PENDING, RUNNING, STOPPING, STOPPED, FINISHED, FAILED, CANCELLED)
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
-_NOT_OVER = (PENDING, RUNNING, STOPPING, STOPPED)
+_NOT_OVER = (PENDING, *ACTIVE, STOPPED)
+STATUSES = _NOT_OVER + OVER
 
-# operation -> {status it is allowed in: status that follows}. Transaction has a method for each, which refines that.
-TRANSITIONS: dict[str, dict[str, str]] = {
-    "stop": {PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
-    "resume": {STOPPED: PENDING, FAILED: PENDING},
-    "force_stop": {STOPPING: STOPPED},
-    "cancel": {PENDING: CANCELLED, STOPPED: CANCELLED},
-    "restart": {FINISHED: PENDING, FAILED: PENDING},
-    "set_low_priority": {status: status for status in _NOT_OVER},
-    "remove_low_priority": {status: status for status in _NOT_OVER},
+
+class Operation(NamedTuple):
+    """An operation on a job; a method of Transaction carries it out."""
+
+    moves: dict[str, str]                          # each status that allows it -> the status that follows
+    done: str                                      # past tense, for refusals
+    does: str                                      # for the help of the command line
+    once_returned: dict[str, str] = {}             # moves of a job whose function has returned, where they differ
+
+    def follows(self, status: str, returned: bool) -> str:
+        """Return the status that follows. KeyError: this status does not allow the operation."""
+        return self.once_returned.get(status, self.moves[status]) if returned else self.moves[status]
+
+
+_ANY_NOT_OVER = {status: status for status in _NOT_OVER}
+
+OPERATIONS = {
+    "stop": Operation({PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
+                      "stopped", "Stop jobs at their next checkpoint.", {RUNNING: STOPPED}),
+    "resume": Operation({STOPPED: PENDING, FAILED: PENDING},
+                        "resumed", "Let stopped or failed jobs go on.", {STOPPED: RUNNING}),
+    "force_stop": Operation({STOPPING: STOPPED}, "force-stopped", "Make stopping jobs stopped now."),
+    "cancel": Operation({PENDING: CANCELLED, STOPPED: CANCELLED},
+                        "cancelled", "Discard pending or stopped jobs for good."),
+    "restart": Operation({FINISHED: PENDING, FAILED: PENDING},
+                         "restarted", "Run finished or failed jobs from scratch."),
+    "set_low_priority": Operation(_ANY_NOT_OVER, "set to low priority", "Run jobs in periods of low load."),
+    "remove_low_priority": Operation(_ANY_NOT_OVER, "taken off low priority", "Run jobs as others."),
 }
 
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"          # outcomes of an attempt: what its function did;
@@ -174,15 +193,17 @@ class JobStopped(BaseException):
     """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False
-                       ) -> list[str]:
-    """Return the operations that a job with this status and these options allows; `active_below`: a descendant runs."""
-    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; no use in offering it
+def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
+                       active_below: bool = False) -> list[str]:
+    """Return the operations that a job allows. `active_below`: a descendant is running or stopping."""
+    allowed = {name for name, operation in OPERATIONS.items() if status in operation.moves}
+    if status in (STOPPING, STOPPED):
+        allowed.remove("stop")                            # it repeats silently; no use in offering it
     if active_below:
-        unfit |= {"cancel", "restart"}
-    return [name for name, moves in TRANSITIONS.items()
-            if (status in moves or name == "force_stop" and status == STOPPED and active_below)
-            and name not in unfit and not objection(name, options, system)]
+        allowed -= {"cancel", "restart"}
+    if active_below and status == STOPPED:
+        allowed.add("force_stop")                         # of the descendants
+    return [name for name in OPERATIONS if name in allowed and not objection(name, options, system)]
 
 
 def objection(operation: str, options: dict[str, Any], system: bool) -> str:
@@ -194,16 +215,13 @@ def objection(operation: str, options: dict[str, Any], system: bool) -> str:
     return ""
 
 
-_VERBS = {"stop": "stopped", "resume": "resumed", "force_stop": "force-stopped", "cancel": "cancelled",
-          "restart": "restarted", "set_low_priority": "set to low priority",
-          "remove_low_priority": "taken off low priority"}
-
-
 def refusal(job: str, status: str, operation: str, allowed: list[str], why: str = "") -> InvalidOperation:
-    """Return the error for an operation that is not allowed: what is so, what would be allowed, what is not."""
-    can = " or ".join(_VERBS[name] for name in allowed if "priority" not in name)
-    text = f"it can be {can}, not {_VERBS[operation]}" if can else f"it cannot be {_VERBS[operation]}"
-    return InvalidOperation(f"{job} is {status}; {text}{f' ({why})' if why else ''}")
+    """Return the error for an operation that a job's status does not allow."""
+    done = OPERATIONS[operation].done
+    can = " or ".join(OPERATIONS[name].done for name in allowed if "priority" not in name)
+    text = f"it can be {can}, not {done}" if can else f"it cannot be {done}"
+    reason = f" ({why})" if why else ""
+    return InvalidOperation(f"{job} is {status}; {text}{reason}")
 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------
@@ -2108,7 +2126,7 @@ class Transaction:
         """Raise InvalidOperation if a job does not allow an operation."""
         def refuse(why: str, allowed: Iterable[str] = ()) -> None:
             raise refusal(f"job {top.id}", top.status, operation, [name for name in allowed if name != operation], why)
-        options, fits = kept_options(top.options), top.status in TRANSITIONS[operation]
+        options, fits = kept_options(top.options), top.status in OPERATIONS[operation].moves
         active = next((job.id for job in below if job.status in ACTIVE), None)
         for_others = operation == "force_stop" and top.status == STOPPED and STOPPING in [job.status for job in below]
         why = objection(operation, options, bool(top.system))
@@ -2127,7 +2145,7 @@ class Transaction:
             return job is top
         if job.status in OVER or objection("stop", kept_options(job.options), bool(job.system)):
             return False
-        self._move(job, STOPPING if job.executes else STOPPED)      # else there is no checkpoint to wait for
+        self._move(job, OPERATIONS["stop"].follows(job.status, bool(job.returned)))
         return True
 
     def _resume(self, job: JobRow, top: JobRow) -> bool:
@@ -2139,12 +2157,10 @@ class Transaction:
             return False
         if job.deaths:
             self.execute(ACQUIT, {"id": job.id})          # somebody has looked at it
-        if job.returned and job.status == STOPPED:
-            self._move(job, RUNNING)                      # waits for its children again
-            return True
-        if job.returned:
+        follows = OPERATIONS["resume"].follows(job.status, bool(job.returned))
+        if job.returned and follows == PENDING:
             self.execute(REOPEN, {"id": job.id})
-        self._move(job, PENDING)
+        self._move(job, follows)
         return True
 
     def _force_stop(self, job: JobRow, top: JobRow) -> bool:
@@ -6954,7 +6970,7 @@ class Callback:
 
     def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
         """Stop, resume, cancel ... a job."""
-        if operation not in TRANSITIONS:
+        if operation not in OPERATIONS:
             raise ValueError(f"there is no operation {_short(operation)}")
         self._runner._operate(operation, job_id, by)
 
@@ -9248,7 +9264,7 @@ class Page:
 
     def _operate(self, request: _Request, kind: str, operation: str) -> _Answer:
         """Operate on each job, or schedule, that the body names; return what was done and what was refused."""
-        operations = TRANSITIONS if kind == "job" else SCHEDULE_OPERATIONS
+        operations = OPERATIONS if kind == "job" else SCHEDULE_OPERATIONS
         if operation not in operations:
             raise _Refused(404, f"there is no such operation; there are {', '.join(operations)}")
         body = request.json()
@@ -9897,17 +9913,9 @@ def _arguments(arguments: list[str] | None) -> Any:
     logs("--regex", help="only lines in which it is found")
     logs("--tree", action="store_true", help="those of its descendants, too")
 
-    for name, does in {
-        "stop": "Stop jobs at their next checkpoint.",
-        "resume": "Have stopped or failed jobs go on.",
-        "force-stop": "Make stopping jobs stopped now.",
-        "cancel": "Discard pending or stopped jobs for good.",
-        "restart": "Run finished or failed jobs from scratch.",
-        "set-low-priority": "Run jobs in periods of low load.",
-        "remove-low-priority": "Run jobs as others.",
-    }.items():
-        operation = command(name, _operation, f"{does} Exit code 1: one was refused.", as_json)
-        operation("ids", type=int, nargs="+", metavar="ID")
+    for name, operation in OPERATIONS.items():
+        add = command(name.replace("_", "-"), _operation, f"{operation.does} Exit code 1: one was refused.", as_json)
+        add("ids", type=int, nargs="+", metavar="ID")
 
     stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.",
                     as_json)

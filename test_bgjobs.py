@@ -822,17 +822,17 @@ def bgjobs_command(*arguments, cwd=None, **variables):
 
 class TestTransitions:
     def test_every_status_has_a_row_of_answers(self):
-        for operation, moves in bgjobs.TRANSITIONS.items():
-            assert set(moves) <= set(bgjobs.STATUSES), operation
-            assert set(moves.values()) <= set(bgjobs.STATUSES), operation
+        for name, operation in bgjobs.OPERATIONS.items():
+            assert {*operation.moves, *operation.moves.values()} <= set(bgjobs.STATUSES), name
+            assert set(operation.once_returned) <= set(operation.moves), name
 
-    @pytest.mark.parametrize("operation", bgjobs.TRANSITIONS)
+    @pytest.mark.parametrize("operation", bgjobs.OPERATIONS)
     @pytest.mark.parametrize("status", bgjobs.STATUSES)
     def test_the_store_does_what_the_table_says(self, idle, status, operation):
         job = job_in(idle, status)
         call = {"set_low_priority": lambda: job.set_low_priority(True), "cancel": lambda: idle._operate("cancel", job.id, None),
                 "remove_low_priority": lambda: job.set_low_priority(False)}.get(operation, getattr(job, operation, None))
-        expected = bgjobs.TRANSITIONS[operation].get(status)
+        expected = bgjobs.OPERATIONS[operation].moves.get(status)
         if expected is None:
             with pytest.raises(bgjobs.InvalidOperation, match=f"job {job.id} is {status}; it can"):
                 call()
@@ -844,9 +844,9 @@ class TestTransitions:
 
     def test_http_does_what_the_table_says(self, idle):
         visitor = Visitor(idle.serve(port=0))
-        for status, operation in itertools.product(bgjobs.STATUSES, bgjobs.TRANSITIONS):
+        for status, operation in itertools.product(bgjobs.STATUSES, bgjobs.OPERATIONS):
             job = job_in(idle, status)
-            expected = bgjobs.TRANSITIONS[operation].get(status)
+            expected = bgjobs.OPERATIONS[operation].moves.get(status)
             if expected is None:
                 answer = visitor.post(f"api/jobs/{operation}", {"ids": [job.id]}, 409)
                 assert answer["done"] == [] and [refused["id"] for refused in answer["refused"]] == [job.id]
@@ -854,6 +854,16 @@ class TestTransitions:
             else:
                 assert visitor.post(f"api/jobs/{operation}", {"ids": [job.id]}) == {"done": [job.id], "refused": []}
             assert job.status == (expected or status)
+
+    def test_a_parent_that_has_returned_stops_at_once_and_waits_again_when_resumed(self, runner):
+        parent = runner.submit(parent_of_deaf, False)
+        wait_for(lambda: parent.phase == "waiting for children" and parent.children["running"])
+        for operation, before in (("stop", "running"), ("resume", "stopped")):
+            assert parent.status == before
+            getattr(parent, operation)()
+            assert parent.status == bgjobs.OPERATIONS[operation].once_returned[before]
+        gate("deaf").set()
+        assert parent.result(10) is None and parent.attempt == 1
 
     def test_a_refusal_names_the_job_its_status_and_what_it_allows(self, idle):
         job = idle.submit(add, 1)
