@@ -239,49 +239,29 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _type_name(value: Any) -> str:
-    """Return the name of the value's type, whatever its metaclass does."""
-    name: str = type.__dict__["__qualname__"].__get__(type(value))
-    return name
-
-
 def _printed(value: Any, how: Callable[[Any], str]) -> str:
-    """Return str(value) or repr(value), whatever the value's own methods do; a subclass of str has some, too."""
+    """Return str(value) or repr(value) as a plain str, or words for it if the value's own method raises."""
     try:
-        return str.__str__(how(value))
-    except BaseException as error:
-        # A Ctrl-C that hit this very line goes on; one from deeper may be the doing of the value's own methods.
-        deeper = error.__traceback__ is not None and error.__traceback__.tb_next is not None
-        if isinstance(error, KeyboardInterrupt) and not deeper:
-            raise
-        return f"<{_type_name(value)} that cannot be printed>"
+        return str(how(value))
+    except Exception:
+        return f"<{type(value).__qualname__} that cannot be printed>"
 
 
-def _short(value: Any, limit: int = 80) -> str:
-    """Return repr(value), cut to `limit` characters. Never raises."""
-    text = _printed(value, repr)
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+def _short(value: Any) -> str:
+    """Return a value as an error message shows it: at most 80 characters of its repr."""
+    return _text(_printed(value, repr), 80)
 
 
 def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return str(value) as SQLite can hold it: cut to `limit` characters, lone surrogates escaped. Never raises."""
+    """Return str(value), cut to `limit` characters, as text that SQLite takes: lone surrogates are escaped."""
     text = _printed(value, str)
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(text):,} characters)"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-8", "backslashreplace").decode()
-    return text
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _PLAIN = frozenset((str, int, float, bool, type(None)))
-
-
-def _loaded_type(module: str, name: str) -> Any:
-    """Return a type if its module is loaded. To store a value imports nothing: no value is of a type not loaded."""
-    return getattr(sys.modules.get(module), name, None)
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
@@ -290,41 +270,30 @@ def _set_to_json(value: set[Any]) -> list[Any]:
     return sorted(map(_jsonable, value), key=_dump)
 
 
-def _zone_to_json(zone: Any) -> Any:
-    """Return None, the key of a ZoneInfo, or the seconds of a datetime.timezone, with its name if it has one."""
-    if zone is None:
-        return None
-    if type(zone) is _loaded_type("datetime", "timezone"):
-        offset, *name = zone.__getinitargs__()
-        return [offset.total_seconds(), *name] if name else offset.total_seconds()
-    if type(zone) is _loaded_type("zoneinfo", "ZoneInfo") and zone.key:
-        type(zone)(zone.key)                              # raises if it was made from a file and its key leads nowhere
-        return zone.key
-    raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
-
-
-def _zone_from_json(stored: Any) -> Any:
-    if stored is None:
-        return None
-    if isinstance(stored, str):
-        import zoneinfo
-        return zoneinfo.ZoneInfo(stored)
-    import datetime
-    seconds, *name = stored if isinstance(stored, list) else [stored]
-    return datetime.timezone(datetime.timedelta(seconds=seconds), *name)
-
-
 def _clock_to_json(value: Any) -> list[Any]:
-    return [value.replace(tzinfo=None).isoformat(), value.fold, _zone_to_json(value.tzinfo)]
+    """Return a datetime or time as [ISO text, fold, key of its ZoneInfo]. The text has a fixed offset already."""
+    import datetime
+    zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
+    if key is None and not isinstance(zone, (datetime.timezone, type(None))):
+        raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
+    return [value.isoformat(), value.fold, key]
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
+    import datetime
+    import zoneinfo
     text, fold, zone = stored
-    return kind.fromisoformat(text).replace(fold=fold, tzinfo=_zone_from_json(zone))
+    value = kind.fromisoformat(text).replace(fold=fold)
+    if zone is None:
+        return value
+    if isinstance(zone, str):
+        return value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+    seconds = zone[0] if isinstance(zone, list) else zone       # as 1.0.0 stored a fixed offset, perhaps with its name
+    return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
 
 
 class _Tagged(NamedTuple):
-    """How the values of a type that JSON lacks are stored."""
+    """How values of a type that JSON lacks are stored."""
 
     module: str
     name: str
@@ -342,7 +311,7 @@ _TAGGED = {
     "$timedelta": _Tagged("datetime", "timedelta", lambda value: [value.days, value.seconds, value.microseconds],
                           lambda kind, stored: kind(*stored)),
     "$decimal": _Tagged("decimal", "Decimal", str),
-    "$uuid": _Tagged("uuid", "UUID", lambda value: value.hex),
+    "$uuid": _Tagged("uuid", "UUID", str),
     "$path": _Tagged("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str),
 }
 
@@ -360,9 +329,9 @@ def _jsonable(value: Any) -> Any:
         plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
-        if kind is _loaded_type(module, name):
+        if kind is getattr(sys.modules.get(module), name, None):       # if its module is not loaded, it is another type
             return {tag: to_json(value)}
-    raise TypeError(f"{_short(value)} is of type {_type_name(value)}; pass JSON values, dates, Decimal, UUID, bytes, "
+    raise TypeError(f"{_short(value)} is of type {kind.__qualname__}; pass JSON values, dates, Decimal, UUID, bytes, "
                     "set or Path, or an id to load it by")
 
 
@@ -422,7 +391,7 @@ def import_path(function: Callable[..., Any]) -> str:
         raise TypeError(f"{_short(function)} cannot be a job: it is not callable")
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str):
-        raise TypeError(f"{_short(function)} cannot be a job: {_type_name(function)} objects have no import path; "
+        raise TypeError(f"{_short(function)} cannot be a job: {type(function).__qualname__} objects have no import path; "
                         "submit the function itself and pass it its arguments")
     if "<lambda>" in qualname:
         raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
@@ -3814,7 +3783,7 @@ class Attempt(JobContext):
     def fail(self, error: BaseException) -> None:
         """Make this error the attempt's outcome. Never raises, whatever the error's own methods do."""
         self.outcome, self.exception, self.result = RAISED, error, None
-        self.error = dump_error(_type_name(error), _text(error), _traceback_of(error))
+        self.error = dump_error(type(error).__qualname__, _text(error), _traceback_of(error))
 
     # stopping
 
@@ -5801,7 +5770,7 @@ def _traceback_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
     except BaseException:
-        return f"{_type_name(error)} (its traceback cannot be printed)"
+        return f"{type(error).__qualname__} (its traceback cannot be printed)"
 
 
 # ---- 17 Clock, processes and exit -----------------------------------------------------------------------------
@@ -6675,7 +6644,7 @@ class Callback:
             attempt.future = engine.submit(self._payload(attempt))
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
-            text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
+            text = f"its executor takes no job: {type(error).__qualname__}: {_text(error, 500)}"
             with contextlib.suppress(StoreError):
                 self._runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
@@ -6914,7 +6883,7 @@ class Callback:
         if self._runner._store.closed:
             return GONE
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)
-        return None, _type_name(error), text
+        return None, type(error).__qualname__, text
 
     def _save_soon(self, caller: _Caller, number: int, attempt: Departed, state: str | None,
                    positions: str | None = None) -> None:
