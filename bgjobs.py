@@ -370,60 +370,53 @@ def decode(text: str | None) -> Any:
 
 # ---- 3 Functions and options ----------------------------------------------------------------------------------
 
-def _origin(function: Callable[..., Any]) -> tuple[str, str]:
-    return function.__module__, function.__qualname__
-
-
 def _module_name(module: str) -> str:
     """Return the name under which another process can import `module`: that of the script for __main__."""
     if module != "__main__":
         return module
     main = sys.modules["__main__"]
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    if spec is not None:
-        return str(spec.name).removesuffix(".__main__")
-    return os.path.splitext(os.path.basename(file))[0] if file else module
+    if main.__spec__ is not None:                         # python -m
+        return main.__spec__.name.removesuffix(".__main__")
+    return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
 
 
 def import_path(function: Callable[..., Any]) -> str:
-    """Return "package.module.function". TypeError: it cannot be imported again; the text says what to do."""
+    """Return "package.module.function". Raises TypeError, with a remedy, if it cannot be imported again."""
+    def refuse(why: str, named: str = "") -> NoReturn:
+        raise TypeError(f"{named or _short(function)} cannot be a job: {why}")
     if not callable(function):
-        raise TypeError(f"{_short(function)} cannot be a job: it is not callable")
+        refuse("it is not callable")
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str):
-        raise TypeError(f"{_short(function)} cannot be a job: {type(function).__qualname__} objects have no import path; "
-                        "submit the function itself and pass it its arguments")
+        refuse(f"{type(function).__qualname__} objects have no import path; submit the function itself and pass it "
+               "its arguments")
     if "<lambda>" in qualname:
-        raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
-                        "define it with def at the top level of a module")
+        refuse("a lambda has no name to import it by; define it with def at the top level of a module")
     if "<locals>" in qualname:
-        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its "
-                        "module")
+        refuse("it is defined inside a function; move it to the top level of its module", qualname)
     found: Any = sys.modules.get(module)
     for attribute in qualname.split("."):
         found = getattr(found, attribute, None)
     if found != function:
-        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this "
-                        "function; submit what the module holds under that name")
+        refuse(f"that name leads to {_short(found)}, not to this function; submit what the module holds under that "
+               "name", f"{module}.{qualname}")
     return f"{_module_name(module)}.{qualname}"
 
 
 def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
-    """Find a function that a loaded module defines itself, never one of the standard library or one it imported."""
+    """Find a function that a loaded module defines itself: none that it imported, none of the standard library."""
     parts = name.split(".")
+    if parts[0] in sys.stdlib_module_names:
+        return None
     for split in range(len(parts) - 1, 0, -1):
-        module_name, qualname = ".".join(parts[:split]), ".".join(parts[split:])
-        module = sys.modules.get("__main__" if module_name == _module_name("__main__") else module_name)
-        if module is None:
-            continue
-        if parts[0] in sys.stdlib_module_names:
-            return None
-        found: Any = vars(module).get(parts[split])
-        for attribute in parts[split + 1:]:
-            found = getattr(found, attribute, None) if isinstance(found, type) else None
-        defined_there = (getattr(found, "__module__", None) == module.__name__
-                         and getattr(found, "__qualname__", None) == qualname)
-        return found if defined_there and callable(found) else None
+        path, qualname = ".".join(parts[:split]), ".".join(parts[split:])
+        module = sys.modules.get("__main__" if path == _module_name("__main__") else path)
+        if module is not None:
+            found: Any = vars(module).get(parts[split])
+            for attribute in parts[split + 1:]:
+                found = getattr(found, attribute, None) if isinstance(found, type) else None
+            origin = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+            return found if origin == (module.__name__, qualname) and callable(found) else None
     return None
 
 
@@ -433,25 +426,26 @@ class _Registry:
     def __init__(self) -> None:
         self.by_name: dict[str, Callable[..., Any]] = {}
         self.declared: dict[Callable[..., Any], dict[str, Any]] = {}      # function -> its default options
-        self.names: dict[Callable[..., Any], str] = {}                    # of those submitted
-        self.has_executors = False                                        # one at least is declared with executor=
+        self.names: dict[Callable[..., Any], str] = {}                    # of functions that were submitted
+        self.has_executors = False                                        # a function is declared with executor=
 
     def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Take in a function with its default options. ValueError: another one has its name."""
+        """Take in a function with its default options. Raises ValueError if another function has its name."""
         if "name" in options:
-            known = self.by_name.get(options["name"], function)
-            if _origin(known) != _origin(function):
-                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; "
-                                 "choose another")
-            self.by_name[options["name"]] = function      # also where a reloaded module has a newer one
+            name = options["name"]
+            known = self.by_name.get(name, function)
+            taken_by = f"{known.__module__}.{known.__qualname__}"
+            if taken_by != f"{function.__module__}.{function.__qualname__}":
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
+            self.by_name[name] = function                 # also if a reloaded module has a newer one
         self.declared[function] = options
         self.has_executors |= "executor" in options
 
     def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it. TypeError: it cannot be a job."""
+        """Return the function's stable name, and remember the function by it. Raises TypeError if it cannot be a job."""
         try:
             return self.names[function]
-        except (KeyError, TypeError):                     # TypeError: it has no hash; no function lacks one
+        except (KeyError, TypeError):                     # TypeError: it has no hash; every function has one
             path = import_path(function)
         name: str = self.declared.get(function, {}).get("name", path)
         self.names[function] = name
@@ -466,95 +460,86 @@ class _Registry:
 _registry = _Registry()
 
 
-def _is_executor(value: Any) -> bool:
-    return value is None or callable(getattr(value, "submit", None)) or callable(value)
-
-
 def _is_name(value: Any) -> bool:
     """Return whether a text can be stored as it is, neither cut nor escaped: two names must not become one."""
     return isinstance(value, str) and 0 < len(value) <= 500 and _text(value) == value
 
 
-def _are_seconds(values: Iterable[Any]) -> bool:
-    return all(_is_number(value) and value >= 0 for value in values)
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 63
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
+def _are_seconds(values: Iterable[Any], least: float = 0.0) -> bool:
+    return all(_is_number(value) and value >= least for value in values)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _unix(value: Any) -> float | None:
-    """Return Unix seconds, or an aware datetime, as Unix seconds; None: it is neither."""
+    """Return Unix seconds, or an aware datetime, as Unix seconds, or None if it is neither."""
     if hasattr(value, "timestamp") and value.utcoffset() is not None:
         value = value.timestamp()
     return float(value) if _is_number(value) else None
 
 
 def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None is the machine's own. ValueError: an unknown one."""
+    """Return a time zone and the key to store it by; None is the machine's own. Raises ValueError if it is unknown."""
     import datetime
     import zoneinfo
     key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
-    if key is None:
-        return None, None
     try:
-        return zoneinfo.ZoneInfo(key), key
+        return key if key is None else zoneinfo.ZoneInfo(key), key
     except Exception:                                     # KeyError, ValueError, OSError: it says too little
         raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the '
                          "machine's own") from None
 
 
-class _Option(NamedTuple):
-    """What `check_options` asks of an option's value: a test, and what it must be in words."""
+_A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+_A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-    fits: Callable[[Any], bool]
-    must_be: str
-
-
-_A_NAME = _Option(_is_name, "a text of 1 to 500 characters, without lone surrogates")
-_A_BOOL = _Option(lambda v: isinstance(v, bool), "True or False")
-
-# What they mean, and their defaults, is said in `options`.
-_OPTIONS = {
+# Option -> a test of its value, and what that must be in words. What they mean, and their defaults, is said in `options`.
+_OPTIONS: dict[str, tuple[Callable[[Any], object], str]] = {
     "name": _A_NAME,
-    "label": _Option(lambda v: isinstance(v, str), "a text"),
-    "run_by": _Option(lambda v: v is None or isinstance(v, str), "a text or None"),
+    "label": (lambda v: isinstance(v, str), "a text"),
+    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
     "low_priority": _A_BOOL,
     "system": _A_BOOL,
     "key": _A_NAME,
-    "delay": _Option(lambda v: _are_seconds([v]), "seconds, 0 or more"),
-    "run_at": _Option(lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
-    "retries": _Option(lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
-    "backoff": _Option(lambda v: callable(v) or _are_seconds([v]) or _is_list(v) and len(v) > 0 and _are_seconds(v),
-                       "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": _Option(lambda v: v is None or _are_seconds([v]) and v > 0, "seconds, more than 0"),
-    "max_running": _Option(lambda v: v is None or type(v) is int and 0 < v < 1 << 63,
-                           "a whole number greater than 0 and less than 2**63"),
+    "delay": (lambda v: _are_seconds([v]), "seconds, 0 or more"),
+    "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
+    "retries": (lambda v: _is_whole(v, 0), "a whole number, 0 or more"),
+    "backoff": (lambda v: callable(v) or _are_seconds(_as_list(v) or [None]),
+                "seconds, a list of seconds, or a function of the attempt"),
+    "timeout": (lambda v: v is None or _are_seconds([v], sys.float_info.min), "seconds, more than 0"),
+    "max_running": (lambda v: v is None or _is_whole(v, 1), "a whole number greater than 0 and less than 2**63"),
     "stoppable": _A_BOOL,
     "restartable": _A_BOOL,
     "recover": _A_BOOL,
-    "secret": _Option(lambda v: (_is_list(v) or isinstance(v, (set, frozenset))) and all(isinstance(n, str) for n in v),
-                      "a list of argument names"),
+    "secret": (lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in v),
+               "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": _Option(_is_executor, "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": _Option(lambda v: zone_of(v) is not None,
-                  "the name of a time zone, a ZoneInfo, or None for the machine's own"),
-    "parent": _Option(lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": _Option(lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
+    "executor": (lambda v: v is None or callable(v) or callable(v.submit),
+                 "a concurrent.futures.Executor, what makes one, or None"),
+    "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
+    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return `given`. TypeError: an unknown option; ValueError: a value that does not fit."""
+    """Return `given`. Raises TypeError for an unknown option, ValueError for a value that does not fit."""
     for name, value in given.items():
         if name not in _OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
+        test, must_be = _OPTIONS[name]
         try:
-            fits = _OPTIONS[name].fits(value)
+            fits = test(value)
         except Exception:                                 # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
-            raise ValueError(f"{name} must be {_OPTIONS[name].must_be}, got {_short(value)}")
+            raise ValueError(f"{name} must be {must_be}, got {_short(value)}")
     if "delay" in given and "run_at" in given:
         raise ValueError("give delay or run_at, not both")
     return given
@@ -566,9 +551,10 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
 
-    The options are those of `bgjobs.options`, but for parent and connection, and one more. executor: where the function
-    executes, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the runner's is.
-    TypeError: an unknown option; ValueError: a value that does not fit, or a name that is taken.
+    The options are those of `bgjobs.options`, except parent and connection, and one more. executor: where the
+    function executes, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the
+    runner's is. Raises TypeError for an unknown option, ValueError for a value that does not fit or a name that is
+    taken.
     """
     check_options(options)
     for name in ("parent", "connection"):
@@ -581,13 +567,12 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
     return declare
 
 
-# What a job needs of its options once it is stored is kept with it as JSON, apart from what has a column of its own.
-
+# These options have no column of their own; they are kept with a job as JSON. So is backoff, as a list of pauses.
 _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options to keep with a job of this function, as JSON. ValueError: a value that does not fit."""
+    """Return the options to keep with a job of this function, as JSON. Raises ValueError for one that does not fit."""
     kept = {name: given[name] for name in _KEPT if name in given}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -597,30 +582,32 @@ def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict
 
 
 def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret` and the positions at which they may be passed. ValueError: no such argument."""
+    """Return the names in `secret` and the positions at which they may be passed.
+
+    Raises ValueError if the function has no such argument.
+    """
     import inspect
-    parameters = list(inspect.signature(function).parameters.values())
-    positions = {parameter.name: position for position, parameter in enumerate(parameters)}
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.name: parameter.kind for parameter in parameters.values()}
     places: list[str | int] = []
     for name in secret:
-        if name in positions:
-            if parameters[positions[name]].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
-                                 f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
-                                 "list or a dict")
-            places += [name, positions[name]]
-        elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            places.append(name)
-        else:
+        if kinds.get(name) in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
+                             f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
+                             "list or a dict")
+        if name not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
+        places += [name, list(kinds).index(name)] if name in kinds else [name]
     return places
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called
-    now, for it cannot be stored. ValueError: it gave something else."""
+    """Return the seconds before the first, second ... retry; those after the last one are as long.
+
+    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but seconds.
+    """
     if not callable(backoff):
-        return list(backoff) if _is_list(backoff) else [backoff]
+        return _as_list(backoff)
     pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
     if not _are_seconds(pauses):
         raise ValueError(f"backoff must give seconds, 0 or more; it gave {_short(pauses)}")
@@ -631,8 +618,10 @@ BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, a
 
 
 def pause_before_retry(options: dict[str, Any], failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long
-    each time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together.
+    """Return the seconds to wait after this many failures: the `backoff` of the job's options.
+
+    By default twice as long each time, up to ten minutes, and up to half as long again by chance, so that jobs that
+    failed together are not retried together.
     """
     pauses: list[float] | None = options.get("backoff")
     if pauses:
