@@ -93,8 +93,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
-    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, ParamSpec, Sized, TextIO,
-    TypeVar, overload)
+    Any, Callable, Concatenate, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, ParamSpec,
+    Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -500,7 +500,7 @@ _A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
 # Option -> a test of its value, and what that must be in words. What they mean, and their defaults, is said in `options`.
-_OPTIONS: dict[str, tuple[Callable[[Any], object], str]] = {
+_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": _A_NAME,
     "label": (lambda v: isinstance(v, str), "a text"),
     "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
@@ -4698,7 +4698,38 @@ class Submitter:
         return register(self._of or default_runner(), schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
-        """Return a Submitter with these options added."""
+        """Return a Submitter with these options added: `options(label="Nightly").submit(export, "users")`.
+
+        name           stable identity of the function; by default its import path
+        label          a title for people
+        run_by         who asked for it; by default as the parent
+        low_priority   True: run in periods of low load; by default as the parent
+        system         True: housekeeping, hidden by default
+        key            at the root: while a job with this key is not over, submit returns that job;
+                       in a child: unique within the parent for good
+        delay          seconds to wait
+        run_at         or when to run, in Unix seconds or an aware datetime
+        retries        how many more attempts after an exception; by default 0
+        backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a
+                       function of the attempt, called at submit; by default 1 s, twice as long each time,
+                       up to 10 min, and up to half as long again by chance
+        timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
+                       failed with a TimeoutError
+        max_running    at most so many attempts of this name at once, over all processes; the job's
+                       ancestors, which may wait for it, do not count
+        stoppable      False: stays stopping until it ends
+        restartable    False: refuses restart
+        recover        False: an attempt cut off by a crash fails instead of running again (at most once)
+        isolate        True: each attempt in a process of its own, which force stop and timeout kill
+        tz             the time zone of `every`; by default the machine's
+        secret         names of arguments that people do not get to see
+        parent         a Job to become its child; None: a root, also from inside a job
+        connection     the app's open sqlite3.Connection to the same file: the job exists if and only if
+                       its transaction commits; before that, ask the handle for nothing but its id
+
+        Raises TypeError for an unknown option, ValueError for a value that does not fit. For
+        `executor` see `job`.
+        """
         return Submitter(self._of, {**self._options, **options})
 
 
@@ -5317,7 +5348,7 @@ class Runner(Submitter, Executor):
         self._status(job_id)
         return Job(self, job_id)
 
-    def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job[Any]]:
+    def jobs(self, /, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job[Any]]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent=
         system= created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None.
         ValueError: a bad value."""
@@ -5705,7 +5736,7 @@ class Runner(Submitter, Executor):
 
     # the page
 
-    def serve(self, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
+    def serve(self, /, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
         read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its
@@ -5716,7 +5747,7 @@ class Runner(Submitter, Executor):
         """
         return "" if _serves_attempts else serve_page(Page(self, **options), host, port)
 
-    def wsgi(self, **options: Any) -> Page:
+    def wsgi(self, /, **options: Any) -> Page:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
         The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts
@@ -7397,7 +7428,7 @@ class Link:
 
 # ---- 19 The default runner ------------------------------------------------------------------------------------
 #
-# What the module's own functions work on. Their signatures are those of the methods, for help() and type checkers.
+# The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
 _default_lock = threading.Lock()                              # guards _default
@@ -7407,12 +7438,12 @@ _default_lock = threading.Lock()                              # guards _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is; path and options are those of Runner.
 
-    RuntimeError: there is one on another file, or it has been made, so that options come too late.
+    Raises RuntimeError if there is one on another file, or if there is one and options come too late.
     """
     global _default
     with _default_lock:
         runner, anew = _default, path is not None or bool(options)
-        if runner is None or runner._store.closed and (anew or not runner._store.forked):
+        if runner is None or (runner._store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
         if path is not None and os.path.abspath(path) != runner.path:
@@ -7424,122 +7455,49 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
         return runner.start()
 
 
+def _is_shut(runner: Runner) -> bool:
+    """Return whether a runner has been closed; where it was closed by a fork, it can be started again."""
+    return runner._store.closed and not runner._store.forked
+
+
 def default_runner() -> Runner:
     """Return the runner whose job this is called in, else the default one, started when first needed.
 
-    RuntimeError: it has been closed. Another would be on another file, where nobody looks.
+    Raises RuntimeError if it is closed: another one would be on another file, where nobody looks.
     """
-    attempt = _current.get()
+    attempt, runner = _current.get(), _default
     if attempt is not None:
         return attempt.runner
-    runner = _default
     if runner is None:
         return start()
-    if runner._store.closed and not runner._store.forked:
+    if _is_shut(runner):
         raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
     return runner
 
 
-@overload
-def submit(fn: Callable[_P, Coroutine[Any, Any, _T]], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
-@overload
-def submit(fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
+_submitter = Submitter(None, {})
+submit, submit_many, every, options = _submitter.submit, _submitter.submit_many, _submitter.every, _submitter.options
 
 
-def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job[Any]:
-    """Runner.submit on the default runner; inside a job, a child of it."""
-    return default_runner()._submit(fn, args, kwargs, {})
+def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
+    """Return a method of Runner as a function that calls it on the default runner."""
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
+        return result
+    functools.update_wrapper(call, types.MethodType(method, Runner))      # bound, so that help() shows no `self`
+    call.__qualname__ = call.__name__
+    return call
 
 
-def submit_many(fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]]) -> list[int]:
-    """Runner.submit_many on the default runner."""
-    return default_runner()._submit_many(fn, argument_tuples, {})
-
-
-def options(**options: Any) -> Submitter:
-    """Return a Submitter for the default runner: `options(label="Nightly export").submit(export, "users")`.
-
-    name           stable identity of the function; by default its import path
-    label          a title for people
-    run_by         who asked for it; by default as the parent
-    low_priority   True: run in periods of low load; by default as the parent
-    system         True: housekeeping, hidden by default
-    key            at the root: while a job with this key is not over, submit returns that job;
-                   in a child: unique within the parent for good
-    delay          seconds to wait
-    run_at         or when to run, in Unix seconds or an aware datetime
-    retries        how many more attempts after an exception; by default 0
-    backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a function of the
-                   attempt, called at submit; by default 1 s, twice as long each time, up to 10 min, and up to half as
-                   long again by chance
-    timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has failed with a
-                   TimeoutError
-    max_running    at most so many attempts of this name at once, over all processes; the job's ancestors, which may
-                   wait for it, do not count
-    stoppable      False: stays stopping until it ends
-    restartable    False: refuses restart
-    recover        False: an attempt cut off by a crash fails instead of running again (at most once)
-    isolate        True: each attempt in a process of its own, which force stop and timeout kill
-    tz             the time zone of `every`; by default the machine's
-    secret         names of arguments that people do not get to see
-    parent         a Job to become its child; None: a root, also from inside a job
-    connection     the app's open sqlite3.Connection to the same file: the job exists if and only if its transaction
-                   commits; before that, ask the handle for nothing but its id
-
-    TypeError: an unknown option; ValueError: a value that does not fit. For `executor` see `job`.
-    """
-    return Submitter(None, options)
-
-
-def every(schedule: float | str, fn: Callable[_P, Any], /, *args: _P.args, **kwargs: _P.kwargs) -> Schedule:
-    """Runner.every on the default runner: `every("15m", tidy)`, or by the clock of a place:
-    `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
-    return default_runner().every(schedule, fn, *args, **kwargs)
-
-
-def schedules(system: bool = False) -> list[Schedule]:
-    """Runner.schedules on the default runner."""
-    return default_runner().schedules(system)
-
-
-def stats(window: str = "24h", name: str | None = None) -> dict[str, Any]:
-    """Runner.stats on the default runner."""
-    return default_runner().stats(window, name)
-
-
-def prune(finished: float = RETENTION["finished"], failed: float = RETENTION["failed"]) -> int:
-    """Runner.prune on the default runner."""
-    return default_runner().prune(finished, failed)
-
-
-def get(job_id: int) -> Job[Any]:
-    """Runner.get on the default runner."""
-    return default_runner().get(job_id)
-
-
-def jobs(**filters: Any) -> list[Job[Any]]:
-    """Runner.jobs on the default runner."""
-    return default_runner().jobs(**filters)
-
-
-def drain() -> int:
-    """Runner.drain on the default runner."""
-    return default_runner().drain()
-
-
-def serve(host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
-    """Runner.serve on the default runner."""
-    return default_runner().serve(host, port, **options)
-
-
-def wsgi(**options: Any) -> Page:
-    """Runner.wsgi on the default runner."""
-    return default_runner().wsgi(**options)
-
-
-def backup(path: str | os.PathLike[str]) -> str:
-    """Runner.backup on the default runner."""
-    return default_runner().backup(path)
+get = _of_default_runner(Runner.get)
+jobs = _of_default_runner(Runner.jobs)
+schedules = _of_default_runner(Runner.schedules)
+stats = _of_default_runner(Runner.stats)
+prune = _of_default_runner(Runner.prune)
+drain = _of_default_runner(Runner.drain)
+backup = _of_default_runner(Runner.backup)
+serve = _of_default_runner(Runner.serve)
+wsgi = _of_default_runner(Runner.wsgi)
 
 
 def close(timeout: float = GRACE_SECONDS) -> None:

@@ -16,6 +16,7 @@ import functools
 import gc
 import http.client
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -6611,6 +6612,24 @@ class TestDefaultRunner:
         """, cwd=tmp_path))
         closed = f"the runner on {tmp_path / 'app.db'} is shut down; call start()\n"
         assert (code, out) == (0, 3 * closed + "3\n"), err
+
+    @pytest.mark.parametrize("name", ["submit", "submit_many", "every", "options", "get", "jobs", "schedules", "stats", "prune",
+                                      "drain", "backup", "serve", "wsgi", "close", "shutdown"])
+    def test_the_functions_of_the_module_are_the_methods_of_a_runner_in_signature_and_words(self, name):
+        function, method = getattr(bgjobs, name), getattr(bgjobs.Runner, name)
+        first, *others = inspect.signature(method).parameters.values()
+        assert first.name == "self" and [str(each) for each in inspect.signature(function).parameters.values()] == [str(each) for each in others]
+        assert function.__name__ == name and (function.__doc__ == method.__doc__ or name in ("close", "shutdown"))
+
+    def test_the_functions_of_the_module_can_be_jobs(self, tmp_path):
+        code = """
+            import bgjobs
+            runner = bgjobs.start("app.db")
+            print(bgjobs.submit(bgjobs.prune, 0).result(10), bgjobs.get(1).name, bgjobs.submit(bgjobs.backup, "copy.db").result(10))
+            bgjobs.close()
+        """
+        code, out, err = finish(python(code, cwd=tmp_path))
+        assert (code, out) == (0, f"0 bgjobs.prune {tmp_path / 'copy.db'}\n"), err
 
 
 # ---- 20 Status page --------------------------------------------------------------------------------------------
