@@ -22,7 +22,7 @@ a point where the function may be stopped and may save its *state*, from which t
 
 Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
 descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
-next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. TRANSITIONS below is the table.
+next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. OPERATIONS below is the table.
 
 Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
 kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
@@ -93,8 +93,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
-    Any, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, ParamSpec, Sized, TextIO,
-    TypeVar, overload)
+    Any, Callable, Concatenate, Coroutine, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, ParamSpec,
+    Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.0.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -120,27 +120,46 @@ def _say(level: int, text: str) -> None:
 # ---- 1 Words and rules ----------------------------------------------------------------------------------------
 
 PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"        # an attempt executes, or has returned and waits for children. A crash: pending again.
+RUNNING = "running"        # executes, or has returned and waits for children. A crash: pending again.
 STOPPING = "stopping"      # asked to stop, no checkpoint reached yet. A crash: stopped.
 STOPPED = "stopped"        # halted; can be resumed or cancelled.
 FINISHED = "finished"      # the function returned and all descendants are over.
 FAILED = "failed"          # the function raised.
 CANCELLED = "cancelled"    # discarded for good.
 
-STATUSES = (PENDING, RUNNING, STOPPING, STOPPED, FINISHED, FAILED, CANCELLED)
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
-_NOT_OVER = (PENDING, RUNNING, STOPPING, STOPPED)
+_NOT_OVER = (PENDING, *ACTIVE, STOPPED)
+STATUSES = _NOT_OVER + OVER
 
-# operation -> {status it is allowed in: status that follows}. Transaction has a method for each, which refines that.
-TRANSITIONS: dict[str, dict[str, str]] = {
-    "stop": {PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
-    "resume": {STOPPED: PENDING, FAILED: PENDING},
-    "force_stop": {STOPPING: STOPPED},
-    "cancel": {PENDING: CANCELLED, STOPPED: CANCELLED},
-    "restart": {FINISHED: PENDING, FAILED: PENDING},
-    "set_low_priority": {status: status for status in _NOT_OVER},
-    "remove_low_priority": {status: status for status in _NOT_OVER},
+
+class Operation(NamedTuple):
+    """An operation on a job; a method of Transaction carries it out."""
+
+    moves: dict[str, str]                          # each status that allows it -> the status that follows
+    done: str                                      # past tense, for refusals
+    does: str                                      # for the help of the command line
+    once_returned: dict[str, str] = {}             # moves of a job whose function has returned, where they differ
+
+    def follows(self, status: str, returned: bool) -> str:
+        """Return the status that follows. KeyError: this status does not allow the operation."""
+        return self.once_returned.get(status, self.moves[status]) if returned else self.moves[status]
+
+
+_ANY_NOT_OVER = {status: status for status in _NOT_OVER}
+
+OPERATIONS = {
+    "stop": Operation({PENDING: STOPPED, RUNNING: STOPPING, STOPPING: STOPPING, STOPPED: STOPPED},
+                      "stopped", "Stop jobs at their next checkpoint.", {RUNNING: STOPPED}),
+    "resume": Operation({STOPPED: PENDING, FAILED: PENDING},
+                        "resumed", "Let stopped or failed jobs go on.", {STOPPED: RUNNING}),
+    "force_stop": Operation({STOPPING: STOPPED}, "force-stopped", "Make stopping jobs stopped now."),
+    "cancel": Operation({PENDING: CANCELLED, STOPPED: CANCELLED},
+                        "cancelled", "Discard pending or stopped jobs for good."),
+    "restart": Operation({FINISHED: PENDING, FAILED: PENDING},
+                         "restarted", "Run finished or failed jobs from scratch."),
+    "set_low_priority": Operation(_ANY_NOT_OVER, "set to low priority", "Run jobs in periods of low load."),
+    "remove_low_priority": Operation(_ANY_NOT_OVER, "taken off low priority", "Run jobs as others."),
 }
 
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"          # outcomes of an attempt: what its function did;
@@ -174,15 +193,17 @@ class JobStopped(BaseException):
     """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False, active_below: bool = False
-                       ) -> list[str]:
-    """Return the operations that a job with this status and these options allows; `active_below`: a descendant runs."""
-    unfit = {"stop"} if status in (STOPPING, STOPPED) else set()      # it repeats silently; no use in offering it
+def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
+                       active_below: bool = False) -> list[str]:
+    """Return the operations that a job allows. `active_below`: a descendant is running or stopping."""
+    allowed = {name for name, operation in OPERATIONS.items() if status in operation.moves}
+    if status in (STOPPING, STOPPED):
+        allowed.remove("stop")                            # it repeats silently; no use in offering it
     if active_below:
-        unfit |= {"cancel", "restart"}
-    return [name for name, moves in TRANSITIONS.items()
-            if (status in moves or name == "force_stop" and status == STOPPED and active_below)
-            and name not in unfit and not objection(name, options, system)]
+        allowed -= {"cancel", "restart"}
+    if active_below and status == STOPPED:
+        allowed.add("force_stop")                         # of the descendants
+    return [name for name in OPERATIONS if name in allowed and not objection(name, options, system)]
 
 
 def objection(operation: str, options: dict[str, Any], system: bool) -> str:
@@ -194,16 +215,13 @@ def objection(operation: str, options: dict[str, Any], system: bool) -> str:
     return ""
 
 
-_VERBS = {"stop": "stopped", "resume": "resumed", "force_stop": "force-stopped", "cancel": "cancelled",
-          "restart": "restarted", "set_low_priority": "set to low priority",
-          "remove_low_priority": "taken off low priority"}
-
-
 def refusal(job: str, status: str, operation: str, allowed: list[str], why: str = "") -> InvalidOperation:
-    """Return the error for an operation that is not allowed: what is so, what would be allowed, what is not."""
-    can = " or ".join(_VERBS[name] for name in allowed if "priority" not in name)
-    text = f"it can be {can}, not {_VERBS[operation]}" if can else f"it cannot be {_VERBS[operation]}"
-    return InvalidOperation(f"{job} is {status}; {text}{f' ({why})' if why else ''}")
+    """Return the error for an operation that a job's status does not allow."""
+    done = OPERATIONS[operation].done
+    can = " or ".join(OPERATIONS[name].done for name in allowed if "priority" not in name)
+    text = f"it can be {can}, not {done}" if can else f"it cannot be {done}"
+    reason = f" ({why})" if why else ""
+    return InvalidOperation(f"{job} is {status}; {text}{reason}")
 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------
@@ -221,49 +239,29 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _type_name(value: Any) -> str:
-    """Return the name of the value's type, whatever its metaclass does."""
-    name: str = type.__dict__["__qualname__"].__get__(type(value))
-    return name
-
-
 def _printed(value: Any, how: Callable[[Any], str]) -> str:
-    """Return str(value) or repr(value), whatever the value's own methods do; a subclass of str has some, too."""
+    """Return str(value) or repr(value) as a plain str, or words for it if the value's own method raises."""
     try:
-        return str.__str__(how(value))
-    except BaseException as error:
-        # A Ctrl-C that hit this very line goes on; one from deeper may be the doing of the value's own methods.
-        deeper = error.__traceback__ is not None and error.__traceback__.tb_next is not None
-        if isinstance(error, KeyboardInterrupt) and not deeper:
-            raise
-        return f"<{_type_name(value)} that cannot be printed>"
+        return str(how(value))
+    except Exception:
+        return f"<{type(value).__qualname__} that cannot be printed>"
 
 
-def _short(value: Any, limit: int = 80) -> str:
-    """Return repr(value), cut to `limit` characters. Never raises."""
-    text = _printed(value, repr)
-    return text if len(text) <= limit else text[:limit - 3] + "..."
+def _short(value: Any) -> str:
+    """Return a value as an error message shows it: at most 80 characters of its repr."""
+    return _text(_printed(value, repr), 80)
 
 
 def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return str(value) as SQLite can hold it: cut to `limit` characters, lone surrogates escaped. Never raises."""
+    """Return str(value), cut to `limit` characters, as text that SQLite takes: lone surrogates are escaped."""
     text = _printed(value, str)
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(text):,} characters)"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-8", "backslashreplace").decode()
-    return text
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 _PLAIN = frozenset((str, int, float, bool, type(None)))
-
-
-def _loaded_type(module: str, name: str) -> Any:
-    """Return a type if its module is loaded. To store a value imports nothing: no value is of a type not loaded."""
-    return getattr(sys.modules.get(module), name, None)
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
@@ -272,41 +270,30 @@ def _set_to_json(value: set[Any]) -> list[Any]:
     return sorted(map(_jsonable, value), key=_dump)
 
 
-def _zone_to_json(zone: Any) -> Any:
-    """Return None, the key of a ZoneInfo, or the seconds of a datetime.timezone, with its name if it has one."""
-    if zone is None:
-        return None
-    if type(zone) is _loaded_type("datetime", "timezone"):
-        offset, *name = zone.__getinitargs__()
-        return [offset.total_seconds(), *name] if name else offset.total_seconds()
-    if type(zone) is _loaded_type("zoneinfo", "ZoneInfo") and zone.key:
-        type(zone)(zone.key)                              # raises if it was made from a file and its key leads nowhere
-        return zone.key
-    raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
-
-
-def _zone_from_json(stored: Any) -> Any:
-    if stored is None:
-        return None
-    if isinstance(stored, str):
-        import zoneinfo
-        return zoneinfo.ZoneInfo(stored)
-    import datetime
-    seconds, *name = stored if isinstance(stored, list) else [stored]
-    return datetime.timezone(datetime.timedelta(seconds=seconds), *name)
-
-
 def _clock_to_json(value: Any) -> list[Any]:
-    return [value.replace(tzinfo=None).isoformat(), value.fold, _zone_to_json(value.tzinfo)]
+    """Return a datetime or time as [ISO text, fold, key of its ZoneInfo]. The text has a fixed offset already."""
+    import datetime
+    zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
+    if key is None and not isinstance(zone, (datetime.timezone, type(None))):
+        raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
+    return [value.isoformat(), value.fold, key]
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
+    import datetime
+    import zoneinfo
     text, fold, zone = stored
-    return kind.fromisoformat(text).replace(fold=fold, tzinfo=_zone_from_json(zone))
+    value = kind.fromisoformat(text).replace(fold=fold)
+    if zone is None:
+        return value
+    if isinstance(zone, str):
+        return value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
+    seconds = zone[0] if isinstance(zone, list) else zone       # as 1.0.0 stored a fixed offset, perhaps with its name
+    return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
 
 
 class _Tagged(NamedTuple):
-    """How the values of a type that JSON lacks are stored."""
+    """How values of a type that JSON lacks are stored."""
 
     module: str
     name: str
@@ -324,7 +311,7 @@ _TAGGED = {
     "$timedelta": _Tagged("datetime", "timedelta", lambda value: [value.days, value.seconds, value.microseconds],
                           lambda kind, stored: kind(*stored)),
     "$decimal": _Tagged("decimal", "Decimal", str),
-    "$uuid": _Tagged("uuid", "UUID", lambda value: value.hex),
+    "$uuid": _Tagged("uuid", "UUID", str),
     "$path": _Tagged("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str),
 }
 
@@ -342,9 +329,9 @@ def _jsonable(value: Any) -> Any:
         plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
-        if kind is _loaded_type(module, name):
+        if kind is getattr(sys.modules.get(module), name, None):       # if its module is not loaded, it is another type
             return {tag: to_json(value)}
-    raise TypeError(f"{_short(value)} is of type {_type_name(value)}; pass JSON values, dates, Decimal, UUID, bytes, "
+    raise TypeError(f"{_short(value)} is of type {kind.__qualname__}; pass JSON values, dates, Decimal, UUID, bytes, "
                     "set or Path, or an id to load it by")
 
 
@@ -383,60 +370,53 @@ def decode(text: str | None) -> Any:
 
 # ---- 3 Functions and options ----------------------------------------------------------------------------------
 
-def _origin(function: Callable[..., Any]) -> tuple[str, str]:
-    return function.__module__, function.__qualname__
-
-
 def _module_name(module: str) -> str:
     """Return the name under which another process can import `module`: that of the script for __main__."""
     if module != "__main__":
         return module
     main = sys.modules["__main__"]
-    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    if spec is not None:
-        return str(spec.name).removesuffix(".__main__")
-    return os.path.splitext(os.path.basename(file))[0] if file else module
+    if main.__spec__ is not None:                         # python -m
+        return main.__spec__.name.removesuffix(".__main__")
+    return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
 
 
 def import_path(function: Callable[..., Any]) -> str:
-    """Return "package.module.function". TypeError: it cannot be imported again; the text says what to do."""
+    """Return "package.module.function". Raises TypeError, with a remedy, if it cannot be imported again."""
+    def refuse(why: str, named: str = "") -> NoReturn:
+        raise TypeError(f"{named or _short(function)} cannot be a job: {why}")
     if not callable(function):
-        raise TypeError(f"{_short(function)} cannot be a job: it is not callable")
+        refuse("it is not callable")
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str):
-        raise TypeError(f"{_short(function)} cannot be a job: {_type_name(function)} objects have no import path; "
-                        "submit the function itself and pass it its arguments")
+        refuse(f"{type(function).__qualname__} objects have no import path; submit the function itself and pass it "
+               "its arguments")
     if "<lambda>" in qualname:
-        raise TypeError(f"{_short(function)} cannot be a job: a lambda has no name to import it by; "
-                        "define it with def at the top level of a module")
+        refuse("a lambda has no name to import it by; define it with def at the top level of a module")
     if "<locals>" in qualname:
-        raise TypeError(f"{qualname} cannot be a job: it is defined inside a function; move it to the top level of its "
-                        "module")
+        refuse("it is defined inside a function; move it to the top level of its module", qualname)
     found: Any = sys.modules.get(module)
     for attribute in qualname.split("."):
         found = getattr(found, attribute, None)
     if found != function:
-        raise TypeError(f"{module}.{qualname} cannot be a job: that name leads to {_short(found)}, not to this "
-                        "function; submit what the module holds under that name")
+        refuse(f"that name leads to {_short(found)}, not to this function; submit what the module holds under that "
+               "name", f"{module}.{qualname}")
     return f"{_module_name(module)}.{qualname}"
 
 
 def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
-    """Find a function that a loaded module defines itself, never one of the standard library or one it imported."""
+    """Find a function that a loaded module defines itself: none that it imported, none of the standard library."""
     parts = name.split(".")
+    if parts[0] in sys.stdlib_module_names:
+        return None
     for split in range(len(parts) - 1, 0, -1):
-        module_name, qualname = ".".join(parts[:split]), ".".join(parts[split:])
-        module = sys.modules.get("__main__" if module_name == _module_name("__main__") else module_name)
-        if module is None:
-            continue
-        if parts[0] in sys.stdlib_module_names:
-            return None
-        found: Any = vars(module).get(parts[split])
-        for attribute in parts[split + 1:]:
-            found = getattr(found, attribute, None) if isinstance(found, type) else None
-        defined_there = (getattr(found, "__module__", None) == module.__name__
-                         and getattr(found, "__qualname__", None) == qualname)
-        return found if defined_there and callable(found) else None
+        path, qualname = ".".join(parts[:split]), ".".join(parts[split:])
+        module = sys.modules.get("__main__" if path == _module_name("__main__") else path)
+        if module is not None:
+            found: Any = vars(module).get(parts[split])
+            for attribute in parts[split + 1:]:
+                found = getattr(found, attribute, None) if isinstance(found, type) else None
+            origin = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+            return found if origin == (module.__name__, qualname) and callable(found) else None
     return None
 
 
@@ -446,25 +426,26 @@ class _Registry:
     def __init__(self) -> None:
         self.by_name: dict[str, Callable[..., Any]] = {}
         self.declared: dict[Callable[..., Any], dict[str, Any]] = {}      # function -> its default options
-        self.names: dict[Callable[..., Any], str] = {}                    # of those submitted
-        self.has_executors = False                                        # one at least is declared with executor=
+        self.names: dict[Callable[..., Any], str] = {}                    # of functions that were submitted
+        self.has_executors = False                                        # a function is declared with executor=
 
     def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Take in a function with its default options. ValueError: another one has its name."""
+        """Take in a function with its default options. Raises ValueError if another function has its name."""
         if "name" in options:
-            known = self.by_name.get(options["name"], function)
-            if _origin(known) != _origin(function):
-                raise ValueError(f"the job name {options['name']!r} is taken by {'.'.join(_origin(known))}; "
-                                 "choose another")
-            self.by_name[options["name"]] = function      # also where a reloaded module has a newer one
+            name = options["name"]
+            known = self.by_name.get(name, function)
+            taken_by = f"{known.__module__}.{known.__qualname__}"
+            if taken_by != f"{function.__module__}.{function.__qualname__}":
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
+            self.by_name[name] = function                 # also if a reloaded module has a newer one
         self.declared[function] = options
         self.has_executors |= "executor" in options
 
     def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it. TypeError: it cannot be a job."""
+        """Return the function's stable name, and remember the function by it. Raises TypeError if it cannot be a job."""
         try:
             return self.names[function]
-        except (KeyError, TypeError):                     # TypeError: it has no hash; no function lacks one
+        except (KeyError, TypeError):                     # TypeError: it has no hash; every function has one
             path = import_path(function)
         name: str = self.declared.get(function, {}).get("name", path)
         self.names[function] = name
@@ -479,95 +460,86 @@ class _Registry:
 _registry = _Registry()
 
 
-def _is_executor(value: Any) -> bool:
-    return value is None or callable(getattr(value, "submit", None)) or callable(value)
-
-
 def _is_name(value: Any) -> bool:
     """Return whether a text can be stored as it is, neither cut nor escaped: two names must not become one."""
     return isinstance(value, str) and 0 < len(value) <= 500 and _text(value) == value
 
 
-def _are_seconds(values: Iterable[Any]) -> bool:
-    return all(_is_number(value) and value >= 0 for value in values)
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 63
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
+def _are_seconds(values: Iterable[Any], least: float = 0.0) -> bool:
+    return all(_is_number(value) and value >= least for value in values)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _unix(value: Any) -> float | None:
-    """Return Unix seconds, or an aware datetime, as Unix seconds; None: it is neither."""
+    """Return Unix seconds, or an aware datetime, as Unix seconds, or None if it is neither."""
     if hasattr(value, "timestamp") and value.utcoffset() is not None:
         value = value.timestamp()
     return float(value) if _is_number(value) else None
 
 
 def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None is the machine's own. ValueError: an unknown one."""
+    """Return a time zone and the key to store it by; None is the machine's own. Raises ValueError if it is unknown."""
     import datetime
     import zoneinfo
     key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
-    if key is None:
-        return None, None
     try:
-        return zoneinfo.ZoneInfo(key), key
+        return key if key is None else zoneinfo.ZoneInfo(key), key
     except Exception:                                     # KeyError, ValueError, OSError: it says too little
         raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the '
                          "machine's own") from None
 
 
-class _Option(NamedTuple):
-    """What `check_options` asks of an option's value: a test, and what it must be in words."""
+_A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+_A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-    fits: Callable[[Any], bool]
-    must_be: str
-
-
-_A_NAME = _Option(_is_name, "a text of 1 to 500 characters, without lone surrogates")
-_A_BOOL = _Option(lambda v: isinstance(v, bool), "True or False")
-
-# What they mean, and their defaults, is said in `options`.
-_OPTIONS = {
+# Option -> a test of its value, and what that must be in words. What they mean, and their defaults, is said in `options`.
+_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": _A_NAME,
-    "label": _Option(lambda v: isinstance(v, str), "a text"),
-    "run_by": _Option(lambda v: v is None or isinstance(v, str), "a text or None"),
+    "label": (lambda v: isinstance(v, str), "a text"),
+    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
     "low_priority": _A_BOOL,
     "system": _A_BOOL,
     "key": _A_NAME,
-    "delay": _Option(lambda v: _are_seconds([v]), "seconds, 0 or more"),
-    "run_at": _Option(lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
-    "retries": _Option(lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
-    "backoff": _Option(lambda v: callable(v) or _are_seconds([v]) or _is_list(v) and len(v) > 0 and _are_seconds(v),
-                       "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": _Option(lambda v: v is None or _are_seconds([v]) and v > 0, "seconds, more than 0"),
-    "max_running": _Option(lambda v: v is None or type(v) is int and 0 < v < 1 << 63,
-                           "a whole number greater than 0 and less than 2**63"),
+    "delay": (lambda v: _are_seconds([v]), "seconds, 0 or more"),
+    "run_at": (lambda v: _unix(v) is not None, "Unix seconds or an aware datetime"),
+    "retries": (lambda v: _is_whole(v, 0), "a whole number, 0 or more"),
+    "backoff": (lambda v: callable(v) or _are_seconds(_as_list(v) or [None]),
+                "seconds, a list of seconds, or a function of the attempt"),
+    "timeout": (lambda v: v is None or _are_seconds([v], sys.float_info.min), "seconds, more than 0"),
+    "max_running": (lambda v: v is None or _is_whole(v, 1), "a whole number greater than 0 and less than 2**63"),
     "stoppable": _A_BOOL,
     "restartable": _A_BOOL,
     "recover": _A_BOOL,
-    "secret": _Option(lambda v: (_is_list(v) or isinstance(v, (set, frozenset))) and all(isinstance(n, str) for n in v),
-                      "a list of argument names"),
+    "secret": (lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in v),
+               "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": _Option(_is_executor, "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": _Option(lambda v: zone_of(v) is not None,
-                  "the name of a time zone, a ZoneInfo, or None for the machine's own"),
-    "parent": _Option(lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": _Option(lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
+    "executor": (lambda v: v is None or callable(v) or callable(v.submit),
+                 "a concurrent.futures.Executor, what makes one, or None"),
+    "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
+    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return `given`. TypeError: an unknown option; ValueError: a value that does not fit."""
+    """Return `given`. Raises TypeError for an unknown option, ValueError for a value that does not fit."""
     for name, value in given.items():
         if name not in _OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
+        test, must_be = _OPTIONS[name]
         try:
-            fits = _OPTIONS[name].fits(value)
+            fits = test(value)
         except Exception:                                 # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
-            raise ValueError(f"{name} must be {_OPTIONS[name].must_be}, got {_short(value)}")
+            raise ValueError(f"{name} must be {must_be}, got {_short(value)}")
     if "delay" in given and "run_at" in given:
         raise ValueError("give delay or run_at, not both")
     return given
@@ -579,9 +551,10 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
 
-    The options are those of `bgjobs.options`, but for parent and connection, and one more. executor: where the function
-    executes, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the runner's is.
-    TypeError: an unknown option; ValueError: a value that does not fit, or a name that is taken.
+    The options are those of `bgjobs.options`, except parent and connection, and one more. executor: where the
+    function executes, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the
+    runner's is. Raises TypeError for an unknown option, ValueError for a value that does not fit or a name that is
+    taken.
     """
     check_options(options)
     for name in ("parent", "connection"):
@@ -594,13 +567,12 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
     return declare
 
 
-# What a job needs of its options once it is stored is kept with it as JSON, apart from what has a column of its own.
-
+# These options have no column of their own; they are kept with a job as JSON. So is backoff, as a list of pauses.
 _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options to keep with a job of this function, as JSON. ValueError: a value that does not fit."""
+    """Return the options to keep with a job of this function, as JSON. Raises ValueError for one that does not fit."""
     kept = {name: given[name] for name in _KEPT if name in given}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -610,30 +582,32 @@ def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict
 
 
 def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret` and the positions at which they may be passed. ValueError: no such argument."""
+    """Return the names in `secret` and the positions at which they may be passed.
+
+    Raises ValueError if the function has no such argument.
+    """
     import inspect
-    parameters = list(inspect.signature(function).parameters.values())
-    positions = {parameter.name: position for position, parameter in enumerate(parameters)}
+    parameters = inspect.signature(function).parameters
+    kinds = {parameter.name: parameter.kind for parameter in parameters.values()}
     places: list[str | int] = []
     for name in secret:
-        if name in positions:
-            if parameters[positions[name]].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
-                                 f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
-                                 "list or a dict")
-            places += [name, positions[name]]
-        elif any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            places.append(name)
-        else:
+        if kinds.get(name) in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
+                             f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
+                             "list or a dict")
+        if name not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
+        places += [name, list(kinds).index(name)] if name in kinds else [name]
     return places
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; those after the last one are as long. A function is called
-    now, for it cannot be stored. ValueError: it gave something else."""
+    """Return the seconds before the first, second ... retry; those after the last one are as long.
+
+    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but seconds.
+    """
     if not callable(backoff):
-        return list(backoff) if _is_list(backoff) else [backoff]
+        return _as_list(backoff)
     pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
     if not _are_seconds(pauses):
         raise ValueError(f"backoff must give seconds, 0 or more; it gave {_short(pauses)}")
@@ -644,8 +618,10 @@ BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, a
 
 
 def pause_before_retry(options: dict[str, Any], failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options; by default twice as long
-    each time, up to ten minutes, and up to half as long again by chance, lest what failed together comes back together.
+    """Return the seconds to wait after this many failures: the `backoff` of the job's options.
+
+    By default twice as long each time, up to ten minutes, and up to half as long again by chance, so that jobs that
+    failed together are not retried together.
     """
     pauses: list[float] | None = options.get("backoff")
     if pauses:
@@ -2098,7 +2074,7 @@ class Transaction:
         """Raise InvalidOperation if a job does not allow an operation."""
         def refuse(why: str, allowed: Iterable[str] = ()) -> None:
             raise refusal(f"job {top.id}", top.status, operation, [name for name in allowed if name != operation], why)
-        options, fits = kept_options(top.options), top.status in TRANSITIONS[operation]
+        options, fits = kept_options(top.options), top.status in OPERATIONS[operation].moves
         active = next((job.id for job in below if job.status in ACTIVE), None)
         for_others = operation == "force_stop" and top.status == STOPPED and STOPPING in [job.status for job in below]
         why = objection(operation, options, bool(top.system))
@@ -2117,7 +2093,7 @@ class Transaction:
             return job is top
         if job.status in OVER or objection("stop", kept_options(job.options), bool(job.system)):
             return False
-        self._move(job, STOPPING if job.executes else STOPPED)      # else there is no checkpoint to wait for
+        self._move(job, OPERATIONS["stop"].follows(job.status, bool(job.returned)))
         return True
 
     def _resume(self, job: JobRow, top: JobRow) -> bool:
@@ -2129,12 +2105,10 @@ class Transaction:
             return False
         if job.deaths:
             self.execute(ACQUIT, {"id": job.id})          # somebody has looked at it
-        if job.returned and job.status == STOPPED:
-            self._move(job, RUNNING)                      # waits for its children again
-            return True
-        if job.returned:
+        follows = OPERATIONS["resume"].follows(job.status, bool(job.returned))
+        if job.returned and follows == PENDING:
             self.execute(REOPEN, {"id": job.id})
-        self._move(job, PENDING)
+        self._move(job, follows)
         return True
 
     def _force_stop(self, job: JobRow, top: JobRow) -> bool:
@@ -3791,7 +3765,7 @@ class Attempt(JobContext):
     def fail(self, error: BaseException) -> None:
         """Make this error the attempt's outcome. Never raises, whatever the error's own methods do."""
         self.outcome, self.exception, self.result = RAISED, error, None
-        self.error = dump_error(_type_name(error), _text(error), _traceback_of(error))
+        self.error = dump_error(type(error).__qualname__, _text(error), _traceback_of(error))
 
     # stopping
 
@@ -4766,7 +4740,38 @@ class Submitter:
         return register(self._of or default_runner(), schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
-        """Return a Submitter with these options added."""
+        """Return a Submitter with these options added: `options(label="Nightly").submit(export, "users")`.
+
+        name           stable identity of the function; by default its import path
+        label          a title for people
+        run_by         who asked for it; by default as the parent
+        low_priority   True: run in periods of low load; by default as the parent
+        system         True: housekeeping, hidden by default
+        key            at the root: while a job with this key is not over, submit returns that job;
+                       in a child: unique within the parent for good
+        delay          seconds to wait
+        run_at         or when to run, in Unix seconds or an aware datetime
+        retries        how many more attempts after an exception; by default 0
+        backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a
+                       function of the attempt, called at submit; by default 1 s, twice as long each time,
+                       up to 10 min, and up to half as long again by chance
+        timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
+                       failed with a TimeoutError
+        max_running    at most so many attempts of this name at once, over all processes; the job's
+                       ancestors, which may wait for it, do not count
+        stoppable      False: stays stopping until it ends
+        restartable    False: refuses restart
+        recover        False: an attempt cut off by a crash fails instead of running again (at most once)
+        isolate        True: each attempt in a process of its own, which force stop and timeout kill
+        tz             the time zone of `every`; by default the machine's
+        secret         names of arguments that people do not get to see
+        parent         a Job to become its child; None: a root, also from inside a job
+        connection     the app's open sqlite3.Connection to the same file: the job exists if and only if
+                       its transaction commits; before that, ask the handle for nothing but its id
+
+        Raises TypeError for an unknown option, ValueError for a value that does not fit. For
+        `executor` see `job`.
+        """
         return Submitter(self._of, {**self._options, **options})
 
 
@@ -5380,7 +5385,7 @@ class Runner(Submitter, Executor):
         self._status(job_id)
         return Job(self, job_id)
 
-    def jobs(self, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job[Any]]:
+    def jobs(self, /, *, limit: int | None = 100, before: int | None = None, **filters: Any) -> list[Job[Any]]:
         """Return the jobs that pass the filters, newest first: status= name= run_by= errors= low_priority= q= parent=
         system= created_from= created_to= (see `conditions`), with ids below `before`; all of them with limit=None.
         ValueError: a bad value."""
@@ -5767,7 +5772,7 @@ class Runner(Submitter, Executor):
 
     # the page
 
-    def serve(self, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
+    def serve(self, /, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
         read_only=True: without operations. password: asked for by the browser (HTTP Basic, which TLS has to hide on its
@@ -5778,7 +5783,7 @@ class Runner(Submitter, Executor):
         """
         return "" if _serves_attempts else serve_page(Page(self, **options), host, port)
 
-    def wsgi(self, **options: Any) -> Page:
+    def wsgi(self, /, **options: Any) -> Page:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
         The options are those of `serve`. Without password and authorize, who may see it is up to the app; then hosts
@@ -5821,7 +5826,7 @@ def _traceback_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
     except BaseException:
-        return f"{_type_name(error)} (its traceback cannot be printed)"
+        return f"{type(error).__qualname__} (its traceback cannot be printed)"
 
 
 # ---- 17 Clock, processes and exit -----------------------------------------------------------------------------
@@ -6695,7 +6700,7 @@ class Callback:
             attempt.future = engine.submit(self._payload(attempt))
         except Exception as error:                        # the job waits until the executor takes it
             engine.note_broken()
-            text = f"its executor takes no job: {_type_name(error)}: {_text(error, 500)}"
+            text = f"its executor takes no job: {type(error).__qualname__}: {_text(error, 500)}"
             with contextlib.suppress(StoreError):
                 self._runner._store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
             _say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
@@ -6934,7 +6939,7 @@ class Callback:
         if self._runner._store.closed:
             return GONE
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else _text(error)
-        return None, _type_name(error), text
+        return None, type(error).__qualname__, text
 
     def _save_soon(self, caller: _Caller, number: int, attempt: Departed, state: str | None,
                    positions: str | None = None) -> None:
@@ -6990,7 +6995,7 @@ class Callback:
 
     def _call_operate(self, attempt: Departed, operation: str, job_id: int, by: str | None) -> None:
         """Stop, resume, cancel ... a job."""
-        if operation not in TRANSITIONS:
+        if operation not in OPERATIONS:
             raise ValueError(f"there is no operation {_short(operation)}")
         self._runner._operate(operation, job_id, by)
 
@@ -7459,7 +7464,7 @@ class Link:
 
 # ---- 19 The default runner ------------------------------------------------------------------------------------
 #
-# What the module's own functions work on. Their signatures are those of the methods, for help() and type checkers.
+# The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
 _default_lock = threading.Lock()                              # guards _default
@@ -7469,12 +7474,12 @@ _default_lock = threading.Lock()                              # guards _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is; path and options are those of Runner.
 
-    RuntimeError: there is one on another file, or it has been made, so that options come too late.
+    Raises RuntimeError if there is one on another file, or if there is one and options come too late.
     """
     global _default
     with _default_lock:
         runner, anew = _default, path is not None or bool(options)
-        if runner is None or runner._store.closed and (anew or not runner._store.forked):
+        if runner is None or (runner._store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
         if path is not None and os.path.abspath(path) != runner.path:
@@ -7486,122 +7491,49 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
         return runner.start()
 
 
+def _is_shut(runner: Runner) -> bool:
+    """Return whether a runner has been closed; where it was closed by a fork, it can be started again."""
+    return runner._store.closed and not runner._store.forked
+
+
 def default_runner() -> Runner:
     """Return the runner whose job this is called in, else the default one, started when first needed.
 
-    RuntimeError: it has been closed. Another would be on another file, where nobody looks.
+    Raises RuntimeError if it is closed: another one would be on another file, where nobody looks.
     """
-    attempt = _current.get()
+    attempt, runner = _current.get(), _default
     if attempt is not None:
         return attempt.runner
-    runner = _default
     if runner is None:
         return start()
-    if runner._store.closed and not runner._store.forked:
+    if _is_shut(runner):
         raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
     return runner
 
 
-@overload
-def submit(fn: Callable[_P, Coroutine[Any, Any, _T]], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
-@overload
-def submit(fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
+_submitter = Submitter(None, {})
+submit, submit_many, every, options = _submitter.submit, _submitter.submit_many, _submitter.every, _submitter.options
 
 
-def submit(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job[Any]:
-    """Runner.submit on the default runner; inside a job, a child of it."""
-    return default_runner()._submit(fn, args, kwargs, {})
+def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
+    """Return a method of Runner as a function that calls it on the default runner."""
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
+        return result
+    functools.update_wrapper(call, types.MethodType(method, Runner))      # bound, so that help() shows no `self`
+    call.__qualname__ = call.__name__
+    return call
 
 
-def submit_many(fn: Callable[..., Any], argument_tuples: Iterable[tuple[Any, ...]]) -> list[int]:
-    """Runner.submit_many on the default runner."""
-    return default_runner()._submit_many(fn, argument_tuples, {})
-
-
-def options(**options: Any) -> Submitter:
-    """Return a Submitter for the default runner: `options(label="Nightly export").submit(export, "users")`.
-
-    name           stable identity of the function; by default its import path
-    label          a title for people
-    run_by         who asked for it; by default as the parent
-    low_priority   True: run in periods of low load; by default as the parent
-    system         True: housekeeping, hidden by default
-    key            at the root: while a job with this key is not over, submit returns that job;
-                   in a child: unique within the parent for good
-    delay          seconds to wait
-    run_at         or when to run, in Unix seconds or an aware datetime
-    retries        how many more attempts after an exception; by default 0
-    backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a function of the
-                   attempt, called at submit; by default 1 s, twice as long each time, up to 10 min, and up to half as
-                   long again by chance
-    timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has failed with a
-                   TimeoutError
-    max_running    at most so many attempts of this name at once, over all processes; the job's ancestors, which may
-                   wait for it, do not count
-    stoppable      False: stays stopping until it ends
-    restartable    False: refuses restart
-    recover        False: an attempt cut off by a crash fails instead of running again (at most once)
-    isolate        True: each attempt in a process of its own, which force stop and timeout kill
-    tz             the time zone of `every`; by default the machine's
-    secret         names of arguments that people do not get to see
-    parent         a Job to become its child; None: a root, also from inside a job
-    connection     the app's open sqlite3.Connection to the same file: the job exists if and only if its transaction
-                   commits; before that, ask the handle for nothing but its id
-
-    TypeError: an unknown option; ValueError: a value that does not fit. For `executor` see `job`.
-    """
-    return Submitter(None, options)
-
-
-def every(schedule: float | str, fn: Callable[_P, Any], /, *args: _P.args, **kwargs: _P.kwargs) -> Schedule:
-    """Runner.every on the default runner: `every("15m", tidy)`, or by the clock of a place:
-    `options(tz="Europe/Berlin").every("30 6 * * mon-fri", report)`."""
-    return default_runner().every(schedule, fn, *args, **kwargs)
-
-
-def schedules(system: bool = False) -> list[Schedule]:
-    """Runner.schedules on the default runner."""
-    return default_runner().schedules(system)
-
-
-def stats(window: str = "24h", name: str | None = None) -> dict[str, Any]:
-    """Runner.stats on the default runner."""
-    return default_runner().stats(window, name)
-
-
-def prune(finished: float = RETENTION["finished"], failed: float = RETENTION["failed"]) -> int:
-    """Runner.prune on the default runner."""
-    return default_runner().prune(finished, failed)
-
-
-def get(job_id: int) -> Job[Any]:
-    """Runner.get on the default runner."""
-    return default_runner().get(job_id)
-
-
-def jobs(**filters: Any) -> list[Job[Any]]:
-    """Runner.jobs on the default runner."""
-    return default_runner().jobs(**filters)
-
-
-def drain() -> int:
-    """Runner.drain on the default runner."""
-    return default_runner().drain()
-
-
-def serve(host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
-    """Runner.serve on the default runner."""
-    return default_runner().serve(host, port, **options)
-
-
-def wsgi(**options: Any) -> Page:
-    """Runner.wsgi on the default runner."""
-    return default_runner().wsgi(**options)
-
-
-def backup(path: str | os.PathLike[str]) -> str:
-    """Runner.backup on the default runner."""
-    return default_runner().backup(path)
+get = _of_default_runner(Runner.get)
+jobs = _of_default_runner(Runner.jobs)
+schedules = _of_default_runner(Runner.schedules)
+stats = _of_default_runner(Runner.stats)
+prune = _of_default_runner(Runner.prune)
+drain = _of_default_runner(Runner.drain)
+backup = _of_default_runner(Runner.backup)
+serve = _of_default_runner(Runner.serve)
+wsgi = _of_default_runner(Runner.wsgi)
 
 
 def close(timeout: float = GRACE_SECONDS) -> None:
@@ -9250,7 +9182,7 @@ class Page:
 
     def _operate(self, request: _Request, kind: str, operation: str) -> _Answer:
         """Operate on each job, or schedule, that the body names; return what was done and what was refused."""
-        operations = TRANSITIONS if kind == "job" else SCHEDULE_OPERATIONS
+        operations = OPERATIONS if kind == "job" else SCHEDULE_OPERATIONS
         if operation not in operations:
             raise _Refused(404, f"there is no such operation; there are {', '.join(operations)}")
         body = request.json()
@@ -9834,114 +9766,6 @@ def _print_report(report: dict[str, Any], seconds: float) -> None:
               *map(_plain, group["paths"]), sep="\n    ")
 
 
-# The benchmark: bgjobs beside bare sqlite3 that does the least of the same.
-
-def _nothing() -> None:
-    """Do nothing: the job of `bench`."""
-
-
-def _rate(count: int, call: Callable[[], object]) -> float:
-    """Return how many such calls a second there are, in a row of `count`."""
-    begun = time.perf_counter()
-    for _ in range(count):
-        call()
-    return count / (time.perf_counter() - begun)
-
-
-_BARE_INSERT = "INSERT INTO jobs (fn, args) VALUES ('nothing', ?)"
-
-
-def _bare_db(path: str) -> contextlib.closing[sqlite3.Connection]:
-    db = sqlite3.connect(path, isolation_level=None)
-    db.executescript("""
-        PRAGMA journal_mode = WAL;
-        PRAGMA synchronous = NORMAL;
-        CREATE TABLE jobs (id INTEGER PRIMARY KEY, fn TEXT, args TEXT, status INTEGER DEFAULT 0);
-        CREATE INDEX queued ON jobs(id) WHERE status = 0""")
-    return contextlib.closing(db)
-
-
-def _bare_write(db: sqlite3.Connection, statement: str, rows: list[tuple[Any, ...]]) -> None:
-    db.execute("BEGIN IMMEDIATE")
-    db.executemany(statement, rows)
-    db.execute("COMMIT")
-
-
-def _run_all(runner: Runner) -> float:
-    last = runner.submit_many(_nothing, [()] * 5_000)[-1]
-    rate = 5_000 * _rate(1, lambda: runner.start().shutdown())
-    assert runner.get(last).status == FINISHED
-    return rate
-
-
-def _bare_run_all(db: sqlite3.Connection) -> float:
-    _bare_write(db, _BARE_INSERT, [("[]",)] * 5_000)
-
-    def drain() -> None:
-        while ids := db.execute("SELECT id FROM jobs WHERE status = 0 ORDER BY id LIMIT 16").fetchall():
-            _bare_write(db, "UPDATE jobs SET status = 1 WHERE id = ?", ids)
-            _bare_write(db, "UPDATE jobs SET status = 2 WHERE id = ?", ids)
-    return 5_000 * _rate(1, drain)
-
-
-def _round_trip(runner: Runner) -> float:
-    """Return the median milliseconds from submit to result on an idle runner."""
-    runner.start()
-    laps = []
-    for _ in range(100):
-        time.sleep(0.005)
-        laps.append(1e3 / _rate(1, lambda: runner.submit(_nothing).result(10)))
-    return sorted(laps)[50]
-
-
-def _checkpoints() -> float:
-    """Return the nanoseconds of a checkpoint without a state."""
-    return 1e9 / _rate(100_000, current_job().checkpoint)
-
-
-class _Bench(NamedTuple):
-    title: str
-    unit: str
-    ours: Callable[[Runner], float]                               # with a runner that has not been started
-    bare: Callable[[sqlite3.Connection], float] | None = None     # with _bare_db
-
-
-_BENCHES = (
-    _Bench("submit, one by one", "jobs/s",
-           lambda runner: _rate(3_000, lambda: runner.submit(_nothing)),
-           lambda db: _rate(3_000, lambda: db.execute(_BARE_INSERT, ("[]",)))),
-    _Bench("submit_many", "jobs/s",
-           lambda runner: 50_000 * _rate(1, lambda: runner.submit_many(_nothing, [()] * 50_000)),
-           lambda db: 10_000 * _rate(5, lambda: _bare_write(db, _BARE_INSERT, [("[]",)] * 10_000))),
-    _Bench("run 5,000 jobs, 8 workers", "jobs/s", _run_all, _bare_run_all),
-    _Bench("submit to result, idle", "ms", _round_trip),
-    _Bench("checkpoint()", "ns", lambda runner: float(runner.start().submit(_checkpoints).result(30))),
-)
-
-
-def _bench(args: Any) -> int:
-    """Print what bgjobs reaches beside bare sqlite3 on this machine, in one run."""
-    import statistics
-    import tempfile
-    print(f"bgjobs {__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, "
-          f"{os.cpu_count()} cores; medians of {args.repeat} runs, side by side")
-    print(f"{'':34}{'bgjobs':>14}{'bare sqlite3':>14}{'ratio':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        files = (os.path.join(folder, f"{number}.db") for number in itertools.count())
-        for title, unit, ours, bare in _BENCHES:
-            mine, theirs = [], []
-            for _ in range(args.repeat):
-                with contextlib.closing(Runner(next(files), start=False, max_workers=8)) as runner:
-                    mine.append(ours(runner))
-                if bare is not None:
-                    with _bare_db(next(files)) as db:
-                        theirs.append(bare(db))
-            figure, beside = statistics.median(mine), statistics.median(theirs) if theirs else None
-            ratio = f"{beside:>14,.1f}{figure / beside:>8.2f}" if beside else ""
-            print(f"{title:34}{figure:>14,.1f}{ratio:22}  {unit}", flush=True)
-    return 0
-
-
 # The commands and their arguments.
 
 def _arguments(arguments: list[str] | None) -> Any:
@@ -10000,17 +9824,9 @@ def _arguments(arguments: list[str] | None) -> Any:
     logs("--regex", help="only lines in which it is found")
     logs("--tree", action="store_true", help="those of its descendants, too")
 
-    for name, does in {
-        "stop": "Stop jobs at their next checkpoint.",
-        "resume": "Have stopped or failed jobs go on.",
-        "force-stop": "Make stopping jobs stopped now.",
-        "cancel": "Discard pending or stopped jobs for good.",
-        "restart": "Run finished or failed jobs from scratch.",
-        "set-low-priority": "Run jobs in periods of low load.",
-        "remove-low-priority": "Run jobs as others.",
-    }.items():
-        operation = command(name, _operation, f"{does} Exit code 1: one was refused.", as_json)
-        operation("ids", type=int, nargs="+", metavar="ID")
+    for name, operation in OPERATIONS.items():
+        add = command(name.replace("_", "-"), _operation, f"{operation.does} Exit code 1: one was refused.", as_json)
+        add("ids", type=int, nargs="+", metavar="ID")
 
     stats = command("stats", _stats, "Print what was created, started, finished and failed, and how long that took.",
                     as_json)
@@ -10027,9 +9843,6 @@ def _arguments(arguments: list[str] | None) -> Any:
           help="how long finished and cancelled ones are kept (default: %(default)s)")
     prune("--failed", default=_period(RETENTION["failed"]), metavar="TIME",
           help="how long failed ones are kept (default: %(default)s)")
-
-    bench = command("bench", _bench, "Measure bgjobs beside bare sqlite3 on this machine.")
-    bench("--repeat", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
