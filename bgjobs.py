@@ -588,16 +588,17 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    kinds = {parameter.name: parameter.kind for parameter in parameters.values()}
+    names = [name for name, each in parameters.items() if not each.kind.name.startswith("VAR_")]
+    takes_any_name = inspect.Parameter.VAR_KEYWORD in [each.kind for each in parameters.values()]
     places: list[str | int] = []
     for name in secret:
-        if kinds.get(name) in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
-                             f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
-                             "list or a dict")
-        if name not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
-            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
-        places += [name, list(kinds).index(name)] if name in kinds else [name]
+        if name in names:
+            places += [name, names.index(name)]
+        elif takes_any_name and name not in parameters:
+            places.append(name)
+        else:
+            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument; of "
+                             "*arguments and **keywords, name the keywords, or pass a list or a dict instead")
     return places
 
 
@@ -614,42 +615,41 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
     return pauses
 
 
-BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
-
-
 def pause_before_retry(options: dict[str, Any], failures: int) -> float:
     """Return the seconds to wait after this many failures: the `backoff` of the job's options.
 
-    By default twice as long each time, up to ten minutes, and up to half as long again by chance, so that jobs that
-    failed together are not retried together.
+    By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
+    so that jobs that failed together are not retried together.
     """
     pauses: list[float] | None = options.get("backoff")
     if pauses:
         return pauses[min(failures, len(pauses)) - 1]
-    first, longest = BACKOFF_SECONDS
-    return min(longest, first * 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
+    return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
 # ---- 4 Times of schedules -------------------------------------------------------------------------------------
 #
-# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a
-# day fits when its month does and, if day of month and day of week are both restricted, when either of them does.
+# A schedule is due once in a period, or at the times that five cron fields give. As crontab in POSIX says, a day fits
+# if its month does and, if day of month and day of week are both restricted, if either of them does.
 #
-# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes
-# once, the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
+# Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn runs once, the first
+# time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show: the wildcard rule of
+# vixie-cron. So there are two ways to look for the next time.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def seconds_of(text: str) -> float | None:
-    """Return the seconds of a text like "15m" (s, m, h, d, w); None: it is no such text."""
+    """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
     number, unit = text[:-1].strip(), text[-1:]
-    return float(number) * _UNITS[unit] if unit in _UNITS and number.replace(".", "", 1).isdecimal() else None
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+        return None
+    return float(number) * _UNITS[unit]
 
 
 def _period(seconds: float) -> str:
-    """Write a period as people do: 900 as "15m"."""
-    unit = next(unit for unit in reversed(_UNITS) if seconds and seconds % _UNITS[unit] == 0 or unit == "s")
+    """Return a period as people write it: 900 as "15m"."""
+    unit = next((unit for unit in "wdhm" if seconds and seconds % _UNITS[unit] == 0), "s")
     return f"{seconds / _UNITS[unit]:.12g}{unit}"
 
 
@@ -664,23 +664,43 @@ class Every:
             raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
         self.seconds = seconds
 
-    def first(self, now: float) -> float:
-        """Return when it is due for the first time, in Unix seconds."""
-        return now + self.seconds
-
     def next(self, due: float, now: float) -> float:
-        """Return when it is due next after `now`, in step with `due`, when it was due last or will be."""
-        return due + self.seconds * (math.floor((now - due) / self.seconds) + 1) if due <= now else due
+        """Return when it is due after `now`, in step with `due`, a time when it was due or will be. In Unix seconds."""
+        periods = math.floor((now - due) / self.seconds) + 1
+        return due + self.seconds * max(0, periods)
 
 
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_CRON_FIELDS = (("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of month", 1, 31, ()), ("month", 1, 12, _MONTHS),
-                ("day of week", 0, 7, _WEEKDAYS))
+_CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
+                ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+                ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
 _CRON_DAYS = 366 * 41              # how far to look: a certain weekday is 29 February after 40 years at most
 _CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
+
+
+def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
+    """Return the values of one field: a list of *, numbers, names and ranges, each perhaps with a step."""
+    numbers = {word: number for number, word in enumerate(words.split(), least)}
+
+    def number_of(word: str) -> int:
+        number = numbers.get(word, int(word) if word.isdecimal() else -1)
+        if not least <= number <= most:
+            raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in {text!r}")
+        return number
+    values: set[int] = set()
+    for part in text.split(","):
+        span, slash, step = part.partition("/")
+        if slash and not (step.isdecimal() and int(step)):
+            raise ValueError(f"a step of a cron schedule is a whole number greater than 0, got {step!r} in {text!r}")
+        low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
+        first = last = number_of(low)
+        if dash or slash:
+            last = number_of(high) if dash else most
+        if first > last:
+            raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
+        values.update(range(first, last + 1, int(step or 1)))
+    return values
 
 
 class Cron:
@@ -692,45 +712,20 @@ class Cron:
             raise ValueError(f"a cron schedule has five fields (minute hour day month weekday), got {fields!r}")
         self._zone = zone
         self._minutes, self._hours, self._days, self._months, weekdays = (
-            self._values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
+            _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day % 7 for day in weekdays}
-        self._either_day = texts[2] != "*" and texts[4] != "*"
-        if self.first(time.time()) == math.inf:
+        self._combined = all if "*" in (texts[2], texts[4]) else any
+        if self.next(0, time.time()) == math.inf:
             raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
-    @staticmethod
-    def _values(text: str, name: str, least: int, most: int, words: tuple[str, ...]) -> set[int]:
-        """Return the values of one field: a list of *, numbers, names and ranges, each perhaps with a step."""
-        def number(word: str) -> int:
-            value = words.index(word) + least if word in words else int(word) if word.isdecimal() else -1
-            if not least <= value <= most:
-                raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in {text!r}")
-            return value
-        values: set[int] = set()
-        for part in text.split(","):
-            span, slash, step = part.partition("/")
-            if slash and not (step.isdecimal() and int(step)):
-                raise ValueError("a step of a cron schedule is a whole number greater than 0, "
-                                 f"got {step!r} in {text!r}")
-            low, dash, high = span.partition("-")
-            first = least if span == "*" else number(low)
-            last = number(high) if dash else most if slash or span == "*" else first
-            if first > last:
-                raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
-            values.update(range(first, last + 1, int(step or 1)))
-        return values
-
-    def first(self, now: float) -> float:
-        """Return when it is due for the first time after `now`, in Unix seconds."""
-        return self._next_as_hours_pass(now) if len(self._hours) == 24 else self._next_by_the_clock(now)
-
     def next(self, due: float, now: float) -> float:
-        """Return when it is due next after `now`, and after `due`, when it was due last or will be."""
-        return self.first(max(due, now))
+        """Return when it is due after `now` and after `due`, a time when it was due or will be. In Unix seconds."""
+        after = max(due, now)
+        return self._next_as_hours_pass(after) if len(self._hours) == 24 else self._next_by_the_clock(after)
 
     def _fits(self, day: Any) -> bool:
-        by_day, by_weekday = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        return day.month in self._months and (by_day or by_weekday if self._either_day else by_day and by_weekday)
+        fits = self._combined((day.day in self._days, day.isoweekday() % 7 in self._weekdays))
+        return fits and day.month in self._months
 
     def _next_as_hours_pass(self, after: float) -> float:
         import datetime
@@ -748,21 +743,21 @@ class Cron:
 
     def _next_by_the_clock(self, after: float) -> float:
         import datetime
-        begin = datetime.datetime.fromtimestamp(after - 3_600 * _CLOCK_CHANGE_HOURS, self._zone)
-        day = begin.date()
+        day = datetime.datetime.fromtimestamp(after - 3_600 * _CLOCK_CHANGE_HOURS, self._zone).date()
         for _ in range(_CRON_DAYS):
             if self._fits(day):
-                times = [datetime.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self._zone).timestamp()
-                         for hour in self._hours for minute in self._minutes]
-                if max(times) > after:
-                    return min(moment for moment in times if moment > after)
+                times = (datetime.datetime.combine(day, datetime.time(hour, minute), self._zone).timestamp()
+                         for hour in self._hours for minute in self._minutes)
+                first = min((moment for moment in times if moment > after), default=math.inf)
+                if first < math.inf:
+                    return first
             day += datetime.timedelta(days=1)
         return math.inf
 
 
 @functools.lru_cache(1_000)
 def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
-    """Return the schedule that a text like "15m", or five cron fields, describe. ValueError: they describe none."""
+    """Return the schedule that a text like "15m", or five cron fields, describe. Raises ValueError if it is neither."""
     if len(schedule.split()) > 1 or schedule.startswith("@"):
         return Cron(schedule, zone_of(zone)[0])
     return Every(schedule)
@@ -4340,7 +4335,7 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
         _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
              "looking again in an hour")
         return now + 3_600
-    return min(times.next(row["next_at"], now), times.first(now))
+    return min(times.next(row["next_at"], now), times.next(now, now))
 
 
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
@@ -4469,7 +4464,7 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
 
     def save(tx: Transaction) -> int:
         tx.execute(SAVE_SCHEDULE, {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
-                                   "schedule": schedule, "now": tx.now, "first": times.first(tx.now)})
+                                   "schedule": schedule, "now": tx.now, "first": times.next(tx.now, tx.now)})
         schedule_id: int = tx.value(SCHEDULE_ID, key=key)
         tx.execute(REGISTER, {"schedule": schedule_id, "runner": runner._id})
         return schedule_id
