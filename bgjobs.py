@@ -7509,14 +7509,15 @@ class Link:
 # The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
-_default_lock = threading.Lock()                              # guards _default
+_default_lock = threading.Lock()       # guards the making of _default
 
 
 @library_code
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
-    """Make the default runner and start it, or return the one there is; path and options are those of Runner.
+    """Make the default runner and start it, or return the one there is.
 
-    Raises RuntimeError if there is one on another file, or if there is one and options come too late.
+    path and options are those of Runner. Raises RuntimeError if there is a default runner on
+    another file, or one for which options come too late.
     """
     global _default
     with _default_lock:
@@ -7525,23 +7526,23 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
             _default = Runner(path, **options)
             return _default
         if path is not None and os.path.abspath(path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or make a Runner of your "
-                               "own")
+            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or "
+                               "make a Runner of your own")
         if options:
-            raise RuntimeError("the default runner has been made already; call start() with its options before the "
-                               "first submit")
+            raise RuntimeError("the default runner has been made already; call start() with its "
+                               "options before the first submit")
         return runner.start()
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner has been closed; where it was closed by a fork, it can be started again."""
+    """Return whether a runner is closed for good; one that a fork has closed can start again."""
     return runner._store.closed and not runner._store.forked
 
 
 def default_runner() -> Runner:
-    """Return the runner whose job this is called in, else the default one, started when first needed.
+    """Return the runner whose job this is called in, else the default one, started if need be.
 
-    Raises RuntimeError if it is closed: another one would be on another file, where nobody looks.
+    Raises RuntimeError if it is closed: a new one might be on another file, where nobody looks.
     """
     attempt, runner = _current.get(), _default
     if attempt is not None:
@@ -7554,7 +7555,10 @@ def default_runner() -> Runner:
 
 
 _submitter = Submitter(None, {})
-submit, submit_many, every, options = _submitter.submit, _submitter.submit_many, _submitter.every, _submitter.options
+submit = _submitter.submit
+submit_many = _submitter.submit_many
+every = _submitter.every
+options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
@@ -7562,7 +7566,8 @@ def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callabl
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
         return result
-    functools.update_wrapper(call, types.MethodType(method, Runner))      # bound, so that help() shows no `self`
+    # Of a bound method, so that help() shows the signature without `self`.
+    functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
     return call
 
