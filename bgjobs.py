@@ -571,7 +571,7 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
                           and all(isinstance(name, str) for name in v)),
                "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": (lambda v: v is None or callable(v) or callable(v.submit),
+    "executor": (lambda v: v is None or callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
     "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
