@@ -1586,19 +1586,9 @@ class Submission:
 
 
 def kept_options(text: str | None) -> dict[str, Any]:
-    """Return the options that a row keeps; {"unreadable": why}, if somebody else has written what nobody can read."""
-    if not text:
-        return {}
-    try:
-        options = json.loads(text)
-        if not isinstance(options, dict):
-            raise ValueError(f"{_short(text)} is no JSON object")
-        for name, value in options.items():
-            if not (isinstance(value, list) if name == "secret" else name not in _OPTIONS or _OPTIONS[name][0](value)):
-                raise ValueError(f"{name} is {_short(value)}")
-        return options
-    except (RecursionError, TypeError, ValueError) as error:
-        return {"unreadable": _text(error)}
+    """Return the options that a row keeps."""
+    options: dict[str, Any] = json.loads(text) if text else {}
+    return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
@@ -2642,8 +2632,6 @@ class Store:
                 for write in batch:
                     write.done = True
             self._lineages.clear()
-            if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
-                db.text_factory = _decoded                # slower; the transaction is run again
             raise
         return tx
 
@@ -2720,7 +2708,7 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
         db: sqlite3.Connection = sqlite3.connect(_uri(self.path) + "?mode=rw", uri=True, **_CONNECT)
-        db.row_factory, db.text_factory = sqlite3.Row, _decoded
+        db.row_factory = sqlite3.Row
         return db
 
     @library_code
@@ -3024,162 +3012,162 @@ def _uri(path: str) -> str:
     return "file:///" + path.replace("\\", "/") if os.name == "nt" else "file://" + path
 
 
-def _decoded(text: bytes) -> str:
-    """Return a text of the file, even one that is not UTF-8, since somebody else has written it."""
-    return text.decode("utf-8", "backslashreplace")
-
-
 # ---- 10 What people see ---------------------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its attempts, its log. A list comes at once from a million jobs, too, and without an
-# index for every filter, which each submit would have to pay for. What no index has in order is searched for from the
-# newest job down, SEARCH_LIMIT jobs at a time: a list tells where its search goes on, a count that it is "at least".
+# Lists and counts, a job's `info`, its attempts, its log. A list takes milliseconds with a million jobs, too, and
+# without an index for every filter, which each submit would pay for. If no index has the jobs in order, the search
+# goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is
+# "at least".
 
 COUNT_LIMIT = 10_001               # where counting for people ends
 SEARCH_LIMIT = 60_000              # jobs that one search looks at; a sixth of that if it looks into their texts
 FEW = 10_000                       # if a status has fewer jobs than that, all of them are looked at
+MAX_ID = (1 << 63) - 1
 
-JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
-MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
-    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
-    ORDER BY id {order} LIMIT :limit"""
-ONE_JOB = "= :id"
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
-    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
-FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "parent", "system", "created_from", "created_to")
-_CONDITIONS = {
-    "name": "name = :name",
-    "run_by": "run_by = :run_by",
-    "errors": "(own_errors + failed > 0) = :errors",
-    "low_priority": "low_priority = :low_priority",
-    "created_from": "created_at >= :created_from",
-    "created_to": "created_at <= :created_to",
-    "q": """(id = :number OR instr(lower(name || ' ' || ifnull(label, '') || ' ' || ifnull(message, '') || ' ' ||
-        ifnull(run_by, '')), :q) OR instr(ifnull(options, ''), '"secret"') = 0 AND
-        instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), :json))"""}
+# Filters
+
+class Reader(NamedTuple):
+    """Reads a parameter, a Python value or the text of a URL. If it is not as `must_be` says, `read` raises an error."""
+
+    read: Callable[[Any], Any]
+    must_be: str
+
+
+def _natural(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number <= MAX_ID:
+        raise ValueError
+    return number
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
+A_TEXT = Reader(str.__str__, "a text")
+A_TIME = Reader(_finite, "Unix seconds")
+A_NUMBER = Reader(_natural, "a whole number")
+_A_STATUS = Reader(
+    lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
+    f"one of {', '.join(STATUSES)}")
+_A_PARENT = Reader(
+    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)), "the id of a job, or none")
+
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
+FILTERS: dict[str, tuple[Reader, str]] = {                # and the conditions
+    "status": (_A_STATUS, ""),                            # its condition depends on the index
+    "name": (A_TEXT, "name = :name"),
+    "run_by": (A_TEXT, "run_by = :run_by"),
+    "errors": (A_TRUTH, "(own_errors + failed > 0) = :errors"),
+    "low_priority": (A_TRUTH, "low_priority = :low_priority"),
+    "parent": (_A_PARENT, _CHILDREN),                     # _ROOTS if it is None
+    "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
+    "created_from": (A_TIME, "created_at >= :created_from"),
+    "created_to": (A_TIME, "created_at <= :created_to"),
+    # The slowest condition is the last. Arguments are searched for :json, since their JSON is ASCII.
+    "q": (Reader(_text, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '') || ' ' ||
+        ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q)) OR instr(ifnull(options, ''), '"secret"') = 0
+        AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
+}
+
+
+def read_value(name: str, value: Any, reader: Reader) -> Any:
+    """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    try:
+        return reader.read(value)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"{name} must be {reader.must_be}, got {_short(value)}") from None
+
+
+def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions of all filters but the status, and all their values by name.
+
+    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
+    part of the name, label, arguments, message or run_by. parent: an id or a Job, None for roots only. system: True
+    adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
+    Raises TypeError if there is no such filter, ValueError if a value is bad.
+    """
+    for name in filters:
+        if name not in FILTERS:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
+    values: dict[str, Any] = {"status": STATUSES, "system": False}
+    values |= {name: read_value(name, value, FILTERS[name][0]) for name, value in filters.items()
+               if value is not None or name == "parent"}
+    where = [condition for name, (_, condition) in FILTERS.items() if condition and name in values]
+    if values["system"]:
+        where.remove(_NO_SYSTEM)
+    if "parent" in values and values["parent"] is None:
+        where[where.index(_CHILDREN)] = _ROOTS
+    if "q" in values:
+        values["json"] = _dump(values["q"])[1:-1]
+    return where, values
+
+
+# Lists and counts
+
+def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
+              most: int | None = None) -> tuple[list[int], int | None]:
+    """Return the ids of jobs that pass the filters, the highest first, and the id below which to go on, or None.
+
+    before: only ids below that. limit: how many at most. most: how many jobs to look at; then there may be fewer than
+    `limit` among them, even none, and more further down.
+    """
+    where, values = conditions(filters)
+    values["before"] = MAX_ID if before is None else before
+    values["limit"] = -1 if limit is None else limit + 1
+    statuses, bottom = values["status"], None
+    if _are_at_hand(store, statuses, where):
+        queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
+    else:
+        is_asked_for = f"status IN ({', '.join(map(repr, statuses))})"
+        newest, bottom = _newest(store, [is_asked_for, *where], values, most)
+        queries = [newest]
+    ids = [row[0] for query in queries
+           for row in store.read(f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
+    ids.sort(reverse=True)
+    return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
+
+
+def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Return how many jobs of each status pass the other filters, at most COUNT_LIMIT, and the statuses that may have
+    more such jobs, since the search ended before."""
+    where, values = conditions(filters)
+    counts, at_least, bottom = dict.fromkeys(STATUSES, 0), [], None
+    an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
+    if not an_index_counts:
+        newest, bottom = _newest(store, where, values, SEARCH_LIMIT)
+        rows = store.read(f"SELECT status, count(*) FROM {newest} GROUP BY status", values)
+        counts.update(map(tuple, rows))
+    for status in STATUSES:
+        counts_again = bottom is not None and _has_few(store, status, [], FEW // 10)
+        if an_index_counts or counts_again:
+            counts[status] = _count(store, _of_status(status, where), values, COUNT_LIMIT)
+        elif bottom is not None and counts[status] < COUNT_LIMIT:
+            at_least.append(status)
+        counts[status] = min(counts[status], COUNT_LIMIT)
+    return counts, at_least
+
+
 # The indexes that have the pending jobs, each job once. They are named, else SQLite walks through all children.
 _PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
                  "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
                  "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
                  "parked": "parked IS NOT NULL"}
 
-MASK = "\u2022\u2022\u2022"
-COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
-                "parent_id", "attempt", "message")
-_TEXT_COLUMNS = ("name", "status", "phase", "parked", "label", "run_by", "key", "message")
-_JSON_COLUMNS = ("options", "args", "kwargs", "state", "positions", "result", "error")
-
-
-# Lists and counts
-
-def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the SQL conditions for all filters but the status, and their parameters. TypeError, ValueError: a bad one.
-
-    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or False. q: an id, or a
-    part of the name, label, arguments, message or run_by. parent: an id or a Job; None for roots only. system: True
-    adds the system jobs. created_from, created_to: Unix seconds. All others let every job pass if they are None.
-    """
-    for name in filters:
-        if name not in FILTERS:
-            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    parameters = {name: value for name, value in filters.items()
-                  if name in _CONDITIONS and value is not None and (value or name != "q")}
-    where = [_CONDITIONS[name] for name in parameters if name != "q"]
-    for name, value in parameters.items():
-        if name in ("name", "run_by") and not isinstance(value, str):
-            raise ValueError(f"{name} must be a text, got {_short(value)}")
-        if name in ("errors", "low_priority"):
-            parameters[name] = int(bool(value))
-        if name in ("created_from", "created_to"):
-            try:
-                parameters[name] = float(value)
-            except OverflowError:
-                raise ValueError(f"{name} must be Unix seconds, got {_short(value)}") from None
-    if "parent" in filters:
-        parent = filters["parent"]
-        where.append(_ROOTS if parent is None else _CHILDREN)
-        parameters["parent"] = getattr(parent, "id", parent)
-    if not filters.get("system"):
-        where.append(_NO_SYSTEM)
-    if "q" in parameters:
-        where.append(_CONDITIONS["q"])                    # last, since it takes long
-        text = _text(parameters["q"])
-        parameters["number"] = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
-        parameters["q"] = text.lower()
-        parameters["json"] = _dump(text)[1:-1].lower()    # in arguments all but ASCII is escaped
-    return where, parameters
-
-
-def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
-              most: int | None = None) -> tuple[list[int], int | None]:
-    """Return the ids of the jobs that pass the filters, the highest first, and the id below which to go on, or None.
-
-    before: only ids below that. limit: how many at most. most: how many jobs to look at; then there may be fewer than
-    `limit` among them, even none, and more further down.
-    """
-    where, parameters = conditions(filters)
-    parameters.update(before=1 << 62 if before is None else before, limit=-1 if limit is None else limit + 1)
-    statuses, bottom = _statuses(filters), None
-
-    def ids_of(jobs: str) -> list[int]:
-        return [row[0] for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT :limit", parameters)]
-    if _are_at_hand(store, statuses, where):
-        ids = [job_id for status in statuses for job_id in ids_of(f"({_of_status(status, where)}) WHERE id < :before")]
-        ids.sort(reverse=True)
-    else:
-        jobs = _newest_first(where)
-        bottom = _bound(store, jobs, parameters, most)
-        ids = ids_of(" AND ".join([jobs, _is_one_of(statuses), *where]))
-    return (ids, bottom) if limit is None or len(ids) <= limit else (ids[:limit], ids[limit - 1])
-
-
-def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
-    """Return how many jobs of each status pass the other filters, up to COUNT_LIMIT, and which counts are "at least".
-
-    These are the statuses whose jobs were not all looked at.
-    """
-    where, parameters = conditions(filters)
-    counts, unsure = dict.fromkeys(STATUSES, 0), list(STATUSES)
-    tell_indexes = set(where) <= set(_INDEXED)            # however many jobs there are
-    if not tell_indexes:
-        jobs = _newest_first(where)
-        bottom = _bound(store, jobs, parameters, SEARCH_LIMIT)
-        sql = f"SELECT status, count(*) FROM {' AND '.join([jobs, *where])} GROUP BY status"
-        counts.update(map(tuple, store.read(sql, parameters)))
-        unsure = [status for status in STATUSES if bottom and counts[status] < COUNT_LIMIT]
-    for status in list(unsure):
-        if tell_indexes or _are_fewer(store, FEW // 10, _of_status(status, [])):
-            counts[status] = _count(store, COUNT_LIMIT, _of_status(status, where), parameters)
-            unsure.remove(status)
-    return {status: min(COUNT_LIMIT, counts[status]) for status in STATUSES}, unsure
-
-
-def _statuses(filters: dict[str, Any]) -> list[str]:
-    """Return the statuses that pass. ValueError: there is no such status."""
-    asked = filters.get("status")
-    statuses = STATUSES if asked is None else [asked] if isinstance(asked, str) else list(asked)
-    for status in statuses:
-        if status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {_short(status)}")
-    return [status for status in STATUSES if status in statuses]
-
-
-def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for statuses; without pending it is one by which SQLite may use bgjobs_begun."""
-    if len(statuses) == len(STATUSES):
-        return "1"
-    return f"status IN ({', '.join(map(repr, statuses))})" + ("" if PENDING in statuses else " AND status <> 'pending'")
-
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of one status that fulfil conditions, by the indexes for the status."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
+    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes of the status."""
+    if status != PENDING:                                 # the second condition lets SQLite use bgjobs_begun
+        where = [f"status = '{status}' AND status <> 'pending'", *where]
+        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join(where)}"
     indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
     if _ROOTS in where:
         del indexes["ready_children"]
@@ -3189,47 +3177,44 @@ def _of_status(status: str, where: list[str]) -> str:
         for index, jobs in indexes.items())
 
 
-def _count(store: Store, limit: int, query: str, parameters: dict[str, Any] | None = None) -> int:
-    return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", parameters)[0][0])
+def _count(store: Store, query: str, values: dict[str, Any], limit: int) -> int:
+    return int(store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)[0][0])
 
 
-def _are_fewer(store: Store, number: int, query: str) -> bool:
-    return _count(store, number, query) < number
+def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
+    return _count(store, _of_status(status, where), {}, limit) < limit
 
 
 def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of each of these statuses in order, or so few that they can all be sorted."""
+    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be sorted."""
     in_order = where == _INDEXED
-    if _CHILDREN in where or not statuses or len(statuses) == len(STATUSES) and not in_order:
+    needs_a_search = len(statuses) == len(STATUSES) and not in_order
+    if needs_a_search or _CHILDREN in where:
         return False
     indexed = [condition for condition in where if condition in _INDEXED]
-    return all(in_order and status != PENDING or _are_fewer(store, FEW, _of_status(status, indexed))
-               for status in statuses)
+    to_sort = [status for status in statuses if status == PENDING or not in_order]
+    return all(_has_few(store, status, indexed, FEW) for status in to_sort)
 
 
-def _newest_first(where: list[str]) -> str:
-    """Return where to look at one job after the other, by :before and :lowest, and ORDER BY id DESC."""
-    jobs = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
-    return f"bgjobs_jobs {jobs} AND id < :before AND id >= :lowest"
+def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None) -> tuple[str, int | None]:
+    """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
-
-def _bound(store: Store, jobs: str, parameters: dict[str, Any], most: int | None) -> int | None:
-    """Set :before and :lowest so that `most` jobs are between them. Return the id below which to go on, or None."""
-    parameters.setdefault("before", 1 << 62)
-    parameters["lowest"] = 0
-    if most is None:
-        return None
-    if "created_from" in parameters:                      # ids go up with time, but for an hour's error of the clock
-        parameters["lowest"] = _first_id_since(store, parameters["created_from"] - 3_600)
-    if "created_to" in parameters:
-        parameters["before"] = min(parameters["before"], _first_id_since(store, parameters["created_to"] + 3_600))
-    last = (most // 6 if "q" in parameters else most) - 1
-    rows = store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}", parameters)
-    if not rows:
-        return None
-    lowest: int = rows[0][0]
-    parameters["lowest"] = lowest
-    return lowest
+    values: its :before limits the search, and :lowest is set.
+    """
+    table = f"bgjobs_jobs WHERE {_CHILDREN}" if _CHILDREN in where else "bgjobs_jobs NOT INDEXED WHERE 1"
+    jobs, bottom = f"{table} AND id < :before AND id >= :lowest", None
+    values.setdefault("before", MAX_ID)
+    values["lowest"] = 0
+    if most is not None:
+        # Ids go up with time, give or take an hour if the clock was set.
+        if "created_from" in values:
+            values["lowest"] = _first_id_since(store, values["created_from"] - 3_600)
+        if "created_to" in values:
+            values["before"] = min(values["before"], _first_id_since(store, values["created_to"] + 3_600))
+        offset = (most // 6 if "q" in values else most) - 1
+        for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {offset}", values):
+            bottom = values["lowest"] = row[0]
+    return " AND ".join([jobs, *where]), bottom
 
 
 def _first_id_since(store: Store, created_at: float) -> int:
@@ -3242,83 +3227,63 @@ def _first_id_since(store: Store, created_at: float) -> int:
 
 # A job's info
 
+MASK = "\u2022\u2022\u2022"
+JOB_ROWS = "SELECT * FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids)) ORDER BY id DESC"
+COLUMNS_SEEN = ("id", "name", "label", "status", "created_at", "run_at", "started_at", "finished_at", "run_by",
+                "parent_id", "attempt", "message")
+
+
 def describe_jobs(store: Store, ids: list[int], now: float, usual: Callable[[str], float | None]
                   ) -> list[dict[str, Any]]:
-    """Return the `info` of those of these jobs that are still there, the highest id first."""
+    """Return the `info` of the jobs that are still there, the highest id first."""
     return [describe(row, now, usual) for row in store.read(JOB_ROWS, {"ids": json.dumps(ids)})]
 
 
 def describe(row: sqlite3.Row, now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
     """Return the `info` of a job: the dict of the JSON interface. Times are Unix seconds, durations seconds.
 
-    usual: returns how many seconds jobs of a name usually take. Of a row that somebody else has written wrong it
-    returns what can be read: one such row must not cost people the whole list.
+    usual: returns how many seconds jobs of a name usually take.
     """
-    try:
-        return _described(row, now, usual)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        return _described(_legible(row, error), now, usual)
-
-
-def _described(row: sqlite3.Row | dict[str, Any], now: float, usual: Callable[[str], float | None]) -> dict[str, Any]:
-    options = kept_options(row["options"])
-    values = tuple(row)
-    if "unreadable" in options or bytes in map(type, values) or math.inf in values or -math.inf in values:
-        raise ValueError(options.get("unreadable", "it has bytes, or an infinite number"))
-    status = row["status"]
+    options, error = kept_options(row["options"]), _parsed(row["error"])
     due = max(row["created_at"], row["run_at"] or 0.0)
-    waited_until = now if status == PENDING else row["finished_at"] or due      # of a job that has never started
-    duration = row["duration"] + (max(0.0, now - row["since"]) if status in ACTIVE and row["since"] else 0.0)
-    error = _parsed(row["error"])
+    waiting = row["waited"]
+    if row["started_at"] is None:
+        waited_until = now if row["status"] == PENDING else row["finished_at"] or due
+        waiting = max(0.0, waited_until - due)
+    duration = row["duration"] + (max(0.0, now - row["since"]) if row["since"] else 0.0)
     return {
         **{name: row[name] for name in COLUMNS_SEEN},
-        "phase": phase_of(row),
-        "waiting": max(0.0, waited_until - due) if row["started_at"] is None else row["waited"],
-        "duration": duration,
+        "phase": phase_of(row), "waiting": waiting, "duration": duration,
         "errors": row["own_errors"] + row["failed"],
         "low_priority": bool(row["low_priority"]), "system": bool(row["system"]),
         "progress": progress_of(row), "eta": eta_of(row, now, duration, usual),
         "children": {name: row[name] for name in ("total", "done", "failed", "running")},
         "root_id": row["root_id"] or row["id"],
-        **shown_arguments(row, options.get("secret", ())),
+        **shown_arguments(row, options),
         "state": _parsed(row["state"]), "result": _parsed(row["result"]),
         "error": error and (error["traceback"] or f"{error['type']}: {error['text']}"),
-        "operations": allowed_operations(status, options, bool(row["system"]), row["running"] > 0)}
-
-
-def _legible(row: sqlite3.Row, why: Exception) -> dict[str, Any]:
-    """Return a row without what nobody can read, nor any values: nobody knows which of them are secret."""
-    legible: dict[str, Any] = {}
-    for name in row.keys():
-        value = None if name in _JSON_COLUMNS else row[name]
-        if value is not None:
-            value = _text(value) if name in _TEXT_COLUMNS else value if _is_number(value) else 0
-        legible[name] = value
-    return {**legible, "error": dump_error("StoreError", f"this row cannot be read: {_text(why)}", "")}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_parse = json.JSONDecoder(parse_constant=_refuse_constant).decode
+        "operations": allowed_operations(row["status"], options, bool(row["system"]), row["running"] > 0)}
 
 
 def _parsed(text: str | None) -> Any:
-    """Return the JSON value of a column. ValueError: it is no JSON that could be passed on, such as NaN."""
-    return _parse(text) if text else None
+    """Return the JSON value of a column."""
+    return json.loads(text) if text else None
 
 
-def phase_of(row: sqlite3.Row | dict[str, Any]) -> str:
+def phase_of(row: sqlite3.Row) -> str:
     """Return what refines the status for people, or ""."""
+    if row["status"] == RUNNING and row["returned"]:
+        return "waiting for children"
     if row["status"] != PENDING:
-        return "waiting for children" if row["status"] == RUNNING and row["returned"] else ""
-    waits_for_its_time = row["run_at"] is not None and row["queue"] is None and row["parked"] is None
-    default = "scheduled" if waits_for_its_time else "waiting for low load" if row["low_priority"] else ""
-    return row["phase"] or default
+        return ""
+    if row["phase"]:
+        return str(row["phase"])
+    if row["queue"] is None and row["parked"] is None:
+        return "scheduled"
+    return "waiting for low load" if row["low_priority"] else ""
 
 
-def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
+def progress_of(row: sqlite3.Row) -> float | None:
     """Return 0 to 1, or None: the mean over the descendants, and the job itself if it reports progress of its own."""
     if row["status"] == FINISHED:
         return 1.0
@@ -3331,7 +3296,7 @@ def progress_of(row: sqlite3.Row | dict[str, Any]) -> float | None:
     return min(1.0, max(0.0, float(done / parts)))
 
 
-def eta_of(row: sqlite3.Row | dict[str, Any], now: float, duration: float, usual: Callable[[str], float | None]
+def eta_of(row: sqlite3.Row, now: float, duration: float, usual: Callable[[str], float | None]
            ) -> float | None:
     """Return the seconds left: from the tree's rate and the attempt's own, else from earlier jobs of the same name."""
     if row["status"] not in ACTIVE:
@@ -3352,6 +3317,9 @@ def eta_of(row: sqlite3.Row | dict[str, Any], now: float, duration: float, usual
     return mean - duration if mean is not None and duration < mean else None      # longer than usual: nobody knows
 
 
+MEAN_OF = "SELECT ifnull(tree_seconds, seconds) FROM bgjobs_functions WHERE name = :name"
+
+
 def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
     """Return how many seconds jobs of this name have taken lately, here or in another process, or None."""
     if name in costs.changed:
@@ -3360,75 +3328,77 @@ def usual_seconds(store: Store, costs: Costs, name: str) -> float | None:
     return rows[0][0] if rows else None
 
 
-def shown_arguments(row: sqlite3.Row | dict[str, Any], secret: Iterable[str | int]) -> dict[str, Any]:
+def shown_arguments(row: sqlite3.Row, options: dict[str, Any]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args, kwargs = list(_parsed(row["args"]) or ()), dict(_parsed(row["kwargs"]) or {})
-    for place in secret:
-        if isinstance(place, int) and place < len(args):
-            args[place] = MASK
-        elif place in kwargs:
-            kwargs[place] = MASK
+    args, kwargs = _parsed(row["args"]) or [], _parsed(row["kwargs"]) or {}
+    secret = {*options.get("secret", ())}                 # names, and positions
+    for name in secret & {*kwargs}:
+        kwargs[name] = MASK
+    for position in secret & {*range(len(args))}:
+        args[position] = MASK
     return {"args": args, "kwargs": kwargs}
 
 
 # A job's attempts and its log
 
 def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
-    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first. KeyError.
+    """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost first.
 
-    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The job's own row
-    tells of the last attempt, unless something followed it.
+    {"attempts": [{"attempt", "started_at", "ended_at", "outcome", "error"}], "positions": [int]}. The last attempt is
+    in the job's own row, unless something followed it. Raises KeyError if there is no such job.
     """
     row = store.row(job_id)
-    kept = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
-    if row["attempt"] and not (kept and kept[-1]["attempt"] == row["attempt"]):
-        is_active = row["status"] in ACTIVE and not row["returned"]
-        kept.append({"attempt": row["attempt"], "started_at": row["since"] if is_active else row["started_at"],
-                     "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None,
-                     "error": None})
-    return {"attempts": kept, "positions": _parsed(row["positions"]) or []}
+    attempts = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
+    if row["attempt"] not in [0, *(each["attempt"] for each in attempts)]:
+        attempts.append({
+            "attempt": row["attempt"], "started_at": row["since"] or row["started_at"],
+            "ended_at": row["finished_at"], "outcome": row["status"] if row["status"] in OVER else None, "error": None})
+    return {"attempts": attempts, "positions": _parsed(row["positions"]) or []}
+
+
+LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
+    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
+    ORDER BY id {order} LIMIT :limit"""
+WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree JOIN bgjobs_jobs j
+    ON j.parent_id = tree.id AND j.parent_id IS NOT NULL) SELECT id FROM tree)"""
 
 
 def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None, since: float | None,
               until: float | None, after: int, limit: int | None, tree: bool, regex: str | None = None
               ) -> list[dict[str, Any]]:
-    """Return log lines of a job, or of its tree, oldest first: the newest `limit` ones, or those that follow `after`.
+    """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those that follow `after`.
 
-    The filters are those of Job.logs. ValueError: a bad one.
+    The filters are those of Job.logs. Raises ValueError if one is bad.
     """
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"text must be a text or None, got {_short(text)}")
     check_limit(limit)
-    found_in, needle = _search_function(regex), (text or "").lower()
+    found_in, needle = _search_function(regex), read_value("text", text or "", A_TEXT).lower()
     newest = limit is not None and not after
-    sql = LOG_LINES.format(which=WHOLE_TREE if tree else ONE_JOB, order="DESC" if newest else "ASC")
+    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="DESC" if newest else "ASC")
     rows = store.read(sql, {
-        "id": job_id, "after": after or 0, "level": _level_number(level), "since": since or 0.0,
-        "until": math.inf if until is None else until, "limit": -1 if limit is None or text or regex else limit})
+        "id": job_id, "after": after or 0, "level": read_value("level", level, _A_LEVEL),
+        "since": since or 0.0, "until": math.inf if until is None else until,
+        "limit": -1 if limit is None or text or regex else limit})
     passing = (row for row in rows if needle in row["message"].lower() and found_in(row["message"]))
     lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in itertools.islice(passing, limit)]
     return lines[::-1] if newest else lines
 
 
 def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that finds a regular expression in a text. ValueError: it is none."""
-    if not regex:
-        return lambda text: True
+    """Return a function that finds a regular expression in a text. Raises ValueError if it is none."""
     import re
     try:
-        return re.compile(regex).search
+        return re.compile(regex or "").search
     except (re.error, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(f"regex {_short(regex)} is no regular expression: {error}") from None
 
 
 def _level_number(level: str | int | None) -> int:
-    """Return a log level as a number. ValueError: there is no level of this name."""
     if not isinstance(level, str):
         return level or 0
-    number = int(level) if level.isdecimal() else logging.getLevelName(level.upper())
-    if not isinstance(number, int):
-        raise ValueError(f"level must be DEBUG, INFO, WARNING, ERROR, CRITICAL or a number, got {_short(level)}")
-    return number
+    return int(level if level.isdecimal() else logging.getLevelName(level.upper()))
+
+
+_A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
 
 
 def check_limit(limit: Any) -> None:
@@ -3819,7 +3789,7 @@ class Attempt(JobContext):
          self.due, self.ran_before, self.system, self.charge) = claim
         self.number = self.attempt = number + 1
         self.runner = runner
-        self.options = kept_options(options) if options else {}
+        self.options = kept_options(options)
         self.has_children = total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
@@ -4454,7 +4424,7 @@ def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
     return {**{name: row[name] for name in ("id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
                                             "job_status", "runs", "skipped")},
             **{name: bool(row[name]) for name in ("low_priority", "system", "paused", "registered")},
-            **shown_arguments(row, kept_options(row["options"]).get("secret", ())),
+            **shown_arguments(row, kept_options(row["options"])),
             "tz": row["zone"], "next_at": row["next_at"] if followed else None}
 
 
@@ -5292,13 +5262,8 @@ class Runner(Submitter, Executor):
     @staticmethod
     def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
         _current.set(attempt)
-        if "unreadable" in attempt.options:
-            raise StoreError(f"the options of job {attempt.id} cannot be read: {attempt.options['unreadable']}")
-        try:
-            args = decode(attempt.args) if attempt.args else ()
-            kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
-        except Exception as error:
-            raise StoreError(f"the arguments of job {attempt.id} cannot be read: {_text(error)}") from error
+        args = decode(attempt.args) if attempt.args else ()
+        kwargs = decode(attempt.kwargs) if attempt.kwargs else {}
         attempt.ticket.put_back()
         value = function(*args, **kwargs)
         if isinstance(value, types.CoroutineType):
@@ -8871,51 +8836,17 @@ class _Refused(Exception):
         self.answer = _Answer(_json_bytes({"error": text}), status=status, headers=headers)
 
 
-# What reads the value of a parameter, or raises ValueError with what it must be.
-
-def _whole_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ValueError("a whole number")
-    return int(text)
+# Of parameters that are no filters of lists, which `conditions` reads.
+_READERS = {"tree": A_TRUTH, "since": A_TIME, "until": A_TIME, "before": A_NUMBER, "after": A_NUMBER, "limit": A_NUMBER}
 
 
-def _truth(text: str) -> bool:
-    if text not in ("true", "false", "1", "0"):
-        raise ValueError("true or false")
-    return text in ("true", "1")
-
-
-def _unix_seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if math.isfinite(seconds := float(text)):
-            return seconds
-    raise ValueError("Unix seconds")
-
-
-def _parent(text: str) -> int | None:
-    return None if text == "none" else _whole_number(text)
-
-
-_READERS: dict[str, Callable[[str], Any]] = {              # all others are texts
-    "parent": _parent,
-    **dict.fromkeys(("errors", "low_priority", "system", "tree"), _truth),
-    **dict.fromkeys(("created_from", "created_to", "since", "until"), _unix_seconds),
-    **dict.fromkeys(("before", "after", "limit"), _whole_number)}
-
-
-def _read_parameters(given: dict[str, str], known: Iterable[str]) -> dict[str, Any]:
-    """Return the values of the parameters that are not empty. ValueError: an unknown one, or a bad value."""
-    values = {}
-    for name, text in given.items():
-        if text == "":
-            continue
-        if name not in known:
+def _read_parameters(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters that are not empty, all but filters read. ValueError: an unknown one, or a bad value."""
+    for name, value in given.items():
+        if name not in known and value != "":
             raise ValueError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
-        try:
-            values[name] = _READERS.get(name, str)(text)
-        except ValueError as wanted:
-            raise ValueError(f"{name} must be {wanted}, got {_short(text)}") from None
-    return values
+    return {name: read_value(name, value, _READERS[name]) if name in _READERS else value
+            for name, value in given.items() if value != ""}
 
 
 class _Request:
@@ -9301,11 +9232,7 @@ class Page:
         """Yield the ids of the jobs that pass a filter, newest first. ValueError: a bad one."""
         if not isinstance(given, dict) or any(isinstance(value, (dict, list)) for value in given.values()):
             raise ValueError("filter must be an object like the parameters of api/jobs")
-        texts = {name: value if isinstance(value, str) else _dump(value) for name, value in given.items()
-                 if value is not None}
-        if "parent" in given:
-            texts.setdefault("parent", "none")            # null: root jobs alone
-        for ids in self._pages(_read_parameters(texts, FILTERS)):
+        for ids in self._pages(_read_parameters(given, FILTERS)):
             yield from ids
 
     # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
@@ -9623,13 +9550,10 @@ def _opened(args: Any) -> contextlib.closing[Runner]:
     return contextlib.closing(Runner(args.db, start=False))
 
 
-_LIST_FILTERS = ("status", "name", "run_by", "errors", "low_priority", "q", "system")
-
-
 def _list(args: Any) -> int:
-    filters = {name: getattr(args, name) for name in _LIST_FILTERS}
-    if args.parent is not None or not (args.q or args.children):
-        filters["parent"] = args.parent
+    filters = {name: value for name, value in vars(args).items() if name in FILTERS}
+    if args.parent is None and (args.q or args.children):
+        del filters["parent"]
     with _opened(args) as runner:
         jobs = [job.info() for job in runner.jobs(limit=args.limit, **filters)]
     _answer(args, jobs, lambda: print_table(
