@@ -120,7 +120,7 @@ def _say(level: int, text: str) -> None:
 # ---- 1 Words and rules ----------------------------------------------------------------------------------------
 
 PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"        # executes, or has returned and waits for children. A crash: pending again.
+RUNNING = "running"        # executes, or has returned and waits for children. A crash: pending.
 STOPPING = "stopping"      # asked to stop, no checkpoint reached yet. A crash: stopped.
 STOPPED = "stopped"        # halted; can be resumed or cancelled.
 FINISHED = "finished"      # the function returned and all descendants are over.
@@ -134,16 +134,17 @@ STATUSES = _NOT_OVER + OVER
 
 
 class Operation(NamedTuple):
-    """An operation on a job; a method of Transaction carries it out."""
+    """What people may do to a job. Transaction has a method for each that carries it out."""
 
-    moves: dict[str, str]                          # each status that allows it -> the status that follows
-    done: str                                      # past tense, for refusals
-    does: str                                      # for the help of the command line
-    once_returned: dict[str, str] = {}             # moves of a job whose function has returned, where they differ
+    moves: dict[str, str]              # each status that allows it -> the status that follows
+    done: str                          # the past tense, for refusals
+    does: str                          # for the help of the command line
+    once_returned: dict[str, str] = {}           # moves that differ once the function has returned
 
     def follows(self, status: str, returned: bool) -> str:
-        """Return the status that follows. KeyError: this status does not allow the operation."""
-        return self.once_returned.get(status, self.moves[status]) if returned else self.moves[status]
+        """Return the status that follows. Raises KeyError if this status does not allow it."""
+        moves = {**self.moves, **self.once_returned} if returned else self.moves
+        return moves[status]
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -153,24 +154,31 @@ OPERATIONS = {
                       "stopped", "Stop jobs at their next checkpoint.", {RUNNING: STOPPED}),
     "resume": Operation({STOPPED: PENDING, FAILED: PENDING},
                         "resumed", "Let stopped or failed jobs go on.", {STOPPED: RUNNING}),
-    "force_stop": Operation({STOPPING: STOPPED}, "force-stopped", "Make stopping jobs stopped now."),
+    "force_stop": Operation({STOPPING: STOPPED},
+                            "force-stopped", "Make stopping jobs stopped now."),
     "cancel": Operation({PENDING: CANCELLED, STOPPED: CANCELLED},
                         "cancelled", "Discard pending or stopped jobs for good."),
     "restart": Operation({FINISHED: PENDING, FAILED: PENDING},
                          "restarted", "Run finished or failed jobs from scratch."),
-    "set_low_priority": Operation(_ANY_NOT_OVER, "set to low priority", "Run jobs in periods of low load."),
-    "remove_low_priority": Operation(_ANY_NOT_OVER, "taken off low priority", "Run jobs as others."),
+    "set_low_priority": Operation(_ANY_NOT_OVER,
+                                  "set to low priority", "Run jobs in periods of low load."),
+    "remove_low_priority": Operation(_ANY_NOT_OVER,
+                                     "taken off low priority", "Run jobs as others."),
 }
 
-RETURNED, RAISED, HALTED = "returned", "raised", "halted"          # outcomes of an attempt: what its function did;
-RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"     # or it is given back: begun, not begun, unknown here
-TIMED_OUT = "timed out"                                             # the reason to stop one; it ends as RAISED
-OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}     # in words
-PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}    # of jobs that are pending again
+# The outcome of an attempt: what its function did, or, if the attempt is given back: whether its
+# function had begun, had not, or is unknown in this process.
+RETURNED, RAISED, HALTED = "returned", "raised", "halted"
+RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
+TIMED_OUT = "timed out"            # the reason to stop an attempt, which then ends as RAISED
+
+# The words for outcomes in an attempt's history, and for jobs that are pending again.
+OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
+PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function"}
 
 
 class BgjobsError(Exception):
-    """What all errors of this module derive from, but for plain misuse (TypeError, ValueError)."""
+    """The base class of this module's errors, except for plain misuse (TypeError, ValueError)."""
 
 
 class InvalidOperation(BgjobsError):
@@ -182,7 +190,10 @@ class StoreError(BgjobsError):
 
 
 class JobFailed(BgjobsError):
-    """A job failed in another process, or long ago. `type`, `text` and `traceback` are what its function raised."""
+    """A job failed in another process, or long ago.
+
+    `type`, `text` and `traceback` are those of the exception that its function raised.
+    """
 
     def __init__(self, job: str, type: str, text: str, traceback: str) -> None:
         super().__init__(f"{job} failed with {type}: {text}")
@@ -190,20 +201,21 @@ class JobFailed(BgjobsError):
 
 
 class JobStopped(BaseException):
-    """Raised inside a job at a checkpoint when it is to stop. `except Exception` does not swallow it."""
+    """Raised in a job at a checkpoint if it is to stop. `except Exception` does not swallow it."""
 
 
 def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
                        active_below: bool = False) -> list[str]:
-    """Return the operations that a job allows. `active_below`: a descendant is running or stopping."""
+    """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
     allowed = {name for name, operation in OPERATIONS.items() if status in operation.moves}
     if status in (STOPPING, STOPPED):
-        allowed.remove("stop")                            # it repeats silently; no use in offering it
+        allowed.remove("stop")         # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
     if active_below and status == STOPPED:
-        allowed.add("force_stop")                         # of the descendants
-    return [name for name in OPERATIONS if name in allowed and not objection(name, options, system)]
+        allowed.add("force_stop")      # of the descendants
+    return [name for name in OPERATIONS
+            if name in allowed and not objection(name, options, system)]
 
 
 def objection(operation: str, options: dict[str, Any], system: bool) -> str:
@@ -215,7 +227,8 @@ def objection(operation: str, options: dict[str, Any], system: bool) -> str:
     return ""
 
 
-def refusal(job: str, status: str, operation: str, allowed: list[str], why: str = "") -> InvalidOperation:
+def refusal(job: str, status: str, operation: str, allowed: list[str],
+            why: str = "") -> InvalidOperation:
     """Return the error for an operation that a job's status does not allow."""
     done = OPERATIONS[operation].done
     can = " or ".join(OPERATIONS[name].done for name in allowed if "priority" not in name)
@@ -226,21 +239,21 @@ def refusal(job: str, status: str, operation: str, allowed: list[str], why: str 
 
 # ---- 2 Values -------------------------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object with one key, which
-# names the type: {"$date": "2026-01-31"}. A dict of the user's with a key that begins with "$" is stored as a list of
-# pairs: {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object
+# with one key, which names the type: {"$date": "2026-01-31"}. A dict with a key of its own that
+# begins with "$" is stored as a list of pairs: {"$dict": [[key, value], ...]}.
 
 VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
 TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether `value` is an int or float that a float can hold: not NaN, not infinite, not 10**400."""
+    """Return whether `value` is an int or float that a float can hold: not NaN, inf or 10**400."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _printed(value: Any, how: Callable[[Any], str]) -> str:
-    """Return str(value) or repr(value) as a plain str, or words for it if the value's own method raises."""
+    """Return str(value) or repr(value) as a plain str, or a stand-in if that raises."""
     try:
         return str(how(value))
     except Exception:
@@ -248,12 +261,15 @@ def _printed(value: Any, how: Callable[[Any], str]) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value as an error message shows it: at most 80 characters of its repr."""
+    """Return a value as error messages show it: its repr, cut to 80 characters. Never raises."""
     return _text(_printed(value, repr), 80)
 
 
 def _text(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return str(value), cut to `limit` characters, as text that SQLite takes: lone surrogates are escaped."""
+    """Return str(value) as SQLite can hold it. Never raises.
+
+    It is cut to `limit` characters, and lone surrogates are escaped.
+    """
     text = _printed(value, str)
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(text):,} characters)"
@@ -271,24 +287,28 @@ def _set_to_json(value: set[Any]) -> list[Any]:
 
 
 def _clock_to_json(value: Any) -> list[Any]:
-    """Return a datetime or time as [ISO text, fold, key of its ZoneInfo]. The text has a fixed offset already."""
+    """Return a datetime or time as [ISO text, fold, key of its ZoneInfo].
+
+    A fixed offset is in the ISO text.
+    """
     import datetime
     zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
     if key is None and not isinstance(zone, (datetime.timezone, type(None))):
-        raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it with astimezone()")
+        raise TypeError(f"the time zone {_short(zone)} is not of datetime or zoneinfo; convert it "
+                        "with astimezone()")
     return [value.isoformat(), value.fold, key]
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
-    import datetime
-    import zoneinfo
     text, fold, zone = stored
     value = kind.fromisoformat(text).replace(fold=fold)
     if zone is None:
         return value
     if isinstance(zone, str):
-        return value.replace(tzinfo=zoneinfo.ZoneInfo(zone))
-    seconds = zone[0] if isinstance(zone, list) else zone       # as 1.0.0 stored a fixed offset, perhaps with its name
+        return value.replace(tzinfo=zone_of(zone)[0])
+    import datetime
+    # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
+    seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
 
 
@@ -297,8 +317,8 @@ class _Tagged(NamedTuple):
 
     module: str
     name: str
-    to_json: Callable[[Any], Any]                                                   # value -> JSON
-    from_json: Callable[[Any, Any], Any] = lambda kind, stored: kind(stored)        # the type, JSON -> value
+    to_json: Callable[[Any], Any]                # value -> JSON
+    from_json: Callable[[Any, Any], Any] = lambda kind, stored: kind(stored)   # type, JSON -> value
 
 
 _TAGGED = {
@@ -308,7 +328,8 @@ _TAGGED = {
     "$datetime": _Tagged("datetime", "datetime", _clock_to_json, _clock_from_json),
     "$time": _Tagged("datetime", "time", _clock_to_json, _clock_from_json),
     "$date": _Tagged("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
-    "$timedelta": _Tagged("datetime", "timedelta", lambda value: [value.days, value.seconds, value.microseconds],
+    "$timedelta": _Tagged("datetime", "timedelta",
+                          lambda value: [value.days, value.seconds, value.microseconds],
                           lambda kind, stored: kind(*stored)),
     "$decimal": _Tagged("decimal", "Decimal", str),
     "$uuid": _Tagged("uuid", "UUID", str),
@@ -325,27 +346,34 @@ def _jsonable(value: Any) -> Any:
     if kind is dict:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"the key {_short(key)} is no string; use {_short(_text(key))}, or a list of pairs")
-        plain = {key: item if type(item) in _PLAIN else _jsonable(item) for key, item in value.items()}
+                raise TypeError(f"the key {_short(key)} is no string; use {_short(_text(key))}, "
+                                "or a list of pairs")
+        plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
-        if kind is getattr(sys.modules.get(module), name, None):       # if its module is not loaded, it is another type
+        # Nothing is imported: the value's type is there, so its module is loaded.
+        if kind is getattr(sys.modules.get(module), name, None):
             return {tag: to_json(value)}
-    raise TypeError(f"{_short(value)} is of type {kind.__qualname__}; pass JSON values, dates, Decimal, UUID, bytes, "
-                    "set or Path, or an id to load it by")
+    raise TypeError(f"{_short(value)} is of type {kind.__qualname__}; pass JSON values, dates, "
+                    "Decimal, UUID, bytes, set or Path, or an id to load it by")
 
 
 def encode(value: Any, what: str = "the value") -> str:
-    """Return `value` as JSON text. TypeError: it cannot be stored; the text names `what` and the remedy."""
+    """Return `value` as JSON text.
+
+    Raises TypeError if it cannot be stored; the text names `what` and the remedy.
+    """
     try:
         text = _dump(_jsonable(value))
     except RecursionError:
-        raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value") from None
-    except Exception as error:                            # of ours, or of the value's own methods
+        raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value"
+                        ) from None
+    except Exception as error:         # ours, or raised by the value's own methods
         raise TypeError(f"{what} cannot be stored: {_text(error)}") from None
     if len(text) > VALUE_LIMIT:
-        raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than the {VALUE_LIMIT:,} "
-                        "allowed; keep it in a file or a table and pass its name")
+        raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than "
+                        f"the {VALUE_LIMIT:,} allowed; keep it in a file or a table and pass its "
+                        "name")
     return text
 
 
@@ -371,40 +399,48 @@ def decode(text: str | None) -> Any:
 # ---- 3 Functions and options ----------------------------------------------------------------------------------
 
 def _module_name(module: str) -> str:
-    """Return the name under which another process can import `module`: that of the script for __main__."""
+    """Return the name by which another process can import `module`: for __main__, the script's."""
     if module != "__main__":
         return module
     main = sys.modules["__main__"]
-    if main.__spec__ is not None:                         # python -m
+    if main.__spec__ is not None:      # python -m
         return main.__spec__.name.removesuffix(".__main__")
     return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
 
 
 def import_path(function: Callable[..., Any]) -> str:
-    """Return "package.module.function". Raises TypeError, with a remedy, if it cannot be imported again."""
+    """Return "package.module.function".
+
+    Raises TypeError, with the remedy, if the function cannot be imported by that again.
+    """
     def refuse(why: str, named: str = "") -> NoReturn:
         raise TypeError(f"{named or _short(function)} cannot be a job: {why}")
     if not callable(function):
         refuse("it is not callable")
-    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    module = getattr(function, "__module__", None)
+    qualname = getattr(function, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(qualname, str):
-        refuse(f"{type(function).__qualname__} objects have no import path; submit the function itself and pass it "
-               "its arguments")
+        refuse(f"{type(function).__qualname__} objects have no import path; submit the function "
+               "itself and pass it its arguments")
     if "<lambda>" in qualname:
-        refuse("a lambda has no name to import it by; define it with def at the top level of a module")
+        refuse("a lambda has no name to import it by; define it with def at the top level of a "
+               "module")
     if "<locals>" in qualname:
         refuse("it is defined inside a function; move it to the top level of its module", qualname)
     found: Any = sys.modules.get(module)
     for attribute in qualname.split("."):
         found = getattr(found, attribute, None)
     if found != function:
-        refuse(f"that name leads to {_short(found)}, not to this function; submit what the module holds under that "
-               "name", f"{module}.{qualname}")
+        refuse(f"that name leads to {_short(found)}, not to this function; submit what the module "
+               "holds under that name", f"{module}.{qualname}")
     return f"{_module_name(module)}.{qualname}"
 
 
 def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
-    """Find a function that a loaded module defines itself: none that it imported, none of the standard library."""
+    """Return the function of this name, or None if no loaded module defines it itself.
+
+    The standard library's functions are never found, nor are those that a module imported.
+    """
     parts = name.split(".")
     if parts[0] in sys.stdlib_module_names:
         return None
@@ -421,31 +457,40 @@ def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
 
 
 class _Registry:
-    """The functions that this process knows by name: declared with @job, or submitted. Filled at import, so global."""
+    """The functions that this process knows by name: those declared with @job, or submitted.
+
+    It is filled while modules are imported, before there is a runner, so it is global.
+    """
 
     def __init__(self) -> None:
         self.by_name: dict[str, Callable[..., Any]] = {}
-        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}      # function -> its default options
-        self.names: dict[Callable[..., Any], str] = {}                    # of functions that were submitted
-        self.has_executors = False                                        # a function is declared with executor=
+        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}     # the default options
+        self.names: dict[Callable[..., Any], str] = {}                   # of those submitted
+        self.has_executors = False     # a function is declared with executor=
 
     def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Take in a function with its default options. Raises ValueError if another function has its name."""
+        """Take in a function with its default options.
+
+        Raises ValueError if another function has its name.
+        """
         if "name" in options:
             name = options["name"]
             known = self.by_name.get(name, function)
             taken_by = f"{known.__module__}.{known.__qualname__}"
             if taken_by != f"{function.__module__}.{function.__qualname__}":
                 raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            self.by_name[name] = function                 # also if a reloaded module has a newer one
+            self.by_name[name] = function          # also if a reloaded module has a newer one
         self.declared[function] = options
         self.has_executors |= "executor" in options
 
     def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it. Raises TypeError if it cannot be a job."""
+        """Return the function's stable name, and remember the function by it.
+
+        Raises TypeError if it cannot be a job.
+        """
         try:
             return self.names[function]
-        except (KeyError, TypeError):                     # TypeError: it has no hash; every function has one
+        except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
             path = import_path(function)
         name: str = self.declared.get(function, {}).get("name", path)
         self.names[function] = name
@@ -461,7 +506,7 @@ _registry = _Registry()
 
 
 def _is_name(value: Any) -> bool:
-    """Return whether a text can be stored as it is, neither cut nor escaped: two names must not become one."""
+    """Return whether a text is stored as it is, uncut and unescaped: no two names become one."""
     return isinstance(value, str) and 0 < len(value) <= 500 and _text(value) == value
 
 
@@ -485,21 +530,24 @@ def _unix(value: Any) -> float | None:
 
 
 def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None is the machine's own. Raises ValueError if it is unknown."""
+    """Return a time zone and the key to store it by; None for the machine's own.
+
+    Raises ValueError if it is unknown.
+    """
     import datetime
     import zoneinfo
     key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
     try:
         return key if key is None else zoneinfo.ZoneInfo(key), key
-    except Exception:                                     # KeyError, ValueError, OSError: it says too little
-        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or None for the '
-                         "machine's own") from None
+    except Exception:                  # KeyError, ValueError, OSError: their texts say too little
+        raise ValueError(f'unknown time zone {_short(tz)}; a name like "Europe/Berlin", "UTC" or '
+                         "None for the machine's own") from None
 
 
 _A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-# Option -> a test of its value, and what that must be in words. What they mean, and their defaults, is said in `options`.
+# Each option: a test of its value, and what the value must be. `options` says what they mean.
 _OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": _A_NAME,
     "label": (lambda v: isinstance(v, str), "a text"),
@@ -512,31 +560,38 @@ _OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "retries": (lambda v: _is_whole(v, 0), "a whole number, 0 or more"),
     "backoff": (lambda v: callable(v) or _are_seconds(_as_list(v) or [None]),
                 "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": (lambda v: v is None or _are_seconds([v], sys.float_info.min), "seconds, more than 0"),
-    "max_running": (lambda v: v is None or _is_whole(v, 1), "a whole number greater than 0 and less than 2**63"),
+    "timeout": (lambda v: v is None or _are_seconds([v], sys.float_info.min),
+                "seconds, more than 0"),
+    "max_running": (lambda v: v is None or _is_whole(v, 1),
+                    "a whole number greater than 0 and less than 2**63"),
     "stoppable": _A_BOOL,
     "restartable": _A_BOOL,
     "recover": _A_BOOL,
-    "secret": (lambda v: isinstance(v, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in v),
+    "secret": (lambda v: (isinstance(v, (list, tuple, set, frozenset))
+                          and all(isinstance(name, str) for name in v)),
                "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": (lambda v: v is None or callable(v) or callable(v.submit),
+    "executor": (lambda v: v is None or callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
     "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
     "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
+    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection),
+                   "an open sqlite3.Connection"),
 }
 
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return `given`. Raises TypeError for an unknown option, ValueError for a value that does not fit."""
+    """Return `given`.
+
+    Raises TypeError for an unknown option, ValueError for a value that does not fit.
+    """
     for name, value in given.items():
         if name not in _OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(_OPTIONS)}")
         test, must_be = _OPTIONS[name]
         try:
             fits = test(value)
-        except Exception:                                 # of the value's own methods, or an unknown time zone
+        except Exception:              # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {_short(value)}")
@@ -546,15 +601,17 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def job(**options: Any) -> Callable[[_Function], _Function]:
-    """Decorate a function with default options for its jobs; the function itself is returned unchanged.
+    """Decorate a function with default options for its jobs; return the function unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
 
-    The options are those of `bgjobs.options`, except parent and connection, and one more. executor: where the
-    function executes, a concurrent.futures.Executor or what makes one; None: in the app's threads, whatever the
-    runner's is. Raises TypeError for an unknown option, ValueError for a value that does not fit or a name that is
-    taken.
+    The options are those of `bgjobs.options`, except parent and connection, and one more:
+    executor: where the function executes, a concurrent.futures.Executor or what makes one; None: in
+    the app's threads, whatever the runner's is.
+
+    Raises TypeError for an unknown option, ValueError for a value that does not fit or a name that
+    is taken.
     """
     check_options(options)
     for name in ("parent", "connection"):
@@ -567,12 +624,15 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
     return declare
 
 
-# These options have no column of their own; they are kept with a job as JSON. So is backoff, as a list of pauses.
+# These options have no column of their own: a job keeps them, and its backoff, as JSON.
 _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options to keep with a job of this function, as JSON. Raises ValueError for one that does not fit."""
+    """Return the options to keep with a job of this function, as JSON.
+
+    Raises ValueError if `secret` or `backoff` does not fit the function.
+    """
     kept = {name: given[name] for name in _KEPT if name in given}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -588,23 +648,26 @@ def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    kinds = {parameter.name: parameter.kind for parameter in parameters.values()}
+    names = [name for name, each in parameters.items() if not each.kind.name.startswith("VAR_")]
+    takes_any_name = inspect.Parameter.VAR_KEYWORD in [each.kind for each in parameters.values()]
     places: list[str | int] = []
     for name in secret:
-        if kinds.get(name) in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise ValueError(f"secret names {name!r}, which takes any number of arguments of "
-                             f"{function.__qualname__}; name its keywords, or pass them as one argument, a "
-                             "list or a dict")
-        if name not in kinds and inspect.Parameter.VAR_KEYWORD not in kinds.values():
-            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such argument")
-        places += [name, list(kinds).index(name)] if name in kinds else [name]
+        if name in names:
+            places += [name, names.index(name)]
+        elif takes_any_name and name not in parameters:
+            places.append(name)
+        else:
+            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
+                             "argument; of *arguments and **keywords, name the keywords, or pass a "
+                             "list or a dict instead")
     return places
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; those after the last one are as long.
+    """Return the seconds before the first, second ... retry; the last pause repeats.
 
-    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but seconds.
+    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but
+    seconds.
     """
     if not callable(backoff):
         return _as_list(backoff)
@@ -614,42 +677,43 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
     return pauses
 
 
-BACKOFF_SECONDS = 1.0, 600.0       # the default pause before the first retry, and the longest
-
-
 def pause_before_retry(options: dict[str, Any], failures: int) -> float:
     """Return the seconds to wait after this many failures: the `backoff` of the job's options.
 
-    By default twice as long each time, up to ten minutes, and up to half as long again by chance, so that jobs that
-    failed together are not retried together.
+    By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
+    so that jobs that failed together are not retried together.
     """
     pauses: list[float] | None = options.get("backoff")
     if pauses:
         return pauses[min(failures, len(pauses)) - 1]
-    first, longest = BACKOFF_SECONDS
-    return min(longest, first * 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
+    return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
 # ---- 4 Times of schedules -------------------------------------------------------------------------------------
 #
-# When a schedule is due next: once in a period, or at the times that five cron fields give, as crontab in POSIX says: a
-# day fits when its month does and, if day of month and day of week are both restricted, when either of them does.
+# A schedule is due once in a period, or at the times that five cron fields give. As crontab in
+# POSIX says, a day fits if its month does and, if day of month and day of week are both restricted,
+# if either of them does.
 #
-# Where the clocks change: a time that they skip in spring comes as much later; one that they repeat in autumn comes
-# once, the first time. But where every hour is given ("*"), hours are those that pass, whatever the clocks show.
+# Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
+# runs once, the first time. But where every hour is given ("*"), hours are those that pass,
+# whatever the clocks show: the wildcard rule of vixie-cron. So there are two ways to look for the
+# next time.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def seconds_of(text: str) -> float | None:
-    """Return the seconds of a text like "15m" (s, m, h, d, w); None: it is no such text."""
+    """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
     number, unit = text[:-1].strip(), text[-1:]
-    return float(number) * _UNITS[unit] if unit in _UNITS and number.replace(".", "", 1).isdecimal() else None
+    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+        return None
+    return float(number) * _UNITS[unit]
 
 
 def _period(seconds: float) -> str:
-    """Write a period as people do: 900 as "15m"."""
-    unit = next(unit for unit in reversed(_UNITS) if seconds and seconds % _UNITS[unit] == 0 or unit == "s")
+    """Return a period as people write it: 900 as "15m"."""
+    unit = next((unit for unit in "wdhm" if seconds and seconds % _UNITS[unit] == 0), "s")
     return f"{seconds / _UNITS[unit]:.12g}{unit}"
 
 
@@ -659,85 +723,94 @@ class Every:
     def __init__(self, schedule: str) -> None:
         seconds = seconds_of(schedule)
         if seconds is None:
-            raise ValueError(f'a schedule is seconds, a text like "15m" or five cron fields, got {schedule!r}')
+            raise ValueError('a schedule is seconds, a text like "15m" or five cron fields, '
+                             f"got {schedule!r}")
         if not 0.01 <= seconds < 1e9:
             raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
         self.seconds = seconds
 
-    def first(self, now: float) -> float:
-        """Return when it is due for the first time, in Unix seconds."""
-        return now + self.seconds
-
     def next(self, due: float, now: float) -> float:
-        """Return when it is due next after `now`, in step with `due`, when it was due last or will be."""
-        return due + self.seconds * (math.floor((now - due) / self.seconds) + 1) if due <= now else due
+        """Return when it is due after `now`, in Unix seconds.
+
+        In step with `due`, a time when it was due or will be.
+        """
+        periods = math.floor((now - due) / self.seconds) + 1
+        return due + self.seconds * max(0, periods)
 
 
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_CRON_FIELDS = (("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of month", 1, 31, ()), ("month", 1, 12, _MONTHS),
-                ("day of week", 0, 7, _WEEKDAYS))
-_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
-               "@daily": "0 0 * * *", "@midnight": "0 0 * * *", "@hourly": "0 * * * *"}
-_CRON_DAYS = 366 * 41              # how far to look: a certain weekday is 29 February after 40 years at most
+_CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
+                ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
+                ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
+_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+               "@hourly": "0 * * * *"}
+_CRON_DAYS = 366 * 41              # how far to look: 29 February is a certain weekday in 40 years
 _CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
 
 
+def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
+    """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
+    numbers = {word: number for number, word in enumerate(words.split(), least)}
+
+    def number_of(word: str) -> int:
+        number = numbers.get(word, int(word) if word.isdecimal() else -1)
+        if not least <= number <= most:
+            raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in "
+                             f"{text!r}")
+        return number
+    values: set[int] = set()
+    for part in text.split(","):
+        span, slash, step = part.partition("/")
+        if slash and not (step.isdecimal() and int(step)):
+            raise ValueError("a step of a cron schedule is a whole number greater than 0, "
+                             f"got {step!r} in {text!r}")
+        low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
+        first = last = number_of(low)
+        if dash or slash:
+            last = number_of(high) if dash else most
+        if first > last:
+            raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
+        values.update(range(first, last + 1, int(step or 1)))
+    return values
+
+
 class Cron:
-    """A schedule of five fields: minute, hour, day of month, month, day of week. zone=None: the machine's time zone."""
+    """A schedule of five fields: minute, hour, day of month, month, day of week.
+
+    zone: None for the machine's time zone.
+    """
 
     def __init__(self, fields: str, zone: Any = None) -> None:
         texts = _CRON_WORDS.get(fields.strip().lower(), fields).lower().split()
         if len(texts) != 5:
-            raise ValueError(f"a cron schedule has five fields (minute hour day month weekday), got {fields!r}")
+            raise ValueError("a cron schedule has five fields (minute hour day month weekday), "
+                             f"got {fields!r}")
         self._zone = zone
         self._minutes, self._hours, self._days, self._months, weekdays = (
-            self._values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
+            _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day % 7 for day in weekdays}
-        self._either_day = texts[2] != "*" and texts[4] != "*"
-        if self.first(time.time()) == math.inf:
+        self._combined = all if "*" in (texts[2], texts[4]) else any       # the two day fields
+        if self.next(0, time.time()) == math.inf:
             raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
-    @staticmethod
-    def _values(text: str, name: str, least: int, most: int, words: tuple[str, ...]) -> set[int]:
-        """Return the values of one field: a list of *, numbers, names and ranges, each perhaps with a step."""
-        def number(word: str) -> int:
-            value = words.index(word) + least if word in words else int(word) if word.isdecimal() else -1
-            if not least <= value <= most:
-                raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in {text!r}")
-            return value
-        values: set[int] = set()
-        for part in text.split(","):
-            span, slash, step = part.partition("/")
-            if slash and not (step.isdecimal() and int(step)):
-                raise ValueError("a step of a cron schedule is a whole number greater than 0, "
-                                 f"got {step!r} in {text!r}")
-            low, dash, high = span.partition("-")
-            first = least if span == "*" else number(low)
-            last = number(high) if dash else most if slash or span == "*" else first
-            if first > last:
-                raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
-            values.update(range(first, last + 1, int(step or 1)))
-        return values
-
-    def first(self, now: float) -> float:
-        """Return when it is due for the first time after `now`, in Unix seconds."""
-        return self._next_as_hours_pass(now) if len(self._hours) == 24 else self._next_by_the_clock(now)
-
     def next(self, due: float, now: float) -> float:
-        """Return when it is due next after `now`, and after `due`, when it was due last or will be."""
-        return self.first(max(due, now))
+        """Return when it is due after both `now` and `due`, in Unix seconds."""
+        after = max(due, now)
+        if len(self._hours) == 24:
+            return self._next_as_hours_pass(after)
+        return self._next_by_the_clock(after)
 
     def _fits(self, day: Any) -> bool:
-        by_day, by_weekday = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        return day.month in self._months and (by_day or by_weekday if self._either_day else by_day and by_weekday)
+        fits = day.day in self._days, day.isoweekday() % 7 in self._weekdays
+        return day.month in self._months and self._combined(fits)
 
     def _next_as_hours_pass(self, after: float) -> float:
         import datetime
         moment = math.floor(after)
         while moment < after + _CRON_DAYS * 86_400:
             local = datetime.datetime.fromtimestamp(moment, self._zone)
-            if not self._fits(local):                     # on to midnight by hours; there, the clocks may have changed
+            if not self._fits(local):
+                # On to midnight, but not past the hours in which the clocks may have changed.
                 hours = max(1, 24 - _CLOCK_CHANGE_HOURS - local.hour)
                 moment += 3_600 * hours - 60 * local.minute - local.second
             elif moment > after and local.minute in self._minutes and local.second == 0:
@@ -752,17 +825,22 @@ class Cron:
         day = begin.date()
         for _ in range(_CRON_DAYS):
             if self._fits(day):
-                times = [datetime.datetime(day.year, day.month, day.day, hour, minute, tzinfo=self._zone).timestamp()
-                         for hour in self._hours for minute in self._minutes]
-                if max(times) > after:
-                    return min(moment for moment in times if moment > after)
+                times = (datetime.datetime.combine(day, datetime.time(hour, minute), self._zone)
+                         for hour in self._hours for minute in self._minutes)
+                moments = [moment for moment in map(datetime.datetime.timestamp, times)
+                           if moment > after]
+                if moments:
+                    return min(moments)
             day += datetime.timedelta(days=1)
         return math.inf
 
 
 @functools.lru_cache(1_000)
 def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
-    """Return the schedule that a text like "15m", or five cron fields, describe. ValueError: they describe none."""
+    """Return the schedule that a text like "15m", or five cron fields, describe.
+
+    Raises ValueError if it is neither.
+    """
     if len(schedule.split()) > 1 or schedule.startswith("@"):
         return Cron(schedule, zone_of(zone)[0])
     return Every(schedule)
@@ -4322,7 +4400,7 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
         _say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
              "looking again in an hour")
         return now + 3_600
-    return min(times.next(row["next_at"], now), times.first(now))
+    return min(times.next(row["next_at"], now), times.next(now, now))
 
 
 TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
@@ -4463,7 +4541,7 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
     new.low_priority = new.low_priority or 0
     schedule = _period(schedule) if _are_seconds([schedule]) else _text(schedule)
     zone = zone_of(options.get("tz", _registry.declared.get(fn, {}).get("tz")))[1]
-    first = schedule_of(schedule, zone).first
+    times = schedule_of(schedule, zone)
     key = new.key or _call_as_key(new)
     asked = schedule, zone, new.name, new.args, new.kwargs
     known = runner._schedules.setdefault(key, asked)
@@ -4476,7 +4554,8 @@ def register(runner: Runner, schedule: float | str, fn: Callable[..., Any], args
               "key": key, "zone": zone, "schedule": schedule, "runner": runner._id}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": first(tx.now)})
+        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now,
+                                   "first": times.next(tx.now, tx.now)})
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(runner, runner._store.write(save))
@@ -7467,14 +7546,15 @@ class Link:
 # The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
-_default_lock = threading.Lock()                              # guards _default
+_default_lock = threading.Lock()       # guards the making of _default
 
 
 @library_code
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
-    """Make the default runner and start it, or return the one there is; path and options are those of Runner.
+    """Make the default runner and start it, or return the one there is.
 
-    Raises RuntimeError if there is one on another file, or if there is one and options come too late.
+    path and options are those of Runner. Raises RuntimeError if there is a default runner on
+    another file, or one for which options come too late.
     """
     global _default
     with _default_lock:
@@ -7483,23 +7563,23 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
             _default = Runner(path, **options)
             return _default
         if path is not None and os.path.abspath(path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or make a Runner of your "
-                               "own")
+            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or "
+                               "make a Runner of your own")
         if options:
-            raise RuntimeError("the default runner has been made already; call start() with its options before the "
-                               "first submit")
+            raise RuntimeError("the default runner has been made already; call start() with its "
+                               "options before the first submit")
         return runner.start()
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner has been closed; where it was closed by a fork, it can be started again."""
+    """Return whether a runner is closed for good; one that a fork has closed can start again."""
     return runner._store.closed and not runner._store.forked
 
 
 def default_runner() -> Runner:
-    """Return the runner whose job this is called in, else the default one, started when first needed.
+    """Return the runner whose job this is called in, else the default one, started if need be.
 
-    Raises RuntimeError if it is closed: another one would be on another file, where nobody looks.
+    Raises RuntimeError if it is closed: a new one might be on another file, where nobody looks.
     """
     attempt, runner = _current.get(), _default
     if attempt is not None:
@@ -7512,7 +7592,10 @@ def default_runner() -> Runner:
 
 
 _submitter = Submitter(None, {})
-submit, submit_many, every, options = _submitter.submit, _submitter.submit_many, _submitter.every, _submitter.options
+submit = _submitter.submit
+submit_many = _submitter.submit_many
+every = _submitter.every
+options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
@@ -7520,7 +7603,8 @@ def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callabl
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
         return result
-    functools.update_wrapper(call, types.MethodType(method, Runner))      # bound, so that help() shows no `self`
+    # Of a bound method, so that help() shows the signature without `self`.
+    functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
     return call
 
