@@ -34,7 +34,6 @@ import signal
 import socket
 import sqlite3
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -3735,15 +3734,6 @@ class OwnText(Exception):
         return Text("text")
 
 
-class NoNames(type):
-    def __getattribute__(cls, name):
-        raise RuntimeError(name)
-
-
-class NoName(Exception, metaclass=NoNames):
-    pass
-
-
 class NoTraceback(Exception):
     __traceback__ = property(lambda self: 1 / 0)
 
@@ -3763,7 +3753,7 @@ class AmbiguousError(Exception):
         raise ValueError
 
 
-STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError, "OwnText": OwnText, "NoName": NoName,
+STRANGE = {"Unprintable": Unprintable, "CancelledError": asyncio.CancelledError, "OwnText": OwnText,
            "NoTraceback": NoTraceback, "NoAttributes": NoAttributes, "Falsy": Falsy, "Ambiguous": AmbiguousError}
 
 
