@@ -114,15 +114,15 @@ def execute(runner, sql, *parameters):
 # The inside of bgjobs, which tests reach through these helpers only.
 
 def runner_id(runner):
-    return runner._id
+    return runner.core.id
 
 
 def runner_of(job):
-    return job._runner
+    return job._backend.face
 
 
 def store_of(runner):
-    return runner._store
+    return runner.core.store
 
 
 def written(runner, run):
@@ -151,23 +151,24 @@ def counted(runner, **filters):
 
 def submission(runner, function, **options):
     """Return what a runner would write for such a submit."""
-    return runner._submission(function, options)
+    return bgjobs.new_submission(runner.core, function, options)
 
 
 def operate(runner, operation, job_id):
-    return runner._operate(operation, job_id, None)
+    return runner.core.operate(operation, job_id, None)
 
 
-def claim(tx, runner, count, ahead=0, workers=None, costs=None):
+def claim(tx, runner, count, ahead=0, workers=None, run_times=None):
     """Claim up to `count` jobs, and up to `ahead` more of short ones, as a runner does."""
-    costs = runner._costs if costs is None else costs
-    return tx.claim(runner_id(runner), count, count, ahead, 0.0, workers or count, costs)
+    run_times = runner.core.run_times if run_times is None else run_times
+    room = bgjobs.Room(count, count, ahead, 0.0, workers or count)
+    return bgjobs.claim(tx, runner_id(runner), room, run_times)
 
 
 def claimed(runner, count):
     """Claim jobs, run nothing, and return their attempts."""
     claims = written(runner, lambda tx: claim(tx, runner, count))
-    return [bgjobs.Attempt(runner, each) for each in claims]
+    return [bgjobs.Attempt(runner.core, *each) for each in claims.jobs]
 
 
 def ended(runner, *attempts):
@@ -177,50 +178,47 @@ def ended(runner, *attempts):
 
 def take_back(runner):
     """Take back what a runner has claimed, as if its process had died."""
-    written(runner, lambda tx: tx.recover(runner_id(runner)))
+    written(runner, lambda tx: bgjobs.recover(tx, runner_id(runner)))
 
 
 def look_for_the_dead(runner):
     """Take back what runners whose processes have died had claimed."""
-    runner._recover_dead()
+    runner.core.life.recover_dead()
 
 
 def attempts_of(runner):
     """Return the attempts that a runner has, by job id."""
-    return runner._attempts
+    return runner.core.dispatch.attempts
 
 
 def abandoned(runner):
     """Return the number of threads that a force stop has left behind."""
-    return runner._pool.abandoned
+    return runner.core.dispatch.pool.abandoned
 
 
 def places(runner):
-    """Return how many places are taken by normal and by low priority."""
-    return tuple(map(len, runner._pool._placed))
+    """Return how many slots are taken by normal and by low priority."""
+    return tuple(map(len, runner.core.dispatch.pool._placed))
 
 
 def free_places(runner):
-    return runner._pool.room()[0]
+    return runner.core.dispatch.pool.room(runner.core.run_times).free
 
 
 def unwritten(runner):
     """Return the log lines and the starts of attempts that the next write takes along."""
-    return runner._unwritten
+    return runner.core.lines
 
 
 def watched(runner):
     """Return the jobs whose end a handle of this runner waits for."""
-    return runner._handles.watched
-
-
-def callbacks_left(runner):
-    return runner._handles.callbacks_left
+    return runner.core.handles.watched
 
 
 def hurry(runner):
     """Have all duties of the service thread done at its next round."""
-    runner._service._done_at.clear()
+    done_at = runner.core.service._done_at
+    done_at.update(dict.fromkeys(done_at, -1e9))
 
 
 def consistent(runner):
@@ -3392,8 +3390,12 @@ class TestWhatPeopleSee:
         assert ids(created_from=ann.created_at, created_to=ann.created_at) == [ann.id]
         idle.options(run_by="m").submit(echo, 'M\u00fcller "x"')
         assert [job.run_by for job in idle.jobs(q='m\u00fcller "X')] == ["m"] and ids(status=None, run_by="m")
-        with pytest.raises(ValueError, match="status must be one of"):
-            ids(status="done")
+        abroad = idle.options(label="\u00dcber").submit(note, "\u00c4pfel")
+        assert ids(q="\u00dcBER") == ids(q="\u00c4PFEL") == [abroad.id] == ids(parent="none", status=["pending"], limit=1)
+        for name, bad in (("status", "done"), ("status", ["failed", 1]), ("name", 5), ("errors", "perhaps"), ("parent", -1),
+                          ("created_from", float("nan")), ("created_to", 10 ** 400), ("limit", -1)):
+            with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
+                ids(**{name: bad})
         with pytest.raises(TypeError, match="unknown filter 'colour'"):
             ids(colour=1)
 
