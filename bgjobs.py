@@ -916,11 +916,6 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
             heapq.heapreplace(heap, (tag + (cost or 0), root, following, waiting))
 
 
-def entry_tag(own: int, clock: int) -> int:
-    """Return the virtual time of a root that becomes ready, from its own and the queue's."""
-    return max(own, clock)
-
-
 UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
 AHEAD_SECONDS = 0.010      # short jobs are claimed ahead of free workers: so much work for each
 AHEAD_LIMIT = 256          # and so many jobs in a process
@@ -1163,7 +1158,6 @@ _JOB = ", ".join(JobRow._fields[:-5])
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
-CLOCK = "SELECT vtime FROM bgjobs_clock"
 # Only an attempt that still executes may write: one that has been superseded is refused.
 _OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
     AND status IN ('running', 'stopping')"""
@@ -1268,11 +1262,11 @@ _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "prog
 # A new root starts at the queue's virtual time. INSERT_MANY takes a JSON array of the encoded
 # arguments: five times as quick as a statement for each job.
 _SUBMITTED = """id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at,
-    submitter, low_priority, system, label, run_by, options, max_running, parked, phase, key,
-    args, kwargs"""
+    submitter, low_priority, system, label, run_by, options, max_running, key, args,
+    kwargs"""
 _AS_ROOT = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL"
 _AS_CHILD = "NULL, 0, ?, ?"
-_VALUES = "?, 'pending'" + ", ?" * 12
+_VALUES = "?, 'pending'" + ", ?" * 10
 INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
 INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
     SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
@@ -1287,13 +1281,20 @@ CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?,
     duration = duration + ?, result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-ADD_CHANGE = """UPDATE bgjobs_jobs SET open = open + :open, total = total + :total,
-    done = done + :done, failed = failed + :failed, running = running + :running,
-    tree_progress = tree_progress + :progress, vtime = vtime + :charge WHERE id = :id"""
-SET_LANE = "UPDATE bgjobs_jobs SET lane = :lane, vtime = :vtime WHERE id = :id"
-BEST_LANE = """SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :root UNION ALL
+# A root is in the best lane of its ready jobs. If it becomes ready, it starts at the queue's
+# virtual time, or at its own if that is later.
+_BEST_LANE = """(SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :id UNION ALL
     SELECT min(queue) FROM bgjobs_jobs
-    WHERE root_id = :root AND parent_id IS NOT NULL AND queue IS NOT NULL)"""
+    WHERE root_id = :id AND parent_id IS NOT NULL AND queue IS NOT NULL))"""
+ADD_CHANGE = f"""UPDATE bgjobs_jobs SET open = open + :open, total = total + :total,
+    done = done + :done, failed = failed + :failed, running = running + :running,
+    tree_progress = tree_progress + :progress,
+    lane = CASE WHEN parent_id IS NULL THEN {_BEST_LANE} END,
+    vtime = CASE WHEN parent_id IS NULL AND lane IS NULL AND {_BEST_LANE} IS NOT NULL
+        THEN max(vtime + :charge, (SELECT vtime FROM bgjobs_clock)) ELSE vtime + :charge END
+    WHERE id = :id"""
+CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
+    AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
 def limits_of(job: Any) -> dict[str, int]:
@@ -1354,26 +1355,26 @@ class Transaction:
                 return job
         return None
 
-    _PARENT_OF = "SELECT parent_id FROM bgjobs_jobs WHERE id = :id"
+    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL SELECT j.parent_id FROM line
+        JOIN bgjobs_jobs j USING (id) WHERE j.parent_id IS NOT NULL) SELECT id FROM line"""
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
         """Return the ids from a job's parent up to its root; they never change."""
         if parent_id is None:
             return ()
-        line = self._lineages.get(parent_id)
-        if line is None:
-            line = (parent_id, *self.lineage(self.value(self._PARENT_OF, id=parent_id)))
+        if parent_id not in self._lineages:
             if len(self._lineages) > 10_000:
                 self._lineages.clear()
-            self._lineages[parent_id] = line
-        return line
+            rows = self.execute(self._LINEAGE, {"id": parent_id}).fetchall()
+            self._lineages[parent_id] = tuple(job_id for job_id, in rows)
+        return self._lineages[parent_id]
 
     # submit
 
     def submit(self, new: Submission) -> int:
         """Store one job and return its id; with a key, that of the job which has it already."""
         is_root = new.parent_id is None
-        queue, values = self._values(new)
+        values = self._values(new)
         if new.key is not None:
             sql = ROOT_WITH_KEY if is_root else CHILD_WITH_KEY
             holder = self.value(sql, key=new.key, parent=new.parent_id)
@@ -1381,41 +1382,31 @@ class Transaction:
                 return int(holder)
         inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
                                 (*values, new.key, new.args, new.kwargs))
-        self._count_new(new, 1, queue)
+        self._count_new(new, 1)
         return int(inserted.lastrowid)
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
-        queue, values = self._values(new)
+        values = self._values(new)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
                      (first, *values, json.dumps(arguments)))
-        self._count_new(new, len(arguments), queue)
+        self._count_new(new, len(arguments))
         return range(first, first + len(arguments))
 
-    def _values(self, new: Submission) -> tuple[int | None, tuple[Any, ...]]:
-        """Return the queue in which a new job is ready, or None, and the INSERT's parameters.
-
-        Raises what `_admit` does.
-        """
+    def _values(self, new: Submission) -> tuple[Any, ...]:
+        """Return the parameters of the INSERT of a new job. Raises what `_admit` does."""
         root_id, low, run_by = self._admit(new)
-        queue: int | None = low
-        key = phase = None
-        if new.run_at is not None and new.run_at > self.now:
-            queue = None
-        elif new.max_running is not None and self.limits.waits_behind(new):
-            queue, key, phase = None, f"limit {new.name}", "limit reached"
+        queue = None if (new.run_at or 0.0) > self.now else low
         place = (queue,) if root_id is None else (new.parent_id, root_id)
-        return queue, (*place, new.name, queue, self.now, new.run_at, new.submitter, low,
-                       new.system, new.label, run_by, new.options, new.max_running, key, phase)
+        return (*place, new.name, queue, self.now, new.run_at, new.submitter, low,
+                new.system, new.label, run_by, new.options, new.max_running)
 
-    def _count_new(self, new: Submission, count: int, queue: int | None) -> None:
+    def _count_new(self, new: Submission, count: int) -> None:
         """Count new children for their ancestors, and wake their root."""
         if new.parent_id is not None:
             self.trees.count(new.parent_id, total=count)
-            self.trees.count_open(new.parent_id, count)
-            if queue is not None:
-                self.trees.wake(self.lineage(new.parent_id)[-1], queue)
+            self.trees.change(new.parent_id, "open", count)
 
     _AUTHOR = """SELECT status, attempt, root_id, low_priority, run_by, options
         FROM bgjobs_jobs WHERE id = :id"""
@@ -1482,8 +1473,8 @@ class Transaction:
         self.limits.free(attempt)
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
-            self.trees.count_open(attempt.parent_id, -1)
-            self.trees.charge(attempt.root_id, attempt.correction)
+            self.trees.change(attempt.parent_id, "open", -1)
+            self.trees.change(attempt.root_id, "charge", attempt.correction)
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
@@ -1519,25 +1510,22 @@ class Transaction:
                  f"of {attempt.options['retries']} {when}")
         return self.now + pause
 
-    _INSERT_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts
-        VALUES (:id, :number, :started_at, :ended_at, :outcome, :error)"""
-    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :last"
+    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts
+        VALUES (:id, :number, :since, :now, :outcome,
+        substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'), 1, 500))"""
+    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :most"
 
     def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
         """Keep, for people, what became of an attempt; `error` is one of `dump_error`."""
-        if error is not None:
-            raised = json.loads(error)
-            error = text_of(f"{raised['type']}: {raised['text']}", 500)
-        self.execute(self._INSERT_ATTEMPT, {
-            "id": job.id, "number": job.attempt, "started_at": job.since, "ended_at": self.now,
-            "outcome": outcome, "error": error})
-        if job.attempt > ATTEMPTS_A_JOB:
-            self.execute(self._TRIM_ATTEMPTS, {"id": job.id, "last": job.attempt - ATTEMPTS_A_JOB})
+        kept = {"id": job.id, "number": job.attempt, "since": job.since, "now": self.now,
+                "outcome": outcome, "error": error, "most": ATTEMPTS_A_JOB}
+        self.execute(self._KEEP_ATTEMPT, kept)
+        self.execute(self._TRIM_ATTEMPTS, kept)
 
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
         """End the attempt that executes: correct its charge, free its limits, move the job."""
-        self.trees.charge(job.root, int(worked * 1e6) - job.charge)
+        self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.limits.free(job)
         self.move(job, status, ran, **left)
 
@@ -1583,13 +1571,21 @@ class Transaction:
             before, after = (contribution(each, job.progress) for each in (job.status, status))
             changed = {name: after[name] - before[name] for name in after}
             self.trees.count(job.parent_id, **changed)
-            self.trees.count_open(job.parent_id, -changed["done"])
-        if job.queue is not None:
-            self.trees.relane(job.root)
-        if queue is not None:
-            self.trees.wake(job.root, queue)
+            self.trees.change(job.parent_id, "open", -changed["done"])
+        if job.queue is not None or queue is not None:
+            self.trees.change(job.root)
         if (job.returned or left["returned"]) and status not in OVER:
-            self.trees.count_open(job.id, 0)            # its last child may be over: `apply` looks
+            self.trees.change(job.id)                     # its last child may be over already
+
+    _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
+        WHERE id = :id"""
+
+    def make_ready(self, jobs: list[JobRow]) -> bool:
+        """Make pending jobs ready, and return whether there were any."""
+        for job in jobs:
+            self.execute(self._MAKE_READY, {"id": job.id})
+            self.trees.change(job.root)
+        return bool(jobs)
 
     # statistics
 
@@ -1644,16 +1640,16 @@ class Transaction:
             self.trees.count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
             attempt.has_reported = True
 
-    _ADD_CHARGE = f"UPDATE bgjobs_jobs SET charge = charge + :more {_OF_ATTEMPT}"
+    _SET_CHARGE = f"UPDATE bgjobs_jobs SET charge = :charge {_OF_ATTEMPT}"
 
-    def add_charge(self, attempt: Attempt, more: int) -> None:
-        """Charge an attempt that runs longer than estimated for the time it has run by now."""
-        added = self.execute(self._ADD_CHARGE, {
-            "id": attempt.id, "attempt": attempt.number, "more": more})
-        if added.rowcount == 1:
-            self.trees.charge(attempt.root_id, more)
+    def charge(self, attempt: Attempt, microseconds: int) -> None:
+        """Charge an attempt that runs longer than estimated for all the time it has run by now."""
+        charged = self.execute(self._SET_CHARGE, {
+            "id": attempt.id, "attempt": attempt.number, "charge": microseconds})
+        if charged.rowcount == 1:
+            self.trees.change(attempt.root_id, "charge", microseconds - attempt.charge)
             attempt.has_reported = True
-            self.after_commit.append(lambda: attempt.charge_more(more))
+            self.after_commit.append(lambda: setattr(attempt, "charge", microseconds))
 
 
 class Trees:
@@ -1662,8 +1658,10 @@ class Trees:
     def __init__(self, tx: Transaction) -> None:
         self._tx = tx
         self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
-        self._woken: dict[int, int] = {}                  # root -> the best lane of its new jobs
-        self._relaned: set[int] = set()                   # roots whose ready jobs went away
+
+    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
+        """Add to a column of one job; by default only look at its lane, and whether it is over."""
+        self._changes[job_id][name] += value
 
     def count(self, parent_id: int | None, **changes: float) -> None:
         """Add to the counts of a job's ancestors, from its parent up."""
@@ -1672,67 +1670,23 @@ class Trees:
             for name, value in changes.items():
                 change[name] += value
 
-    def count_open(self, parent_id: int, change: int) -> None:
-        """Add to the children of a job that are not over; `apply` looks whether it is closed."""
-        self._changes[parent_id]["open"] += change
-
-    def charge(self, root_id: int, microseconds: int) -> None:
-        """Add to the virtual time of a root."""
-        self._changes[root_id]["charge"] += microseconds
-
-    def relane(self, root_id: int) -> None:
-        """Note that ready jobs of a tree went away."""
-        self._relaned.add(root_id)
-
-    def wake(self, root_id: int, queue: int) -> None:
-        """Note that a job of a tree became ready."""
-        self._woken[root_id] = min(queue, self._woken.get(root_id, queue))
-
-    _MAKE_READY = """UPDATE bgjobs_jobs SET queue = :queue, parked = NULL, phase = NULL
-        WHERE id = :id"""
-
-    def make_ready(self, jobs: list[JobRow]) -> bool:
-        """Make pending jobs ready, and return whether there were any."""
-        for job in jobs:
-            self._tx.execute(self._MAKE_READY, {"id": job.id, "queue": job.low_priority})
-            self.wake(job.root, job.low_priority)
-        return bool(jobs)
-
     def forget(self) -> None:
         """Drop what is added up and not applied, after a ROLLBACK TO."""
-        for added in (self._changes, self._woken, self._relaned):
-            added.clear()
+        self._changes.clear()
 
     def apply(self) -> None:
         """Write what is added up, and start jobs for which limits have become free.
 
         A parent whose last child is over is closed, which may mean the same for its own parent.
         """
-        while self._changes or self._woken or self._relaned or self._tx.limits.freed:
-            self._tx.limits.unblock_freed()
+        tx = self._tx
+        while self._changes or tx.limits.freed:
+            tx.limits.unblock_freed()
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
-                self._tx.execute(ADD_CHANGE, {**change, "id": job_id})
-            woken, self._woken = self._woken, {}
-            relaned, self._relaned = self._relaned, set()
-            for root_id in {*woken, *relaned}:
-                self._set_lane(root_id, woken.get(root_id), root_id in relaned)
-            for job_id in changes:
-                for job in self._tx.jobs(TREE_ROW, id=job_id):      # none, if it has been removed
-                    if job.open == 0 and job.returned and job.status in (RUNNING, STOPPED):
-                        self._tx.move(job, FINISHED if job.returned == 1 else FAILED)
-
-    _LANE = "SELECT lane, vtime FROM bgjobs_jobs WHERE id = :id"
-
-    def _set_lane(self, root_id: int, woken: int | None, relaned: bool) -> None:
-        """Write the best lane of a tree; one that was idle starts at the queue's virtual time."""
-        for lane, vtime in self._tx.execute(self._LANE, {"id": root_id}).fetchall():
-            best = self._tx.value(BEST_LANE, root=root_id) if relaned else lane
-            if woken is not None:
-                best = woken if best is None else min(best, woken)
-                if lane is None:
-                    vtime = entry_tag(vtime, self._tx.value(CLOCK))
-            self._tx.execute(SET_LANE, {"id": root_id, "lane": best, "vtime": vtime})
+                tx.execute(ADD_CHANGE, {**change, "id": job_id})
+            for job in tx.jobs(CLOSED, ids=json.dumps([*changes])):
+                tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
 class Limits:
@@ -1747,7 +1701,7 @@ class Limits:
         self._tx = tx
         self.freed: set[str] = set()                      # limits whose members have ended
 
-    def waits_for(self, job: JobRow, others: int = 0) -> str:
+    def blocking(self, job: JobRow, others: int = 0) -> str:
         """Return the limit that keeps a job from starting now, or "".
 
         others: jobs that start besides and do not run yet.
@@ -1758,20 +1712,13 @@ class Limits:
                 return key
         return ""
 
-    _IS_BLOCKED = "SELECT 1 FROM bgjobs_jobs WHERE parked = :key"
-
-    def waits_behind(self, new: Submission) -> bool:
-        """Return whether a new job waits behind blocked ones, below no running member."""
-        is_below = not self._tx.value(HAS_ROOM["limit"], name=new.name, parent=new.parent_id, limit=0)
-        return is_below and self._tx.value(self._IS_BLOCKED, key=f"limit {new.name}") is not None
-
     _BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
 
     def block(self, job: JobRow, key: str) -> None:
         """Put a ready job out of the way until `key` has room."""
         phase = "interrupted" if key == "suspect" else "limit reached"
         self._tx.execute(self._BLOCK, {"id": job.id, "key": key, "phase": phase})
-        self._tx.trees.relane(job.root)
+        self._tx.trees.change(job.root)
 
     def free(self, job: JobRow | Attempt) -> None:
         """Note that an attempt has ended."""
@@ -1788,16 +1735,16 @@ class Limits:
         """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
         for others in itertools.count():
             jobs = self._tx.jobs(OLDEST_BLOCKED, key=key)
-            if not jobs or self.waits_for(jobs[0], others):
+            if not jobs or self.blocking(jobs[0], others):
                 return
-            self._tx.trees.make_ready(jobs)
+            self._tx.make_ready(jobs)
 
     _BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
 
     def unblock_below(self, job: JobRow) -> None:
         """Make jobs ready for which a member that starts may wait: its blocked descendants."""
         for key in limits_of(job) if job.total else ():
-            self._tx.trees.make_ready(self._tx.jobs(self._BLOCKED_IN_TREE, key=key, root=job.root))
+            self._tx.make_ready(self._tx.jobs(self._BLOCKED_IN_TREE, key=key, root=job.root))
 
 
 # Claims.
@@ -1827,40 +1774,49 @@ READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AN
 # One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
 # is its own tree, so its virtual time and its lane are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
-    phase = NULL, charge = :charge, owner = :owner, since = :now,
-    started_at = ifnull(started_at, :now), ends_at = NULL, waited = CASE WHEN started_at IS NULL
+    phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
+    started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
     THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
     WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
+_ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
 class _Claim:
     """Claims jobs for one runner in one transaction, in fair order."""
 
-    _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
-
-    def __init__(self, tx: Transaction, owner: int, run_times: RunTimes) -> None:
-        self._tx, self._owner, self._run_times = tx, owner, run_times
+    def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
+        self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
         self.jobs: list[tuple[JobRow, int]] = []
         self.more_ready = False
         self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
-        self._blocked: list[tuple[JobRow, str]] = []      # not written yet
-        self.blocked = 0                                  # written
+        self._blocked: list[tuple[JobRow, str]] = []      # of this round
+        self.blocked = 0                                  # of all rounds
 
-    def lane(self, lane: int, free: int, room: Room) -> int:
-        """Claim jobs of one lane, `free` and perhaps some ahead; return how many."""
-        limit = max(0, free) + room.ahead
-        ready = {"lane": lane, "limit": limit}
-        roots = self._tx.jobs(READY_ROOTS, **ready) if limit else []
+    def round(self) -> bool:
+        """Claim what there is room for; return whether to look behind jobs that were blocked."""
+        free, blocked = self._room.free, self.blocked
+        self._tx.trees.apply()                            # what was submitted, or blocked, counts
+        self.more_ready = False
+        self._claim_lane(0, free - len(self.jobs), self._room.ahead)
+        low = sum(job.low_priority for job, _ in self.jobs)
+        self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
+        return len(self.jobs) < free and blocked < self.blocked < PARKED_A_CLAIM
+
+    def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
+        """Claim `free` jobs of one lane, and perhaps some ahead."""
+        limit = max(0, free) + ahead
+        roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
         chunk = max(4, limit // max(1, len(roots)) + 1)
         trees = [(root.vtime, root.id, self._ready_jobs(root, lane, chunk)) for root in roots]
-        planned, budget = room.planned, AHEAD_SECONDS * room.workers
-        taken, tag = 0, 0
+        planned, taken, tag = self._room.planned, 0, 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
             if taken >= free:                             # ahead of a free worker: short jobs only
                 planned += self._run_times.occupies(job.name)
-                if taken >= limit or planned > budget or self._runs_once(job):
+                is_too_much = planned > AHEAD_SECONDS * self._room.workers
+                recovers = kept_options(job.options).get("recover", True)
+                if taken >= limit or is_too_much or not recovers:
                     self.more_ready = True
                     break
             taken += 1
@@ -1869,19 +1825,17 @@ class _Claim:
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
                 self._tx.trees.count(job.parent_id, running=1)
-                self._tx.trees.charge(root_id, charge)
-                self._tx.trees.relane(root_id)
+                self._tx.trees.change(root_id, "charge", charge)
             if limits_of(job):                            # the next one is to see it run
                 self._write()
                 self._tx.limits.unblock_below(job)
         self._write()
         if tag:
-            self._tx.execute(self._ADVANCE_CLOCK, {"tag": tag})
+            self._tx.execute(_ADVANCE_CLOCK, {"tag": tag})
         for job, key in self._blocked:
             self._tx.limits.block(job, key)
         self.blocked += len(self._blocked)
         self._blocked.clear()
-        return taken
 
     def _write(self) -> None:
         """Write the claims that are not in the file yet."""
@@ -1892,16 +1846,11 @@ class _Claim:
 
     def _charge(self, job: JobRow) -> int | None:
         """Return what a claim of this job costs, or None if a limit blocks it."""
-        if job.max_running is not None or job.deaths >= SUSPECT:
-            key = self._tx.limits.waits_for(job)
-            if key:
-                self._blocked.append((job, key))
-                return None
+        key = self._tx.limits.blocking(job) if limits_of(job) else ""
+        if key:
+            self._blocked.append((job, key))
+            return None
         return self._run_times.charge(job.name)
-
-    @staticmethod
-    def _runs_once(job: JobRow) -> bool:
-        return job.options is not None and not kept_options(job.options).get("recover", True)
 
     def _ready_jobs(self, root: JobRow, lane: int, chunk: int) -> Iterator[JobRow]:
         """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
@@ -1909,37 +1858,32 @@ class _Claim:
             yield root
         after = 0
         while root.total:
-            page = {"root": root.id, "lane": lane, "after": after, "limit": chunk}
-            rows = self._tx.jobs(READY_CHILDREN, **page)
+            rows = self._tx.jobs(READY_CHILDREN, root=root.id, lane=lane, after=after, limit=chunk)
             yield from rows
             if len(rows) < chunk or len(self._blocked) >= PARKED_A_CLAIM:
                 return
             after = rows[-1].id
 
+
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
-    """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave.
+    """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
+    claimed = _Claim(tx, owner, room, run_times)
+    while claimed.round():
+        pass
+    return Claims(claimed.jobs, claimed.more_ready, claimed.blocked >= PARKED_A_CLAIM)
 
-    Where jobs turned out to be blocked, those behind them are looked at in another round.
-    """
-    claimed = _Claim(tx, owner, run_times)
-    low_free = room.low_free
-    while True:
-        tx.trees.apply()                                        # what was submitted, or blocked, counts
-        blocked, claimed.more_ready = claimed.blocked, False
-        claimed.lane(0, room.free - len(claimed.jobs), room)
-        left = room.free - len(claimed.jobs)
-        low_free -= claimed.lane(1, min(low_free, left), room._replace(ahead=0))
-        cut_short = claimed.blocked >= PARKED_A_CLAIM
-        if len(claimed.jobs) >= room.free or claimed.blocked == blocked or cut_short:
-            return Claims(claimed.jobs, claimed.more_ready, cut_short)
-
-
-# Operations. Each function returns whether it did something to a job; `top` is the job that the
-# operation was asked for, and the others are its descendants.
 
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
     JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
+_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id AND deaths > 0"
+_REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
+_RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL,
+    error = NULL, progress = NULL, ends_at = NULL, own_errors = 0, returned = 0, deaths = 0,
+    started_at = NULL, finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0,
+    running = 0, tree_progress = 0 WHERE id = :id"""
+_SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
+    queue = CASE WHEN queue IS NOT NULL THEN :low END WHERE id = :id"""
 
 
 def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
@@ -1959,7 +1903,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     if operation == "restart":
         _forget_descendants(tx, top, [job.id for job in tree[1:]])
         tree = [top]
-    moved = [job.id for job in tree if _CARRY_OUT[operation](tx, job, top)]
+    moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
     if moved:
         text = f"{operation.replace('_', ' ')}{f' by {by}' if by else ''}"
         many = f" ({len(moved):,} jobs of the tree)" if len(moved) > 1 else ""
@@ -1970,99 +1914,61 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
 
 def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[JobRow]) -> None:
     """Raise InvalidOperation if a job does not allow an operation."""
-    def refuse(why: str, allowed: Iterable[str] = ()) -> None:
-        others = [name for name in allowed if name != operation]
-        raise refusal(f"job {top.id}", top.status, operation, others, why)
-    options, statuses = kept_options(top.options), {job.status for job in below}
-    active = next((job.id for job in below if job.status in ACTIVE), None)
-    fits = top.status in OPERATIONS[operation].moves
-    for_others = operation == "force_stop" and top.status == STOPPED and STOPPING in statuses
-    why = objection(operation, options, bool(top.system))
-    if why or not (fits or for_others):
-        allowed = allowed_operations(top.status, options, bool(top.system), active is not None)
-        refuse(why if fits else "", allowed)
-    if operation in ("cancel", "restart") and active is not None:
-        refuse(f"its descendant job {active} is still running; stop it first")
-    if top.key and top.status in OVER and top.parent_id is None:
+    options, fits = kept_options(top.options), top.status in OPERATIONS[operation].moves
+    active = [job.id for job in below if job.status in ACTIVE]
+    can = allowed_operations(top.status, options, bool(top.system), bool(active))
+    why, allowed = objection(operation, options, bool(top.system)), []
+    if operation == "force_stop" and top.status == STOPPED:
+        fits = any(job.status == STOPPING for job in below)
+    if why or not fits:
+        allowed = [name for name in can if name != operation]
+        why = why if fits else ""
+        fits = False
+    elif operation in ("cancel", "restart") and active:
+        fits, why = False, f"its descendant job {active[0]} is still running; stop it first"
+    elif top.key and top.status in OVER and top.parent_id is None:
         holder = tx.value(ROOT_WITH_KEY, key=top.key)
-        if holder is not None:
-            refuse(f"job {holder} has its key {top.key!r} now")
+        fits, why = holder is None, f"job {holder} has its key {top.key!r} now"
+    if not fits:
+        raise refusal(f"job {top.id}", top.status, operation, allowed, why)
 
 
-def _stop(tx: Transaction, job: JobRow, top: JobRow) -> bool:
-    if job.status in (STOPPING, STOPPED):
-        return job is top
-    if job.status in OVER or objection("stop", kept_options(job.options), bool(job.system)):
+def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
+    """Apply an operation that was asked for `top` to it or a descendant, if that allows it.
+
+    Return whether it did.
+    """
+    if job is not top and objection(operation, kept_options(job.options), bool(job.system)):
         return False
-    tx.move(job, OPERATIONS["stop"].follows(job.status, bool(job.returned)))
-    return True
-
-
-_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id AND deaths > 0"
-_REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
-
-
-def _resume(tx: Transaction, job: JobRow, top: JobRow) -> bool:
-    if job.status == STOPPING and job is not top:
+    if operation == "resume" and job.status == STOPPING:
         tx.move(job, RUNNING)                             # its stop is taken back
         return True
-    with_failed = top.status == FAILED
-    if not (job.status == STOPPED or job.status == FAILED and with_failed):
+    of_others = operation == "resume" and job.status == FAILED != top.status
+    if job.status not in OPERATIONS[operation].moves or of_others:
         return False
-    tx.execute(_FORGET_DEATHS, {"id": job.id})            # somebody has looked at it
-    follows = OPERATIONS["resume"].follows(job.status, bool(job.returned))
-    if job.returned and follows == PENDING:
-        tx.execute(_REOPEN, {"id": job.id})
-        job = job._replace(returned=0)
+    if operation == "stop" and job.status in (STOPPING, STOPPED):
+        return job is top                                 # it repeats silently
+    follows = OPERATIONS[operation].follows(job.status, bool(job.returned))
+    if operation == "resume":
+        tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
+        if job.returned and follows == PENDING:
+            tx.execute(_REOPEN, {"id": job.id})
+            job = job._replace(returned=0)
+    elif operation == "restart":
+        tx.execute(_RESET, {"id": job.id})
+        job = job._replace(progress=None, returned=0, started_at=None, duration=0.0)
+    elif operation == "force_stop":
+        ran = max(0.0, tx.now - (job.since or tx.now))
+        tx.keep_attempt(job, "force-stopped")
+        tx.end_attempt(job, follows, ran, ran)
+        return True
+    elif operation.endswith("low_priority"):
+        low = int(operation == "set_low_priority")
+        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
+        tx.trees.change(job.root)
+        return True
     tx.move(job, follows)
     return True
-
-
-def _force_stop(tx: Transaction, job: JobRow, top: JobRow) -> bool:
-    if job.status != STOPPING:
-        return False
-    ran = max(0.0, tx.now - (job.since or tx.now))
-    tx.keep_attempt(job, "force-stopped")
-    tx.end_attempt(job, STOPPED, ran, ran)
-    return True
-
-
-def _cancel(tx: Transaction, job: JobRow, top: JobRow) -> bool:
-    if job.status not in (PENDING, STOPPED):
-        return False
-    tx.move(job, CANCELLED)
-    return True
-
-
-_RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL,
-    error = NULL, progress = NULL, ends_at = NULL, own_errors = 0, returned = 0, deaths = 0,
-    started_at = NULL, finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0,
-    running = 0, tree_progress = 0 WHERE id = :id"""
-
-
-def _restart(tx: Transaction, job: JobRow, top: JobRow) -> bool:
-    tx.execute(_RESET, {"id": job.id})
-    tx.move(job._replace(progress=None, returned=0), PENDING)
-    return True
-
-
-_SET_LOW_PRIORITY = "UPDATE bgjobs_jobs SET low_priority = :low, queue = :queue WHERE id = :id"
-
-
-def _set_low_priority(tx: Transaction, job: JobRow, top: JobRow, low: int = 1) -> bool:
-    if job.status in OVER:
-        return False
-    if job.low_priority != low:
-        queue = None if job.queue is None else low
-        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low, "queue": queue})
-        tx.trees.relane(job.root)
-    return True
-
-
-_CARRY_OUT: dict[str, Callable[[Transaction, JobRow, JobRow], bool]] = {
-    "stop": _stop, "resume": _resume, "force_stop": _force_stop, "cancel": _cancel,
-    "restart": _restart, "set_low_priority": _set_low_priority,
-    "remove_low_priority": functools.partial(_set_low_priority, low=0)}
 
 
 def _forget_descendants(tx: Transaction, top: JobRow, descendants: list[int]) -> None:
@@ -2071,7 +1977,7 @@ def _forget_descendants(tx: Transaction, top: JobRow, descendants: list[int]) ->
         remove(tx, descendants)
         tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
                  running=-top.running, progress=-top.tree_progress)
-        tx.trees.relane(top.root)
+        tx.trees.change(top.root)
 
 
 _REMOVE = tuple(f"DELETE FROM bgjobs_{table} WHERE {column} = ?" for table, column in
@@ -2106,7 +2012,7 @@ _COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
 
 def wake_due(tx: Transaction) -> bool:
     """Make the jobs ready whose time has come."""
-    return tx.trees.make_ready(tx.jobs(DUE, now=tx.now))
+    return tx.make_ready(tx.jobs(DUE, now=tx.now))
 
 
 BLOCKED = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
@@ -2114,7 +2020,7 @@ BLOCKED = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
 
 def unpark(tx: Transaction, key: str) -> bool:
     """Make the jobs ready that were blocked with this key."""
-    return tx.trees.make_ready(tx.jobs(BLOCKED, key=key))
+    return tx.make_ready(tx.jobs(BLOCKED, key=key))
 
 
 def owned(tx: Transaction, owner: int) -> list[JobRow]:
@@ -3406,10 +3312,6 @@ class Attempt:
         if self.reason == HALTED:
             self.stop_requested = False
 
-    def charge_more(self, microseconds: int) -> None:
-        """Note what was charged for a long run."""
-        self.charge += microseconds
-
     def let_pass(self, operation: threading.Event) -> None:
         """Have the next checkpoint wait for an operation that is on its way.
 
@@ -4699,16 +4601,16 @@ class Core:
         executing = [each for each in list(self.dispatch.attempts.values())
                      if each.thread is not None]
         reports = [(attempt, attempt.report_to_save()) for attempt in executing]
-        charges = [(attempt, int((now - attempt.begun - attempt.waited) * 1e6) - attempt.charge)
+        charges = [(attempt, int((now - attempt.begun - attempt.waited) * 1e6))
                    for attempt in executing]
         reports = [each for each in reports if each[1] is not None]
-        charges = [each for each in charges if each[1] > 1_000_000]
+        charges = [each for each in charges if each[1] > each[0].charge + 1_000_000]
 
         def save(tx: Transaction) -> None:
             for attempt, report in reports:
                 tx.save_progress(attempt, report)
-            for attempt, more in charges:
-                tx.add_charge(attempt, more)
+            for attempt, microseconds in charges:
+                tx.charge(attempt, microseconds)
         if reports or charges:
             self.store.write(save)
         self.write_lines()
