@@ -3217,7 +3217,7 @@ class Attempt:
     begun = left_at = 0.0                                 # monotonic: its begin; when it left its place
     ran = worked = waited = 0.0                           # seconds: in all; at work; waiting for jobs
     waits = 0                                             # threads of it that wait at present
-    untrimmed_lines = 0                                   # in the file since the log was last trimmed
+    lines = 0                                             # of its log, written
 
     outcome, reason = UNSPENT, HALTED                     # how it ended; how it ends when it stops
     result: str | None = None                             # JSON, as the next one
@@ -3257,11 +3257,6 @@ class Attempt:
         """Whether FINISH can record it: the first attempt, without children or reports."""
         is_simple = self.number == 1 and not self.has_children and not self.has_reported
         return is_simple and self.outcome == RETURNED
-
-    @property
-    def due(self) -> float | None:
-        """Since when the job waits, or None if it has begun before."""
-        return self.job.due if self.job.started_at is None else None
 
     @property
     def ran_before(self) -> float:
@@ -4134,30 +4129,23 @@ HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 class LogLines:
     """Log lines, and first starts for the statistics, until a transaction has taken them along.
 
-    Any thread adds; only the leader writes. What a transaction took that failed goes with the next.
+    Any thread adds; only the leader writes and removes. If a transaction fails, its lines stay.
     """
 
     def __init__(self) -> None:
         # (attempt, time or seconds waited, level, message; None for a start)
         self._waiting: list[tuple[Attempt, float, int, str | None]] = []
-        self._taken: list[tuple[Attempt, float, int, str | None]] = []
-        self._by: Transaction | None = None               # the transaction that took them
         self.dropped = 0                                  # lines, since that was last reported
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, attempt: Attempt, at: float, level: int, message: str) -> None:
-        """Take in a line of an attempt's log."""
-        if len(self._waiting) < LOG_BUFFER:
+    def add(self, attempt: Attempt, at: float, level: int, message: str | None) -> None:
+        """Take in a line of an attempt's log, or a start."""
+        if message is None or len(self) < LOG_BUFFER:
             self._waiting.append((attempt, at, level, message))
         else:
             self.dropped += 1
-
-    def add_start(self, attempt: Attempt, now: float) -> None:
-        """Note that a job begins, if it does so for the first time and is no system job."""
-        if attempt.due is not None and not attempt.system:
-            self._waiting.append((attempt, max(0.0, now - attempt.due), 0, None))
 
     # One statement for all: a thread that computes holds each one up by the interpreter lock.
     # :lines is a JSON array of [job, at, level, message, attempt]. The lines of an attempt that has
@@ -4171,27 +4159,27 @@ class LogLines:
         WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
 
     def write(self, tx: Transaction, owner: int, most: int) -> None:
-        """Write at most so many of the entries that wait. Refuses those of superseded attempts."""
-        if not self._waiting and not self._taken:
-            return
+        """Write at most so many of the entries that wait."""
         entries = self._waiting[:most]
-        del self._waiting[:len(entries)]
-        if tx is not self._by:
-            entries, self._taken, self._by = self._taken + entries, [], tx
-            tx.after_commit.append(self._taken.clear)
-        self._taken += entries
-        lines = [entry for entry in entries if entry[3] is not None]
-        for attempt, waited, _, message in entries:
+        if not entries:
+            return
+        lines, long_logs = [], set()
+        for attempt, at, level, message in entries:
             if message is None:
-                tx.events.append((attempt.name, "started", waited, None))
+                tx.events.append((attempt.name, "started", at, None))
+                continue
+            lines.append((attempt.id, at, level, message, attempt.number))
+            attempt.lines += 1
+            if attempt.lines % (LINES_A_JOB // 10) == 0:
+                long_logs.add(attempt.id)
         if lines:
-            tx.execute(self._INSERT, {"owner": owner, "lines": dump(
-                [(attempt.id, *line, attempt.number) for attempt, *line in lines])})
-        for attempt, count in Counter(attempt for attempt, *_ in lines).items():
-            attempt.untrimmed_lines += count
-            if attempt.untrimmed_lines > LINES_A_JOB // 10:
-                tx.execute(self.TRIM, {"id": attempt.id, "keep": LINES_A_JOB})
-                attempt.untrimmed_lines = 0
+            tx.execute(self._INSERT, {"owner": owner, "lines": dump(lines)})
+        for job_id in long_logs:
+            tx.execute(self.TRIM, {"id": job_id, "keep": LINES_A_JOB})
+
+        def forget() -> None:
+            del self._waiting[:len(entries)]
+        tx.after_commit.append(forget)
 
 
 class Dispatch(Passenger):
@@ -4207,25 +4195,25 @@ class Dispatch(Passenger):
         self.pool = Pool(core.max_workers, self.execute, self.settle, core.store.flush)
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
+        self._riding: list[Attempt] = []                  # ended, and to be recorded now
         self._ended_at = 0.0                              # monotonic; when the first of them came
-        self._finishing = False                           # outcomes are under way, or have failed
+        self._failed = False                              # the last transaction with outcomes did
         self._backlog = True                              # more may be ready, says the last claim
         self.claims = False                               # jobs are claimed
 
     # between the file and the pool, in the leader's thread
 
     def begin(self, tx: Transaction) -> None:
-        """Write log lines."""
-        self._core.lines.write(tx, self._core.id, LINES_A_WRITE)
+        """Write log lines: all of them if outcomes ride along, since these come after them."""
+        self._riding = list(self.ended)
+        most = LOG_BUFFER if self._riding else LINES_A_WRITE
+        self._core.lines.write(tx, self._core.id, most)
 
     def end(self, tx: Transaction, flushing: bool) -> None:
         """Record the outcomes of ended attempts, and claim jobs for free slots."""
         if self.pool.lingers and not flushing:
             return                                        # a worker flushes in a moment
-        ended, failed = list(self.ended), self._finishing
-        self._finishing = bool(ended)
-        if ended:                                         # their lines come first, all of them
-            self._core.lines.write(tx, self._core.id, LOG_BUFFER)
+        ended, failed, self._failed = self._riding, self._failed, bool(self._riding)
         if failed:
             for attempt in ended:
                 self._finish_with_care(tx, attempt)
@@ -4266,7 +4254,7 @@ class Dispatch(Passenger):
 
     def _hand_over(self, ended: list[Attempt], claimed: list[Attempt]) -> None:
         """After the commit, forget the attempts that ended, and give the claims to the pool."""
-        self._finishing = False
+        self._failed = False
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
@@ -4277,8 +4265,7 @@ class Dispatch(Passenger):
             if superseded is not None:                    # by another process, and resumed
                 self.abandon(superseded)
         if claimed:
-            means = self.run_times
-            self.pool.put(claimed, sum(means.occupies(attempt.name) for attempt in claimed))
+            self.pool.put(claimed, sum(self.run_times.occupies(each.name) for each in claimed))
 
     def _forget(self, attempt: Attempt) -> None:
         if self.attempts.get(attempt.id) is attempt:
@@ -4311,9 +4298,15 @@ class Dispatch(Passenger):
 
     def execute_here(self, attempt: Attempt, function: Callable[..., Any]) -> None:
         """Run one attempt in this thread."""
-        self._core.lines.add_start(attempt, self._core.clock())
+        self.note_start(attempt)
         perform(attempt, function)
         self.run_times.record(attempt.name, attempt.worked)
+
+    def note_start(self, attempt: Attempt) -> None:
+        """Count a job for the statistics that begins for the first time, unless it is of ours."""
+        job = attempt.job
+        if job.started_at is None and not job.system:
+            self._core.lines.add(attempt, max(0.0, self._core.clock() - job.due), 0, None)
 
     def executor_of(self, attempt: Attempt, function: Callable[..., Any]) -> Any:
         """Return what executes an attempt: an executor, ISOLATED, or None for the workers."""
@@ -4328,13 +4321,10 @@ class Dispatch(Passenger):
 
         Otherwise it is committed with others within SETTLE_SECONDS.
         """
-        try:
-            if attempt.exception is not None and not attempt.ticket.void:
-                self._core.remember_exception(attempt)
-            if attempt.outcome != RETURNED:
-                attempt.unsaved_progress = attempt.report_to_save()
-        except BaseException as error:                    # the job ends, and the worker goes on
-            attempt.fail(error)
+        if attempt.exception is not None and not attempt.ticket.void:
+            self._core.remember_exception(attempt)
+        if attempt.outcome != RETURNED:
+            attempt.unsaved_progress = attempt.report_to_save()
         if not self.ended:
             self._ended_at = time.monotonic()
         self.ended.append(attempt)
@@ -4385,6 +4375,12 @@ class Dispatch(Passenger):
                 self.pool.set_low_priority(attempt, int(operation == "set_low_priority"))
 
 
+def job_failed(job_id: int, row: Any) -> JobFailed:
+    """Return the error for a failed job that another process ran, by its `Core.outcome`."""
+    error = json.loads(row["error"] or '{"type": "", "text": "", "traceback": ""}')
+    return JobFailed(f"job {job_id} ({row['name']})", **error)
+
+
 class Core:
     """What a runner is made of, and what handles, submitters and attempts ask of it.
 
@@ -4401,7 +4397,7 @@ class Core:
         self.dispatch = Dispatch(self)
         self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()    # by job
         self.schedules: dict[str, tuple[Any, ...]] = {}   # of this code, by key: what was asked
-        self.id = self.first_id = 0                       # this runner's; no job of it is older
+        self.id = 0                                       # this runner's, once it is registered
         self.inline: Drain | None = None                  # while it runs jobs in drain()
         self.shut = False                                 # takes no jobs
         self._service_lock = threading.Lock()             # guards the two below
@@ -4517,20 +4513,18 @@ class Core:
 
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
-        error = attempt.exception
-        if error is not None:
-            traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
-            self._exceptions[attempt.id] = attempt.number, error
-            if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
-                self._exceptions.popitem(last=False)
+        error: Any = attempt.exception
+        traceback.clear_frames(error.__traceback__)       # keeps the lines, not what they held
+        self._exceptions[attempt.id] = attempt.number, error
+        if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
+            self._exceptions.popitem(last=False)
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
         number, own = self._exceptions.get(job_id, (0, None))
         if own is not None and number == row["attempt"]:
             return own
-        error = json.loads(row["error"] or '{"type": "", "text": "", "traceback": ""}')
-        return JobFailed(f"job {job_id} ({row['name']})", **error)
+        return job_failed(job_id, row)
 
     # operating
 
@@ -4595,29 +4589,28 @@ class Core:
     def flush_reports(self) -> None:
         """Write progress, log lines, and what long attempts cost beyond their charge.
 
-        So that the root of an attempt that runs longer than estimated does not look idle.
+        So the root of an attempt that runs longer than estimated does not look idle.
         """
-        now = time.monotonic()
-        executing = [each for each in list(self.dispatch.attempts.values())
-                     if each.thread is not None]
-        reports = [(attempt, attempt.report_to_save()) for attempt in executing]
-        charges = [(attempt, int((now - attempt.begun - attempt.waited) * 1e6))
-                   for attempt in executing]
-        reports = [each for each in reports if each[1] is not None]
-        charges = [each for each in charges if each[1] > each[0].charge + 1_000_000]
+        now, running = time.monotonic(), []
+        for attempt in list(self.dispatch.attempts.values()):
+            if attempt.thread is not None:
+                worked = int((now - attempt.begun - attempt.waited) * 1e6)
+                charge = worked if worked > attempt.charge + 1_000_000 else None
+                running.append((attempt, attempt.report_to_save(), charge))
 
         def save(tx: Transaction) -> None:
-            for attempt, report in reports:
-                tx.save_progress(attempt, report)
-            for attempt, microseconds in charges:
-                tx.charge(attempt, microseconds)
-        if reports or charges:
+            for attempt, report, charge in running:
+                if report is not None:
+                    tx.save_progress(attempt, report)
+                if charge is not None:
+                    tx.charge(attempt, charge)
+        if any(report or charge for _, report, charge in running):
             self.store.write(save)
         self.write_lines()
         dropped, self.lines.dropped = self.lines.dropped, 0
         if dropped:
             say(logging.WARNING, f"{dropped:,} log lines of jobs were dropped: they came faster "
-                                  "than the disk takes them")
+                                 "than the disk takes them")
 
     def write_lines(self) -> None:
         """Return when the lines logged by now are in the file."""
@@ -4678,14 +4671,14 @@ class Lifecycle:
         self.presence = Presence(core.path)
         self.started = False
         self._closing = threading.Lock()                  # only one thread closes
-        core.id, core.first_id = self._store.write(self._register)
+        core.id = self._store.write(self._register)
         self._store.passenger = core.dispatch
 
     _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
         VALUES (:pid, :host, :workers, :now, :now)"""
 
-    def _register(self, tx: Transaction) -> tuple[int, int]:
-        """Enter this runner in the file. Return its id, and the lowest id of its jobs.
+    def _register(self, tx: Transaction) -> int:
+        """Enter this runner in the file and return its id.
 
         Its lock is held before any other process can see the row.
         """
@@ -4695,7 +4688,7 @@ class Lifecycle:
                 "pid": os.getpid(), "host": socket.gethostname(), "now": tx.now,
                 "workers": self._core.max_workers}).lastrowid
             if self.presence.appear(runner):
-                return runner, tx.value(NEXT_ID)
+                return runner
             remove_runner(tx, runner)                     # of a deleted file; the next id is higher
 
     _BEAT = """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
@@ -4752,47 +4745,30 @@ class Lifecycle:
                                  daemon=True).start()
                 return
             if self.started:
-                self._wait_for_own()
+                while self._mine(self._UNFINISHED):
+                    time.sleep(0.01)
                 core.handles.wait_for_callbacks()
             self.close(GRACE_SECONDS)
 
     _MINE = """(submitter = :submitter OR
         (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
-    _PENDING = f"""SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE}
-        AND id > :after ORDER BY id LIMIT 500"""
-
-    def _cancel_pending(self) -> None:
-        after = 0
-        while rows := self._store.read(self._PENDING, {"submitter": self._core.id, "after": after}):
-            for row in rows:
-                with contextlib.suppress(InvalidOperation, KeyError):
-                    self._core.operate("cancel", row["id"], None)
-            after = rows[-1]["id"]
-
-    # Ready, or executing. `after` keeps the search short; each query has an index of its own.
-    _UNFINISHED = tuple(f"""SELECT id FROM bgjobs_jobs j WHERE {status}
-        AND (submitter = :submitter OR
-        (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)
-        AND id >= :after ORDER BY id LIMIT 1""" for status in (
-            "status = 'running' AND status <> 'pending' AND owner IS NOT NULL",
-            "status = 'stopping' AND status <> 'pending' AND owner IS NOT NULL",
+    _PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
+    # Executing, or ready. Each part has an index of its own.
+    _UNFINISHED = " UNION ALL ".join(
+        f"SELECT 1 FROM (SELECT 1 FROM bgjobs_jobs j WHERE {which} AND {mine} LIMIT 1)"
+        for mine in [_MINE] for which in (
+            "status IN ('running', 'stopping') AND status <> 'pending' AND owner IS NOT NULL",
             "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0",
             "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 
-    def _wait_for_own(self) -> None:
-        """Wait until no job that was submitted through this runner is ready or running."""
-        first = after = self._core.first_id
-        while True:
-            parameters = {"submitter": self._core.id, "after": after}
-            found = [row["id"] for sql in self._UNFINISHED
-                     for row in self._store.read(sql, parameters)]
-            if found:
-                after = min(found)
-                time.sleep(0.01)
-            elif after > first:
-                after = first                             # an older one may have been resumed
-            else:
-                return
+    def _mine(self, sql: str) -> list[sqlite3.Row]:
+        """Return the rows of a query about the jobs that were submitted through this runner."""
+        return self._store.read(sql, {"submitter": self._core.id})
+
+    def _cancel_pending(self) -> None:
+        for row in self._mine(self._PENDING):
+            with contextlib.suppress(InvalidOperation, KeyError):
+                self._core.operate("cancel", row["id"], None)
 
     def close(self, timeout: float) -> None:
         """Go down in order; running jobs get `timeout` seconds to reach a checkpoint."""
