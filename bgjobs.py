@@ -1196,6 +1196,7 @@ class Submission:
     submitter: int | None = None                          # the runner
     parent_id: int | None = None
     author: tuple[int, int] | None = None                 # job and attempt, if a job submits it
+    created_at: float | None = None                       # once it is stored
 
     def __init__(self, name: str, **columns: Any) -> None:
         self.name = name
@@ -1382,6 +1383,7 @@ class Transaction:
                 return int(holder)
         inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
                                 (*values, new.key, new.args, new.kwargs))
+        new.created_at = self.now
         self._count_new(new, 1)
         return int(inserted.lastrowid)
 
@@ -1669,10 +1671,6 @@ class Trees:
             change = self._changes[ancestor]
             for name, value in changes.items():
                 change[name] += value
-
-    def forget(self) -> None:
-        """Drop what is added up and not applied, after a ROLLBACK TO."""
-        self._changes.clear()
 
     def apply(self) -> None:
         """Write what is added up, and start jobs for which limits have become free.
@@ -4197,7 +4195,6 @@ class Dispatch(Passenger):
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
         self._riding: list[Attempt] = []                  # ended, and to be recorded now
         self._ended_at = 0.0                              # monotonic; when the first of them came
-        self._failed = False                              # the last transaction with outcomes did
         self._backlog = True                              # more may be ready, says the last claim
         self.claims = False                               # jobs are claimed
 
@@ -4213,11 +4210,8 @@ class Dispatch(Passenger):
         """Record the outcomes of ended attempts, and claim jobs for free slots."""
         if self.pool.lingers and not flushing:
             return                                        # a worker flushes in a moment
-        ended, failed, self._failed = self._riding, self._failed, bool(self._riding)
-        if failed:
-            for attempt in ended:
-                self._finish_with_care(tx, attempt)
-        elif ended:
+        ended = self._riding
+        if ended:
             tx.finish(ended)
         claimed = self._claim(tx) if self.claims else []
         if ended or claimed:
@@ -4235,26 +4229,8 @@ class Dispatch(Passenger):
             tx.after_commit.append(self._store.flush)
         return [Attempt(self._core, job, charge) for job, charge in claims.jobs]
 
-    @staticmethod
-    def _finish_with_care(tx: Transaction, attempt: Attempt) -> None:
-        """Record one outcome; one that cannot be recorded becomes a failure, and holds none up."""
-        tx.execute("SAVEPOINT outcome")
-        try:
-            tx.finish([attempt])
-            tx.trees.apply()
-        except sqlite3.OperationalError:                  # the disk's trouble, not the outcome's
-            raise
-        except Exception as error:
-            tx.execute("ROLLBACK TO outcome")
-            tx.trees.forget()
-            attempt.unsaved_progress = None
-            attempt.fail(error)
-            tx.finish([attempt])
-        tx.execute("RELEASE outcome")
-
     def _hand_over(self, ended: list[Attempt], claimed: list[Attempt]) -> None:
         """After the commit, forget the attempts that ended, and give the claims to the pool."""
-        self._failed = False
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
@@ -4452,32 +4428,28 @@ class Core:
 
     def submit(self, new: Submission, connection: sqlite3.Connection | None = None) -> Job[Any]:
         """Store a job and return its handle."""
-        self._prepare(new)
-        if connection is None:
-            return Job(self, self.store.write(lambda tx: tx.submit(new)))
-
-        def submit(tx: Transaction) -> tuple[int, float]:
-            job_id = tx.submit(new)
-            return job_id, tx.value("SELECT created_at FROM bgjobs_jobs WHERE id = :id", id=job_id)
-        return Job(self, *self.store.write_through(connection, submit))
+        job_id = self._write_for(new, connection)(lambda tx: tx.submit(new))
+        return Job(self, job_id, None if connection is None else new.created_at)
 
     def submit_many(self, new: Submission, arguments: list[str | None],
                     connection: sqlite3.Connection | None = None) -> list[int]:
         """Store a job for each of the encoded arguments, in one transaction."""
-        self._prepare(new)
+        return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
-        write = self.store.write
-        if connection is not None:
-            write = functools.partial(self.store.write_through, connection)
-        return list(write(lambda tx: tx.submit_many(new, arguments)))
+    def _write_for(self, new: Submission, connection: Any) -> Callable[..., Any]:
+        """Return what writes a submission: in a transaction of the app's on this connection, or not.
 
-    def _prepare(self, new: Submission) -> None:
+        Raises RuntimeError if the runner is shut down.
+        """
         if self.shut and new.author is None:
             raise RuntimeError("cannot schedule new futures after shutdown")
         new.submitter = self.id
         parent = self.dispatch.attempts.get(new.parent_id or 0)
         if parent is not None:
             parent.has_children = True
+        if connection is None:
+            return self.store.write
+        return functools.partial(self.store.write_through, connection)
 
     # reading
 
@@ -4663,6 +4635,17 @@ class Drain:
         return True
 
 
+_MINE = """(submitter = :submitter OR
+    (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
+_MY_PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
+# Executing, or ready. Each part has an index of its own.
+_MY_UNFINISHED = " UNION ALL ".join(
+    f"SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE {which} AND {_MINE} LIMIT 1)" for which in (
+        "status IN ('running', 'stopping') AND status <> 'pending' AND owner IS NOT NULL",
+        "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0",
+        "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
+
+
 class Lifecycle:
     """Starts a runner, registers it in the file, and takes it down."""
 
@@ -4714,22 +4697,20 @@ class Lifecycle:
             core.ensure_service()
             self._store.flush()
 
-    _OTHERS = "SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> :id"
-    _ORPHANED = """SELECT DISTINCT owner FROM bgjobs_jobs WHERE owner IS NOT NULL
+    _OTHERS = """SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> :id UNION ALL
+        SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
         AND status IN ('running', 'stopping') AND status <> 'pending'
         AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 
     def recover_dead(self) -> None:
         """Take back the jobs of runners whose process died, and of those without a row."""
         now = self._core.clock()
-        dead = [row["id"] for row in self._store.read(self._OTHERS, {"id": self._core.id})
-                if self.presence.is_dead(row["id"], now - row["heartbeat_at"])]
-        dead += [row["owner"] for row in self._store.read(self._ORPHANED)]
-        for runner in dead:
-            taken = self._store.write(lambda tx: recover(tx, runner))
-            self.presence.remove(runner)
-            if taken:
-                say(logging.WARNING, f"took back {taken:,} jobs of a process that died")
+        for runner, seen in self._store.read(self._OTHERS, {"id": self._core.id}):
+            if seen is None or self.presence.is_dead(runner, now - seen):
+                taken = self._store.write(lambda tx: recover(tx, runner))
+                self.presence.remove(runner)
+                if taken:
+                    say(logging.WARNING, f"took back {taken:,} jobs of a process that died")
 
     # going down
 
@@ -4745,48 +4726,26 @@ class Lifecycle:
                                  daemon=True).start()
                 return
             if self.started:
-                while self._mine(self._UNFINISHED):
+                while self._mine(_MY_UNFINISHED):
                     time.sleep(0.01)
                 core.handles.wait_for_callbacks()
             self.close(GRACE_SECONDS)
-
-    _MINE = """(submitter = :submitter OR
-        (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
-    _PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
-    # Executing, or ready. Each part has an index of its own.
-    _UNFINISHED = " UNION ALL ".join(
-        f"SELECT 1 FROM (SELECT 1 FROM bgjobs_jobs j WHERE {which} AND {mine} LIMIT 1)"
-        for mine in [_MINE] for which in (
-            "status IN ('running', 'stopping') AND status <> 'pending' AND owner IS NOT NULL",
-            "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0",
-            "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
 
     def _mine(self, sql: str) -> list[sqlite3.Row]:
         """Return the rows of a query about the jobs that were submitted through this runner."""
         return self._store.read(sql, {"submitter": self._core.id})
 
     def _cancel_pending(self) -> None:
-        for row in self._mine(self._PENDING):
+        for row in self._mine(_MY_PENDING):
             with contextlib.suppress(InvalidOperation, KeyError):
                 self._core.operate("cancel", row["id"], None)
 
     def close(self, timeout: float) -> None:
         """Go down in order; running jobs get `timeout` seconds to reach a checkpoint."""
+        self._store.close_by = min(self._store.close_by, time.monotonic() + timeout)
         with self._closing:
             if not self._store.closed:
-                self._store.close_by = time.monotonic() + timeout
                 self._close()
-
-    def close_at_exit(self) -> None:
-        """Close, or wait until another thread has done so, until `close_by`."""
-        while not self._store.closed and self._closing.acquire(timeout=self._left(1.0, math.inf)):
-            try:
-                if not self._store.closed:
-                    self._close()
-            except KeyboardInterrupt:                     # another Ctrl-C: wait no longer
-                self._store.close_by = 0.0
-            finally:
-                self._closing.release()
 
     def pause(self) -> None:
         """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
@@ -5050,16 +5009,14 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             job.cancel()
 
 
-# What the options of a Runner must be: name -> (check, in words).
-_RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+# What the options of a Runner must be: name -> (test, in words).
+_RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "executor": OPTIONS["executor"],
-    "callback": (lambda v: v is None or isinstance(v, str) and v[1:].rpartition(":")[2].isdecimal(),
-                 '"host:port"'),
-    "max_workers": (lambda v: type(v) is int and v > 0, "greater than 0"),
-    "durability": (lambda v: v in ("process", "power"), '"process" or "power"'),
-    "journal": (lambda v: v in ("wal", "delete"), '"wal" or "delete"'),
-    "retention": (lambda v: v is None or isinstance(v, dict) and set(v) <= set(RETENTION)
-                  and are_seconds(v.values()),
+    "callback": (lambda v: v is None or v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
+    "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
+    "durability": (("process", "power").__contains__, '"process" or "power"'),
+    "journal": (("wal", "delete").__contains__, '"wal" or "delete"'),
+    "retention": (lambda v: v is None or set(v) <= set(RETENTION) and are_seconds(v.values()),
                   f"None or a dict of seconds for {', '.join(RETENTION)}"),
 }
 
@@ -5086,14 +5043,12 @@ class Runner(Submitter, Executor):
                  journal: str = "wal", retention: Mapping[str, float] | None = RETENTION,
                  modules: Iterable[str] = (), executor: Any = None, callback: str | None = None,
                  clock: Callable[[], float] = time.time) -> None:
-        if max_workers is None and executor is not None:
-            max_workers = getattr(executor, "_max_workers", None)
         if max_workers is None:
             cores = getattr(os, "process_cpu_count", os.cpu_count)()
-            max_workers = min(32, (cores or 1) + 4)
-        given = {"executor": executor, "callback": callback, "max_workers": max_workers,
-                 "durability": durability, "journal": journal, "retention": retention}
-        check_values(given, _RUNNER_OPTIONS)
+            max_workers = getattr(executor, "_max_workers", min(32, (cores or 1) + 4))
+        check_values({"executor": executor, "callback": callback, "max_workers": max_workers,
+                      "durability": durability, "journal": journal, "retention": retention},
+                     _RUNNER_OPTIONS)
         if executor is not None:
             door("executor")
         for module in modules:
@@ -5102,7 +5057,8 @@ class Runner(Submitter, Executor):
         self.max_workers = self._max_workers = max_workers
         self._retention = None if retention is None else {**RETENTION, **retention}
         path = os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path
-        self._made_of = path, durability, journal, clock, executor, callback
+        self._make_store = functools.partial(Store, path, durability, journal, clock)
+        self._elsewhere = executor, callback
         self._open()
         register_hooks()
         living.add(self)
@@ -5115,10 +5071,9 @@ class Runner(Submitter, Executor):
 
     def _open(self) -> None:
         """Open the file, and enter this runner in it."""
-        path, durability, journal, clock, executor, callback = self._made_of
-        store = Store(path, durability, journal, clock)
+        store = self._make_store()
         try:
-            self.core = Core(self, store, self.max_workers, executor, callback)
+            self.core = Core(self, store, self.max_workers, *self._elsewhere)
         except BaseException:
             store.close_by = 0.0                          # it has waited already
             store.close()
@@ -5590,16 +5545,19 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    close_by = time.monotonic() + GRACE_SECONDS           # one for all
-    runners = [runner for runner in list(living) if not runner.core.store.closed]
-    for runner in runners:
-        runner.core.store.close_by = min(runner.core.store.close_by, close_by)
-        runner.core.life.pause()
-    for runner in runners:
+    until = time.monotonic() + GRACE_SECONDS              # one for all
+    lives = [runner.core.life for runner in list(living)]
+    for life in lives:
+        life.pause()
+    while lives:
         try:
-            runner.core.life.close_at_exit()
+            lives[-1].close(until - time.monotonic())
+            lives.pop()
+        except KeyboardInterrupt:                         # another Ctrl-C: wait no longer
+            until = 0.0
         except Exception as error:
             print(f"bgjobs: {error}", file=sys.stderr)
+            lives.pop()
 
 
 def _leave_to_parent() -> None:
