@@ -1551,8 +1551,9 @@ class Transaction:
         `unspent` if the attempt does not count; and what a job that becomes pending waits for,
         `run_at` or `parked`, with the `phase` for people.
         """
-        executes = job.executes and status in ACTIVE      # a stop, or its resume: it runs on
         left = {**self._LEFT, **self._WAITS, **left}
+        # A stop, or the resume that takes it back: the attempt runs on.
+        executes = job.executes and status in ACTIVE and not left["returned"]
         if status != PENDING:
             left.update(self._WAITS)
         if ran is None:
