@@ -1148,6 +1148,11 @@ class JobRow(NamedTuple):
         return self.status in ACTIVE and not self.returned
 
     @property
+    def is_limited(self) -> bool:
+        """Whether others may keep it from starting."""
+        return self.max_running is not None or self.deaths >= SUSPECT
+
+    @property
     def due(self) -> float:
         """When it could have started: creation, or `run_at` if that is later."""
         return max(self.created_at, self.run_at or 0.0)
@@ -1235,24 +1240,13 @@ def contribution(status: str, progress: float | None) -> dict[str, Any]:
             "progress": 1.0 if over else progress or 0.0}
 
 
-# Statistics. :events is a JSON array of [name, event, seconds waited or null, seconds run or null].
 TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max",
            "running", "running_min", "running_max")
-_ADD_TALLIES = "ON CONFLICT (minute, name) DO UPDATE SET " + ", ".join(
+SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
+    VALUES ({", ".join("?" * 12)}) ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))"
     if name.endswith(("_min", "_max")) else f"{name} = {name} + excluded.{name}"
     for name in TALLIES)
-SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    VALUES ({", ".join("?" * 12)}) {_ADD_TALLIES}"""
-COUNT_EVENTS = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    SELECT :minute, json_extract(value, '$[0]') AS name, 0,
-    count(*) FILTER (WHERE json_extract(value, '$[1]') = 'started'),
-    count(*) FILTER (WHERE json_extract(value, '$[1]') = 'finished'),
-    count(*) FILTER (WHERE json_extract(value, '$[1]') = 'failed'),
-    total(json_extract(value, '$[2]')), min(json_extract(value, '$[2]')),
-    max(json_extract(value, '$[2]')), total(json_extract(value, '$[3]')),
-    min(json_extract(value, '$[3]')), max(json_extract(value, '$[3]'))
-    FROM json_each(:events) WHERE true GROUP BY 2 {_ADD_TALLIES}"""
 
 
 # What a transaction adds up for a job that has descendants, or for a root.
@@ -1332,7 +1326,8 @@ class Transaction:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                         # parent -> it and its ancestors
         self.trees, self.limits = Trees(self), Limits(self)
-        self.events: list[tuple[str, str, float | None, float | None]] = []
+        # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []                         # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
@@ -1343,7 +1338,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return [JobRow(*row) for row in self.execute(sql, parameters).fetchall()]
+        return list(map(JobRow._make, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1470,8 +1465,7 @@ class Transaction:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
         if not attempt.system:
-            ran = attempt.ran_before + attempt.ran
-            self.events.append((attempt.name, FINISHED, None, ran))
+            self.events[attempt.name, FINISHED].append(attempt.ran_before + attempt.ran)
         self.limits.free(attempt)
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
@@ -1569,7 +1563,7 @@ class Transaction:
         if status in OVER and job.status not in OVER:
             self.over.append(job.id)
         if status in (FINISHED, FAILED) and not job.system:
-            self.events.append((job.name, status, None, job.duration + ran))
+            self.events[job.name, status].append(job.duration + ran)
         if job.parent_id is not None:
             before, after = (contribution(each, job.progress) for each in (job.status, status))
             changed = {name: after[name] - before[name] for name in after}
@@ -1608,9 +1602,14 @@ class Transaction:
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
         self.trees.apply()
-        if self.events:
-            minute = int(self.now // 60)
-            self.execute(COUNT_EVENTS, {"minute": minute, "events": dump(self.events)})
+        minute, rows, none = int(self.now // 60), [], (0.0, None, None)
+        for (name, event), seconds in self.events.items():
+            counts = (len(seconds) * (event == each) for each in ("started", FINISHED, FAILED))
+            measured = none, (sum(seconds), min(seconds), max(seconds))
+            waited, ran = measured[::-1] if event == "started" else measured
+            rows.append((minute, name, 0, *counts, *waited, *ran))
+        if rows:
+            self.executemany(SAVE_TALLIES, rows)
 
     # reports of attempts
 
@@ -1808,14 +1807,16 @@ class _Claim:
         roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
         chunk = max(4, limit // max(1, len(roots)) + 1)
-        trees = [(root.vtime, root.id, self._ready_jobs(root, lane, chunk)) for root in roots]
-        planned, taken, tag = self._room.planned, 0, 0
+        trees = [(root.vtime, root.id,
+                  self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                 for root in roots]
+        planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
+        taken, tag = 0, 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
             if taken >= free:                             # ahead of a free worker: short jobs only
                 planned += self._run_times.occupies(job.name)
-                is_too_much = planned > AHEAD_SECONDS * self._room.workers
-                recovers = kept_options(job.options).get("recover", True)
-                if taken >= limit or is_too_much or not recovers:
+                recovers = not job.options or kept_options(job.options).get("recover", True)
+                if taken >= limit or planned > budget or not recovers:
                     self.more_ready = True
                     break
             taken += 1
@@ -1825,7 +1826,7 @@ class _Claim:
             if not is_single:
                 self._tx.trees.count(job.parent_id, running=1)
                 self._tx.trees.change(root_id, "charge", charge)
-            if limits_of(job):                            # the next one is to see it run
+            if job.is_limited:                            # the next one is to see it run
                 self._write()
                 self._tx.limits.unblock_below(job)
         self._write()
@@ -1845,10 +1846,11 @@ class _Claim:
 
     def _charge(self, job: JobRow) -> int | None:
         """Return what a claim of this job costs, or None if a limit blocks it."""
-        key = self._tx.limits.blocking(job) if limits_of(job) else ""
-        if key:
-            self._blocked.append((job, key))
-            return None
+        if job.is_limited:
+            key = self._tx.limits.blocking(job)
+            if key:
+                self._blocked.append((job, key))
+                return None
         return self._run_times.charge(job.name)
 
     def _ready_jobs(self, root: JobRow, lane: int, chunk: int) -> Iterator[JobRow]:
@@ -1856,7 +1858,7 @@ class _Claim:
         if root.queue == lane:
             yield root
         after = 0
-        while root.total:
+        while True:
             rows = self._tx.jobs(READY_CHILDREN, root=root.id, lane=lane, after=after, limit=chunk)
             yield from rows
             if len(rows) < chunk or len(self._blocked) >= PARKED_A_CLAIM:
@@ -4141,7 +4143,7 @@ class LogLines:
 
     def add(self, attempt: Attempt, at: float, level: int, message: str | None) -> None:
         """Take in a line of an attempt's log, or a start."""
-        if message is None or len(self) < LOG_BUFFER:
+        if message is None or len(self._waiting) < LOG_BUFFER:
             self._waiting.append((attempt, at, level, message))
         else:
             self.dropped += 1
@@ -4165,7 +4167,7 @@ class LogLines:
         lines, long_logs = [], set()
         for attempt, at, level, message in entries:
             if message is None:
-                tx.events.append((attempt.name, "started", at, None))
+                tx.events[attempt.name, "started"].append(at)
                 continue
             lines.append((attempt.id, at, level, message, attempt.number))
             attempt.lines += 1
@@ -4287,11 +4289,12 @@ class Dispatch(Passenger):
 
     def executor_of(self, attempt: Attempt, function: Callable[..., Any]) -> Any:
         """Return what executes an attempt: an executor, ISOLATED, or None for the workers."""
-        if attempt.options.get("isolate"):
+        if attempt.options and attempt.options.get("isolate"):
             return ISOLATED
-        if attempt.system:
-            return None
-        return registry.declared.get(function, {}).get("executor", self._core.executor)
+        declared = registry.declared.get(function)
+        if attempt.system or not declared:
+            return None if attempt.system else self._core.executor
+        return declared.get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt. Return whether the caller should commit it now.
@@ -4730,7 +4733,7 @@ class Lifecycle:
                 while self._mine(_MY_UNFINISHED):
                     time.sleep(0.01)
                 core.handles.wait_for_callbacks()
-            self.close(GRACE_SECONDS)
+            self.close(time.monotonic() + GRACE_SECONDS)
 
     def _mine(self, sql: str) -> list[sqlite3.Row]:
         """Return the rows of a query about the jobs that were submitted through this runner."""
@@ -4741,9 +4744,9 @@ class Lifecycle:
             with contextlib.suppress(InvalidOperation, KeyError):
                 self._core.operate("cancel", row["id"], None)
 
-    def close(self, timeout: float) -> None:
-        """Go down in order; running jobs get `timeout` seconds to reach a checkpoint."""
-        self._store.close_by = min(self._store.close_by, time.monotonic() + timeout)
+    def close(self, until: float) -> None:
+        """Go down in order; running jobs get until then (monotonic) to reach a checkpoint."""
+        self._store.close_by = min(self._store.close_by, until)
         with self._closing:
             if not self._store.closed:
                 self._close()
@@ -5207,7 +5210,7 @@ class Runner(Submitter, Executor):
         They continue from their state at the next start. timeout: seconds until those that reached
         no checkpoint are given back, too; what they still do then changes nothing in the file.
         """
-        self.core.life.close(timeout)
+        self.core.life.close(time.monotonic() + timeout)
 
 
 # ---- 13 Clock, processes and exit ---------------------------------------------------------------
@@ -5552,7 +5555,7 @@ def _close_all() -> None:
         life.pause()
     while lives:
         try:
-            lives[-1].close(until - time.monotonic())
+            lives[-1].close(until)
             lives.pop()
         except KeyboardInterrupt:                         # another Ctrl-C: wait no longer
             until = 0.0
