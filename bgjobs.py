@@ -1339,7 +1339,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(map(JobRow._make, self.execute(sql, parameters)))
+        return list(itertools.starmap(JobRow, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
