@@ -4199,6 +4199,7 @@ class Dispatch(Passenger):
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
         self._riding: list[Attempt] = []                  # ended, and to be recorded now
+        self._one_by_one = False                          # one of them could not be recorded
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._backlog = True                              # more may be ready, says the last claim
         self.claims = False                               # jobs are claimed
@@ -4207,7 +4208,7 @@ class Dispatch(Passenger):
 
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
-        self._riding = list(self.ended)
+        self._riding = list(self.ended)[:1 if self._one_by_one else None]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
@@ -4217,10 +4218,24 @@ class Dispatch(Passenger):
             return                                        # a worker flushes in a moment
         ended = self._riding
         if ended:
-            tx.finish(ended)
+            self._record(tx, ended)
         claimed = self._claim(tx) if self.claims else []
         if ended or claimed:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
+
+    def _record(self, tx: Transaction, ended: list[Attempt]) -> None:
+        """Record outcomes. One that cannot be recorded is found, one by one, and becomes a failure.
+        """
+        try:
+            tx.finish(ended)
+        except sqlite3.OperationalError:                  # trouble of the disk, not of an outcome
+            raise
+        except Exception as error:
+            if self._one_by_one:
+                ended[0].unsaved_progress = None
+                ended[0].fail(error)
+            self._one_by_one = True
+            raise
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
@@ -4240,6 +4255,7 @@ class Dispatch(Passenger):
             self.ended.popleft()
             self._forget(attempt)
         self._ended_at = time.monotonic()                 # of those that came meanwhile
+        self._one_by_one = self._one_by_one and bool(self.ended)
         for attempt in claimed:
             superseded = self.attempts.get(attempt.id)
             self.attempts[attempt.id] = attempt
