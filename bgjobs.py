@@ -5943,7 +5943,7 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 COUNT_LIMIT = 10_001       # where counting for people ends
 SEARCH_LIMIT = 60_000      # jobs that one search looks at; a sixth of that if it looks into texts
 FEW = 10_000               # if a status has fewer jobs than that, all of them are looked at
-MAX_ID = (1 << 63) - 1
+MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
 # Filters
@@ -5980,10 +5980,10 @@ def _finite(value: Any) -> float:
 
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
-A_TEXT = Reader(str.__str__, "a text")
+A_TEXT = Reader(lambda value: str.encode(value).decode(), "a text")   # one in UTF-8
 A_TIME = Reader(_finite, "Unix seconds")
 A_NUMBER = Reader(_natural, "a whole number")
-A_LIMIT = Reader(lambda value: MAX_ID - 1 if value is None else _natural(value),
+A_LIMIT = Reader(lambda value: MAX_ID if value is None else _natural(value),
                  "a whole number, 0 or more, or None")
 _A_STATUS = Reader(
     lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
@@ -6050,7 +6050,7 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     """
     where, values = conditions(filters)
     limit = read_value("limit", limit, A_LIMIT)
-    values |= {"before": MAX_ID if before is None else before, "limit": limit + 1}
+    values |= {"before": read_value("before", before, A_LIMIT), "limit": limit + 1}
     statuses, bottom = values["status"], None
     if _are_at_hand(store, statuses, where):
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
@@ -6250,8 +6250,10 @@ def read_logs(store: Store, job_id: int, level: str | int | None, text: str | No
     found_in = _search_function(regex)
     sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="ASC" if after else "DESC")
     rows = store.read(sql, {
-        "id": job_id, "after": after or 0, "level": read_value("level", level, _A_LEVEL),
-        "since": since or 0.0, "until": math.inf if until is None else until,
+        "id": job_id, "after": read_value("after", after or 0, A_NUMBER),
+        "level": read_value("level", level, _A_LEVEL),
+        "since": read_value("since", since or 0.0, A_TIME),
+        "until": math.inf if until is None else read_value("until", until, A_TIME),
         "limit": MAX_ID if text or regex else limit})
     passing = [row for row in rows
                if needle in row["message"].lower() and found_in(row["message"])]
@@ -6271,8 +6273,8 @@ def _search_function(regex: str | None) -> Callable[[str], Any]:
 
 def _level_number(level: str | int | None) -> int:
     if not isinstance(level, str):
-        return level or 0
-    return int(level if level.isdecimal() else logging.getLevelName(level.upper()))
+        return _natural(level or 0)
+    return _natural(level if level.isdecimal() else logging.getLevelName(level.upper()))
 
 
 _A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
