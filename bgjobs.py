@@ -6331,7 +6331,13 @@ def default_runner() -> Runner:
     return runner
 
 
-_submitter = Submitter(lambda: default_runner().core, {})
+def _default_core() -> Core:
+    """Return what the module's functions ask: in a job, whatever its attempt asks."""
+    attempt = current_attempt()
+    return default_runner().core if attempt is None else attempt.backend
+
+
+_submitter = Submitter(_default_core, {})
 submit = _submitter.submit
 submit_many = _submitter.submit_many
 every = _submitter.every
