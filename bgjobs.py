@@ -284,28 +284,23 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _printed(value: Any, how: Callable[[Any], str]) -> str:
-    """Return str(value) or repr(value) as a plain str, or a stand-in if that raises."""
+def text_of(value: Any, limit: int = TEXT_LIMIT, form: Callable[[Any], str] = str) -> str:
+    """Return str(value), or another form of it, as SQLite can hold it. Never raises.
+
+    It is cut to `limit` characters, and lone surrogates are escaped.
+    """
     try:
-        return str(how(value))
+        text = form(value)
     except Exception:
-        return f"<{type(value).__qualname__} that cannot be printed>"
+        text = f"<{type(value).__qualname__} that cannot be printed>"
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def short(value: Any) -> str:
     """Return a value as error messages show it: its repr, cut to 80 characters. Never raises."""
-    return text_of(_printed(value, repr), 80)
-
-
-def text_of(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return str(value) as SQLite can hold it. Never raises.
-
-    It is cut to `limit` characters, and lone surrogates are escaped.
-    """
-    text = _printed(value, str)
-    if len(text) > limit:
-        text = f"{text[:limit]}... ({len(text):,} characters)"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text_of(value, 80, repr)
 
 
 dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -332,40 +327,37 @@ def _clock_to_json(value: Any) -> list[Any]:
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
+    import datetime
     text, fold, zone = stored
     value = kind.fromisoformat(text).replace(fold=fold)
     if zone is None:
         return value
     if isinstance(zone, str):
         return value.replace(tzinfo=zone_of(zone)[0])
-    import datetime
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
 
 
-class _Tagged(NamedTuple):
-    """How values of a type that JSON lacks are stored."""
-
-    module: str
-    name: str
-    to_json: Callable[[Any], Any]                # value -> JSON
-    from_json: Callable[[Any, Any], Any] = lambda kind, stored: kind(stored)   # type, JSON -> value
+def _construct(kind: Any, stored: Any) -> Any:
+    return kind(stored)
 
 
-_TAGGED = {
-    "$bytes": _Tagged("builtins", "bytes", lambda value: base64.b64encode(value).decode("ascii"),
-                      lambda kind, stored: base64.b64decode(stored)),
-    "$set": _Tagged("builtins", "set", _set_to_json),
-    "$datetime": _Tagged("datetime", "datetime", _clock_to_json, _clock_from_json),
-    "$time": _Tagged("datetime", "time", _clock_to_json, _clock_from_json),
-    "$date": _Tagged("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
-    "$timedelta": _Tagged("datetime", "timedelta",
-                          lambda value: [value.days, value.seconds, value.microseconds],
-                          lambda kind, stored: kind(*stored)),
-    "$decimal": _Tagged("decimal", "Decimal", str),
-    "$uuid": _Tagged("uuid", "UUID", str),
-    "$path": _Tagged("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str),
+# How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
+# and (type, JSON) -> value.
+_TAGGED: dict[str, tuple[str, str, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
+               lambda kind, stored: base64.b64decode(stored)),
+    "$set": ("builtins", "set", _set_to_json, _construct),
+    "$datetime": ("datetime", "datetime", _clock_to_json, _clock_from_json),
+    "$time": ("datetime", "time", _clock_to_json, _clock_from_json),
+    "$date": ("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
+    "$timedelta": ("datetime", "timedelta",
+                   lambda value: [value.days, value.seconds, value.microseconds],
+                   lambda kind, stored: kind(*stored)),
+    "$decimal": ("decimal", "Decimal", str, _construct),
+    "$uuid": ("uuid", "UUID", str, _construct),
+    "$path": ("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str, _construct),
 }
 
 
@@ -378,8 +370,7 @@ def _jsonable(value: Any) -> Any:
     if kind is dict:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"the key {short(key)} is no string; use {short(text_of(key))}, "
-                                "or a list of pairs")
+                raise TypeError(f"the key {short(key)} is no string; use a list of pairs")
         plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
@@ -397,9 +388,6 @@ def encode(value: Any, what: str = "the value") -> str:
     """
     try:
         text = dump(_jsonable(value))
-    except RecursionError:
-        raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value"
-                        ) from None
     except Exception as error:         # ours, or raised by the value's own methods
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
@@ -425,7 +413,7 @@ def decode(text: str | None) -> Any:
     """Return the value that `encode` made `text` from; None for None."""
     if text is None:
         return None
-    return json.loads(text, object_hook=_untagged) if '{"$' in text else json.loads(text)
+    return json.loads(text, object_hook=_untagged if '{"$' in text else None)
 
 
 # ---- 3 Functions and options --------------------------------------------------------------------

@@ -463,7 +463,7 @@ class NoZone(datetime.tzinfo):
 REFUSED = [
     (float("nan"), "not JSON compliant"), (float("inf"), "not JSON compliant"), ({1: 2}, "the key 1 is no string"),
     ({(1, 2): 3}, "is no string"), (object(), "is of type object"), (lambda: 0, "is of type function"),
-    (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "nested too deeply"),
+    (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "recursion depth"),
     ({(1, 2)}, "a set of tuples"), ({frozenset()}, "frozenset"), (1 + 2j, "complex"), (range(3), "range"),
     ({SilentKey()}, "SilentKey"), ({SilentKey(): 1}, "SilentKey"), (NoModule(), "is of type NoModule"),
     (datetime.datetime(2026, 1, 1, tzinfo=NoZone()), "NoZone"), (pathlib.PureWindowsPath("C:/x"), "is of type PureWindowsPath"),
