@@ -433,96 +433,62 @@ def import_path(function: Callable[..., Any]) -> str:
 
     Raises TypeError, with the remedy, if the function cannot be imported by that again.
     """
-    def refuse(why: str, named: str = "") -> NoReturn:
-        raise TypeError(f"{named or short(function)} cannot be a job: {why}")
-    if not callable(function):
-        refuse("it is not callable")
-    module = getattr(function, "__module__", None)
-    qualname = getattr(function, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(qualname, str):
-        refuse(f"{type(function).__qualname__} objects have no import path; submit the function "
-               "itself and pass it its arguments")
-    if "<lambda>" in qualname:
-        refuse("a lambda has no name to import it by; define it with def at the top level of a "
-               "module")
-    if "<locals>" in qualname:
-        refuse("it is defined inside a function; move it to the top level of its module", qualname)
+    module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
-    for attribute in qualname.split("."):
+    for attribute in str(qualname).split("."):
         found = getattr(found, attribute, None)
-    if found != function:
-        refuse(f"that name leads to {short(found)}, not to this function; submit what the module "
-               "holds under that name", f"{module}.{qualname}")
+    if found is None or found != function:
+        raise TypeError(
+            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it. A "
+            "lambda, a partial, a bound method or a function inside a function cannot be imported "
+            "again; submit one that is defined with def at the top level of a module, and pass it "
+            "its arguments")
     return f"{import_name(module)}.{qualname}"
 
 
-def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
-    """Return the function of this name, or None if no loaded module defines it itself.
+# The functions that this process knows, those declared with @job or submitted: by job name; their
+# default options; and the names of those submitted. They are filled while modules are imported,
+# before there is a runner, so they are global.
+functions: dict[str, Callable[..., Any]] = {}
+declared: dict[Callable[..., Any], dict[str, Any]] = {}
+_names: dict[Callable[..., Any], str] = {}
 
-    The standard library's functions are never found, nor are those that a module imported.
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the function's stable name, and remember the function by it.
+
+    Raises TypeError if it cannot be a job.
     """
-    parts = name.split(".")
-    if parts[0] in sys.stdlib_module_names:
-        return None
-    for split in range(len(parts) - 1, 0, -1):
-        path, qualname = ".".join(parts[:split]), ".".join(parts[split:])
+    try:
+        return _names[function]
+    except (KeyError, TypeError):      # TypeError: it has no hash, so it is no function
+        path = import_path(function)
+    name = _names[function] = declared.get(function, {}).get("name") or path
+    functions[name] = function
+    return name
+
+
+def function_of(name: str) -> Callable[..., Any] | None:
+    """Return the function of this name, or None if this process does not know it.
+
+    A name is data: nothing is imported. It is a function that was declared or submitted, or one
+    that a loaded module defines itself, but for the standard library's.
+    """
+    if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
+        return functions.get(name)
+    path, qualname = name, []
+    while "." in path:
+        path, _, attribute = path.rpartition(".")
+        qualname.insert(0, attribute)
         module = sys.modules.get("__main__" if path == import_name("__main__") else path)
         if module is not None:
-            found: Any = vars(module).get(parts[split])
-            for attribute in parts[split + 1:]:
+            found: Any = vars(module).get(qualname[0])
+            for attribute in qualname[1:]:
                 found = getattr(found, attribute, None) if isinstance(found, type) else None
-            origin = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-            return found if origin == (module.__name__, qualname) and callable(found) else None
+            with contextlib.suppress(TypeError):
+                return found if import_path(found) == name else None
+            return None
     return None
-
-
-class _Registry:
-    """The functions that this process knows by name: those declared with @job, or submitted.
-
-    It is filled while modules are imported, before there is a runner, so it is global.
-    """
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Callable[..., Any]] = {}
-        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}     # the default options
-        self.names: dict[Callable[..., Any], str] = {}                   # of those submitted
-        self.has_executors = False     # a function is declared with executor=
-
-    def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Take in a function with its default options.
-
-        Raises ValueError if another function has its name.
-        """
-        if "name" in options:
-            name = options["name"]
-            known = self.by_name.get(name, function)
-            taken_by = f"{known.__module__}.{known.__qualname__}"
-            if taken_by != f"{function.__module__}.{function.__qualname__}":
-                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            self.by_name[name] = function          # also if a reloaded module has a newer one
-        self.declared[function] = options
-        self.has_executors |= "executor" in options
-
-    def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it.
-
-        Raises TypeError if it cannot be a job.
-        """
-        try:
-            return self.names[function]
-        except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
-            path = import_path(function)
-        name: str = self.declared.get(function, {}).get("name", path)
-        self.names[function] = name
-        self.by_name[name] = function
-        return name
-
-    def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function of this name, or None. A name is data: nothing is imported."""
-        return self.by_name.get(name) or _defined_in_loaded_module(name)
-
-
-registry = _Registry()
 
 
 def _is_name(value: Any) -> bool:
@@ -530,16 +496,8 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 1 << 63
-
-
-def are_seconds(values: Iterable[Any], least: float = 0.0) -> bool:
-    return all(is_number(value) and value >= least for value in values)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def are_seconds(values: Iterable[Any]) -> bool:
+    return all(is_number(value) and value >= 0 for value in values)
 
 
 def unix_seconds(value: Any) -> float | None:
@@ -565,47 +523,46 @@ def zone_of(tz: Any) -> tuple[Any, str | None]:
 
 
 _A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+_A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-# Each option: a test of its value, and what the value must be. `options` says what they mean.
+# Each option: a test of its value, and what the value must be. None is the default of each.
+# `options` says what they mean.
 OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": _A_NAME,
-    "label": (lambda v: isinstance(v, str), "a text"),
-    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
+    "label": _A_TEXT,
+    "run_by": _A_TEXT,
     "low_priority": _A_BOOL,
     "system": _A_BOOL,
     "key": _A_NAME,
     "delay": (lambda v: are_seconds([v]), "seconds, 0 or more"),
     "run_at": (lambda v: unix_seconds(v) is not None, "Unix seconds or an aware datetime"),
-    "retries": (lambda v: _is_whole(v, 0), "a whole number, 0 or more"),
-    "backoff": (lambda v: callable(v) or are_seconds(_as_list(v) or [None]),
+    "retries": (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
+    "backoff": (lambda v: callable(v) or _pauses(v, 0),
                 "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": (lambda v: v is None or are_seconds([v], sys.float_info.min),
-                "seconds, more than 0"),
-    "max_running": (lambda v: v is None or _is_whole(v, 1),
+    "timeout": (lambda v: v > 0 and are_seconds([v]), "seconds, more than 0"),
+    "max_running": (lambda v: type(v) is int and 0 < v < 1 << 63,
                     "a whole number greater than 0 and less than 2**63"),
     "stoppable": _A_BOOL,
     "restartable": _A_BOOL,
     "recover": _A_BOOL,
-    "secret": (lambda v: (isinstance(v, (list, tuple, set, frozenset))
-                          and all(isinstance(name, str) for name in v)),
+    "secret": (lambda v: type(v) in (list, tuple, set, frozenset) and {*map(type, v)} <= {str},
                "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": (lambda v: v is None or callable(getattr(v, "submit", v)),
+    "executor": (lambda v: callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
     "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
-    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection),
-                   "an open sqlite3.Connection"),
+    "parent": (lambda v: isinstance(v, Job), "a Job or None"),
+    "connection": (lambda v: isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 
 
 def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], Any], str]]) -> None:
-    """Raise ValueError if a value does not fit its test; the text says what it must be."""
+    """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
     for name, value in given.items():
         test, must_be = tests[name]
         try:
-            fits = test(value)
+            fits = value is None or test(value)
         except Exception:              # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
@@ -621,7 +578,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         if name not in OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
-    if "delay" in given and "run_at" in given:
+    if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
     return given
 
@@ -645,13 +602,21 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: _Function) -> _Function:
-        registry.declare(function, options)
+        name = options.get("name")
+        if name:
+            known = functions.get(name, function)
+            taken_by = f"{known.__module__}.{known.__qualname__}"
+            if taken_by != f"{function.__module__}.{function.__qualname__}":
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
+            functions[name] = function             # also if a reloaded module has a newer one
+        declared[function] = options
         return function
     return declare
 
 
-# These options have no column of their own: a job keeps them, and its backoff, as JSON.
-_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
+# These options have no column of their own: a job keeps them as JSON.
+_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate",
+         "backoff")
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -659,45 +624,40 @@ def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict
 
     Raises ValueError if `secret` or `backoff` does not fit the function.
     """
-    kept = {name: given[name] for name in _KEPT if name in given}
+    kept = {name: given[name] for name in _KEPT if given.get(name) is not None}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
-    if "backoff" in given:
-        kept["backoff"] = _pauses(given["backoff"], given.get("retries", 0))
+    if "backoff" in kept:
+        kept["backoff"] = _pauses(kept["backoff"], kept.get("retries", 0))
     return kept
 
 
 def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret` and the positions at which they may be passed.
+    """Return the names in `secret`, and the positions at which they may be passed.
 
     Raises ValueError if the function has no such argument.
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    names = [name for name, each in parameters.items() if not each.kind.name.startswith("VAR_")]
-    takes_any_name = inspect.Parameter.VAR_KEYWORD in [each.kind for each in parameters.values()]
-    places: list[str | int] = []
+    kinds = {name: each.kind.name for name, each in parameters.items()}
+    takes_any_name = "VAR_KEYWORD" in kinds.values()
+    names = [name for name, kind in kinds.items() if not kind.startswith("VAR_")]
     for name in secret:
-        if name in names:
-            places += [name, names.index(name)]
-        elif takes_any_name and name not in parameters:
-            places.append(name)
-        else:
+        if name not in names and (name in kinds or not takes_any_name):
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
                              "argument; of *arguments and **keywords, name the keywords, or pass a "
                              "list or a dict instead")
-    return places
+    return [*secret, *(place for place, name in enumerate(names) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
     """Return the seconds before the first, second ... retry; the last pause repeats.
 
-    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but
-    seconds.
+    A function is called now, for it cannot be stored. Raises ValueError for anything but seconds.
     """
-    if not callable(backoff):
-        return _as_list(backoff)
-    pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    if callable(backoff):
+        backoff = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    pauses = list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
     if not are_seconds(pauses):
         raise ValueError(f"backoff must give seconds, 0 or more; it gave {short(pauses)}")
     return pauses
@@ -709,9 +669,9 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
     By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
     so that jobs that failed together are not retried together.
     """
-    pauses: list[float] | None = options.get("backoff")
+    pauses = options.get("backoff")
     if pauses:
-        return pauses[min(failures, len(pauses)) - 1]
+        return float(pauses[min(failures, len(pauses)) - 1])
     return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
@@ -4250,7 +4210,7 @@ class Dispatch(Passenger):
         """Run one attempt, unless it is to stop already. Never raises."""
         if attempt.stop_requested:
             return
-        function = registry.find(attempt.name)
+        function = function_of(attempt.name)
         if function is None:
             attempt.outcome = UNKNOWN
             return
@@ -4278,7 +4238,7 @@ class Dispatch(Passenger):
             return ISOLATED
         if attempt.system:
             return None
-        return registry.declared.get(function, {}).get("executor", self._core.executor)
+        return declared.get(function, {}).get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt. Return whether the caller should commit it now.
@@ -4914,9 +4874,8 @@ def new_submission(backend: Core, fn: Callable[..., Any],
         raise RuntimeError(
             f"{text_of(fn)} was submitted while its module was imported in the process of an "
             'isolated attempt: put the calls that start the app below `if __name__ == "__main__":`')
-    new = Submission(registry.name_of(fn))
-    declared = registry.declared.get(fn)
-    given = {**declared, **options} if declared else options
+    new = Submission(name_of(fn))
+    given = {**declared[fn], **options} if fn in declared else options
     if given:
         _apply_options(backend, new, fn, given)
     if attempt is not None and attempt.backend is backend:
@@ -4959,7 +4918,7 @@ def _apply_options(backend: Core, new: Submission, fn: Callable[..., Any],
         if given.get(name) is not None:
             setattr(new, name, stored(given[name]))
     if "name" in given:
-        registry.by_name.setdefault(new.name, fn)
+        functions.setdefault(new.name, fn)
     if given.get("isolate"):
         door("isolate")
     if new.run_at is None and given.get("delay"):
@@ -5000,11 +4959,11 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
 # What the options of a Runner must be: name -> (test, in words).
 _RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "executor": OPTIONS["executor"],
-    "callback": (lambda v: v is None or v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
+    "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
     "journal": (("wal", "delete").__contains__, '"wal" or "delete"'),
-    "retention": (lambda v: v is None or set(v) <= set(RETENTION) and are_seconds(v.values()),
+    "retention": (lambda v: set(v) <= set(RETENTION) and are_seconds(v.values()),
                   f"None or a dict of seconds for {', '.join(RETENTION)}"),
 }
 
@@ -5424,7 +5383,7 @@ class Service:
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
                 self._store.write(lambda tx: tx.limits.unblock(key))
-            elif registry.find(name) is not None and not self._core.is_broken(name):
+            elif function_of(name) is not None and not self._core.is_broken(name):
                 while self._store.write(lambda tx: unpark(tx, key)):
                     pass
 
@@ -5731,7 +5690,7 @@ def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tu
     new.low_priority = new.low_priority or 0
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", registry.declared.get(fn, {}).get("tz")))[1]
+    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
     times = schedule_of(schedule, zone)
     key = new.key or _call_as_key(new)
     asked = schedule, zone, new.name, new.args, new.kwargs
