@@ -682,9 +682,8 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
 # if either of them does.
 #
 # Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
-# runs once, the first time. But where every hour is given ("*"), hours are those that pass,
-# whatever the clocks show: the wildcard rule of vixie-cron. So there are two ways to look for the
-# next time.
+# runs once, the first time. But where every hour is given ("*"), it runs in each hour that passes,
+# whatever the clocks show: the wildcard rule of vixie-cron.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -708,11 +707,9 @@ class Every:
 
     def __init__(self, schedule: str) -> None:
         seconds = seconds_of(schedule)
-        if seconds is None:
-            raise ValueError('a schedule is seconds, a text like "15m" or five cron fields, '
-                             f"got {schedule!r}")
-        if not 0.01 <= seconds < 1e9:
-            raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
+        if seconds is None or not 0.01 <= seconds < 1e9:
+            raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
+                             f"fields, got {schedule!r}")
         self.seconds = seconds
 
     def next(self, due: float, now: float) -> float:
@@ -727,37 +724,32 @@ class Every:
 _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
                 ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
-_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
-               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
-               "@hourly": "0 * * * *"}
+_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+               "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
 _CRON_DAYS = 366 * 41              # how far to look: 29 February is a certain weekday in 40 years
-_CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
+_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: number for number, word in enumerate(words.split(), least)}
-
-    def number_of(word: str) -> int:
-        number = numbers.get(word, int(word) if word.isdecimal() else -1)
-        if not least <= number <= most:
-            raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in "
-                             f"{text!r}")
-        return number
+    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
     values: set[int] = set()
-    for part in text.split(","):
-        span, slash, step = part.partition("/")
-        if slash and not (step.isdecimal() and int(step)):
-            raise ValueError("a step of a cron schedule is a whole number greater than 0, "
-                             f"got {step!r} in {text!r}")
-        low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-        first = last = number_of(low)
-        if dash or slash:
-            last = number_of(high) if dash else most
-        if first > last:
-            raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
-        values.update(range(first, last + 1, int(step or 1)))
-    return values
+    try:
+        for part in text.split(","):
+            span, slash, step = part.partition("/")
+            low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
+            first = int(numbers.get(low, low))
+            last = int(numbers.get(high, high)) if dash else first
+            if slash and not dash:
+                last = most
+            if not least <= first <= last <= most:
+                raise ValueError
+            values.update(range(first, last + 1)[::int(step) if slash else 1])
+        return values
+    except ValueError:
+        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that goes "
+                         "up, or a list of these, perhaps with a step of 1 or more, like */5; got "
+                         f"{text!r}") from None
 
 
 class Cron:
@@ -775,49 +767,33 @@ class Cron:
         self._minutes, self._hours, self._days, self._months, weekdays = (
             _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day % 7 for day in weekdays}
-        self._combined = all if "*" in (texts[2], texts[4]) else any       # the two day fields
+        # The two day fields. As in cron, one that begins with * is not restricted.
+        self._combined = all if "*" in texts[2][0] + texts[4][0] else any
+        self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
         if self.next(0, time.time()) == math.inf:
             raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after both `now` and `due`, in Unix seconds."""
-        after = max(due, now)
-        if len(self._hours) == 24:
-            return self._next_as_hours_pass(after)
-        return self._next_by_the_clock(after)
+        return min(self._next(max(due, now), fold) for fold in self._folds)
 
-    def _fits(self, day: Any) -> bool:
-        fits = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        return day.month in self._months and self._combined(fits)
-
-    def _next_as_hours_pass(self, after: float) -> float:
+    def _next(self, after: float, fold: int) -> float:
+        """Return the first time after that, in the first or second pass of hours that repeat."""
         import datetime
-        moment = math.floor(after)
-        while moment < after + _CRON_DAYS * 86_400:
-            local = datetime.datetime.fromtimestamp(moment, self._zone)
-            if not self._fits(local):
-                # On to midnight, but not past the hours in which the clocks may have changed.
-                hours = max(1, 24 - _CLOCK_CHANGE_HOURS - local.hour)
-                moment += 3_600 * hours - 60 * local.minute - local.second
-            elif moment > after and local.minute in self._minutes and local.second == 0:
-                return float(moment)
-            else:
-                moment += 60 - local.second
-        return math.inf
-
-    def _next_by_the_clock(self, after: float) -> float:
-        import datetime
-        begin = datetime.datetime.fromtimestamp(after - 3_600 * _CLOCK_CHANGE_HOURS, self._zone)
-        day = begin.date()
-        for _ in range(_CRON_DAYS):
-            if self._fits(day):
-                times = (datetime.datetime.combine(day, datetime.time(hour, minute), self._zone)
-                         for hour in self._hours for minute in self._minutes)
-                moments = [moment for moment in map(datetime.datetime.timestamp, times)
-                           if moment > after]
-                if moments:
-                    return min(moments)
-            day += datetime.timedelta(days=1)
+        hour = datetime.datetime.fromtimestamp(after - _CLOCK_CHANGE_SECONDS, self._zone)
+        hour = hour.replace(minute=0, second=0, microsecond=0)
+        last = hour + datetime.timedelta(days=_CRON_DAYS)
+        while hour < last:
+            day_fits = hour.day in self._days, hour.isoweekday() % 7 in self._weekdays
+            if hour.month not in self._months or not self._combined(day_fits):
+                hour = hour.replace(hour=0) + datetime.timedelta(days=1)
+                continue
+            if hour.hour in self._hours:
+                times = (hour.replace(minute=minute, fold=fold) for minute in self._minutes)
+                later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
+                if later:
+                    return min(later)
+            hour += datetime.timedelta(hours=1)            # on the clock's face
         return math.inf
 
 

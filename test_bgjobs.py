@@ -898,11 +898,11 @@ class TestTimesOfSchedules:
         assert [bgjobs.Every(text).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5 h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
 
     @pytest.mark.parametrize("schedule,reason", [
-        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01 s"),
+        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01"),
         ("", "five cron fields"), ("* * * *", "has five fields"), ("* * * * * *", "has five fields"), ("60 * * * *", "minute of a cron schedule is 0 to 59"),
         ("* 24 * * *", "hour .* is 0 to 23"), ("* * 0 * *", "day of month .* is 1 to 31"), ("* * * 13 *", "month .* is 1 to 12"),
-        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step .* greater than 0"),
-        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range .* goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
+        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step of 1 or more"),
+        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range that goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
     def test_a_bad_schedule_is_refused_with_the_reason(self, idle, schedule, reason):
         with pytest.raises(ValueError, match=reason):
             idle.every(schedule, add, 1)
@@ -910,7 +910,7 @@ class TestTimesOfSchedules:
 
     @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, None, [1], 1e12])
     def test_bad_seconds_are_refused(self, idle, seconds):
-        with pytest.raises(ValueError, match="a schedule is|period of a schedule"):
+        with pytest.raises(ValueError, match="a schedule is seconds, at least 0.01"):
             idle.every(seconds, add, 1)
 
     @pytest.mark.parametrize("tz", ["Mars/Olympus", "../etc/passwd", 5, ""])
