@@ -5520,15 +5520,13 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
     """Return when a schedule is due next: never later than if it began now, for the clock may
-    have been set back. In an hour if this process cannot tell: the process that registered the
-    schedule may know other time zones."""
+    have been set back. Its `next_at` if only other processes have the data of its zone."""
+    due: float = row["next_at"]
     try:
         times = schedule_of(row["schedule"], row["zone"])
-    except ValueError as error:
-        say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
-             "looking again in an hour")
-        return now + 3_600
-    return min(times.next(row["next_at"], now), times.next(now, now))
+    except ValueError:
+        return due
+    return min(times.next(due, now), times.next(now, now))
 
 
 TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
@@ -5549,28 +5547,28 @@ def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
 def run_schedules(tx: Transaction) -> None:
     """Make a job for each schedule that is due, unless its last one is not over."""
     for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
-        if _make_job(tx, row, _next_time(row, tx.now)) is None:
-            tx.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due "
-                   "again, and skipped: this job is not over")
+        next_at = _next_time(row, tx.now)
+        if next_at > tx.now:
+            _make_job(tx, row, next_at)
 
 
 def clock_was_set_back(tx: Transaction) -> None:
     """Let no schedule wait until the clock shows the time again at which it would have been due."""
-    for row in _rows(tx, SCHEDULE):
+    for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
     """Return the `info` of a schedule: a dict of the JSON interface."""
-    is_followed = row["registered"] and not row["paused"]
-    return {**{name: row[name] for name in (
-                "id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
-                "job_status", "runs", "skipped")},
-            **{name: bool(row[name]) for name in (
-                "low_priority", "system", "paused", "registered")},
-            **shown_arguments(row, kept_options(row["options"])),
-            "tz": row["zone"], "next_at": row["next_at"] if is_followed else None}
+    info = dict(row)
+    info |= shown_arguments(row, kept_options(info.pop("options")))
+    info["tz"] = info.pop("zone")
+    for name in ("low_priority", "system", "paused", "registered"):
+        info[name] = bool(info[name])
+    if info["paused"] or not info["registered"]:
+        info["next_at"] = None
+    return info
 
 
 REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
@@ -5614,14 +5612,14 @@ class Schedule:
 
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
-        def remove(tx: Transaction, row: sqlite3.Row) -> str:
+        def remove(tx: Transaction, row: sqlite3.Row) -> None:
             deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._core.id})
             if not deleted.rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
                                        "another process that runs; remove it there")
             tx.execute(UNREGISTER_ALL, {"id": self.id})
-            return str(row["key"])
-        self._core.schedules.pop(self._change(remove), None)
+            self._core.schedules.pop(row["key"], None)
+        self._change(remove)
 
     def _set_paused(self, paused: bool) -> Schedule:
         self._change(lambda tx, row: tx.execute(SET_NEXT, {
@@ -5643,13 +5641,17 @@ class Schedule:
 
 # If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
 # was set back.
-SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules
-    (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
-    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
+SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
+        name, args, kwargs, options, label, run_by, low_priority, system, max_running)
+    VALUES (:key, :schedule, :zone, :now, :first,
+        :name, :args, :kwargs, :options, :label, :run_by, ifnull(:low_priority, 0), :system,
+        :max_running)
     ON CONFLICT (key) DO UPDATE SET
     next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first)
         ELSE :first END,
-    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
+    schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
+    options = :options, label = :label, run_by = :run_by, low_priority = ifnull(:low_priority, 0),
+    system = :system, max_running = :max_running"""
 SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
@@ -5663,38 +5665,30 @@ def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tu
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
-    new.low_priority = new.low_priority or 0
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
     zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
     times = schedule_of(schedule, zone)
-    key = new.key or _call_as_key(new)
+    key = new.key
+    if key is None:                    # function and arguments, hashed if they are secret or long
+        arguments = f"{new.args or ''}{new.kwargs or ''}"
+        if len(arguments) > 400 or '"secret"' in (new.options or ""):
+            import hashlib
+            arguments = hashlib.sha256(arguments.encode()).hexdigest()
+        key = f"{new.name}({arguments})"
     asked = schedule, zone, new.name, new.args, new.kwargs
     known = core.schedules.setdefault(key, asked)
     if known != asked:
-        taken = f"the key {key!r} is taken by {known[2]}"
-        if not new.key:
-            taken = f"{new.name} with these arguments is scheduled already"
-        raise ValueError(f"{taken}, {known[0]}; give each schedule a key of its own")
+        raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
+                         "a key of its own")
     values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
               "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now,
-                                   "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
-
-
-def _call_as_key(new: Submission) -> str:
-    """Return the key of a schedule that was given none: function and arguments, hashed if they
-    are secret or long."""
-    arguments = f"{new.args or ''}{new.kwargs or ''}"
-    if len(arguments) > 400 or '"secret"' in (new.options or ""):
-        import hashlib
-        arguments = hashlib.sha256(arguments.encode()).hexdigest()
-    return f"{new.name}({arguments})"
 
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------

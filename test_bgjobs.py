@@ -4474,20 +4474,18 @@ class TestSchedules:
     def test_a_key_is_one_functions(self, idle):
         idle.options(key="k").every("1h", add, 1)
         for fn, args in ((note, (1,)), (add, (2,))):
-            with pytest.raises(ValueError, match="the key 'k' is taken by test_bgjobs.add, 1h; give each schedule a key of its own"):
+            with pytest.raises(ValueError, match="'k' is scheduled already: test_bgjobs.add, 1h; give each schedule a key of its own"):
                 idle.options(key="k").every("1h", fn, *args)
 
-    def test_one_that_cannot_be_followed_here_holds_nothing_else_up(self, make, caplog):
+    def test_one_in_a_zone_that_is_unknown_here_holds_nothing_else_up(self, make):
         clock = Clock()
         idle = make(start=False, clock=clock)
         idle.options(key="bad").every("* * * * *", add, 1), idle.options(key="good").every("1m", add, 2)
         idle.options(delay=60).submit(add, 3)
         execute(idle, "UPDATE bgjobs_schedules SET zone = 'Mars/X' WHERE key = 'bad'")
-        clock.now += 60
-        assert idle.drain() == 3
-        wait_for(lambda: "unknown time zone 'Mars/X'" in caplog.text)
-        clock.now += 60
-        assert idle.drain() == 1
+        for ran in (2, 1):
+            clock.now += 60
+            assert idle.drain() == ran
 
     def test_a_period_is_one_however_it_is_written(self, idle):
         assert idle.every(900, add, 1).id == idle.every("15m", add, 1).id
@@ -4504,7 +4502,7 @@ class TestSchedules:
             clock.now += 10
             wait_for(lambda: schedule.info()["skipped"] == skipped)
         job = runner.get(schedule.info()["job_id"])
-        assert "was due again, and skipped" in job.logs()[-1]["message"] and len(runner.jobs()) == 1
+        assert len(runner.jobs()) == 1
         with pytest.raises(bgjobs.InvalidOperation, match="is running; wait until it is over"):
             schedule.run_now()
         gate("scheduled").set()
@@ -4518,7 +4516,7 @@ class TestSchedules:
         first, again = idle.every("1h", add, 1), idle.every("1h", add, 1)
         assert first.id == again.id and len(idle.schedules()) == 1
         assert idle.every("1h", add, 2).id != first.id                  # other arguments: another one
-        with pytest.raises(ValueError, match="is scheduled already, 1h; give each schedule a key"):
+        with pytest.raises(ValueError, match="is scheduled already: test_bgjobs.add, 1h; give each schedule a key"):
             idle.every("2h", add, 1)
         assert idle.options(key="second").every("2h", add, 1).id != first.id
         due = first.info()["next_at"]
