@@ -5697,15 +5697,21 @@ def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tu
 # outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
 # by the parts of the next longer window, and removes the trees that have been over for long.
 
-# How many parts a window has, and of how many minutes.
+# How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
-AGES = 1 << 40             # minutes: one part for all that is older than the windows
 
-# {by}: the first columns of the rows, and what they are grouped by.
-SUMS = "SELECT {by}, " + ", ".join(
-    f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}"
-    for name in TALLIES) + """ FROM bgjobs_stats
-    WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"""
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
+# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+STATS = """WITH RECURSIVE part (at) AS
+        (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
+    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
+    ifnull(sum(failed), 0), nullif(sum(started), 0),
+    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
+    nullif(sum(finished + failed), 0),
+    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    FROM part LEFT JOIN bgjobs_stats
+        ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
+    GROUP BY {by} ORDER BY {by}"""
 
 
 def count_created(core: Core) -> None:
@@ -5714,56 +5720,47 @@ def count_created(core: Core) -> None:
         core.store.write(Transaction.count_created)
 
 
-_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None,
-            "running": None}
-
-
-def _counted(row: sqlite3.Row) -> dict[str, Any]:
-    """Return a row of SUMS as the JSON interface has it."""
-    counted = {name: row[name] for name in _NOTHING}
-    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
-        counted[name] = None if count == 0 else {
-            "avg": row[name] / count, "min": row[name + "_min"], "max": row[name + "_max"]}
-    return counted
-
-
 def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]:
     """Return the counts of a window; see Runner.stats."""
-    if window not in [*WINDOWS]:
+    if window not in WINDOWS:
         raise ValueError(f"window must be {', '.join(WINDOWS)}, got {short(window)}")
+    count_created(core)
     count, step = WINDOWS[window]
     last = int(core.clock() // 60)
-    first = (last // step - count + 1) * step
-    count_created(core)
+    bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> dict[Any, dict[str, Any]]:
-        bounds = {"first": first, "last": last, "name": name}
-        return {row[0]: _counted(row)
-                for row in core.store.read(SUMS.format(by=by), bounds)}
-    parts = sums(f"minute / {step}")
-    return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
-            "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)}
-                      for part in range(first // step, last // step + 1)],
-            "total": sums("NULL").get(None, _NOTHING),
-            "functions": [{"name": name, **counted} for name, counted in sums("name").items()]}
+    def sums(by: str) -> list[tuple[Any, dict[str, Any]]]:
+        times = "avg", "min", "max"
+        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
+                              running=row[9] and dict(zip(times, row[10:]))))
+                for row in core.store.read(STATS.format(by=by), bounds)]
+    return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
+            "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
+            "total": sums("NULL")[0][1],
+            "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
+# The minute under which a row is kept: the first of the part, in the next longer window, of those
+# that it has left.
+FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
+    WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
+    WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
+FOLDED = f"""SELECT {FOLD} AS part, name, sum(created), sum(started), sum(finished), sum(failed),
+    sum(waiting), min(waiting_min), max(waiting_max),
+    sum(running), min(running_min), max(running_max)
+    FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
+FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
     """Sum up the rows that have left each window by the parts of the next longer window, and
     after the longest for good."""
-    now = int(core.clock() // 60)
-    for (count, step), (_, longer) in itertools.pairwise((*WINDOWS.values(), (1, AGES))):
-        bounds = {"first": 0, "last": now - (count + 1) * step, "name": None}
-
-        def fold(tx: Transaction) -> None:
-            by_part = SUMS.format(by=f"minute / {longer} * {longer}, name")
-            sums = tx.execute(by_part, bounds).fetchall()
-            tx.execute(FORGET_MINUTES, bounds)
-            tx.executemany(SAVE_TALLIES, sums)
-        core.store.write(fold)
+    def fold(tx: Transaction) -> None:
+        now = {"now": int(tx.now // 60)}
+        sums = tx.execute(FOLDED, now).fetchall()
+        tx.execute(FORGET_FOLDED, now)
+        tx.executemany(SAVE_TALLIES, sums)
+    core.store.write(fold)
 
 
 PRUNE_IDS = 2_000          # ids that a prune looks at together
@@ -7567,11 +7564,15 @@ _COUNTERS = {
 }
 
 
+COUNTED_BY_NAME = """SELECT name, sum(created) AS created, sum(started) AS started,
+    sum(finished) AS finished, sum(failed) AS failed, sum(waiting) AS waiting,
+    sum(running) AS running FROM bgjobs_stats GROUP BY name"""
+
+
 def metrics(core: Core) -> str:
     """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
     count_created(core)
-    ages = {"first": 0, "last": AGES, "name": None}
-    functions = core.store.read(SUMS.format(by="name"), ages)
+    functions = core.store.read(COUNTED_BY_NAME)
     runners = core.store.read(RUNNERS)
     return "".join([
         _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",

@@ -4824,14 +4824,14 @@ class TestRetention:
             clock.now += 3_600 * 9
         before = idle.stats("7d")["total"]
         clock.now += 86_400 * 3
-        bgjobs.fold_statistics(idle)
+        bgjobs.fold_statistics(idle.core)
         assert idle.stats("7d")["total"] == before
         assert [idle.stats(window)["total"] for window in ("7d", "30d")] == [before] * 2
         assert all(minute % 120 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
         clock.now += 86_400 * 40
-        bgjobs.fold_statistics(idle)
+        bgjobs.fold_statistics(idle.core)
         assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
-        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle)
+        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle.core)
 
     def test_a_jobs_log_keeps_its_newest_lines(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
