@@ -285,28 +285,23 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _printed(value: Any, how: Callable[[Any], str]) -> str:
-    """Return str(value) or repr(value) as a plain str, or a stand-in if that raises."""
+def text_of(value: Any, limit: int = TEXT_LIMIT, form: Callable[[Any], str] = str) -> str:
+    """Return str(value), or another form of it, as SQLite can hold it. Never raises.
+
+    It is cut to `limit` characters, and lone surrogates are escaped.
+    """
     try:
-        return str(how(value))
+        text = form(value)
     except Exception:
-        return f"<{type(value).__qualname__} that cannot be printed>"
+        text = f"<{type(value).__qualname__} that cannot be printed>"
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def short(value: Any) -> str:
     """Return a value as error messages show it: its repr, cut to 80 characters. Never raises."""
-    return text_of(_printed(value, repr), 80)
-
-
-def text_of(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return str(value) as SQLite can hold it. Never raises.
-
-    It is cut to `limit` characters, and lone surrogates are escaped.
-    """
-    text = _printed(value, str)
-    if len(text) > limit:
-        text = f"{text[:limit]}... ({len(text):,} characters)"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text_of(value, 80, repr)
 
 
 dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -333,40 +328,37 @@ def _clock_to_json(value: Any) -> list[Any]:
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
+    import datetime
     text, fold, zone = stored
     value = kind.fromisoformat(text).replace(fold=fold)
     if zone is None:
         return value
     if isinstance(zone, str):
         return value.replace(tzinfo=zone_of(zone)[0])
-    import datetime
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
 
 
-class _Tagged(NamedTuple):
-    """How values of a type that JSON lacks are stored."""
-
-    module: str
-    name: str
-    to_json: Callable[[Any], Any]                # value -> JSON
-    from_json: Callable[[Any, Any], Any] = lambda kind, stored: kind(stored)   # type, JSON -> value
+def _construct(kind: Any, stored: Any) -> Any:
+    return kind(stored)
 
 
-_TAGGED = {
-    "$bytes": _Tagged("builtins", "bytes", lambda value: base64.b64encode(value).decode("ascii"),
-                      lambda kind, stored: base64.b64decode(stored)),
-    "$set": _Tagged("builtins", "set", _set_to_json),
-    "$datetime": _Tagged("datetime", "datetime", _clock_to_json, _clock_from_json),
-    "$time": _Tagged("datetime", "time", _clock_to_json, _clock_from_json),
-    "$date": _Tagged("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
-    "$timedelta": _Tagged("datetime", "timedelta",
-                          lambda value: [value.days, value.seconds, value.microseconds],
-                          lambda kind, stored: kind(*stored)),
-    "$decimal": _Tagged("decimal", "Decimal", str),
-    "$uuid": _Tagged("uuid", "UUID", str),
-    "$path": _Tagged("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str),
+# How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
+# and (type, JSON) -> value.
+_TAGGED: dict[str, tuple[str, str, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
+               lambda kind, stored: base64.b64decode(stored)),
+    "$set": ("builtins", "set", _set_to_json, _construct),
+    "$datetime": ("datetime", "datetime", _clock_to_json, _clock_from_json),
+    "$time": ("datetime", "time", _clock_to_json, _clock_from_json),
+    "$date": ("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
+    "$timedelta": ("datetime", "timedelta",
+                   lambda value: [value.days, value.seconds, value.microseconds],
+                   lambda kind, stored: kind(*stored)),
+    "$decimal": ("decimal", "Decimal", str, _construct),
+    "$uuid": ("uuid", "UUID", str, _construct),
+    "$path": ("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str, _construct),
 }
 
 
@@ -379,8 +371,7 @@ def _jsonable(value: Any) -> Any:
     if kind is dict:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"the key {short(key)} is no string; use {short(text_of(key))}, "
-                                "or a list of pairs")
+                raise TypeError(f"the key {short(key)} is no string; use a list of pairs")
         plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
@@ -398,9 +389,6 @@ def encode(value: Any, what: str = "the value") -> str:
     """
     try:
         text = dump(_jsonable(value))
-    except RecursionError:
-        raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value"
-                        ) from None
     except Exception as error:         # ours, or raised by the value's own methods
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
@@ -426,7 +414,7 @@ def decode(text: str | None) -> Any:
     """Return the value that `encode` made `text` from; None for None."""
     if text is None:
         return None
-    return json.loads(text, object_hook=_untagged) if '{"$' in text else json.loads(text)
+    return json.loads(text, object_hook=_untagged if '{"$' in text else None)
 
 
 # ---- 3 Functions and options --------------------------------------------------------------------
@@ -446,96 +434,62 @@ def import_path(function: Callable[..., Any]) -> str:
 
     Raises TypeError, with the remedy, if the function cannot be imported by that again.
     """
-    def refuse(why: str, named: str = "") -> NoReturn:
-        raise TypeError(f"{named or short(function)} cannot be a job: {why}")
-    if not callable(function):
-        refuse("it is not callable")
-    module = getattr(function, "__module__", None)
-    qualname = getattr(function, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(qualname, str):
-        refuse(f"{type(function).__qualname__} objects have no import path; submit the function "
-               "itself and pass it its arguments")
-    if "<lambda>" in qualname:
-        refuse("a lambda has no name to import it by; define it with def at the top level of a "
-               "module")
-    if "<locals>" in qualname:
-        refuse("it is defined inside a function; move it to the top level of its module", qualname)
+    module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
-    for attribute in qualname.split("."):
+    for attribute in str(qualname).split("."):
         found = getattr(found, attribute, None)
-    if found != function:
-        refuse(f"that name leads to {short(found)}, not to this function; submit what the module "
-               "holds under that name", f"{module}.{qualname}")
+    if found is None or found != function:
+        raise TypeError(
+            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it. A "
+            "lambda, a partial, a bound method or a function inside a function cannot be imported "
+            "again; submit one that is defined with def at the top level of a module, and pass it "
+            "its arguments")
     return f"{import_name(module)}.{qualname}"
 
 
-def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
-    """Return the function of this name, or None if no loaded module defines it itself.
+# The functions that this process knows, those declared with @job or submitted: by job name; their
+# default options; and the names of those submitted. They are filled while modules are imported,
+# before there is a runner, so they are global.
+functions: dict[str, Callable[..., Any]] = {}
+declared: dict[Callable[..., Any], dict[str, Any]] = {}
+_names: dict[Callable[..., Any], str] = {}
 
-    The standard library's functions are never found, nor are those that a module imported.
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the function's stable name, and remember the function by it.
+
+    Raises TypeError if it cannot be a job.
     """
-    parts = name.split(".")
-    if parts[0] in sys.stdlib_module_names:
-        return None
-    for split in range(len(parts) - 1, 0, -1):
-        path, qualname = ".".join(parts[:split]), ".".join(parts[split:])
+    try:
+        return _names[function]
+    except (KeyError, TypeError):      # TypeError: it has no hash, so it is no function
+        path = import_path(function)
+    name = _names[function] = declared.get(function, {}).get("name") or path
+    functions[name] = function
+    return name
+
+
+def function_of(name: str) -> Callable[..., Any] | None:
+    """Return the function of this name, or None if this process does not know it.
+
+    A name is data: nothing is imported. It is a function that was declared or submitted, or one
+    that a loaded module defines itself, but for the standard library's.
+    """
+    if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
+        return functions.get(name)
+    path, qualname = name, []
+    while "." in path:
+        path, _, attribute = path.rpartition(".")
+        qualname.insert(0, attribute)
         module = sys.modules.get("__main__" if path == import_name("__main__") else path)
         if module is not None:
-            found: Any = vars(module).get(parts[split])
-            for attribute in parts[split + 1:]:
+            found: Any = vars(module).get(qualname[0])
+            for attribute in qualname[1:]:
                 found = getattr(found, attribute, None) if isinstance(found, type) else None
-            origin = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-            return found if origin == (module.__name__, qualname) and callable(found) else None
+            with contextlib.suppress(TypeError):
+                return found if import_path(found) == name else None
+            return None
     return None
-
-
-class _Registry:
-    """The functions that this process knows by name: those declared with @job, or submitted.
-
-    It is filled while modules are imported, before there is a runner, so it is global.
-    """
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Callable[..., Any]] = {}
-        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}     # the default options
-        self.names: dict[Callable[..., Any], str] = {}                   # of those submitted
-        self.has_executors = False     # a function is declared with executor=
-
-    def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Take in a function with its default options.
-
-        Raises ValueError if another function has its name.
-        """
-        if "name" in options:
-            name = options["name"]
-            known = self.by_name.get(name, function)
-            taken_by = f"{known.__module__}.{known.__qualname__}"
-            if taken_by != f"{function.__module__}.{function.__qualname__}":
-                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            self.by_name[name] = function          # also if a reloaded module has a newer one
-        self.declared[function] = options
-        self.has_executors |= "executor" in options
-
-    def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it.
-
-        Raises TypeError if it cannot be a job.
-        """
-        try:
-            return self.names[function]
-        except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
-            path = import_path(function)
-        name: str = self.declared.get(function, {}).get("name", path)
-        self.names[function] = name
-        self.by_name[name] = function
-        return name
-
-    def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function of this name, or None. A name is data: nothing is imported."""
-        return self.by_name.get(name) or _defined_in_loaded_module(name)
-
-
-registry = _Registry()
 
 
 def _is_name(value: Any) -> bool:
@@ -543,16 +497,8 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 1 << 63
-
-
-def are_seconds(values: Iterable[Any], least: float = 0.0) -> bool:
-    return all(is_number(value) and value >= least for value in values)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def are_seconds(values: Iterable[Any]) -> bool:
+    return all(is_number(value) and value >= 0 for value in values)
 
 
 def unix_seconds(value: Any) -> float | None:
@@ -578,47 +524,46 @@ def zone_of(tz: Any) -> tuple[Any, str | None]:
 
 
 _A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+_A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-# Each option: a test of its value, and what the value must be. `options` says what they mean.
+# Each option: a test of its value, and what the value must be. None is the default of each.
+# `options` says what they mean.
 OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "name": _A_NAME,
-    "label": (lambda v: isinstance(v, str), "a text"),
-    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
+    "label": _A_TEXT,
+    "run_by": _A_TEXT,
     "low_priority": _A_BOOL,
     "system": _A_BOOL,
     "key": _A_NAME,
     "delay": (lambda v: are_seconds([v]), "seconds, 0 or more"),
     "run_at": (lambda v: unix_seconds(v) is not None, "Unix seconds or an aware datetime"),
-    "retries": (lambda v: _is_whole(v, 0), "a whole number, 0 or more"),
-    "backoff": (lambda v: callable(v) or are_seconds(_as_list(v) or [None]),
+    "retries": (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
+    "backoff": (lambda v: callable(v) or _pauses(v, 0),
                 "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": (lambda v: v is None or are_seconds([v], sys.float_info.min),
-                "seconds, more than 0"),
-    "max_running": (lambda v: v is None or _is_whole(v, 1),
+    "timeout": (lambda v: v > 0 and are_seconds([v]), "seconds, more than 0"),
+    "max_running": (lambda v: type(v) is int and 0 < v < 1 << 63,
                     "a whole number greater than 0 and less than 2**63"),
     "stoppable": _A_BOOL,
     "restartable": _A_BOOL,
     "recover": _A_BOOL,
-    "secret": (lambda v: (isinstance(v, (list, tuple, set, frozenset))
-                          and all(isinstance(name, str) for name in v)),
+    "secret": (lambda v: type(v) in (list, tuple, set, frozenset) and {*map(type, v)} <= {str},
                "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": (lambda v: v is None or callable(getattr(v, "submit", v)),
+    "executor": (lambda v: callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
     "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
-    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection),
-                   "an open sqlite3.Connection"),
+    "parent": (lambda v: isinstance(v, Job), "a Job or None"),
+    "connection": (lambda v: isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 
 
 def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], Any], str]]) -> None:
-    """Raise ValueError if a value does not fit its test; the text says what it must be."""
+    """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
     for name, value in given.items():
         test, must_be = tests[name]
         try:
-            fits = test(value)
+            fits = value is None or test(value)
         except Exception:              # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
@@ -634,7 +579,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         if name not in OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
-    if "delay" in given and "run_at" in given:
+    if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
     return given
 
@@ -658,13 +603,21 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: _Function) -> _Function:
-        registry.declare(function, options)
+        name = options.get("name")
+        if name:
+            known = functions.get(name, function)
+            taken_by = f"{known.__module__}.{known.__qualname__}"
+            if taken_by != f"{function.__module__}.{function.__qualname__}":
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
+            functions[name] = function             # also if a reloaded module has a newer one
+        declared[function] = options
         return function
     return declare
 
 
-# These options have no column of their own: a job keeps them, and its backoff, as JSON.
-_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
+# These options have no column of their own: a job keeps them as JSON.
+_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate",
+         "backoff")
 
 
 def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -672,45 +625,40 @@ def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict
 
     Raises ValueError if `secret` or `backoff` does not fit the function.
     """
-    kept = {name: given[name] for name in _KEPT if name in given}
+    kept = {name: given[name] for name in _KEPT if given.get(name) is not None}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
-    if "backoff" in given:
-        kept["backoff"] = _pauses(given["backoff"], given.get("retries", 0))
+    if "backoff" in kept:
+        kept["backoff"] = _pauses(kept["backoff"], kept.get("retries", 0))
     return kept
 
 
 def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret` and the positions at which they may be passed.
+    """Return the names in `secret`, and the positions at which they may be passed.
 
     Raises ValueError if the function has no such argument.
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    names = [name for name, each in parameters.items() if not each.kind.name.startswith("VAR_")]
-    takes_any_name = inspect.Parameter.VAR_KEYWORD in [each.kind for each in parameters.values()]
-    places: list[str | int] = []
+    kinds = {name: each.kind.name for name, each in parameters.items()}
+    takes_any_name = "VAR_KEYWORD" in kinds.values()
+    names = [name for name, kind in kinds.items() if not kind.startswith("VAR_")]
     for name in secret:
-        if name in names:
-            places += [name, names.index(name)]
-        elif takes_any_name and name not in parameters:
-            places.append(name)
-        else:
+        if name not in names and (name in kinds or not takes_any_name):
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
                              "argument; of *arguments and **keywords, name the keywords, or pass a "
                              "list or a dict instead")
-    return places
+    return [*secret, *(place for place, name in enumerate(names) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
     """Return the seconds before the first, second ... retry; the last pause repeats.
 
-    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but
-    seconds.
+    A function is called now, for it cannot be stored. Raises ValueError for anything but seconds.
     """
-    if not callable(backoff):
-        return _as_list(backoff)
-    pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    if callable(backoff):
+        backoff = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    pauses = list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
     if not are_seconds(pauses):
         raise ValueError(f"backoff must give seconds, 0 or more; it gave {short(pauses)}")
     return pauses
@@ -722,9 +670,9 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
     By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
     so that jobs that failed together are not retried together.
     """
-    pauses: list[float] | None = options.get("backoff")
+    pauses = options.get("backoff")
     if pauses:
-        return pauses[min(failures, len(pauses)) - 1]
+        return float(pauses[min(failures, len(pauses)) - 1])
     return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
@@ -735,9 +683,8 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
 # if either of them does.
 #
 # Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
-# runs once, the first time. But where every hour is given ("*"), hours are those that pass,
-# whatever the clocks show: the wildcard rule of vixie-cron. So there are two ways to look for the
-# next time.
+# runs once, the first time. But where every hour is given ("*"), it runs in each hour that passes,
+# whatever the clocks show: the wildcard rule of vixie-cron.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -761,11 +708,9 @@ class Every:
 
     def __init__(self, schedule: str) -> None:
         seconds = seconds_of(schedule)
-        if seconds is None:
-            raise ValueError('a schedule is seconds, a text like "15m" or five cron fields, '
-                             f"got {schedule!r}")
-        if not 0.01 <= seconds < 1e9:
-            raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
+        if seconds is None or not 0.01 <= seconds < 1e9:
+            raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
+                             f"fields, got {schedule!r}")
         self.seconds = seconds
 
     def next(self, due: float, now: float) -> float:
@@ -780,37 +725,32 @@ class Every:
 _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
                 ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
-_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
-               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
-               "@hourly": "0 * * * *"}
+_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+               "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
 _CRON_DAYS = 366 * 41              # how far to look: 29 February is a certain weekday in 40 years
-_CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
+_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: number for number, word in enumerate(words.split(), least)}
-
-    def number_of(word: str) -> int:
-        number = numbers.get(word, int(word) if word.isdecimal() else -1)
-        if not least <= number <= most:
-            raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in "
-                             f"{text!r}")
-        return number
+    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
     values: set[int] = set()
-    for part in text.split(","):
-        span, slash, step = part.partition("/")
-        if slash and not (step.isdecimal() and int(step)):
-            raise ValueError("a step of a cron schedule is a whole number greater than 0, "
-                             f"got {step!r} in {text!r}")
-        low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-        first = last = number_of(low)
-        if dash or slash:
-            last = number_of(high) if dash else most
-        if first > last:
-            raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
-        values.update(range(first, last + 1, int(step or 1)))
-    return values
+    try:
+        for part in text.split(","):
+            span, slash, step = part.partition("/")
+            low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
+            first = int(numbers.get(low, low))
+            last = int(numbers.get(high, high)) if dash else first
+            if slash and not dash:
+                last = most
+            if not least <= first <= last <= most:
+                raise ValueError
+            values.update(range(first, last + 1)[::int(step) if slash else 1])
+        return values
+    except ValueError:
+        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that goes "
+                         "up, or a list of these, perhaps with a step of 1 or more, like */5; got "
+                         f"{text!r}") from None
 
 
 class Cron:
@@ -828,49 +768,33 @@ class Cron:
         self._minutes, self._hours, self._days, self._months, weekdays = (
             _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day % 7 for day in weekdays}
-        self._combined = all if "*" in (texts[2], texts[4]) else any       # the two day fields
+        # The two day fields. As in cron, one that begins with * is not restricted.
+        self._combined = all if "*" in texts[2][0] + texts[4][0] else any
+        self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
         if self.next(0, time.time()) == math.inf:
             raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after both `now` and `due`, in Unix seconds."""
-        after = max(due, now)
-        if len(self._hours) == 24:
-            return self._next_as_hours_pass(after)
-        return self._next_by_the_clock(after)
+        return min(self._next(max(due, now), fold) for fold in self._folds)
 
-    def _fits(self, day: Any) -> bool:
-        fits = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        return day.month in self._months and self._combined(fits)
-
-    def _next_as_hours_pass(self, after: float) -> float:
+    def _next(self, after: float, fold: int) -> float:
+        """Return the first time after that, in the first or second pass of hours that repeat."""
         import datetime
-        moment = math.floor(after)
-        while moment < after + _CRON_DAYS * 86_400:
-            local = datetime.datetime.fromtimestamp(moment, self._zone)
-            if not self._fits(local):
-                # On to midnight, but not past the hours in which the clocks may have changed.
-                hours = max(1, 24 - _CLOCK_CHANGE_HOURS - local.hour)
-                moment += 3_600 * hours - 60 * local.minute - local.second
-            elif moment > after and local.minute in self._minutes and local.second == 0:
-                return float(moment)
-            else:
-                moment += 60 - local.second
-        return math.inf
-
-    def _next_by_the_clock(self, after: float) -> float:
-        import datetime
-        begin = datetime.datetime.fromtimestamp(after - 3_600 * _CLOCK_CHANGE_HOURS, self._zone)
-        day = begin.date()
-        for _ in range(_CRON_DAYS):
-            if self._fits(day):
-                times = (datetime.datetime.combine(day, datetime.time(hour, minute), self._zone)
-                         for hour in self._hours for minute in self._minutes)
-                moments = [moment for moment in map(datetime.datetime.timestamp, times)
-                           if moment > after]
-                if moments:
-                    return min(moments)
-            day += datetime.timedelta(days=1)
+        hour = datetime.datetime.fromtimestamp(after - _CLOCK_CHANGE_SECONDS, self._zone)
+        hour = hour.replace(minute=0, second=0, microsecond=0)
+        last = hour + datetime.timedelta(days=_CRON_DAYS)
+        while hour < last:
+            day_fits = hour.day in self._days, hour.isoweekday() % 7 in self._weekdays
+            if hour.month not in self._months or not self._combined(day_fits):
+                hour = hour.replace(hour=0) + datetime.timedelta(days=1)
+                continue
+            if hour.hour in self._hours:
+                times = (hour.replace(minute=minute, fold=fold) for minute in self._minutes)
+                later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
+                if later:
+                    return min(later)
+            hour += datetime.timedelta(hours=1)            # on the clock's face
         return math.inf
 
 
@@ -4283,7 +4207,7 @@ class Dispatch(Passenger):
         """Run one attempt, unless it is to stop already. Never raises."""
         if attempt.stop_requested:
             return
-        function = registry.find(attempt.name)
+        function = function_of(attempt.name)
         if function is None:
             attempt.outcome = UNKNOWN
             return
@@ -4309,8 +4233,7 @@ class Dispatch(Passenger):
 
     def executor_of(self, function: Any) -> Any:
         """Return the executor that a function's attempts go to, or None for the workers."""
-        declared = registry.declared.get(function)
-        return declared.get("executor", self._core.executor) if declared else self._core.executor
+        return declared.get(function, {}).get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt. Return whether the caller should commit it now.
@@ -4422,7 +4345,7 @@ class Core:
 
     def is_broken(self, name: str) -> bool:
         """Whether the executor of a function took nothing lately."""
-        executor = self.dispatch.executor_of(registry.find(name))
+        executor = self.dispatch.executor_of(function_of(name))
         return self._elsewhere is not None and bool(self._elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
@@ -4948,9 +4871,8 @@ def new_submission(backend: Core, fn: Callable[..., Any],
         raise RuntimeError(
             f"{text_of(fn)} was submitted while its module was imported in the process of an "
             'isolated attempt: put the calls that start the app below `if __name__ == "__main__":`')
-    new = Submission(registry.name_of(fn))
-    declared = registry.declared.get(fn)
-    given = {**declared, **options} if declared else options
+    new = Submission(name_of(fn))
+    given = {**declared[fn], **options} if fn in declared else options
     if given:
         _apply_options(backend, new, fn, given)
     if attempt is not None and attempt.backend is backend:
@@ -4993,7 +4915,7 @@ def _apply_options(backend: Core, new: Submission, fn: Callable[..., Any],
         if given.get(name) is not None:
             setattr(new, name, stored(given[name]))
     if "name" in given:
-        registry.by_name.setdefault(new.name, fn)
+        functions.setdefault(new.name, fn)
     if given.get("isolate"):
         door("isolate")
     if new.run_at is None and given.get("delay"):
@@ -5034,11 +4956,11 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
 # What the options of a Runner must be: name -> (test, in words).
 _RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "executor": OPTIONS["executor"],
-    "callback": (lambda v: v is None or v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
+    "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
     "journal": (("wal", "delete").__contains__, '"wal" or "delete"'),
-    "retention": (lambda v: v is None or set(v) <= set(RETENTION) and are_seconds(v.values()),
+    "retention": (lambda v: set(v) <= set(RETENTION) and are_seconds(v.values()),
                   f"None or a dict of seconds for {', '.join(RETENTION)}"),
 }
 
@@ -5462,7 +5384,7 @@ class Service:
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
                 self._store.write(lambda tx: tx.limits.unblock(key))
-            elif registry.find(name) is not None and not self._core.is_broken(name):
+            elif function_of(name) is not None and not self._core.is_broken(name):
                 while self._store.write(lambda tx: unpark(tx, key)):
                     pass
 
@@ -5623,15 +5545,13 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
     """Return when a schedule is due next: never later than if it began now, for the clock may
-    have been set back. In an hour if this process cannot tell: the process that registered the
-    schedule may know other time zones."""
+    have been set back. Its `next_at` if only other processes have the data of its zone."""
+    due: float = row["next_at"]
     try:
         times = schedule_of(row["schedule"], row["zone"])
-    except ValueError as error:
-        say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
-             "looking again in an hour")
-        return now + 3_600
-    return min(times.next(row["next_at"], now), times.next(now, now))
+    except ValueError:
+        return due
+    return min(times.next(due, now), times.next(now, now))
 
 
 TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
@@ -5652,28 +5572,28 @@ def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
 def run_schedules(tx: Transaction) -> None:
     """Make a job for each schedule that is due, unless its last one is not over."""
     for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
-        if _make_job(tx, row, _next_time(row, tx.now)) is None:
-            tx.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due "
-                   "again, and skipped: this job is not over")
+        next_at = _next_time(row, tx.now)
+        if next_at > tx.now:
+            _make_job(tx, row, next_at)
 
 
 def clock_was_set_back(tx: Transaction) -> None:
     """Let no schedule wait until the clock shows the time again at which it would have been due."""
-    for row in _rows(tx, SCHEDULE):
+    for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
     """Return the `info` of a schedule: a dict of the JSON interface."""
-    is_followed = row["registered"] and not row["paused"]
-    return {**{name: row[name] for name in (
-                "id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
-                "job_status", "runs", "skipped")},
-            **{name: bool(row[name]) for name in (
-                "low_priority", "system", "paused", "registered")},
-            **shown_arguments(row, kept_options(row["options"])),
-            "tz": row["zone"], "next_at": row["next_at"] if is_followed else None}
+    info = dict(row)
+    info |= shown_arguments(row, kept_options(info.pop("options")))
+    info["tz"] = info.pop("zone")
+    for name in ("low_priority", "system", "paused", "registered"):
+        info[name] = bool(info[name])
+    if info["paused"] or not info["registered"]:
+        info["next_at"] = None
+    return info
 
 
 REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
@@ -5717,14 +5637,14 @@ class Schedule:
 
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
-        def remove(tx: Transaction, row: sqlite3.Row) -> str:
+        def remove(tx: Transaction, row: sqlite3.Row) -> None:
             deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._core.id})
             if not deleted.rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
                                        "another process that runs; remove it there")
             tx.execute(UNREGISTER_ALL, {"id": self.id})
-            return str(row["key"])
-        self._core.schedules.pop(self._change(remove), None)
+            self._core.schedules.pop(row["key"], None)
+        self._change(remove)
 
     def _set_paused(self, paused: bool) -> Schedule:
         self._change(lambda tx, row: tx.execute(SET_NEXT, {
@@ -5746,13 +5666,17 @@ class Schedule:
 
 # If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
 # was set back.
-SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules
-    (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
-    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
+SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
+        name, args, kwargs, options, label, run_by, low_priority, system, max_running)
+    VALUES (:key, :schedule, :zone, :now, :first,
+        :name, :args, :kwargs, :options, :label, :run_by, ifnull(:low_priority, 0), :system,
+        :max_running)
     ON CONFLICT (key) DO UPDATE SET
     next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first)
         ELSE :first END,
-    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
+    schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
+    options = :options, label = :label, run_by = :run_by, low_priority = ifnull(:low_priority, 0),
+    system = :system, max_running = :max_running"""
 SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
@@ -5766,38 +5690,30 @@ def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tu
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
-    new.low_priority = new.low_priority or 0
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", registry.declared.get(fn, {}).get("tz")))[1]
+    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
     times = schedule_of(schedule, zone)
-    key = new.key or _call_as_key(new)
+    key = new.key
+    if key is None:                    # function and arguments, hashed if they are secret or long
+        arguments = f"{new.args or ''}{new.kwargs or ''}"
+        if len(arguments) > 400 or '"secret"' in (new.options or ""):
+            import hashlib
+            arguments = hashlib.sha256(arguments.encode()).hexdigest()
+        key = f"{new.name}({arguments})"
     asked = schedule, zone, new.name, new.args, new.kwargs
     known = core.schedules.setdefault(key, asked)
     if known != asked:
-        taken = f"the key {key!r} is taken by {known[2]}"
-        if not new.key:
-            taken = f"{new.name} with these arguments is scheduled already"
-        raise ValueError(f"{taken}, {known[0]}; give each schedule a key of its own")
+        raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
+                         "a key of its own")
     values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
               "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now,
-                                   "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
-
-
-def _call_as_key(new: Submission) -> str:
-    """Return the key of a schedule that was given none: function and arguments, hashed if they
-    are secret or long."""
-    arguments = f"{new.args or ''}{new.kwargs or ''}"
-    if len(arguments) > 400 or '"secret"' in (new.options or ""):
-        import hashlib
-        arguments = hashlib.sha256(arguments.encode()).hexdigest()
-    return f"{new.name}({arguments})"
 
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
@@ -5806,15 +5722,21 @@ def _call_as_key(new: Submission) -> str:
 # outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
 # by the parts of the next longer window, and removes the trees that have been over for long.
 
-# How many parts a window has, and of how many minutes.
+# How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
-AGES = 1 << 40             # minutes: one part for all that is older than the windows
 
-# {by}: the first columns of the rows, and what they are grouped by.
-SUMS = "SELECT {by}, " + ", ".join(
-    f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}"
-    for name in TALLIES) + """ FROM bgjobs_stats
-    WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"""
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
+# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+STATS = """WITH RECURSIVE part (at) AS
+        (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
+    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
+    ifnull(sum(failed), 0), nullif(sum(started), 0),
+    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
+    nullif(sum(finished + failed), 0),
+    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    FROM part LEFT JOIN bgjobs_stats
+        ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
+    GROUP BY {by} ORDER BY {by}"""
 
 
 def count_created(core: Core) -> None:
@@ -5823,56 +5745,47 @@ def count_created(core: Core) -> None:
         core.store.write(Transaction.count_created)
 
 
-_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None,
-            "running": None}
-
-
-def _counted(row: sqlite3.Row) -> dict[str, Any]:
-    """Return a row of SUMS as the JSON interface has it."""
-    counted = {name: row[name] for name in _NOTHING}
-    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
-        counted[name] = None if count == 0 else {
-            "avg": row[name] / count, "min": row[name + "_min"], "max": row[name + "_max"]}
-    return counted
-
-
 def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]:
     """Return the counts of a window; see Runner.stats."""
-    if window not in [*WINDOWS]:
+    if window not in WINDOWS:
         raise ValueError(f"window must be {', '.join(WINDOWS)}, got {short(window)}")
+    count_created(core)
     count, step = WINDOWS[window]
     last = int(core.clock() // 60)
-    first = (last // step - count + 1) * step
-    count_created(core)
+    bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> dict[Any, dict[str, Any]]:
-        bounds = {"first": first, "last": last, "name": name}
-        return {row[0]: _counted(row)
-                for row in core.store.read(SUMS.format(by=by), bounds)}
-    parts = sums(f"minute / {step}")
-    return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
-            "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)}
-                      for part in range(first // step, last // step + 1)],
-            "total": sums("NULL").get(None, _NOTHING),
-            "functions": [{"name": name, **counted} for name, counted in sums("name").items()]}
+    def sums(by: str) -> list[tuple[Any, dict[str, Any]]]:
+        times = "avg", "min", "max"
+        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
+                              running=row[9] and dict(zip(times, row[10:]))))
+                for row in core.store.read(STATS.format(by=by), bounds)]
+    return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
+            "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
+            "total": sums("NULL")[0][1],
+            "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
+# The minute under which a row is kept: the first of the part, in the next longer window, of those
+# that it has left.
+FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
+    WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
+    WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
+FOLDED = f"""SELECT {FOLD} AS part, name, sum(created), sum(started), sum(finished), sum(failed),
+    sum(waiting), min(waiting_min), max(waiting_max),
+    sum(running), min(running_min), max(running_max)
+    FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
+FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
     """Sum up the rows that have left each window by the parts of the next longer window, and
     after the longest for good."""
-    now = int(core.clock() // 60)
-    for (count, step), (_, longer) in itertools.pairwise((*WINDOWS.values(), (1, AGES))):
-        bounds = {"first": 0, "last": now - (count + 1) * step, "name": None}
-
-        def fold(tx: Transaction) -> None:
-            by_part = SUMS.format(by=f"minute / {longer} * {longer}, name")
-            sums = tx.execute(by_part, bounds).fetchall()
-            tx.execute(FORGET_MINUTES, bounds)
-            tx.executemany(SAVE_TALLIES, sums)
-        core.store.write(fold)
+    def fold(tx: Transaction) -> None:
+        now = {"now": int(tx.now // 60)}
+        sums = tx.execute(FOLDED, now).fetchall()
+        tx.execute(FORGET_FOLDED, now)
+        tx.executemany(SAVE_TALLIES, sums)
+    core.store.write(fold)
 
 
 PRUNE_IDS = 2_000          # ids that a prune looks at together
@@ -7179,13 +7092,13 @@ class RunnerProxy:
                 link.join(LOSS_SECONDS)                   # the runner has read the outcome then
 
     def _function(self) -> Callable[..., Any]:
-        """Import the function, and have the registry know it by the job's name."""
+        """Import the function, and have this process know it by the job's name."""
         import importlib
         name = self._given["module"]
         is_main = name == import_name("__main__") and not self._is_isolated
         module = sys.modules["__main__"] if is_main else importlib.import_module(name)
         function: Callable[..., Any] = operator.attrgetter(self._given["function"])(module)
-        registry.by_name[self._attempt.name] = function
+        functions[self._attempt.name] = function
         return function
 
     # the connection
@@ -8722,11 +8635,15 @@ _COUNTERS = {
 }
 
 
+COUNTED_BY_NAME = """SELECT name, sum(created) AS created, sum(started) AS started,
+    sum(finished) AS finished, sum(failed) AS failed, sum(waiting) AS waiting,
+    sum(running) AS running FROM bgjobs_stats GROUP BY name"""
+
+
 def metrics(core: Core) -> str:
     """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
     count_created(core)
-    ages = {"first": 0, "last": AGES, "name": None}
-    functions = core.store.read(SUMS.format(by="name"), ages)
+    functions = core.store.read(COUNTED_BY_NAME)
     runners = core.store.read(RUNNERS)
     return "".join([
         _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",

@@ -464,7 +464,7 @@ class NoZone(datetime.tzinfo):
 REFUSED = [
     (float("nan"), "not JSON compliant"), (float("inf"), "not JSON compliant"), ({1: 2}, "the key 1 is no string"),
     ({(1, 2): 3}, "is no string"), (object(), "is of type object"), (lambda: 0, "is of type function"),
-    (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "nested too deeply"),
+    (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "recursion depth"),
     ({(1, 2)}, "a set of tuples"), ({frozenset()}, "frozenset"), (1 + 2j, "complex"), (range(3), "range"),
     ({SilentKey()}, "SilentKey"), ({SilentKey(): 1}, "SilentKey"), (NoModule(), "is of type NoModule"),
     (datetime.datetime(2026, 1, 1, tzinfo=NoZone()), "NoZone"), (pathlib.PureWindowsPath("C:/x"), "is of type PureWindowsPath"),
@@ -618,13 +618,11 @@ class NoOffset(datetime.tzinfo):
 
 
 class TestFunctions:
-    @pytest.mark.parametrize("function,reason", [
-        (lambda: 0, "a lambda has no name"), (outer(), "defined inside a function"), (functools.partial(add, 1), "partial objects"),
-        (3, "not callable"), (Tasks().double.__call__, "no import path|leads to"), ([].append, "leads to|no import path"),
-        (contextlib.suppress(), "not callable"),
-    ], ids=["lambda", "nested", "partial", "int", "wrapper", "bound", "object"])
-    def test_a_function_that_cannot_be_imported_again_is_refused(self, idle, function, reason):
-        with pytest.raises(TypeError, match=reason):
+    @pytest.mark.parametrize("function", [
+        lambda: 0, outer(), functools.partial(add, 1), 3, None, Tasks().double.__call__, [].append, contextlib.suppress(),
+    ], ids=["lambda", "nested", "partial", "int", "none", "wrapper", "bound", "object"])
+    def test_a_function_that_cannot_be_imported_again_is_refused(self, idle, function):
+        with pytest.raises(TypeError, match="cannot be a job: the name .* does not lead to it.* submit one that is defined with def"):
             idle.submit(function)
         assert idle.jobs() == []
 
@@ -714,7 +712,7 @@ class TestFunctions:
                     datetime.datetime(2026, 1, 1, tzinfo=NoOffset("raises")),
                     datetime.datetime(2026, 1, 1, tzinfo=NoOffset(None))]),
         ("max_running", [0, -1, 1.5, 2**63, True, "2"]),
-        ("secret", ["b", None, [5], (name for name in "b")])])
+        ("secret", ["b", 5, [5], (name for name in "b")])])
     def test_values_that_cannot_be_kept_as_they_are_are_refused(self, idle, name, values):
         for value in values:
             with pytest.raises(ValueError, match=f"{name} must be .*, got "):
@@ -732,6 +730,13 @@ class TestFunctions:
         for filters in ({"created_from": 10**400}, {"name": ["a"]}, {"name": "\udcff"}, {"run_by": 5}):
             with pytest.raises(ValueError, match=next(iter(filters))):
                 idle.jobs(**filters)
+
+    def test_none_is_the_default_of_each_option(self, idle):
+        nothing = dict.fromkeys(bgjobs.OPTIONS.keys() - {"executor"})
+        first, second = idle.submit(add, 1), idle.options(**nothing).submit(add, 1)
+        assert idle.drain() == 2
+        facts = ("name", "label", "status", "errors", "low_priority", "run_by", "parent_id", "operations")
+        assert [first.info()[fact] for fact in facts] == [second.info()[fact] for fact in facts]
 
     def test_options_and_arguments_of_the_function_never_clash(self, idle):
         job = idle.options(label="L", run_by="ann").submit(dict, label=1, fn=2, self=3, options=4)
@@ -894,11 +899,11 @@ class TestTimesOfSchedules:
         assert [bgjobs.Every(text).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5 h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
 
     @pytest.mark.parametrize("schedule,reason", [
-        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01 s"),
+        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01"),
         ("", "five cron fields"), ("* * * *", "has five fields"), ("* * * * * *", "has five fields"), ("60 * * * *", "minute of a cron schedule is 0 to 59"),
         ("* 24 * * *", "hour .* is 0 to 23"), ("* * 0 * *", "day of month .* is 1 to 31"), ("* * * 13 *", "month .* is 1 to 12"),
-        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step .* greater than 0"),
-        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range .* goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
+        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step of 1 or more"),
+        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range that goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
     def test_a_bad_schedule_is_refused_with_the_reason(self, idle, schedule, reason):
         with pytest.raises(ValueError, match=reason):
             idle.every(schedule, add, 1)
@@ -906,7 +911,7 @@ class TestTimesOfSchedules:
 
     @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, None, [1], 1e12])
     def test_bad_seconds_are_refused(self, idle, seconds):
-        with pytest.raises(ValueError, match="a schedule is|period of a schedule"):
+        with pytest.raises(ValueError, match="a schedule is seconds, at least 0.01"):
             idle.every(seconds, add, 1)
 
     @pytest.mark.parametrize("tz", ["Mars/Olympus", "../etc/passwd", 5, ""])
@@ -4495,20 +4500,18 @@ class TestSchedules:
     def test_a_key_is_one_functions(self, idle):
         idle.options(key="k").every("1h", add, 1)
         for fn, args in ((note, (1,)), (add, (2,))):
-            with pytest.raises(ValueError, match="the key 'k' is taken by test_bgjobs.add, 1h; give each schedule a key of its own"):
+            with pytest.raises(ValueError, match="'k' is scheduled already: test_bgjobs.add, 1h; give each schedule a key of its own"):
                 idle.options(key="k").every("1h", fn, *args)
 
-    def test_one_that_cannot_be_followed_here_holds_nothing_else_up(self, make, caplog):
+    def test_one_in_a_zone_that_is_unknown_here_holds_nothing_else_up(self, make):
         clock = Clock()
         idle = make(start=False, clock=clock)
         idle.options(key="bad").every("* * * * *", add, 1), idle.options(key="good").every("1m", add, 2)
         idle.options(delay=60).submit(add, 3)
         execute(idle, "UPDATE bgjobs_schedules SET zone = 'Mars/X' WHERE key = 'bad'")
-        clock.now += 60
-        assert idle.drain() == 3
-        wait_for(lambda: "unknown time zone 'Mars/X'" in caplog.text)
-        clock.now += 60
-        assert idle.drain() == 1
+        for ran in (2, 1):
+            clock.now += 60
+            assert idle.drain() == ran
 
     def test_a_period_is_one_however_it_is_written(self, idle):
         assert idle.every(900, add, 1).id == idle.every("15m", add, 1).id
@@ -4525,7 +4528,7 @@ class TestSchedules:
             clock.now += 10
             wait_for(lambda: schedule.info()["skipped"] == skipped)
         job = runner.get(schedule.info()["job_id"])
-        assert "was due again, and skipped" in job.logs()[-1]["message"] and len(runner.jobs()) == 1
+        assert len(runner.jobs()) == 1
         with pytest.raises(bgjobs.InvalidOperation, match="is running; wait until it is over"):
             schedule.run_now()
         gate("scheduled").set()
@@ -4539,7 +4542,7 @@ class TestSchedules:
         first, again = idle.every("1h", add, 1), idle.every("1h", add, 1)
         assert first.id == again.id and len(idle.schedules()) == 1
         assert idle.every("1h", add, 2).id != first.id                  # other arguments: another one
-        with pytest.raises(ValueError, match="is scheduled already, 1h; give each schedule a key"):
+        with pytest.raises(ValueError, match="is scheduled already: test_bgjobs.add, 1h; give each schedule a key"):
             idle.every("2h", add, 1)
         assert idle.options(key="second").every("2h", add, 1).id != first.id
         due = first.info()["next_at"]
@@ -4847,14 +4850,14 @@ class TestRetention:
             clock.now += 3_600 * 9
         before = idle.stats("7d")["total"]
         clock.now += 86_400 * 3
-        bgjobs.fold_statistics(idle)
+        bgjobs.fold_statistics(idle.core)
         assert idle.stats("7d")["total"] == before
         assert [idle.stats(window)["total"] for window in ("7d", "30d")] == [before] * 2
         assert all(minute % 120 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
         clock.now += 86_400 * 40
-        bgjobs.fold_statistics(idle)
+        bgjobs.fold_statistics(idle.core)
         assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
-        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle)
+        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle.core)
 
     def test_a_jobs_log_keeps_its_newest_lines(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
@@ -6272,7 +6275,7 @@ class TestElsewhere:
             assert seen[-1] == 3 and len(here.calls) == len(there.calls) == 1
             there.execute().join(), here.execute().join()
         finally:
-            del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+            del bgjobs.declared[echo], bgjobs.declared[note]
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
