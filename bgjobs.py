@@ -3019,21 +3019,17 @@ FLUSH_SECONDS = 0.25       # how often progress is written if no other write tak
 
 
 class Ticket:
-    """The right to raise JobStopped once in an attempt's thread.
+    """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
 
-    Only `use` is for other threads.
-    """
-
-    __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
+    _depth = 1                             # of library code that calls library code
+    _raised = False                        # by a force stop, from outside
+    _spent = False                         # nothing will be raised from outside any more
+    void = False                           # the attempt has been superseded: library calls raise
+    thread = 0                             # the ident of the attempt's thread
 
     def __init__(self) -> None:
         self._taken = threading.Lock()     # at first by the attempt's thread
         self._taken.acquire()
-        self._depth = 1                    # of library code that calls library code
-        self._raised = False               # by a force stop, from outside
-        self._spent = False                # nothing will be raised from outside any more
-        self.void = False                  # the attempt has been superseded: library calls raise
-        self.thread = 0                    # the ident of the attempt's thread
 
     def take(self, quietly: bool = False) -> None:
         """Enter library code. Raises JobStopped if the attempt is superseded, unless quietly."""
@@ -3061,7 +3057,7 @@ class Ticket:
         if not self._spent and not self._taken.acquire(False):
             while not self._raised:
                 time.sleep(0.0001)
-            _raise_in_thread(self.thread, None)
+            _raise_in_thread(self.thread)
         self._spent |= self.void
 
     def use(self) -> None:
@@ -3078,10 +3074,8 @@ class Ticket:
 
         (A record that the thread logs meanwhile is a library call, which waits for us.)
         """
-        pause = 0.001
         while _is_logging(self.thread):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+            time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
         self._raised = True
 
@@ -3091,19 +3085,15 @@ def _is_logging(thread: int) -> bool:
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
-    modules = (each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame))
-    return any(module.partition(".")[0] == "logging" for module in modules)
+    return any(each.f_globals.get("__name__", "").split(".")[0] == "logging"
+               for each, _ in traceback.walk_stack(frame))
 
 
-def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
-    """Have `error` raised in a thread at its next bytecode. None: take back one not raised yet."""
-    try:
+def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
+    """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):       # not CPython: checkpoints stop it
         import ctypes
-        set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    except (ImportError, AttributeError):                 # not CPython: only checkpoints stop it
-        return
-    set_error(ctypes.c_ulong(thread),
-              ctypes.py_object() if error is None else ctypes.py_object(error))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
 
 _UNSET: Any = object()
