@@ -1470,7 +1470,7 @@ class Transaction:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
         if not attempt.system:
-            ran = attempt.ran_before + attempt.ran
+            ran = attempt.job.duration + attempt.ran
             self.events.append((attempt.name, FINISHED, None, ran))
         self.limits.free(attempt)
         if attempt.parent_id is not None:
@@ -1628,18 +1628,17 @@ class Transaction:
             "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
         return bool(saved.rowcount == 1)
 
-    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :ends_at,
+    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :now + :left,
         message = :message WHERE id = :id"""
 
-    def save_progress(self, attempt: Attempt, report: ProgressReport) -> None:
+    def save_progress(self, attempt: Attempt, report: Any) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         job = self.executing(attempt)
         if job is not None:
-            left = report.seconds_left
-            self.execute(self._SAVE_PROGRESS, {
-                "id": job.id, "progress": report.progress, "message": report.message,
-                "ends_at": None if left is None else self.now + left})
-            self.trees.count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
+            progress, left, message = report
+            self.execute(self._SAVE_PROGRESS, {"id": job.id, "now": self.now, "left": left,
+                                               "progress": progress, "message": message})
+            self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
             attempt.has_reported = True
 
     _SET_CHARGE = f"UPDATE bgjobs_jobs SET charge = :charge {_OF_ATTEMPT}"
@@ -3105,17 +3104,15 @@ current_attempt = _current.get
 class JobContext:
     """The job that this code runs in: what `current_job()` returns.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: a copy of what
-    the last checkpoint saved, or None. stop_requested: whether the next checkpoint raises
-    JobStopped. Outside of a job these are None, 0 and False, and the methods do nothing. Any thread
-    that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but `each` is
-    for one thread at a time.
+    id, name, run_by: the job's. attempt: the number of this attempt, from 1. Outside of a job these
+    are None and 0, and the methods do nothing. Any thread that has the job's context
+    (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one thread at a time.
     """
 
     id: int | None = None
     name: str | None = None
     run_by: str | None = None
-    attempt: int = 0
+    attempt = 0
 
     def __init__(self, attempt: Attempt | None) -> None:
         self._attempt = attempt
@@ -3179,22 +3176,9 @@ class JobContext:
             self._attempt.sleep(seconds)
 
 
-# What current_job() returns. (The attempt does not refer to its context: they would be a cycle.)
-_context: contextvars.ContextVar[JobContext] = contextvars.ContextVar(
-    "bgjobs_context", default=JobContext(None))
-
-
 def current_job() -> JobContext:
     """Return the context of the job that this code runs in, or one that does nothing."""
-    return _context.get()
-
-
-class ProgressReport(NamedTuple):
-    """What the store keeps of an attempt's progress."""
-
-    progress: float | None                                # 0 to 1
-    seconds_left: float | None
-    message: str | None
+    return JobContext(current_attempt())
 
 
 class Attempt:
@@ -3211,14 +3195,14 @@ class Attempt:
     result: str | None = None                             # JSON, as the next one
     error: str | None = None
     exception: BaseException | None = None
-    unsaved_progress: ProgressReport | None = None
+    unsaved_progress: Any = None                          # see report_to_save
     has_reported = False                                  # the file knows progress, or a later charge
 
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
     operation: threading.Event | None = None              # which the next checkpoint waits for
     saved_at = 0.0                                        # monotonic
-    newest: tuple[float, float | None, str | None, float] | None = None    # see note_progress
+    newest: tuple[Any, ...] | None = None                 # see report
     pace: Pace | None = None
     job_logger: logging.Logger | None = None
     # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
@@ -3237,7 +3221,7 @@ class Attempt:
         self.ticket = Ticket()
         self.loops = 0                                    # the number of the next loop of each()
         self.loop_positions: list[int] = []               # completed turns of each()'s loops
-        self.turns: list[tuple[float, float | None]] = [] # done, total of the loops under way
+        self.turns: list[tuple[int, int | None]] = []     # done, total of the loops under way
         self.waits_on: list[threading.Condition] = []     # of its threads; a stop wakes them
 
     @property
@@ -3247,20 +3231,9 @@ class Attempt:
         return is_simple and self.outcome == RETURNED
 
     @property
-    def ran_before(self) -> float:
-        """Seconds for which earlier attempts were active."""
-        return self.job.duration
-
-    @property
     def correction(self) -> int:
         """The microseconds by which the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
-
-    @property
-    def took_too_long(self) -> TimeoutError:
-        """What a timeout is recorded as."""
-        return TimeoutError(f"attempt {self.number} took longer than its timeout of "
-                            f"{self.options['timeout']:,g} s")
 
     @property
     def superseded(self) -> JobStopped:
@@ -3271,6 +3244,11 @@ class Attempt:
         """Make this error the outcome. Never raises, whatever the error's own methods do."""
         self.outcome, self.exception, self.result = RAISED, error, None
         self.error = dump_error(type(error).__qualname__, text_of(error), traceback_of(error))
+
+    def time_out(self) -> None:
+        """Make the timeout the outcome."""
+        seconds = self.options["timeout"]
+        self.fail(TimeoutError(f"attempt {self.number} took longer than {seconds:,g} s"))
 
     # stopping
 
@@ -3386,10 +3364,9 @@ class Attempt:
         done = positions[loop]
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
-        items = None if total is None else float(total)
         try:
             for item in itertools.islice(iterable, done, None):
-                self._report_turn(depth, done, items)
+                self._report_turn(depth, done, total)
                 if self.attention:
                     self.attend()
                 yield item
@@ -3398,90 +3375,76 @@ class Attempt:
                 self.loops = loop + 1
                 if time.monotonic() - self.saved_at > 0.1:
                     self.save(None)
-            self._report_turn(depth, done, items)
+            self._report_turn(depth, done, total)
         finally:
             del self.turns[depth:]
         self.raise_if_stopped()
 
     # progress
 
-    def _report_turn(self, depth: int, done: float, total: float | None) -> None:
+    def _report_turn(self, depth: int, done: int, total: int | None) -> None:
         """Report the progress of a loop; one inside another's turn refines the outer one's."""
-        outer = self.turns[:depth]
         self.turns[depth:] = [(done, total)]
-        for outer_done, outer_total in reversed(outer):
-            done, total = outer_done + (done / total if total else 0.0), outer_total
-        self.note_progress(done, total, None)
+        units = share = 0.0
+        for done, total in reversed(self.turns):
+            units = done + share
+            share = units / total if total else 0.0
+        self.report(units, total)
 
-    def report(self, done: float, total: float | None, message: str | None) -> None:
+    def report(self, done: float, total: float | None = None, message: Any = None) -> None:
         """Note how far the function is; the service thread writes the newest report."""
-        if message is not None and type(message) is not str:
-            message = library_code(text_of)(message)        # here, not in the thread that all jobs share
-        self.note_progress(float(done), None if total is None else float(total), message)
+        if message is not None:
+            message = text_of(message, 500)               # here: its __str__ is the app's
+        self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
-    def note_progress(self, done: float, total: float | None, message: str | None) -> None:
-        """Note a report: (done, total, message, seconds since the attempt began)."""
-        self.newest = (done, total, message, time.monotonic() - self.begun)
+    def report_to_save(self) -> Any:
+        """Return (share from 0 to 1, seconds left, message) of the newest report; each may be None.
 
-    def report_to_save(self) -> ProgressReport | None:
-        """Return what there is to tell of the progress, or None if there is nothing new."""
+        None if there is nothing new.
+        """
         newest, self.newest = self.newest, None           # two threads may ask: one gets it
         if newest is None:
             return None
         done, total, message, at = newest
-        if message is None and not total:
-            message = f"{done:,.12g} done"
-        text = None if message is None else text_of(message, 500)
-        if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done):
-            return ProgressReport(None, None, text)
-        if self.pace is None:
-            self.pace = Pace(resumed=self.job.progress is not None)
+        if not (total and 0 < total < math.inf and math.isfinite(done)):
+            return None, None, f"{done:,.12g} done" if message is None else message
+        self.pace = self.pace or Pace(resumed=self.job.progress is not None)
         left = self.pace.seconds_left(done, total, at)
-        return ProgressReport(min(1.0, max(0.0, done / total)), left, text)
+        return min(1.0, max(0.0, done / total)), left, message
 
     # log
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger, made when it is first asked for."""
+        """Return the job's own logger, made when it is first asked for.
+
+        The app's handlers get its records as those of "bgjobs.job".
+        """
         if self.job_logger is None:
-            self.job_logger = _JobLogger(self)
+            app_logger = logging.getLogger("bgjobs.job")
+
+            def keep(record: logging.LogRecord) -> bool:
+                self.keep_record(record)
+                return app_logger.isEnabledFor(record.levelno)
+            self.job_logger = logging.Logger("bgjobs.job", logging.DEBUG)
+            self.job_logger.parent = app_logger
+            self.job_logger.addFilter(keep)
         return self.job_logger
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> None:
-        """Take a log record into the job's log. Written with the next transaction, within a second.
-        """
+        """Take a log record into the job's log: written with the next transaction."""
         try:
             message = record.getMessage()
-            if record.exc_info and record.exc_info[1] is not None:
+            if record.exc_info and record.exc_info[1]:
                 message += "\n" + traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
-        clock, level = self.backend.clock, record.levelno
-        at = record.created if clock is time.time and is_number(record.created) else clock()
-        if not isinstance(level, int) or abs(level) >= 1 << 31:
-            level = logging.NOTSET
-        self.backend.keep_line(self, at, level, text_of(message).replace("\0", "\\0"))
+        message = text_of(message).replace("\0", "\\0")
+        self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
 
 
-class _JobLogger(logging.Logger):
-    """A job's own logger. The app's handlers get its records as those of "bgjobs.job"."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__("bgjobs.job", logging.DEBUG)
-        self.parent = self._app_logger = logging.getLogger("bgjobs.job")
-        self._attempt = attempt
-
-    isEnabledFor = library_code(logging.Logger.isEnabledFor)
-
-    @library_code
-    def callHandlers(self, record: logging.LogRecord) -> None:
-        self._attempt.keep_record(record)
-        if self._app_logger.isEnabledFor(record.levelno):
-            self._app_logger.callHandlers(record)
-
-
+@functools.cache
 def capture_log_records() -> None:
     """Have the records that any logger emits inside a job land in the job's log, too.
 
@@ -3489,17 +3452,14 @@ def capture_log_records() -> None:
     last-resort handler.
     """
     make_record = logging.getLogRecordFactory()
-    if getattr(make_record, "_bgjobs", False):
-        return
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        attempt = _current.get()
+        attempt = current_attempt()
         # makeLogRecord makes one with the name None, and emits nothing.
         if attempt is not None and record.name not in ("bgjobs.job", None):
             attempt.keep_record(record)
         return record
-    make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
     logging.setLogRecordFactory(make_and_keep)
 
 
@@ -3515,15 +3475,15 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
             attempt.ticket.keep()                         # a force stop raises nothing here any more
-        what = f"{attempt.name} returned, but the result"
-        attempt.result = None if value is None else encode(value, what)
+        if value is not None:
+            attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
     except BaseException as error:
         attempt.outcome = attempt.reason
         if not _is_stop(error):
             attempt.fail(error)
         elif attempt.reason == TIMED_OUT:
-            attempt.fail(attempt.took_too_long)
+            attempt.time_out()
     _here.ticket = around
     attempt.thread = None
     attempt.ran = time.monotonic() - attempt.begun
@@ -3533,13 +3493,7 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
 def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
     """Call the function: the one place where that is done."""
     _current.set(attempt)
-    _context.set(JobContext(attempt))
-    try:
-        args = decode(attempt.job.args) if attempt.job.args else ()
-        kwargs = decode(attempt.job.kwargs) if attempt.job.kwargs else {}
-    except Exception as error:
-        text = f"the arguments of job {attempt.id} cannot be read: {text_of(error)}"
-        raise StoreError(text) from error
+    args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
     value = function(*args, **kwargs)
     if isinstance(value, types.CoroutineType):
@@ -5378,7 +5332,7 @@ class Service:
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
         lost.worked = max(0.0, lost.ran - lost.waited)
-        lost.fail(attempt.took_too_long)
+        lost.time_out()
         if tx.end(lost):
             self._core.remember_exception(lost)
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
