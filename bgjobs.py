@@ -183,6 +183,7 @@ OPERATIONS = {
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
 NO_EXECUTOR = "no executor"        # given back, since its executor takes nothing
+WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}      # what blocks the job then
 TIMED_OUT = "timed out"            # the reason to stop an attempt, which then ends as RAISED
 
 # The words for outcomes in an attempt's history, and for jobs that are pending again.
@@ -1148,6 +1149,11 @@ class JobRow(NamedTuple):
         return self.status in ACTIVE and not self.returned
 
     @property
+    def is_limited(self) -> bool:
+        """Whether others may keep it from starting."""
+        return self.max_running is not None or self.deaths >= SUSPECT
+
+    @property
     def due(self) -> float:
         """When it could have started: creation, or `run_at` if that is later."""
         return max(self.created_at, self.run_at or 0.0)
@@ -1235,24 +1241,13 @@ def contribution(status: str, progress: float | None) -> dict[str, Any]:
             "progress": 1.0 if over else progress or 0.0}
 
 
-# Statistics. :events is a JSON array of [name, event, seconds waited or null, seconds run or null].
 TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max",
            "running", "running_min", "running_max")
-_ADD_TALLIES = "ON CONFLICT (minute, name) DO UPDATE SET " + ", ".join(
+SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
+    VALUES ({", ".join("?" * 12)}) ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
     f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))"
     if name.endswith(("_min", "_max")) else f"{name} = {name} + excluded.{name}"
     for name in TALLIES)
-SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    VALUES ({", ".join("?" * 12)}) {_ADD_TALLIES}"""
-COUNT_EVENTS = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    SELECT :minute, json_extract(value, '$[0]') AS name, 0,
-    count(*) FILTER (WHERE json_extract(value, '$[1]') = 'started'),
-    count(*) FILTER (WHERE json_extract(value, '$[1]') = 'finished'),
-    count(*) FILTER (WHERE json_extract(value, '$[1]') = 'failed'),
-    total(json_extract(value, '$[2]')), min(json_extract(value, '$[2]')),
-    max(json_extract(value, '$[2]')), total(json_extract(value, '$[3]')),
-    min(json_extract(value, '$[3]')), max(json_extract(value, '$[3]'))
-    FROM json_each(:events) WHERE true GROUP BY 2 {_ADD_TALLIES}"""
 
 
 # What a transaction adds up for a job that has descendants, or for a root.
@@ -1332,7 +1327,8 @@ class Transaction:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                         # parent -> it and its ancestors
         self.trees, self.limits = Trees(self), Limits(self)
-        self.events: list[tuple[str, str, float | None, float | None]] = []
+        # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []                         # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
@@ -1343,7 +1339,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return [JobRow(*row) for row in self.execute(sql, parameters).fetchall()]
+        return list(map(JobRow._make, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1470,8 +1466,7 @@ class Transaction:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
         if not attempt.system:
-            ran = attempt.job.duration + attempt.ran
-            self.events.append((attempt.name, FINISHED, None, ran))
+            self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
         self.limits.free(attempt)
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
@@ -1491,13 +1486,13 @@ class Transaction:
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
         ends = outcome in (RETURNED, RAISED) and not retries
         status = status_after(job, outcome, ends, attempt.was_asked_to_stop)
-        unspent = outcome in (UNSPENT, UNKNOWN)
+        unspent = outcome in (UNSPENT, UNKNOWN, NO_EXECUTOR)
         if not unspent and (attempt.number > 1 or not ends):
             timed_out = outcome == RAISED and attempt.reason == TIMED_OUT
             self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
         self.end_attempt(
             job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
-            parked=f"function {job.name}" if outcome == UNKNOWN else None,
+            parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
             returned={RETURNED: 1, RAISED: 2}[outcome] if ends else None,
             result=attempt.result, error=error, positions=attempt.unsaved_positions(),
@@ -1568,7 +1563,7 @@ class Transaction:
         if status in OVER and job.status not in OVER:
             self.over.append(job.id)
         if status in (FINISHED, FAILED) and not job.system:
-            self.events.append((job.name, status, None, job.duration + ran))
+            self.events[job.name, status].append(job.duration + ran)
         if job.parent_id is not None:
             before, after = (contribution(each, job.progress) for each in (job.status, status))
             changed = {name: after[name] - before[name] for name in after}
@@ -1607,9 +1602,14 @@ class Transaction:
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
         self.trees.apply()
-        if self.events:
-            minute = int(self.now // 60)
-            self.execute(COUNT_EVENTS, {"minute": minute, "events": dump(self.events)})
+        minute, rows, none = int(self.now // 60), [], (0.0, None, None)
+        for (name, event), seconds in self.events.items():
+            counts = (len(seconds) * (event == each) for each in ("started", FINISHED, FAILED))
+            measured = none, (sum(seconds), min(seconds), max(seconds))
+            waited, ran = measured[::-1] if event == "started" else measured
+            rows.append((minute, name, 0, *counts, *waited, *ran))
+        if rows:
+            self.executemany(SAVE_TALLIES, rows)
 
     # reports of attempts
 
@@ -1806,14 +1806,16 @@ class _Claim:
         roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
         chunk = max(4, limit // max(1, len(roots)) + 1)
-        trees = [(root.vtime, root.id, self._ready_jobs(root, lane, chunk)) for root in roots]
-        planned, taken, tag = self._room.planned, 0, 0
+        trees = [(root.vtime, root.id,
+                  self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                 for root in roots]
+        planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
+        taken, tag = 0, 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
             if taken >= free:                             # ahead of a free worker: short jobs only
                 planned += self._run_times.occupies(job.name)
-                is_too_much = planned > AHEAD_SECONDS * self._room.workers
-                recovers = kept_options(job.options).get("recover", True)
-                if taken >= limit or is_too_much or not recovers:
+                recovers = not job.options or kept_options(job.options).get("recover", True)
+                if taken >= limit or planned > budget or not recovers:
                     self.more_ready = True
                     break
             taken += 1
@@ -1823,7 +1825,7 @@ class _Claim:
             if not is_single:
                 self._tx.trees.count(job.parent_id, running=1)
                 self._tx.trees.change(root_id, "charge", charge)
-            if limits_of(job):                            # the next one is to see it run
+            if job.is_limited:                            # the next one is to see it run
                 self._write()
                 self._tx.limits.unblock_below(job)
         self._write()
@@ -1843,10 +1845,11 @@ class _Claim:
 
     def _charge(self, job: JobRow) -> int | None:
         """Return what a claim of this job costs, or None if a limit blocks it."""
-        key = self._tx.limits.blocking(job) if limits_of(job) else ""
-        if key:
-            self._blocked.append((job, key))
-            return None
+        if job.is_limited:
+            key = self._tx.limits.blocking(job)
+            if key:
+                self._blocked.append((job, key))
+                return None
         return self._run_times.charge(job.name)
 
     def _ready_jobs(self, root: JobRow, lane: int, chunk: int) -> Iterator[JobRow]:
@@ -1854,7 +1857,7 @@ class _Claim:
         if root.queue == lane:
             yield root
         after = 0
-        while root.total:
+        while True:
             rows = self._tx.jobs(READY_CHILDREN, root=root.id, lane=lane, after=after, limit=chunk)
             yield from rows
             if len(rows) < chunk or len(self._blocked) >= PARKED_A_CLAIM:
@@ -3099,6 +3102,7 @@ _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar(
     "bgjobs_current", default=None)
 current_attempt = _current.get
+enter = _current.set                                      # in a context of its own
 
 
 class JobContext:
@@ -4084,7 +4088,7 @@ class LogLines:
 
     def add(self, attempt: Attempt, at: float, level: int, message: str | None) -> None:
         """Take in a line of an attempt's log, or a start."""
-        if message is None or len(self) < LOG_BUFFER:
+        if message is None or len(self._waiting) < LOG_BUFFER:
             self._waiting.append((attempt, at, level, message))
         else:
             self.dropped += 1
@@ -4108,7 +4112,7 @@ class LogLines:
         lines, long_logs = [], set()
         for attempt, at, level, message in entries:
             if message is None:
-                tx.events.append((attempt.name, "started", at, None))
+                tx.events[attempt.name, "started"].append(at)
                 continue
             lines.append((attempt.id, at, level, message, attempt.number))
             attempt.lines += 1
@@ -4210,7 +4214,9 @@ class Dispatch(Passenger):
         if function is None:
             attempt.outcome = UNKNOWN
             return
-        executor = self.executor_of(attempt, function)
+        executor = None if attempt.system else self.executor_of(function)
+        if attempt.options and attempt.options.get("isolate"):
+            executor = ISOLATED
         if executor is None:
             self.execute_here(attempt, function)
         else:
@@ -4228,13 +4234,10 @@ class Dispatch(Passenger):
         if job.started_at is None and not job.system:
             self._core.lines.add(attempt, max(0.0, self._core.clock() - job.due), 0, None)
 
-    def executor_of(self, attempt: Attempt, function: Callable[..., Any]) -> Any:
-        """Return what executes an attempt: an executor, ISOLATED, or None for the workers."""
-        if attempt.options.get("isolate"):
-            return ISOLATED
-        if attempt.system:
-            return None
-        return registry.declared.get(function, {}).get("executor", self._core.executor)
+    def executor_of(self, function: Any) -> Any:
+        """Return the executor that a function's attempts go to, or None for the workers."""
+        declared = registry.declared.get(function)
+        return declared.get("executor", self._core.executor) if declared else self._core.executor
 
     def settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt. Return whether the caller should commit it now.
@@ -4319,7 +4322,7 @@ class Core:
         self.schedules: dict[str, tuple[Any, ...]] = {}   # of this code, by key: what was asked
         self.id = 0                                       # this runner's, once it is registered
         self.inline: Drain | None = None                  # while it runs jobs in drain()
-        self.shut = False                                 # takes no jobs
+        self.shut = self.goes_down = False                # takes no jobs; and ends
         self._service_lock = threading.Lock()             # guards the two below
         self.service: Service | None = None
         self._elsewhere: Any = None
@@ -4346,7 +4349,8 @@ class Core:
 
     def is_broken(self, name: str) -> bool:
         """Whether the executor of a function took nothing lately."""
-        return self._elsewhere is not None and self._elsewhere.is_broken(name)
+        executor = self.dispatch.executor_of(registry.find(name))
+        return self._elsewhere is not None and bool(self._elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, with neither threads nor attempts."""
@@ -4673,7 +4677,7 @@ class Lifecycle:
                 while self._mine(_MY_UNFINISHED):
                     time.sleep(0.01)
                 core.handles.wait_for_callbacks()
-            self.close(GRACE_SECONDS)
+            self.close(time.monotonic() + GRACE_SECONDS)
 
     def _mine(self, sql: str) -> list[sqlite3.Row]:
         """Return the rows of a query about the jobs that were submitted through this runner."""
@@ -4684,16 +4688,17 @@ class Lifecycle:
             with contextlib.suppress(InvalidOperation, KeyError):
                 self._core.operate("cancel", row["id"], None)
 
-    def close(self, timeout: float) -> None:
-        """Go down in order; running jobs get `timeout` seconds to reach a checkpoint."""
-        self._store.close_by = min(self._store.close_by, time.monotonic() + timeout)
+    def close(self, until: float) -> None:
+        """Go down in order; running jobs get until then (monotonic) to reach a checkpoint."""
+        self._store.close_by = min(self._store.close_by, until)
         with self._closing:
             if not self._store.closed:
                 self._close()
 
     def pause(self) -> None:
         """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
-        self._core.shut, self._core.dispatch.claims = True, False
+        self._core.shut = self._core.goes_down = True
+        self._core.dispatch.claims = False
         for attempt in list(self._core.dispatch.attempts.values()):
             attempt.request_stop(RELEASED)
 
@@ -4965,7 +4970,30 @@ _RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-class Runner(Submitter, Executor):
+class RunnerFace(Submitter):
+    """What a runner offers in its own process, and in that of an attempt elsewhere."""
+
+    def get(self, job_id: int) -> Job[Any]:
+        """Return the handle of a job. Raises KeyError if there is none with this id."""
+        if isinstance(job_id, bool) or not isinstance(job_id, int):
+            raise TypeError(f"a job id is an int, got {short(job_id)}")
+        if not 0 < job_id < 1 << 63:
+            raise KeyError(f"there is no job {job_id} in {self._find_core().path}")
+        self._find_core().status(job_id)
+        return Job(self._find_core(), job_id)
+
+    def jobs(self, /, *, limit: int | None = 100, before: int | None = None,
+             **filters: Any) -> list[Job[Any]]:
+        """Return the jobs that pass the filters, newest first; all of them with limit=None.
+
+        Filters: status= name= run_by= errors= low_priority= q= parent= system= created_from=
+        created_to= (see `conditions`); before: only ids below that. Raises ValueError for a bad
+        value.
+        """
+        return [Job(self._find_core(), job_id) for job_id in self._find_core().find(filters, limit, before)]
+
+
+class Runner(RunnerFace, Executor):
     """Runs the jobs of one file on threads of this process; a complete futures Executor.
 
     path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers:
@@ -5039,25 +5067,6 @@ class Runner(Submitter, Executor):
                 self.core.life.start()
                 keep_house(self, self._retention)
         return self
-
-    def get(self, job_id: int) -> Job[Any]:
-        """Return the handle of a job. Raises KeyError if there is none with this id."""
-        if isinstance(job_id, bool) or not isinstance(job_id, int):
-            raise TypeError(f"a job id is an int, got {short(job_id)}")
-        if not 0 < job_id < 1 << 63:
-            raise KeyError(f"there is no job {job_id} in {self.path}")
-        self.core.status(job_id)
-        return Job(self.core, job_id)
-
-    def jobs(self, /, *, limit: int | None = 100, before: int | None = None,
-             **filters: Any) -> list[Job[Any]]:
-        """Return the jobs that pass the filters, newest first; all of them with limit=None.
-
-        Filters: status= name= run_by= errors= low_priority= q= parent= system= created_from=
-        created_to= (see `conditions`); before: only ids below that. Raises ValueError for a bad
-        value.
-        """
-        return [Job(self.core, job_id) for job_id in self.core.find(filters, limit, before)]
 
     def schedules(self, system: bool = False) -> list[Schedule]:
         """Return the schedules in the file, also those that no code has any more.
@@ -5150,7 +5159,7 @@ class Runner(Submitter, Executor):
         They continue from their state at the next start. timeout: seconds until those that reached
         no checkpoint are given back, too; what they still do then changes nothing in the file.
         """
-        self.core.life.close(timeout)
+        self.core.life.close(time.monotonic() + timeout)
 
 
 # ---- 13 Clock, processes and exit ---------------------------------------------------------------
@@ -5495,7 +5504,7 @@ def _close_all() -> None:
         life.pause()
     while lives:
         try:
-            lives[-1].close(until - time.monotonic())
+            lives[-1].close(until)
             lives.pop()
         except KeyboardInterrupt:                         # another Ctrl-C: wait no longer
             until = 0.0
@@ -6291,6 +6300,1044 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 # ==== layer: elsewhere ===========================================================================
 
 # ---- 18 Elsewhere -------------------------------------------------------------------------------
+#
+# An attempt may execute in another process: in one of its own (isolate=True), or wherever a
+# concurrent.futures.Executor, the engine, takes it (executor=). The worker thread that would call
+# the function drives the attempt instead:
+#
+#   1. It hands the engine one call, run_attempt(where to dial, a token). A port is opened for the
+#      first such attempt.
+#   2. Over there, run_attempt dials and shows the token, which is good for one connection. So if
+#      the engine makes the call twice, the second one is refused. The answer is the job.
+#   3. The function is called. What it asks of its job goes over the connection, and the worker
+#      thread here carries it out, call by call, as the same job would in this thread. A wait for
+#      another job gives the place away, as always.
+#   4. The outcome comes over the connection, too, as the last call.
+#   5. A connection that ends before that is a lost attempt: it has failed, with the engine's
+#      reason, or is given back if the runner goes down. Over there it stops at its next checkpoint.
+#
+# An isolated attempt gets a socket of its own from the start, so there are no steps 1 and 2.
+#
+# A line of JSON is a message:
+#
+#   there -> runner    [number, call, [argument...], news]        number 0: no answer is wanted
+#   runner -> there    [number, value], or [number, null, type of an error, its text]
+#                      unasked: [0, "stop", reason], [0, "void"], [0, "over", job, its outcome]
+#
+# `news` is null, or [log lines, progress, positions of each()]: what was not told before.
+#
+# Places. No more attempts are at an engine than it has places, those that wait for other jobs
+# included. While one waits, the next job of the engine gets its turn, but there is no place for
+# it; so it executes in the worker's thread here. Thus no job waits for a process in vain.
+
+STRANGER_SECONDS = 10.0            # in which a connection has to show a token
+STRANGER_BYTES = 4_096             # that it may send before
+STRANGERS = 64                     # connections that have shown none; one more, and the oldest is closed
+LINE_BYTES = 32_000_000            # of a message from over there; a longer one ends the connection
+LINES_A_CALL = 1_000               # log lines that one call takes along
+TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
+BROKEN_SECONDS = 10.0              # until an executor that takes nothing is tried again
+LOSS_SECONDS = 1.0                 # that an engine may take to tell why a connection has ended
+SIGNAL_SECONDS = 5.0               # that an attempt gets to reach a checkpoint after a signal
+
+
+class Connection:
+    """A socket over which messages go both ways. Any thread may send; one thread receives."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._socket = link
+        self._sending = threading.Lock()                  # a message is sent in one piece
+        self._unread = bytearray()                        # of a message whose end has not come yet
+
+    def fileno(self) -> int:
+        """Return the descriptor, for selectors."""
+        return self._socket.fileno()
+
+    def send(self, *message: Any) -> None:
+        """Send a message. OSError: the connection is lost."""
+        line = dump(message).encode() + b"\n"
+        with self._sending:
+            self._socket.sendall(line)
+
+    def receive(self) -> list[Any]:
+        """Wait for data; return the messages that are complete now.
+
+        Raises OSError if the connection has ended, ValueError or RecursionError if that was no
+        message.
+        """
+        received = self._socket.recv(1 << 16)
+        if not received:
+            raise ConnectionError("the connection has ended")
+        self._unread += received
+        if b"\n" not in received:
+            if len(self._unread) > LINE_BYTES:
+                raise ValueError("a message is too long")
+            return []
+        *lines, self._unread = self._unread.split(b"\n")
+        return [json.loads(line.decode()) for line in lines]
+
+    def cut(self) -> None:
+        """End the connection, for both sides."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(2)                      # SHUT_RDWR
+
+    def close(self) -> None:
+        """Close the socket. In a forked child this ends nothing for the parent."""
+        self._socket.close()
+
+
+# The runner's side.
+
+class Engine:
+    """An executor: one that the app made, or one made here, which is replaced when it breaks."""
+
+    def __init__(self, executor: Any, places: int) -> None:
+        is_factory = isinstance(executor, type) or not hasattr(executor, "submit")
+        self._make = executor if is_factory else None     # None: another one cannot be made
+        self._executor: Any = None if is_factory else executor
+        self._making = threading.Lock()                   # guards _executor
+        self._default_places = places
+        self._broken_until = -math.inf                    # monotonic
+        self.has_worked = False                           # an attempt has begun there since it was made
+        # `_changed` guards the two below. Attempts with a turn, with True if they are at the executor;
+        # and how many threads of them wait for other jobs.
+        self._changed = threading.Condition()
+        self._attempts: dict[Attempt, bool] = {}
+        self._waits: Counter[Attempt] = Counter()
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether the executor is made here."""
+        return self._make is not None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it took nothing lately."""
+        return time.monotonic() < self._broken_until
+
+    def note_broken(self) -> None:
+        """Send nothing there for BROKEN_SECONDS."""
+        self._broken_until = time.monotonic() + BROKEN_SECONDS
+
+    def executor(self) -> Any:
+        """Return the executor, made if there is none. Raises what making it raises."""
+        with self._making:
+            if self._executor is None:
+                self._executor, self.has_worked = self._make(), False           # type: ignore[misc]
+            return self._executor
+
+    def submit(self, *arguments: Any) -> Any:
+        """Return the executor's future for run_attempt. Raises what an executor raises that takes nothing."""
+        executor = self.executor()
+        try:
+            return executor.submit(run_attempt, *arguments)
+        except Exception:
+            if self._make is None:
+                raise
+        with self._making:
+            if self._executor is executor:                # no other thread has replaced it
+                self._executor = None
+        return self.executor().submit(run_attempt, *arguments)
+
+    def close(self) -> None:
+        """Shut down the executor if it was made here."""
+        if self._make is not None and self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def enter(self, attempt: Attempt) -> bool:
+        """Wait for an attempt's turn, or until it is asked to stop.
+
+        Returns whether there is a place for it at the executor; else it is to execute here.
+        """
+        places = getattr(self.executor(), "_max_workers", None) or self._default_places
+
+        def has_turn() -> bool:
+            return attempt.stop_requested or len(self._attempts) - len(self._waits) < places
+        with self._changed:
+            attempt.wait_on(self._changed, has_turn, None)
+            goes_there = sum(self._attempts.values()) < places
+            self._attempts[attempt] = goes_there
+        attempt.away = functools.partial(self.away, attempt)
+        return goes_there
+
+    def exit(self, attempt: Attempt) -> None:
+        """Give the turn of an attempt that has ended to the next."""
+        del attempt.away
+        with self._changed:
+            del self._attempts[attempt]
+            self._waits.pop(attempt, None)
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def away(self, attempt: Attempt) -> Iterator[None]:
+        """Give the turn of an attempt away while it waits."""
+        self.leave(attempt)
+        try:
+            yield
+        finally:
+            self.come_back(attempt)
+
+    def leave(self, attempt: Attempt) -> None:
+        """Note that a thread of an attempt begins to wait."""
+        with self._changed:
+            self._waits[attempt] += 1
+            self._changed.notify_all()
+
+    def come_back(self, attempt: Attempt) -> None:
+        """Note that a thread of an attempt waits no more."""
+        with self._changed:
+            self._waits[attempt] -= 1
+            if not self._waits[attempt]:
+                del self._waits[attempt]
+
+
+# Those of executors that the app made: several runners of a process may use one, and share its places.
+_shared_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+
+
+class AttemptServer:
+    """Listens for attempts, in a thread of its own, and for nothing else: each shows its token."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address or "127.0.0.1:0"
+        self._starting = threading.Lock()                 # guards _listener: only one is opened
+        self._listener: socket.socket | None = None
+        self._expected: dict[str, queue.SimpleQueue[Any]] = {}     # by token: where its socket goes
+        # Those that have shown no token, the oldest first, with what they sent and until when they may.
+        self._strangers: dict[socket.socket, tuple[bytearray, float]] = {}
+
+    def expect(self, inbox: queue.SimpleQueue[Any]) -> str:
+        """Return a new token; the socket that shows it is put into this queue."""
+        token = os.urandom(16).hex()
+        self._expected[token] = inbox
+        return token
+
+    def forget(self, token: str) -> None:
+        """Refuse a token from now on."""
+        self._expected.pop(token, None)
+
+    def listen(self) -> tuple[str, int]:
+        """Open the port, unless it is open; return its address.
+
+        A port that is taken may belong to the process before this one, which goes down; wait for
+        that. Raises OSError, which names the address.
+        """
+        import socket
+        with self._starting:
+            if self._listener is None:
+                self._listener = self._open()
+                self._listener.setblocking(False)
+                self._waker, self._wakes = socket.socketpair()
+                start_thread("bgjobs-callback", self._serve)
+            host, port = self._listener.getsockname()[:2]
+            return host, port
+
+    def _open(self) -> socket.socket:
+        import errno
+        import socket
+        give_up = time.monotonic() + GRACE_SECONDS + 1
+        host, _, port = self._address.rpartition(":")
+        while True:
+            try:
+                return socket.create_server((host, int(port)), backlog=1024)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > give_up:
+                    text = f"callback {self._address} cannot be listened at: {error.strerror}"
+                    raise OSError(error.errno, text) from error
+                time.sleep(0.1)
+
+    def _serve(self) -> None:
+        """Accept connections and read their tokens, until close()."""
+        import selectors
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._listener, selectors.EVENT_READ)             # type: ignore[arg-type]
+            selector.register(self._wakes, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select(1.0 if self._strangers else None):
+                    if key.fileobj is self._wakes:
+                        return self.leave_to_parent()
+                    if key.fileobj is self._listener:
+                        self._accept(selector)
+                    elif key.fileobj in self._strangers:
+                        self._read_token(selector, key.fileobj)
+                for stranger, (_, until) in list(self._strangers.items()):
+                    if time.monotonic() > until:
+                        self._drop(selector, stranger)
+
+    def _accept(self, selector: Any) -> None:
+        import selectors
+        try:
+            stranger, _ = self._listener.accept()         # type: ignore[union-attr]
+        except OSError:                                   # it is gone again, or descriptors are used up
+            return time.sleep(0.01)
+        stranger.setblocking(False)
+        self._strangers[stranger] = bytearray(), time.monotonic() + STRANGER_SECONDS
+        selector.register(stranger, selectors.EVENT_READ)
+        if len(self._strangers) > STRANGERS:
+            self._drop(selector, next(iter(self._strangers)))
+
+    def _drop(self, selector: Any, stranger: Any) -> None:
+        selector.unregister(stranger)
+        del self._strangers[stranger]
+        stranger.close()
+
+    def _read_token(self, selector: Any, stranger: Any) -> None:
+        """Hand a connection over to the attempt whose token it shows."""
+        sent, _ = self._strangers[stranger]
+        try:
+            received = stranger.recv(STRANGER_BYTES)
+            sent += received
+            if received and not sent.endswith(b"\n") and len(sent) < STRANGER_BYTES:
+                return                                    # the rest may still come
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        inbox = self._expected.pop(sent.rstrip(b"\n").decode("latin-1"), None)
+        if inbox is None:
+            return self._drop(selector, stranger)
+        selector.unregister(stranger)
+        del self._strangers[stranger]
+        stranger.setblocking(True)
+        inbox.put(stranger)
+
+    def close(self) -> None:
+        """Listen no more. Returns at once."""
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._waker.send(b"x")
+
+    def leave_to_parent(self) -> None:
+        """Close all sockets but those of attempts. (In a forked child, its copies.)"""
+        if self._listener is not None:
+            for each in (self._listener, self._waker, self._wakes, *self._strangers):
+                each.close()
+
+
+class Drive:
+    """The execution of one attempt at an engine, as the worker thread here sees it."""
+
+    def __init__(self, core: Core, attempt: Attempt, function: Callable[..., Any],
+                 engine: Engine | None = None) -> None:
+        self._core, self._attempt, self._engine = core, attempt, engine
+        self._function = function
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()     # its socket; None: look what is new
+        self._future: Any = None                          # the engine's
+        self.connection: Connection | None = None         # from its begin on
+        self._ended = False
+        self._calls: dict[str, Callable[..., Any]] = {
+            "tell": lambda: None, "save": self._save, "submit": self._submit,
+            "operate": self._operate, "info": self._core.info, "logs": self._core.logs,
+            "status": self._core.status, "find": self._core.find, "outcome": self._outcome_of,
+            "watch": self._watch, "leave": self._leave, "back": self._come_back, "end": self._end}
+
+    def run(self, server: AttemptServer) -> None:
+        """Hand the attempt to its engine, and carry out what it asks for until it has ended.
+
+        Raises what an executor raises that takes nothing.
+        """
+        address, token = server.listen(), server.expect(self._inbox)
+        self._attempt.on_stop = self._tell_to_stop
+        try:
+            self._future = self._engine.submit(*address, token)        # type: ignore[union-attr]
+            self._future.add_done_callback(self._look)
+            link = self._meet()
+            if link is not None:
+                self._engine.has_worked = True            # type: ignore[union-attr]
+                self._carry_out(Connection(link))
+        finally:
+            server.forget(token)
+            del self._attempt.on_stop
+            while not self._inbox.empty():                # it has come too late
+                if (link := self._inbox.get()) is not None:
+                    link.close()
+
+    def _meet(self) -> socket.socket | None:
+        """Wait until the attempt has dialed; return its socket. None: it ends without a begin."""
+        while (link := self._inbox.get()) is None:
+            if self._future.done() and not self._future.cancelled():
+                return self._lose(self._reason())
+            if self._future.cancelled() or self._attempt.stop_requested and self._future.cancel():
+                return None
+        return link                                       # type: ignore[no-any-return]
+
+    def _look(self, future: Any) -> None:
+        """Wake the worker thread, which waits for the attempt. In a thread of the engine's."""
+        if self.connection is None:
+            self._inbox.put(None)
+        elif future.cancelled() or future.exception() is not None:
+            self.connection.cut()                         # a process that it forked may hold it open
+
+    def _tell_to_stop(self) -> None:
+        """Tell the attempt that it is to stop, or is void. From any thread; never blocks."""
+        if self.connection is None:
+            self._inbox.put(None)
+        elif self._attempt.ticket.void:
+            self._post(0, "void")
+        else:
+            self._post(0, "stop", self._attempt.reason)
+
+    def _post(self, *message: Any) -> None:
+        """Send a message from a thread of its own: a process that does not read holds up nobody."""
+        try:
+            start_thread("bgjobs-post", self._send, *message)
+        except RuntimeError:                              # there are too many threads
+            self._send(*message)
+
+    def _send(self, *message: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(*message)                # type: ignore[union-attr]
+
+    def _carry_out(self, connection: Connection) -> None:
+        """Send the job to the attempt and answer its calls until it has ended, or is lost."""
+        attempt, core = self._attempt, self._core
+        attempt.begun, attempt.thread = time.monotonic(), 0
+        core.dispatch.note_start(attempt)
+        function = self._function
+        self.connection, why = connection, "it has ended the connection"
+        try:
+            connection.send({"job": attempt.job, "module": import_name(function.__module__),
+                             "function": function.__qualname__, "path": core.path,
+                             "now": core.clock()})
+            if attempt.stop_requested:                    # before there was a connection
+                self._tell_to_stop()
+            if self._future is not None and self._future.done():
+                self._look(self._future)
+            while not self._ended:
+                for message in connection.receive():
+                    self._heed(message)
+        except Exception as error:
+            why = f"{type(error).__qualname__}: {text_of(error, 200)}"
+        finally:
+            attempt.thread = None
+            connection.cut()
+            connection.close()
+        if not self._ended:
+            attempt.ran = time.monotonic() - attempt.begun
+            self._lose(self._reason(why))
+        attempt.worked = max(0.0, attempt.ran - attempt.waited)
+        core.run_times.record(attempt.name, attempt.worked)
+
+    def _reason(self, why: str = "") -> BaseException:
+        """Return what the engine says about an attempt that was lost."""
+        reason: BaseException | None = None
+        with contextlib.suppress(Exception):              # it says nothing in time
+            reason = self._future.exception(LOSS_SECONDS)
+        return reason or BgjobsError(f"the process that executed it is gone: {why}")
+
+    def _lose(self, reason: BaseException) -> None:
+        """Make the loss of the attempt its outcome."""
+        attempt, engine = self._attempt, self._engine
+        if self._core.goes_down:
+            attempt.outcome = RELEASED if attempt.begun else UNSPENT
+        elif attempt.begun or not isinstance(reason, BrokenExecutor):
+            attempt.fail(reason)
+        elif engine is not None and not engine.has_worked:
+            raise reason                                  # there is something wrong with the executor
+        # Else another attempt broke it before this one began.
+
+    # what the attempt asks for
+
+    def _heed(self, message: Any) -> None:
+        """Carry out a call, and answer it. ValueError: it is none."""
+        match message:
+            case [int(number), str(call), list(arguments), news] if call in self._calls:
+                if news is not None:
+                    self._hear(*news)
+            case _:
+                raise ValueError(f"{short(message)} is no call")
+        answer: tuple[Any, ...]
+        try:
+            if self._attempt.ticket.void and call != "end":
+                raise self._attempt.superseded
+            answer = (self._calls[call](*arguments),)
+        except BaseException as error:                    # JobStopped is one of these
+            is_key = isinstance(error, KeyError) and error.args
+            text = text_of(error.args[0] if is_key else error)
+            kind = "JobStopped" if self._core.store.closed else type(error).__qualname__
+            answer = None, kind, text
+        if number:
+            self.connection.send(number, *answer)         # type: ignore[union-attr]
+
+    def _hear(self, lines: list[Any], report: list[Any] | None, positions: str | None) -> None:
+        """Take over log lines, progress and positions. Written with the next transaction."""
+        for at, level, message in lines:
+            self._core.keep_line(self._attempt, float(at), int(level), text_of(message))
+        if report is not None:
+            self._attempt.report(*report)
+        if positions is not None:
+            self._attempt.loop_positions = json.loads(positions)
+
+    def _save(self, state: str | None, positions: str | None) -> bool:
+        return self._core.save(self._attempt, state, positions)
+
+    def _submit(self, columns: dict[str, Any], arguments: list[str | None] | None) -> Any:
+        """Submit a job, or one for each of the arguments; answer with the ids."""
+        self._attempt.raise_if_stopped()
+        new = Submission(columns["name"])
+        vars(new).update(columns, author=(self._attempt.id, self._attempt.number))
+        if arguments is None:
+            return self._core.submit(new).id
+        return self._core.submit_many(new, arguments)
+
+    def _operate(self, operation: str, job_id: int, by: str | None) -> None:
+        if operation not in OPERATIONS:
+            raise ValueError(f"there is no operation {short(operation)}")
+        self._core.operate(operation, job_id, by)
+
+    def _outcome_of(self, job_id: int) -> dict[str, Any] | None:
+        row = self._core.outcome(job_id)
+        return None if row is None else dict(row)
+
+    def _watch(self, job_id: int) -> None:
+        """Tell the attempt once a job is over."""
+        def tell(job: Job[Any]) -> None:
+            self._post(0, "over", job_id, self._outcome_of(job_id) or {})
+        Job(self._core, job_id).add_done_callback(tell)
+
+    def _leave(self) -> None:
+        """Give the attempt's place away."""
+        if self._engine is not None:
+            self._engine.leave(self._attempt)
+        self._core.dispatch.pool.leave(self._attempt)
+
+    def _come_back(self) -> None:
+        """Answer once the attempt has a place again, unless other threads of it still wait."""
+        self._core.dispatch.pool.come_back(self._attempt)
+        if self._engine is not None:
+            self._engine.come_back(self._attempt)
+
+    def _end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
+        """Take over the outcome. ran: seconds that the function has taken."""
+        for text in (result, error):
+            if outcome not in OUTCOMES or not isinstance(text, (str, type(None))):
+                raise ValueError("there is no such outcome")
+        attempt = self._attempt
+        attempt.outcome, attempt.result, attempt.error = outcome, result, error
+        attempt.ran = float(ran)
+        self._ended = True
+
+
+class IsolatedDrive(Drive):
+    """The execution of one attempt in a process of its own, started fresh, never forked."""
+
+    _process: Any = None
+    _is_dead = False                                      # and so is everything that it started
+
+    def run(self, server: AttemptServer | None = None) -> None:
+        """Start the process, and carry out what the attempt asks for until it has ended.
+
+        With the process everything it started is killed (on Windows the process alone). Raises
+        BgjobsError if none can be started.
+        """
+        import socket
+        name = self._attempt.name
+        if getattr(sys, "frozen", False) or not sys.executable:
+            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python to start "
+                              "a process with: leave isolate out, or use executor=")
+        if import_name(self._function.__module__) == "__main__":
+            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into standard "
+                              "input, a notebook or -c, where another process cannot import it: put it "
+                              "into a file of its own and import that")
+        ours, theirs = socket.socketpair()
+        # `_lock` guards the killing: a process that has been waited for may be another by now.
+        self._lock = threading.Lock()
+        with theirs:
+            self._process = self._start(theirs)
+        self._attempt.on_stop = self._tell_to_stop
+        try:
+            self._carry_out(Connection(ours))
+        finally:
+            del self._attempt.on_stop
+            self._kill()
+
+    def _start(self, theirs: socket.socket) -> Any:
+        """Start a process that imports this module, and nothing of the app."""
+        import subprocess
+        folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
+        code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; " \
+               "sys.argv[1:] = []; __import__('importlib').import_module(name).execute_isolated()"
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, import_name(__name__)])]
+        is_windows = os.name == "nt"
+        stdin: Any = subprocess.PIPE if is_windows else theirs
+        # Popen waits for the end of a pipe, which a process forked meanwhile would keep open. A
+        # session of its own: Ctrl-C in a terminal is for the app, which tells us.
+        with fork_gate:
+            process = subprocess.Popen(command, stdin=stdin, start_new_session=True)
+        if is_windows:                                    # where no process inherits a socket
+            with process.stdin:                           # type: ignore[union-attr]
+                process.stdin.write(theirs.share(process.pid))         # type: ignore
+        return process
+
+    def _tell_to_stop(self) -> None:
+        """Tell the attempt to stop; kill it if it is void. From any thread; never blocks."""
+        if self._attempt.ticket.void:
+            self._kill()
+        elif self.connection is not None:
+            self._post(0, "stop", self._attempt.reason)
+
+    def _kill(self) -> None:
+        """Kill the process and everything that it started."""
+        with self._lock:
+            if not self._is_dead:
+                _kill_group(self._process)
+                self._process.wait()
+            self._is_dead = True
+
+    def _reason(self, why: str = "") -> BaseException:
+        """Return how the process died."""
+        with contextlib.suppress(Exception):              # it lives, and has closed its socket
+            self._process.wait(LOSS_SECONDS)
+        code = self._process.returncode
+        if code is None:
+            return BgjobsError(f"the process of its own is killed: {why}")
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+        return BgjobsError(f"the process of its own died under it: {how}")
+
+
+def _kill_group(process: Any) -> None:
+    import signal
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):                # there is none left
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
+class Elsewhere:
+    """What a runner needs to have attempts execute in other processes."""
+
+    def __init__(self, core: Core, address: str | None) -> None:
+        self._core = core
+        self._engines: dict[int, Engine] = {}             # by the id of what the app gave
+        self._server = AttemptServer(address)
+        self._drives: dict[Drive, None] = {}
+        # The standard library's own hook; RuntimeError: the interpreter ends already.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            register: Callable[..., None] = threading._register_atexit       # type: ignore[attr-defined]
+            register(_close_before_executors, weakref.ref(core))
+
+    def listen(self) -> None:
+        """Open the port. OSError: it cannot be."""
+        self._server.listen()
+
+    def engine(self, executor: Any) -> Engine:
+        """Return the engine for an executor, or for what makes one."""
+        engine = self._engines.get(id(executor))
+        if engine is None:
+            new = Engine(executor, self._core.max_workers)
+            shared = new if new.is_made_here else _shared_engines.setdefault(id(executor), new)
+            engine = self._engines.setdefault(id(executor), shared)
+        return engine
+
+    def is_broken(self, executor: Any) -> bool:
+        """Return whether an executor took nothing lately."""
+        return executor is not None and executor is not ISOLATED and self.engine(executor).is_broken
+
+    def drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
+        """Have an attempt executed elsewhere. Never raises. In the thread that would execute it."""
+        try:
+            contextvars.Context().run(self._drive, attempt, function, executor)
+        except BaseException as error:
+            attempt.fail(error)
+
+    def _drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
+        enter(attempt)                             # what is done here is the job's doing
+        if executor is ISOLATED:
+            return self._run(IsolatedDrive(self._core, attempt, function))
+        engine = self.engine(executor)
+        if engine.is_broken:
+            attempt.outcome = NO_EXECUTOR
+            return
+        try:
+            goes_there = engine.enter(attempt)
+            try:
+                if attempt.stop_requested:
+                    return
+                if goes_there:
+                    self._run(Drive(self._core, attempt, function, engine))
+                else:
+                    self._core.dispatch.execute_here(attempt, function)
+            finally:
+                engine.exit(attempt)
+        except Exception as error:
+            engine.note_broken()
+            attempt.outcome = NO_EXECUTOR
+            text = f"its executor takes no job: {type(error).__qualname__}: {text_of(error, 500)}"
+            say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
+            self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+
+    def _run(self, drive: Drive) -> None:
+        self._drives[drive] = None
+        try:
+            drive.run(self._server)
+        finally:
+            del self._drives[drive]
+
+    def close(self) -> None:
+        """Take no more attempts. Those that still execute are told by their own connections."""
+        self._server.close()
+        for engine in list(self._engines.values()):
+            engine.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: keep no connection of the parent's open."""
+        self._server.leave_to_parent()
+        for drive in list(self._drives):
+            if drive.connection is not None:
+                drive.connection.close()
+
+
+def _close_before_executors(reference: weakref.ref[Core]) -> None:
+    """Close a runner at interpreter exit before process pools wait for what they execute."""
+    core = reference()
+    if core is not None and not core.store.closed:
+        core.life.close(time.monotonic() + GRACE_SECONDS)
+
+
+open_door("executor", Elsewhere)
+open_door("isolate", Elsewhere)
+
+
+# The other side: the process in which the attempt executes.
+
+def run_attempt(host: str, port: int, token: str) -> None:
+    """Execute one attempt in this process: the one function that engines call."""
+    import socket
+    try:
+        link = socket.create_connection((host, port), timeout=60)
+        try:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link.sendall(token.encode() + b"\n")
+            proxy = RunnerProxy(Connection(link))
+            link.settimeout(None)
+        except BaseException:
+            link.close()
+            raise
+    except OSError as error:
+        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot be reached, "
+                          f"or has the attempt already ({text_of(error)})") from error
+    proxy.execute()
+
+
+def execute_isolated() -> None:
+    """Execute the attempt that this process was started for."""
+    import socket
+    serve_one_attempt()
+    if os.name == "nt":
+        link = socket.fromshare(sys.stdin.buffer.read())           # type: ignore[attr-defined]
+    else:
+        link = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    connection = Connection(link)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=connection.close)
+    RunnerProxy(connection, is_isolated=True).execute()
+
+
+class RunnerThere(RunnerFace):
+    """What `bgjobs.submit` and the like inside a job go to, where the runner is in another process."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
+                           "in a job without executor= and isolate=")
+
+    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse           # type: ignore[assignment]
+
+
+class RunnerProxy:
+    """The backend of an attempt in another process: asks the runner over the attempt's connection."""
+
+    def __init__(self, connection: Connection, is_isolated: bool = False) -> None:
+        self._connection, self._is_isolated = connection, is_isolated
+        self._unheeded: list[Any] = []                    # messages
+        while not self._unheeded:
+            self._unheeded = connection.receive()
+        (given,), *self._unheeded = self._unheeded
+        self._given, self.path = given, given["path"]
+        self._ahead = given["now"] - time.time()          # the runner's clock
+        self.id = 0
+        self.face = RunnerThere(lambda: self, {})         # type: ignore[arg-type, return-value]
+        self._attempt = Attempt(self, JobRow(*given["job"]), 0)       # type: ignore[arg-type]
+        # `_lock` guards all below, and the sending. Nothing is waited for under it.
+        self._lock = threading.Lock()
+        self._gone = ""                                   # why the runner cannot be asked any more
+        self._pid = os.getpid()
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, queue.SimpleQueue[Any]] = {}      # of calls, by number
+        self._lines: deque[tuple[float, int, str]] = deque()       # of the log, not told yet
+        self._told_positions: str | None = None
+        self._watched: dict[int, list[Job[Any]]] = {}
+        self._signals = _Signals(self._attempt)
+
+    def clock(self) -> float:
+        """Return Unix seconds, by the runner's clock."""
+        return time.time() + self._ahead
+
+    def execute(self) -> None:
+        """Call the function and send the outcome."""
+        attempt = self._attempt
+        capture_log_records()
+        link = start_thread("bgjobs-link", self._listen)
+        with self._signals:
+            try:
+                function = self._function()
+            except BaseException as error:
+                attempt.fail(error)
+            else:
+                perform(attempt, function)
+            for stream in (sys.stdout, sys.stderr):       # an isolated process is killed
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            with contextlib.suppress(JobStopped):
+                self._tell()
+                self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
+            self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended")
+            if self._signals.came:
+                link.join(LOSS_SECONDS)                   # the runner has read the outcome then
+
+    def _function(self) -> Callable[..., Any]:
+        """Import the function, and have the registry know it by the job's name."""
+        import importlib
+        name = self._given["module"]
+        is_main = name == import_name("__main__") and not self._is_isolated
+        module = sys.modules["__main__"] if is_main else importlib.import_module(name)
+        function: Callable[..., Any] = operator.attrgetter(self._given["function"])(module)
+        registry.by_name[self._attempt.name] = function
+        return function
+
+    # the connection
+
+    @library_code
+    def ask(self, call: str, *arguments: Any) -> Any:
+        """Ask the runner for something and return its answer.
+
+        Raises JobStopped if the runner is gone or the attempt is superseded, else what it raised there.
+        """
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        number = next(self._numbers)
+        self._answers[number] = answer
+        self._send(number, call, *arguments)
+        value, kind, text = answer.get()
+        if kind is None:
+            return value
+        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        raise next((each for each in known if each.__name__ == kind), BgjobsError)(text)
+
+    @library_code
+    def _send(self, number: int, call: str, *arguments: Any) -> None:
+        """Send a call, and what is new. JobStopped: the runner is gone, or this is a forked child."""
+        if self._pid != os.getpid():
+            raise JobStopped("this process was forked by a job: only its parent can speak for that")
+        with self._lock:
+            if self._gone:
+                raise JobStopped(self._gone)
+            try:
+                self._connection.send(number, call, arguments, self._news())
+            except OSError as error:
+                raise JobStopped("the runner is gone") from error
+
+    def _news(self) -> list[Any] | None:
+        """Return what was not told before: log lines, progress and positions. None: nothing. Under the lock."""
+        attempt = self._attempt
+        lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_A_CALL))]
+        report: list[Any] | None = None
+        newest, attempt.newest = attempt.newest, None
+        if newest is not None:
+            numbers = [n if n is not None and math.isfinite(n) else None for n in newest[:2]]
+            report = [numbers[0] or 0.0, numbers[1], newest[2]]
+        positions = attempt.unsaved_positions()
+        if positions == self._told_positions:
+            positions = None
+        else:
+            self._told_positions = positions
+        return [lines, report, positions] if lines or report or positions else None
+
+    def _tell(self) -> None:
+        """Tell the runner what is new, if anything is."""
+        attempt = self._attempt
+        while self._lines or attempt.newest or attempt.unsaved_positions() != self._told_positions:
+            self._send(0, "tell")
+
+    def _listen(self) -> None:
+        """Heed what the runner says, and tell it what is new, until it ends the connection. In a thread of its own."""
+        import selectors
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._connection, selectors.EVENT_READ)
+                while True:
+                    for message in self._unheeded:
+                        self._heed(*message)
+                    ready = selector.select(TELL_SECONDS)
+                    self._unheeded = self._connection.receive() if ready else []
+                    if not self._gone:
+                        self._tell()
+                    self._signals.look()
+        except (JobStopped, OSError, ValueError, RecursionError):
+            pass
+        self._connection.close()
+        if self._is_isolated:
+            os.killpg(0, 9) if hasattr(os, "killpg") else os._exit(1)
+        if not self._gone:
+            self._attempt.request_stop(RELEASED, force=True)
+            self._refuse("the runner is gone")
+            self._signals.hasten()
+
+    def _heed(self, number: int, value: Any, *more: Any) -> None:
+        """Heed an answer, or news."""
+        if number:
+            self._answers.pop(number).put((value, *more) if more else (value, None, ""))
+        elif value == "stop":
+            self._attempt.request_stop(more[0], force=True)
+        elif value == "void":
+            self._attempt.supersede()
+            self._refuse("the attempt has been superseded")
+        else:
+            job_id, row = more
+            for handle in self._watched.pop(job_id, []):
+                handle._complete(row)
+
+    def _refuse(self, why: str) -> None:
+        """Answer all calls, those to come as well, with JobStopped."""
+        with self._lock:
+            self._gone = self._gone or why
+        for number in list(self._answers):
+            if (answer := self._answers.pop(number, None)) is not None:
+                answer.put((None, "JobStopped", why))
+
+    # what handles, submitters and the attempt ask
+
+    def submit(self, new: Submission, connection: Any = None) -> Job[Any]:
+        """Have the runner store a job; return its handle."""
+        return Job(self, self._submit(new, None, connection))          # type: ignore[arg-type]
+
+    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None) -> list[int]:
+        """Have the runner store a job for each of the arguments; return the ids."""
+        if len(arguments) > 1 and sum(len(text or "") for text in arguments) > LINE_BYTES / 8:
+            half = len(arguments) // 2                    # a message would be too long
+            return [*self.submit_many(new, arguments[:half], connection),
+                    *self.submit_many(new, arguments[half:], connection)]
+        ids: list[int] = self._submit(new, arguments, connection)
+        return ids
+
+    def _submit(self, new: Submission, arguments: list[str | None] | None, connection: Any) -> Any:
+        if connection is not None:
+            raise RuntimeError("connection= is for the process of the runner; this job executes in another one")
+        return self.ask("submit", vars(new), arguments)
+
+    def operate(self, operation: str, job_id: int, by: str | None) -> None:
+        """Have the runner stop, resume, cancel ... a job."""
+        self.ask("operate", operation, job_id, by)
+
+    def info(self, job_id: int) -> Any:
+        """Return what Job.info() does."""
+        return self.ask("info", job_id)
+
+    def status(self, job_id: int) -> Any:
+        """Return a job's status. KeyError: there is no such job."""
+        return self.ask("status", job_id)
+
+    def logs(self, job_id: int, *filters: Any) -> Any:
+        """Return what Job.logs() does."""
+        return self.ask("logs", job_id, *filters)
+
+    def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
+        """Return the ids of the jobs that pass the filters."""
+        return self.ask("find", filters, limit, before)
+
+    def outcome(self, job_id: int) -> Any:
+        """Return how a job has ended, or None."""
+        return self.ask("outcome", job_id)
+
+    def error_of(self, job_id: int, row: Any) -> BaseException:
+        """Return what tells of a job that has failed."""
+        return job_failed(job_id, row)
+
+    @library_code
+    def watch(self, handle: Job[Any], hold: bool) -> None:
+        """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
+        self._watched.setdefault(handle.id, []).append(handle)
+        self._send(0, "watch", handle.id)
+
+    def call_back(self, handle: Job[Any]) -> None:
+        """Call the callbacks of a completed handle, in a thread of their own."""
+        if handle._done_callbacks:
+            start_thread("bgjobs-callbacks", handle._invoke_callbacks)         # type: ignore[attr-defined]
+
+    def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
+        """Save a state. How far each() is alone is told with what is new."""
+        return state is None or self.ask("save", state, positions)
+
+    def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
+        """Keep a log line until it is told; LOG_BUFFER of them at most."""
+        if len(self._lines) < LOG_BUFFER:
+            self._lines.append((at, level, message))
+
+    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+        """Return wait(timeout); the runner gives the attempt's place away meanwhile."""
+        self.ask("leave")
+        try:
+            return wait(timeout)
+        finally:
+            self.ask("back")                              # answered when it has a place
+
+
+class _Signals:
+    """SIGINT and SIGTERM while an attempt executes in the main thread of its process.
+
+    The first one asks the attempt to pause at its next checkpoint: so Ctrl-C in a terminal, or
+    SIGTERM to a whole process group, fails nothing. The signal takes its usual course once the
+    attempt has ended, after SIGNAL_SECONDS, when the runner is gone, or at a second signal. (A pool
+    that broke sends SIGTERM to its processes and waits for their end.)
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._usual: dict[int, Any] = {}                  # handlers
+        self.came = 0                                     # the signal
+        self._until = math.inf                            # monotonic
+
+    def __enter__(self) -> None:
+        import signal
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._usual[number] = signal.signal(number, self._note)
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._restore()
+        if self.came:
+            os.kill(os.getpid(), self.came)
+
+    def _restore(self) -> None:
+        import signal
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        """Be the handler: only note the signal, since this thread may hold any lock."""
+        if self.came:
+            self._restore()
+            os.kill(os.getpid(), number)
+        self.came, self._until = number, time.monotonic() + SIGNAL_SECONDS
+
+    def look(self) -> None:
+        """Do what follows from a signal. In the thread of the connection, every TELL_SECONDS."""
+        if self.came and not self._attempt.stop_requested:
+            self._attempt.request_stop(RELEASED)
+        if time.monotonic() > self._until:
+            self.hasten()
+
+    def hasten(self) -> None:
+        """Let a signal that has come take its usual course now."""
+        import signal
+        if not self.came:
+            return
+        self._until = math.inf
+        # The main thread may be in C code, where it runs no handler; so it cannot restore this one.
+        dies = self._usual.get(self.came) is signal.SIG_DFL and hasattr(signal, "SIGKILL")
+        os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
 
 
 # ==== layer: page ================================================================================

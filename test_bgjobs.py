@@ -5766,10 +5766,8 @@ def elsewhere(request, make, quick_processes):
     if request.param == "isolate":
         yield make(max_workers=2).options(isolate=True)
         return
-    if request.param == "threads":
-        executor = concurrent.futures.ThreadPoolExecutor(2)
-    else:
-        executor = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+    executor = concurrent.futures.ThreadPoolExecutor(2) if request.param == "threads" else concurrent.futures.ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn"))
     with executor:
         runner = make(executor=executor)
         yield runner
@@ -5810,8 +5808,8 @@ def spawned(make, quick_processes):
 class Hand(concurrent.futures.Executor):
     """An executor that does what the test says: it keeps what it is given."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, places=9):
+        self.calls, self._max_workers = [], places
 
     def submit(self, fn, /, *args):
         future = concurrent.futures.Future()
@@ -5821,10 +5819,47 @@ class Hand(concurrent.futures.Executor):
     def execute(self, index=0):
         """Make one of the calls in a thread of its own; return the thread."""
         future, fn, args = self.calls[index]
-        thread = threading.Thread(target=lambda: fn(*args) if future.done() or future.running() else (
-            future.set_running_or_notify_cancel(), future.set_result(fn(*args))))
+
+        def call():
+            if not future.done():
+                future.set_running_or_notify_cancel()
+            with contextlib.suppress(bgjobs.BgjobsError):
+                fn(*args)
+                if not future.done():
+                    future.set_result(None)
+        thread = threading.Thread(target=call)
         thread.start()
         return thread
+
+    def dial(self, index=0):
+        """Be the process that executes one of the calls; return its connection, and the job."""
+        host, port, token = self.calls[index][2]
+        line = dialed(host, port, token.encode() + b"\n")
+        return line, json.loads(line.readline())[0]
+
+
+def dialed(host, port, data):
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(data)
+        return connection.makefile("rw")
+
+
+def say(line, *message):
+    line.write(json.dumps(message) + "\n")
+    line.flush()
+
+
+def ask(line, number, *call):
+    say(line, number, *call)
+    return json.loads(line.readline())
+
+
+def refused(line):
+    """Wait until the runner has ended a connection; return what it said before."""
+    try:
+        return line.read()
+    except ConnectionError:
+        return ""
 
 
 def take_items(name, count):
@@ -5852,10 +5887,14 @@ def die_once(name):
     return bgjobs.current_job().attempt
 
 
-def print_and_leave_a_thread():
-    print("this is no outcome")
-    threading.Thread(target=time.sleep, args=(0.3,)).start()
-    return os.getpid()
+def print_it(text):
+    print(text)
+
+
+def start_a_program_and(do):
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    bgjobs.current_job().checkpoint(state=program.pid)
+    {"die": lambda: os._exit(9), "return": int, "spin": spin_quietly}[do]()
 
 
 def ask_much():
@@ -5864,7 +5903,8 @@ def ask_much():
     told = [child.status, child.label, child.parent_id == job.id, bgjobs.get(child.id).info()["name"]]
     child.stop(by="its parent")
     told += [child.status, child.logs()[-1]["message"], child.cancel(), child.cancelled()]
-    for question in (bgjobs.jobs, bgjobs.stats, lambda: child.resume(), lambda: bgjobs.get(10**6)):
+    told += [[each.id for each in bgjobs.jobs(parent=job.id)] == [child.id]]
+    for question in (bgjobs.stats, lambda: child.resume(), lambda: bgjobs.get(10**6), lambda: bgjobs.options(connection=0)):
         try:
             question()
         except Exception as error:
@@ -5872,21 +5912,31 @@ def ask_much():
     return told
 
 
-def count_tree(depth):
-    return 1 + sum(job.result() for job in [bgjobs.submit(count_tree, depth - 1) for _ in range(2)]) if depth else 1
-
-
-def cut_connections(runner):
-    for caller in list(runner._callback.callers):
-        with contextlib.suppress(OSError):
-            caller.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+def count_tree(depth, width=2):
+    return 1 + sum(job.result() for job in [bgjobs.submit(count_tree, depth - 1, width) for _ in range(width)]) if depth else 1
 
 
 def wait_for_two_handles():
-    child = bgjobs.submit(hold, "held child")
-    bgjobs.current_job().log.info("hello")
+    child, called = bgjobs.submit(hold, "held child"), []
+    bgjobs.get(child.id).add_done_callback(lambda job: called.append(job.id))
     done, _ = concurrent.futures.wait([bgjobs.get(child.id), bgjobs.get(child.id)], timeout=15)
+    wait_for(lambda: called == [child.id])
     return len(done)
+
+
+def wait_in_two_threads():
+    job = bgjobs.current_job()
+    children = [bgjobs.submit(add, n) for n in range(2)]
+    results = []
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(lambda child=child: results.append(child.result()),))
+               for child in children]
+    for thread in threads:
+        thread.start()
+    for n in range(20):
+        job.checkpoint(state=n)                              # while others wait
+    for thread in threads:
+        thread.join()
+    return sorted(results)
 
 
 def save_later(name):
@@ -5914,12 +5964,13 @@ def interrupt_itself():
     raise KeyboardInterrupt("by itself")
 
 
-def children_with_pauses(count):
-    ids = []
-    for n in range(count):
-        ids.append(bgjobs.submit(add, n).id)
-        bgjobs.current_job().sleep(0.01)
-    return ids
+def count_on(name):
+    job = bgjobs.current_job()
+    for n in itertools.count(job.state or 0):
+        job.checkpoint(state=n)
+        if os.path.exists(name):
+            return n
+        time.sleep(0.01)
 
 
 class TestElsewhere:
@@ -5938,7 +5989,7 @@ class TestElsewhere:
         (tmp_path / "go").touch()
         job.resume()
         assert job.result(20) == [5, 2, "ann"] and [line["message"] for line in job.logs()][-1] == "step 5 of attempt 2"
-        consistent(job._runner)
+        consistent(job._backend)
 
     def test_each_goes_on_after_the_last_item_that_was_told(self, elsewhere, tmp_path):
         job = elsewhere.submit(take_items, str(tmp_path / "go"), 300)
@@ -5950,52 +6001,135 @@ class TestElsewhere:
         assert [line["message"] for line in job.logs() if line["message"].startswith("item")] == [
             *(f"item {n}" for n in range(300)), "item 299"]
 
-    def test_a_place_that_waits_for_a_child_executes_it(self, elsewhere):
-        assert elsewhere.submit(nested, 6).result(30) == 6                      # two places, seven that wait or execute
-        assert elsewhere.submit(sum_of_children, 8).result(30) == 56
-        consistent(elsewhere.submit(add)._runner)
+    def test_a_job_that_waits_for_children_gives_its_place_away(self, elsewhere):
+        assert elsewhere.submit(nested, 6).result(60) == 6                      # two places, seven that wait or execute
+        assert elsewhere.submit(sum_of_children, 8).result(60) == 56
+        assert elsewhere.submit(wait_in_two_threads).result(30) == [0, 1]
+        consistent(elsewhere.submit(add)._backend)
 
     def test_what_a_function_asks_and_does_there(self, elsewhere):
         assert elsewhere.submit(ask_much).result(30) == [
-            "pending", "child", True, "test_bgjobs.add", "stopped", "stop by its parent", True, True,
-            "RuntimeError", "RuntimeError", "InvalidOperation", "KeyError"]
+            "pending", "child", True, "test_bgjobs.add", "stopped", "stop by its parent", True, True, True,
+            "RuntimeError", "InvalidOperation", "KeyError", "ValueError"]
+
+    def test_the_end_of_a_child_reaches_all_its_handles_there(self, make):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            job = runner.submit(wait_for_two_handles)
+            wait_for(lambda: seen[-1:] == ["held child"])
+            gate("held child").set()
+            assert job.result(10) == 2
+            runner.close()
+
+    # isolate=True
 
     def test_isolated_attempts_have_processes_of_their_own(self, make, quick_processes, capfd, tmp_path):
         runner = make(max_workers=2)
         isolated = runner.options(isolate=True)
-        first = isolated.submit(where).result(20)
-        assert first != os.getpid() and isolated.submit(where).result(20) == first        # it is kept warm
-        assert isolated.submit(isolated_children, 4).result(20)[:4] == [0, 2, 4, 6]
-        left = isolated.submit(print_and_leave_a_thread).result(20)
-        assert isolated.submit(where).result(20) != left
+        assert len({os.getpid(), *(isolated.submit(where).result(20) for _ in range(2))}) == 3
+        assert isolated.submit(isolated_children, 3).result(20)[:3] == [0, 2, 4]
         with pytest.raises(bgjobs.BgjobsError, match="the process of its own died under it: exit code 9"):
             isolated.submit(die).result(20)
         assert isolated.options(retries=1, backoff=0).submit(die_once, str(tmp_path / "died")).result(20) == 2
         assert runner.submit(where).result(20) == os.getpid()
-        assert "this is no outcome" in capfd.readouterr().err
-        warm = isolated.submit(where).result(20)
-        os.kill(warm, signal.SIGKILL)
-        processes, = (engine._executor for engine in runner._engines.values())
-        wait_for(lambda: all(process.poll() is not None for process in processes._warm if process.pid == warm))
-        assert isolated.submit(where).result(20) != warm
-        runner.close()
-        wait_for(lambda: not is_alive(first))
+        isolated.submit(print_it, "printed there").result(20)
+        assert "printed there" in capfd.readouterr().out
 
-    def test_force_stop_and_timeout_kill_isolated_ones_and_free_their_places(self, make, quick_processes, monkeypatch):
+    @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+    @pytest.mark.parametrize("end", ["die", "return", "spin"])
+    def test_what_an_isolated_attempt_started_ends_with_it(self, make, quick_processes, monkeypatch, end):
         monkeypatch.setattr(bgjobs, "GRACE_SECONDS", 0.2)
         runner = make(max_workers=1)
-        job = runner.options(isolate=True).submit(spin_quietly)
-        wait_for(lambda: job.status == "running" and job._runner._attempts[job.id].run, 20)
-        job.stop()
-        assert job.status == "stopping"
-        job.force_stop()
-        assert job.status == "stopped" and runner.submit(add, 1).result(20) == 1
-        wait_for(lambda: runner._pool.abandoned == 0)
-        late = runner.options(isolate=True, timeout=0.3).submit(spin_quietly)
+        job = runner.options(isolate=True).submit(start_a_program_and, end)
+        program = wait_for(lambda: job.state, 20)
+        if end == "spin":
+            job.stop()
+            assert is_alive(program)
+            job.force_stop()
+        wait_for(lambda: not is_alive(program) and job.status in ("failed", "finished", "stopped"))
+        assert runner.submit(add, 1).result(10) == 1
+        wait_for(lambda: abandoned(runner) == 0)
+
+    def test_a_timeout_kills_an_isolated_attempt(self, make, quick_processes, monkeypatch):
+        monkeypatch.setattr(bgjobs, "GRACE_SECONDS", 0.2)
+        runner = make(max_workers=1)
         with pytest.raises(TimeoutError, match="longer than its timeout of 0.3 s"):
-            late.result(20)
-        wait_for(lambda: runner._pool.abandoned == 0)
+            runner.options(isolate=True, timeout=0.3).submit(spin_quietly).result(20)
+        wait_for(lambda: abandoned(runner) == 0)
         consistent(runner)
+
+    def test_a_force_stop_kills_nobody_elses_process(self, make, quick_processes):
+        runner = make(max_workers=1)
+        isolated = runner.options(isolate=True)
+        for _ in range(10):
+            first, second = isolated.submit(nap, 0.03), isolated.submit(nap, 0.03)
+            time.sleep(0.05)
+            with contextlib.suppress(bgjobs.InvalidOperation):
+                first.stop()
+                first.force_stop()
+            assert second.result(20) is None
+        wait_for(lambda: abandoned(runner) == 0)
+
+    def test_an_isolated_crash_is_noticed_though_a_forked_child_lives(self, make, quick_processes):
+        job = make(max_workers=1).options(isolate=True).submit(fork_and_die)
+        with pytest.raises(bgjobs.BgjobsError, match="died under it: signal 9"):
+            job.result(6)
+
+    def test_an_isolated_attempt_ends_though_a_forked_child_of_the_app_lives(self, make, quick_processes):
+        job = make(max_workers=1).options(isolate=True).submit(nap, 0.5)
+        wait_for(lambda: job.status == "running" and attempts_of(runner_of(job))[job.id].begun, 20)
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+        try:
+            assert job.result(10) is None
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+    def test_the_modules_of_an_isolated_function_start_no_runner(self, tmp_path, quick_processes):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, os
+            runner = bgjobs.start("jobs.db", max_workers=2)
+            url = bgjobs.serve(port=0)
+            @bgjobs.job(isolate=True)
+            def where():
+                return [os.getpid(), runner.core.life.started, url]
+            bgjobs.every("1h", where)
+            """))
+        code, out, err = finish(python("""
+            import app, bgjobs, os
+            pid, started, url = app.runner.submit(app.where).result(20)
+            print(pid != os.getpid(), started, repr(url), app.runner.core.life.started, app.url != "")
+            """, cwd=tmp_path))
+        assert (code, out, err) == (0, "True False '' True True\n", "")
+
+    def test_code_that_no_other_process_can_import_is_an_error_before_a_process_starts(self, tmp_path):
+        code = textwrap.dedent("""
+            import bgjobs
+            @bgjobs.job(isolate=True)
+            def typed():
+                pass
+            with bgjobs.Runner("jobs.db") as runner:
+                print(runner.submit(typed).exception(10))
+            """)
+        process = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, cwd=tmp_path, env=environment())
+        assert "was typed into standard input, a notebook or -c" in process.stdout and not process.stderr
+
+    def test_an_isolated_process_ends_with_its_app(self, tmp_path, quick_processes):
+        process = python("""
+            import bgjobs, test_bgjobs, sys, time
+            runner = bgjobs.Runner(sys.argv[1])
+            job = runner.options(isolate=True).submit(test_bgjobs.start_a_program_and, "spin")
+            print(test_bgjobs.wait_for(lambda: job.state), flush=True)
+            time.sleep(60)
+            """, tmp_path / "jobs.db")
+        program = int(process.stdout.readline())
+        kill(process)
+        wait_for(lambda: not is_alive(program))
+
+    # the engine
 
     def test_a_worker_that_dies_is_a_failed_attempt_and_the_engine_is_replaced(self, spawned, tmp_path):
         with pytest.raises(concurrent.futures.BrokenExecutor):
@@ -6010,7 +6144,7 @@ class TestElsewhere:
         executor.shutdown()
         runner = make(executor=executor)
         jobs = [runner.submit(add, n) for n in range(20)]
-        wait_for(lambda: all(job.phase == "unknown function" for job in jobs))
+        wait_for(lambda: all(job.phase == "waiting for the executor" for job in jobs))
         wait_for(lambda: any("cannot schedule new futures after shutdown" in line["message"] for job in jobs for line in job.logs()))
         assert "its executor takes no job" in caplog.text
         executor._shutdown = False
@@ -6018,187 +6152,65 @@ class TestElsewhere:
         consistent(runner)
         executor._shutdown = True
 
-    def test_a_hostile_executor_loses_repeats_and_garbles(self, make):
+    def test_an_executor_that_repeats_a_call_is_refused_and_one_that_is_stopped_forgets(self, make):
         hand = Hand()
         runner = make(executor=hand, max_workers=3)
-        lost, twice, garbled, after = runner.submit(add, 1), runner.submit(steps, os.devnull, 3), runner.submit(add, 2), runner.submit(add, 3)
-        wait_for(lambda: len(hand.calls) == 3)
-        hand.execute(1).join()
-        assert twice.result(10) == [3, 1, None]
-        hand.execute(1).join()                                                  # the second time it finds itself refused
-        assert twice.attempt == 1 and twice.status == "finished"
-        hand.calls[2][0].set_result("no outcome")
-        assert isinstance(garbled.exception(10), ValueError) and garbled.status == "failed"
-        wait_for(lambda: len(hand.calls) == 4)
-        hand.execute(3).join()
-        assert after.result(10) == 3
-        lost.stop()
-        lost.force_stop()
-        wait_for(lambda: hand.calls[0][0].cancelled())
-        assert lost.status == "stopped"
-        lost.resume()
-        wait_for(lambda: len(hand.calls) == 5)
-        hand.execute(4).join()
-        assert lost.result(10) == 1 and runner._pool.abandoned == 0
-        consistent(runner)
-
-    def test_what_an_executor_has_not_begun_is_taken_back(self, make):
-        hand = Hand()
-        runner = make(executor=hand)
-        stopped, released = runner.submit(add, 1), runner.submit(add, 2)
+        twice = runner.submit(steps, os.devnull, 3)
+        wait_for(lambda: len(hand.calls) == 1)
+        lost = runner.submit(add, 1)
         wait_for(lambda: len(hand.calls) == 2)
-        stopped.stop()
-        wait_for(lambda: stopped.status == "stopped", 5)
-        assert hand.calls[0][0].cancelled() and stopped.attempt == 0
-        begun = time.monotonic()
-        runner.close(20)
-        assert time.monotonic() - begun < 15 and hand.calls[1][0].cancelled()
-        again = make(start=False)
-        assert again.get(released.id).status == "pending" and again.get(released.id).attempt == 0
-        consistent(again)
-
-    def test_many_are_in_flight_without_a_thread_for_each(self, make):
-        hand = Hand()
-        runner = make(executor=hand, max_workers=1_000)
-        threads = threading.active_count()
-        jobs = runner.submit_many(add, [(n,) for n in range(1_000)])
-        wait_for(lambda: len(hand.calls) == 1_000)
-        assert threading.active_count() < threads + 10
-        for future, fn, args in list(hand.calls):
-            future.set_result(fn(*args))
-        assert [runner.get(job).result(20) for job in jobs] == [*range(1_000)]
+        hand.execute(0).join()
+        assert twice.result(10) == [3, 1, None]
+        with pytest.raises(bgjobs.BgjobsError, match="does not take this attempt"):
+            hand.calls[0][1](*hand.calls[0][2])
+        assert twice.attempt == 1 and twice.status == "finished"
+        lost.stop()
+        wait_for(lambda: lost.status == "stopped" and hand.calls[1][0].cancelled())
+        assert lost.attempt == 0
+        lost.resume()
+        wait_for(lambda: len(hand.calls) == 3)
+        hand.execute(2).join()
+        assert lost.result(10) == 1
         consistent(runner)
 
-    def test_a_connection_that_is_lost_is_made_again_and_nothing_is_done_twice(self, make):
-        with concurrent.futures.ThreadPoolExecutor(2) as executor:
-            runner = make(executor=executor)
-            job = runner.submit(children_with_pauses, 60)
-            for _ in range(6):
-                wait_for(lambda: runner._callback.callers)
-                cut_connections(runner)
-                time.sleep(0.1)
-            ids = job.result(20)
-            assert len(ids) == len(set(ids)) == 60 == job.info()["children"]["total"]
-            consistent(runner)
-            runner.close()
-
-    def test_an_attempt_whose_runner_is_gone_stops_at_its_next_checkpoint(self, make, monkeypatch):
-        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.3)
-        hand = Hand()
-        runner = make(executor=hand)
-        job = runner.submit(steps, "/nowhere", 10**9)
-        wait_for(lambda: hand.calls)
-        thread = hand.execute()
-        wait_for(lambda: job.state)
-        runner.close(0)
-        thread.join(5)
-        assert json.loads(hand.calls[0][0].result(0))["outcome"] in ("halted", "released")
-        again = make(start=False)
-        assert again.get(job.id).status == "pending" and again.get(job.id).state["step"] >= 1
-
-    def test_strangers_and_the_superseded_are_refused_at_the_callback(self, make):
+    def test_what_an_executor_has_not_begun_is_given_back_at_the_end(self, make):
         hand = Hand()
         runner = make(executor=hand)
         job = runner.submit(add, 1)
         wait_for(lambda: hand.calls)
-        given = json.loads(hand.calls[0][2][0])
-        assert given["callback"][0] == "127.0.0.1"
+        begun = time.monotonic()
+        runner.close(20)
+        assert time.monotonic() - begun < 15 and hand.calls[0][0].cancelled()
+        again = make(start=False)
+        assert again.get(job.id).status == "pending" and again.get(job.id).attempt == 0
+        consistent(again)
 
-        def ask(*lines):
-            with socket.create_connection(given["callback"], timeout=5) as connection:
-                connection.sendall(b"".join(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines))
-                connection.shutdown(socket.SHUT_WR)
-                return sorted(json.loads(line) for line in connection.makefile())
-        token = given["token"]
-        for bad in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b"[" * 3_000 + b"\n", b"a" * 10_000, [[], 1, "hello", "x"], [None, 1, "info", 1],
-                    b'["x",NaN,"y"]\n', ["x", 1e999, "y"], ["x", {}, "y"]):
-            assert ask(bad) == []
-        for unknown in (["wrong", 1, "save", "1", None], ["wrong", 1, "info", job.id], ["wrong", 1, "hello", "x"]):
-            assert ask(unknown) == [[1, None, "gone", ""]]
-        assert ask([token, 1, "save", "5", None]) == [[1, None, "gone", ""]]           # it has not said hello
-        assert ask([token, 1, "hello", "x"], [token, 2, "save", "5", None], [token, 3, "nonsense"], [token, 4, "operate", "drop", 1, None],
-                   [token, 5, "info", 99], [token, 6, "save", "6"]) == [
-            [1, [False, "halted"]], [2, True], [3, None, "AttributeError", "'Callback' object has no attribute '_call_nonsense'"],
-            [4, None, "ValueError", "there is no operation 'drop'"], [5, None, "KeyError", f"there is no job 99 in {runner.path}"], [6, True]]
-        assert ask([token, 1, "hello", "y"])[0][2] == "JobStopped"                         # another execution of the same attempt
-        assert job.state == 6
-        job.stop()
-        job.force_stop()
-        assert ask([token, 1, "hello", "x"], [token, 2, "save", "7", None])[-1][2] == "gone" and job.state == 6
-
-    def test_strangers_who_stay_are_dropped_and_the_callback_lives(self, make, monkeypatch):
-        monkeypatch.setattr(bgjobs, "STRANGER_SECONDS", 0.3)
-        with concurrent.futures.ThreadPoolExecutor(2) as executor:
-            runner = make(executor=executor)
-            assert runner.submit(nested, 1).result(10) == 1
-            address = runner._callback._listener.getsockname()
-            strangers = [socket.create_connection(address) for _ in range(50)]
-            for _ in range(8):
-                time.sleep(0.1)
-                for stranger in strangers:
-                    with contextlib.suppress(OSError):
-                        stranger.sendall(b"x")
-            wait_for(lambda: all(caller.is_known for caller in list(runner._callback.callers)))
-            for stranger in strangers:
-                stranger.close()
-            assert runner.submit(nested, 1).result(10) == 1
-            runner.close()
-
-    def test_a_flood_of_strangers_takes_few_connections_and_holds_up_no_attempt(self, make, monkeypatch):
-        monkeypatch.setattr(bgjobs, "STRANGERS", 20)
-        with concurrent.futures.ThreadPoolExecutor(2) as executor:
-            runner = make(executor=executor)
-            assert runner.submit(add, 1).result(10) == 1
-            callback, address = runner._callback, runner._callback._listener.getsockname()
-            strangers = [socket.create_connection(address, timeout=10) for _ in range(60)]
-            for stranger in strangers[:40]:
-                with contextlib.suppress(ConnectionResetError):
-                    assert stranger.recv(1) == b""                              # the oldest are closed
-            wait_for(lambda: len(callback.strangers) == 20 and len(callback.callers) == 21)
-            strangers[-1].sendall(b'["wrong",1,"hello","x"]\n')
-            assert strangers[-1].recv(100) == b'[1,null,"gone",""]\n'
-            over, most = threading.Event(), []
-
-            def flood():
-                while not over.is_set():
-                    strangers.append(socket.create_connection(address, timeout=10))
-                    strangers.pop(0).close()
-                    most.append(len(callback.callers))
-            flooding = threading.Thread(target=flood)
-            flooding.start()
-            begun = time.monotonic()
-            for n in range(20):
-                cut_connections(runner)
-                assert runner.submit(add, n).result(10) == n
-            over.set(), flooding.join(10)
-            assert time.monotonic() - begun < 10 and max(most) < 60
-            for stranger in strangers:
-                stranger.close()
-            runner.close()
+    def test_no_more_attempts_are_at_an_engine_than_it_has_places(self, make):
+        hand = Hand(places=1)
+        runner = make(executor=hand, max_workers=3)
+        parent = runner.submit(wait_for_held, "on its place")
+        wait_for(lambda: hand.calls)
+        thread = hand.execute()
+        wait_for(lambda: seen[-1:] == ["on its place"])                          # in a thread of the app's
+        later = runner.submit(add, 1)
+        time.sleep(0.2)
+        assert len(hand.calls) == 1 and later.status == "running" and later.info()["attempt"] == 1
+        later.stop()
+        wait_for(lambda: later.status == "stopped")
+        gate("on its place").set()
+        assert parent.result(10) is None
+        thread.join(10)
+        consistent(runner)
 
     @pytest.mark.parametrize("places", [2, 16])
     def test_deep_and_broad_trees_never_wait_for_a_process_in_vain(self, make, places):
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
             runner = make(executor=executor, max_workers=places)
-            assert [runner.submit(count_tree, 5).result(30) for _ in range(3)] == [63] * 3
+            assert [runner.submit(count_tree, 4).result(30) for _ in range(2)] == [31] * 2
+            jobs = [runner.submit(count_tree, 3, 3) for _ in range(2)]
+            assert [job.result(60) for job in jobs] == [40, 40]
             consistent(runner)
             runner.close()
-
-    def test_a_process_that_is_gone_is_noticed_though_its_executor_tells_nothing(self, make, monkeypatch):
-        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.3)
-        hand = Hand()
-        runner = make(executor=hand)
-        job = runner.submit(add, 1)
-        wait_for(lambda: hand.calls)
-        given = json.loads(hand.calls[0][2][0])
-        with socket.create_connection(given["callback"], timeout=5) as connection:
-            connection.sendall(json.dumps([given["token"], 1, "hello", "x"]).encode() + b"\n")
-            assert json.loads(connection.makefile().readline()) == [1, [False, "halted"]]
-        with pytest.raises(bgjobs.BgjobsError, match="the process that executed it is gone"):
-            job.result(10)
-        hand.calls[0][0].set_result("too late")
-        assert sum(places(runner)) == 0 and not runner._callback._attempts
-        consistent(runner)
 
     def test_what_a_broken_pool_had_only_queued_is_no_attempt(self, make):
         hands = []
@@ -6209,286 +6221,18 @@ class TestElsewhere:
         runner = make(executor=make_hand, max_workers=2)
         jobs = [runner.submit(add, 1), runner.submit(add, 2)]
         wait_for(lambda: hands and len(hands[0].calls) == 2)
-        given = json.loads(hands[0].calls[0][2][0])
-        with socket.create_connection(given["callback"], timeout=5) as connection:
-            connection.sendall(json.dumps([given["token"], 1, "hello", "x"]).encode() + b"\n")
-            connection.makefile().readline()
-            for future, *_ in list(hands[0].calls):
-                future.set_exception(concurrent.futures.BrokenExecutor("a process died"))
+        line, given = hands[0].dial(0)
+        jobs.sort(key=lambda job: job.id != given["claim"][0])
+        wait_for(lambda: any(attempt.begun for attempt in attempts_of(runner).values()))
+        hands[0].submit = lambda *call: exec("raise concurrent.futures.BrokenExecutor")
+        for future, *_ in list(hands[0].calls):
+            future.set_exception(concurrent.futures.BrokenExecutor("a process died"))
         assert isinstance(jobs[0].exception(10), concurrent.futures.BrokenExecutor)
-        wait_for(lambda: len(hands[0].calls) == 3)
-        hands[0].execute(2).join()
-        assert jobs[1].result(10) == 2 and jobs[1].attempt == 1 and jobs[1].errors == 0
+        wait_for(lambda: len(hands) == 2 and hands[1].calls)
+        hands[1].execute().join()
+        assert jobs[1].result(10) == jobs[1].id and jobs[1].attempt == 1 and jobs[1].errors == 0
         consistent(runner)
-
-    def test_a_guest_that_is_force_stopped_leaves_no_place_taken(self, make):
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            runner = make(executor=executor, max_workers=1)
-            for _ in range(3):
-                parent = runner.submit(wait_for_held, "guest")
-                child = wait_for(lambda: next(iter(runner.jobs(parent=parent.id, status="running")), None))
-                wait_for(lambda: seen[-1:] == ["guest"])
-                child.stop()
-                child.force_stop()
-                child.cancel()
-                gate("guest").set()
-                parent.exception(10)
-                wait_for(lambda: runner._pool.abandoned == 0 and not runner._callback._attempts)
-                gates.pop("guest"), seen.clear()
-            assert runner.submit(add, 1).result(10) == 1
-            consistent(runner)
-            runner.close()
-
-    def test_the_end_of_a_child_reaches_all_its_handles_also_after_a_loss(self, make):
-        with concurrent.futures.ThreadPoolExecutor(2) as executor:
-            runner = make(executor=executor)
-            job = runner.submit(wait_for_two_handles)
-            wait_for(lambda: runner._callback.callers and len(runner.jobs(status="running")) == 2)
-            wait_for(lambda: seen[-1:] == ["held child"])
-            for _ in range(3):                                                # its log says hello meanwhile
-                cut_connections(runner)
-                gate("held child").set()
-                time.sleep(0.05)
-            assert job.result(10) == 2 and any(line["message"] == "hello" for line in job.logs())
-            consistent(runner)
-            runner.close()
-
-    def test_a_call_after_the_runner_was_given_up_stops_at_once(self, make, monkeypatch):
-        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.2)
-        hand = Hand()
-        runner = make(executor=hand)
-        runner.submit(save_later, "later")
-        wait_for(lambda: hand.calls)
-        thread = hand.execute()
-        wait_for(lambda: seen[-1:] == ["later"])
-        runner.close(0)
-        time.sleep(1.0)
-        gate("later").set()
-        thread.join(5)
-        assert not thread.is_alive() and json.loads(hand.calls[0][0].result(0))["outcome"] in ("halted", "released")
-
-    def test_an_attempt_gives_up_a_port_that_has_become_somebody_elses(self, monkeypatch):
-        monkeypatch.setattr(bgjobs, "RETRY_SECONDS", 0.5)
-        came = []
-        with socket.create_server(("127.0.0.1", 0)) as server:
-
-            def accept():
-                with contextlib.suppress(OSError):
-                    while True:
-                        server.accept()[0].close()                              # it does not know what is wanted
-                        came.append(time.monotonic())
-            threading.Thread(target=accept, daemon=True).start()
-            link = bgjobs.Link(server.getsockname(), "nowhere.db", 1)
-            attempt = bgjobs.AttemptThere(link, {"claim": [1, None, None, "x", 0, *[None] * 5, "ann", 0, 0, *[None] * 6, 0.0, 0],
-                                                 "token": "t", "module": "test_bgjobs", "function": "add"})
-            begun = time.monotonic()
-            assert "the runner does not answer at 127.0.0.1:" in attempt.execute()["error"]
-            assert 0.4 < time.monotonic() - begun < 5 and len(came) < 50
-            server.shutdown(socket.SHUT_RDWR)
-
-    def test_a_force_stop_kills_nobody_elses_process(self, make, quick_processes):
-        runner = make(max_workers=1)
-        isolated = runner.options(isolate=True)
-        isolated.submit(where).result(20)
-        for _ in range(15):
-            first, second = isolated.submit(nap, 0.03), isolated.submit(nap, 0.03)
-            time.sleep(0.03)
-            with contextlib.suppress(bgjobs.InvalidOperation):
-                first.stop()
-                first.force_stop()
-            assert second.result(20) is None
-        wait_for(lambda: runner._pool.abandoned == 0)
-
-    def test_an_isolated_crash_is_noticed_though_a_forked_child_lives(self, make, quick_processes):
-        job = make(max_workers=1).options(isolate=True).submit(fork_and_die)
-        with pytest.raises(bgjobs.BgjobsError, match="died under it: signal 9"):
-            job.result(20)
-
-    def test_an_isolated_attempt_ends_though_a_forked_child_has_its_pipe(self, make, quick_processes, monkeypatch):
-        monkeypatch.setattr(bgjobs, "WARM_PROCESSES", 0)
-        job = make(max_workers=1).options(isolate=True).submit(nap, 0.5)
-        wait_for(lambda: job._runner._attempts[job.id].run, 20)
-        child = os.fork()
-        if child == 0:
-            time.sleep(20)
-            os._exit(0)
-        try:
-            assert job.result(10) is None
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-    def test_an_attempt_that_dies_while_it_waits_for_its_place_frees_it(self, idle):
-        pool, returned = idle._pool, []
-        attempts = []
-        for _ in range(2):
-            attempt = bgjobs.Departed(idle, (1, None, None, "x", 0, None, None, None, None, None, None, 0, 0, None, None, None, None, 0, None,
-                                             0.0, 0, 0), bgjobs.Engine(Hand()))
-            attempts.append(attempt)
-        pool.size, pool._depart, pool._settle, pool._claim = 1, returned.append, lambda attempt: False, lambda: None
-        pool.put(attempts[:1])
-        pool.leave(attempts[0])
-        pool.put(attempts[1:])
-        assert returned == attempts and pool.ask_back(attempts[0], threading.Event())
-        pool.end(attempts[0])
-        pool.end(attempts[1])
-        assert places(idle) == (0, 0) and not pool._returning and not pool._away
-
-    def test_the_modules_of_an_isolated_function_start_no_runner(self, tmp_path, quick_processes):
-        (tmp_path / "app.py").write_text(textwrap.dedent("""
-            import bgjobs, os
-            runner = bgjobs.start("jobs.db", max_workers=2)
-            url = bgjobs.serve(port=0)
-            @bgjobs.job(isolate=True)
-            def where():
-                return [os.getpid(), runner._started, url]
-            """))
-        code, out, err = finish(python("""
-            import app, bgjobs, os
-            pid, started, url = app.runner.submit(app.where).result(20)
-            print(pid != os.getpid(), started, repr(url), app.runner._started, app.url != "")
-            """, cwd=tmp_path))
-        assert (code, out, err) == (0, "True False '' True True\n", "")
-
-    def test_an_isolated_process_ends_with_its_app(self, tmp_path, quick_processes):
-        process = python("""
-            import bgjobs, test_bgjobs, sys, time
-            runner = bgjobs.Runner(sys.argv[1])
-            print(runner.options(isolate=True).submit(test_bgjobs.where).result(20), flush=True)
-            runner.options(isolate=True).submit(test_bgjobs.spin_quietly)
-            time.sleep(0.5)
-            print("it computes", flush=True)
-            time.sleep(60)
-            """, tmp_path / "jobs.db")
-        pid = int(process.stdout.readline())
-        process.stdout.readline()
-        process.kill()
-        finish(process)
-        wait_for(lambda: not is_alive(pid))
-
-    def test_an_app_that_ends_without_close_waits_for_no_endless_attempt_of_its_pool(self, tmp_path):
-        (tmp_path / "app.py").write_text(textwrap.dedent("""
-            import bgjobs, concurrent.futures, itertools
-            def count():
-                job = bgjobs.current_job()
-                for n in itertools.count():
-                    job.checkpoint(state=n)
-                    job.sleep(0.01)
-            if __name__ == "__main__":
-                runner = bgjobs.Runner("jobs.db", executor=concurrent.futures.ProcessPoolExecutor, max_workers=3)
-                jobs = [runner.submit(count) for _ in range(3)]
-                while not any(job.state for job in jobs):
-                    pass
-            """))
-        code, out, err = finish(python("import runpy; runpy.run_path('app.py', run_name='__main__')", cwd=tmp_path), 30)
-        assert code == 0
-        runner = bgjobs.Runner(tmp_path / "jobs.db", start=False)
-        assert [job.status for job in runner.jobs()] == ["pending"] * 3 and any(job.state for job in runner.jobs())
-        runner.close()
-
-    @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
-    @pytest.mark.parametrize("busy,ending", [(2, "try: ready()\nfinally: runner.close()"), (3, "with runner: ready()"), (2, "ready()")])
-    def test_what_ctrl_c_cuts_off_in_the_processes_of_a_pool_goes_on_at_the_next_start(self, tmp_path, busy, ending):
-        (tmp_path / "app.py").write_text(textwrap.dedent("""
-            import bgjobs, itertools, multiprocessing, sys, time
-            from concurrent.futures import ProcessPoolExecutor
-            def nap():
-                time.sleep(0.3)
-            def count():
-                for n in itertools.count():
-                    bgjobs.current_job().checkpoint(state=n)
-                    sum(range(100_000))
-            def ready():
-                print("ready", flush=True)
-                time.sleep(60)
-            def main(busy, ending):                          # of three processes, a third may be idle
-                pool = lambda: ProcessPoolExecutor(3, multiprocessing.get_context("spawn"))
-                runner = bgjobs.Runner("jobs.db", executor=pool, max_workers=3)
-                [job.result() for job in [runner.submit(nap) for _ in range(3)]]
-                jobs = [runner.submit(count) for _ in range(int(busy))]
-                while not all(job.state for job in jobs):
-                    time.sleep(0.01)
-                exec(ending, {**globals(), "runner": runner})
-            if __name__ == "__main__":
-                main(*sys.argv[1:])
-            """))
-        with open(tmp_path / "printed", "w") as printed:
-            app = subprocess.Popen([sys.executable, "app.py", str(busy), ending], cwd=tmp_path, stdin=subprocess.DEVNULL,
-                                   stdout=printed, stderr=printed, start_new_session=True, env=environment())
-        try:
-            wait_for(lambda: "ready" in (tmp_path / "printed").read_text(), 30)
-            with contextlib.closing(bgjobs.Runner(tmp_path / "jobs.db", start=False)) as runner:
-                jobs = [job for job in runner.jobs() if job.name.endswith("count")]
-                os.killpg(app.pid, signal.SIGINT)
-                if "with" in ending:                                            # waits for the jobs, as executors do: they go on
-                    wait_for(lambda: all(job.attempt == 2 for job in jobs), 20)
-                    states = [job.state for job in jobs]
-                    wait_for(lambda: all(job.state > state for job, state in zip(jobs, states)), 20)
-                    os.killpg(app.pid, signal.SIGINT)
-                assert app.wait(20)
-                assert [(job.status, job.phase, job.errors) for job in jobs] == [("pending", "interrupted", 0)] * busy
-                assert all(job.state for job in jobs)
-                consistent(runner)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(app.pid, signal.SIGKILL)
-            app.wait(10)
-
-    def test_what_is_cut_off_is_given_back_only_if_the_runner_goes_down_within_a_second(self, make, monkeypatch):
-        hand = Hand()
-        runner = make(executor=hand, max_workers=3)
-        jobs = [runner.submit(interrupt_itself), runner.submit(add, 1), runner.submit(hold, "cut off")]
-        wait_for(lambda: len(hand.calls) == 3)
-        hand.execute(0).join()
-        executing = threading.Thread(target=hand.calls[2][1], args=hand.calls[2][2])
-        executing.start()
-        wait_for(lambda: seen[-1:] == ["cut off"])
-        for future, *_ in hand.calls[1:]:
-            future.set_exception(KeyboardInterrupt("by Ctrl-C"))
-        assert [job.status for job in jobs] == ["running"] * 3
-        runner.close()
-        again = make(start=False)
-        assert [(job.status, job.phase, job.attempt) for job in map(again.get, (job.id for job in jobs))] == [
-            ("pending", "interrupted", 1), ("pending", "", 0), ("pending", "interrupted", 1)]
-        consistent(again)
-        gate("cut off").set()
-        executing.join(10)
-
-    def test_who_raises_keyboard_interrupt_while_nobody_goes_down_fails(self, elsewhere):
-        job = elsewhere.submit(interrupt_itself)
-        with pytest.raises(bgjobs.JobFailed, match="KeyboardInterrupt: by itself"):
-            job.result(20)
-        assert job.status == "failed" and elsewhere.submit(add, 1).result(20) == 1
-        consistent(job._runner)
-
-    def test_bad_executors_are_refused(self, make, tmp_path):
-        for bad in (5, "x", object()):
-            with pytest.raises(ValueError, match="executor must be a concurrent.futures.Executor, what makes one, or None"):
-                make(executor=bad)
-        with pytest.raises(TypeError, match="executor is an option of a function"):
-            bgjobs.options(executor=None)
-        for bad in (5, "x", ":80", "host:", "host:x"):
-            with pytest.raises(ValueError, match='callback must be "host:port"'):
-                make(callback=bad)
-        assert make(str(tmp_path / "a.db"), executor=concurrent.futures.ThreadPoolExecutor(3)).max_workers == 3
-
-    def test_a_callback_address_that_is_taken_is_waited_for_and_then_an_error_at_start(self, make, monkeypatch):
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            address = f"127.0.0.1:{other.getsockname()[1]}"
-            runner = make(executor=concurrent.futures.ThreadPoolExecutor, callback=address, start=False)
-            job = runner.submit(add, 1)
-            with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                started = thread.submit(runner.start)
-                assert not concurrent.futures.wait([started], 0.2).done
-                other.close()                                # the process before this one has gone down
-                assert started.result(5) is runner
-        assert job.result(10) == 1 and runner._callback._listener.getsockname()[1] == int(address[10:])
-        monkeypatch.setattr(bgjobs, "GRACE_SECONDS", -1)
-        with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
-            make(executor=Hand(), callback=address)
-        assert caught.value.errno == errno.EADDRINUSE
-        with pytest.raises(OSError, match="callback no.such.host.invalid:80 cannot be listened at: "):
-            make(executor=Hand(), callback="no.such.host.invalid:80")
+        line.close()
 
     def test_functions_say_where_they_execute(self, make):
         here, there = Hand(), Hand()
@@ -6503,6 +6247,279 @@ class TestElsewhere:
             there.execute().join(), here.execute().join()
         finally:
             del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+
+    def test_bad_executors_are_refused(self, make, tmp_path):
+        for bad in (5, "x", object()):
+            with pytest.raises(ValueError, match="executor must be a concurrent.futures.Executor, what makes one, or None"):
+                make(executor=bad)
+        with pytest.raises(TypeError, match="executor is an option of a function"):
+            bgjobs.options(executor=None)
+        for bad in (5, "x", ":80", "host:", "host:x"):
+            with pytest.raises(ValueError, match='callback must be "host:port"'):
+                make(callback=bad)
+        assert make(str(tmp_path / "a.db"), executor=concurrent.futures.ThreadPoolExecutor(3)).max_workers == 3
+
+    # the connection
+
+    def test_an_attempt_whose_connection_is_lost_has_failed(self, make):
+        hand = Hand()
+        runner = make(executor=hand)
+        told = runner.submit(add, 1)
+        wait_for(lambda: len(hand.calls) == 1)
+        silent = runner.submit(add, 2)
+        wait_for(lambda: len(hand.calls) == 2)
+        for index in range(2):
+            line, _ = hand.dial(index)
+            line.close()
+            if index == 0:
+                time.sleep(0.1)
+                hand.calls[0][0].set_exception(OSError("the machine burns"))
+        assert isinstance(told.exception(10), OSError)
+        assert "the process that executed it is gone" in str(silent.exception(10))
+        assert sum(places(runner)) == 0
+        consistent(runner)
+
+    def test_what_an_attempt_says_is_carried_out_in_order(self, make):
+        hand = Hand()
+        runner = make(executor=hand)
+        job = runner.submit(add, 1)
+        wait_for(lambda: hand.calls)
+        line, given = hand.dial()
+        assert given["function"] == "add" and given["path"] == runner.path
+        assert ask(line, 1, "save", ["5", None], [[[0, 20, "a line"]], [1, 4, "a message"], "[3]"]) == [1, True]
+        assert ask(line, 2, "operate", ["drop", 1, None], None)[2] == "ValueError"
+        assert ask(line, 3, "info", [99], None) == [3, None, "KeyError", f"there is no job 99 in {runner.path}"]
+        assert ask(line, 4, "save", [], None)[2] == "TypeError"
+        assert job.state == 5 and [entry["message"] for entry in job.logs()] == ["a line"]
+        wait_for(lambda: job.progress == 0.25 and job.info()["message"] == "a message", 2)
+        job.stop()
+        assert json.loads(line.readline()) == [0, "stop", "halted"]
+        job.force_stop()
+        assert json.loads(line.readline()) == [0, "void"]
+        assert ask(line, 5, "save", ["6", None], None)[2] == "JobStopped" and job.state == 5
+        say(line, 0, "end", ["returned", "7", None, 0.1], None)
+        assert refused(line) == "" and job.status == "stopped"
+        wait_for(lambda: abandoned(runner) == 0)
+
+    @pytest.mark.parametrize("bad", [
+        "GET / HTTP/1.0\r\n\r\n", "[]\n", "5\n", "[" * 3_000 + "\n", '[1, "nonsense", [], null]\n', '["1", "info", [1], null]\n',
+        '[1, "info", [1]]\n', '[0, "tell", [], 5]\n', '[0, "tell", [], [[["x"]], null, null]]\n', "x" * 300_000])
+    def test_a_message_that_is_none_ends_that_attempt_alone(self, make, monkeypatch, bad):
+        monkeypatch.setattr(bgjobs, "LINE_BYTES", 200_000)
+        hand = Hand()
+        runner = make(executor=hand)
+        job = runner.submit(add, 1)
+        wait_for(lambda: len(hand.calls) == 1)
+        other = runner.submit(add, 2)
+        wait_for(lambda: len(hand.calls) == 2)
+        line, _ = hand.dial()
+        hand.calls[0][0].set_result(None)
+        with contextlib.suppress(OSError):
+            line.write(bad)
+            line.flush()
+        assert refused(line) == ""
+        assert isinstance(job.exception(10), bgjobs.BgjobsError)
+        hand.execute(1).join()
+        assert other.result(10) == 2
+
+    def test_strangers_and_replayed_tokens_are_refused(self, make, monkeypatch):
+        monkeypatch.setattr(bgjobs, "STRANGER_SECONDS", 0.5)
+        hand = Hand()
+        runner = make(executor=hand)
+        job = runner.submit(add, 1)
+        wait_for(lambda: hand.calls)
+        host, port, token = hand.calls[0][2]
+        assert host == "127.0.0.1"
+        for bad in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"\n", b"a" * 5_000, token[:-1].encode() + b"\n", token.upper().encode() + b"x\n"):
+            assert refused(dialed(host, port, bad)) == ""
+        begun = time.monotonic()
+        assert refused(dialed(host, port, token[:5].encode())) == "" and 0.3 < time.monotonic() - begun < 5
+        hand.execute().join()
+        assert job.result(10) == 1
+        assert refused(dialed(host, port, token.encode() + b"\n")) == ""
+
+    def test_a_flood_of_strangers_takes_few_connections_and_holds_up_no_attempt(self, make):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            assert runner.submit(add, 1).result(10) == 1
+            server = runner.core.elsewhere._server
+            address, strangers, most = server.listen(), [], []
+
+            def flood():
+                for _ in range(1_200):
+                    with contextlib.suppress(OSError):
+                        strangers.append(socket.create_connection(address, timeout=10))
+                    most.append(len(server._strangers))
+                    if len(strangers) > 300:
+                        strangers.pop(0).close()
+            flooding = threading.Thread(target=flood)
+            flooding.start()
+            begun = time.monotonic()
+            for n in range(20):
+                assert runner.submit(add, n).result(10) == n
+            flooding.join(30)
+            assert time.monotonic() - begun < 20 and max(most) <= bgjobs.STRANGERS + 1
+            for stranger in strangers:
+                stranger.close()
+            runner.close()
+
+    def test_many_attempts_leave_no_threads_descriptors_or_memory_behind(self, make):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runner = make(executor=executor)
+            jobs = runner.submit_many(add, [(n,) for n in range(100)])
+            assert runner.get(jobs[-1]).result(20) == 99
+            wait_for(lambda: not attempts_of(runner))
+            time.sleep(0.3)
+            before = threading.active_count(), len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+            jobs = runner.submit_many(add, [(n,) for n in range(500)])
+            assert [runner.get(job).result(20) for job in jobs] == [*range(500)]
+            wait_for(lambda: threading.active_count() <= before[0])
+            assert not before[1] or wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before[1] + 2)
+            gc.collect()
+            assert not [each for each in gc.get_objects() if type(each) is bgjobs.Drive]
+            runner.close()
+
+    def test_an_attempt_whose_runner_is_gone_stops_at_its_next_checkpoint(self, make):
+        hand = Hand()
+        runner = make(executor=hand)
+        jobs = [runner.submit(steps, "/nowhere", 10**9), runner.submit(save_later, "later")]
+        wait_for(lambda: len(hand.calls) == 2)
+        threads = [hand.execute(index) for index in range(2)]
+        wait_for(lambda: jobs[0].state and seen[-1:] == ["later"])
+        runner.close(0)
+        gate("later").set()
+        for thread in threads:
+            thread.join(5)
+            assert not thread.is_alive()
+        again = make(start=False)
+        assert again.get(jobs[0].id).status == "pending" and again.get(jobs[0].id).state["step"] >= 1
+        assert again.get(jobs[1].id).state == 0
+
+    def test_two_runners_share_an_executor_and_two_processes_a_file(self, make, tmp_path):
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            runners = [make(str(tmp_path / name), executor=executor) for name in ("a.db", "b.db", "a.db")]
+            jobs = [runner.submit(count_tree, 3) for runner in runners]
+            assert [job.result(30) for job in jobs] == [15] * 3
+            for runner in runners:
+                consistent(runner)
+                runner.close()
+
+    def test_a_callback_address_that_is_taken_is_waited_for_and_then_an_error_at_start(self, make, monkeypatch):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            runner = make(executor=concurrent.futures.ThreadPoolExecutor, callback=address, start=False)
+            job = runner.submit(add, 1)
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                started = thread.submit(runner.start)
+                assert not concurrent.futures.wait([started], 0.2).done
+                other.close()                                # the process before this one has gone down
+                assert started.result(5) is runner
+        assert job.result(10) == 1 and runner.core.elsewhere._server.listen()[1] == int(address[10:])
+        monkeypatch.setattr(bgjobs, "GRACE_SECONDS", -1)
+        with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
+            make(executor=Hand(), callback=address)
+        assert caught.value.errno == errno.EADDRINUSE
+        with pytest.raises(OSError, match="callback no.such.host.invalid:80 cannot be listened at: "):
+            make(executor=Hand(), callback="no.such.host.invalid:80")
+
+    # going down
+
+    def test_an_app_that_ends_without_close_waits_for_no_endless_attempt_of_its_pool(self, tmp_path):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, concurrent.futures, itertools
+            def count():
+                job = bgjobs.current_job()
+                for n in itertools.count():
+                    job.checkpoint(state=n)
+                    job.sleep(0.01)
+            if __name__ == "__main__":
+                runner = bgjobs.Runner("jobs.db", executor=concurrent.futures.ProcessPoolExecutor, max_workers=2)
+                jobs = [runner.submit(count) for _ in range(2)]
+                while not any(job.state for job in jobs):
+                    pass
+            """))
+        code, out, err = finish(python("import runpy; runpy.run_path('app.py', run_name='__main__')", cwd=tmp_path), 30)
+        assert code == 0
+        runner = bgjobs.Runner(tmp_path / "jobs.db", start=False)
+        assert [job.status for job in runner.jobs()] == ["pending"] * 2 and any(job.state for job in runner.jobs())
+        runner.close()
+
+    @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups")
+    @pytest.mark.parametrize("ending", ["try: ready()\nfinally: runner.close()", "with runner: ready()", "ready()"])
+    def test_what_ctrl_c_cuts_off_in_the_processes_of_a_pool_goes_on_at_the_next_start(self, tmp_path, ending):
+        (tmp_path / "app.py").write_text(textwrap.dedent("""
+            import bgjobs, itertools, multiprocessing, sys, time
+            from concurrent.futures import ProcessPoolExecutor
+            def count():
+                for n in itertools.count():
+                    bgjobs.current_job().checkpoint(state=n)
+                    sum(range(100_000))
+            def ready():
+                print("ready", flush=True)
+                time.sleep(60)
+            def main(ending):                                # of three processes, a third is idle
+                pool = lambda: ProcessPoolExecutor(3, multiprocessing.get_context("spawn"))
+                runner = bgjobs.Runner("jobs.db", executor=pool, max_workers=3)
+                jobs = [runner.submit(count) for _ in range(2)]
+                while not all(job.state for job in jobs):
+                    time.sleep(0.01)
+                exec(ending, {**globals(), "runner": runner})
+            if __name__ == "__main__":
+                main(*sys.argv[1:])
+            """))
+        with open(tmp_path / "printed", "w") as printed:
+            app = subprocess.Popen([sys.executable, "app.py", ending], cwd=tmp_path, stdin=subprocess.DEVNULL,
+                                   stdout=printed, stderr=printed, start_new_session=True, env=environment())
+        try:
+            wait_for(lambda: "ready" in (tmp_path / "printed").read_text(), 30)
+            with contextlib.closing(bgjobs.Runner(tmp_path / "jobs.db", start=False)) as runner:
+                jobs = runner.jobs()
+                os.killpg(app.pid, signal.SIGINT)
+                if "with" in ending:                                            # waits for the jobs, as executors do: they go on
+                    wait_for(lambda: all(job.attempt == 2 for job in jobs), 20)
+                    states = [job.state for job in jobs]
+                    wait_for(lambda: all(job.state > state for job, state in zip(jobs, states)), 20)
+                    os.killpg(app.pid, signal.SIGINT)
+                assert app.wait(20)
+                assert [(job.status, job.phase, job.errors) for job in jobs] == [("pending", "interrupted", 0)] * 2
+                assert all(job.state for job in jobs)
+                consistent(runner)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(app.pid, signal.SIGKILL)
+            app.wait(10)
+
+    @pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+    def test_sigterm_to_a_process_of_a_pool_has_its_attempt_pause(self, spawned, tmp_path, monkeypatch):
+        job = spawned.submit(count_on, str(tmp_path / "go"))
+        wait_for(lambda: job.state, 20)
+        busy = [pid for pid in spawned._elsewhere.engine(spawned._executor).executor()._processes]
+        for pid in busy:
+            os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: job.attempt == 2 and job.status == "running", 20)
+        (tmp_path / "go").touch()
+        assert job.result(20) > 0 and job.errors == 0
+        consistent(spawned)
+
+    @pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+    def test_a_pool_that_broke_ends_though_a_function_reaches_no_checkpoint(self, spawned, monkeypatch):
+        spinning = spawned.submit(spin_quietly)
+        engine = spawned._elsewhere_for(spawned._executor).engine(spawned._executor)
+        wait_for(lambda: spinning.status == "running" and spawned._attempts[spinning.id].begun, 20)
+        pool = engine.executor()
+        dead = spawned.submit(die)
+        assert dead.exception(20) is not None
+        begun = time.monotonic()
+        pool.shutdown(wait=True)
+        assert time.monotonic() - begun < 20
+        assert isinstance(spinning.exception(20), concurrent.futures.BrokenExecutor)
+
+    def test_a_job_that_raises_keyboard_interrupt_by_itself_fails(self, elsewhere):
+        job = elsewhere.submit(interrupt_itself)
+        with pytest.raises(bgjobs.JobFailed, match="KeyboardInterrupt: by itself"):
+            job.result(20)
+        assert job.status == "failed" and elsewhere.submit(add, 1).result(20) == 1
+        consistent(job._backend)
 
 
 # ---- 19 The default runner -------------------------------------------------------------------------------------
