@@ -1339,7 +1339,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(map(JobRow._make, self.execute(sql, parameters)))
+        return list(itertools.starmap(JobRow, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1546,8 +1546,9 @@ class Transaction:
         `unspent` if the attempt does not count; and what a job that becomes pending waits for,
         `run_at` or `parked`, with the `phase` for people.
         """
-        executes = job.executes and status in ACTIVE      # a stop, or its resume: it runs on
         left = {**self._LEFT, **self._WAITS, **left}
+        # A stop, or the resume that takes it back: the attempt runs on.
+        executes = job.executes and status in ACTIVE and not left["returned"]
         if status != PENDING:
             left.update(self._WAITS)
         if ran is None:
@@ -4142,6 +4143,7 @@ class Dispatch(Passenger):
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
         self._riding: list[Attempt] = []                  # ended, and to be recorded now
+        self._one_by_one = False                          # one of them could not be recorded
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._backlog = True                              # more may be ready, says the last claim
         self.claims = False                               # jobs are claimed
@@ -4150,7 +4152,7 @@ class Dispatch(Passenger):
 
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
-        self._riding = list(self.ended)
+        self._riding = list(self.ended)[:1 if self._one_by_one else None]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
@@ -4160,10 +4162,24 @@ class Dispatch(Passenger):
             return                                        # a worker flushes in a moment
         ended = self._riding
         if ended:
-            tx.finish(ended)
+            self._record(tx, ended)
         claimed = self._claim(tx) if self.claims else []
         if ended or claimed:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
+
+    def _record(self, tx: Transaction, ended: list[Attempt]) -> None:
+        """Record outcomes. One that cannot be recorded is found, one by one, and becomes a failure.
+        """
+        try:
+            tx.finish(ended)
+        except sqlite3.OperationalError:                  # trouble of the disk, not of an outcome
+            raise
+        except Exception as error:
+            if self._one_by_one:
+                ended[0].unsaved_progress = None
+                ended[0].fail(error)
+            self._one_by_one = True
+            raise
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
@@ -4183,6 +4199,7 @@ class Dispatch(Passenger):
             self.ended.popleft()
             self._forget(attempt)
         self._ended_at = time.monotonic()                 # of those that came meanwhile
+        self._one_by_one = self._one_by_one and bool(self.ended)
         for attempt in claimed:
             superseded = self.attempts.get(attempt.id)
             self.attempts[attempt.id] = attempt
@@ -5870,7 +5887,7 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 COUNT_LIMIT = 10_001       # where counting for people ends
 SEARCH_LIMIT = 60_000      # jobs that one search looks at; a sixth of that if it looks into texts
 FEW = 10_000               # if a status has fewer jobs than that, all of them are looked at
-MAX_ID = (1 << 63) - 1
+MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
 # Filters
@@ -5907,10 +5924,10 @@ def _finite(value: Any) -> float:
 
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
-A_TEXT = Reader(str.__str__, "a text")
+A_TEXT = Reader(lambda value: str.encode(value).decode(), "a text")   # one in UTF-8
 A_TIME = Reader(_finite, "Unix seconds")
 A_NUMBER = Reader(_natural, "a whole number")
-A_LIMIT = Reader(lambda value: MAX_ID - 1 if value is None else _natural(value),
+A_LIMIT = Reader(lambda value: MAX_ID if value is None else _natural(value),
                  "a whole number, 0 or more, or None")
 _A_STATUS = Reader(
     lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
@@ -5977,7 +5994,7 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     """
     where, values = conditions(filters)
     limit = read_value("limit", limit, A_LIMIT)
-    values |= {"before": MAX_ID if before is None else before, "limit": limit + 1}
+    values |= {"before": read_value("before", before, A_LIMIT), "limit": limit + 1}
     statuses, bottom = values["status"], None
     if _are_at_hand(store, statuses, where):
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
@@ -6177,8 +6194,10 @@ def read_logs(store: Store, job_id: int, level: str | int | None, text: str | No
     found_in = _search_function(regex)
     sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="ASC" if after else "DESC")
     rows = store.read(sql, {
-        "id": job_id, "after": after or 0, "level": read_value("level", level, _A_LEVEL),
-        "since": since or 0.0, "until": math.inf if until is None else until,
+        "id": job_id, "after": read_value("after", after or 0, A_NUMBER),
+        "level": read_value("level", level, _A_LEVEL),
+        "since": read_value("since", since or 0.0, A_TIME),
+        "until": math.inf if until is None else read_value("until", until, A_TIME),
         "limit": MAX_ID if text or regex else limit})
     passing = [row for row in rows
                if needle in row["message"].lower() and found_in(row["message"])]
@@ -6198,8 +6217,8 @@ def _search_function(regex: str | None) -> Callable[[str], Any]:
 
 def _level_number(level: str | int | None) -> int:
     if not isinstance(level, str):
-        return level or 0
-    return int(level if level.isdecimal() else logging.getLevelName(level.upper()))
+        return _natural(level or 0)
+    return _natural(level if level.isdecimal() else logging.getLevelName(level.upper()))
 
 
 _A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
