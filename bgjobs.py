@@ -3252,8 +3252,8 @@ class Attempt:
 
     def time_out(self) -> None:
         """Make the timeout the outcome."""
-        seconds = self.options["timeout"]
-        self.fail(TimeoutError(f"attempt {self.number} took longer than {seconds:,g} s"))
+        timeout = f"its timeout of {self.options['timeout']:,g} s"
+        self.fail(TimeoutError(f"attempt {self.number} took longer than {timeout}"))
 
     # stopping
 
@@ -3541,8 +3541,6 @@ class HandleCondition(threading.Condition):
     strike meanwhile, so whoever locks it takes the ticket, too.
     """
 
-    _lock: threading.RLock
-
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release                    # Condition sets these to the lock's own
@@ -3553,17 +3551,13 @@ class HandleCondition(threading.Condition):
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
-    def release(self) -> None:
+    def release(self, *exc_info: Any) -> None:
         """Unlock it."""
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
 
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.release()
+    __enter__, __exit__ = acquire, release
 
 
 class _Waiters(list[Any]):
@@ -3605,33 +3599,67 @@ class _PlaceGivingEvent(threading.Event):
         super().clear()
 
 
-def _live(name: str, what: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
-    return property(lambda self: read(self.info()[name]),
-                    doc=what + " Read from the store at each access.")
-
-
-def _typed(value: Any) -> Any:
-    """Return a JSON value of `info()` with dates and the like as they were given."""
-    return decode(json.dumps(value))
-
-
 class Job(Future[_T]):
-    """The handle of a job: a concurrent.futures.Future whose attributes are read when asked.
+    """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
 
-    `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and
-    `resume` of a failed job, return a new handle, while attributes stay true on both. `await job`
-    works, too; a caller that gives up awaiting does not cancel the job. Any thread may use a handle.
+    `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
+    complete handle returns a new one, and attributes stay true on both. `await job` works, too; a
+    caller that gives up awaiting does not cancel the job. Any thread may use a handle.
 
-    Attributes are read without waiting for writers; KeyError if the job has been removed.
+    Attributes are read from the file at each access, and wait for no writer; KeyError if the job
+    has been removed:
+
+    name, label            the stable name of the function; a title for people, or None
+    status, phase          one of the seven statuses; what refines it for people, or ""
+    created_at             Unix seconds, as the next two
+    started_at             of the first attempt since creation or restart, or None
+    finished_at            or None
+    waiting                seconds from creation, or its due time, to the start, or until now
+    duration               seconds that its attempts have been running, together
+    attempt                the number of the newest attempt, 0 before the first
+    errors                 how many attempts failed, with those of its descendants
+    low_priority           whether it runs in periods of low load only
+    run_by                 the name of the person that asked for it, or None
+    progress, eta          0 to 1, and seconds left; None if unknown
+    children               {"total", "done", "failed", "running"}, counts over all descendants
+    parent_id, root_id     ids; a root has no parent, None
+    args, kwargs           a list and a dict of its arguments, secret ones masked
+    state                  what its last checkpoint saved, or None
+    error                  the traceback of the newest failure, a text, or None
+    operations             the operations that its status allows now
+
     Operations block until their commit, not until the job has followed. They take `by=`, the name
     of the person that asked, for the job's log. They raise InvalidOperation if the job's status
     does not allow it (the text says what it allows), KeyError, and StoreError if the file cannot be
     written.
     """
 
+    name: str
+    label: str | None
+    status: str
+    phase: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    waiting: float
+    duration: float
+    attempt: int
+    errors: int
+    low_priority: bool
+    run_by: str | None
+    progress: float | None
+    eta: float | None
+    children: dict[str, int]
+    parent_id: int | None
+    root_id: int
+    args: list[Any]
+    kwargs: dict[str, Any]
+    state: Any
+    error: str | None
+    operations: list[str]
+
     _state = "PENDING"
-    _result: Any = None
-    _exception: BaseException | None = None
+    _result = _exception = None
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
@@ -3639,63 +3667,48 @@ class Job(Future[_T]):
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
         self._done_callbacks: list[Callable[[Job[_T]], Any]] = []
 
-    def _stored(self) -> int:
-        """Return the id as long as it is this job's.
+    def __getattr__(self, name: str) -> Any:
+        if name in _MADE_LATE:                            # few handles are waited on
+            return vars(self).setdefault(name, _MADE_LATE[name](self))
+        if name not in Job.__annotations__:
+            raise AttributeError(f"a Job has no attribute {name!r}")
+        return decode(dump(self.info()[name]))            # dates in a state are dates again
 
-        A transaction that is rolled back leaves its ids to other jobs. Raises KeyError then.
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *Job.__annotations__]
+
+    def _row(self) -> Any:
+        """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
+
+        An app's transaction that is rolled back leaves its ids to other jobs.
         """
-        if self._created_at is not None:
-            row = self._backend.outcome(self.id)
-            if row is not None and row["created_at"] != self._created_at:
-                raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
-            if row is not None:
-                self._created_at = None
-        return self.id
+        row = self._backend.outcome(self.id)
+        if row is None:
+            return {} if self._created_at is None else None
+        if self._created_at not in (None, row["created_at"]):
+            return {}
+        self._created_at = None
+        return row
 
-    name: str = _live("name", "The stable name of the function.")
-    label: str | None = _live("label", "A title for people, or None.")
-    status: str = _live("status", "One of the seven statuses.")
-    phase: str = _live("phase", "What refines the status for people, or \"\".")
-    created_at: float = _live("created_at", "Unix seconds.")
-    started_at: float | None = _live(
-        "started_at", "Unix seconds of the first attempt since creation or restart, or None.")
-    finished_at: float | None = _live("finished_at", "Unix seconds, or None.")
-    waiting: float = _live(
-        "waiting", "Seconds from creation, or its due time, to the start, or until now.")
-    duration: float = _live("duration", "Seconds that its attempts have been running, together.")
-    errors: int = _live("errors", "How many of its own attempts and of its descendants failed.")
-    low_priority: bool = _live("low_priority", "Whether it runs in periods of low load only.")
-    run_by: str | None = _live("run_by", "The name of the person that asked for it, or None.")
-    progress: float | None = _live("progress", "0 to 1, or None.")
-    eta: float | None = _live("eta", "Seconds left, or None.")
-    children: dict[str, int] = _live(
-        "children", '{"total", "done", "failed", "running"}, counts over all descendants.')
-    parent_id: int | None = _live("parent_id", "The parent's id, or None.")
-    root_id: int = _live("root_id", "The id of its tree's root.")
-    attempt: int = _live("attempt", "The number of the newest attempt, 0 before the first.")
-    args: list[Any] = _live("args", "A list of its arguments, secret ones masked.", _typed)
-    kwargs: dict[str, Any] = _live(
-        "kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
-    state: Any = _live("state", "What its last checkpoint saved, or None.", _typed)
-    error: str | None = _live("error", "The traceback of the newest failure, a text, or None.")
-    operations: list[str] = _live("operations", "The operations that its status allows now.")
+    def _stored(self) -> int:
+        """Return the id. Raises KeyError if the transaction that submitted it is not committed."""
+        if self._created_at is not None and not self._row():
+            raise KeyError(f"the transaction that submitted job {self.id} was not committed")
+        return self.id
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._backend.info(self._stored())
 
-    def logs(self, *, level: str | int | None = None, text: str | None = None,
-             regex: str | None = None, since: float | None = None, until: float | None = None,
-             after: int = 0, limit: int | None = None, tree: bool = False) -> list[dict[str, Any]]:
+    def logs(self, **filters: Any) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. regex: found in it, as
-        `re.search` does. since, until: Unix seconds. after: a line's id. limit: how many at most;
-        without `after` the newest ones. tree: also the lines of all descendants. Raises ValueError
-        for a bad value.
+        level= the least, as a name or number. text= contained, in any case. regex= found in it, as
+        `re.search` does. since= until= Unix seconds. after= a line's id. limit= how many at most;
+        without `after` the newest ones. tree=True: also the lines of all descendants. Raises
+        ValueError for a bad value.
         """
-        return self._backend.logs(
-            self._stored(), level, text, since, until, after, limit, tree, regex)
+        return self._backend.logs(self._stored(), filters)
 
     # operations
 
@@ -3738,24 +3751,12 @@ class Job(Future[_T]):
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out; return this handle, or a new one where this one is complete."""
-        if operation in ("resume", "restart"):
-            self.done()                                   # a handle whose job was over keeps that outcome
+        """Carry an operation out; return this handle, or a new one if this one is complete."""
+        self.done()                                       # if the job is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
-        goes_on = operation == "resume" and self._state != "PENDING"
-        return Job(self._backend, self.id) if goes_on or operation == "restart" else self
+        return self if self._state == "PENDING" else Job(self._backend, self.id)
 
     # the Future part
-
-    @property
-    def _condition(self) -> threading.Condition:          # type: ignore[override]
-        """The Future's condition, made when it is first asked for: few handles are waited on."""
-        return vars(self).get("condition") or vars(self).setdefault("condition", HandleCondition())
-
-    @property
-    def _waiters(self) -> list[Any]:                      # type: ignore[override]
-        """The Future's waiters, likewise."""
-        return vars(self).get("waiters") or vars(self).setdefault("waiters", _Waiters(self))
 
     def done(self) -> bool:
         """Return whether the job is over."""
@@ -3771,10 +3772,8 @@ class Job(Future[_T]):
 
     def _look(self) -> str:
         """Return the status; complete the handle if the job is over."""
-        if self._state == CANCELLED_AND_NOTIFIED:
-            return CANCELLED
-        if self._state == FUTURE_FINISHED:
-            return FINISHED if self._exception is None else FAILED
+        if self._state != "PENDING":
+            return self._end
         status = self._backend.status(self._stored())
         if status in OVER:
             self._complete()
@@ -3788,14 +3787,8 @@ class Job(Future[_T]):
         place is given away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
-        error = self.exception(timeout)
-        if error is None:                                 # Future.result would ask for its truth value
-            value: _T = self._result
-            return value
-        try:
-            raise error
-        finally:
-            del self, error                               # its traceback keeps this frame
+        self._wait_for_end(timeout)
+        return super().result(0)
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3808,10 +3801,8 @@ class Job(Future[_T]):
 
     def _wait_for_end(self, timeout: float | None,
                       given_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait until the job is over, or a condition that `given_up` tells of comes true."""
-        if self._state == "PENDING":
-            self._look()
-        if self._state != "PENDING":
+        """Wait until the job is over, or `given_up()` is true when the condition is notified."""
+        if self.done():
             return
         self._watch()
         attempt, condition = current_attempt(), self._condition
@@ -3827,116 +3818,80 @@ class Job(Future[_T]):
                 condition.wait_for(over, timeout)
 
     def __await__(self) -> Generator[Any, None, _T]:
-        waits = self._await() if current_attempt() is None else self._await_in_job()
-        return waits.__await__()
+        return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop, which a callback completes.
+        """Await a future of the loop that a callback completes, or inside a job a thread that waits.
 
-        Not asyncio.wrap_future: its cancellation would cancel the job, and it cannot carry
-        StopIteration.
+        That thread gives the worker's place away, as any wait for a job does. It is no executor's:
+        the interpreter would wait for that at exit. Not asyncio.wrap_future: its cancellation would
+        cancel the job, and it cannot carry StopIteration.
         """
         import asyncio
         loop = asyncio.get_running_loop()
         over = loop.create_future()
 
-        def tell(job: Job[_T]) -> None:
+        def tell(job: Any) -> None:
             with contextlib.suppress(RuntimeError):       # the loop is closed
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
-        self.add_done_callback(tell)
-        try:
-            await over
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):         # it has just been called
-                self._done_callbacks.remove(tell)
-            raise
-        return self.result(0)
-
-    async def _await_in_job(self) -> _T:
-        """Let a thread wait: it gives the place away, as any wait for a job does.
-
-        No executor's thread: the interpreter would wait for that at exit.
-        """
-        import asyncio
-        end: Future[None] = Future()
 
         def wait() -> None:
-            try:
-                self._wait_for_end(None, end.cancelled)
-                error = None
-            except BaseException as caught:               # JobStopped is one of these
-                error = caught
-            if end.set_running_or_notify_cancel():
-                end.set_exception(error) if error is not None else end.set_result(None)
-        run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
+            with contextlib.suppress(BaseException):      # result() below raises it again
+                self._wait_for_end(None, over.done)
+            tell(self)
+        if current_attempt() is None:
+            self.add_done_callback(tell)
+        else:
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
         try:
-            await asyncio.wrap_future(end)
-        except asyncio.CancelledError:
+            await over
+        finally:
+            if tell in self._done_callbacks:
+                self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()              # the thread looks whether `end` is cancelled
-            raise
-        return super().result(0)
+                self._condition.notify_all()              # the thread looks whether it is given up
+        return self.result()
 
     @library_code
     def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
         super().add_done_callback(fn)                     # type: ignore[arg-type]
-        self._watch(hold=True)
+        self._watch()
 
-    def _watch(self, hold: bool = False) -> None:
-        """Have this handle completed when its job is over; it is now if the job is over already.
-
-        hold: the handle lives until then, even if the app drops it.
-        """
+    def _watch(self) -> None:
+        """Have this handle completed when its job is over; it is now if the job is over already."""
         if self._state == "PENDING":
             self._stored()
-            self._backend.watch(self, hold)
+            self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over. Wakes whoever waits.
+        """Take the outcome over, once, if the job is over. Wakes the threads that wait.
 
-        row: that of OUTCOME_OF, if it has been read; {}: the job has been removed. Callbacks are
-        called in a thread of their own.
+        row: what `_row` returns, if it has been read.
         """
-        row = self._read_outcome() if row is None else row
         if row is None:
+            row = self._row()
+        status = FAILED if row == {} else row and row["status"]
+        if status not in OVER:
             return
         with self._condition:
             if self._state != "PENDING":
                 return
-            if row and row["status"] == CANCELLED:
-                self._state, tell = CANCELLED_AND_NOTIFIED, "add_cancelled"
+            if not row:
+                text = f"job {self.id} has been removed from {self._backend.path}"
+                self._exception = BgjobsError(text)
+            elif status == FAILED:
+                self._exception = self._backend.error_of(self.id, row)
             else:
-                self._take_over(row)
-                tell = "add_result" if self._exception is None else "add_exception"
-                self._state = FUTURE_FINISHED
+                self._result = decode(row["result"])
+            self._end = status
+            self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
         self._backend.call_back(self)
-
-    def _read_outcome(self) -> Any:
-        """Return the row that tells how the job has ended; {} if it has been removed, None if it is
-        not over, or not committed yet."""
-        try:
-            row = self._backend.outcome(self._stored())
-        except KeyError:                                  # rolled back
-            return {}
-        if row is None:
-            return {} if self._created_at is None else None
-        return row if row["status"] in OVER else None
-
-    def _take_over(self, row: Any) -> None:
-        """Set the result, or the exception, of a job that is over."""
-        if not row:
-            path = self._backend.path
-            self._exception = BgjobsError(f"job {self.id} has been removed from {path}")
-        elif row["status"] == FINISHED:
-            self._result = decode(row["result"])
-        else:
-            self._exception = self._backend.error_of(self.id, row)
 
     def __repr__(self) -> str:
         try:
@@ -3945,14 +3900,17 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
+# Parts of a handle that are made when they are first asked for.
+_MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
+# The status of a job that is over: the state of its Future, and the method that tells a waiter.
+_FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
+                  FAILED: (FUTURE_FINISHED, "add_exception"),
+                  CANCELLED: (CANCELLED_AND_NOTIFIED, "add_cancelled")}
+
+
 def path_of(handle: Job[Any]) -> str:
     """Return the path of the file that a handle's job is in."""
     return handle._backend.path
-
-
-def complete(handle: Job[Any]) -> None:
-    """Complete a handle if its job is over."""
-    handle._complete()
 
 
 class Handles:
@@ -3967,16 +3925,16 @@ class Handles:
         self.ends_missed = False                          # look() is due
         self._lock = threading.Lock()                     # guards the four below
         self.watched: dict[int, weakref.WeakSet[Job[Any]]] = {}
-        self._held: set[Job[Any]] = set()                 # with callbacks: live until these ran
+        self.held: set[Job[Any]] = set()                  # with callbacks: live until these ran
         self._to_call_back: deque[Job[Any]] = deque()
         self._caller: threading.Thread | None = None
 
-    def watch(self, handle: Job[Any], hold: bool) -> None:
-        """Complete this handle when its job is over; hold: keep it alive until then."""
+    def watch(self, handle: Job[Any]) -> None:
+        """Complete this handle when its job is over, if the app keeps it or gave it callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
-            if hold:
-                self._held.add(handle)
+            if handle._done_callbacks:
+                self.held.add(handle)
 
     def ids(self) -> list[int]:
         """Return the ids of the watched jobs, after forgetting those whose handles are gone."""
@@ -3994,37 +3952,30 @@ class Handles:
                     self.ends_missed = True
                     self._store.complain(text_of(error))
 
-    _GOING_ON = """SELECT id FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
-        AND status IN ('pending', 'running', 'stopping', 'stopped')"""
+    _ENDED = """SELECT value FROM json_each(:ids) WHERE NOT EXISTS (SELECT 1 FROM bgjobs_jobs
+        WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
         """Complete the handles of jobs that ended unnoticed, above all in another process."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
-            rows = self._store.read(self._GOING_ON, {"ids": json.dumps(ids)})
-            self.complete(set(ids) - {row["id"] for row in rows})
+            ended = self._store.read(self._ENDED, {"ids": json.dumps(ids)})
+            self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; call its callbacks, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
         with self._lock:
-            handles = self.watched.get(handle.id)
-            if handles is not None:
-                handles.discard(handle)
-                if not handles:
-                    del self.watched[handle.id]
-            self._held.discard(handle)
-            if not handle._done_callbacks:
-                return
-            self._to_call_back.append(handle)
-            if self._caller is None:
-                caller = threading.Thread(target=self._call_back, name="bgjobs-callbacks",
-                                          daemon=True)
-                try:
-                    caller.start()                        # it waits for the lock
-                    self._caller = caller
-                except RuntimeError as error:             # the next end tries again
-                    self._store.complain(f"bgjobs: {error}")
+            handles: Any = self.watched.get(handle.id, set())
+            handles.discard(handle)
+            if not handles:
+                self.watched.pop(handle.id, None)
+            self.held.discard(handle)
+            if handle._done_callbacks:
+                self._to_call_back.append(handle)
+            if self._to_call_back and self._caller is None:
+                with contextlib.suppress(RuntimeError):   # too many threads; the next end tries again
+                    self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
         while True:
@@ -4034,7 +3985,7 @@ class Handles:
                     return
                 handle = self._to_call_back.popleft()
             try:
-                contextvars.Context().run(handle._invoke_callbacks)      # type: ignore[attr-defined]
+                handle._invoke_callbacks()                # type: ignore[attr-defined]
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
             del handle
@@ -4043,11 +3994,6 @@ class Handles:
         """Block until the callbacks of complete handles have returned; not inside one of them."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
-
-    def close(self) -> None:
-        """Drop the handles of jobs that are not over."""
-        with self._lock:
-            self._held.clear()
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, where the thread is not and the lock may be held."""
@@ -4431,11 +4377,11 @@ class Core:
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
-    def logs(self, job_id: int, *filters: Any, **named: Any) -> list[dict[str, Any]]:
+    def logs(self, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what `Job.logs` does; what was logged by now is among it."""
         if not self.store.closed:
             self.write_lines()
-        return read_logs(self.store, job_id, *filters, **named)
+        return read_logs(self.store, job_id, **filters)
 
     _OUTCOME = """SELECT status, created_at, name, attempt, result, error
         FROM bgjobs_jobs WHERE id = :id"""
@@ -4489,13 +4435,13 @@ class Core:
     # waiting
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool = False) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over, whichever process runs it."""
-        self.handles.watch(handle, hold)
+        self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
             self.store.flush()                            # its outcome may wait for company
-        complete(handle)                                  # it may have ended before it was watched
+        self.handles.complete([handle.id])                # it may have ended before it was watched
 
     def call_back(self, handle: Job[Any]) -> None:
         """Have the callbacks of a complete handle called."""
@@ -4753,7 +4699,7 @@ class Lifecycle:
             core.service.end(self._left(0.8, 1.0))
         self.presence.vanish()
         dispatch.pool.close(self._left(0.8, 0.2))
-        core.handles.close()
+        core.handles.held.clear()                         # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
@@ -6181,9 +6127,9 @@ WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT id FROM tree)"""
 
 
-def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None,
-              since: float | None, until: float | None, after: int, limit: int | None, tree: bool,
-              regex: str | None = None) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, *, level: Any = None, text: Any = None, regex: Any = None,
+              since: Any = None, until: Any = None, after: Any = None, limit: Any = None,
+              tree: Any = False) -> list[dict[str, Any]]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
@@ -7257,9 +7203,9 @@ class RunnerProxy:
         """Return a job's status. KeyError: there is no such job."""
         return self.ask("status", job_id)
 
-    def logs(self, job_id: int, *filters: Any) -> Any:
+    def logs(self, job_id: int, filters: dict[str, Any]) -> Any:
         """Return what Job.logs() does."""
-        return self.ask("logs", job_id, *filters)
+        return self.ask("logs", job_id, filters)
 
     def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
         """Return the ids of the jobs that pass the filters."""
@@ -7274,7 +7220,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
@@ -9052,7 +8998,7 @@ class Page:
             "level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False}
         filters.update(request.parameters(*filters))
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
-        return {"logs": self.core.logs(job_id, **filters)}
+        return {"logs": self.core.logs(job_id, filters)}
 
     def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
         return attempts_of(self.core.store, self._info(number)["id"])
