@@ -1330,8 +1330,8 @@ class Transaction:
             self.trees.count(new.parent_id, total=count)
             self.trees.change(new.parent_id, "open", count)
 
-    _AUTHOR = """SELECT status, attempt, root_id, low_priority, run_by, options
-        FROM bgjobs_jobs WHERE id = :id"""
+    _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
+        ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
 
     def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
         """Return the id of the root (None for a root), low_priority and run_by of a new job.
@@ -1343,25 +1343,22 @@ class Transaction:
         parent = new.parent_id
         if parent is None:
             return None, new.low_priority or 0, new.run_by
-        row = self.execute(self._AUTHOR, {"id": parent}).fetchone()
-        if row is None:
-            raise InvalidOperation(f"job {parent} does not exist any more; it takes no children")
-        status, _, root_id, low, run_by, options = row
+        row = self.execute(self._PARENT, {
+            "id": parent, "low": new.low_priority, "run_by": new.run_by}).fetchone()
+        status, root_id, low, run_by, options = row or ("removed", None, None, None, None)
         by_itself = new.author is not None and new.author[0] == parent
         if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
             raise JobStopped(f"job {parent} was asked to stop")
-        if status in OVER:
-            raise InvalidOperation(f"job {parent} is {status}; it takes no more children")
-        if status in (STOPPING, STOPPED) and not by_itself:
-            raise InvalidOperation(
-                f"job {parent} is {status}; it takes no children before it is resumed")
-        return (root_id or parent, low if new.low_priority is None else new.low_priority,
-                run_by if new.run_by is None else new.run_by)
+        if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
+            raise InvalidOperation(f"job {parent} is {status}; it takes no children")
+        return root_id, low, run_by
+
+    _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
+        AND status IN ('running', 'stopping')"""
 
     def check_author(self, author: tuple[int, int]) -> None:
         """Refuse a request of an attempt that has been superseded. Raises JobStopped."""
-        row = self.execute(self._AUTHOR, {"id": author[0]}).fetchone()
-        if row is None or row[1] != author[1] or row[0] not in ACTIVE:
+        if self.value(self._IS_AUTHOR, id=author[0], attempt=author[1]) is None:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
     # the end of attempts
@@ -1681,14 +1678,6 @@ class Room(NamedTuple):
     workers: int = 1                                      # that will be free soon
 
 
-class Claims(NamedTuple):
-    """What a runner has claimed."""
-
-    jobs: list[tuple[JobRow, int]]                        # with the microseconds charged
-    more_ready: bool                                      # other jobs are ready, too
-    cut_short: bool                                       # by PARKED_A_CLAIM
-
-
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
@@ -1704,16 +1693,21 @@ CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime 
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
-class _Claim:
-    """Claims jobs for one runner in one transaction, in fair order."""
+class Claims:
+    """The jobs that one runner claims in one transaction, in fair order."""
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []
-        self.more_ready = False
+        self.jobs: list[tuple[JobRow, int]] = []          # with the microseconds charged
+        self.more_ready = False                           # other jobs are ready, too
         self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
         self._blocked: list[tuple[JobRow, str]] = []      # of this round
         self.blocked = 0                                  # of all rounds
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether so many jobs were blocked that the others have to wait for the next claim."""
+        return self.blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
         """Claim what there is room for; return whether to look behind jobs that were blocked."""
@@ -1723,7 +1717,7 @@ class _Claim:
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
         self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
-        return len(self.jobs) < free and blocked < self.blocked < PARKED_A_CLAIM
+        return len(self.jobs) < free and blocked < self.blocked and not self.cut_short
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
@@ -1792,10 +1786,10 @@ class _Claim:
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
     """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
-    claimed = _Claim(tx, owner, room, run_times)
-    while claimed.round():
+    claims = Claims(tx, owner, room, run_times)
+    while claims.round():
         pass
-    return Claims(claimed.jobs, claimed.more_ready, claimed.blocked >= PARKED_A_CLAIM)
+    return claims
 
 
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
@@ -1959,7 +1953,6 @@ def recover(tx: Transaction, owner: int) -> int:
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
     for job in jobs:
         tx.execute(_COUNT_DEATH, {"id": job.id})
-    for job in jobs:
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
     return len(jobs)
@@ -4338,9 +4331,7 @@ class Core:
     def operate(self, operation: str, job_id: int, by: str | None) -> None:
         """Apply an operation. Raises InvalidOperation, and KeyError if there is no such job."""
         by = None if by is None else " ".join(text_of(by, 200).split())
-        attempt = current_attempt()
-        own = attempt is not None and attempt.backend is self
-        author = (attempt.id, attempt.number) if attempt is not None and own else None
+        author = author_in(self)
         passed = threading.Event()
         for running in list(self.dispatch.attempts.values()):
             running.let_pass(passed)
@@ -4453,14 +4444,15 @@ class Drain:
              timeout: float | None) -> bool:
         """Run other jobs until an attempt need not wait any more."""
         begun = idle_since = time.monotonic()
+        until = math.inf if timeout is None else begun + timeout
         clock = self._core.clock()
         while not wait(0):
             now = time.monotonic()
-            if timeout is not None and now - begun >= timeout:
+            if now >= until:
                 return False
-            if self.run_one() or self._core.clock() != clock:
-                idle_since, clock = time.monotonic(), self._core.clock()
-            elif now - idle_since > STANDING_CLOCK_SECONDS:
+            if self.run_one():
+                idle_since = now
+            elif now - idle_since > STANDING_CLOCK_SECONDS and self._core.clock() == clock:
                 raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
                                    "the clock of this runner stands")
             self._core.handles.look()
@@ -4753,6 +4745,14 @@ class Submitter:
         return Submitter(self._find_core, {**self._options, **options})
 
 
+def author_in(backend: Core) -> tuple[int, int] | None:
+    """Return the job and the attempt that this is called in, if they are of this runner."""
+    attempt = current_attempt()
+    if attempt is None or attempt.backend is not backend:
+        return None
+    return attempt.id, attempt.number
+
+
 def new_submission(backend: Core, fn: Callable[..., Any],
                    options: dict[str, Any]) -> Submission:
     """Return the row for a job of this function, but for its arguments."""
@@ -4765,9 +4765,9 @@ def new_submission(backend: Core, fn: Callable[..., Any],
     given = {**declared[fn], **options} if fn in declared else options
     if given:
         _apply_options(backend, new, fn, given)
-    if attempt is not None and attempt.backend is backend:
+    new.author = author_in(backend)
+    if attempt is not None and new.author is not None:
         attempt.raise_if_stopped()
-        new.author = attempt.id, attempt.number
         if "parent" not in given:
             new.parent_id = attempt.id
             attempt.has_children = True
