@@ -2009,11 +2009,11 @@ class _ForkGate:
     """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
 
     def __init__(self) -> None:
-        self._door = threading.RLock()                    # held during a fork; finalizers may read
+        self.door = threading.RLock()                     # held during a fork; finalizers may read
         self._inside: set[int] = set()                    # threads
 
     def __enter__(self) -> None:
-        with self._door:
+        with self.door:
             self._inside.add(threading.get_ident())
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -2021,18 +2021,10 @@ class _ForkGate:
 
     def shut(self) -> None:
         """Let no other thread in, and wait until those inside are out, for a second at most."""
-        self._door.acquire()
+        self.door.acquire()
         deadline = time.monotonic() + 1.0
-        while self._inside - {threading.get_ident()} and time.monotonic() < deadline:
+        while self._inside and time.monotonic() < deadline:
             time.sleep(0.0002)
-
-    def open(self) -> None:
-        """Let threads in again."""
-        self._door.release()
-
-    def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, where only this thread is."""
-        self._door, self._inside = threading.RLock(), set()
 
 
 fork_gate = _ForkGate()
@@ -2064,103 +2056,117 @@ def library_code(function: _Function) -> _Function:
     return call                                           # type: ignore[return-value]
 
 
+# What to do about an error of SQLite, by a part of its text.
+_REMEDIES = {
+    "locked": "another program holds its lock: end it, or wait",
+    "readonly": "make the file and its folder writable",
+    "not a database": "give the path of a new file, or of a job file",
+    "malformed": "restore it from a backup",
+    "disk": "make room on the disk; if there is some, see the system's log for disk trouble",
+    "unable to open": "give the path of a file in a folder that exists and is writable",
+    "json": "use a build of SQLite with its JSON functions"}
+
+
+def store_error(doing: str, error: BaseException) -> BaseException:
+    """Return an error of SQLite as ours: what could not be done, and what to do about it.
+
+    Other errors are returned as they are.
+    """
+    if not isinstance(error, sqlite3.Error):
+        return error
+    remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
+    explained = StoreError("; ".join([f"cannot {doing}: {error}", *remedies[:1]]))
+    explained.__cause__ = error
+    return explained
+
+
 class JobFile:
     """The SQLite file of a store: its path, its schema, and whether it is still there."""
 
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
-        self.path = os.path.abspath(path)
-        self._journal = journal
+        if os.fspath(path) in ("", ":memory:"):
+            raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
+        self.path, self._journal = os.path.abspath(path), journal
         # SQLite puts the WAL beside the file that a link leads to.
         self._wal = os.path.realpath(self.path) + "-wal"
-        self._check_path(os.fspath(path))
 
-    def _check_path(self, path: str) -> None:
-        folder = os.path.dirname(self.path)
-        if path == "" or path.startswith(":memory:"):
-            raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
-        if os.path.isdir(self.path):
-            raise StoreError(f"cannot use {self.path} as a job file: it is a folder; "
-                             "give the path of a file in it")
-        if not os.path.isdir(folder):
-            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not "
-                             "exist; create it first")
+    def open(self, synchronous: str, now: float) -> sqlite3.Connection:
+        """Return the connection that writes, after bringing the file up to date."""
+        db = None
+        try:
+            db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
+            self._prepare(db, now)
+            db.execute(f"PRAGMA synchronous = {synchronous}")
+            db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
+            db.execute("PRAGMA wal_autocheckpoint = 4000")
+            self._version_in(db)                          # the first read makes the WAL
+        except BaseException as error:
+            if db is not None:
+                db.close()
+            raise store_error(f"use {self.path} as a job file", error)
+        self._identity, self._checked_at = self._look(), 0.0
+        return db
 
-    def prepare(self, db: sqlite3.Connection, synchronous: str, now: float) -> None:
-        """Bring the schema up to date and switch to WAL; processes that do so at once try again."""
-        db.execute("SELECT json_array()")                 # an option of builds before 3.38
+    def _prepare(self, db: sqlite3.Connection, now: float) -> None:
+        """Migrate the schema and switch to WAL; processes that do so at once try again."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._migrate(db, now)
                 mode = db.execute(f"PRAGMA journal_mode = {self._journal}").fetchone()[0]
-                if mode != self._journal:
-                    raise StoreError(
-                        f"cannot use {self.path} as a job file: the journal mode stays {mode!r} "
-                        f"instead of {self._journal!r}; put the file on a local disk, and have "
-                        "all processes use the same mode")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
+                db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
-        db.execute(f"PRAGMA synchronous = {synchronous}")
-        db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
-        db.execute("PRAGMA wal_autocheckpoint = 4000")
-        db.execute("SELECT version FROM bgjobs_schema").fetchone()      # the first read makes the WAL
-        self._identity, self._checked_at = self._identity_now(), 0.0
+        if mode != self._journal:
+            raise StoreError(
+                f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
+                f"{self._journal!r}; put the file on a local disk, and have all processes use the "
+                "same mode")
 
     _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
         """Bring the tables to this version, in one transaction: a kill leaves the file as it was."""
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        if self._schema_version(db) == SCHEMA_VERSION:
+        if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        try:
-            version = self._schema_version(db)
-            # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
-            alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
-            if alive is not None:
-                raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
-                                 f"stop it before this bgjobs {__version__} opens the file")
-            while version != SCHEMA_VERSION:
-                for statement in MIGRATIONS[version]:
-                    db.execute(statement)
-                version = version + 1 if version else SCHEMA_VERSION
-            db.execute("UPDATE bgjobs_schema SET version = ?", [version])
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+        version = self._version_in(db)                    # another process may have been quicker
+        # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
+        alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
+        if alive is not None:
+            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
+                             f"stop it before this bgjobs {__version__} opens the file")
+        while version != SCHEMA_VERSION:
+            if version not in MIGRATIONS:
+                raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
+                                 f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer "
+                                 "bgjobs.py into the app")
+            for statement in MIGRATIONS[version]:
+                db.execute(statement)
+            version = version + 1 if version else SCHEMA_VERSION
+        db.execute("UPDATE bgjobs_schema SET version = ?", [version])
+        db.execute("COMMIT")
 
-    def _schema_version(self, db: sqlite3.Connection) -> int:
+    # JSON functions were an option of builds before 3.38.
+    _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
+
+    def _version_in(self, db: sqlite3.Connection) -> int:
         """Return the version of the schema in the file, 0 if there is none."""
-        found = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'bgjobs_schema'").fetchone()
-        version: int = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0] if found else 0
-        if version != SCHEMA_VERSION and version not in MIGRATIONS:
-            raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
-                             f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py "
-                             "into the app")
+        if db.execute(self._HAS_SCHEMA).fetchone() is None:
+            return 0
+        version: int = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
         return version
 
-    def _identity_now(self) -> list[tuple[int, int]]:
-        """Return device and inode of the file, and of its WAL, which is there while it is open."""
-        found = []
-        for path in (self.path, self._wal) if self._journal == "wal" else (self.path,):
-            try:
-                stat = os.stat(path)
-            except OSError:
-                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, "
-                                 "or start anew with close() and a new runner") from None
-            if path == self.path and stat.st_size == 0:   # first: SQLite deletes its WAL
-                raise StoreError(f"{path} was emptied while it was in use; close() this runner, "
-                                 "put a backup there, without a -wal beside it, and make a new "
-                                 "runner")
-            found.append((stat.st_dev, stat.st_ino))
-        return found
+    def _look(self) -> Any:
+        """Return what tells the file, and its WAL, which is there while it is open, from others."""
+        with contextlib.suppress(OSError):
+            seen = os.stat(self.path)
+            wal = os.stat(self._wal) if self._journal == "wal" else seen
+            return seen.st_size > 0, seen.st_dev, seen.st_ino, wal.st_ino
+        return object()                                   # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
         """Raise StoreError unless the path still names the open file; SQLite would not notice.
@@ -2170,68 +2176,47 @@ class JobFile:
         if time.monotonic() - self._checked_at < max_age:
             return
         self._checked_at = -math.inf                      # if this fails, the next write looks, too
-        found = self._identity_now()
-        if found != self._identity:
-            what = self.path if found[0] != self._identity[0] else self.path + "-wal"
-            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is "
-                             "written any more: close() this runner, put the right file there, "
-                             "without a -wal beside it, and make a new runner")
+        if self._look() != self._identity:
+            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
+                             "was in use; nothing is written any more: put it back, or close() "
+                             "this runner, put the right file there, without a -wal beside it, "
+                             "and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
-        uri = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        if os.name == "nt":
-            uri = "/" + uri.replace("\\", "/")
-        db: sqlite3.Connection = sqlite3.connect(f"file://{uri}?mode=rw", uri=True, **_CONNECT)
+        self.check()
+        db: sqlite3.Connection = sqlite3.connect(self.path, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
-    def shorten_wal(self) -> str:
-        """Truncate the WAL if it has grown large; return a complaint if a reader prevents that."""
-        try:
-            size = os.path.getsize(self._wal)
-        except OSError:
-            return ""
+    def shorten_wal(self) -> None:
+        """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
+        size = os.path.getsize(self._wal) if os.path.exists(self._wal) else 0
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                return (f"the WAL of {self.path} has {size >> 20} MB and grows: another program "
-                        "keeps an old read transaction open on it; end that")
-        return ""
+                raise StoreError(
+                    f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps "
+                    "an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use, to a new file."""
-        self.check()
-        try:
-            open(path, "xb").close()
-        except FileExistsError:
-            raise ValueError(f"{path} exists; give the path of a new file") from None
-        except OSError as error:
-            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path "
-                             "in a folder that exists and is writable") from error
-        deadline = time.monotonic() + LOCK_SECONDS
-
-        def give_up(status: int, remaining: int, total: int) -> None:
-            if remaining and time.monotonic() > deadline:     # SQLite itself would wait for ever
-                raise sqlite3.OperationalError("database is locked")
+        if os.path.exists(path):
+            raise ValueError(f"{path} exists; give the path of a new file")
         try:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
-                    db.backup(copy, progress=give_up)
+                    db.backup(copy)
                     # So what the copy shows as running is taken back.
-                    copy.execute("DELETE FROM bgjobs_runners")
-                    copy.execute("DELETE FROM bgjobs_registered")
-                    copy.commit()
+                    copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):        # there is none
                     os.remove(rest)
-            if isinstance(error, sqlite3.Error):
-                raise store_error(f"back {self.path} up to {path}", error)
-            raise
+            raise store_error(f"back {self.path} up to {path}", error)
 
 
 class _Write:
@@ -2244,29 +2229,10 @@ class _Write:
         self.done = False                                 # committed, or failed
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # where its thread sleeps
 
-    def fail(self, error: BaseException) -> None:
-        self.error, self.done = error, True
-
     def sleep(self) -> None:
         """Sleep until the thread is woken: the write is done then, or the thread can lead."""
-        with contextlib.suppress(queue.Empty):            # Ctrl-C may cut short who wakes it
+        with contextlib.suppress(queue.Empty):            # Ctrl-C may have hit who would wake it
             self.wake.get(timeout=1.0)
-
-
-class Passenger:
-    """What rides along with the transactions of a store. This one brings nothing."""
-
-    def begin(self, tx: Transaction) -> None:
-        """Add to the begin of a transaction."""
-
-    def end(self, tx: Transaction, flushing: bool) -> None:
-        """Add to the end of a transaction; flushing: it was opened for this."""
-
-    def committed(self, tx: Transaction) -> None:
-        """Take note of any commit."""
-
-    def left_behind(self) -> None:
-        """Take note that more is to ride along, and nobody leads."""
 
 
 class Store:
@@ -2275,37 +2241,30 @@ class Store:
     Readers never wait for writers (WAL).
     """
 
+    passenger: Dispatch                                   # what rides along with each transaction
+
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(
                 f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
-        self.file = JobFile(path, journal)
-        self.path, self.clock, self.passenger = self.file.path, clock, Passenger()
+        self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
+        self.path = self.file.path
         # `_leading` is held by the leader; whoever releases it wakes the first thread that waits.
         self._leading = threading.Lock()
-        self._leader = 0                                  # its thread
+        self.leader = 0                                   # the ident of its thread, 0 if none leads
         self._waiting: deque[_Write] = deque()            # until they are done
         self._again = False                               # more rides along than the last one took
         self.closed = self.forked = False
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._version_lock = threading.Lock()             # guards _version_db
-        self._version_db: sqlite3.Connection | None = None
         self._complaints: dict[str, float] = {}           # what was logged lately, and when
         # EXTRA also syncs the folder from which the rollback journal is deleted: the commit there.
         full = "FULL" if journal == "wal" else "EXTRA"
-        try:
-            self._writer = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
-            try:
-                self.file.prepare(self._writer, "NORMAL" if durability == "process" else full,
-                                  clock())
-            except BaseException:
-                self._writer.close()
-                raise
-        except sqlite3.Error as error:
-            raise store_error(f"use {self.path} as a job file", error)
+        self._writer = self.file.open("NORMAL" if durability == "process" else full, clock())
+        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_db = self.file.connect()
 
     # writing
 
@@ -2316,22 +2275,21 @@ class Store:
         `run` may be called again when a transaction had to be rolled back, so it has no effect but
         on the transaction. What it raises is raised here, and nothing of it is stored.
         """
-        if self._leader == threading.get_ident():
-            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a "
-                               "signal handler, or a finalizer; have it set a flag or start a "
-                               "thread instead")
+        self._check_open()
+        if self.leader == threading.get_ident():
+            raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
+                               "signal handler or a finalizer; have that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.is_led:                               # the leader takes it along, or wakes it
+            if self.leader:                               # it takes the write along, or wakes us
                 write.sleep()
             while not write.done:
                 if not self._lead(flushing=False) and not write.done:
                     write.sleep()
-        except BaseException:                             # Ctrl-C: the next thread leads
+        except BaseException:                             # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
-            self._wake_next()
             raise
         if write.error is not None:
             raise write.error
@@ -2341,14 +2299,9 @@ class Store:
     def flush(self) -> None:
         """Lead transactions until nothing more is to ride along, unless another thread leads."""
         self._again = True
-        if self._leader != threading.get_ident():
+        if self.leader != threading.get_ident():
             while self._again and self._lead(flushing=True) and not self._waiting:
                 pass
-
-    @property
-    def is_led(self) -> bool:
-        """Whether a thread leads: a hint, since that may have changed already."""
-        return self._leader != 0
 
     def _lead(self, flushing: bool) -> bool:
         """Run all waiting writes. Return False if another thread leads, or the commit failed."""
@@ -2356,59 +2309,43 @@ class Store:
             return False
         worked = False
         try:
-            self._leader, self._again = threading.get_ident(), False
+            self.leader, self._again = threading.get_ident(), False
             worked = self._commit(list(self._waiting), flushing)
-            self._dismiss()
+            while self._waiting and self._waiting[0].done:
+                self._waiting.popleft().wake.put(None)
         finally:
-            self._leader = 0
+            self.leader = 0
             self._leading.release()
-            if not self._wake_next() and self._again and not (flushing and worked):
-                self.passenger.left_behind()
+            try:
+                self._waiting[0].wake.put(None)           # its thread leads next
+            except IndexError:                            # none waits
+                if self._again and not (flushing and worked):
+                    self.passenger.left_behind()
         return worked
-
-    def _dismiss(self) -> None:
-        """Take the writes that are done out of the queue, and wake their threads."""
-        while self._waiting and self._waiting[0].done:
-            self._waiting.popleft().wake.put(None)
-
-    def _wake_next(self) -> bool:
-        """Wake the first thread that waits, to lead; return False if none waits."""
-        first = tuple(self._waiting)[:1]
-        for write in first:
-            write.wake.put(None)
-        return bool(first)
 
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
         """Run a batch in one transaction; if that fails, each write again alone.
 
-        Return False if what rides along could not be recorded. The next leader tries again; if no
+        Return False if it failed. Then the next leader takes along what was to ride along; if no
         other thread leads, that is the service thread.
         """
         try:
             self._transact(batch, flushing)
             return True
-        except StoreError as error:                       # the file's trouble hits all alike
-            trouble: BaseException = error
-            for write in batch:
-                own_copy = copy.copy(error)
-                own_copy.__cause__ = error.__cause__
-                write.fail(own_copy)
         except (Exception, JobStopped) as error:          # JobStopped: a superseded one submits
-            trouble = self._explained(error)
-            for write in batch:
-                try:
-                    self._transact([write], None)
-                except (Exception, JobStopped) as own:
-                    write.fail(self._explained(own))
-                self._dismiss()
-            if batch:
-                self._again = True
-                return True
+            trouble = error
+        for write in batch:
+            try:
+                if isinstance(trouble, StoreError):       # the file's trouble hits all alike
+                    raise copy.copy(trouble) from trouble.__cause__
+                self._transact([write], None)
+            except (Exception, JobStopped) as error:
+                write.error, write.done = store_error(f"write to {self.path}", error), True
         self._again = not self.closed
-        if not batch and not self.closed:
-            self.complain(f"cannot record outcomes: {trouble}; trying again")
-            if self.close_by == math.inf:
-                time.sleep(0.05)
+        if self._again and not batch:
+            why = store_error(f"write to {self.path}", trouble)
+            self.complain(f"cannot record outcomes: {why}; trying again")
+            time.sleep(0.05)
         return False
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
@@ -2419,44 +2356,42 @@ class Store:
         self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
-            tx = self._run_in_transaction(batch, flushing)
+            try:
+                self._await_lock("BEGIN IMMEDIATE")
+                tx = Transaction(self._writer, self._lineages, self.clock())
+                if flushing is not None:
+                    self.passenger.begin(tx)
+                for write in batch:
+                    write.value = write.run(tx)
+                if flushing is not None:
+                    self.passenger.end(tx, flushing)
+                tx.end_all()
+                self._await_lock("COMMIT")
+            except BaseException:
+                self._writer.rollback()
+                self._lineages.clear()
+                raise
+        for write in batch:
+            write.done = True
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
             except Exception as error:                    # it is committed: it has not failed
                 say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n"
-                                    f"{traceback_of(error)}")
+                                   f"{traceback_of(error)}")
 
     def _check_open(self) -> None:
+        self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
                              "forked from; call its start() here, or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
-    def _run_in_transaction(self, batch: list[_Write], flushing: bool | None) -> Transaction:
-        db = self._writer
-        if db.in_transaction:                             # Ctrl-C hit the last leader
-            db.execute("ROLLBACK")
-        self._await_lock("BEGIN IMMEDIATE")
-        try:
-            tx = Transaction(db, self._lineages, self.clock())
-            if flushing is not None:
-                self.passenger.begin(tx)
-            for write in batch:
-                write.value = write.run(tx)
-            if flushing is not None:
-                self.passenger.end(tx, flushing)
-            tx.end_all()
-            self._await_lock("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            self._lineages.clear()
-            raise
-        for write in batch:
-            write.done = True
-        return tx
+    def _notice_fork(self) -> None:
+        """Leave all to the parent in a child that was forked in C, where no hook runs."""
+        if os.getpid() != self.pid:
+            leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
         """Execute a BEGIN IMMEDIATE or COMMIT. Raises StoreError if the lock is held for long."""
@@ -2466,24 +2401,17 @@ class Store:
                 self._writer.execute(statement)
                 return
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > min(give_up, self.close_by + 0.4):
-                    if self.close_by < math.inf:          # going down: each write is tried once
-                        self._writer.execute("PRAGMA busy_timeout = 0")
-                    raise self._explained(error)
-
-    def _explained(self, error: BaseException) -> BaseException:
-        if isinstance(error, sqlite3.Error):
-            return store_error(f"write to {self.path}", error)
-        return error
+                is_late = time.monotonic() > min(give_up, self.close_by + 0.4)
+                if is_late or "locked" not in str(error):
+                    raise store_error(f"write to {self.path}", error)
 
     def complain(self, text: str) -> None:
         """Log an error, the same one every ten seconds at most."""
         now = time.monotonic()
-        if text and now - self._complaints.get(text, -math.inf) > 10:
-            recent = self._complaints if len(self._complaints) < 20 else {}
-            self._complaints = {**recent, text: now}
+        if now - self._complaints.get(text, -math.inf) > 10:
+            if len(self._complaints) > 20:
+                self._complaints.clear()
+            self._complaints[text] = now
             say(logging.ERROR, text)
 
     def write_through(self, connection: sqlite3.Connection,
@@ -2495,16 +2423,14 @@ class Store:
         another file.
         """
         self._check_open()
-        db, is_within = _AppConnection(connection), connection.in_transaction
-        autocommit = getattr(connection, "autocommit", -1)      # Python 3.12; -1: isolation_level
-        commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
-        begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
-        if is_within:
-            begin, end = "SAVEPOINT bgjobs", ["RELEASE bgjobs"]
-            undo = ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
+        commits = connection.isolation_level is None
+        commits |= getattr(connection, "autocommit", None) is True        # since Python 3.12
+        begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
+        if connection.in_transaction:
+            begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
         try:
-            file = next(name for _, database, name in db.execute("PRAGMA database_list").fetchall()
-                        if database == "main")
+            db = sqlite3.Cursor(connection)               # has no row factory
+            file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
                                  f"{self.path} can be part of a transaction of that file alone")
@@ -2515,42 +2441,39 @@ class Store:
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
                 tx.end_all()
-                for statement in end:
-                    db.execute(statement)
+                db.execute(end)
                 return value
             except BaseException:
-                for statement in undo if connection.in_transaction else ():
-                    db.execute(statement)
+                if connection.in_transaction:
+                    db.execute(undo)
                 raise
         except sqlite3.Error as error:
-            if "locked" in str(error) and is_within:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; "
-                                 "submit before it reads, or begin it with BEGIN IMMEDIATE: one "
-                                 "that has read may not write once another connection has "
-                                 "written") from error
-            raise self._explained(error)
+            raise store_error(f"write to {self.path} through the app's connection (if its "
+                              "transaction has read before, begin it with BEGIN IMMEDIATE)", error)
 
     # reading
 
     @library_code
     def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
         """Return all rows of a query, read on a connection of its own."""
+        self._notice_fork()
         with fork_gate:
-            db = None
             try:
-                try:
-                    db = self._readers.pop()
-                except IndexError:
-                    db = self.file.connect()
-                rows = db.execute(sql, parameters or {}).fetchall()
-            except sqlite3.Error as error:
-                if db is not None:
-                    db.close()
-                raise store_error(f"read {self.path}", error)
-            self._readers.append(db)
-            if self.closed or len(self._readers) > 8:
-                self._close_readers()
-            return rows
+                db = self._readers.pop()
+            except IndexError:
+                db = self.file.connect()
+            try:
+                return self._fetch(db, sql, parameters or {})
+            finally:
+                self._readers.append(db)
+                if self.closed or len(self._readers) > 8:
+                    self._close_readers()
+
+    def _fetch(self, db: sqlite3.Connection, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        try:
+            return db.execute(sql, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise store_error(f"read {self.path}", error)
 
     def _close_readers(self) -> None:
         with contextlib.suppress(IndexError):             # another thread does so, too
@@ -2564,86 +2487,39 @@ class Store:
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def version(self) -> int:
-        """Return a number that changes with each commit, of any process."""
+        """Return a number that changes with each commit, of any process.
+
+        Raises StoreError if the file is gone.
+        """
+        self._check_open()
+        self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
-            try:
-                if self._version_db is None:
-                    self._version_db = self.file.connect()
-                return int(self._version_db.execute("PRAGMA data_version").fetchone()[0])
-            except sqlite3.Error as error:
-                raise store_error(f"read {self.path}", error)
+            return int(self._fetch(self._version_db, "PRAGMA data_version")[0][0])
 
     # the end
 
-    def close(self, last: Callable[[Transaction], None] = lambda tx: None) -> None:
-        """Run a last write and close the connections; later writes raise StoreError."""
+    def close(self, last: Any = None) -> None:
+        """Run a last write, if one is given, and close the connections: no write comes after it."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
-            try:
-                self.write(run)
-            except StoreError:                            # the disk is full, the file is gone ...
-                self.closed = True
-            self._writer.close()
+            if last is not None:
+                with contextlib.suppress(StoreError):     # the disk is full, the file is gone ...
+                    self.write(run)
+            self.closed = True
             with self._version_lock:
-                if self._version_db is not None:
-                    self._version_db.close()
+                self._version_db.close()
+            self._writer.close()
             self._close_readers()
 
     def leave_to_parent(self) -> None:
         """Leave the parent's connections alone in a forked child: never use them, nor close them."""
-        for connection in (self._writer, self._version_db, *self._readers):
-            _never_free(connection)
-        self._readers, self._version_db, self._waiting = deque(), None, deque()
-        self._leading, self._version_lock = threading.Lock(), threading.Lock()
-        self._leader, self.closed, self.forked = 0, True, True
-
-
-_REMEDIES = {
-    "locked": "another program holds its lock: end it, or wait",
-    "readonly": "make the file and its folder writable",
-    "full": "make room on the disk",
-    "not a database": "give the path of a new file, or of a job file",
-    "malformed": "restore it from a backup",
-    "disk I/O": "make room on the disk; if there is some, see the system's log for disk trouble",
-    "same thread": "give the connection of this thread",
-    "unable to open": "check that the folder exists and is writable",
-    "json": "use a build of SQLite with its JSON functions"}
-
-
-def store_error(doing: str, error: sqlite3.Error) -> StoreError:
-    """Return an error of SQLite as ours: what could not be done, and what to do about it."""
-    remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in str(error))
-    explained = StoreError(f"cannot {doing}: {error}; "
-                           f"{next(remedies, 'see the error of SQLite above')}")
-    explained.__cause__ = error
-    return explained
-
-
-class _AppConnection:
-    """What a Transaction needs of an app's connection, whatever row factory that has."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).execute(sql, parameters)
-
-    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).executemany(sql, rows)
-
-
-_inherited: list[Any] = []         # where _never_free has no other means
-
-
-def _never_free(connection: sqlite3.Connection | None) -> None:
-    """Keep a connection of the parent from ever being closed in a forked child, even at exit."""
-    try:
-        import ctypes
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    except (ImportError, AttributeError):                 # not CPython
-        _inherited.append(connection)
+        with contextlib.suppress(ImportError, AttributeError):    # CPython closes what it frees
+            import ctypes
+            for connection in (self._writer, self._version_db, *self._readers):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        self._readers, self.pid, self.closed, self.forked = deque(), os.getpid(), True, True
 
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
@@ -2675,42 +2551,21 @@ class Pool:
         # `_lock` guards the changes of everything below; no user code and no SQL runs under it.
         # Reading one number or membership without it is a hint that may be old by then.
         self._lock = threading.Lock()
-        self._claimed: deque[Attempt] = deque()
+        self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()    # normal, low priority
         self._away: set[Attempt] = set()
         self._returning: dict[Attempt, threading.Event] = {}     # in order; set with the slot
-        self._abandoned: set[Attempt] = set()
+        self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()   # None ends a thread
         self._needed = 0                                  # threads that execute, or are about to
         self._threads: set[threading.Thread] = set()
         self.lingers = False                              # a worker claims in a moment
-        self.forked = False
-
-    @property
-    def abandoned(self) -> int:
-        """How many superseded attempts still execute."""
-        return len(self._abandoned)
+        self._pid = os.getpid()                           # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
         """Whether so many superseded attempts still execute that nothing should be claimed."""
-        return self.abandoned >= ABANDONED_A_PLACE * self.size
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no claimed attempt waits for a slot."""
-        return not self._claimed
-
-    def has(self, attempt: Attempt) -> bool:
-        """Return whether an attempt waits here, or executes and has not been abandoned."""
-        with self._lock:
-            return attempt in self._claimed or self._executes(attempt)
-
-    def _is_placed(self, attempt: Attempt) -> bool:
-        return attempt in self._placed[attempt.low_priority]
-
-    def _executes(self, attempt: Attempt) -> bool:
-        return self._is_placed(attempt) or attempt in self._away or attempt in self._returning
+        return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     # slots
 
@@ -2720,16 +2575,16 @@ class Pool:
         with self._lock:
             if self.is_clogged:
                 return Room(0, 0)
-            low = sum(each.low_priority for each in (*self._returning, *self._claimed))
-            free, low_free = self._left(len(self._returning) + len(self._claimed) - low, low)
+            free, low_free = self._left(*self._returning, *self.claimed)
             long = sum(0 < each.begun < long_since for each in itertools.chain(*self._placed))
-            planned = sum(run_times.occupies(each.name) for each in self._claimed)
-            ahead = AHEAD_LIMIT - len(self._claimed) if long < self.size else 0
+            planned = sum(run_times.occupies(each.name) for each in self.claimed)
+            ahead = AHEAD_LIMIT - len(self.claimed) if long < self.size else 0
             return Room(free, low_free, ahead, planned, self.size - long)
 
-    def _left(self, normal: int = 0, low: int = 0) -> tuple[int, int]:
-        """Return the free slots, and those for low priority, once so many more are placed."""
-        normal, low = normal + len(self._placed[0]), low + len(self._placed[1])
+    def _left(self, *others: Attempt) -> tuple[int, int]:
+        """Return the free slots, and those for low priority, once these others are placed."""
+        low = len(self._placed[1]) + sum(each.low_priority for each in others)
+        normal = len(self._placed[0]) + len(self._placed[1]) + len(others) - low
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
@@ -2739,14 +2594,14 @@ class Pool:
         The service thread calls this without attempts, and gives the other free slots out.
         """
         with self._lock:
-            self._claimed.extend(attempts)
+            self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
-    def _give(self, hands: float = 1, hand: Callable[[Attempt], None] | None = None) -> None:
+    def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
         """Give free slots out, and wake at most so many threads.
 
-        `hand` takes an attempt that needs a thread; by default it goes to an idle or new one.
-        Called under the lock, after anything that may have freed a slot.
+        takes: the calling thread executes a claimed attempt itself, which is returned. Called under
+        the lock, after anything that may have freed a slot.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2755,51 +2610,43 @@ class Pool:
             if returned is not None:
                 attempt.waited += time.monotonic() - attempt.left_at
                 returned.set()
-            else:
-                self._claimed.remove(attempt)
-                (hand or self._hand)(attempt)
-        while len(self._threads) < self._needed and self.start_thread():
-            pass
+                continue
+            self.claimed.remove(attempt)
+            if takes:
+                return attempt
+            self._needed += 1
+            self._handed.put(attempt)
+        try:
+            while len(self._threads) < self._needed:
+                self._threads.add(start_thread("bgjobs-worker", self._work))
+        except RuntimeError as error:                     # too many; the next put() tries again
+            say(logging.ERROR, f"bgjobs: {error}")
+        return None
 
     def _next(self) -> Attempt | None:
         """Return the attempt that gets the next slot, or None if there is no slot for any."""
         left, low_left = self._left()
         if left > 0:
-            for attempt in itertools.chain(self._returning, self._claimed):
+            for attempt in itertools.chain(self._returning, self.claimed):
                 if low_left > 0 or not attempt.low_priority:
                     return attempt
         return None
 
     # threads
 
-    def _hand(self, attempt: Attempt) -> None:
-        self._needed += 1
-        self._handed.put(attempt)
-
-    def start_thread(self) -> bool:
-        thread = threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:                     # too many; the next put() tries again
-            say(logging.ERROR, f"bgjobs: {error}")
-            return False
-        self._threads.add(thread)
-        return True
-
     def _work(self) -> None:
         """Execute an attempt, have its outcome recorded, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if self.forked:                               # by the function: the parent has the job
+            if os.getpid() != self._pid:                  # a child that the function has forked
                 return
             leads = self._settle(attempt)
-            following: list[Attempt] = []
             with self._lock:
-                retires = attempt in self._abandoned      # its force stop may have left anything
+                retires = attempt in self.abandoned      # its force stop may have left anything
                 leads |= self._take_out(attempt)
-                self._give(hand=None if leads or retires else following.append)
-                if not following:
+                following = self._give(takes=not leads and not retires)
+                if following is None:
                     self._needed -= 1
                 if retires:
                     self._threads.discard(threading.current_thread())
@@ -2807,7 +2654,7 @@ class Pool:
                 self._claim()
             if retires:
                 return
-            attempt = following.pop() if following else None
+            attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
                     self._linger()
@@ -2828,10 +2675,10 @@ class Pool:
 
     def _take_out(self, attempt: Attempt) -> bool:
         """Forget an attempt that executed; return whether jobs can be claimed again by that."""
-        unclogs = attempt in self._abandoned and self.is_clogged
+        unclogs = attempt in self.abandoned and self.is_clogged
         self._placed[attempt.low_priority].discard(attempt)
         self._away.discard(attempt)
-        self._abandoned.discard(attempt)
+        self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
         if returned is not None:                          # it goes on without a slot
             returned.set()
@@ -2840,24 +2687,25 @@ class Pool:
     def abandon(self, attempt: Attempt) -> None:
         """Take the slot of a superseded attempt away, whose thread lives on."""
         with self._lock:
-            if not self._executes(attempt):
+            executes = attempt in self._placed[attempt.low_priority] or attempt in self._away
+            if not executes and attempt not in self._returning:
                 return
             self._take_out(attempt)
-            self._abandoned.add(attempt)
+            self.abandoned.add(attempt)
             self._give()
             clogged = self.is_clogged
         if clogged:
-            say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of "
-                 "this process: no more jobs are claimed until some of them end")
+            say(logging.ERROR, "so many superseded attempts still run in threads of this process "
+                               "that no more jobs are claimed until some of them end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
         """Count an attempt as one of low priority, or not."""
         with self._lock:
-            if self._is_placed(attempt):
+            if attempt in self._placed[not low]:
+                self._placed[not low].remove(attempt)
                 self._placed[low].add(attempt)
             attempt.low_priority = low
-            self._placed[not low].discard(attempt)
             self._give()                                  # a returning one may take the last slot
         self._claim()                                     # and it may have left one to another
 
@@ -2876,14 +2724,14 @@ class Pool:
         """Give the slot of an attempt away, one of whose threads begins to wait for a job."""
         with self._lock:
             attempt.waits += 1
-            leaves = self._is_placed(attempt)
-            if leaves:
-                attempt.left_at = time.monotonic()
-                self._placed[attempt.low_priority].remove(attempt)
-                self._away.add(attempt)
-                self._give()
-        if leaves:
-            self._claim()
+            placed = self._placed[attempt.low_priority]
+            if attempt not in placed:
+                return
+            attempt.left_at = time.monotonic()
+            placed.remove(attempt)
+            self._away.add(attempt)
+            self._give()
+        self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
         """Block until there is a slot again, unless another thread of the attempt waits still."""
@@ -2900,12 +2748,11 @@ class Pool:
     # giving claims back, and going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
-        """Take out the claimed attempts, if the first one has waited for so many seconds."""
+        """Take out the claimed attempts that have waited for so many seconds."""
+        until, attempts = time.monotonic() - waited, []
         with self._lock:
-            if not self._claimed or time.monotonic() - self._claimed[0].claimed_at < waited:
-                return []
-            attempts = list(self._claimed)
-            self._claimed.clear()
+            while self.claimed and self.claimed[0].claimed_at <= until:
+                attempts.append(self.claimed.popleft())
         return attempts
 
     def close(self, seconds: float) -> None:
@@ -3992,7 +3839,7 @@ class LogLines:
         tx.after_commit.append(forget)
 
 
-class Dispatch(Passenger):
+class Dispatch:
     """Takes jobs from the file to the workers, and their outcomes back.
 
     It rides along with transactions: log lines at their begin, so that they come before the
@@ -4001,7 +3848,7 @@ class Dispatch(Passenger):
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self.run_times = core.run_times
+        self._store.passenger, self.run_times = self, core.run_times
         self.pool = Pool(core.max_workers, self.execute, self.settle, core.store.flush)
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
@@ -4140,12 +3987,12 @@ class Dispatch(Passenger):
         watched = self._core.handles.watched
         if attempt.id in watched or attempt.has_children:
             return True
-        if watched and attempt.parent_id is not None or self._backlog and self.pool.is_empty:
+        if watched and attempt.parent_id is not None or self._backlog and not self.pool.claimed:
             return True
         if attempt.max_running is not None and attempt.max_running <= self.pool.size:
             return True
         has_waited = time.monotonic() - self._ended_at > SETTLE_SECONDS
-        return has_waited and not self._store.is_led
+        return has_waited and not self._store.leader
 
     # what is rare
 
@@ -4234,8 +4081,7 @@ class Core:
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, with neither threads nor attempts."""
         self.handles.leave_to_parent()
-        self.dispatch.pool.forked, self.dispatch.claims = True, False
-        self.dispatch.attempts, self.servers = {}, []
+        self.dispatch.claims, self.dispatch.attempts, self.servers = False, {}, []
         self._service_lock, self.service = threading.Lock(), None
         if self._elsewhere is not None:
             self._elsewhere.leave_to_parent()
@@ -4248,7 +4094,7 @@ class Core:
     def ensure_service(self) -> None:
         """Have the service thread running."""
         with self._service_lock:
-            if self.service is None or not self.service.alive:
+            if self.service is None or not self.service.thread.is_alive():
                 self.service = Service(self)
 
     # submitting
@@ -4481,7 +4327,6 @@ class Lifecycle:
         self.started = False
         self._closing = threading.Lock()                  # only one thread closes
         core.id = self._store.write(self._register)
-        self._store.passenger = core.dispatch
 
     _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
         VALUES (:pid, :host, :workers, :now, :now)"""
@@ -4505,8 +4350,7 @@ class Lifecycle:
 
     def beat(self) -> None:
         """Show that this runner lives."""
-        self.presence.renew()
-        abandoned = self._core.dispatch.pool.abandoned
+        abandoned = len(self._core.dispatch.pool.abandoned)
         self._store.write(lambda tx: tx.execute(self._BEAT, {
             "id": self._core.id, "now": tx.now, "abandoned": abandoned}))
 
@@ -4605,6 +4449,7 @@ class Lifecycle:
             for job in owned(tx, core.id):
                 take_back(tx, job.id, "its process was closed", tx.now)
             remove_runner(tx, core.id)
+            tx.after_commit += [self.presence.release, lambda: self.presence.remove(core.id)]
         self._store.close(leave)
         core.close_elsewhere()
         for server in core.servers:
@@ -4612,7 +4457,7 @@ class Lifecycle:
             server.server_close()
         if core.service is not None:
             core.service.end(self._left(0.8, 1.0))
-        self.presence.vanish()
+        self.presence.release()                           # if that write has failed
         dispatch.pool.close(self._left(0.8, 0.2))
         core.handles.held.clear()                         # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
@@ -4626,7 +4471,7 @@ class Lifecycle:
     def leave_to_parent(self) -> None:
         """Leave threads, locks and connections to the parent, in a forked child."""
         self._store.leave_to_parent()
-        self.presence.leave_to_parent()
+        self.presence.release()
         self._core.leave_to_parent()
         self.started, self._closing = False, threading.Lock()
 
@@ -4932,7 +4777,6 @@ class Runner(RunnerFace, Executor):
         try:
             self.core = Core(self, store, self.max_workers, *self._elsewhere)
         except BaseException:
-            store.close_by = 0.0                          # it has waited already
             store.close()
             raise
         self.path = store.path
@@ -5056,39 +4900,32 @@ class Service:
     """The background thread: due times, other processes' changes, reports, recovery."""
 
     def __init__(self, core: Core) -> None:
-        self._core, self._store, self._life = core, core.store, core.life
+        self._core, self._store = core, core.store
         self._event = threading.Event()                   # there is something to do before a poll
         self._soon = False                                # to lead, in SETTLE_SECONDS
         self._version = -1                                # of the file, at the last poll
         self._others_version = -1                         # the same without our own commits
         self._clock_at = core.clock()                     # what the clock showed at the last poll
-        self._due_at: float | None = None                 # of the next job or schedule
-        self._look_at_due = True                          # _due_at may have changed
-        self._abandoned_shown = 0                         # threads, in the runner's row
-        # (every so many seconds, duty); the second list is for a runner that has been started.
-        self._duties: list[tuple[float, Callable[[], Any]]] = [
-            (0.0, core.dispatch.pool.put), (0.0, self._return_stuck_claims), (0.0, self._time_out),
-            (FLUSH_SECONDS, core.flush_reports)]
-        self._duties_when_started: list[tuple[float, Callable[[], Any]]] = [
-            (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned),
-            (1.0, self._life.save_means), (1.0, self._compare_with_file), (1.0, self._unpark),
-            (HEARTBEAT_SECONDS, self._beat), (60.0, self._shorten_wal),
-            (60.0, functools.partial(count_created, core))]
-        now = time.monotonic()
-        self._done_at = {duty: now for _, duty in self._duties + self._duties_when_started}
-        self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs: not in a forked child."""
-        return self._thread.is_alive()
+        self._due_at = math.inf                           # of the next job or schedule
+        self._shown: Any = None                           # what the last heartbeat has told
+        # Every so many seconds; whether only once the runner has been started; what to do.
+        duties: list[tuple[float, bool, Callable[[], Any]]] = [
+            (0.0, False, core.dispatch.pool.put), (0.0, False, self._return_stuck_claims),
+            (0.0, False, self._time_out), (FLUSH_SECONDS, False, core.flush_reports),
+            (0.0, True, self._wake_due), (0.5, True, core.life.recover_dead),
+            (1.0, True, self._beat), (1.0, True, core.life.save_means), (1.0, True, self._unpark),
+            (1.0, True, functools.partial(core.store.write, self._compare)),
+            (60.0, True, core.store.file.shorten_wal),
+            (60.0, True, functools.partial(count_created, core))]
+        self._done_at = dict.fromkeys(duties, time.monotonic())
+        self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
+        self.thread.start()
 
     def end(self, seconds: float) -> None:
         """Wait some seconds for the thread to end, unless it goes on watching handles."""
         self._event.set()
-        if self._thread is not threading.current_thread() and not self._core.handles.ids():
-            self._thread.join(seconds)
+        if self.thread is not threading.current_thread() and not self._core.handles.ids():
+            self.thread.join(seconds)
 
     def nudge(self) -> None:
         """Have the thread lead a transaction in SETTLE_SECONDS."""
@@ -5097,109 +4934,76 @@ class Service:
             self._event.set()
 
     def _run(self) -> None:
-        store, next_poll, db = self._store, 0.0, None
-        try:
-            while not store.closed or self._core.handles.watched:
-                self._event.wait(max(0.0, next_poll - time.monotonic()))
-                self._event.clear()
-                try:
-                    if self._soon:
-                        time.sleep(SETTLE_SECONDS)
-                        self._soon = False
-                        store.flush()
-                    if time.monotonic() >= next_poll:
-                        next_poll = time.monotonic() + POLL_SECONDS
-                        with fork_gate:
-                            db = db or store.file.connect()
-                            version = db.execute("PRAGMA data_version").fetchone()[0]
-                        self._poll(version)
-                        if self._due_at is not None and self._due_at > self._core.clock():
-                            left = self._due_at - self._core.clock()
-                            next_poll = min(next_poll, time.monotonic() + left)
-                except Exception as error:
-                    if not store.closed:
-                        store.complain(f"{error}; trying again")
-                        time.sleep(0.2)
-        finally:
-            if db is not None:
-                db.close()
+        store, handles, next_poll = self._store, self._core.handles, 0.0
+        while not store.closed or handles.watched:
+            self._event.wait(max(0.0, next_poll - time.monotonic()))
+            self._event.clear()
+            try:
+                if self._soon:
+                    time.sleep(SETTLE_SECONDS)
+                    self._soon = False
+                    store.flush()
+                if time.monotonic() >= next_poll:
+                    next_poll = time.monotonic() + POLL_SECONDS
+                    handles.look() if store.closed else self._poll()
+                    left = self._due_at - self._core.clock()
+                    if left > 0:
+                        next_poll = min(next_poll, time.monotonic() + left)
+            except Exception as error:
+                if not store.closed:
+                    store.complain(f"{error}; trying again")
+                    time.sleep(0.2)
 
-    def _poll(self, version: int) -> None:
-        """Take note of what others have written, then do what is due.
-
-        `version` changes with every commit, ours included.
-        """
-        handles = self._core.handles
-        changed, self._version = version != self._version, version
-        self._look_at_due |= changed
-        if self._store.closed:
-            handles.look()
-            return
-        if changed:
-            others: int = self._store.write(lambda tx: tx.value("PRAGMA data_version"))
-            handles.ends_missed |= others != self._others_version
-            self._others_version = others
-        if handles.ends_missed:
-            self._compare_with_file()
-            handles.look()
-        started = self._life.started
-        for seconds, duty in self._duties + self._duties_when_started if started else self._duties:
+    def _poll(self) -> None:
+        """Take note of what others have written, then do what is due."""
+        version = self._store.version()
+        if version != self._version:
+            self._store.write(self._see_others)
+            next_due = f"SELECT ({NEXT_DUE}) AS at UNION ALL SELECT ({NEXT_SCHEDULE})"
+            next_due = f"SELECT min(at) FROM ({next_due})"
+            self._due_at = self._store.read(next_due)[0][0] or math.inf
+            self._version = version
+        if self._core.handles.ends_missed:
+            self._core.handles.look()
+        for duty, done_at in self._done_at.items():
+            seconds, needs_start, do = duty
             now = time.monotonic()
-            if now - self._done_at[duty] >= seconds:
+            if now - done_at >= seconds and (self._core.life.started or not needs_start):
                 self._done_at[duty] = now
-                duty()
+                do()
 
     # its duties
 
-    def _compare_with_file(self) -> None:
-        """Find what other processes did to the jobs that run here, and claims that were lost."""
-        dispatch = self._core.dispatch
-        attempts = list(dispatch.attempts.values())
-        if not (attempts or self._life.started):
-            return
-        rows = {row["id"]: row for row in self._store.read(OWNED, {"owner": self._core.id})}
-        differs = any(map(self._is_lost, rows))
-        for attempt in attempts:
-            row = rows.get(attempt.id)
-            if row is None or row["attempt"] != attempt.number:
-                differs = True
-                continue
-            if row["status"] == STOPPING:
-                attempt.request_stop()
-            else:
-                attempt.withdraw_stop()
-            if row["low_priority"] != attempt.low_priority:
-                dispatch.pool.set_low_priority(attempt, row["low_priority"])
-        if differs:
-            self._store.write(self._settle_differences)
+    def _see_others(self, tx: Transaction) -> None:
+        others = tx.value("PRAGMA data_version")          # our own commits do not change it here
+        if others != self._others_version:
+            self._others_version, self._core.handles.ends_missed = others, True
+            self._compare(tx)
 
-    def _is_lost(self, job_id: int) -> bool:
-        """Return whether a job that is claimed for this runner is on no way here."""
-        dispatch = self._core.dispatch
-        attempt = dispatch.attempts.get(job_id)
-        if attempt is None:
-            return self._life.started                     # in drain(), it is about to execute
-        if time.monotonic() - attempt.claimed_at < 1.0 or dispatch.pool.has(attempt):
-            return False
-        return attempt not in dispatch.ended
-
-    def _settle_differences(self, tx: Transaction) -> None:
-        """Give lost claims back, and abandon superseded attempts.
+    def _compare(self, tx: Transaction) -> None:
+        """Find what other processes did to the jobs that run here, and claims that were lost.
 
         While this thread leads, no claim and no outcome is under way.
         """
-        dispatch, numbers = self._core.dispatch, {}
-        for job in owned(tx, self._core.id):
-            if self._is_lost(job.id):
-                take_back(tx, job.id, "its claim was lost", tx.now)
-            else:
-                numbers[job.id] = job.attempt
+        dispatch = self._core.dispatch
+        jobs = {job.id: job for job in owned(tx, self._core.id)}
+        for job_id in jobs.keys() - dispatch.attempts.keys():
+            if self._core.life.started:                   # in drain(), it is about to execute
+                take_back(tx, job_id, "its claim was lost", tx.now)
 
-        def abandon() -> None:
+        def carry_out() -> None:
             for attempt in list(dispatch.attempts.values()):
-                if numbers.get(attempt.id) != attempt.number and attempt not in dispatch.ended:
+                job = jobs.get(attempt.id)
+                if job is None or job.attempt != attempt.number:
                     dispatch.abandon(attempt)
-        tx.after_commit.append(abandon)
+                    continue
+                if job.status == STOPPING:
+                    attempt.request_stop()
+                else:
+                    attempt.withdraw_stop()
+                if job.low_priority != attempt.low_priority:
+                    dispatch.pool.set_low_priority(attempt, job.low_priority)
+        tx.after_commit.append(carry_out)
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
@@ -5211,11 +5015,10 @@ class Service:
 
         One that reaches no checkpoint within the grace has failed then, and goes on without a job.
         """
-        now = time.monotonic()
         for attempt in list(self._core.dispatch.attempts.values()):
             if attempt.thread is None or not attempt.options.get("timeout"):
                 continue
-            late = now - attempt.begun - attempt.options["timeout"]
+            late = time.monotonic() - attempt.begun - attempt.options["timeout"]
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
             elif late > 0 and attempt.reason == HALTED:
@@ -5232,15 +5035,11 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make ready what is due; look up what is due next only when that may have changed."""
+        """Make ready what is due."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
-        if self._look_at_due:
-            due = [self._store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
-            self._due_at = min((at for at in due if at is not None), default=None)
-            self._look_at_due = False
-        if self._due_at is not None and self._due_at <= self._clock_at:
+        if self._due_at <= self._clock_at:
             self._store.write(self._make_due_ready)
 
     def _make_due_ready(self, tx: Transaction) -> None:
@@ -5248,20 +5047,13 @@ class Service:
             run_schedules(tx)
         wake_due(tx)
 
-    def _recover_dead(self) -> None:
-        self._store.file.check()                          # first: raises
-        self._life.recover_dead()
-
-    def _show_abandoned(self) -> None:
-        if self._core.dispatch.pool.abandoned != self._abandoned_shown:
-            self._beat()
-
     def _beat(self) -> None:
-        self._abandoned_shown = self._core.dispatch.pool.abandoned
-        self._life.beat()
-
-    def _shorten_wal(self) -> None:
-        self._store.complain(self._store.file.shorten_wal())
+        """Show that the runner lives, and how many abandoned threads it has."""
+        beats = int(time.monotonic() / HEARTBEAT_SECONDS)
+        shown = beats, len(self._core.dispatch.pool.abandoned)
+        if shown != self._shown:
+            self._core.life.beat()
+            self._shown = shown
 
     BLOCKED_KEYS = """WITH RECURSIVE keys(found) AS
         (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
@@ -5290,74 +5082,49 @@ class Presence:
 
     def __init__(self, path: str) -> None:
         self._path = os.path.realpath(path)               # of the job file
-        self._lock: tuple[int, int] | None = None         # this runner and its descriptor
+        self._lock: int | None = None                     # the descriptor of this runner's
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
         """Take the lock of a new runner of this process; return False if another process has it."""
-        path = self._file(runner)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            with contextlib.suppress(OSError, AttributeError):    # another user's file; Windows
-                os.fchmod(descriptor, os.stat(self._path).st_mode & 0o777)
-            taken = _lock_file(descriptor)
+            self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {path}, which tells that this process lives: "
-                             f"{error.strerror}; put the job file on a local disk, in a folder "
-                             "that all its users may write to") from error
-        if not taken:
-            os.close(descriptor)
-            return False
-        self._lock = runner, descriptor
-        return True
-
-    def renew(self) -> None:
-        """Take the lock anew if somebody has deleted its file."""
-        if self._lock is not None and not os.path.exists(self._file(self._lock[0])):
-            runner, descriptor = self._lock
-            self.appear(runner)
-            os.close(descriptor)
+            raise StoreError(f"cannot lock {self._file(runner)}, which tells that this process "
+                             f"lives: {error}; put the job file on a local disk") from error
+        return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
         """Return whether the process of a runner is gone; `silent`: seconds since its heartbeat.
 
-        The lock's file may have been deleted: its process has noticed that after three heartbeats.
+        If somebody has deleted the lock's file, only the heartbeat tells.
         """
         with fork_gate:                                   # a child would inherit the lock
             try:
-                descriptor = os.open(self._file(runner), os.O_RDWR)
+                lock = _lock_file(self._file(runner), os.O_RDONLY)
             except FileNotFoundError:
                 return silent > 3 * HEARTBEAT_SECONDS
-            try:
-                return _lock_file(descriptor)
-            finally:
-                os.close(descriptor)
+            if lock is not None:
+                os.close(lock)
+            return lock is not None
 
     def remove(self, runner: int) -> None:
         """Delete the lock's file of a runner that is gone."""
         with contextlib.suppress(OSError):
             os.remove(self._file(runner))
 
-    def vanish(self) -> None:
-        """Release the lock of this runner."""
+    def release(self) -> None:
+        """Release the lock of this runner; in a forked child, leave it to the parent."""
         if self._lock is not None:
-            runner, descriptor = self._lock
-            self.remove(runner)
-            os.close(descriptor)
-            self._lock = None
-
-    def leave_to_parent(self) -> None:
-        """Let the lock die with the parent, in a forked child."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._lock[1])
+            os.close(self._lock)
             self._lock = None
 
 
-def _lock_file(descriptor: int) -> bool:
-    """Lock a file until it is closed; return False if it is locked already."""
+def _lock_file(path: str, flags: int) -> int | None:
+    """Open a file and lock it until it is closed; return None if it is locked already."""
+    descriptor = os.open(path, flags, 0o644)
     try:
         if os.name == "nt":
             import msvcrt
@@ -5365,9 +5132,10 @@ def _lock_file(descriptor: int) -> bool:
         else:
             import fcntl
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        return descriptor
     except (BlockingIOError, PermissionError):
-        return False
+        os.close(descriptor)
+        return None
 
 
 living: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -5378,8 +5146,8 @@ def register_hooks() -> None:
     """Close the living runners at interpreter exit, and leave them to the parent at a fork."""
     atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=fork_gate.shut, after_in_parent=fork_gate.open,
-                            after_in_child=_leave_to_parent)
+        os.register_at_fork(before=fork_gate.shut, after_in_parent=lambda: fork_gate.door.release(),
+                            after_in_child=leave_to_parent)
 
 
 def _close_all() -> None:
@@ -5387,22 +5155,20 @@ def _close_all() -> None:
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    while lives:
+    for life in lives * 3:                                # again, if Ctrl-C has cut it short
         try:
-            lives[-1].close(until)
-            lives.pop()
-        except KeyboardInterrupt:                         # another Ctrl-C: wait no longer
+            life.close(until)
+        except KeyboardInterrupt:                         # wait no longer
             until = 0.0
-        except Exception as error:
-            print(f"bgjobs: {error}", file=sys.stderr)
-            lives.pop()
 
 
-def _leave_to_parent() -> None:
-    fork_gate.leave_to_parent()
+def leave_to_parent() -> None:
+    """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
+    fork_gate.__init__()                                  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
-        runner.core.life.leave_to_parent()
+        if runner.core.store.pid != os.getpid():
+            runner.core.life.leave_to_parent()
 
 
 # ---- 14 Schedules -------------------------------------------------------------------------------
