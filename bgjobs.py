@@ -5804,12 +5804,13 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j
 def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
     """Remove expired jobs for PRUNE_SECONDS and return how many; a job may have thousands of log
     lines."""
-    ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
-    for count, (job_id,) in enumerate(ids, 1):
+    until, count = time.perf_counter() + PRUNE_SECONDS, 0
+    for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
+        count += 1
         if time.perf_counter() > until:
-            return count
-    return len(ids)
+            break
+    return count
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
@@ -5823,7 +5824,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
         which = {"after": after, "until": after + PRUNE_IDS,
                  "finished": now - finished, "failed": now - failed}
-        while core.store.read(EXPIRED + " LIMIT 1", which):
+        while core.store.read(EXPIRED, which):
             removed += core.store.write(lambda tx: _remove_some(tx, which))
             current_job().checkpoint()
     return removed
@@ -6205,8 +6206,8 @@ _default_lock = threading.Lock()       # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options are those of Runner. Raises RuntimeError if there is a default runner on
-    another file, or one for which options come too late.
+    path and options are those of Runner. Raises RuntimeError if there is a default runner already
+    and options are given, or another path.
     """
     global _default
     with _default_lock:
@@ -6214,12 +6215,9 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
         if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
-        if path is not None and os.path.abspath(path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or "
-                               "make a Runner of your own")
-        if options:
-            raise RuntimeError("the default runner has been made already; call start() with its "
-                               "options before the first submit")
+        if options or os.path.abspath(path or runner.path) != runner.path:
+            raise RuntimeError(f"the default runner is on {runner.path} already, and has its "
+                               "options; close() it first, or make a Runner of your own")
         return runner.start()
 
 
@@ -6254,8 +6252,7 @@ options = _submitter.options
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
     """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
-        return result
+        return method(default_runner(), *args, **kwargs)
     # Of a bound method, so that help() shows the signature without `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
