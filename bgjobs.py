@@ -29,23 +29,24 @@ kill -9. A job runs at least once: again only because its process died, somebody
 Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
 been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
 
-How it hangs together. What happens to a call, and where to read about it:
+How it hangs together: the walk of a job, and where to read about it.
 
-    submit   The runner (16) encodes the call (2, 3) and hands the store (9) a function that writes it (8).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of them brought,
-             records the outcomes of ended attempts, claims the next jobs for free workers, and commits. So batches
-             grow with the load, and a caller alone pays no hand-over.
-    claim    The root that has had the least time is next (5), with its oldest ready job (8).
-    run      A worker of the pool (11) calls the function, as an Attempt (12). Or an executor's process does, which
-             speaks to the runner over a port of its own (18).
-    finish   The outcome waits for the next transaction. After its commit the handles (13) of what is over are told.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
+             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
+             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
+    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
+             sends it to an executor's process, which calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
+             after the commit the handles (11) of the jobs that are over are completed.
 
-A service thread (17) looks after what comes by the clock, or from other processes: schedules, retries, stops, deaths.
+A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
-           6 Force stop   7 Tables and statements   8 Transactions   9 Store   10 What people see   11 Worker pool
-           12 Inside a job   13 The handle   14 Schedules   15 Statistics and retention   16 Runner
-           17 Clock, processes and exit   18 Elsewhere   19 The default runner   20 Status page   21 Command line
+Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
+           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
+           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
+           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -112,15 +113,11 @@ _Item = TypeVar("_Item")
 
 
 def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
-    """Start a thread that belongs to no job: a daemon, or not where a subinterpreter refuses that.
-    """
-    for daemon in (True, False):
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args),
-                                      name=name, daemon=daemon)
-            thread.start()
-            return thread
-    raise RuntimeError("no thread can be started")
+    """Start a daemon thread that belongs to no job."""
+    thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name,
+                              daemon=True)
+    thread.start()
+    return thread
 
 
 def say(level: int, text: str) -> None:
@@ -152,11 +149,6 @@ class Operation(NamedTuple):
     done: str                          # the past tense, for refusals
     does: str                          # for the help of the command line
     once_returned: dict[str, str] = {}           # moves that differ once the function has returned
-
-    def follows(self, status: str, returned: bool) -> str:
-        """Return the status that follows. Raises KeyError if this status does not allow it."""
-        moves = {**self.moves, **self.once_returned} if returned else self.moves
-        return moves[status]
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -222,15 +214,15 @@ class JobStopped(BaseException):
 def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
                        active_below: bool = False) -> list[str]:
     """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
-    allowed = {name for name, operation in OPERATIONS.items() if status in operation.moves}
+    allowed = {name for name, operation in OPERATIONS.items()
+               if status in operation.moves and not objection(name, options, system)}
     if status in (STOPPING, STOPPED):
-        allowed.remove("stop")         # it repeats silently; there is no use in offering it
+        allowed.discard("stop")        # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
-    if active_below and status == STOPPED:
-        allowed.add("force_stop")      # of the descendants
-    return [name for name in OPERATIONS
-            if name in allowed and not objection(name, options, system)]
+        if status == STOPPED:
+            allowed.add("force_stop")  # of the descendants
+    return sorted(allowed, key=[*OPERATIONS].index)
 
 
 def objection(operation: str, options: dict[str, Any], system: bool) -> str:
@@ -1874,7 +1866,10 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
         return False
     if operation == "stop" and job.status in (STOPPING, STOPPED):
         return job is top                                 # it repeats silently
-    follows = OPERATIONS[operation].follows(job.status, bool(job.returned))
+    moves = OPERATIONS[operation].moves
+    if job.returned:
+        moves = {**moves, **OPERATIONS[operation].once_returned}
+    follows = moves[job.status]
     if operation == "resume":
         tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
         if job.returned and follows == PENDING:
