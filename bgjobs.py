@@ -1021,8 +1021,6 @@ class JobRow(NamedTuple):
     name: str
     status: str
     attempt: int                               # number of the newest
-    owner: int | None                          # the runner that executes it
-    returned: int                              # 1: its function has; 2: it raised for good
     options: str | None                        # JSON
     key: str | None
     system: int
@@ -1030,29 +1028,31 @@ class JobRow(NamedTuple):
     max_running: int | None
     deaths: int
     queue: int | None
-    lane: int | None
-    parked: str | None
     vtime: int                                 # microseconds; of a root
-    charge: int                                # microseconds
     created_at: float
     run_at: float | None
     started_at: float | None                   # the first attempt, since creation or restart
-    since: float | None
     duration: float
     progress: float | None                     # its own
+    total: int
+    # These are None in claims, which do not need them.
+    owner: int | None                          # the runner that executes it
+    returned: int                              # 1: its function has; 2: it raised for good
+    parked: str | None
+    charge: int                                # microseconds
+    since: float | None
     own_errors: int
     open: int
-    total: int
     done: int
     failed: int
     running: int
     tree_progress: float                       # the sum of its descendants' progress
-    # What its function needs; read by claims alone, since these may be large.
-    args: str | None = None                    # JSON
-    kwargs: str | None = None                  # JSON
-    state: str | None = None                   # JSON
-    positions: str | None = None               # JSON
-    run_by: str | None = None
+    # What its function needs; None but in claims, since these may be large.
+    args: str | None                           # JSON
+    kwargs: str | None                         # JSON
+    state: str | None                          # JSON
+    positions: str | None                      # JSON
+    run_by: str | None
 
     @property
     def root(self) -> int:
@@ -1075,8 +1075,8 @@ class JobRow(NamedTuple):
         return max(self.created_at, self.run_at or 0.0)
 
 
-_CLAIMED = ", ".join(JobRow._fields)
-_JOB = ", ".join(JobRow._fields[:-5])
+_JOB = ", ".join((*JobRow._fields[:-5], *["NULL"] * 5))
+_CLAIMED = ", ".join((*JobRow._fields[:-16], *["NULL"] * 11, *JobRow._fields[-5:]))
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1255,7 +1255,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(itertools.starmap(JobRow, self.execute(sql, parameters)))
+        return list(map(JobRow._make, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1382,7 +1382,7 @@ class Transaction:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
         if not attempt.system:
-            self.events[attempt.name, FINISHED].append(attempt.ran_before + attempt.ran)
+            self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
         self.limits.free(attempt)
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
@@ -1545,18 +1545,17 @@ class Transaction:
             "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
         return bool(saved.rowcount == 1)
 
-    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :ends_at,
+    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :now + :left,
         message = :message WHERE id = :id"""
 
-    def save_progress(self, attempt: Attempt, report: ProgressReport) -> None:
+    def save_progress(self, attempt: Attempt, report: Any) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         job = self.executing(attempt)
         if job is not None:
-            left = report.seconds_left
-            self.execute(self._SAVE_PROGRESS, {
-                "id": job.id, "progress": report.progress, "message": report.message,
-                "ends_at": None if left is None else self.now + left})
-            self.trees.count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
+            progress, left, message = report
+            self.execute(self._SAVE_PROGRESS, {"id": job.id, "now": self.now, "left": left,
+                                               "progress": progress, "message": message})
+            self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
             attempt.has_reported = True
 
     _SET_CHARGE = f"UPDATE bgjobs_jobs SET charge = :charge {_OF_ATTEMPT}"
@@ -2942,21 +2941,17 @@ FLUSH_SECONDS = 0.25       # how often progress is written if no other write tak
 
 
 class Ticket:
-    """The right to raise JobStopped once in an attempt's thread.
+    """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
 
-    Only `use` is for other threads.
-    """
-
-    __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
+    _depth = 1                             # of library code that calls library code
+    _raised = False                        # by a force stop, from outside
+    _spent = False                         # nothing will be raised from outside any more
+    void = False                           # the attempt has been superseded: library calls raise
+    thread = 0                             # the ident of the attempt's thread
 
     def __init__(self) -> None:
         self._taken = threading.Lock()     # at first by the attempt's thread
         self._taken.acquire()
-        self._depth = 1                    # of library code that calls library code
-        self._raised = False               # by a force stop, from outside
-        self._spent = False                # nothing will be raised from outside any more
-        self.void = False                  # the attempt has been superseded: library calls raise
-        self.thread = 0                    # the ident of the attempt's thread
 
     def take(self, quietly: bool = False) -> None:
         """Enter library code. Raises JobStopped if the attempt is superseded, unless quietly."""
@@ -2984,7 +2979,7 @@ class Ticket:
         if not self._spent and not self._taken.acquire(False):
             while not self._raised:
                 time.sleep(0.0001)
-            _raise_in_thread(self.thread, None)
+            _raise_in_thread(self.thread)
         self._spent |= self.void
 
     def use(self) -> None:
@@ -3001,10 +2996,8 @@ class Ticket:
 
         (A record that the thread logs meanwhile is a library call, which waits for us.)
         """
-        pause = 0.001
         while _is_logging(self.thread):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+            time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
         self._raised = True
 
@@ -3014,19 +3007,15 @@ def _is_logging(thread: int) -> bool:
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
-    modules = (each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame))
-    return any(module.partition(".")[0] == "logging" for module in modules)
+    return any(each.f_globals.get("__name__", "").split(".")[0] == "logging"
+               for each, _ in traceback.walk_stack(frame))
 
 
-def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
-    """Have `error` raised in a thread at its next bytecode. None: take back one not raised yet."""
-    try:
+def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
+    """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):       # not CPython: checkpoints stop it
         import ctypes
-        set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    except (ImportError, AttributeError):                 # not CPython: only checkpoints stop it
-        return
-    set_error(ctypes.c_ulong(thread),
-              ctypes.py_object() if error is None else ctypes.py_object(error))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
 
 _UNSET: Any = object()
@@ -3039,17 +3028,15 @@ enter = _current.set                                      # in a context of its 
 class JobContext:
     """The job that this code runs in: what `current_job()` returns.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: a copy of what
-    the last checkpoint saved, or None. stop_requested: whether the next checkpoint raises
-    JobStopped. Outside of a job these are None, 0 and False, and the methods do nothing. Any thread
-    that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but `each` is
-    for one thread at a time.
+    id, name, run_by: the job's. attempt: the number of this attempt, from 1. Outside of a job these
+    are None and 0, and the methods do nothing. Any thread that has the job's context
+    (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one thread at a time.
     """
 
     id: int | None = None
     name: str | None = None
     run_by: str | None = None
-    attempt: int = 0
+    attempt = 0
 
     def __init__(self, attempt: Attempt | None) -> None:
         self._attempt = attempt
@@ -3113,22 +3100,9 @@ class JobContext:
             self._attempt.sleep(seconds)
 
 
-# What current_job() returns. (The attempt does not refer to its context: they would be a cycle.)
-_context: contextvars.ContextVar[JobContext] = contextvars.ContextVar(
-    "bgjobs_context", default=JobContext(None))
-
-
 def current_job() -> JobContext:
     """Return the context of the job that this code runs in, or one that does nothing."""
-    return _context.get()
-
-
-class ProgressReport(NamedTuple):
-    """What the store keeps of an attempt's progress."""
-
-    progress: float | None                                # 0 to 1
-    seconds_left: float | None
-    message: str | None
+    return JobContext(current_attempt())
 
 
 class Attempt:
@@ -3145,14 +3119,14 @@ class Attempt:
     result: str | None = None                             # JSON, as the next one
     error: str | None = None
     exception: BaseException | None = None
-    unsaved_progress: ProgressReport | None = None
+    unsaved_progress: Any = None                          # see report_to_save
     has_reported = False                                  # the file knows progress, or a later charge
 
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
     operation: threading.Event | None = None              # which the next checkpoint waits for
     saved_at = 0.0                                        # monotonic
-    newest: tuple[float, float | None, str | None, float] | None = None    # see note_progress
+    newest: tuple[Any, ...] | None = None                 # see report
     pace: Pace | None = None
     job_logger: logging.Logger | None = None
     # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
@@ -3171,7 +3145,7 @@ class Attempt:
         self.ticket = Ticket()
         self.loops = 0                                    # the number of the next loop of each()
         self.loop_positions: list[int] = []               # completed turns of each()'s loops
-        self.turns: list[tuple[float, float | None]] = [] # done, total of the loops under way
+        self.turns: list[tuple[int, int | None]] = []     # done, total of the loops under way
         self.waits_on: list[threading.Condition] = []     # of its threads; a stop wakes them
 
     @property
@@ -3181,20 +3155,9 @@ class Attempt:
         return is_simple and self.outcome == RETURNED
 
     @property
-    def ran_before(self) -> float:
-        """Seconds for which earlier attempts were active."""
-        return self.job.duration
-
-    @property
     def correction(self) -> int:
         """The microseconds by which the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
-
-    @property
-    def took_too_long(self) -> TimeoutError:
-        """What a timeout is recorded as."""
-        return TimeoutError(f"attempt {self.number} took longer than its timeout of "
-                            f"{self.options['timeout']:,g} s")
 
     @property
     def superseded(self) -> JobStopped:
@@ -3205,6 +3168,11 @@ class Attempt:
         """Make this error the outcome. Never raises, whatever the error's own methods do."""
         self.outcome, self.exception, self.result = RAISED, error, None
         self.error = dump_error(type(error).__qualname__, text_of(error), traceback_of(error))
+
+    def time_out(self) -> None:
+        """Make the timeout the outcome."""
+        timeout = f"its timeout of {self.options['timeout']:,g} s"
+        self.fail(TimeoutError(f"attempt {self.number} took longer than {timeout}"))
 
     # stopping
 
@@ -3320,10 +3288,9 @@ class Attempt:
         done = positions[loop]
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
-        items = None if total is None else float(total)
         try:
             for item in itertools.islice(iterable, done, None):
-                self._report_turn(depth, done, items)
+                self._report_turn(depth, done, total)
                 if self.attention:
                     self.attend()
                 yield item
@@ -3332,90 +3299,76 @@ class Attempt:
                 self.loops = loop + 1
                 if time.monotonic() - self.saved_at > 0.1:
                     self.save(None)
-            self._report_turn(depth, done, items)
+            self._report_turn(depth, done, total)
         finally:
             del self.turns[depth:]
         self.raise_if_stopped()
 
     # progress
 
-    def _report_turn(self, depth: int, done: float, total: float | None) -> None:
+    def _report_turn(self, depth: int, done: int, total: int | None) -> None:
         """Report the progress of a loop; one inside another's turn refines the outer one's."""
-        outer = self.turns[:depth]
         self.turns[depth:] = [(done, total)]
-        for outer_done, outer_total in reversed(outer):
-            done, total = outer_done + (done / total if total else 0.0), outer_total
-        self.note_progress(done, total, None)
+        units = share = 0.0
+        for done, total in reversed(self.turns):
+            units = done + share
+            share = units / total if total else 0.0
+        self.report(units, total)
 
-    def report(self, done: float, total: float | None, message: str | None) -> None:
+    def report(self, done: float, total: float | None = None, message: Any = None) -> None:
         """Note how far the function is; the service thread writes the newest report."""
-        if message is not None and type(message) is not str:
-            message = library_code(text_of)(message)        # here, not in the thread that all jobs share
-        self.note_progress(float(done), None if total is None else float(total), message)
+        if message is not None:
+            message = text_of(message, 500)               # here: its __str__ is the app's
+        self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
-    def note_progress(self, done: float, total: float | None, message: str | None) -> None:
-        """Note a report: (done, total, message, seconds since the attempt began)."""
-        self.newest = (done, total, message, time.monotonic() - self.begun)
+    def report_to_save(self) -> Any:
+        """Return (share from 0 to 1, seconds left, message) of the newest report; each may be None.
 
-    def report_to_save(self) -> ProgressReport | None:
-        """Return what there is to tell of the progress, or None if there is nothing new."""
+        None if there is nothing new.
+        """
         newest, self.newest = self.newest, None           # two threads may ask: one gets it
         if newest is None:
             return None
         done, total, message, at = newest
-        if message is None and not total:
-            message = f"{done:,.12g} done"
-        text = None if message is None else text_of(message, 500)
-        if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done):
-            return ProgressReport(None, None, text)
-        if self.pace is None:
-            self.pace = Pace(resumed=self.job.progress is not None)
+        if not (total and 0 < total < math.inf and math.isfinite(done)):
+            return None, None, f"{done:,.12g} done" if message is None else message
+        self.pace = self.pace or Pace(resumed=self.job.progress is not None)
         left = self.pace.seconds_left(done, total, at)
-        return ProgressReport(min(1.0, max(0.0, done / total)), left, text)
+        return min(1.0, max(0.0, done / total)), left, message
 
     # log
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger, made when it is first asked for."""
+        """Return the job's own logger, made when it is first asked for.
+
+        The app's handlers get its records as those of "bgjobs.job".
+        """
         if self.job_logger is None:
-            self.job_logger = _JobLogger(self)
+            app_logger = logging.getLogger("bgjobs.job")
+
+            def keep(record: logging.LogRecord) -> bool:
+                self.keep_record(record)
+                return app_logger.isEnabledFor(record.levelno)
+            self.job_logger = logging.Logger("bgjobs.job", logging.DEBUG)
+            self.job_logger.parent = app_logger
+            self.job_logger.addFilter(keep)
         return self.job_logger
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> None:
-        """Take a log record into the job's log. Written with the next transaction, within a second.
-        """
+        """Take a log record into the job's log: written with the next transaction."""
         try:
             message = record.getMessage()
-            if record.exc_info and record.exc_info[1] is not None:
+            if record.exc_info and record.exc_info[1]:
                 message += "\n" + traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
-        clock, level = self.backend.clock, record.levelno
-        at = record.created if clock is time.time and is_number(record.created) else clock()
-        if not isinstance(level, int) or abs(level) >= 1 << 31:
-            level = logging.NOTSET
-        self.backend.keep_line(self, at, level, text_of(message).replace("\0", "\\0"))
+        message = text_of(message).replace("\0", "\\0")
+        self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
 
 
-class _JobLogger(logging.Logger):
-    """A job's own logger. The app's handlers get its records as those of "bgjobs.job"."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__("bgjobs.job", logging.DEBUG)
-        self.parent = self._app_logger = logging.getLogger("bgjobs.job")
-        self._attempt = attempt
-
-    isEnabledFor = library_code(logging.Logger.isEnabledFor)
-
-    @library_code
-    def callHandlers(self, record: logging.LogRecord) -> None:
-        self._attempt.keep_record(record)
-        if self._app_logger.isEnabledFor(record.levelno):
-            self._app_logger.callHandlers(record)
-
-
+@functools.cache
 def capture_log_records() -> None:
     """Have the records that any logger emits inside a job land in the job's log, too.
 
@@ -3423,17 +3376,14 @@ def capture_log_records() -> None:
     last-resort handler.
     """
     make_record = logging.getLogRecordFactory()
-    if getattr(make_record, "_bgjobs", False):
-        return
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        attempt = _current.get()
+        attempt = current_attempt()
         # makeLogRecord makes one with the name None, and emits nothing.
         if attempt is not None and record.name not in ("bgjobs.job", None):
             attempt.keep_record(record)
         return record
-    make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
     logging.setLogRecordFactory(make_and_keep)
 
 
@@ -3449,15 +3399,15 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
             attempt.ticket.keep()                         # a force stop raises nothing here any more
-        what = f"{attempt.name} returned, but the result"
-        attempt.result = None if value is None else encode(value, what)
+        if value is not None:
+            attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
     except BaseException as error:
         attempt.outcome = attempt.reason
         if not _is_stop(error):
             attempt.fail(error)
         elif attempt.reason == TIMED_OUT:
-            attempt.fail(attempt.took_too_long)
+            attempt.time_out()
     _here.ticket = around
     attempt.thread = None
     attempt.ran = time.monotonic() - attempt.begun
@@ -3467,13 +3417,7 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
 def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
     """Call the function: the one place where that is done."""
     _current.set(attempt)
-    _context.set(JobContext(attempt))
-    try:
-        args = decode(attempt.job.args) if attempt.job.args else ()
-        kwargs = decode(attempt.job.kwargs) if attempt.job.kwargs else {}
-    except Exception as error:
-        text = f"the arguments of job {attempt.id} cannot be read: {text_of(error)}"
-        raise StoreError(text) from error
+    args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
     value = function(*args, **kwargs)
     if isinstance(value, types.CoroutineType):
@@ -3516,8 +3460,6 @@ class HandleCondition(threading.Condition):
     strike meanwhile, so whoever locks it takes the ticket, too.
     """
 
-    _lock: threading.RLock
-
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release                    # Condition sets these to the lock's own
@@ -3528,17 +3470,13 @@ class HandleCondition(threading.Condition):
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
-    def release(self) -> None:
+    def release(self, *exc_info: Any) -> None:
         """Unlock it."""
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
 
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.release()
+    __enter__, __exit__ = acquire, release
 
 
 class _Waiters(list[Any]):
@@ -3580,33 +3518,67 @@ class _PlaceGivingEvent(threading.Event):
         super().clear()
 
 
-def _live(name: str, what: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
-    return property(lambda self: read(self.info()[name]),
-                    doc=what + " Read from the store at each access.")
-
-
-def _typed(value: Any) -> Any:
-    """Return a JSON value of `info()` with dates and the like as they were given."""
-    return decode(json.dumps(value))
-
-
 class Job(Future[_T]):
-    """The handle of a job: a concurrent.futures.Future whose attributes are read when asked.
+    """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
 
-    `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and
-    `resume` of a failed job, return a new handle, while attributes stay true on both. `await job`
-    works, too; a caller that gives up awaiting does not cancel the job. Any thread may use a handle.
+    `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
+    complete handle returns a new one, and attributes stay true on both. `await job` works, too; a
+    caller that gives up awaiting does not cancel the job. Any thread may use a handle.
 
-    Attributes are read without waiting for writers; KeyError if the job has been removed.
+    Attributes are read from the file at each access, and wait for no writer; KeyError if the job
+    has been removed:
+
+    name, label            the stable name of the function; a title for people, or None
+    status, phase          one of the seven statuses; what refines it for people, or ""
+    created_at             Unix seconds, as the next two
+    started_at             of the first attempt since creation or restart, or None
+    finished_at            or None
+    waiting                seconds from creation, or its due time, to the start, or until now
+    duration               seconds that its attempts have been running, together
+    attempt                the number of the newest attempt, 0 before the first
+    errors                 how many attempts failed, with those of its descendants
+    low_priority           whether it runs in periods of low load only
+    run_by                 the name of the person that asked for it, or None
+    progress, eta          0 to 1, and seconds left; None if unknown
+    children               {"total", "done", "failed", "running"}, counts over all descendants
+    parent_id, root_id     ids; a root has no parent, None
+    args, kwargs           a list and a dict of its arguments, secret ones masked
+    state                  what its last checkpoint saved, or None
+    error                  the traceback of the newest failure, a text, or None
+    operations             the operations that its status allows now
+
     Operations block until their commit, not until the job has followed. They take `by=`, the name
     of the person that asked, for the job's log. They raise InvalidOperation if the job's status
     does not allow it (the text says what it allows), KeyError, and StoreError if the file cannot be
     written.
     """
 
+    name: str
+    label: str | None
+    status: str
+    phase: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    waiting: float
+    duration: float
+    attempt: int
+    errors: int
+    low_priority: bool
+    run_by: str | None
+    progress: float | None
+    eta: float | None
+    children: dict[str, int]
+    parent_id: int | None
+    root_id: int
+    args: list[Any]
+    kwargs: dict[str, Any]
+    state: Any
+    error: str | None
+    operations: list[str]
+
     _state = "PENDING"
-    _result: Any = None
-    _exception: BaseException | None = None
+    _result = _exception = None
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
@@ -3614,63 +3586,48 @@ class Job(Future[_T]):
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
         self._done_callbacks: list[Callable[[Job[_T]], Any]] = []
 
-    def _stored(self) -> int:
-        """Return the id as long as it is this job's.
+    def __getattr__(self, name: str) -> Any:
+        if name in _MADE_LATE:                            # few handles are waited on
+            return vars(self).setdefault(name, _MADE_LATE[name](self))
+        if name not in Job.__annotations__:
+            raise AttributeError(f"a Job has no attribute {name!r}")
+        return decode(dump(self.info()[name]))            # dates in a state are dates again
 
-        A transaction that is rolled back leaves its ids to other jobs. Raises KeyError then.
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *Job.__annotations__]
+
+    def _row(self) -> Any:
+        """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
+
+        An app's transaction that is rolled back leaves its ids to other jobs.
         """
-        if self._created_at is not None:
-            row = self._backend.outcome(self.id)
-            if row is not None and row["created_at"] != self._created_at:
-                raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
-            if row is not None:
-                self._created_at = None
-        return self.id
+        row = self._backend.outcome(self.id)
+        if row is None:
+            return {} if self._created_at is None else None
+        if self._created_at not in (None, row["created_at"]):
+            return {}
+        self._created_at = None
+        return row
 
-    name: str = _live("name", "The stable name of the function.")
-    label: str | None = _live("label", "A title for people, or None.")
-    status: str = _live("status", "One of the seven statuses.")
-    phase: str = _live("phase", "What refines the status for people, or \"\".")
-    created_at: float = _live("created_at", "Unix seconds.")
-    started_at: float | None = _live(
-        "started_at", "Unix seconds of the first attempt since creation or restart, or None.")
-    finished_at: float | None = _live("finished_at", "Unix seconds, or None.")
-    waiting: float = _live(
-        "waiting", "Seconds from creation, or its due time, to the start, or until now.")
-    duration: float = _live("duration", "Seconds that its attempts have been running, together.")
-    errors: int = _live("errors", "How many of its own attempts and of its descendants failed.")
-    low_priority: bool = _live("low_priority", "Whether it runs in periods of low load only.")
-    run_by: str | None = _live("run_by", "The name of the person that asked for it, or None.")
-    progress: float | None = _live("progress", "0 to 1, or None.")
-    eta: float | None = _live("eta", "Seconds left, or None.")
-    children: dict[str, int] = _live(
-        "children", '{"total", "done", "failed", "running"}, counts over all descendants.')
-    parent_id: int | None = _live("parent_id", "The parent's id, or None.")
-    root_id: int = _live("root_id", "The id of its tree's root.")
-    attempt: int = _live("attempt", "The number of the newest attempt, 0 before the first.")
-    args: list[Any] = _live("args", "A list of its arguments, secret ones masked.", _typed)
-    kwargs: dict[str, Any] = _live(
-        "kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
-    state: Any = _live("state", "What its last checkpoint saved, or None.", _typed)
-    error: str | None = _live("error", "The traceback of the newest failure, a text, or None.")
-    operations: list[str] = _live("operations", "The operations that its status allows now.")
+    def _stored(self) -> int:
+        """Return the id. Raises KeyError if the transaction that submitted it is not committed."""
+        if self._created_at is not None and not self._row():
+            raise KeyError(f"the transaction that submitted job {self.id} was not committed")
+        return self.id
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._backend.info(self._stored())
 
-    def logs(self, *, level: str | int | None = None, text: str | None = None,
-             regex: str | None = None, since: float | None = None, until: float | None = None,
-             after: int = 0, limit: int | None = None, tree: bool = False) -> list[dict[str, Any]]:
+    def logs(self, **filters: Any) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. regex: found in it, as
-        `re.search` does. since, until: Unix seconds. after: a line's id. limit: how many at most;
-        without `after` the newest ones. tree: also the lines of all descendants. Raises ValueError
-        for a bad value.
+        level= the least, as a name or number. text= contained, in any case. regex= found in it, as
+        `re.search` does. since= until= Unix seconds. after= a line's id. limit= how many at most;
+        without `after` the newest ones. tree=True: also the lines of all descendants. Raises
+        ValueError for a bad value.
         """
-        return self._backend.logs(
-            self._stored(), level, text, since, until, after, limit, tree, regex)
+        return self._backend.logs(self._stored(), filters)
 
     # operations
 
@@ -3713,24 +3670,12 @@ class Job(Future[_T]):
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out; return this handle, or a new one where this one is complete."""
-        if operation in ("resume", "restart"):
-            self.done()                                   # a handle whose job was over keeps that outcome
+        """Carry an operation out; return this handle, or a new one if this one is complete."""
+        self.done()                                       # if the job is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
-        goes_on = operation == "resume" and self._state != "PENDING"
-        return Job(self._backend, self.id) if goes_on or operation == "restart" else self
+        return self if self._state == "PENDING" else Job(self._backend, self.id)
 
     # the Future part
-
-    @property
-    def _condition(self) -> threading.Condition:          # type: ignore[override]
-        """The Future's condition, made when it is first asked for: few handles are waited on."""
-        return vars(self).get("condition") or vars(self).setdefault("condition", HandleCondition())
-
-    @property
-    def _waiters(self) -> list[Any]:                      # type: ignore[override]
-        """The Future's waiters, likewise."""
-        return vars(self).get("waiters") or vars(self).setdefault("waiters", _Waiters(self))
 
     def done(self) -> bool:
         """Return whether the job is over."""
@@ -3746,10 +3691,8 @@ class Job(Future[_T]):
 
     def _look(self) -> str:
         """Return the status; complete the handle if the job is over."""
-        if self._state == CANCELLED_AND_NOTIFIED:
-            return CANCELLED
-        if self._state == FUTURE_FINISHED:
-            return FINISHED if self._exception is None else FAILED
+        if self._state != "PENDING":
+            return self._end
         status = self._backend.status(self._stored())
         if status in OVER:
             self._complete()
@@ -3763,14 +3706,8 @@ class Job(Future[_T]):
         place is given away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
-        error = self.exception(timeout)
-        if error is None:                                 # Future.result would ask for its truth value
-            value: _T = self._result
-            return value
-        try:
-            raise error
-        finally:
-            del self, error                               # its traceback keeps this frame
+        self._wait_for_end(timeout)
+        return super().result(0)
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3783,10 +3720,8 @@ class Job(Future[_T]):
 
     def _wait_for_end(self, timeout: float | None,
                       given_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait until the job is over, or a condition that `given_up` tells of comes true."""
-        if self._state == "PENDING":
-            self._look()
-        if self._state != "PENDING":
+        """Wait until the job is over, or `given_up()` is true when the condition is notified."""
+        if self.done():
             return
         self._watch()
         attempt, condition = current_attempt(), self._condition
@@ -3802,116 +3737,80 @@ class Job(Future[_T]):
                 condition.wait_for(over, timeout)
 
     def __await__(self) -> Generator[Any, None, _T]:
-        waits = self._await() if current_attempt() is None else self._await_in_job()
-        return waits.__await__()
+        return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop, which a callback completes.
+        """Await a future of the loop that a callback completes, or inside a job a thread that waits.
 
-        Not asyncio.wrap_future: its cancellation would cancel the job, and it cannot carry
-        StopIteration.
+        That thread gives the worker's place away, as any wait for a job does. It is no executor's:
+        the interpreter would wait for that at exit. Not asyncio.wrap_future: its cancellation would
+        cancel the job, and it cannot carry StopIteration.
         """
         import asyncio
         loop = asyncio.get_running_loop()
         over = loop.create_future()
 
-        def tell(job: Job[_T]) -> None:
+        def tell(job: Any) -> None:
             with contextlib.suppress(RuntimeError):       # the loop is closed
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
-        self.add_done_callback(tell)
-        try:
-            await over
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):         # it has just been called
-                self._done_callbacks.remove(tell)
-            raise
-        return self.result(0)
-
-    async def _await_in_job(self) -> _T:
-        """Let a thread wait: it gives the place away, as any wait for a job does.
-
-        No executor's thread: the interpreter would wait for that at exit.
-        """
-        import asyncio
-        end: Future[None] = Future()
 
         def wait() -> None:
-            try:
-                self._wait_for_end(None, end.cancelled)
-                error = None
-            except BaseException as caught:               # JobStopped is one of these
-                error = caught
-            if end.set_running_or_notify_cancel():
-                end.set_exception(error) if error is not None else end.set_result(None)
-        run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
+            with contextlib.suppress(BaseException):      # result() below raises it again
+                self._wait_for_end(None, over.done)
+            tell(self)
+        if current_attempt() is None:
+            self.add_done_callback(tell)
+        else:
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
         try:
-            await asyncio.wrap_future(end)
-        except asyncio.CancelledError:
+            await over
+        finally:
+            if tell in self._done_callbacks:
+                self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()              # the thread looks whether `end` is cancelled
-            raise
-        return super().result(0)
+                self._condition.notify_all()              # the thread looks whether it is given up
+        return self.result()
 
     @library_code
     def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
         super().add_done_callback(fn)                     # type: ignore[arg-type]
-        self._watch(hold=True)
+        self._watch()
 
-    def _watch(self, hold: bool = False) -> None:
-        """Have this handle completed when its job is over; it is now if the job is over already.
-
-        hold: the handle lives until then, even if the app drops it.
-        """
+    def _watch(self) -> None:
+        """Have this handle completed when its job is over; it is now if the job is over already."""
         if self._state == "PENDING":
             self._stored()
-            self._backend.watch(self, hold)
+            self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over. Wakes whoever waits.
+        """Take the outcome over, once, if the job is over. Wakes the threads that wait.
 
-        row: that of OUTCOME_OF, if it has been read; {}: the job has been removed. Callbacks are
-        called in a thread of their own.
+        row: what `_row` returns, if it has been read.
         """
-        row = self._read_outcome() if row is None else row
         if row is None:
+            row = self._row()
+        status = FAILED if row == {} else row and row["status"]
+        if status not in OVER:
             return
         with self._condition:
             if self._state != "PENDING":
                 return
-            if row and row["status"] == CANCELLED:
-                self._state, tell = CANCELLED_AND_NOTIFIED, "add_cancelled"
+            if not row:
+                text = f"job {self.id} has been removed from {self._backend.path}"
+                self._exception = BgjobsError(text)
+            elif status == FAILED:
+                self._exception = self._backend.error_of(self.id, row)
             else:
-                self._take_over(row)
-                tell = "add_result" if self._exception is None else "add_exception"
-                self._state = FUTURE_FINISHED
+                self._result = decode(row["result"])
+            self._end = status
+            self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
         self._backend.call_back(self)
-
-    def _read_outcome(self) -> Any:
-        """Return the row that tells how the job has ended; {} if it has been removed, None if it is
-        not over, or not committed yet."""
-        try:
-            row = self._backend.outcome(self._stored())
-        except KeyError:                                  # rolled back
-            return {}
-        if row is None:
-            return {} if self._created_at is None else None
-        return row if row["status"] in OVER else None
-
-    def _take_over(self, row: Any) -> None:
-        """Set the result, or the exception, of a job that is over."""
-        if not row:
-            path = self._backend.path
-            self._exception = BgjobsError(f"job {self.id} has been removed from {path}")
-        elif row["status"] == FINISHED:
-            self._result = decode(row["result"])
-        else:
-            self._exception = self._backend.error_of(self.id, row)
 
     def __repr__(self) -> str:
         try:
@@ -3920,14 +3819,17 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
+# Parts of a handle that are made when they are first asked for.
+_MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
+# The status of a job that is over: the state of its Future, and the method that tells a waiter.
+_FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
+                  FAILED: (FUTURE_FINISHED, "add_exception"),
+                  CANCELLED: (CANCELLED_AND_NOTIFIED, "add_cancelled")}
+
+
 def path_of(handle: Job[Any]) -> str:
     """Return the path of the file that a handle's job is in."""
     return handle._backend.path
-
-
-def complete(handle: Job[Any]) -> None:
-    """Complete a handle if its job is over."""
-    handle._complete()
 
 
 class Handles:
@@ -3942,16 +3844,16 @@ class Handles:
         self.ends_missed = False                          # look() is due
         self._lock = threading.Lock()                     # guards the four below
         self.watched: dict[int, weakref.WeakSet[Job[Any]]] = {}
-        self._held: set[Job[Any]] = set()                 # with callbacks: live until these ran
+        self.held: set[Job[Any]] = set()                  # with callbacks: live until these ran
         self._to_call_back: deque[Job[Any]] = deque()
         self._caller: threading.Thread | None = None
 
-    def watch(self, handle: Job[Any], hold: bool) -> None:
-        """Complete this handle when its job is over; hold: keep it alive until then."""
+    def watch(self, handle: Job[Any]) -> None:
+        """Complete this handle when its job is over, if the app keeps it or gave it callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
-            if hold:
-                self._held.add(handle)
+            if handle._done_callbacks:
+                self.held.add(handle)
 
     def ids(self) -> list[int]:
         """Return the ids of the watched jobs, after forgetting those whose handles are gone."""
@@ -3969,37 +3871,30 @@ class Handles:
                     self.ends_missed = True
                     self._store.complain(text_of(error))
 
-    _GOING_ON = """SELECT id FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
-        AND status IN ('pending', 'running', 'stopping', 'stopped')"""
+    _ENDED = """SELECT value FROM json_each(:ids) WHERE NOT EXISTS (SELECT 1 FROM bgjobs_jobs
+        WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
         """Complete the handles of jobs that ended unnoticed, above all in another process."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
-            rows = self._store.read(self._GOING_ON, {"ids": json.dumps(ids)})
-            self.complete(set(ids) - {row["id"] for row in rows})
+            ended = self._store.read(self._ENDED, {"ids": json.dumps(ids)})
+            self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; call its callbacks, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
         with self._lock:
-            handles = self.watched.get(handle.id)
-            if handles is not None:
-                handles.discard(handle)
-                if not handles:
-                    del self.watched[handle.id]
-            self._held.discard(handle)
-            if not handle._done_callbacks:
-                return
-            self._to_call_back.append(handle)
-            if self._caller is None:
-                caller = threading.Thread(target=self._call_back, name="bgjobs-callbacks",
-                                          daemon=True)
-                try:
-                    caller.start()                        # it waits for the lock
-                    self._caller = caller
-                except RuntimeError as error:             # the next end tries again
-                    self._store.complain(f"bgjobs: {error}")
+            handles: Any = self.watched.get(handle.id, set())
+            handles.discard(handle)
+            if not handles:
+                self.watched.pop(handle.id, None)
+            self.held.discard(handle)
+            if handle._done_callbacks:
+                self._to_call_back.append(handle)
+            if self._to_call_back and self._caller is None:
+                with contextlib.suppress(RuntimeError):   # too many threads; the next end tries again
+                    self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
         while True:
@@ -4009,7 +3904,7 @@ class Handles:
                     return
                 handle = self._to_call_back.popleft()
             try:
-                contextvars.Context().run(handle._invoke_callbacks)      # type: ignore[attr-defined]
+                handle._invoke_callbacks()                # type: ignore[attr-defined]
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
             del handle
@@ -4018,11 +3913,6 @@ class Handles:
         """Block until the callbacks of complete handles have returned; not inside one of them."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
-
-    def close(self) -> None:
-        """Drop the handles of jobs that are not over."""
-        with self._lock:
-            self._held.clear()
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, where the thread is not and the lock may be held."""
@@ -4405,11 +4295,11 @@ class Core:
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
-    def logs(self, job_id: int, *filters: Any, **named: Any) -> list[dict[str, Any]]:
+    def logs(self, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what `Job.logs` does; what was logged by now is among it."""
         if not self.store.closed:
             self.write_lines()
-        return read_logs(self.store, job_id, *filters, **named)
+        return read_logs(self.store, job_id, **filters)
 
     _OUTCOME = """SELECT status, created_at, name, attempt, result, error
         FROM bgjobs_jobs WHERE id = :id"""
@@ -4463,13 +4353,13 @@ class Core:
     # waiting
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool = False) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over, whichever process runs it."""
-        self.handles.watch(handle, hold)
+        self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
             self.store.flush()                            # its outcome may wait for company
-        complete(handle)                                  # it may have ended before it was watched
+        self.handles.complete([handle.id])                # it may have ended before it was watched
 
     def call_back(self, handle: Job[Any]) -> None:
         """Have the callbacks of a complete handle called."""
@@ -4727,7 +4617,7 @@ class Lifecycle:
             core.service.end(self._left(0.8, 1.0))
         self.presence.vanish()
         dispatch.pool.close(self._left(0.8, 0.2))
-        core.handles.close()
+        core.handles.held.clear()                         # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
@@ -5331,7 +5221,7 @@ class Service:
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
         lost.worked = max(0.0, lost.ran - lost.waited)
-        lost.fail(attempt.took_too_long)
+        lost.time_out()
         if tx.end(lost):
             self._core.remember_exception(lost)
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
@@ -6146,9 +6036,9 @@ WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT id FROM tree)"""
 
 
-def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None,
-              since: float | None, until: float | None, after: int, limit: int | None, tree: bool,
-              regex: str | None = None) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, *, level: Any = None, text: Any = None, regex: Any = None,
+              since: Any = None, until: Any = None, after: Any = None, limit: Any = None,
+              tree: Any = False) -> list[dict[str, Any]]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
@@ -6237,7 +6127,13 @@ def default_runner() -> Runner:
     return runner
 
 
-_submitter = Submitter(lambda: default_runner().core, {})
+def _default_core() -> Core:
+    """Return what the module's functions ask: in a job, whatever its attempt asks."""
+    attempt = current_attempt()
+    return default_runner().core if attempt is None else attempt.backend
+
+
+_submitter = Submitter(_default_core, {})
 submit = _submitter.submit
 submit_many = _submitter.submit_many
 every = _submitter.every
@@ -7218,9 +7114,9 @@ class RunnerProxy:
         """Return a job's status. KeyError: there is no such job."""
         return self.ask("status", job_id)
 
-    def logs(self, job_id: int, *filters: Any) -> Any:
+    def logs(self, job_id: int, filters: dict[str, Any]) -> Any:
         """Return what Job.logs() does."""
-        return self.ask("logs", job_id, *filters)
+        return self.ask("logs", job_id, filters)
 
     def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
         """Return the ids of the jobs that pass the filters."""
@@ -7235,7 +7131,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
@@ -9017,7 +8913,7 @@ class Page:
             "level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False}
         filters.update(request.parameters(*filters))
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
-        return {"logs": self.core.logs(job_id, **filters)}
+        return {"logs": self.core.logs(job_id, filters)}
 
     def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
         return attempts_of(self.core.store, self._info(number)["id"])
