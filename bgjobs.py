@@ -104,12 +104,12 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers: a function as it is given and returned, its parameters, what it returns; the
-# items of an iterable.
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+# For type checkers. The parameters of a function and what it returns; the items of an iterable.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
+Function = Callable[..., Any]          # a job's, in most cases
+Fields = dict[str, Any]                # a JSON object, options, or parameters of a statement
 
 
 def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
@@ -211,7 +211,7 @@ class JobStopped(BaseException):
     """Raised in a job at a checkpoint if it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
+def allowed_operations(status: str, options: Fields, system: bool = False,
                        active_below: bool = False) -> list[str]:
     """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
     allowed = {name for name, operation in OPERATIONS.items()
@@ -225,7 +225,7 @@ def allowed_operations(status: str, options: dict[str, Any], system: bool = Fals
     return sorted(allowed, key=[*OPERATIONS].index)
 
 
-def objection(operation: str, options: dict[str, Any], system: bool) -> str:
+def objection(operation: str, options: Fields, system: bool) -> str:
     """Return why a job refuses an operation in any status, or ""."""
     if operation == "stop" and system and not options.get("stoppable", False):
         return "it is a system job"
@@ -246,15 +246,15 @@ def refusal(job: str, status: str, operation: str, allowed: list[str],
 
 # The functions that the core calls and a later layer of this file has, by the layer's name.
 DOORS = {"serve": "page", "wsgi": "page", "isolate": "elsewhere", "executor": "elsewhere"}
-_entrances: dict[str, Callable[..., Any]] = {}
+_entrances: dict[str, Function] = {}
 
 
-def open_door(name: str, function: Callable[..., Any]) -> None:
+def open_door(name: str, function: Function) -> None:
     """Have `door(name)` lead to a function of a later layer."""
     _entrances[name] = function
 
 
-def door(name: str) -> Callable[..., Any]:
+def door(name: str) -> Function:
     """Return the function of a later layer. Raises BgjobsError if that layer was cut off."""
     if name not in _entrances:
         raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}, which this copy of bgjobs.py "
@@ -338,7 +338,7 @@ def _construct(kind: Any, stored: Any) -> Any:
 
 # How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
 # and (type, JSON) -> value.
-_TAGGED: dict[str, tuple[str, str, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+_TAGGED: dict[str, tuple[str, str, Function, Function]] = {
     "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
                lambda kind, stored: base64.b64decode(stored)),
     "$set": ("builtins", "set", _set_to_json, _construct),
@@ -390,7 +390,7 @@ def encode(value: Any, what: str = "the value") -> str:
     return text
 
 
-def _untagged(found: dict[str, Any]) -> Any:
+def _untagged(found: Fields) -> Any:
     if len(found) != 1:
         return found
     (tag, stored), = found.items()
@@ -421,7 +421,7 @@ def import_name(module: str) -> str:
     return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
 
 
-def import_path(function: Callable[..., Any]) -> str:
+def import_path(function: Function) -> str:
     """Return "package.module.function".
 
     Raises TypeError, with the remedy, if the function cannot be imported by that again.
@@ -442,12 +442,12 @@ def import_path(function: Callable[..., Any]) -> str:
 # The functions that this process knows, those declared with @job or submitted: by job name; their
 # default options; and the names of those submitted. They are filled while modules are imported,
 # before there is a runner, so they are global.
-functions: dict[str, Callable[..., Any]] = {}
-declared: dict[Callable[..., Any], dict[str, Any]] = {}
-_names: dict[Callable[..., Any], str] = {}
+functions: dict[str, Function] = {}
+declared: dict[Function, Fields] = {}
+_names: dict[Function, str] = {}
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Function) -> str:
     """Return the function's stable name, and remember the function by it.
 
     Raises TypeError if it cannot be a job.
@@ -461,7 +461,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return name
 
 
-def function_of(name: str) -> Callable[..., Any] | None:
+def function_of(name: str) -> Function | None:
     """Return the function of this name, or None if this process does not know it.
 
     A name is data: nothing is imported. It is a function that was declared or submitted, or one
@@ -469,19 +469,17 @@ def function_of(name: str) -> Callable[..., Any] | None:
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
-    path, qualname = name, []
-    while "." in path:
-        path, _, attribute = path.rpartition(".")
-        qualname.insert(0, attribute)
-        module = sys.modules.get("__main__" if path == import_name("__main__") else path)
-        if module is not None:
-            found: Any = vars(module).get(qualname[0])
-            for attribute in qualname[1:]:
-                found = getattr(found, attribute, None) if isinstance(found, type) else None
-            with contextlib.suppress(TypeError):
-                return found if import_path(found) == name else None
-            return None
-    return None
+    main = import_name("__main__")
+    modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
+    path = max(modules, key=len, default=main)
+    attributes = name[len(path) + 1:].split(".")
+    with contextlib.suppress(TypeError):
+        found: Any = vars(sys.modules["__main__" if path == main else path]).get(attributes[0])
+        for attribute in attributes[1:]:
+            found = getattr(found, attribute, None) if isinstance(found, type) else None
+        if import_path(found) == name:
+            functions[name] = found
+    return functions.get(name)
 
 
 def _is_name(value: Any) -> bool:
@@ -521,7 +519,7 @@ _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
 # Each option: a test of its value, and what the value must be. None is the default of each.
 # `options` says what they mean.
-OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+OPTIONS: dict[str, tuple[Function, str]] = {
     "name": _A_NAME,
     "label": _A_TEXT,
     "run_by": _A_TEXT,
@@ -550,7 +548,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], Any], str]]) -> None:
+def check_values(given: Fields, tests: dict[str, tuple[Function, str]]) -> None:
     """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
     for name, value in given.items():
         test, must_be = tests[name]
@@ -562,7 +560,7 @@ def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], A
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
 
 
-def check_options(given: dict[str, Any]) -> dict[str, Any]:
+def check_options(given: Fields) -> Fields:
     """Return `given`.
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
@@ -576,7 +574,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def job(**options: Any) -> Callable[[_Function], _Function]:
+def job(**options: Any) -> Callable[[_T], _T]:
     """Decorate a function with default options for its jobs; return the function unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
@@ -594,7 +592,7 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
         if name in options:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
-    def declare(function: _Function) -> _Function:
+    def declare(function: Any) -> Any:
         name = options.get("name")
         if name:
             known = functions.get(name, function)
@@ -612,7 +610,7 @@ _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", 
          "backoff")
 
 
-def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def options_to_keep(function: Function, given: Fields) -> Fields:
     """Return the options to keep with a job of this function, as JSON.
 
     Raises ValueError if `secret` or `backoff` does not fit the function.
@@ -625,22 +623,21 @@ def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict
     return kept
 
 
-def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
+def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
     """Return the names in `secret`, and the positions at which they may be passed.
 
     Raises ValueError if the function has no such argument.
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    kinds = {name: each.kind.name for name, each in parameters.items()}
-    takes_any_name = "VAR_KEYWORD" in kinds.values()
-    names = [name for name, kind in kinds.items() if not kind.startswith("VAR_")]
-    for name in secret:
-        if name not in names and (name in kinds or not takes_any_name):
-            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
-                             "argument; of *arguments and **keywords, name the keywords, or pass a "
-                             "list or a dict instead")
-    return [*secret, *(place for place, name in enumerate(names) if name in secret)]
+    unknown = {*secret} - {name for name, each in parameters.items() if str(each)[0] != "*"}
+    if any(str(each)[:2] == "**" for each in parameters.values()):
+        unknown &= {*parameters}       # it takes any other name
+    if unknown:
+        raise ValueError(f"secret names {unknown.pop()!r}, but {function.__qualname__} has no such "
+                         "argument; of *arguments and **keywords, name the keywords, or pass a "
+                         "list or a dict instead")
+    return [*secret, *(place for place, name in enumerate(parameters) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
@@ -656,7 +653,7 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
     return pauses
 
 
-def pause_before_retry(options: dict[str, Any], failures: int) -> float:
+def pause_before_retry(options: Fields, failures: int) -> float:
     """Return the seconds to wait after this many failures: the `backoff` of the job's options.
 
     By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
@@ -683,10 +680,10 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 def seconds_of(text: str) -> float | None:
     """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
-    number, unit = text[:-1].strip(), text[-1:]
-    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+    try:
+        return float(text[:-1]) * _UNITS[text[-1:]]
+    except (KeyError, ValueError):
         return None
-    return float(number) * _UNITS[unit]
 
 
 def period_text(seconds: float) -> str:
@@ -4839,7 +4836,7 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
 
 
 # What the options of a Runner must be: name -> (test, in words).
-_RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+_RUNNER_OPTIONS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
     "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
@@ -5469,7 +5466,7 @@ def clock_was_set_back(tx: Transaction) -> None:
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
 
 
-def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
+def describe_schedule(row: sqlite3.Row) -> Fields:
     """Return the `info` of a schedule: a dict of the JSON interface."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
@@ -5492,7 +5489,7 @@ class Schedule:
     def __init__(self, core: Core, schedule_id: int) -> None:
         self._core, self.id = core, schedule_id
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Fields:
         """Return all that is known of it, as JSON values. Times are Unix seconds.
 
         registered: a living process has it in its code, else it makes no more jobs. skipped: how
@@ -5566,8 +5563,8 @@ SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...],
-             kwargs: dict[str, Any], options: dict[str, Any]) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
+             kwargs: Fields, options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
     for name in ("delay", "run_at", "parent", "connection"):
         if name in options:
@@ -5630,7 +5627,7 @@ def count_created(core: Core) -> None:
         core.store.write(Transaction.count_created)
 
 
-def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]:
+def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     """Return the counts of a window; see Runner.stats."""
     if window not in WINDOWS:
         raise ValueError(f"window must be {', '.join(WINDOWS)}, got {short(window)}")
@@ -5639,7 +5636,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]
     last = int(core.clock() // 60)
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> list[tuple[Any, dict[str, Any]]]:
+    def sums(by: str) -> list[tuple[Any, Fields]]:
         times = "avg", "min", "max"
         return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
                               running=row[9] and dict(zip(times, row[10:]))))
