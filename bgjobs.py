@@ -29,23 +29,24 @@ kill -9. A job runs at least once: again only because its process died, somebody
 Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
 been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
 
-How it hangs together. What happens to a call, and where to read about it:
+How it hangs together: the walk of a job, and where to read about it.
 
-    submit   The runner (16) encodes the call (2, 3) and hands the store (9) a function that writes it (8).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of them brought,
-             records the outcomes of ended attempts, claims the next jobs for free workers, and commits. So batches
-             grow with the load, and a caller alone pays no hand-over.
-    claim    The root that has had the least time is next (5), with its oldest ready job (8).
-    run      A worker of the pool (11) calls the function, as an Attempt (12). Or an executor's process does, which
-             speaks to the runner over a port of its own (18).
-    finish   The outcome waits for the next transaction. After its commit the handles (13) of what is over are told.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
+             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
+             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
+    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
+             sends it to an executor's process, which calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
+             after the commit the handles (11) of the jobs that are over are completed.
 
-A service thread (17) looks after what comes by the clock, or from other processes: schedules, retries, stops, deaths.
+A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
-           6 Force stop   7 Tables and statements   8 Transactions   9 Store   10 What people see   11 Worker pool
-           12 Inside a job   13 The handle   14 Schedules   15 Statistics and retention   16 Runner
-           17 Clock, processes and exit   18 Elsewhere   19 The default runner   20 Status page   21 Command line
+Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
+           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
+           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
+           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -103,24 +104,20 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers: a function as it is given and returned, its parameters, what it returns; the
-# items of an iterable.
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+# For type checkers. The parameters of a function and what it returns; the items of an iterable.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
+Function = Callable[..., Any]          # a job's, in most cases
+Fields = dict[str, Any]                # a JSON object, options, or parameters of a statement
 
 
 def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
-    """Start a thread that belongs to no job: a daemon, or not where a subinterpreter refuses that.
-    """
-    for daemon in (True, False):
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args),
-                                      name=name, daemon=daemon)
-            thread.start()
-            return thread
-    raise RuntimeError("no thread can be started")
+    """Start a daemon thread that belongs to no job."""
+    thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name,
+                              daemon=True)
+    thread.start()
+    return thread
 
 
 def say(level: int, text: str) -> None:
@@ -152,11 +149,6 @@ class Operation(NamedTuple):
     done: str                          # the past tense, for refusals
     does: str                          # for the help of the command line
     once_returned: dict[str, str] = {}           # moves that differ once the function has returned
-
-    def follows(self, status: str, returned: bool) -> str:
-        """Return the status that follows. Raises KeyError if this status does not allow it."""
-        moves = {**self.moves, **self.once_returned} if returned else self.moves
-        return moves[status]
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -219,21 +211,21 @@ class JobStopped(BaseException):
     """Raised in a job at a checkpoint if it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
+def allowed_operations(status: str, options: Fields, system: bool = False,
                        active_below: bool = False) -> list[str]:
     """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
-    allowed = {name for name, operation in OPERATIONS.items() if status in operation.moves}
+    allowed = {name for name, operation in OPERATIONS.items()
+               if status in operation.moves and not objection(name, options, system)}
     if status in (STOPPING, STOPPED):
-        allowed.remove("stop")         # it repeats silently; there is no use in offering it
+        allowed.discard("stop")        # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
-    if active_below and status == STOPPED:
-        allowed.add("force_stop")      # of the descendants
-    return [name for name in OPERATIONS
-            if name in allowed and not objection(name, options, system)]
+        if status == STOPPED:
+            allowed.add("force_stop")  # of the descendants
+    return sorted(allowed, key=[*OPERATIONS].index)
 
 
-def objection(operation: str, options: dict[str, Any], system: bool) -> str:
+def objection(operation: str, options: Fields, system: bool) -> str:
     """Return why a job refuses an operation in any status, or ""."""
     if operation == "stop" and system and not options.get("stoppable", False):
         return "it is a system job"
@@ -254,15 +246,15 @@ def refusal(job: str, status: str, operation: str, allowed: list[str],
 
 # The functions that the core calls and a later layer of this file has, by the layer's name.
 DOORS = {"serve": "page", "wsgi": "page", "isolate": "elsewhere", "executor": "elsewhere"}
-_entrances: dict[str, Callable[..., Any]] = {}
+_entrances: dict[str, Function] = {}
 
 
-def open_door(name: str, function: Callable[..., Any]) -> None:
+def open_door(name: str, function: Function) -> None:
     """Have `door(name)` lead to a function of a later layer."""
     _entrances[name] = function
 
 
-def door(name: str) -> Callable[..., Any]:
+def door(name: str) -> Function:
     """Return the function of a later layer. Raises BgjobsError if that layer was cut off."""
     if name not in _entrances:
         raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}, which this copy of bgjobs.py "
@@ -346,7 +338,7 @@ def _construct(kind: Any, stored: Any) -> Any:
 
 # How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
 # and (type, JSON) -> value.
-_TAGGED: dict[str, tuple[str, str, Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+_TAGGED: dict[str, tuple[str, str, Function, Function]] = {
     "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
                lambda kind, stored: base64.b64decode(stored)),
     "$set": ("builtins", "set", _set_to_json, _construct),
@@ -398,7 +390,7 @@ def encode(value: Any, what: str = "the value") -> str:
     return text
 
 
-def _untagged(found: dict[str, Any]) -> Any:
+def _untagged(found: Fields) -> Any:
     if len(found) != 1:
         return found
     (tag, stored), = found.items()
@@ -429,7 +421,7 @@ def import_name(module: str) -> str:
     return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
 
 
-def import_path(function: Callable[..., Any]) -> str:
+def import_path(function: Function) -> str:
     """Return "package.module.function".
 
     Raises TypeError, with the remedy, if the function cannot be imported by that again.
@@ -450,12 +442,12 @@ def import_path(function: Callable[..., Any]) -> str:
 # The functions that this process knows, those declared with @job or submitted: by job name; their
 # default options; and the names of those submitted. They are filled while modules are imported,
 # before there is a runner, so they are global.
-functions: dict[str, Callable[..., Any]] = {}
-declared: dict[Callable[..., Any], dict[str, Any]] = {}
-_names: dict[Callable[..., Any], str] = {}
+functions: dict[str, Function] = {}
+declared: dict[Function, Fields] = {}
+_names: dict[Function, str] = {}
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_of(function: Function) -> str:
     """Return the function's stable name, and remember the function by it.
 
     Raises TypeError if it cannot be a job.
@@ -469,7 +461,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return name
 
 
-def function_of(name: str) -> Callable[..., Any] | None:
+def function_of(name: str) -> Function | None:
     """Return the function of this name, or None if this process does not know it.
 
     A name is data: nothing is imported. It is a function that was declared or submitted, or one
@@ -477,19 +469,17 @@ def function_of(name: str) -> Callable[..., Any] | None:
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
-    path, qualname = name, []
-    while "." in path:
-        path, _, attribute = path.rpartition(".")
-        qualname.insert(0, attribute)
-        module = sys.modules.get("__main__" if path == import_name("__main__") else path)
-        if module is not None:
-            found: Any = vars(module).get(qualname[0])
-            for attribute in qualname[1:]:
-                found = getattr(found, attribute, None) if isinstance(found, type) else None
-            with contextlib.suppress(TypeError):
-                return found if import_path(found) == name else None
-            return None
-    return None
+    main = import_name("__main__")
+    modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
+    path = max(modules, key=len, default=main)
+    attributes = name[len(path) + 1:].split(".")
+    with contextlib.suppress(TypeError):
+        found: Any = vars(sys.modules["__main__" if path == main else path]).get(attributes[0])
+        for attribute in attributes[1:]:
+            found = getattr(found, attribute, None) if isinstance(found, type) else None
+        if import_path(found) == name:
+            functions[name] = found
+    return functions.get(name)
 
 
 def _is_name(value: Any) -> bool:
@@ -529,7 +519,7 @@ _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
 # Each option: a test of its value, and what the value must be. None is the default of each.
 # `options` says what they mean.
-OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+OPTIONS: dict[str, tuple[Function, str]] = {
     "name": _A_NAME,
     "label": _A_TEXT,
     "run_by": _A_TEXT,
@@ -558,7 +548,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], Any], str]]) -> None:
+def check_values(given: Fields, tests: dict[str, tuple[Function, str]]) -> None:
     """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
     for name, value in given.items():
         test, must_be = tests[name]
@@ -570,7 +560,7 @@ def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], A
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
 
 
-def check_options(given: dict[str, Any]) -> dict[str, Any]:
+def check_options(given: Fields) -> Fields:
     """Return `given`.
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
@@ -584,7 +574,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def job(**options: Any) -> Callable[[_Function], _Function]:
+def job(**options: Any) -> Callable[[_T], _T]:
     """Decorate a function with default options for its jobs; return the function unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
@@ -602,7 +592,7 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
         if name in options:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
-    def declare(function: _Function) -> _Function:
+    def declare(function: Any) -> Any:
         name = options.get("name")
         if name:
             known = functions.get(name, function)
@@ -620,7 +610,7 @@ _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", 
          "backoff")
 
 
-def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def options_to_keep(function: Function, given: Fields) -> Fields:
     """Return the options to keep with a job of this function, as JSON.
 
     Raises ValueError if `secret` or `backoff` does not fit the function.
@@ -633,22 +623,21 @@ def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict
     return kept
 
 
-def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
+def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
     """Return the names in `secret`, and the positions at which they may be passed.
 
     Raises ValueError if the function has no such argument.
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    kinds = {name: each.kind.name for name, each in parameters.items()}
-    takes_any_name = "VAR_KEYWORD" in kinds.values()
-    names = [name for name, kind in kinds.items() if not kind.startswith("VAR_")]
-    for name in secret:
-        if name not in names and (name in kinds or not takes_any_name):
-            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
-                             "argument; of *arguments and **keywords, name the keywords, or pass a "
-                             "list or a dict instead")
-    return [*secret, *(place for place, name in enumerate(names) if name in secret)]
+    unknown = {*secret} - {name for name, each in parameters.items() if str(each)[0] != "*"}
+    if any(str(each)[:2] == "**" for each in parameters.values()):
+        unknown &= {*parameters}       # it takes any other name
+    if unknown:
+        raise ValueError(f"secret names {unknown.pop()!r}, but {function.__qualname__} has no such "
+                         "argument; of *arguments and **keywords, name the keywords, or pass a "
+                         "list or a dict instead")
+    return [*secret, *(place for place, name in enumerate(parameters) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
@@ -664,7 +653,7 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
     return pauses
 
 
-def pause_before_retry(options: dict[str, Any], failures: int) -> float:
+def pause_before_retry(options: Fields, failures: int) -> float:
     """Return the seconds to wait after this many failures: the `backoff` of the job's options.
 
     By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
@@ -691,10 +680,10 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 def seconds_of(text: str) -> float | None:
     """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
-    number, unit = text[:-1].strip(), text[-1:]
-    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+    try:
+        return float(text[:-1]) * _UNITS[text[-1:]]
+    except (KeyError, ValueError):
         return None
-    return float(number) * _UNITS[unit]
 
 
 def period_text(seconds: float) -> str:
@@ -1867,7 +1856,10 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
         return False
     if operation == "stop" and job.status in (STOPPING, STOPPED):
         return job is top                                 # it repeats silently
-    follows = OPERATIONS[operation].follows(job.status, bool(job.returned))
+    moves = OPERATIONS[operation].moves
+    if job.returned:
+        moves = {**moves, **OPERATIONS[operation].once_returned}
+    follows = moves[job.status]
     if operation == "resume":
         tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
         if job.returned and follows == PENDING:
@@ -4689,7 +4681,7 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
 
 
 # What the options of a Runner must be: name -> (test, in words).
-_RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+_RUNNER_OPTIONS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
     "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
@@ -5240,7 +5232,7 @@ def clock_was_set_back(tx: Transaction) -> None:
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
 
 
-def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
+def describe_schedule(row: sqlite3.Row) -> Fields:
     """Return the `info` of a schedule: a dict of the JSON interface."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
@@ -5263,7 +5255,7 @@ class Schedule:
     def __init__(self, core: Core, schedule_id: int) -> None:
         self._core, self.id = core, schedule_id
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Fields:
         """Return all that is known of it, as JSON values. Times are Unix seconds.
 
         registered: a living process has it in its code, else it makes no more jobs. skipped: how
@@ -5337,8 +5329,8 @@ SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...],
-             kwargs: dict[str, Any], options: dict[str, Any]) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
+             kwargs: Fields, options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
     for name in ("delay", "run_at", "parent", "connection"):
         if name in options:
@@ -5401,7 +5393,7 @@ def count_created(core: Core) -> None:
         core.store.write(Transaction.count_created)
 
 
-def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]:
+def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     """Return the counts of a window; see Runner.stats."""
     if window not in WINDOWS:
         raise ValueError(f"window must be {', '.join(WINDOWS)}, got {short(window)}")
@@ -5410,7 +5402,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]
     last = int(core.clock() // 60)
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> list[tuple[Any, dict[str, Any]]]:
+    def sums(by: str) -> list[tuple[Any, Fields]]:
         times = "avg", "min", "max"
         return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
                               running=row[9] and dict(zip(times, row[10:]))))
@@ -5460,12 +5452,13 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j
 def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
     """Remove expired jobs for PRUNE_SECONDS and return how many; a job may have thousands of log
     lines."""
-    ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
-    for count, (job_id,) in enumerate(ids, 1):
+    until, count = time.perf_counter() + PRUNE_SECONDS, 0
+    for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
+        count += 1
         if time.perf_counter() > until:
-            return count
-    return len(ids)
+            break
+    return count
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
@@ -5479,7 +5472,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
         which = {"after": after, "until": after + PRUNE_IDS,
                  "finished": now - finished, "failed": now - failed}
-        while core.store.read(EXPIRED + " LIMIT 1", which):
+        while core.store.read(EXPIRED, which):
             removed += core.store.write(lambda tx: _remove_some(tx, which))
             current_job().checkpoint()
     return removed
@@ -5861,8 +5854,8 @@ _default_lock = threading.Lock()       # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options are those of Runner. Raises RuntimeError if there is a default runner on
-    another file, or one for which options come too late.
+    path and options are those of Runner. Raises RuntimeError if there is a default runner already
+    and options are given, or another path.
     """
     global _default
     with _default_lock:
@@ -5870,12 +5863,9 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
         if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
-        if path is not None and os.path.abspath(path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or "
-                               "make a Runner of your own")
-        if options:
-            raise RuntimeError("the default runner has been made already; call start() with its "
-                               "options before the first submit")
+        if options or os.path.abspath(path or runner.path) != runner.path:
+            raise RuntimeError(f"the default runner is on {runner.path} already, and has its "
+                               "options; close() it first, or make a Runner of your own")
         return runner.start()
 
 
@@ -5916,8 +5906,7 @@ options = _submitter.options
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
     """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
-        return result
+        return method(default_runner(), *args, **kwargs)
     # Of a bound method, so that help() shows the signature without `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__

@@ -899,7 +899,7 @@ class TestTimesOfSchedules:
         assert [bgjobs.Every(text).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5 h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
 
     @pytest.mark.parametrize("schedule,reason", [
-        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01"),
+        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("nans", "five cron fields"), ("0s", "at least 0.01"),
         ("", "five cron fields"), ("* * * *", "has five fields"), ("* * * * * *", "has five fields"), ("60 * * * *", "minute of a cron schedule is 0 to 59"),
         ("* 24 * * *", "hour .* is 0 to 23"), ("* * 0 * *", "day of month .* is 1 to 31"), ("* * * 13 *", "month .* is 1 to 12"),
         ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step of 1 or more"),
