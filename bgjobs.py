@@ -83,6 +83,7 @@ import operator
 import os
 import queue
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -3447,9 +3448,9 @@ class Job(Future[_T]):
         return row
 
     def _stored(self) -> int:
-        """Return the id. Raises KeyError if the transaction that submitted it is not committed."""
-        if self._created_at is not None and not self._row():
-            raise KeyError(f"the transaction that submitted job {self.id} was not committed")
+        """Return the id. Raises KeyError if the transaction that submitted it was rolled back."""
+        if self._created_at is not None and self._row() == {}:
+            raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
         return self.id
 
     def info(self) -> dict[str, Any]:
@@ -3635,13 +3636,15 @@ class Job(Future[_T]):
         with self._condition:
             if self._state != "PENDING":
                 return
-            if not row:
-                text = f"job {self.id} has been removed from {self._backend.path}"
+            text = f"job {self.id} has been removed from {self._backend.path}"
+            try:
+                if status == FAILED:
+                    self._exception = self._backend.error_of(self.id, row) if row else BgjobsError(text)
+                else:
+                    self._result = decode(row["result"])
+            except Exception as error:                    # else its handles would wait for good
+                text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
                 self._exception = BgjobsError(text)
-            elif status == FAILED:
-                self._exception = self._backend.error_of(self.id, row)
-            else:
-                self._result = decode(row["result"])
             self._end = status
             self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
             for waiter in self._waiters:
@@ -4135,7 +4138,7 @@ class Core:
         """Return what `Job.logs` does; what was logged by now is among it."""
         if not self.store.closed:
             self.write_lines()
-        return read_logs(self.store, job_id, **filters)
+        return read_logs(self.store, job_id, filters)
 
     _OUTCOME = """SELECT status, created_at, name, attempt, result, error
         FROM bgjobs_jobs WHERE id = :id"""
@@ -5508,67 +5511,56 @@ FEW = 10_000               # if a status has fewer jobs than that, all of them a
 MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
-# Filters
+# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL, and
+# raises any error if the value is not what the reader's second part says it must be.
 
-class Reader(NamedTuple):
-    """How a parameter is read, from a Python value or a text of a URL: `read` raises an error if
-    the value is not as `must_be` says."""
-
-    read: Callable[[Any], Any]
-    must_be: str
+A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
+A_TIME = (float, "Unix seconds")
+A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
 
 
-def read_value(name: str, value: Any, reader: Reader) -> Any:
+def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    read, must_be = reader
     try:
-        return reader.read(value)
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(f"{name} must be {reader.must_be}, got {short(value)}") from None
+        return read(str(value).lower() if reader is A_TRUTH else value)
+    except Exception:
+        raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
 
-def _natural(value: Any) -> int:
-    number = int(value)
-    if not 0 <= number <= MAX_ID:
-        raise ValueError
-    return number
+def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions of some filters, and their values by name.
 
+    known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
+    pass. Raises TypeError if there is no such filter, ValueError if a value is bad.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
+    values = {name: read_value(name, value, known[name][0]) for name, value in given.items()
+              if value is not None or name == "parent"}
+    return [known[name][1] for name in known if name in values and known[name][1]], values
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
-A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
-A_TEXT = Reader(lambda value: str.encode(value).decode(), "a text")   # one in UTF-8
-A_TIME = Reader(_finite, "Unix seconds")
-A_NUMBER = Reader(_natural, "a whole number")
-A_LIMIT = Reader(lambda value: MAX_ID if value is None else _natural(value),
-                 "a whole number, 0 or more, or None")
-_A_STATUS = Reader(
-    lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
-    f"one of {', '.join(STATUSES)}")
-_A_PARENT = Reader(
-    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)),
-    "the id of a job, or none")
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS: dict[str, tuple[Reader, str]] = {                # each with its condition
-    "status": (_A_STATUS, ""),                            # see _is_one_of
+FILTERS: dict[str, Any] = {
+    "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
+                                     key=STATUSES.index), f"one of {', '.join(STATUSES)}"), ""),
     "name": (A_TEXT, "name = :name"),
     "run_by": (A_TEXT, "run_by = :run_by"),
     "errors": (A_TRUTH, "(own_errors + failed > 0) = :errors"),
     "low_priority": (A_TRUTH, "low_priority = :low_priority"),
-    "parent": (_A_PARENT, _CHILDREN),                     # _ROOTS if it is None
+    "parent": ((lambda value: None if value in (None, "none")
+                else A_NUMBER[0](getattr(value, "id", value)), "the id of a job, or none"),
+               _CHILDREN),                                # _ROOTS if it is None
     "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
     # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
-    "q": (Reader(text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
+    "q": ((text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
         || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q))
         OR instr(ifnull(options, ''), '"secret"') = 0
         AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
@@ -5581,22 +5573,14 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
     False. q: an id, or a part of the name, label, arguments, message or run_by. parent: an id or a
     Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
-    seconds. A filter that is None, but for parent, lets every job pass.
-    Raises TypeError if there is no such filter, ValueError if a value is bad.
+    seconds. Raises as `read_filters` does.
     """
-    for name in filters:
-        if name not in FILTERS:
-            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    values: dict[str, Any] = {"status": list(STATUSES), "system": False}
-    values |= {name: read_value(name, value, FILTERS[name][0]) for name, value in filters.items()
-               if value is not None or name == "parent"}
-    where = [condition for name, (_, condition) in FILTERS.items() if condition and name in values]
-    if values["system"]:
+    where, values = read_filters({"system": False, "status": STATUSES, **filters}, FILTERS)
+    if values.get("system"):
         where.remove(_NO_SYSTEM)
-    if "parent" in values and values["parent"] is None:
+    if values.get("parent", 0) is None:
         where[where.index(_CHILDREN)] = _ROOTS
-    if "q" in values:
-        values["json"] = dump(values["q"])[1:-1]
+    values["json"] = dump(values.get("q", ""))[1:-1]
     return where, values
 
 
@@ -5611,13 +5595,21 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     there may be fewer than `limit` among them, even none, and more further down.
     """
     where, values = conditions(filters)
-    limit = read_value("limit", limit, A_LIMIT)
-    values |= {"before": read_value("before", before, A_LIMIT), "limit": limit + 1}
+    limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
+    values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
+    values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    if _are_at_hand(store, statuses, where):
+    # Indexes have the jobs of these statuses in order, or they have so few that all can be sorted.
+    unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
+    indexed = [condition for condition in where if condition in _INDEXED]
+    at_hand = _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
+        count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted)
+    if at_hand:
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
-        newest, bottom = _newest(store, [_is_one_of(statuses), *where], values, most)
+        values["statuses"] = json.dumps(statuses)
+        of_status = "status IN (SELECT value FROM json_each(:statuses))"
+        newest, bottom = newest_jobs(store, [of_status, *where], values, most)
         queries = [newest]
     ids = [row[0] for query in queries for row in store.read(
         f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
@@ -5625,59 +5617,43 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for statuses. Without pending, it lets SQLite use bgjobs_begun."""
-    if len(statuses) == len(STATUSES):
-        return "1"
-    is_one = f"status IN ({', '.join(map(repr, statuses))})"
-    return is_one if PENDING in statuses else f"{is_one} AND status <> 'pending'"
-
-
-# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through
-# all children.
-_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
-                 "parked": "parked IS NOT NULL"}
+# The pending jobs by the indexes that have them, each job once. These are named, else SQLite walks
+# through all children.
+_PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
+        AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
+        AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
+        AND parked IS NOT NULL AND root_id IS NULL"""
+_PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_children WHERE {where}
+        AND parent_id IS NOT NULL AND queue IS NOT NULL""")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes
-    of the status."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
-    indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
-    if _ROOTS in where:
-        del indexes["ready_children"]
-        where.append("root_id IS NULL")                   # bgjobs_parked has that, too
-    return " UNION ALL ".join(
-        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
-        for index, jobs in indexes.items())
+    """Return the query for the ids of the jobs of a status that fulfil conditions."""
+    fulfilled = " AND ".join([f"status = '{status}'", *where])
+    if status == PENDING:
+        return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
+    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
 
 
-def _count(store: Store, query: str, values: dict[str, Any], limit: int) -> int:
-    rows = store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)
-    return int(rows[0][0])
+def count_at_most(store: Store, status: str, where: list[str], values: dict[str, Any],
+                  most: int) -> int:
+    """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
+    query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
+    return int(store.read(query, values)[0][0])
 
 
-def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
-    return _count(store, _of_status(status, where), {}, limit) < limit
+# The first id that was given out at a time or later: a binary search for the last one before.
+_FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
+    UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
+        WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
+    FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
-def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be
-    sorted."""
-    in_order = where == _INDEXED
-    needs_a_search = len(statuses) == len(STATUSES) and not in_order
-    if needs_a_search or _CHILDREN in where:
-        return False
-    indexed = [condition for condition in where if condition in _INDEXED]
-    to_sort = [status for status in statuses if status == PENDING or not in_order]
-    return all(_has_few(store, status, indexed, FEW) for status in to_sort)
-
-
-def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None
-            ) -> tuple[str, int | None]:
+def newest_jobs(store: Store, where: list[str], values: dict[str, Any], most: int | None
+                ) -> tuple[str, int | None]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
     values: its :before limits the search, and :lowest is set.
@@ -5688,11 +5664,9 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
     values["lowest"] = 0
     if most is not None:
         # Ids go up with time, give or take an hour if the clock was set.
-        if "created_from" in values:
-            values["lowest"] = _first_id_since(store, values["created_from"] - 3_600)
-        if "created_to" in values:
-            first_later = _first_id_since(store, values["created_to"] + 3_600)
-            values["before"] = min(values["before"], first_later)
+        bounds = [store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
+            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600)]
+        values["lowest"], values["before"] = bounds[0], min(values["before"], bounds[1])
         last = (most // 6 if "q" in values else most) - 1
         for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
                               values):
@@ -5700,26 +5674,15 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
     return " AND ".join([jobs, *where]), bottom
 
 
-CREATED_SINCE_ID = "SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1"
-
-
-def _first_id_since(store: Store, created_at: float) -> int:
-    """Return the first id that was given out at that time or later."""
-    def created(job_id: int) -> float:
-        rows = store.read(CREATED_SINCE_ID, {"id": job_id})
-        return rows[0][0] if rows else math.inf
-    ids = range(store.read(HIGHEST_ID)[0][0] + 1)
-    return bisect.bisect_left(ids, created_at, key=created)
-
-
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
 # The eta is the longer of the attempt's own estimate and that of its tree, whose rate is its mean;
 # if there is neither, it follows from the mean run time of the function.
-INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
+_INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
-        status IN ('running', 'stopping') AS active FROM bgjobs_jobs WHERE id {which}),
+        status IN ('running', 'stopping') AS active FROM bgjobs_jobs
+        WHERE id IN (SELECT value FROM json_each(:ids))),
     estimate AS (SELECT *, CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
         CASE WHEN active AND total AND tree_progress > 0
             THEN ran * (total - tree_progress) / tree_progress END AS tree,
@@ -5733,17 +5696,20 @@ INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
     CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
         ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
-    ran AS duration, own_errors + failed AS errors, low_priority, system,
+    ran AS duration, own_errors + failed AS errors,
+    CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
+    CASE WHEN system THEN 'true' ELSE 'false' END AS system,
     CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
         WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
         ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
             / (total + 1))) END AS progress,
     CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
         ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
-    total, done, failed, running, ifnull(root_id, id) AS root_id, args, kwargs, state, result,
-    error, options FROM estimate ORDER BY id DESC"""
-# These have a place of their own, or another form, in an info.
-_COUNTS = ("total", "done", "failed", "running")
+    json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
+    ifnull(root_id, id) AS root_id, args, kwargs, state, result,
+    ifnull(nullif(json_extract(error, '$.traceback'), ''),
+        json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
+    options FROM estimate ORDER BY id DESC"""
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
@@ -5751,95 +5717,63 @@ def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
 
     It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
     """
-    which = "IN (SELECT value FROM json_each(:ids))"
-    rows = store.read(INFO.format(which=which), {"now": store.clock(), "ids": json.dumps(ids)})
-    return [_described({**row}) for row in rows]
-
-
-def _described(info: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of INFO in the form of an info."""
-    options = kept_options(info.pop("options"))
-    info["children"] = {name: info.pop(name) for name in _COUNTS}
-    for name in ("low_priority", "system"):
-        info[name] = bool(info[name])
-    info |= shown_arguments(info, options)
-    for name in ("state", "result", "error"):
-        info[name] = _parsed(info[name])
-    error = info["error"]
-    if error:
-        info["error"] = error["traceback"] or f"{error['type']}: {error['text']}"
-    info["operations"] = allowed_operations(info["status"], options, info["system"],
-                                            info["children"]["running"] > 0)
-    return info
-
-
-def _parsed(text: str | None) -> Any:
-    """Return the JSON value of a column."""
-    return json.loads(text) if text else None
+    infos: list[dict[str, Any]] = []
+    for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
+        info = {**row}
+        for name in ("children", "low_priority", "system", "state", "result"):
+            info[name] = json.loads(info[name] or "null")
+        options = kept_options(info.pop("options"))
+        infos.append({**info, **shown_arguments(info, options), "operations": allowed_operations(
+            info["status"], options, info["system"], info["children"]["running"] > 0)})
+    return infos
 
 
 def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args, kwargs = _parsed(row["args"]) or [], _parsed(row["kwargs"]) or {}
-    secret = {*options.get("secret", ())}                 # names, and positions
-    for name in secret & {*kwargs}:
-        kwargs[name] = MASK
-    for position in secret & {*range(len(args))}:
-        args[position] = MASK
+    args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
+    for place in options.get("secret", ()):               # a name, or a position
+        if place in kwargs:
+            kwargs[place] = MASK
+        elif place in range(len(args)):
+            args[place] = MASK
     return {"args": args, "kwargs": kwargs}
 
 
 # A job's log
 
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
-    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
-    ORDER BY id {order} LIMIT :limit"""
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
+_WHOLE_TREE = """job_id IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT id FROM tree)"""
+_LOG_FILTERS: dict[str, Any] = {
+    "level": ((lambda value: A_NUMBER[0](getattr(logging, str(value).upper(), value)),
+               "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number"), "level >= :level"),
+    "text": ((lambda value: re.compile(re.escape(value), re.IGNORECASE), "a text"), ""),
+    "regex": ((re.compile, "a regular expression"), ""),
+    "since": (A_TIME, "at >= :since"),
+    "until": (A_TIME, "at <= :until"),
+    "after": (A_NUMBER, "id > :after"),
+    "limit": (A_NUMBER, ""),
+    "tree": (A_TRUTH, ""),
+}
 
 
-def read_logs(store: Store, job_id: int, *, level: Any = None, text: Any = None, regex: Any = None,
-              since: Any = None, until: Any = None, after: Any = None, limit: Any = None,
-              tree: Any = False) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
-    The filters are those of Job.logs. Raises ValueError if one is bad.
+    The filters are those of Job.logs. Raises as `read_filters` does.
     """
-    limit = read_value("limit", limit, A_LIMIT)
-    needle = read_value("text", text or "", A_TEXT).lower()
-    found_in = _search_function(regex)
-    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="ASC" if after else "DESC")
-    rows = store.read(sql, {
-        "id": job_id, "after": read_value("after", after or 0, A_NUMBER),
-        "level": read_value("level", level, _A_LEVEL),
-        "since": read_value("since", since or 0.0, A_TIME),
-        "until": math.inf if until is None else read_value("until", until, A_TIME),
-        "limit": MAX_ID if text or regex else limit})
-    passing = [row for row in rows
-               if needle in row["message"].lower() and found_in(row["message"])]
-    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in passing[:limit]]
-    return lines if after else lines[::-1]
-
-
-def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that finds a regular expression in a text. Raises ValueError if it is
-    none."""
-    import re
-    try:
-        return re.compile(regex or "").search
-    except (re.error, OverflowError, RecursionError, TypeError) as error:
-        raise ValueError(f"regex {short(regex)} is no regular expression: {error}") from None
-
-
-def _level_number(level: str | int | None) -> int:
-    if not isinstance(level, str):
-        return _natural(level or 0)
-    return _natural(level if level.isdecimal() else logging.getLevelName(level.upper()))
-
-
-_A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
+    where, values = read_filters(filters, _LOG_FILTERS)
+    patterns = [values.pop(name) for name in ("text", "regex") if name in values]
+    where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
+    limit, follows = values.get("limit", MAX_ID), values.get("after", 0) > 0
+    rows = store.read(
+        f"""SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE {' AND '.join(where)}
+            ORDER BY id {'ASC' if follows else 'DESC'} LIMIT :most""",
+        {**values, "id": job_id, "most": MAX_ID if patterns else limit})
+    lines = [{**row, "level": logging.getLevelName(row["level"])} for row in rows
+             if all(pattern.search(row["message"]) for pattern in patterns)][:limit]
+    return lines if follows else lines[::-1]
 
 
 # ---- 17 The default runner ----------------------------------------------------------------------
@@ -8236,7 +8170,7 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
             "attempt": row["attempt"], "started_at": row["since"] or row["started_at"],
             "ended_at": row["finished_at"],
             "outcome": row["status"] if row["status"] in OVER else None, "error": None})
-    return {"attempts": attempts, "positions": _parsed(row["positions"]) or []}
+    return {"attempts": attempts, "positions": json.loads(row["positions"] or "[]")}
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
@@ -8246,13 +8180,13 @@ def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], l
     counts, at_least, bottom = dict.fromkeys(STATUSES, 0), [], None
     an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
     if not an_index_counts:
-        newest, bottom = _newest(store, where, values, SEARCH_LIMIT)
+        newest, bottom = newest_jobs(store, where, values, SEARCH_LIMIT)
         rows = store.read(f"SELECT status, count(*) FROM {newest} GROUP BY status", values)
         counts.update(map(tuple, rows))
     for status in STATUSES:
-        counts_again = bottom is not None and _has_few(store, status, [], FEW // 10)
+        counts_again = bottom is not None and count_at_most(store, status, [], {}, FEW // 10) < FEW // 10
         if an_index_counts or counts_again:
-            counts[status] = _count(store, _of_status(status, where), values, COUNT_LIMIT)
+            counts[status] = count_at_most(store, status, where, values, COUNT_LIMIT)
         elif bottom is not None and counts[status] < COUNT_LIMIT:
             at_least.append(status)
         counts[status] = min(counts[status], COUNT_LIMIT)
