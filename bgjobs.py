@@ -2009,6 +2009,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
+SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2222,7 +2223,8 @@ class JobFile:
         deadline = time.monotonic() + LOCK_SECONDS
 
         def give_up(status: int, remaining: int, total: int) -> None:
-            if remaining and time.monotonic() > deadline:     # SQLite itself would wait for ever
+            # SQLite itself would wait for ever. It does not know `remaining` before it has the lock.
+            if status != SQLITE_DONE and time.monotonic() > deadline:
                 raise sqlite3.OperationalError("database is locked")
         try:
             with contextlib.closing(self.connect()) as db:
