@@ -1029,8 +1029,6 @@ class JobRow(NamedTuple):
     name: str
     status: str
     attempt: int                               # number of the newest
-    owner: int | None                          # the runner that executes it
-    returned: int                              # 1: its function has; 2: it raised for good
     options: str | None                        # JSON
     key: str | None
     system: int
@@ -1038,29 +1036,31 @@ class JobRow(NamedTuple):
     max_running: int | None
     deaths: int
     queue: int | None
-    lane: int | None
-    parked: str | None
     vtime: int                                 # microseconds; of a root
-    charge: int                                # microseconds
     created_at: float
     run_at: float | None
     started_at: float | None                   # the first attempt, since creation or restart
-    since: float | None
     duration: float
     progress: float | None                     # its own
+    total: int
+    # These are None in claims, which do not need them.
+    owner: int | None                          # the runner that executes it
+    returned: int                              # 1: its function has; 2: it raised for good
+    parked: str | None
+    charge: int                                # microseconds
+    since: float | None
     own_errors: int
     open: int
-    total: int
     done: int
     failed: int
     running: int
     tree_progress: float                       # the sum of its descendants' progress
-    # What its function needs; read by claims alone, since these may be large.
-    args: str | None = None                    # JSON
-    kwargs: str | None = None                  # JSON
-    state: str | None = None                   # JSON
-    positions: str | None = None               # JSON
-    run_by: str | None = None
+    # What its function needs; None but in claims, since these may be large.
+    args: str | None                           # JSON
+    kwargs: str | None                         # JSON
+    state: str | None                          # JSON
+    positions: str | None                      # JSON
+    run_by: str | None
 
     @property
     def root(self) -> int:
@@ -1083,8 +1083,8 @@ class JobRow(NamedTuple):
         return max(self.created_at, self.run_at or 0.0)
 
 
-_CLAIMED = ", ".join(JobRow._fields)
-_JOB = ", ".join(JobRow._fields[:-5])
+_JOB = ", ".join((*JobRow._fields[:-5], *["NULL"] * 5))
+_CLAIMED = ", ".join((*JobRow._fields[:-16], *["NULL"] * 11, *JobRow._fields[-5:]))
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1263,7 +1263,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(itertools.starmap(JobRow, self.execute(sql, parameters)))
+        return list(map(JobRow._make, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
