@@ -1995,6 +1995,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
+SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
