@@ -1353,28 +1353,22 @@ class Transaction:
 
     # the end of attempts
 
-    _HAS_FINISHED = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
-        AND status = 'finished' AND finished_at = :now"""
-
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()                                      # children submitted just now count
-        plain = [a for a in attempts if a.is_plain]
-        rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
-                 a.number) for a in plain]
-        if plain and self.executemany(FINISH, rows).rowcount < len(plain):
-            # Some were superseded, or got a child from outside.
-            plain = [a for a in plain
-                     if self.value(self._HAS_FINISHED, id=a.id, attempt=a.number, now=self.now)]
-        for attempt in plain:
-            self._count_finished(attempt)
-        recorded = set(plain)
+        self.trees.apply()                                # children submitted just now count
         for attempt in attempts:
-            if attempt not in recorded:
+            if not (attempt.is_plain and self._finish_plain(attempt)):
                 self.end(attempt)
 
-    def _count_finished(self, attempt: Attempt) -> None:
-        """Count an attempt that FINISH has written."""
+    def _finish_plain(self, attempt: Attempt) -> bool:
+        """Record a plain outcome. Return False if it was superseded, or got a child from outside.
+        """
+        correction = attempt.correction
+        finished = self.execute(FINISH, (
+            self.now, attempt.ran, attempt.result, correction if attempt.parent_id is None else 0,
+            attempt.id, attempt.number))
+        if not finished.rowcount:
+            return False
         self.over.append(attempt.id)
         if not attempt.system:
             self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
@@ -1382,11 +1376,12 @@ class Transaction:
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
             self.trees.change(attempt.parent_id, "open", -1)
-            self.trees.change(attempt.root_id, "charge", attempt.correction)
+            self.trees.change(attempt.root_id, "charge", correction)
+        return True
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()                                      # counts must be true before they decide
+        self.trees.apply()                                # counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.save_progress(attempt, attempt.unsaved_progress)
         job = self.executing(attempt)
@@ -1514,12 +1509,12 @@ class Transaction:
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
         self.trees.apply()
-        minute, rows, none = int(self.now // 60), [], (0.0, None, None)
+        minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
         for (name, event), seconds in self.events.items():
-            counts = (len(seconds) * (event == each) for each in ("started", FINISHED, FAILED))
-            measured = none, (sum(seconds), min(seconds), max(seconds))
+            counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
+            measured = nothing, (sum(seconds), min(seconds), max(seconds))
             waited, ran = measured[::-1] if event == "started" else measured
-            rows.append((minute, name, 0, *counts, *waited, *ran))
+            rows.append((minute, name, 0, *counts.values(), *waited, *ran))
         if rows:
             self.executemany(SAVE_TALLIES, rows)
 
@@ -1671,7 +1666,7 @@ class Room(NamedTuple):
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
-    AND id > :after AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
+    AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
 # One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
 # is its own tree, so its virtual time and its lane are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
@@ -1714,9 +1709,8 @@ class Claims:
         limit = max(0, free) + ahead
         roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
-        chunk = max(4, limit // max(1, len(roots)) + 1)
         trees = [(root.vtime, root.id,
-                  self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                  self._ready_jobs(root, lane) if root.total else iter((root,)))
                  for root in roots]
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
         taken, tag = 0, 0
@@ -1761,17 +1755,14 @@ class Claims:
                 return None
         return self._run_times.charge(job.name)
 
-    def _ready_jobs(self, root: JobRow, lane: int, chunk: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
+    def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
+        """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
         if root.queue == lane:
             yield root
-        after = 0
-        while True:
-            rows = self._tx.jobs(READY_CHILDREN, root=root.id, lane=lane, after=after, limit=chunk)
-            yield from rows
-            if len(rows) < chunk or len(self._blocked) >= PARKED_A_CLAIM:
+        for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
+            if len(self._blocked) >= PARKED_A_CLAIM:
                 return
-            after = rows[-1].id
+            yield JobRow._make(row)
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
