@@ -412,14 +412,22 @@ def decode(text: str | None) -> Any:
 
 # ---- 3 Functions and options --------------------------------------------------------------------
 
-def import_name(module: str) -> str:
-    """Return the name by which another process can import `module`: for __main__, the script's."""
-    if module != "__main__":
-        return module
-    main = sys.modules["__main__"]
+def module_name(module: str) -> str:
+    """Return the stable name of a module in job names: for __main__, the script's."""
+    if module not in ("__main__", "__mp_main__"):         # multiprocessing's name for it
+        return module.removesuffix(".__main__")
+    main: Any = sys.modules["__main__"]
     if main.__spec__ is not None:      # python -m
-        return main.__spec__.name.removesuffix(".__main__")
-    return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
+        return str(main.__spec__.name).removesuffix(".__main__")
+    file = getattr(main, "__file__", None) or "<stdin>"
+    return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
+
+
+def import_name(module: str) -> str:
+    """Return the name by which another process imports a module: package.__main__ for -m."""
+    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
+    is_main = module in ("__main__", "__mp_main__") and spec is not None
+    return str(spec.name) if is_main else module_name(module)
 
 
 def import_path(function: Function) -> str:
@@ -437,7 +445,7 @@ def import_path(function: Function) -> str:
             "lambda, a partial, a bound method or a function inside a function cannot be imported "
             "again; submit one that is defined with def at the top level of a module, and pass it "
             "its arguments")
-    return f"{import_name(module)}.{qualname}"
+    return f"{module_name(module)}.{qualname}"
 
 
 # The functions that this process knows, those declared with @job or submitted: by job name; their
@@ -470,7 +478,7 @@ def function_of(name: str) -> Function | None:
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
-    main = import_name("__main__")
+    main = module_name("__main__")
     modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
     path = max(modules, key=len, default=main)
     attributes = name[len(path) + 1:].split(".")
@@ -5911,7 +5919,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
-STRANGERS = 64                     # connections that have shown none; one more, and the oldest is closed
+STRANGERS = 64  # connections that have shown none; one more, and the oldest is closed
 LINE_BYTES = 32_000_000            # of a message from over there; a longer one ends the connection
 LINES_A_CALL = 1_000               # log lines that one call takes along
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
@@ -5977,7 +5985,7 @@ class Engine:
         self._making = threading.Lock()                   # guards _executor
         self._default_places = places
         self._broken_until = -math.inf                    # monotonic
-        self.has_worked = False                           # an attempt has begun there since it was made
+        self.has_worked = False  # an attempt has begun there since it was made
         # `_changed` guards the two below. Attempts with a turn, with True if they are at the executor;
         # and how many threads of them wait for other jobs.
         self._changed = threading.Condition()
@@ -6006,7 +6014,10 @@ class Engine:
             return self._executor
 
     def submit(self, *arguments: Any) -> Any:
-        """Return the executor's future for run_attempt. Raises what an executor raises that takes nothing."""
+        """Return the executor's future for run_attempt.
+
+        Raises what an executor raises that takes nothing.
+        """
         executor = self.executor()
         try:
             return executor.submit(run_attempt, *arguments)
@@ -6049,25 +6060,16 @@ class Engine:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the turn of an attempt away while it waits."""
-        self.leave(attempt)
-        try:
-            yield
-        finally:
-            self.come_back(attempt)
-
-    def leave(self, attempt: Attempt) -> None:
-        """Note that a thread of an attempt begins to wait."""
+        """Give the turn of an attempt away while a thread of it waits for another job."""
         with self._changed:
             self._waits[attempt] += 1
             self._changed.notify_all()
-
-    def come_back(self, attempt: Attempt) -> None:
-        """Note that a thread of an attempt waits no more."""
-        with self._changed:
-            self._waits[attempt] -= 1
-            if not self._waits[attempt]:
-                del self._waits[attempt]
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waits[attempt] -= 1
+                self._waits = +self._waits                # without those that do not wait any more
 
 
 # Those of executors that the app made: several runners of a process may use one, and share its places.
@@ -6129,7 +6131,7 @@ class AttemptServer:
         """Accept connections and read their tokens, until close()."""
         import selectors
         with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)             # type: ignore[arg-type]
+            selector.register(self._listener, selectors.EVENT_READ)  # type: ignore[arg-type]
             selector.register(self._wakes, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select(1.0 if self._strangers else None):
@@ -6147,7 +6149,7 @@ class AttemptServer:
         import selectors
         try:
             stranger, _ = self._listener.accept()         # type: ignore[union-attr]
-        except OSError:                                   # it is gone again, or descriptors are used up
+        except OSError:  # it is gone again, or descriptors are used up
             return time.sleep(0.01)
         stranger.setblocking(False)
         self._strangers[stranger] = bytearray(), time.monotonic() + STRANGER_SECONDS
@@ -6200,15 +6202,18 @@ class Drive:
                  engine: Engine | None = None) -> None:
         self._core, self._attempt, self._engine = core, attempt, engine
         self._function = function
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()     # its socket; None: look what is new
+        # its socket; None: look what is new
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._future: Any = None                          # the engine's
         self.connection: Connection | None = None         # from its begin on
         self._ended = False
+        self._waits: list[ContextManager[Any]] = []       # under way
         self._calls: dict[str, Callable[..., Any]] = {
-            "tell": lambda: None, "save": self._save, "submit": self._submit,
-            "operate": self._operate, "info": self._core.info, "logs": self._core.logs,
-            "status": self._core.status, "find": self._core.find, "outcome": self._outcome_of,
-            "watch": self._watch, "leave": self._leave, "back": self._come_back, "end": self._end}
+            "tell": lambda: None, "save": functools.partial(self._core.save, attempt),
+            "submit": self._submit, "operate": self._core.operate, "info": self._core.info,
+            "logs": self._core.logs, "status": self._core.status, "find": self._core.find,
+            "outcome": self._core.outcome, "watch": self._watch, "leave": self._leave,
+            "back": self._come_back, "end": self._end}
 
     def run(self, server: AttemptServer) -> None:
         """Hand the attempt to its engine, and carry out what it asks for until it has ended.
@@ -6235,7 +6240,8 @@ class Drive:
         """Wait until the attempt has dialed; return its socket. None: it ends without a begin."""
         while (link := self._inbox.get()) is None:
             if self._future.done() and not self._future.cancelled():
-                return self._lose(self._reason())
+                self._lose(self._reason())
+                return None
             if self._future.cancelled() or self._attempt.stop_requested and self._future.cancel():
                 return None
         return link                                       # type: ignore[no-any-return]
@@ -6245,7 +6251,7 @@ class Drive:
         if self.connection is None:
             self._inbox.put(None)
         elif future.cancelled() or future.exception() is not None:
-            self.connection.cut()                         # a process that it forked may hold it open
+            self.connection.cut()  # a process that it forked may hold it open
 
     def _tell_to_stop(self) -> None:
         """Tell the attempt that it is to stop, or is void. From any thread; never blocks."""
@@ -6307,12 +6313,18 @@ class Drive:
     def _lose(self, reason: BaseException) -> None:
         """Make the loss of the attempt its outcome."""
         attempt, engine = self._attempt, self._engine
+        # Ctrl-C in a terminal may reach a pool that just begins an attempt before it has this process
+        # go down.
+        is_cut_off = isinstance(reason, (BrokenExecutor, KeyboardInterrupt, SystemExit))
+        until = time.monotonic() + LOSS_SECONDS
+        while is_cut_off and not self._core.goes_down and time.monotonic() < until:
+            time.sleep(0.02)
         if self._core.goes_down:
             attempt.outcome = RELEASED if attempt.begun else UNSPENT
-        elif attempt.begun or not isinstance(reason, BrokenExecutor):
+        elif attempt.begun or not is_cut_off:
             attempt.fail(reason)
         elif engine is not None and not engine.has_worked:
-            raise reason                                  # there is something wrong with the executor
+            raise reason  # there is something wrong with the executor
         # Else another attempt broke it before this one began.
 
     # what the attempt asks for
@@ -6347,9 +6359,6 @@ class Drive:
         if positions is not None:
             self._attempt.loop_positions = json.loads(positions)
 
-    def _save(self, state: str | None, positions: str | None) -> bool:
-        return self._core.save(self._attempt, state, positions)
-
     def _submit(self, columns: dict[str, Any], arguments: list[str | None] | None) -> Any:
         """Submit a job, or one for each of the arguments; answer with the ids."""
         self._attempt.raise_if_stopped()
@@ -6359,32 +6368,23 @@ class Drive:
             return self._core.submit(new).id
         return self._core.submit_many(new, arguments)
 
-    def _operate(self, operation: str, job_id: int, by: str | None) -> None:
-        if operation not in OPERATIONS:
-            raise ValueError(f"there is no operation {short(operation)}")
-        self._core.operate(operation, job_id, by)
-
-    def _outcome_of(self, job_id: int) -> dict[str, Any] | None:
-        row = self._core.outcome(job_id)
-        return None if row is None else dict(row)
-
     def _watch(self, job_id: int) -> None:
         """Tell the attempt once a job is over."""
         def tell(job: Job[Any]) -> None:
-            self._post(0, "over", job_id, self._outcome_of(job_id) or {})
+            self._post(0, "over", job_id, self._core.outcome(job_id) or {})
         Job(self._core, job_id).add_done_callback(tell)
 
     def _leave(self) -> None:
         """Give the attempt's place away."""
-        if self._engine is not None:
-            self._engine.leave(self._attempt)
+        wait = self._attempt.away()
+        wait.__enter__()
+        self._waits.append(wait)
         self._core.dispatch.pool.leave(self._attempt)
 
     def _come_back(self) -> None:
         """Answer once the attempt has a place again, unless other threads of it still wait."""
         self._core.dispatch.pool.come_back(self._attempt)
-        if self._engine is not None:
-            self._engine.come_back(self._attempt)
+        self._waits.pop().__exit__(None, None, None)
 
     def _end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
         """Take over the outcome. ran: seconds that the function has taken."""
@@ -6412,12 +6412,12 @@ class IsolatedDrive(Drive):
         import socket
         name = self._attempt.name
         if getattr(sys, "frozen", False) or not sys.executable:
-            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python to start "
-                              "a process with: leave isolate out, or use executor=")
+            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python "
+                              "to start a process with: leave isolate out, or use executor=")
         if import_name(self._function.__module__) == "__main__":
-            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into standard "
-                              "input, a notebook or -c, where another process cannot import it: put it "
-                              "into a file of its own and import that")
+            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into "
+                              "standard input, a notebook or -c, where another process cannot import "
+                              "it: put it into a file of its own and import that")
         ours, theirs = socket.socketpair()
         # `_lock` guards the killing: a process that has been waited for may be another by now.
         self._lock = threading.Lock()
@@ -6436,7 +6436,7 @@ class IsolatedDrive(Drive):
         folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; " \
                "sys.argv[1:] = []; __import__('importlib').import_module(name).execute_isolated()"
-        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, import_name(__name__)])]
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, module_name(__name__)])]
         is_windows = os.name == "nt"
         stdin: Any = subprocess.PIPE if is_windows else theirs
         # Popen waits for the end of a pipe, which a process forked meanwhile would keep open. A
@@ -6490,10 +6490,10 @@ class Elsewhere:
         self._core = core
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
         self._server = AttemptServer(address)
-        self._drives: dict[Drive, None] = {}
+        self._drives: weakref.WeakSet[Drive] = weakref.WeakSet()
         # The standard library's own hook; RuntimeError: the interpreter ends already.
         with contextlib.suppress(AttributeError, RuntimeError):
-            register: Callable[..., None] = threading._register_atexit       # type: ignore[attr-defined]
+            register: Callable[..., None] = threading._register_atexit  # type: ignore[attr-defined]
             register(_close_before_executors, weakref.ref(core))
 
     def listen(self) -> None:
@@ -6523,7 +6523,9 @@ class Elsewhere:
     def _drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
         enter(attempt)                             # what is done here is the job's doing
         if executor is ISOLATED:
-            return self._run(IsolatedDrive(self._core, attempt, function))
+            drive: Drive = IsolatedDrive(self._core, attempt, function)
+            self._drives.add(drive)
+            return drive.run(self._server)
         engine = self.engine(executor)
         if engine.is_broken:
             attempt.outcome = NO_EXECUTOR
@@ -6534,7 +6536,9 @@ class Elsewhere:
                 if attempt.stop_requested:
                     return
                 if goes_there:
-                    self._run(Drive(self._core, attempt, function, engine))
+                    drive = Drive(self._core, attempt, function, engine)
+                    self._drives.add(drive)
+                    drive.run(self._server)
                 else:
                     self._core.dispatch.execute_here(attempt, function)
             finally:
@@ -6545,13 +6549,6 @@ class Elsewhere:
             text = f"its executor takes no job: {type(error).__qualname__}: {text_of(error, 500)}"
             say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
             self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
-
-    def _run(self, drive: Drive) -> None:
-        self._drives[drive] = None
-        try:
-            drive.run(self._server)
-        finally:
-            del self._drives[drive]
 
     def close(self) -> None:
         """Take no more attempts. Those that still execute are told by their own connections."""
@@ -6574,8 +6571,8 @@ def _close_before_executors(reference: weakref.ref[Core]) -> None:
         core.life.close(time.monotonic() + GRACE_SECONDS)
 
 
-open_door("executor", Elsewhere)
-open_door("isolate", Elsewhere)
+for _name in ("executor", "isolate"):
+    open_door(_name, Elsewhere)
 
 
 # The other side: the process in which the attempt executes.
@@ -6594,8 +6591,8 @@ def run_attempt(host: str, port: int, token: str) -> None:
             link.close()
             raise
     except OSError as error:
-        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot be reached, "
-                          f"or has the attempt already ({text_of(error)})") from error
+        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot "
+                          f"be reached, or has the attempt already ({text_of(error)})") from error
     proxy.execute()
 
 
@@ -6616,17 +6613,17 @@ def execute_isolated() -> None:
 
 
 class RunnerThere(RunnerFace):
-    """What `bgjobs.submit` and the like inside a job go to, where the runner is in another process."""
+    """The runner for `bgjobs.submit` and the like inside a job that executes elsewhere."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
-                           "in a job without executor= and isolate=")
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do "
+                           "it in the app, or in a job without executor= and isolate=")
 
-    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse           # type: ignore[assignment]
+    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse  # type: ignore[assignment]
 
 
 class RunnerProxy:
-    """The backend of an attempt in another process: asks the runner over the attempt's connection."""
+    """The backend of an attempt in another process: asks the runner over the connection."""
 
     def __init__(self, connection: Connection, is_isolated: bool = False) -> None:
         self._connection, self._is_isolated = connection, is_isolated
@@ -6648,18 +6645,17 @@ class RunnerProxy:
         self._lines: deque[tuple[float, int, str]] = deque()       # of the log, not told yet
         self._told_positions: str | None = None
         self._watched: dict[int, list[Job[Any]]] = {}
-        self._signals = _Signals(self._attempt)
 
     def clock(self) -> float:
         """Return Unix seconds, by the runner's clock."""
-        return time.time() + self._ahead
+        return time.time() + float(self._ahead)
 
     def execute(self) -> None:
         """Call the function and send the outcome."""
         attempt = self._attempt
         capture_log_records()
         link = start_thread("bgjobs-link", self._listen)
-        with self._signals:
+        with _signals.heeded(attempt):
             try:
                 function = self._function()
             except BaseException as error:
@@ -6673,11 +6669,11 @@ class RunnerProxy:
                 self._tell()
                 self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
             self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended")
-            if self._signals.came:
+            if _signals.came:
                 link.join(LOSS_SECONDS)                   # the runner has read the outcome then
 
     def _function(self) -> Callable[..., Any]:
-        """Import the function, and have this process know it by the job's name."""
+        """Import the function, and have the registry know it by the job's name."""
         import importlib
         name = self._given["module"]
         is_main = name == import_name("__main__") and not self._is_isolated
@@ -6692,7 +6688,8 @@ class RunnerProxy:
     def ask(self, call: str, *arguments: Any) -> Any:
         """Ask the runner for something and return its answer.
 
-        Raises JobStopped if the runner is gone or the attempt is superseded, else what it raised there.
+        Raises JobStopped if the runner is gone or the attempt is superseded, else what the call
+        raised there.
         """
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         number = next(self._numbers)
@@ -6701,12 +6698,13 @@ class RunnerProxy:
         value, kind, text = answer.get()
         if kind is None:
             return value
-        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError,
+                 RuntimeError)
         raise next((each for each in known if each.__name__ == kind), BgjobsError)(text)
 
     @library_code
     def _send(self, number: int, call: str, *arguments: Any) -> None:
-        """Send a call, and what is new. JobStopped: the runner is gone, or this is a forked child."""
+        """Send a call, and what is new. JobStopped: the runner is gone; or this is a forked child."""
         if self._pid != os.getpid():
             raise JobStopped("this process was forked by a job: only its parent can speak for that")
         with self._lock:
@@ -6718,7 +6716,7 @@ class RunnerProxy:
                 raise JobStopped("the runner is gone") from error
 
     def _news(self) -> list[Any] | None:
-        """Return what was not told before: log lines, progress and positions. None: nothing. Under the lock."""
+        """Return what was not told before: log lines, progress, positions. Called under the lock."""
         attempt = self._attempt
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_A_CALL))]
         report: list[Any] | None = None
@@ -6740,7 +6738,7 @@ class RunnerProxy:
             self._send(0, "tell")
 
     def _listen(self) -> None:
-        """Heed what the runner says, and tell it what is new, until it ends the connection. In a thread of its own."""
+        """Heed the runner and tell it what is new, until the connection ends. In its own thread."""
         import selectors
         try:
             with selectors.DefaultSelector() as selector:
@@ -6752,21 +6750,23 @@ class RunnerProxy:
                     self._unheeded = self._connection.receive() if ready else []
                     if not self._gone:
                         self._tell()
-                    self._signals.look()
-        except (JobStopped, OSError, ValueError, RecursionError):
+                    _signals.look(self._attempt, is_gone=False)
+        except (Exception, JobStopped):                   # whatever it is, the attempt must not wait on
             pass
         self._connection.close()
-        if self._is_isolated:
+        if self._is_isolated:                             # the runner is gone, or kills it itself
             os.killpg(0, 9) if hasattr(os, "killpg") else os._exit(1)
         if not self._gone:
             self._attempt.request_stop(RELEASED, force=True)
             self._refuse("the runner is gone")
-            self._signals.hasten()
+            _signals.look(self._attempt, is_gone=True)
 
     def _heed(self, number: int, value: Any, *more: Any) -> None:
         """Heed an answer, or news."""
         if number:
-            self._answers.pop(number).put((value, *more) if more else (value, None, ""))
+            answer = self._answers.pop(number, None)      # None: the call has been refused meanwhile
+            if answer is not None:
+                answer.put((value, *more) if more else (value, None, ""))
         elif value == "stop":
             self._attempt.request_stop(more[0], force=True)
         elif value == "void":
@@ -6791,7 +6791,8 @@ class RunnerProxy:
         """Have the runner store a job; return its handle."""
         return Job(self, self._submit(new, None, connection))          # type: ignore[arg-type]
 
-    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None) -> list[int]:
+    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None
+                    ) -> list[int]:
         """Have the runner store a job for each of the arguments; return the ids."""
         if len(arguments) > 1 and sum(len(text or "") for text in arguments) > LINE_BYTES / 8:
             half = len(arguments) // 2                    # a message would be too long
@@ -6802,47 +6803,31 @@ class RunnerProxy:
 
     def _submit(self, new: Submission, arguments: list[str | None] | None, connection: Any) -> Any:
         if connection is not None:
-            raise RuntimeError("connection= is for the process of the runner; this job executes in another one")
+            raise RuntimeError("connection= is for the process of the runner; this job executes in "
+                               "another one")
         return self.ask("submit", vars(new), arguments)
 
-    def operate(self, operation: str, job_id: int, by: str | None) -> None:
-        """Have the runner stop, resume, cancel ... a job."""
-        self.ask("operate", operation, job_id, by)
-
-    def info(self, job_id: int) -> Any:
-        """Return what Job.info() does."""
-        return self.ask("info", job_id)
-
-    def status(self, job_id: int) -> Any:
-        """Return a job's status. KeyError: there is no such job."""
-        return self.ask("status", job_id)
-
-    def logs(self, job_id: int, filters: dict[str, Any]) -> Any:
-        """Return what Job.logs() does."""
-        return self.ask("logs", job_id, filters)
-
-    def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
-        """Return the ids of the jobs that pass the filters."""
-        return self.ask("find", filters, limit, before)
-
-    def outcome(self, job_id: int) -> Any:
-        """Return how a job has ended, or None."""
-        return self.ask("outcome", job_id)
+    operate = functools.partialmethod(ask, "operate")
+    info = functools.partialmethod(ask, "info")
+    status = functools.partialmethod(ask, "status")
+    logs = functools.partialmethod(ask, "logs")
+    find = functools.partialmethod(ask, "find")
+    outcome = functools.partialmethod(ask, "outcome")
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return what tells of a job that has failed."""
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any]) -> None:
-        """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
+    def watch(self, handle: Job[Any], hold: bool) -> None:
+        """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
 
     def call_back(self, handle: Job[Any]) -> None:
         """Call the callbacks of a completed handle, in a thread of their own."""
         if handle._done_callbacks:
-            start_thread("bgjobs-callbacks", handle._invoke_callbacks)         # type: ignore[attr-defined]
+            start_thread("bgjobs-callbacks", handle._invoke_callbacks)  # type: ignore[attr-defined]
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Save a state. How far each() is alone is told with what is new."""
@@ -6853,7 +6838,8 @@ class RunnerProxy:
         if len(self._lines) < LOG_BUFFER:
             self._lines.append((at, level, message))
 
-    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
+                    timeout: float | None) -> bool:
         """Return wait(timeout); the runner gives the attempt's place away meanwhile."""
         self.ask("leave")
         try:
@@ -6869,54 +6855,64 @@ class _Signals:
     SIGTERM to a whole process group, fails nothing. The signal takes its usual course once the
     attempt has ended, after SIGNAL_SECONDS, when the runner is gone, or at a second signal. (A pool
     that broke sends SIGTERM to its processes and waits for their end.)
+
+    The handler stays when the attempt has ended: a signal that comes while Python puts the default
+    back would be lost.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    def __init__(self) -> None:
         self._usual: dict[int, Any] = {}                  # handlers
-        self.came = 0                                     # the signal
+        self._attempt: Attempt | None = None              # under way
+        self.came = 0                                     # the signal, since it began
         self._until = math.inf                            # monotonic
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def heeded(self, attempt: Attempt) -> Iterator[None]:
+        """Have signals heeded for an attempt, if this is the main thread."""
         import signal
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._usual[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._restore()
-        if self.came:
-            os.kill(os.getpid(), self.came)
-
-    def _restore(self) -> None:
-        import signal
-        for number, handler in self._usual.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None, self._note):
+                self._usual[number] = signal.signal(number, self._note)
+        self._attempt, self.came, self._until = attempt, 0, math.inf
+        try:
+            yield
+        finally:
+            self._attempt = None
+            if self.came:
+                self._take_course(self.came, None)
 
     def _note(self, number: int, frame: Any) -> None:
         """Be the handler: only note the signal, since this thread may hold any lock."""
-        if self.came:
-            self._restore()
-            os.kill(os.getpid(), number)
+        if self._attempt is None or self.came:
+            self._take_course(number, frame)
         self.came, self._until = number, time.monotonic() + SIGNAL_SECONDS
 
-    def look(self) -> None:
-        """Do what follows from a signal. In the thread of the connection, every TELL_SECONDS."""
-        if self.came and not self._attempt.stop_requested:
-            self._attempt.request_stop(RELEASED)
-        if time.monotonic() > self._until:
-            self.hasten()
-
-    def hasten(self) -> None:
-        """Let a signal that has come take its usual course now."""
+    def _take_course(self, number: int, frame: Any) -> None:
         import signal
-        if not self.came:
+        if callable(self._usual[number]):
+            self._usual[number](number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def look(self, attempt: Attempt, is_gone: bool) -> None:
+        """Do what follows from a signal that has come. In the thread of the attempt's connection."""
+        import signal
+        if not self.came or self._attempt is not attempt:
             return
-        self._until = math.inf
-        # The main thread may be in C code, where it runs no handler; so it cannot restore this one.
-        dies = self._usual.get(self.came) is signal.SIG_DFL and hasattr(signal, "SIGKILL")
-        os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+        if not attempt.stop_requested:
+            attempt.request_stop(RELEASED)
+        if is_gone or time.monotonic() > self._until:
+            self._until = math.inf
+            # The main thread may be in C code, where it runs no handler.
+            dies = not callable(self._usual[self.came]) and hasattr(signal, "SIGKILL")
+            os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+
+
+_signals = _Signals()                                     # of this process
 
 
 # ==== layer: page ================================================================================
