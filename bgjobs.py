@@ -6635,7 +6635,7 @@ class RunnerProxy:
         self._ahead = given["now"] - time.time()          # the runner's clock
         self.id = 0
         self.face = RunnerThere(lambda: self, {})         # type: ignore[arg-type, return-value]
-        self._attempt = Attempt(self, JobRow(*given["job"]), 0)       # type: ignore[arg-type]
+        self._attempt = Attempt(self, to_job(given["job"]), 0)  # type: ignore[arg-type]
         # `_lock` guards all below, and the sending. Nothing is waited for under it.
         self._lock = threading.Lock()
         self._gone = ""                                   # why the runner cannot be asked any more

@@ -6243,7 +6243,7 @@ class TestElsewhere:
         jobs = [runner.submit(add, 1), runner.submit(add, 2)]
         wait_for(lambda: hands and len(hands[0].calls) == 2)
         line, given = hands[0].dial(0)
-        jobs.sort(key=lambda job: job.id != given["claim"][0])
+        jobs.sort(key=lambda job: job.id != given["job"][0])
         wait_for(lambda: any(attempt.begun for attempt in attempts_of(runner).values()))
         hands[0].submit = lambda *call: exec("raise concurrent.futures.BrokenExecutor")
         for future, *_ in list(hands[0].calls):
@@ -6267,7 +6267,7 @@ class TestElsewhere:
             assert seen[-1] == 3 and len(here.calls) == len(there.calls) == 1
             there.execute().join(), here.execute().join()
         finally:
-            del bgjobs.declared[echo], bgjobs.declared[note]
+            del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
@@ -6308,7 +6308,7 @@ class TestElsewhere:
         line, given = hand.dial()
         assert given["function"] == "add" and given["path"] == runner.path
         assert ask(line, 1, "save", ["5", None], [[[0, 20, "a line"]], [1, 4, "a message"], "[3]"]) == [1, True]
-        assert ask(line, 2, "operate", ["drop", 1, None], None)[2] == "ValueError"
+        assert ask(line, 2, "operate", ["drop", 1, None], None)[2] == "KeyError"
         assert ask(line, 3, "info", [99], None) == [3, None, "KeyError", f"there is no job 99 in {runner.path}"]
         assert ask(line, 4, "save", [], None)[2] == "TypeError"
         assert job.state == 5 and [entry["message"] for entry in job.logs()] == ["a line"]
@@ -6503,7 +6503,7 @@ class TestElsewhere:
                     os.killpg(app.pid, signal.SIGINT)
                 assert app.wait(20)
                 assert [(job.status, job.phase, job.errors) for job in jobs] == [("pending", "interrupted", 0)] * 2
-                assert all(job.state for job in jobs)
+                assert all(job.state is not None for job in jobs)
                 consistent(runner)
         finally:
             with contextlib.suppress(ProcessLookupError):
