@@ -14,55 +14,61 @@
     job = bgjobs.submit(export, "users")
     print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
 
-Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A job
-submitted from inside another is its *child*; one without a parent is a *root*; a root with all its
-descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a thread. A
-*runner* owns the workers of one process. The *store* is the only code that touches SQLite. A *checkpoint* is
-a point where the function may be stopped and may save its *state*, from which the next attempt goes on.
+Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
+job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
+its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
+thread. A *runner* owns the workers of one process. The *store* is the only code that touches
+SQLite. A *checkpoint* is a point where the function may be stopped and may save its *state*, from
+which the next attempt goes on.
 
-Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
-descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
-next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. OPERATIONS below is the table.
+Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
+all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
+``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
+OPERATIONS below is the table.
 
-Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
-kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
-Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
-been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
+Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
+a kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry
+was due. Each attempt's outcome is recorded at most once: every write carries its attempt's number,
+and one that has been superseded is refused. Execution time is shared fairly between roots, over all
+processes on the file.
 
 How it hangs together: the walk of a job, and where to read about it.
 
-    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
-             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
-             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
+             Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what
+             all of them queued, records the outcomes of ended attempts, claims jobs for free
+             workers, and commits. So batches grow with the load, and a caller alone pays no
+             hand-over.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
-    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
-             sends it to an executor's process, which calls back over a connection of its own (18).
-    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
-             after the commit the handles (11) of the jobs that are over are completed.
+    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
+             or hands it to an executor, whose process calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
+             records it. After the commit the handles (11) of the jobs that are over are completed.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
-           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
-           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
-           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
+Contents:  1 Words and rules  2 Values  3 Functions and options  4 Times of schedules
+    5 Fair shares  6 Tables  7 Transactions  8 Store  9 Worker pool  10 Inside a job  11 The handle
+    12 Runner  13 Clock, processes and exit  14 Schedules  15 Statistics and retention
+    16 What people see  17 The default runner  18 Elsewhere  19 Status page  20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without
-limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
-Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions
-of the Software.
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO
-THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
-CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
-DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 from __future__ import annotations
 
@@ -359,7 +365,7 @@ def _jsonable(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
-        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
+        return [*map(_jsonable, value)]
     if kind is dict:
         for key in value:
             if type(key) is not str:
@@ -391,15 +397,14 @@ def encode(value: Any, what: str = "the value") -> str:
 
 
 def _untagged(found: Fields) -> Any:
-    if len(found) != 1:
-        return found
-    (tag, stored), = found.items()
-    if tag == "$dict":
-        return dict(stored)
-    if tag not in _TAGGED:
-        return found
-    module, name, _, from_json = _TAGGED[tag]
-    return from_json(getattr(__import__(module), name), stored)
+    if len(found) == 1:
+        (tag, stored), = found.items()
+        if tag == "$dict":
+            return dict(stored)
+        if tag in _TAGGED:
+            module, name, _, from_json = _TAGGED[tag]
+            return from_json(getattr(__import__(module), name), stored)
+    return found
 
 
 def decode(text: str | None) -> Any:
@@ -482,11 +487,6 @@ def function_of(name: str) -> Function | None:
     return functions.get(name)
 
 
-def _is_name(value: Any) -> bool:
-    """Return whether a text is stored as it is, uncut and unescaped: no two names become one."""
-    return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
-
-
 def are_seconds(values: Iterable[Any]) -> bool:
     return all(is_number(value) and value >= 0 for value in values)
 
@@ -513,7 +513,9 @@ def zone_of(tz: Any) -> tuple[Any, str | None]:
                          "None for the machine's own") from None
 
 
-_A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+# Stored as it is, uncut and unescaped, so that no two names become one.
+_A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
+           "a text of 1 to 500 characters, without lone surrogates")
 _A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
@@ -565,9 +567,8 @@ def check_options(given: Fields) -> Fields:
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
     """
-    for name in given:
-        if name not in OPTIONS:
-            raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
+    for name in given.keys() - OPTIONS:
+        raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
     if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
@@ -588,9 +589,8 @@ def job(**options: Any) -> Callable[[_T], _T]:
     is taken.
     """
     check_options(options)
-    for name in ("parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is an option of one submit, not of a function")
+    for name in options.keys() & {"parent", "connection"}:
+        raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: Any) -> Any:
         name = options.get("name")
@@ -5563,12 +5563,11 @@ SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
-             kwargs: Fields, options: Fields) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
+             options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
-    for name in ("delay", "run_at", "parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is no option of a schedule")
+    for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
+        raise TypeError(f"{name} is no option of a schedule")
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
@@ -5725,8 +5724,8 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
     """
     if retention is not None:
         label = "Housekeeping: remove what is over for long"
-        hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
-        hourly.every("1h", housekeeping, **retention)
+        runner.options(key="bgjobs.housekeeping", system=True, label=label).every(
+            "1h", housekeeping, **retention)
 
 
 # ---- 16 What people see -------------------------------------------------------------------------
@@ -6115,8 +6114,7 @@ def default_runner() -> Runner:
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        face: Runner = attempt.backend.face
-        return face
+        return attempt.backend.face    # type: ignore[no-any-return]
     if runner is None:
         return start()
     if _is_shut(runner):
