@@ -307,7 +307,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
-    if any(type(item) is tuple for item in value):
+    if tuple in map(type, value):
         raise TypeError("a set of tuples would come back as lists; pass a list")
     return sorted(map(_jsonable, value), key=dump)
 
@@ -722,14 +722,15 @@ _CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
+    for number, word in enumerate(words.split(), least):
+        text = text.replace(word, str(number))
     values: set[int] = set()
     try:
         for part in text.split(","):
             span, slash, step = part.partition("/")
             low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-            first = int(numbers.get(low, low))
-            last = int(numbers.get(high, high)) if dash else first
+            first = int(low)
+            last = int(high) if dash else first
             if slash and not dash:
                 last = most
             if not least <= first <= last <= most:
@@ -760,11 +761,12 @@ class Cron:
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
-        if self.next(0, time.time()) == math.inf:
-            raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after both `now` and `due`, in Unix seconds."""
+        """Return when it is due after both `now` and `due`, in Unix seconds.
+
+        Raises ValueError if it is never due.
+        """
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
@@ -784,7 +786,7 @@ class Cron:
                 if later:
                     return min(later)
             hour += datetime.timedelta(hours=1)            # on the clock's face
-        return math.inf
+        raise ValueError("the cron schedule is never due: no such day comes")
 
 
 @functools.lru_cache(1_000)
@@ -5574,8 +5576,8 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
     zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
-    times = schedule_of(schedule, zone)
-    key = new.key
+    now, key = core.clock(), new.key
+    first = schedule_of(schedule, zone).next(now, now)
     if key is None:                    # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in (new.options or ""):
@@ -5587,11 +5589,11 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     if known != asked:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
-    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
-              "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
+    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+              "schedule": schedule, "runner": core.id, "now": now, "first": first}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, values)
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
