@@ -5608,15 +5608,18 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 # How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
-# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
-# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
+# all digits of a number.
 STATS = """WITH RECURSIVE part (at) AS
         (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
-    ifnull(sum(failed), 0), nullif(sum(started), 0),
-    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
-    nullif(sum(finished + failed), 0),
-    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+            'avg', json(quote(sum(waiting) / sum(started))),
+            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+            'avg', json(quote(sum(running) / sum(finished + failed))),
+            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
     FROM part LEFT JOIN bgjobs_stats
         ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
     GROUP BY {by} ORDER BY {by}"""
@@ -5638,10 +5641,8 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
     def sums(by: str) -> list[tuple[Any, Fields]]:
-        times = "avg", "min", "max"
-        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
-                              running=row[9] and dict(zip(times, row[10:]))))
-                for row in core.store.read(STATS.format(by=by), bounds)]
+        return [(key, json.loads(counted))
+                for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
             "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
             "total": sums("NULL")[0][1],
