@@ -2003,6 +2003,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
+SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2216,7 +2217,8 @@ class JobFile:
         deadline = time.monotonic() + LOCK_SECONDS
 
         def give_up(status: int, remaining: int, total: int) -> None:
-            if remaining and time.monotonic() > deadline:     # SQLite itself would wait for ever
+            # SQLite itself would wait for ever. It does not know `remaining` before it has the lock.
+            if status != SQLITE_DONE and time.monotonic() > deadline:
                 raise sqlite3.OperationalError("database is locked")
         try:
             with contextlib.closing(self.connect()) as db:
@@ -2576,8 +2578,13 @@ class Store:
 
     # the end
 
-    def close(self, last: Callable[[Transaction], None] = lambda tx: None) -> None:
-        """Run a last write and close the connections; later writes raise StoreError."""
+    def close(self, last: Callable[[Transaction], None] = lambda tx: None) -> bool:
+        """Run a last write and close the connections; later writes raise StoreError.
+
+        Return whether the last write is stored.
+        """
+        stored = not self.closed
+
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
@@ -2585,12 +2592,13 @@ class Store:
             try:
                 self.write(run)
             except StoreError:                            # the disk is full, the file is gone ...
-                self.closed = True
+                stored, self.closed = False, True
             self._writer.close()
             with self._version_lock:
                 if self._version_db is not None:
                     self._version_db.close()
             self._close_readers()
+        return stored
 
     def leave_to_parent(self) -> None:
         """Leave the parent's connections alone in a forked child: never use them, nor close them."""
@@ -3774,6 +3782,7 @@ class Job(Future[_T]):
     @library_code
     def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
+        self._stored()                                    # first: raises
         super().add_done_callback(fn)                     # type: ignore[arg-type]
         self._watch()
 
@@ -4607,7 +4616,7 @@ class Lifecycle:
             for job in owned(tx, core.id):
                 take_back(tx, job.id, "its process was closed", tx.now)
             remove_runner(tx, core.id)
-        self._store.close(leave)
+        left = self._store.close(leave)
         core.close_elsewhere()
         for server in core.servers:
             server.shutdown()
@@ -4615,6 +4624,8 @@ class Lifecycle:
         if core.service is not None:
             core.service.end(self._left(0.8, 1.0))
         self.presence.vanish()
+        if left:                           # else others find the row, and that its process is gone
+            self.presence.remove(core.id)
         dispatch.pool.close(self._left(0.8, 0.2))
         core.handles.held.clear()                         # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
@@ -5337,9 +5348,7 @@ class Presence:
     def vanish(self) -> None:
         """Release the lock of this runner."""
         if self._lock is not None:
-            runner, descriptor = self._lock
-            self.remove(runner)
-            os.close(descriptor)
+            os.close(self._lock[1])
             self._lock = None
 
     def leave_to_parent(self) -> None:
