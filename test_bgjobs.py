@@ -4655,8 +4655,8 @@ class TestStatistics:
             attempt.outcome = outcome
             ended(idle, attempt)
         attempt, = claimed(idle, 1)
-        unwritten(idle).starts.append((attempt.name, 0.0))   # it has begun at last
-        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'")
+        unwritten(idle).add(attempt, 0.0, 0, None)   # it has begun at last
+        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2")
         take_back(idle)
         total = idle.stats()["total"]
         assert [total[what] for what in ("created", "started", "finished", "failed")] == [1, 1, 0, 1]
@@ -4739,7 +4739,7 @@ class TestRetention:
         idle.submit(children, 12)
         idle.drain()
         clock.now += 8 * 86_400
-        written(idle, lambda tx: tx.remove([1, 2, 3, 4, 5]))
+        written(idle, lambda tx: bgjobs.remove(tx, [1, 2, 3, 4, 5]))
         assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
         assert idle.prune() == 8
 
@@ -4825,7 +4825,7 @@ class TestRetention:
         root = idle.submit(children, 6)
         idle.drain()
         clock.now += 100
-        remove, calls = bgjobs.Transaction.remove, []
+        remove, calls = bgjobs.remove, []
 
         def die(tx, ids):
             calls.append(ids)
@@ -4833,7 +4833,7 @@ class TestRetention:
                 raise ZeroDivisionError
             return remove(tx, ids)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(bgjobs.Transaction, "remove", die)
+            patch.setattr(bgjobs, "remove", die)
             idle.prune(0, 0)
         assert 1 < len(idle.jobs()) < 7 and root.restart().status == "pending"
         idle.drain()
