@@ -332,7 +332,7 @@ def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
     if zone is None:
         return value
     if isinstance(zone, str):
-        return value.replace(tzinfo=zone_of(zone)[0])
+        return value.replace(tzinfo=zone_of(zone))
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
@@ -498,16 +498,17 @@ def unix_seconds(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None for the machine's own.
+def zone_of(tz: Any) -> Any:
+    """Return a ZoneInfo, or None, the machine's own zone, for None.
 
     Raises ValueError if it is unknown.
     """
     import datetime
     import zoneinfo
-    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
+    if tz is None:
+        return None
     try:
-        return key if key is None else zoneinfo.ZoneInfo(key), key
+        return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
     except Exception:                  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
@@ -796,7 +797,7 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     Raises ValueError if it is neither.
     """
     if len(schedule.split()) > 1 or schedule.startswith("@"):
-        return Cron(schedule, zone_of(zone)[0])
+        return Cron(schedule, zone_of(zone))
     return Every(schedule)
 
 
@@ -5584,7 +5585,8 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
                             for given in (args, kwargs))
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
+    tz = options.get("tz", declared.get(fn, {}).get("tz"))
+    zone = getattr(zone_of(tz), "key", None)
     now, key = core.clock(), new.key
     first = schedule_of(schedule, zone).next(now, now)
     if key is None:                    # function and arguments, hashed if they are secret or long
