@@ -14,55 +14,61 @@
     job = bgjobs.submit(export, "users")
     print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
 
-Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A job
-submitted from inside another is its *child*; one without a parent is a *root*; a root with all its
-descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a thread. A
-*runner* owns the workers of one process. The *store* is the only code that touches SQLite. A *checkpoint* is
-a point where the function may be stopped and may save its *state*, from which the next attempt goes on.
+Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
+job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
+its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
+thread. A *runner* owns the workers of one process. The *store* is the only code that touches
+SQLite. A *checkpoint* is a point where the function may be stopped and may save its *state*, from
+which the next attempt goes on.
 
-Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
-descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
-next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. OPERATIONS below is the table.
+Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
+all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
+``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
+OPERATIONS below is the table.
 
-Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
-kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
-Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
-been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
+Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
+a kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry
+was due. Each attempt's outcome is recorded at most once: every write carries its attempt's number,
+and one that has been superseded is refused. Execution time is shared fairly between roots, over all
+processes on the file.
 
 How it hangs together: the walk of a job, and where to read about it.
 
-    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
-             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
-             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
+             Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what
+             all of them queued, records the outcomes of ended attempts, claims jobs for free
+             workers, and commits. So batches grow with the load, and a caller alone pays no
+             hand-over.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
-    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
-             sends it to an executor's process, which calls back over a connection of its own (18).
-    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
-             after the commit the handles (11) of the jobs that are over are completed.
+    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
+             or hands it to an executor, whose process calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
+             records it. After the commit the handles (11) of the jobs that are over are completed.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
-           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
-           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
-           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
+Contents:  1 Words and rules  2 Values  3 Functions and options  4 Times of schedules
+    5 Fair shares  6 Tables  7 Transactions  8 Store  9 Worker pool  10 Inside a job  11 The handle
+    12 Runner  13 Clock, processes and exit  14 Schedules  15 Statistics and retention
+    16 What people see  17 The default runner  18 Elsewhere  19 Status page  20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without
-limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
-Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions
-of the Software.
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO
-THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
-CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
-DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 from __future__ import annotations
 
@@ -302,7 +308,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
-    if any(type(item) is tuple for item in value):
+    if tuple in map(type, value):
         raise TypeError("a set of tuples would come back as lists; pass a list")
     return sorted(map(_jsonable, value), key=dump)
 
@@ -327,7 +333,7 @@ def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
     if zone is None:
         return value
     if isinstance(zone, str):
-        return value.replace(tzinfo=zone_of(zone)[0])
+        return value.replace(tzinfo=zone_of(zone))
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
@@ -360,7 +366,7 @@ def _jsonable(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
-        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
+        return [*map(_jsonable, value)]
     if kind is dict:
         for key in value:
             if type(key) is not str:
@@ -392,15 +398,14 @@ def encode(value: Any, what: str = "the value") -> str:
 
 
 def _untagged(found: Fields) -> Any:
-    if len(found) != 1:
-        return found
-    (tag, stored), = found.items()
-    if tag == "$dict":
-        return dict(stored)
-    if tag not in _TAGGED:
-        return found
-    module, name, _, from_json = _TAGGED[tag]
-    return from_json(getattr(__import__(module), name), stored)
+    if len(found) == 1:
+        (tag, stored), = found.items()
+        if tag == "$dict":
+            return dict(stored)
+        if tag in _TAGGED:
+            module, name, _, from_json = _TAGGED[tag]
+            return from_json(getattr(__import__(module), name), stored)
+    return found
 
 
 def decode(text: str | None) -> Any:
@@ -491,11 +496,6 @@ def function_of(name: str) -> Function | None:
     return functions.get(name)
 
 
-def _is_name(value: Any) -> bool:
-    """Return whether a text is stored as it is, uncut and unescaped: no two names become one."""
-    return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
-
-
 def are_seconds(values: Iterable[Any]) -> bool:
     return all(is_number(value) and value >= 0 for value in values)
 
@@ -507,22 +507,25 @@ def unix_seconds(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None for the machine's own.
+def zone_of(tz: Any) -> Any:
+    """Return a ZoneInfo, or None, the machine's own zone, for None.
 
     Raises ValueError if it is unknown.
     """
     import datetime
     import zoneinfo
-    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
+    if tz is None:
+        return None
     try:
-        return key if key is None else zoneinfo.ZoneInfo(key), key
+        return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
     except Exception:                  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
 
 
-_A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+# Stored as it is, uncut and unescaped, so that no two names become one.
+_A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
+           "a text of 1 to 500 characters, without lone surrogates")
 _A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
@@ -574,9 +577,8 @@ def check_options(given: Fields) -> Fields:
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
     """
-    for name in given:
-        if name not in OPTIONS:
-            raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
+    for name in given.keys() - OPTIONS:
+        raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
     if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
@@ -597,9 +599,8 @@ def job(**options: Any) -> Callable[[_T], _T]:
     is taken.
     """
     check_options(options)
-    for name in ("parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is an option of one submit, not of a function")
+    for name in options.keys() & {"parent", "connection"}:
+        raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: Any) -> Any:
         name = options.get("name")
@@ -731,14 +732,15 @@ _CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
+    for number, word in enumerate(words.split(), least):
+        text = text.replace(word, str(number))
     values: set[int] = set()
     try:
         for part in text.split(","):
             span, slash, step = part.partition("/")
             low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-            first = int(numbers.get(low, low))
-            last = int(numbers.get(high, high)) if dash else first
+            first = int(low)
+            last = int(high) if dash else first
             if slash and not dash:
                 last = most
             if not least <= first <= last <= most:
@@ -769,11 +771,12 @@ class Cron:
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
-        if self.next(0, time.time()) == math.inf:
-            raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after both `now` and `due`, in Unix seconds."""
+        """Return when it is due after both `now` and `due`, in Unix seconds.
+
+        Raises ValueError if it is never due.
+        """
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
@@ -793,7 +796,7 @@ class Cron:
                 if later:
                     return min(later)
             hour += datetime.timedelta(hours=1)            # on the clock's face
-        return math.inf
+        raise ValueError("the cron schedule is never due: no such day comes")
 
 
 @functools.lru_cache(1_000)
@@ -803,7 +806,7 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     Raises ValueError if it is neither.
     """
     if len(schedule.split()) > 1 or schedule.startswith("@"):
-        return Cron(schedule, zone_of(zone)[0])
+        return Cron(schedule, zone_of(zone))
     return Every(schedule)
 
 
@@ -3624,6 +3627,7 @@ class Job(Future[_T]):
     @library_code
     def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
+        self._stored()                                    # first: raises
         super().add_done_callback(fn)                     # type: ignore[arg-type]
         self._watch()
 
@@ -5346,20 +5350,20 @@ SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
-             kwargs: Fields, options: Fields) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
+             options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
-    for name in ("delay", "run_at", "parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is no option of a schedule")
+    for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
+        raise TypeError(f"{name} is no option of a schedule")
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
-    times = schedule_of(schedule, zone)
-    key = new.key
+    tz = options.get("tz", declared.get(fn, {}).get("tz"))
+    zone = getattr(zone_of(tz), "key", None)
+    now, key = core.clock(), new.key
+    first = schedule_of(schedule, zone).next(now, now)
     if key is None:                    # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in (new.options or ""):
@@ -5371,11 +5375,11 @@ def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, .
     if known != asked:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
-    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
-              "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
+    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+              "schedule": schedule, "runner": core.id, "now": now, "first": first}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, values)
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
@@ -5390,15 +5394,18 @@ def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, .
 # How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
-# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
-# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
+# all digits of a number.
 STATS = """WITH RECURSIVE part (at) AS
         (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
-    ifnull(sum(failed), 0), nullif(sum(started), 0),
-    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
-    nullif(sum(finished + failed), 0),
-    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+            'avg', json(quote(sum(waiting) / sum(started))),
+            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+            'avg', json(quote(sum(running) / sum(finished + failed))),
+            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
     FROM part LEFT JOIN bgjobs_stats
         ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
     GROUP BY {by} ORDER BY {by}"""
@@ -5420,10 +5427,8 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
     def sums(by: str) -> list[tuple[Any, Fields]]:
-        times = "avg", "min", "max"
-        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
-                              running=row[9] and dict(zip(times, row[10:]))))
-                for row in core.store.read(STATS.format(by=by), bounds)]
+        return [(key, json.loads(counted))
+                for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
             "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
             "total": sums("NULL")[0][1],
@@ -5508,8 +5513,8 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
     """
     if retention is not None:
         label = "Housekeeping: remove what is over for long"
-        hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
-        hourly.every("1h", housekeeping, **retention)
+        runner.options(key="bgjobs.housekeeping", system=True, label=label).every(
+            "1h", housekeeping, **retention)
 
 
 # ---- 16 What people see -------------------------------------------------------------------------
@@ -5829,8 +5834,7 @@ def default_runner() -> Runner:
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        face: Runner = attempt.backend.face
-        return face
+        return attempt.backend.face    # type: ignore[no-any-return]
     if runner is None:
         return start()
     if _is_shut(runner):
