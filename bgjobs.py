@@ -29,23 +29,24 @@ kill -9. A job runs at least once: again only because its process died, somebody
 Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
 been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
 
-How it hangs together. What happens to a call, and where to read about it:
+How it hangs together: the walk of a job, and where to read about it.
 
-    submit   The runner (16) encodes the call (2, 3) and hands the store (9) a function that writes it (8).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of them brought,
-             records the outcomes of ended attempts, claims the next jobs for free workers, and commits. So batches
-             grow with the load, and a caller alone pays no hand-over.
-    claim    The root that has had the least time is next (5), with its oldest ready job (8).
-    run      A worker of the pool (11) calls the function, as an Attempt (12). Or an executor's process does, which
-             speaks to the runner over a port of its own (18).
-    finish   The outcome waits for the next transaction. After its commit the handles (13) of what is over are told.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
+             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
+             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
+    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
+             sends it to an executor's process, which calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
+             after the commit the handles (11) of the jobs that are over are completed.
 
-A service thread (17) looks after what comes by the clock, or from other processes: schedules, retries, stops, deaths.
+A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares and pace
-           6 Force stop   7 Tables and statements   8 Transactions   9 Store   10 What people see   11 Worker pool
-           12 Inside a job   13 The handle   14 Schedules   15 Statistics and retention   16 Runner
-           17 Clock, processes and exit   18 Elsewhere   19 The default runner   20 Status page   21 Command line
+Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
+           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
+           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
+           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
@@ -82,6 +83,7 @@ import operator
 import os
 import queue
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -103,24 +105,20 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers: a function as it is given and returned, its parameters, what it returns; the
-# items of an iterable.
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+# For type checkers. The parameters of a function and what it returns; the items of an iterable.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
+Function = Callable[..., Any]          # a job's, in most cases
+Fields = dict[str, Any]                # a JSON object, options, or parameters of a statement
 
 
 def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
-    """Start a thread that belongs to no job: a daemon, or not where a subinterpreter refuses that.
-    """
-    for daemon in (True, False):
-        with contextlib.suppress(RuntimeError):
-            thread = threading.Thread(target=contextvars.Context().run, args=(run, *args),
-                                      name=name, daemon=daemon)
-            thread.start()
-            return thread
-    raise RuntimeError("no thread can be started")
+    """Start a daemon thread that belongs to no job."""
+    thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name,
+                              daemon=True)
+    thread.start()
+    return thread
 
 
 def say(level: int, text: str) -> None:
@@ -152,11 +150,6 @@ class Operation(NamedTuple):
     done: str                          # the past tense, for refusals
     does: str                          # for the help of the command line
     once_returned: dict[str, str] = {}           # moves that differ once the function has returned
-
-    def follows(self, status: str, returned: bool) -> str:
-        """Return the status that follows. Raises KeyError if this status does not allow it."""
-        moves = {**self.moves, **self.once_returned} if returned else self.moves
-        return moves[status]
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -219,21 +212,21 @@ class JobStopped(BaseException):
     """Raised in a job at a checkpoint if it is to stop. `except Exception` does not swallow it."""
 
 
-def allowed_operations(status: str, options: dict[str, Any], system: bool = False,
+def allowed_operations(status: str, options: Fields, system: bool = False,
                        active_below: bool = False) -> list[str]:
     """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
-    allowed = {name for name, operation in OPERATIONS.items() if status in operation.moves}
+    allowed = {name for name, operation in OPERATIONS.items()
+               if status in operation.moves and not objection(name, options, system)}
     if status in (STOPPING, STOPPED):
-        allowed.remove("stop")         # it repeats silently; there is no use in offering it
+        allowed.discard("stop")        # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
-    if active_below and status == STOPPED:
-        allowed.add("force_stop")      # of the descendants
-    return [name for name in OPERATIONS
-            if name in allowed and not objection(name, options, system)]
+        if status == STOPPED:
+            allowed.add("force_stop")  # of the descendants
+    return sorted(allowed, key=[*OPERATIONS].index)
 
 
-def objection(operation: str, options: dict[str, Any], system: bool) -> str:
+def objection(operation: str, options: Fields, system: bool) -> str:
     """Return why a job refuses an operation in any status, or ""."""
     if operation == "stop" and system and not options.get("stoppable", False):
         return "it is a system job"
@@ -254,15 +247,15 @@ def refusal(job: str, status: str, operation: str, allowed: list[str],
 
 # The functions that the core calls and a later layer of this file has, by the layer's name.
 DOORS = {"serve": "page", "wsgi": "page", "isolate": "elsewhere", "executor": "elsewhere"}
-_entrances: dict[str, Callable[..., Any]] = {}
+_entrances: dict[str, Function] = {}
 
 
-def open_door(name: str, function: Callable[..., Any]) -> None:
+def open_door(name: str, function: Function) -> None:
     """Have `door(name)` lead to a function of a later layer."""
     _entrances[name] = function
 
 
-def door(name: str) -> Callable[..., Any]:
+def door(name: str) -> Function:
     """Return the function of a later layer. Raises BgjobsError if that layer was cut off."""
     if name not in _entrances:
         raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}, which this copy of bgjobs.py "
@@ -285,28 +278,23 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def _printed(value: Any, how: Callable[[Any], str]) -> str:
-    """Return str(value) or repr(value) as a plain str, or a stand-in if that raises."""
+def text_of(value: Any, limit: int = TEXT_LIMIT, form: Callable[[Any], str] = str) -> str:
+    """Return str(value), or another form of it, as SQLite can hold it. Never raises.
+
+    It is cut to `limit` characters, and lone surrogates are escaped.
+    """
     try:
-        return str(how(value))
+        text = form(value)
     except Exception:
-        return f"<{type(value).__qualname__} that cannot be printed>"
+        text = f"<{type(value).__qualname__} that cannot be printed>"
+    if len(text) > limit:
+        text = f"{text[:limit]}... ({len(text):,} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def short(value: Any) -> str:
     """Return a value as error messages show it: its repr, cut to 80 characters. Never raises."""
-    return text_of(_printed(value, repr), 80)
-
-
-def text_of(value: Any, limit: int = TEXT_LIMIT) -> str:
-    """Return str(value) as SQLite can hold it. Never raises.
-
-    It is cut to `limit` characters, and lone surrogates are escaped.
-    """
-    text = _printed(value, str)
-    if len(text) > limit:
-        text = f"{text[:limit]}... ({len(text):,} characters)"
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text_of(value, 80, repr)
 
 
 dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -333,40 +321,37 @@ def _clock_to_json(value: Any) -> list[Any]:
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
+    import datetime
     text, fold, zone = stored
     value = kind.fromisoformat(text).replace(fold=fold)
     if zone is None:
         return value
     if isinstance(zone, str):
         return value.replace(tzinfo=zone_of(zone)[0])
-    import datetime
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
 
 
-class _Tagged(NamedTuple):
-    """How values of a type that JSON lacks are stored."""
-
-    module: str
-    name: str
-    to_json: Callable[[Any], Any]                # value -> JSON
-    from_json: Callable[[Any, Any], Any] = lambda kind, stored: kind(stored)   # type, JSON -> value
+def _construct(kind: Any, stored: Any) -> Any:
+    return kind(stored)
 
 
-_TAGGED = {
-    "$bytes": _Tagged("builtins", "bytes", lambda value: base64.b64encode(value).decode("ascii"),
-                      lambda kind, stored: base64.b64decode(stored)),
-    "$set": _Tagged("builtins", "set", _set_to_json),
-    "$datetime": _Tagged("datetime", "datetime", _clock_to_json, _clock_from_json),
-    "$time": _Tagged("datetime", "time", _clock_to_json, _clock_from_json),
-    "$date": _Tagged("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
-    "$timedelta": _Tagged("datetime", "timedelta",
-                          lambda value: [value.days, value.seconds, value.microseconds],
-                          lambda kind, stored: kind(*stored)),
-    "$decimal": _Tagged("decimal", "Decimal", str),
-    "$uuid": _Tagged("uuid", "UUID", str),
-    "$path": _Tagged("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str),
+# How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
+# and (type, JSON) -> value.
+_TAGGED: dict[str, tuple[str, str, Function, Function]] = {
+    "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
+               lambda kind, stored: base64.b64decode(stored)),
+    "$set": ("builtins", "set", _set_to_json, _construct),
+    "$datetime": ("datetime", "datetime", _clock_to_json, _clock_from_json),
+    "$time": ("datetime", "time", _clock_to_json, _clock_from_json),
+    "$date": ("datetime", "date", str, lambda kind, stored: kind.fromisoformat(stored)),
+    "$timedelta": ("datetime", "timedelta",
+                   lambda value: [value.days, value.seconds, value.microseconds],
+                   lambda kind, stored: kind(*stored)),
+    "$decimal": ("decimal", "Decimal", str, _construct),
+    "$uuid": ("uuid", "UUID", str, _construct),
+    "$path": ("pathlib", "WindowsPath" if os.name == "nt" else "PosixPath", str, _construct),
 }
 
 
@@ -379,8 +364,7 @@ def _jsonable(value: Any) -> Any:
     if kind is dict:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"the key {short(key)} is no string; use {short(text_of(key))}, "
-                                "or a list of pairs")
+                raise TypeError(f"the key {short(key)} is no string; use a list of pairs")
         plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
@@ -398,9 +382,6 @@ def encode(value: Any, what: str = "the value") -> str:
     """
     try:
         text = dump(_jsonable(value))
-    except RecursionError:
-        raise TypeError(f"{what} cannot be stored: it is nested too deeply; pass a flatter value"
-                        ) from None
     except Exception as error:         # ours, or raised by the value's own methods
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
@@ -410,7 +391,7 @@ def encode(value: Any, what: str = "the value") -> str:
     return text
 
 
-def _untagged(found: dict[str, Any]) -> Any:
+def _untagged(found: Fields) -> Any:
     if len(found) != 1:
         return found
     (tag, stored), = found.items()
@@ -426,7 +407,7 @@ def decode(text: str | None) -> Any:
     """Return the value that `encode` made `text` from; None for None."""
     if text is None:
         return None
-    return json.loads(text, object_hook=_untagged) if '{"$' in text else json.loads(text)
+    return json.loads(text, object_hook=_untagged if '{"$' in text else None)
 
 
 # ---- 3 Functions and options --------------------------------------------------------------------
@@ -441,101 +422,65 @@ def import_name(module: str) -> str:
     return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
 
 
-def import_path(function: Callable[..., Any]) -> str:
+def import_path(function: Function) -> str:
     """Return "package.module.function".
 
     Raises TypeError, with the remedy, if the function cannot be imported by that again.
     """
-    def refuse(why: str, named: str = "") -> NoReturn:
-        raise TypeError(f"{named or short(function)} cannot be a job: {why}")
-    if not callable(function):
-        refuse("it is not callable")
-    module = getattr(function, "__module__", None)
-    qualname = getattr(function, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(qualname, str):
-        refuse(f"{type(function).__qualname__} objects have no import path; submit the function "
-               "itself and pass it its arguments")
-    if "<lambda>" in qualname:
-        refuse("a lambda has no name to import it by; define it with def at the top level of a "
-               "module")
-    if "<locals>" in qualname:
-        refuse("it is defined inside a function; move it to the top level of its module", qualname)
+    module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
-    for attribute in qualname.split("."):
+    for attribute in str(qualname).split("."):
         found = getattr(found, attribute, None)
-    if found != function:
-        refuse(f"that name leads to {short(found)}, not to this function; submit what the module "
-               "holds under that name", f"{module}.{qualname}")
+    if found is None or found != function:
+        raise TypeError(
+            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it. A "
+            "lambda, a partial, a bound method or a function inside a function cannot be imported "
+            "again; submit one that is defined with def at the top level of a module, and pass it "
+            "its arguments")
     return f"{import_name(module)}.{qualname}"
 
 
-def _defined_in_loaded_module(name: str) -> Callable[..., Any] | None:
-    """Return the function of this name, or None if no loaded module defines it itself.
+# The functions that this process knows, those declared with @job or submitted: by job name; their
+# default options; and the names of those submitted. They are filled while modules are imported,
+# before there is a runner, so they are global.
+functions: dict[str, Function] = {}
+declared: dict[Function, Fields] = {}
+_names: dict[Function, str] = {}
 
-    The standard library's functions are never found, nor are those that a module imported.
+
+def name_of(function: Function) -> str:
+    """Return the function's stable name, and remember the function by it.
+
+    Raises TypeError if it cannot be a job.
     """
-    parts = name.split(".")
-    if parts[0] in sys.stdlib_module_names:
-        return None
-    for split in range(len(parts) - 1, 0, -1):
-        path, qualname = ".".join(parts[:split]), ".".join(parts[split:])
-        module = sys.modules.get("__main__" if path == import_name("__main__") else path)
-        if module is not None:
-            found: Any = vars(module).get(parts[split])
-            for attribute in parts[split + 1:]:
-                found = getattr(found, attribute, None) if isinstance(found, type) else None
-            origin = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-            return found if origin == (module.__name__, qualname) and callable(found) else None
-    return None
+    try:
+        return _names[function]
+    except (KeyError, TypeError):      # TypeError: it has no hash, so it is no function
+        path = import_path(function)
+    name = _names[function] = declared.get(function, {}).get("name") or path
+    functions[name] = function
+    return name
 
 
-class _Registry:
-    """The functions that this process knows by name: those declared with @job, or submitted.
+def function_of(name: str) -> Function | None:
+    """Return the function of this name, or None if this process does not know it.
 
-    It is filled while modules are imported, before there is a runner, so it is global.
+    A name is data: nothing is imported. It is a function that was declared or submitted, or one
+    that a loaded module defines itself, but for the standard library's.
     """
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Callable[..., Any]] = {}
-        self.declared: dict[Callable[..., Any], dict[str, Any]] = {}     # the default options
-        self.names: dict[Callable[..., Any], str] = {}                   # of those submitted
-        self.has_executors = False     # a function is declared with executor=
-
-    def declare(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Take in a function with its default options.
-
-        Raises ValueError if another function has its name.
-        """
-        if "name" in options:
-            name = options["name"]
-            known = self.by_name.get(name, function)
-            taken_by = f"{known.__module__}.{known.__qualname__}"
-            if taken_by != f"{function.__module__}.{function.__qualname__}":
-                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            self.by_name[name] = function          # also if a reloaded module has a newer one
-        self.declared[function] = options
-        self.has_executors |= "executor" in options
-
-    def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the function's stable name, and remember the function by it.
-
-        Raises TypeError if it cannot be a job.
-        """
-        try:
-            return self.names[function]
-        except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
-            path = import_path(function)
-        name: str = self.declared.get(function, {}).get("name", path)
-        self.names[function] = name
-        self.by_name[name] = function
-        return name
-
-    def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function of this name, or None. A name is data: nothing is imported."""
-        return self.by_name.get(name) or _defined_in_loaded_module(name)
-
-
-registry = _Registry()
+    if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
+        return functions.get(name)
+    main = import_name("__main__")
+    modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
+    path = max(modules, key=len, default=main)
+    attributes = name[len(path) + 1:].split(".")
+    with contextlib.suppress(TypeError):
+        found: Any = vars(sys.modules["__main__" if path == main else path]).get(attributes[0])
+        for attribute in attributes[1:]:
+            found = getattr(found, attribute, None) if isinstance(found, type) else None
+        if import_path(found) == name:
+            functions[name] = found
+    return functions.get(name)
 
 
 def _is_name(value: Any) -> bool:
@@ -543,16 +488,8 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 1 << 63
-
-
-def are_seconds(values: Iterable[Any], least: float = 0.0) -> bool:
-    return all(is_number(value) and value >= least for value in values)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def are_seconds(values: Iterable[Any]) -> bool:
+    return all(is_number(value) and value >= 0 for value in values)
 
 
 def unix_seconds(value: Any) -> float | None:
@@ -578,54 +515,53 @@ def zone_of(tz: Any) -> tuple[Any, str | None]:
 
 
 _A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+_A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-# Each option: a test of its value, and what the value must be. `options` says what they mean.
-OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+# Each option: a test of its value, and what the value must be. None is the default of each.
+# `options` says what they mean.
+OPTIONS: dict[str, tuple[Function, str]] = {
     "name": _A_NAME,
-    "label": (lambda v: isinstance(v, str), "a text"),
-    "run_by": (lambda v: v is None or isinstance(v, str), "a text or None"),
+    "label": _A_TEXT,
+    "run_by": _A_TEXT,
     "low_priority": _A_BOOL,
     "system": _A_BOOL,
     "key": _A_NAME,
     "delay": (lambda v: are_seconds([v]), "seconds, 0 or more"),
     "run_at": (lambda v: unix_seconds(v) is not None, "Unix seconds or an aware datetime"),
-    "retries": (lambda v: _is_whole(v, 0), "a whole number, 0 or more"),
-    "backoff": (lambda v: callable(v) or are_seconds(_as_list(v) or [None]),
+    "retries": (lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"),
+    "backoff": (lambda v: callable(v) or _pauses(v, 0),
                 "seconds, a list of seconds, or a function of the attempt"),
-    "timeout": (lambda v: v is None or are_seconds([v], sys.float_info.min),
-                "seconds, more than 0"),
-    "max_running": (lambda v: v is None or _is_whole(v, 1),
+    "timeout": (lambda v: v > 0 and are_seconds([v]), "seconds, more than 0"),
+    "max_running": (lambda v: type(v) is int and 0 < v < 1 << 63,
                     "a whole number greater than 0 and less than 2**63"),
     "stoppable": _A_BOOL,
     "restartable": _A_BOOL,
     "recover": _A_BOOL,
-    "secret": (lambda v: (isinstance(v, (list, tuple, set, frozenset))
-                          and all(isinstance(name, str) for name in v)),
+    "secret": (lambda v: type(v) in (list, tuple, set, frozenset) and {*map(type, v)} <= {str},
                "a list of argument names"),
     "isolate": _A_BOOL,
-    "executor": (lambda v: v is None or callable(getattr(v, "submit", v)),
+    "executor": (lambda v: callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
     "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
-    "parent": (lambda v: v is None or isinstance(v, Job), "a Job or None"),
-    "connection": (lambda v: v is None or isinstance(v, sqlite3.Connection),
-                   "an open sqlite3.Connection"),
+    "parent": (lambda v: isinstance(v, Job), "a Job or None"),
+    "connection": (lambda v: isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 
 
-def check_values(given: dict[str, Any], tests: dict[str, tuple[Callable[[Any], Any], str]]) -> None:
-    """Raise ValueError if a value does not fit its test; the text says what it must be."""
+def check_values(given: Fields, tests: dict[str, tuple[Function, str]]) -> None:
+    """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
     for name, value in given.items():
         test, must_be = tests[name]
         try:
-            fits = test(value)
+            fits = value is None or test(value)
         except Exception:              # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
 
 
-def check_options(given: dict[str, Any]) -> dict[str, Any]:
+def check_options(given: Fields) -> Fields:
     """Return `given`.
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
@@ -634,12 +570,12 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         if name not in OPTIONS:
             raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
-    if "delay" in given and "run_at" in given:
+    if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
     return given
 
 
-def job(**options: Any) -> Callable[[_Function], _Function]:
+def job(**options: Any) -> Callable[[_T], _T]:
     """Decorate a function with default options for its jobs; return the function unchanged.
 
         @bgjobs.job(name="export", low_priority=True)
@@ -657,74 +593,76 @@ def job(**options: Any) -> Callable[[_Function], _Function]:
         if name in options:
             raise TypeError(f"{name} is an option of one submit, not of a function")
 
-    def declare(function: _Function) -> _Function:
-        registry.declare(function, options)
+    def declare(function: Any) -> Any:
+        name = options.get("name")
+        if name:
+            known = functions.get(name, function)
+            taken_by = f"{known.__module__}.{known.__qualname__}"
+            if taken_by != f"{function.__module__}.{function.__qualname__}":
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
+            functions[name] = function             # also if a reloaded module has a newer one
+        declared[function] = options
         return function
     return declare
 
 
-# These options have no column of their own: a job keeps them, and its backoff, as JSON.
-_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate")
+# These options have no column of their own: a job keeps them as JSON.
+_KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate",
+         "backoff")
 
 
-def options_to_keep(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+def options_to_keep(function: Function, given: Fields) -> Fields:
     """Return the options to keep with a job of this function, as JSON.
 
     Raises ValueError if `secret` or `backoff` does not fit the function.
     """
-    kept = {name: given[name] for name in _KEPT if name in given}
+    kept = {name: given[name] for name in _KEPT if given.get(name) is not None}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
-    if "backoff" in given:
-        kept["backoff"] = _pauses(given["backoff"], given.get("retries", 0))
+    if "backoff" in kept:
+        kept["backoff"] = _pauses(kept["backoff"], kept.get("retries", 0))
     return kept
 
 
-def _secret_places(function: Callable[..., Any], secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret` and the positions at which they may be passed.
+def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
+    """Return the names in `secret`, and the positions at which they may be passed.
 
     Raises ValueError if the function has no such argument.
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    names = [name for name, each in parameters.items() if not each.kind.name.startswith("VAR_")]
-    takes_any_name = inspect.Parameter.VAR_KEYWORD in [each.kind for each in parameters.values()]
-    places: list[str | int] = []
-    for name in secret:
-        if name in names:
-            places += [name, names.index(name)]
-        elif takes_any_name and name not in parameters:
-            places.append(name)
-        else:
-            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
-                             "argument; of *arguments and **keywords, name the keywords, or pass a "
-                             "list or a dict instead")
-    return places
+    unknown = {*secret} - {name for name, each in parameters.items() if str(each)[0] != "*"}
+    if any(str(each)[:2] == "**" for each in parameters.values()):
+        unknown &= {*parameters}       # it takes any other name
+    if unknown:
+        raise ValueError(f"secret names {unknown.pop()!r}, but {function.__qualname__} has no such "
+                         "argument; of *arguments and **keywords, name the keywords, or pass a "
+                         "list or a dict instead")
+    return [*secret, *(place for place, name in enumerate(parameters) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
     """Return the seconds before the first, second ... retry; the last pause repeats.
 
-    A function is called now, for it cannot be stored. Raises ValueError if it returns anything but
-    seconds.
+    A function is called now, for it cannot be stored. Raises ValueError for anything but seconds.
     """
-    if not callable(backoff):
-        return _as_list(backoff)
-    pauses = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    if callable(backoff):
+        backoff = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
+    pauses = list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
     if not are_seconds(pauses):
         raise ValueError(f"backoff must give seconds, 0 or more; it gave {short(pauses)}")
     return pauses
 
 
-def pause_before_retry(options: dict[str, Any], failures: int) -> float:
+def pause_before_retry(options: Fields, failures: int) -> float:
     """Return the seconds to wait after this many failures: the `backoff` of the job's options.
 
     By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
     so that jobs that failed together are not retried together.
     """
-    pauses: list[float] | None = options.get("backoff")
+    pauses = options.get("backoff")
     if pauses:
-        return pauses[min(failures, len(pauses)) - 1]
+        return float(pauses[min(failures, len(pauses)) - 1])
     return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
@@ -735,19 +673,18 @@ def pause_before_retry(options: dict[str, Any], failures: int) -> float:
 # if either of them does.
 #
 # Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
-# runs once, the first time. But where every hour is given ("*"), hours are those that pass,
-# whatever the clocks show: the wildcard rule of vixie-cron. So there are two ways to look for the
-# next time.
+# runs once, the first time. But where every hour is given ("*"), it runs in each hour that passes,
+# whatever the clocks show: the wildcard rule of vixie-cron.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def seconds_of(text: str) -> float | None:
     """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
-    number, unit = text[:-1].strip(), text[-1:]
-    if unit not in _UNITS or not number.replace(".", "", 1).isdecimal():
+    try:
+        return float(text[:-1]) * _UNITS[text[-1:]]
+    except (KeyError, ValueError):
         return None
-    return float(number) * _UNITS[unit]
 
 
 def period_text(seconds: float) -> str:
@@ -761,11 +698,9 @@ class Every:
 
     def __init__(self, schedule: str) -> None:
         seconds = seconds_of(schedule)
-        if seconds is None:
-            raise ValueError('a schedule is seconds, a text like "15m" or five cron fields, '
-                             f"got {schedule!r}")
-        if not 0.01 <= seconds < 1e9:
-            raise ValueError(f"the period of a schedule is at least 0.01 s, got {schedule!r}")
+        if seconds is None or not 0.01 <= seconds < 1e9:
+            raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
+                             f"fields, got {schedule!r}")
         self.seconds = seconds
 
     def next(self, due: float, now: float) -> float:
@@ -780,37 +715,32 @@ class Every:
 _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
                 ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec"),
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
-_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
-               "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
-               "@hourly": "0 * * * *"}
+_CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
+               "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
 _CRON_DAYS = 366 * 41              # how far to look: 29 February is a certain weekday in 40 years
-_CLOCK_CHANGE_HOURS = 3            # no clock goes further back, or on, at once
+_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: number for number, word in enumerate(words.split(), least)}
-
-    def number_of(word: str) -> int:
-        number = numbers.get(word, int(word) if word.isdecimal() else -1)
-        if not least <= number <= most:
-            raise ValueError(f"the {name} of a cron schedule is {least} to {most}, got {word!r} in "
-                             f"{text!r}")
-        return number
+    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
     values: set[int] = set()
-    for part in text.split(","):
-        span, slash, step = part.partition("/")
-        if slash and not (step.isdecimal() and int(step)):
-            raise ValueError("a step of a cron schedule is a whole number greater than 0, "
-                             f"got {step!r} in {text!r}")
-        low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-        first = last = number_of(low)
-        if dash or slash:
-            last = number_of(high) if dash else most
-        if first > last:
-            raise ValueError(f"a range of a cron schedule goes up, got {part!r}")
-        values.update(range(first, last + 1, int(step or 1)))
-    return values
+    try:
+        for part in text.split(","):
+            span, slash, step = part.partition("/")
+            low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
+            first = int(numbers.get(low, low))
+            last = int(numbers.get(high, high)) if dash else first
+            if slash and not dash:
+                last = most
+            if not least <= first <= last <= most:
+                raise ValueError
+            values.update(range(first, last + 1)[::int(step) if slash else 1])
+        return values
+    except ValueError:
+        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that goes "
+                         "up, or a list of these, perhaps with a step of 1 or more, like */5; got "
+                         f"{text!r}") from None
 
 
 class Cron:
@@ -828,49 +758,33 @@ class Cron:
         self._minutes, self._hours, self._days, self._months, weekdays = (
             _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day % 7 for day in weekdays}
-        self._combined = all if "*" in (texts[2], texts[4]) else any       # the two day fields
+        # The two day fields. As in cron, one that begins with * is not restricted.
+        self._combined = all if "*" in texts[2][0] + texts[4][0] else any
+        self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
         if self.next(0, time.time()) == math.inf:
             raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after both `now` and `due`, in Unix seconds."""
-        after = max(due, now)
-        if len(self._hours) == 24:
-            return self._next_as_hours_pass(after)
-        return self._next_by_the_clock(after)
+        return min(self._next(max(due, now), fold) for fold in self._folds)
 
-    def _fits(self, day: Any) -> bool:
-        fits = day.day in self._days, day.isoweekday() % 7 in self._weekdays
-        return day.month in self._months and self._combined(fits)
-
-    def _next_as_hours_pass(self, after: float) -> float:
+    def _next(self, after: float, fold: int) -> float:
+        """Return the first time after that, in the first or second pass of hours that repeat."""
         import datetime
-        moment = math.floor(after)
-        while moment < after + _CRON_DAYS * 86_400:
-            local = datetime.datetime.fromtimestamp(moment, self._zone)
-            if not self._fits(local):
-                # On to midnight, but not past the hours in which the clocks may have changed.
-                hours = max(1, 24 - _CLOCK_CHANGE_HOURS - local.hour)
-                moment += 3_600 * hours - 60 * local.minute - local.second
-            elif moment > after and local.minute in self._minutes and local.second == 0:
-                return float(moment)
-            else:
-                moment += 60 - local.second
-        return math.inf
-
-    def _next_by_the_clock(self, after: float) -> float:
-        import datetime
-        begin = datetime.datetime.fromtimestamp(after - 3_600 * _CLOCK_CHANGE_HOURS, self._zone)
-        day = begin.date()
-        for _ in range(_CRON_DAYS):
-            if self._fits(day):
-                times = (datetime.datetime.combine(day, datetime.time(hour, minute), self._zone)
-                         for hour in self._hours for minute in self._minutes)
-                moments = [moment for moment in map(datetime.datetime.timestamp, times)
-                           if moment > after]
-                if moments:
-                    return min(moments)
-            day += datetime.timedelta(days=1)
+        hour = datetime.datetime.fromtimestamp(after - _CLOCK_CHANGE_SECONDS, self._zone)
+        hour = hour.replace(minute=0, second=0, microsecond=0)
+        last = hour + datetime.timedelta(days=_CRON_DAYS)
+        while hour < last:
+            day_fits = hour.day in self._days, hour.isoweekday() % 7 in self._weekdays
+            if hour.month not in self._months or not self._combined(day_fits):
+                hour = hour.replace(hour=0) + datetime.timedelta(days=1)
+                continue
+            if hour.hour in self._hours:
+                times = (hour.replace(minute=minute, fold=fold) for minute in self._minutes)
+                later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
+                if later:
+                    return min(later)
+            hour += datetime.timedelta(hours=1)            # on the clock's face
         return math.inf
 
 
@@ -1105,8 +1019,6 @@ class JobRow(NamedTuple):
     name: str
     status: str
     attempt: int                               # number of the newest
-    owner: int | None                          # the runner that executes it
-    returned: int                              # 1: its function has; 2: it raised for good
     options: str | None                        # JSON
     key: str | None
     system: int
@@ -1114,29 +1026,31 @@ class JobRow(NamedTuple):
     max_running: int | None
     deaths: int
     queue: int | None
-    lane: int | None
-    parked: str | None
     vtime: int                                 # microseconds; of a root
-    charge: int                                # microseconds
     created_at: float
     run_at: float | None
     started_at: float | None                   # the first attempt, since creation or restart
-    since: float | None
     duration: float
     progress: float | None                     # its own
+    total: int
+    # These are None in claims, which do not need them.
+    owner: int | None                          # the runner that executes it
+    returned: int                              # 1: its function has; 2: it raised for good
+    parked: str | None
+    charge: int                                # microseconds
+    since: float | None
     own_errors: int
     open: int
-    total: int
     done: int
     failed: int
     running: int
     tree_progress: float                       # the sum of its descendants' progress
-    # What its function needs; read by claims alone, since these may be large.
-    args: str | None = None                    # JSON
-    kwargs: str | None = None                  # JSON
-    state: str | None = None                   # JSON
-    positions: str | None = None               # JSON
-    run_by: str | None = None
+    # What its function needs; None but in claims, since these may be large.
+    args: str | None                           # JSON
+    kwargs: str | None                         # JSON
+    state: str | None                          # JSON
+    positions: str | None                      # JSON
+    run_by: str | None
 
     @property
     def root(self) -> int:
@@ -1159,8 +1073,8 @@ class JobRow(NamedTuple):
         return max(self.created_at, self.run_at or 0.0)
 
 
-_CLAIMED = ", ".join(JobRow._fields)
-_JOB = ", ".join(JobRow._fields[:-5])
+_JOB = ", ".join((*JobRow._fields[:-5], *["NULL"] * 5))
+_CLAIMED = ", ".join((*JobRow._fields[:-16], *["NULL"] * 11, *JobRow._fields[-5:]))
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1339,7 +1253,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(itertools.starmap(JobRow, self.execute(sql, parameters)))
+        return list(map(JobRow._make, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1406,8 +1320,8 @@ class Transaction:
             self.trees.count(new.parent_id, total=count)
             self.trees.change(new.parent_id, "open", count)
 
-    _AUTHOR = """SELECT status, attempt, root_id, low_priority, run_by, options
-        FROM bgjobs_jobs WHERE id = :id"""
+    _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
+        ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
 
     def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
         """Return the id of the root (None for a root), low_priority and run_by of a new job.
@@ -1419,25 +1333,22 @@ class Transaction:
         parent = new.parent_id
         if parent is None:
             return None, new.low_priority or 0, new.run_by
-        row = self.execute(self._AUTHOR, {"id": parent}).fetchone()
-        if row is None:
-            raise InvalidOperation(f"job {parent} does not exist any more; it takes no children")
-        status, _, root_id, low, run_by, options = row
+        row = self.execute(self._PARENT, {
+            "id": parent, "low": new.low_priority, "run_by": new.run_by}).fetchone()
+        status, root_id, low, run_by, options = row or ("removed", None, None, None, None)
         by_itself = new.author is not None and new.author[0] == parent
         if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
             raise JobStopped(f"job {parent} was asked to stop")
-        if status in OVER:
-            raise InvalidOperation(f"job {parent} is {status}; it takes no more children")
-        if status in (STOPPING, STOPPED) and not by_itself:
-            raise InvalidOperation(
-                f"job {parent} is {status}; it takes no children before it is resumed")
-        return (root_id or parent, low if new.low_priority is None else new.low_priority,
-                run_by if new.run_by is None else new.run_by)
+        if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
+            raise InvalidOperation(f"job {parent} is {status}; it takes no children")
+        return root_id, low, run_by
+
+    _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
+        AND status IN ('running', 'stopping')"""
 
     def check_author(self, author: tuple[int, int]) -> None:
         """Refuse a request of an attempt that has been superseded. Raises JobStopped."""
-        row = self.execute(self._AUTHOR, {"id": author[0]}).fetchone()
-        if row is None or row[1] != author[1] or row[0] not in ACTIVE:
+        if self.value(self._IS_AUTHOR, id=author[0], attempt=author[1]) is None:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
     # the end of attempts
@@ -1466,7 +1377,7 @@ class Transaction:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
         if not attempt.system:
-            self.events[attempt.name, FINISHED].append(attempt.ran_before + attempt.ran)
+            self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
         self.limits.free(attempt)
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
@@ -1629,18 +1540,17 @@ class Transaction:
             "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
         return bool(saved.rowcount == 1)
 
-    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :ends_at,
+    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :now + :left,
         message = :message WHERE id = :id"""
 
-    def save_progress(self, attempt: Attempt, report: ProgressReport) -> None:
+    def save_progress(self, attempt: Attempt, report: Any) -> None:
         """Store an attempt's progress, and add it to its ancestors'."""
         job = self.executing(attempt)
         if job is not None:
-            left = report.seconds_left
-            self.execute(self._SAVE_PROGRESS, {
-                "id": job.id, "progress": report.progress, "message": report.message,
-                "ends_at": None if left is None else self.now + left})
-            self.trees.count(job.parent_id, progress=(report.progress or 0.0) - (job.progress or 0.0))
+            progress, left, message = report
+            self.execute(self._SAVE_PROGRESS, {"id": job.id, "now": self.now, "left": left,
+                                               "progress": progress, "message": message})
+            self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
             attempt.has_reported = True
 
     _SET_CHARGE = f"UPDATE bgjobs_jobs SET charge = :charge {_OF_ATTEMPT}"
@@ -1758,14 +1668,6 @@ class Room(NamedTuple):
     workers: int = 1                                      # that will be free soon
 
 
-class Claims(NamedTuple):
-    """What a runner has claimed."""
-
-    jobs: list[tuple[JobRow, int]]                        # with the microseconds charged
-    more_ready: bool                                      # other jobs are ready, too
-    cut_short: bool                                       # by PARKED_A_CLAIM
-
-
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
@@ -1781,16 +1683,21 @@ CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime 
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
-class _Claim:
-    """Claims jobs for one runner in one transaction, in fair order."""
+class Claims:
+    """The jobs that one runner claims in one transaction, in fair order."""
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []
-        self.more_ready = False
+        self.jobs: list[tuple[JobRow, int]] = []          # with the microseconds charged
+        self.more_ready = False                           # other jobs are ready, too
         self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
         self._blocked: list[tuple[JobRow, str]] = []      # of this round
         self.blocked = 0                                  # of all rounds
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether so many jobs were blocked that the others have to wait for the next claim."""
+        return self.blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
         """Claim what there is room for; return whether to look behind jobs that were blocked."""
@@ -1800,7 +1707,7 @@ class _Claim:
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
         self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
-        return len(self.jobs) < free and blocked < self.blocked < PARKED_A_CLAIM
+        return len(self.jobs) < free and blocked < self.blocked and not self.cut_short
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
@@ -1869,10 +1776,10 @@ class _Claim:
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
     """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
-    claimed = _Claim(tx, owner, room, run_times)
-    while claimed.round():
+    claims = Claims(tx, owner, room, run_times)
+    while claims.round():
         pass
-    return Claims(claimed.jobs, claimed.more_ready, claimed.blocked >= PARKED_A_CLAIM)
+    return claims
 
 
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
@@ -1950,7 +1857,10 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
         return False
     if operation == "stop" and job.status in (STOPPING, STOPPED):
         return job is top                                 # it repeats silently
-    follows = OPERATIONS[operation].follows(job.status, bool(job.returned))
+    moves = OPERATIONS[operation].moves
+    if job.returned:
+        moves = {**moves, **OPERATIONS[operation].once_returned}
+    follows = moves[job.status]
     if operation == "resume":
         tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
         if job.returned and follows == PENDING:
@@ -2036,7 +1946,6 @@ def recover(tx: Transaction, owner: int) -> int:
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
     for job in jobs:
         tx.execute(_COUNT_DEATH, {"id": job.id})
-    for job in jobs:
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
     return len(jobs)
@@ -2086,6 +1995,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
+SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2856,21 +2766,17 @@ FLUSH_SECONDS = 0.25       # how often progress is written if no other write tak
 
 
 class Ticket:
-    """The right to raise JobStopped once in an attempt's thread.
+    """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
 
-    Only `use` is for other threads.
-    """
-
-    __slots__ = ("_taken", "_depth", "_raised", "_spent", "void", "thread")
+    _depth = 1                             # of library code that calls library code
+    _raised = False                        # by a force stop, from outside
+    _spent = False                         # nothing will be raised from outside any more
+    void = False                           # the attempt has been superseded: library calls raise
+    thread = 0                             # the ident of the attempt's thread
 
     def __init__(self) -> None:
         self._taken = threading.Lock()     # at first by the attempt's thread
         self._taken.acquire()
-        self._depth = 1                    # of library code that calls library code
-        self._raised = False               # by a force stop, from outside
-        self._spent = False                # nothing will be raised from outside any more
-        self.void = False                  # the attempt has been superseded: library calls raise
-        self.thread = 0                    # the ident of the attempt's thread
 
     def take(self, quietly: bool = False) -> None:
         """Enter library code. Raises JobStopped if the attempt is superseded, unless quietly."""
@@ -2898,7 +2804,7 @@ class Ticket:
         if not self._spent and not self._taken.acquire(False):
             while not self._raised:
                 time.sleep(0.0001)
-            _raise_in_thread(self.thread, None)
+            _raise_in_thread(self.thread)
         self._spent |= self.void
 
     def use(self) -> None:
@@ -2915,10 +2821,8 @@ class Ticket:
 
         (A record that the thread logs meanwhile is a library call, which waits for us.)
         """
-        pause = 0.001
         while _is_logging(self.thread):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+            time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
         self._raised = True
 
@@ -2928,19 +2832,15 @@ def _is_logging(thread: int) -> bool:
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
-    modules = (each.f_globals.get("__name__", "") for each, _ in traceback.walk_stack(frame))
-    return any(module.partition(".")[0] == "logging" for module in modules)
+    return any(each.f_globals.get("__name__", "").split(".")[0] == "logging"
+               for each, _ in traceback.walk_stack(frame))
 
 
-def _raise_in_thread(thread: int, error: type[BaseException] | None) -> None:
-    """Have `error` raised in a thread at its next bytecode. None: take back one not raised yet."""
-    try:
+def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
+    """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):       # not CPython: checkpoints stop it
         import ctypes
-        set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    except (ImportError, AttributeError):                 # not CPython: only checkpoints stop it
-        return
-    set_error(ctypes.c_ulong(thread),
-              ctypes.py_object() if error is None else ctypes.py_object(error))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
 
 _UNSET: Any = object()
@@ -2953,17 +2853,15 @@ enter = _current.set                                      # in a context of its 
 class JobContext:
     """The job that this code runs in: what `current_job()` returns.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. state: a copy of what
-    the last checkpoint saved, or None. stop_requested: whether the next checkpoint raises
-    JobStopped. Outside of a job these are None, 0 and False, and the methods do nothing. Any thread
-    that has the job's context (`asyncio.to_thread` passes it on) may use all of this, but `each` is
-    for one thread at a time.
+    id, name, run_by: the job's. attempt: the number of this attempt, from 1. Outside of a job these
+    are None and 0, and the methods do nothing. Any thread that has the job's context
+    (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one thread at a time.
     """
 
     id: int | None = None
     name: str | None = None
     run_by: str | None = None
-    attempt: int = 0
+    attempt = 0
 
     def __init__(self, attempt: Attempt | None) -> None:
         self._attempt = attempt
@@ -3027,22 +2925,9 @@ class JobContext:
             self._attempt.sleep(seconds)
 
 
-# What current_job() returns. (The attempt does not refer to its context: they would be a cycle.)
-_context: contextvars.ContextVar[JobContext] = contextvars.ContextVar(
-    "bgjobs_context", default=JobContext(None))
-
-
 def current_job() -> JobContext:
     """Return the context of the job that this code runs in, or one that does nothing."""
-    return _context.get()
-
-
-class ProgressReport(NamedTuple):
-    """What the store keeps of an attempt's progress."""
-
-    progress: float | None                                # 0 to 1
-    seconds_left: float | None
-    message: str | None
+    return JobContext(current_attempt())
 
 
 class Attempt:
@@ -3059,14 +2944,14 @@ class Attempt:
     result: str | None = None                             # JSON, as the next one
     error: str | None = None
     exception: BaseException | None = None
-    unsaved_progress: ProgressReport | None = None
+    unsaved_progress: Any = None                          # see report_to_save
     has_reported = False                                  # the file knows progress, or a later charge
 
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
     operation: threading.Event | None = None              # which the next checkpoint waits for
     saved_at = 0.0                                        # monotonic
-    newest: tuple[float, float | None, str | None, float] | None = None    # see note_progress
+    newest: tuple[Any, ...] | None = None                 # see report
     pace: Pace | None = None
     job_logger: logging.Logger | None = None
     # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
@@ -3085,7 +2970,7 @@ class Attempt:
         self.ticket = Ticket()
         self.loops = 0                                    # the number of the next loop of each()
         self.loop_positions: list[int] = []               # completed turns of each()'s loops
-        self.turns: list[tuple[float, float | None]] = [] # done, total of the loops under way
+        self.turns: list[tuple[int, int | None]] = []     # done, total of the loops under way
         self.waits_on: list[threading.Condition] = []     # of its threads; a stop wakes them
 
     @property
@@ -3095,20 +2980,9 @@ class Attempt:
         return is_simple and self.outcome == RETURNED
 
     @property
-    def ran_before(self) -> float:
-        """Seconds for which earlier attempts were active."""
-        return self.job.duration
-
-    @property
     def correction(self) -> int:
         """The microseconds by which the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
-
-    @property
-    def took_too_long(self) -> TimeoutError:
-        """What a timeout is recorded as."""
-        return TimeoutError(f"attempt {self.number} took longer than its timeout of "
-                            f"{self.options['timeout']:,g} s")
 
     @property
     def superseded(self) -> JobStopped:
@@ -3119,6 +2993,11 @@ class Attempt:
         """Make this error the outcome. Never raises, whatever the error's own methods do."""
         self.outcome, self.exception, self.result = RAISED, error, None
         self.error = dump_error(type(error).__qualname__, text_of(error), traceback_of(error))
+
+    def time_out(self) -> None:
+        """Make the timeout the outcome."""
+        timeout = f"its timeout of {self.options['timeout']:,g} s"
+        self.fail(TimeoutError(f"attempt {self.number} took longer than {timeout}"))
 
     # stopping
 
@@ -3234,10 +3113,9 @@ class Attempt:
         done = positions[loop]
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
-        items = None if total is None else float(total)
         try:
             for item in itertools.islice(iterable, done, None):
-                self._report_turn(depth, done, items)
+                self._report_turn(depth, done, total)
                 if self.attention:
                     self.attend()
                 yield item
@@ -3246,90 +3124,76 @@ class Attempt:
                 self.loops = loop + 1
                 if time.monotonic() - self.saved_at > 0.1:
                     self.save(None)
-            self._report_turn(depth, done, items)
+            self._report_turn(depth, done, total)
         finally:
             del self.turns[depth:]
         self.raise_if_stopped()
 
     # progress
 
-    def _report_turn(self, depth: int, done: float, total: float | None) -> None:
+    def _report_turn(self, depth: int, done: int, total: int | None) -> None:
         """Report the progress of a loop; one inside another's turn refines the outer one's."""
-        outer = self.turns[:depth]
         self.turns[depth:] = [(done, total)]
-        for outer_done, outer_total in reversed(outer):
-            done, total = outer_done + (done / total if total else 0.0), outer_total
-        self.note_progress(done, total, None)
+        units = share = 0.0
+        for done, total in reversed(self.turns):
+            units = done + share
+            share = units / total if total else 0.0
+        self.report(units, total)
 
-    def report(self, done: float, total: float | None, message: str | None) -> None:
+    def report(self, done: float, total: float | None = None, message: Any = None) -> None:
         """Note how far the function is; the service thread writes the newest report."""
-        if message is not None and type(message) is not str:
-            message = library_code(text_of)(message)        # here, not in the thread that all jobs share
-        self.note_progress(float(done), None if total is None else float(total), message)
+        if message is not None:
+            message = text_of(message, 500)               # here: its __str__ is the app's
+        self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
-    def note_progress(self, done: float, total: float | None, message: str | None) -> None:
-        """Note a report: (done, total, message, seconds since the attempt began)."""
-        self.newest = (done, total, message, time.monotonic() - self.begun)
+    def report_to_save(self) -> Any:
+        """Return (share from 0 to 1, seconds left, message) of the newest report; each may be None.
 
-    def report_to_save(self) -> ProgressReport | None:
-        """Return what there is to tell of the progress, or None if there is nothing new."""
+        None if there is nothing new.
+        """
         newest, self.newest = self.newest, None           # two threads may ask: one gets it
         if newest is None:
             return None
         done, total, message, at = newest
-        if message is None and not total:
-            message = f"{done:,.12g} done"
-        text = None if message is None else text_of(message, 500)
-        if not total or total < 0 or not math.isfinite(total) or not math.isfinite(done):
-            return ProgressReport(None, None, text)
-        if self.pace is None:
-            self.pace = Pace(resumed=self.job.progress is not None)
+        if not (total and 0 < total < math.inf and math.isfinite(done)):
+            return None, None, f"{done:,.12g} done" if message is None else message
+        self.pace = self.pace or Pace(resumed=self.job.progress is not None)
         left = self.pace.seconds_left(done, total, at)
-        return ProgressReport(min(1.0, max(0.0, done / total)), left, text)
+        return min(1.0, max(0.0, done / total)), left, message
 
     # log
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger, made when it is first asked for."""
+        """Return the job's own logger, made when it is first asked for.
+
+        The app's handlers get its records as those of "bgjobs.job".
+        """
         if self.job_logger is None:
-            self.job_logger = _JobLogger(self)
+            app_logger = logging.getLogger("bgjobs.job")
+
+            def keep(record: logging.LogRecord) -> bool:
+                self.keep_record(record)
+                return app_logger.isEnabledFor(record.levelno)
+            self.job_logger = logging.Logger("bgjobs.job", logging.DEBUG)
+            self.job_logger.parent = app_logger
+            self.job_logger.addFilter(keep)
         return self.job_logger
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> None:
-        """Take a log record into the job's log. Written with the next transaction, within a second.
-        """
+        """Take a log record into the job's log: written with the next transaction."""
         try:
             message = record.getMessage()
-            if record.exc_info and record.exc_info[1] is not None:
+            if record.exc_info and record.exc_info[1]:
                 message += "\n" + traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
-        clock, level = self.backend.clock, record.levelno
-        at = record.created if clock is time.time and is_number(record.created) else clock()
-        if not isinstance(level, int) or abs(level) >= 1 << 31:
-            level = logging.NOTSET
-        self.backend.keep_line(self, at, level, text_of(message).replace("\0", "\\0"))
+        message = text_of(message).replace("\0", "\\0")
+        self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
 
 
-class _JobLogger(logging.Logger):
-    """A job's own logger. The app's handlers get its records as those of "bgjobs.job"."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        super().__init__("bgjobs.job", logging.DEBUG)
-        self.parent = self._app_logger = logging.getLogger("bgjobs.job")
-        self._attempt = attempt
-
-    isEnabledFor = library_code(logging.Logger.isEnabledFor)
-
-    @library_code
-    def callHandlers(self, record: logging.LogRecord) -> None:
-        self._attempt.keep_record(record)
-        if self._app_logger.isEnabledFor(record.levelno):
-            self._app_logger.callHandlers(record)
-
-
+@functools.cache
 def capture_log_records() -> None:
     """Have the records that any logger emits inside a job land in the job's log, too.
 
@@ -3337,17 +3201,14 @@ def capture_log_records() -> None:
     last-resort handler.
     """
     make_record = logging.getLogRecordFactory()
-    if getattr(make_record, "_bgjobs", False):
-        return
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        attempt = _current.get()
+        attempt = current_attempt()
         # makeLogRecord makes one with the name None, and emits nothing.
         if attempt is not None and record.name not in ("bgjobs.job", None):
             attempt.keep_record(record)
         return record
-    make_and_keep._bgjobs = True                          # type: ignore[attr-defined]
     logging.setLogRecordFactory(make_and_keep)
 
 
@@ -3363,15 +3224,15 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
             attempt.ticket.keep()                         # a force stop raises nothing here any more
-        what = f"{attempt.name} returned, but the result"
-        attempt.result = None if value is None else encode(value, what)
+        if value is not None:
+            attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
     except BaseException as error:
         attempt.outcome = attempt.reason
         if not _is_stop(error):
             attempt.fail(error)
         elif attempt.reason == TIMED_OUT:
-            attempt.fail(attempt.took_too_long)
+            attempt.time_out()
     _here.ticket = around
     attempt.thread = None
     attempt.ran = time.monotonic() - attempt.begun
@@ -3381,13 +3242,7 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
 def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
     """Call the function: the one place where that is done."""
     _current.set(attempt)
-    _context.set(JobContext(attempt))
-    try:
-        args = decode(attempt.job.args) if attempt.job.args else ()
-        kwargs = decode(attempt.job.kwargs) if attempt.job.kwargs else {}
-    except Exception as error:
-        text = f"the arguments of job {attempt.id} cannot be read: {text_of(error)}"
-        raise StoreError(text) from error
+    args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
     value = function(*args, **kwargs)
     if isinstance(value, types.CoroutineType):
@@ -3430,8 +3285,6 @@ class HandleCondition(threading.Condition):
     strike meanwhile, so whoever locks it takes the ticket, too.
     """
 
-    _lock: threading.RLock
-
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release                    # Condition sets these to the lock's own
@@ -3442,17 +3295,13 @@ class HandleCondition(threading.Condition):
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
-    def release(self) -> None:
+    def release(self, *exc_info: Any) -> None:
         """Unlock it."""
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
 
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.release()
+    __enter__, __exit__ = acquire, release
 
 
 class _Waiters(list[Any]):
@@ -3494,33 +3343,67 @@ class _PlaceGivingEvent(threading.Event):
         super().clear()
 
 
-def _live(name: str, what: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
-    return property(lambda self: read(self.info()[name]),
-                    doc=what + " Read from the store at each access.")
-
-
-def _typed(value: Any) -> Any:
-    """Return a JSON value of `info()` with dates and the like as they were given."""
-    return decode(json.dumps(value))
-
-
 class Job(Future[_T]):
-    """The handle of a job: a concurrent.futures.Future whose attributes are read when asked.
+    """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
 
-    `stopped` is not done: `result()` waits on. The Future part completes once; `restart`, and
-    `resume` of a failed job, return a new handle, while attributes stay true on both. `await job`
-    works, too; a caller that gives up awaiting does not cancel the job. Any thread may use a handle.
+    `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
+    complete handle returns a new one, and attributes stay true on both. `await job` works, too; a
+    caller that gives up awaiting does not cancel the job. Any thread may use a handle.
 
-    Attributes are read without waiting for writers; KeyError if the job has been removed.
+    Attributes are read from the file at each access, and wait for no writer; KeyError if the job
+    has been removed:
+
+    name, label            the stable name of the function; a title for people, or None
+    status, phase          one of the seven statuses; what refines it for people, or ""
+    created_at             Unix seconds, as the next two
+    started_at             of the first attempt since creation or restart, or None
+    finished_at            or None
+    waiting                seconds from creation, or its due time, to the start, or until now
+    duration               seconds that its attempts have been running, together
+    attempt                the number of the newest attempt, 0 before the first
+    errors                 how many attempts failed, with those of its descendants
+    low_priority           whether it runs in periods of low load only
+    run_by                 the name of the person that asked for it, or None
+    progress, eta          0 to 1, and seconds left; None if unknown
+    children               {"total", "done", "failed", "running"}, counts over all descendants
+    parent_id, root_id     ids; a root has no parent, None
+    args, kwargs           a list and a dict of its arguments, secret ones masked
+    state                  what its last checkpoint saved, or None
+    error                  the traceback of the newest failure, a text, or None
+    operations             the operations that its status allows now
+
     Operations block until their commit, not until the job has followed. They take `by=`, the name
     of the person that asked, for the job's log. They raise InvalidOperation if the job's status
     does not allow it (the text says what it allows), KeyError, and StoreError if the file cannot be
     written.
     """
 
+    name: str
+    label: str | None
+    status: str
+    phase: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    waiting: float
+    duration: float
+    attempt: int
+    errors: int
+    low_priority: bool
+    run_by: str | None
+    progress: float | None
+    eta: float | None
+    children: dict[str, int]
+    parent_id: int | None
+    root_id: int
+    args: list[Any]
+    kwargs: dict[str, Any]
+    state: Any
+    error: str | None
+    operations: list[str]
+
     _state = "PENDING"
-    _result: Any = None
-    _exception: BaseException | None = None
+    _result = _exception = None
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
@@ -3528,63 +3411,48 @@ class Job(Future[_T]):
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
         self._done_callbacks: list[Callable[[Job[_T]], Any]] = []
 
-    def _stored(self) -> int:
-        """Return the id as long as it is this job's.
+    def __getattr__(self, name: str) -> Any:
+        if name in _MADE_LATE:                            # few handles are waited on
+            return vars(self).setdefault(name, _MADE_LATE[name](self))
+        if name not in Job.__annotations__:
+            raise AttributeError(f"a Job has no attribute {name!r}")
+        return decode(dump(self.info()[name]))            # dates in a state are dates again
 
-        A transaction that is rolled back leaves its ids to other jobs. Raises KeyError then.
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *Job.__annotations__]
+
+    def _row(self) -> Any:
+        """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
+
+        An app's transaction that is rolled back leaves its ids to other jobs.
         """
-        if self._created_at is not None:
-            row = self._backend.outcome(self.id)
-            if row is not None and row["created_at"] != self._created_at:
-                raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
-            if row is not None:
-                self._created_at = None
-        return self.id
+        row = self._backend.outcome(self.id)
+        if row is None:
+            return {} if self._created_at is None else None
+        if self._created_at not in (None, row["created_at"]):
+            return {}
+        self._created_at = None
+        return row
 
-    name: str = _live("name", "The stable name of the function.")
-    label: str | None = _live("label", "A title for people, or None.")
-    status: str = _live("status", "One of the seven statuses.")
-    phase: str = _live("phase", "What refines the status for people, or \"\".")
-    created_at: float = _live("created_at", "Unix seconds.")
-    started_at: float | None = _live(
-        "started_at", "Unix seconds of the first attempt since creation or restart, or None.")
-    finished_at: float | None = _live("finished_at", "Unix seconds, or None.")
-    waiting: float = _live(
-        "waiting", "Seconds from creation, or its due time, to the start, or until now.")
-    duration: float = _live("duration", "Seconds that its attempts have been running, together.")
-    errors: int = _live("errors", "How many of its own attempts and of its descendants failed.")
-    low_priority: bool = _live("low_priority", "Whether it runs in periods of low load only.")
-    run_by: str | None = _live("run_by", "The name of the person that asked for it, or None.")
-    progress: float | None = _live("progress", "0 to 1, or None.")
-    eta: float | None = _live("eta", "Seconds left, or None.")
-    children: dict[str, int] = _live(
-        "children", '{"total", "done", "failed", "running"}, counts over all descendants.')
-    parent_id: int | None = _live("parent_id", "The parent's id, or None.")
-    root_id: int = _live("root_id", "The id of its tree's root.")
-    attempt: int = _live("attempt", "The number of the newest attempt, 0 before the first.")
-    args: list[Any] = _live("args", "A list of its arguments, secret ones masked.", _typed)
-    kwargs: dict[str, Any] = _live(
-        "kwargs", "A dict of its keyword arguments, secret ones masked.", _typed)
-    state: Any = _live("state", "What its last checkpoint saved, or None.", _typed)
-    error: str | None = _live("error", "The traceback of the newest failure, a text, or None.")
-    operations: list[str] = _live("operations", "The operations that its status allows now.")
+    def _stored(self) -> int:
+        """Return the id. Raises KeyError if the transaction that submitted it was rolled back."""
+        if self._created_at is not None and self._row() == {}:
+            raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
+        return self.id
 
     def info(self) -> dict[str, Any]:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._backend.info(self._stored())
 
-    def logs(self, *, level: str | int | None = None, text: str | None = None,
-             regex: str | None = None, since: float | None = None, until: float | None = None,
-             after: int = 0, limit: int | None = None, tree: bool = False) -> list[dict[str, Any]]:
+    def logs(self, **filters: Any) -> list[dict[str, Any]]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level: the least, as a name or number. text: contained, in any case. regex: found in it, as
-        `re.search` does. since, until: Unix seconds. after: a line's id. limit: how many at most;
-        without `after` the newest ones. tree: also the lines of all descendants. Raises ValueError
-        for a bad value.
+        level= the least, as a name or number. text= contained, in any case. regex= found in it, as
+        `re.search` does. since= until= Unix seconds. after= a line's id. limit= how many at most;
+        without `after` the newest ones. tree=True: also the lines of all descendants. Raises
+        ValueError for a bad value.
         """
-        return self._backend.logs(
-            self._stored(), level, text, since, until, after, limit, tree, regex)
+        return self._backend.logs(self._stored(), filters)
 
     # operations
 
@@ -3627,24 +3495,12 @@ class Job(Future[_T]):
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out; return this handle, or a new one where this one is complete."""
-        if operation in ("resume", "restart"):
-            self.done()                                   # a handle whose job was over keeps that outcome
+        """Carry an operation out; return this handle, or a new one if this one is complete."""
+        self.done()                                       # if the job is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
-        goes_on = operation == "resume" and self._state != "PENDING"
-        return Job(self._backend, self.id) if goes_on or operation == "restart" else self
+        return self if self._state == "PENDING" else Job(self._backend, self.id)
 
     # the Future part
-
-    @property
-    def _condition(self) -> threading.Condition:          # type: ignore[override]
-        """The Future's condition, made when it is first asked for: few handles are waited on."""
-        return vars(self).get("condition") or vars(self).setdefault("condition", HandleCondition())
-
-    @property
-    def _waiters(self) -> list[Any]:                      # type: ignore[override]
-        """The Future's waiters, likewise."""
-        return vars(self).get("waiters") or vars(self).setdefault("waiters", _Waiters(self))
 
     def done(self) -> bool:
         """Return whether the job is over."""
@@ -3660,10 +3516,8 @@ class Job(Future[_T]):
 
     def _look(self) -> str:
         """Return the status; complete the handle if the job is over."""
-        if self._state == CANCELLED_AND_NOTIFIED:
-            return CANCELLED
-        if self._state == FUTURE_FINISHED:
-            return FINISHED if self._exception is None else FAILED
+        if self._state != "PENDING":
+            return self._end
         status = self._backend.status(self._stored())
         if status in OVER:
             self._complete()
@@ -3677,14 +3531,8 @@ class Job(Future[_T]):
         place is given away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
-        error = self.exception(timeout)
-        if error is None:                                 # Future.result would ask for its truth value
-            value: _T = self._result
-            return value
-        try:
-            raise error
-        finally:
-            del self, error                               # its traceback keeps this frame
+        self._wait_for_end(timeout)
+        return super().result(0)
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3697,10 +3545,8 @@ class Job(Future[_T]):
 
     def _wait_for_end(self, timeout: float | None,
                       given_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait until the job is over, or a condition that `given_up` tells of comes true."""
-        if self._state == "PENDING":
-            self._look()
-        if self._state != "PENDING":
+        """Wait until the job is over, or `given_up()` is true when the condition is notified."""
+        if self.done():
             return
         self._watch()
         attempt, condition = current_attempt(), self._condition
@@ -3716,116 +3562,82 @@ class Job(Future[_T]):
                 condition.wait_for(over, timeout)
 
     def __await__(self) -> Generator[Any, None, _T]:
-        waits = self._await() if current_attempt() is None else self._await_in_job()
-        return waits.__await__()
+        return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop, which a callback completes.
+        """Await a future of the loop that a callback completes, or inside a job a thread that waits.
 
-        Not asyncio.wrap_future: its cancellation would cancel the job, and it cannot carry
-        StopIteration.
+        That thread gives the worker's place away, as any wait for a job does. It is no executor's:
+        the interpreter would wait for that at exit. Not asyncio.wrap_future: its cancellation would
+        cancel the job, and it cannot carry StopIteration.
         """
         import asyncio
         loop = asyncio.get_running_loop()
         over = loop.create_future()
 
-        def tell(job: Job[_T]) -> None:
+        def tell(job: Any) -> None:
             with contextlib.suppress(RuntimeError):       # the loop is closed
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
-        self.add_done_callback(tell)
-        try:
-            await over
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):         # it has just been called
-                self._done_callbacks.remove(tell)
-            raise
-        return self.result(0)
-
-    async def _await_in_job(self) -> _T:
-        """Let a thread wait: it gives the place away, as any wait for a job does.
-
-        No executor's thread: the interpreter would wait for that at exit.
-        """
-        import asyncio
-        end: Future[None] = Future()
 
         def wait() -> None:
-            try:
-                self._wait_for_end(None, end.cancelled)
-                error = None
-            except BaseException as caught:               # JobStopped is one of these
-                error = caught
-            if end.set_running_or_notify_cancel():
-                end.set_exception(error) if error is not None else end.set_result(None)
-        run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
+            with contextlib.suppress(BaseException):      # result() below raises it again
+                self._wait_for_end(None, over.done)
+            tell(self)
+        if current_attempt() is None:
+            self.add_done_callback(tell)
+        else:
+            run = contextvars.copy_context().run
+            threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
         try:
-            await asyncio.wrap_future(end)
-        except asyncio.CancelledError:
+            await over
+        finally:
+            if tell in self._done_callbacks:
+                self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()              # the thread looks whether `end` is cancelled
-            raise
-        return super().result(0)
+                self._condition.notify_all()              # the thread looks whether it is given up
+        return self.result()
 
     @library_code
     def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
         super().add_done_callback(fn)                     # type: ignore[arg-type]
-        self._watch(hold=True)
+        self._watch()
 
-    def _watch(self, hold: bool = False) -> None:
-        """Have this handle completed when its job is over; it is now if the job is over already.
-
-        hold: the handle lives until then, even if the app drops it.
-        """
+    def _watch(self) -> None:
+        """Have this handle completed when its job is over; it is now if the job is over already."""
         if self._state == "PENDING":
             self._stored()
-            self._backend.watch(self, hold)
+            self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over. Wakes whoever waits.
+        """Take the outcome over, once, if the job is over. Wakes the threads that wait.
 
-        row: that of OUTCOME_OF, if it has been read; {}: the job has been removed. Callbacks are
-        called in a thread of their own.
+        row: what `_row` returns, if it has been read.
         """
-        row = self._read_outcome() if row is None else row
         if row is None:
+            row = self._row()
+        status = FAILED if row == {} else row and row["status"]
+        if status not in OVER:
             return
         with self._condition:
             if self._state != "PENDING":
                 return
-            if row and row["status"] == CANCELLED:
-                self._state, tell = CANCELLED_AND_NOTIFIED, "add_cancelled"
-            else:
-                self._take_over(row)
-                tell = "add_result" if self._exception is None else "add_exception"
-                self._state = FUTURE_FINISHED
+            text = f"job {self.id} has been removed from {self._backend.path}"
+            try:
+                if status == FAILED:
+                    self._exception = self._backend.error_of(self.id, row) if row else BgjobsError(text)
+                else:
+                    self._result = decode(row["result"])
+            except Exception as error:                    # else its handles would wait for good
+                text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
+                self._exception = BgjobsError(text)
+            self._end = status
+            self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
         self._backend.call_back(self)
-
-    def _read_outcome(self) -> Any:
-        """Return the row that tells how the job has ended; {} if it has been removed, None if it is
-        not over, or not committed yet."""
-        try:
-            row = self._backend.outcome(self._stored())
-        except KeyError:                                  # rolled back
-            return {}
-        if row is None:
-            return {} if self._created_at is None else None
-        return row if row["status"] in OVER else None
-
-    def _take_over(self, row: Any) -> None:
-        """Set the result, or the exception, of a job that is over."""
-        if not row:
-            path = self._backend.path
-            self._exception = BgjobsError(f"job {self.id} has been removed from {path}")
-        elif row["status"] == FINISHED:
-            self._result = decode(row["result"])
-        else:
-            self._exception = self._backend.error_of(self.id, row)
 
     def __repr__(self) -> str:
         try:
@@ -3834,14 +3646,17 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
+# Parts of a handle that are made when they are first asked for.
+_MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
+# The status of a job that is over: the state of its Future, and the method that tells a waiter.
+_FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
+                  FAILED: (FUTURE_FINISHED, "add_exception"),
+                  CANCELLED: (CANCELLED_AND_NOTIFIED, "add_cancelled")}
+
+
 def path_of(handle: Job[Any]) -> str:
     """Return the path of the file that a handle's job is in."""
     return handle._backend.path
-
-
-def complete(handle: Job[Any]) -> None:
-    """Complete a handle if its job is over."""
-    handle._complete()
 
 
 class Handles:
@@ -3856,16 +3671,16 @@ class Handles:
         self.ends_missed = False                          # look() is due
         self._lock = threading.Lock()                     # guards the four below
         self.watched: dict[int, weakref.WeakSet[Job[Any]]] = {}
-        self._held: set[Job[Any]] = set()                 # with callbacks: live until these ran
+        self.held: set[Job[Any]] = set()                  # with callbacks: live until these ran
         self._to_call_back: deque[Job[Any]] = deque()
         self._caller: threading.Thread | None = None
 
-    def watch(self, handle: Job[Any], hold: bool) -> None:
-        """Complete this handle when its job is over; hold: keep it alive until then."""
+    def watch(self, handle: Job[Any]) -> None:
+        """Complete this handle when its job is over, if the app keeps it or gave it callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
-            if hold:
-                self._held.add(handle)
+            if handle._done_callbacks:
+                self.held.add(handle)
 
     def ids(self) -> list[int]:
         """Return the ids of the watched jobs, after forgetting those whose handles are gone."""
@@ -3883,37 +3698,30 @@ class Handles:
                     self.ends_missed = True
                     self._store.complain(text_of(error))
 
-    _GOING_ON = """SELECT id FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
-        AND status IN ('pending', 'running', 'stopping', 'stopped')"""
+    _ENDED = """SELECT value FROM json_each(:ids) WHERE NOT EXISTS (SELECT 1 FROM bgjobs_jobs
+        WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
         """Complete the handles of jobs that ended unnoticed, above all in another process."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
-            rows = self._store.read(self._GOING_ON, {"ids": json.dumps(ids)})
-            self.complete(set(ids) - {row["id"] for row in rows})
+            ended = self._store.read(self._ENDED, {"ids": json.dumps(ids)})
+            self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; call its callbacks, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
         with self._lock:
-            handles = self.watched.get(handle.id)
-            if handles is not None:
-                handles.discard(handle)
-                if not handles:
-                    del self.watched[handle.id]
-            self._held.discard(handle)
-            if not handle._done_callbacks:
-                return
-            self._to_call_back.append(handle)
-            if self._caller is None:
-                caller = threading.Thread(target=self._call_back, name="bgjobs-callbacks",
-                                          daemon=True)
-                try:
-                    caller.start()                        # it waits for the lock
-                    self._caller = caller
-                except RuntimeError as error:             # the next end tries again
-                    self._store.complain(f"bgjobs: {error}")
+            handles: Any = self.watched.get(handle.id, set())
+            handles.discard(handle)
+            if not handles:
+                self.watched.pop(handle.id, None)
+            self.held.discard(handle)
+            if handle._done_callbacks:
+                self._to_call_back.append(handle)
+            if self._to_call_back and self._caller is None:
+                with contextlib.suppress(RuntimeError):   # too many threads; the next end tries again
+                    self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
         while True:
@@ -3923,7 +3731,7 @@ class Handles:
                     return
                 handle = self._to_call_back.popleft()
             try:
-                contextvars.Context().run(handle._invoke_callbacks)      # type: ignore[attr-defined]
+                handle._invoke_callbacks()                # type: ignore[attr-defined]
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
             del handle
@@ -3932,11 +3740,6 @@ class Handles:
         """Block until the callbacks of complete handles have returned; not inside one of them."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
-
-    def close(self) -> None:
-        """Drop the handles of jobs that are not over."""
-        with self._lock:
-            self._held.clear()
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, where the thread is not and the lock may be held."""
@@ -4116,7 +3919,7 @@ class Dispatch:
         """Run one attempt, unless it is to stop already. Never raises."""
         if attempt.stop_requested:
             return
-        function = registry.find(attempt.name)
+        function = function_of(attempt.name)
         if function is None:
             attempt.outcome = UNKNOWN
             return
@@ -4142,8 +3945,7 @@ class Dispatch:
 
     def executor_of(self, function: Any) -> Any:
         """Return the executor that a function's attempts go to, or None for the workers."""
-        declared = registry.declared.get(function)
-        return declared.get("executor", self._core.executor) if declared else self._core.executor
+        return declared.get(function, {}).get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
         """Queue the outcome of an attempt. Return whether the caller should commit it now.
@@ -4255,7 +4057,7 @@ class Core:
 
     def is_broken(self, name: str) -> bool:
         """Whether the executor of a function took nothing lately."""
-        executor = self.dispatch.executor_of(registry.find(name))
+        executor = self.dispatch.executor_of(function_of(name))
         return self._elsewhere is not None and bool(self._elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
@@ -4319,11 +4121,11 @@ class Core:
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
-    def logs(self, job_id: int, *filters: Any, **named: Any) -> list[dict[str, Any]]:
+    def logs(self, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what `Job.logs` does; what was logged by now is among it."""
         if not self.store.closed:
             self.write_lines()
-        return read_logs(self.store, job_id, *filters, **named)
+        return read_logs(self.store, job_id, filters)
 
     _OUTCOME = """SELECT status, created_at, name, attempt, result, error
         FROM bgjobs_jobs WHERE id = :id"""
@@ -4357,9 +4159,7 @@ class Core:
     def operate(self, operation: str, job_id: int, by: str | None) -> None:
         """Apply an operation. Raises InvalidOperation, and KeyError if there is no such job."""
         by = None if by is None else " ".join(text_of(by, 200).split())
-        attempt = current_attempt()
-        own = attempt is not None and attempt.backend is self
-        author = (attempt.id, attempt.number) if attempt is not None and own else None
+        author = author_in(self)
         passed = threading.Event()
         for running in list(self.dispatch.attempts.values()):
             running.let_pass(passed)
@@ -4377,13 +4177,13 @@ class Core:
     # waiting
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool = False) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over, whichever process runs it."""
-        self.handles.watch(handle, hold)
+        self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
             self.store.flush()                            # its outcome may wait for company
-        complete(handle)                                  # it may have ended before it was watched
+        self.handles.complete([handle.id])                # it may have ended before it was watched
 
     def call_back(self, handle: Job[Any]) -> None:
         """Have the callbacks of a complete handle called."""
@@ -4472,14 +4272,15 @@ class Drain:
              timeout: float | None) -> bool:
         """Run other jobs until an attempt need not wait any more."""
         begun = idle_since = time.monotonic()
+        until = math.inf if timeout is None else begun + timeout
         clock = self._core.clock()
         while not wait(0):
             now = time.monotonic()
-            if timeout is not None and now - begun >= timeout:
+            if now >= until:
                 return False
-            if self.run_one() or self._core.clock() != clock:
-                idle_since, clock = time.monotonic(), self._core.clock()
-            elif now - idle_since > STANDING_CLOCK_SECONDS:
+            if self.run_one():
+                idle_since = now
+            elif now - idle_since > STANDING_CLOCK_SECONDS and self._core.clock() == clock:
                 raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
                                    "the clock of this runner stands")
             self._core.handles.look()
@@ -4640,7 +4441,7 @@ class Lifecycle:
             core.service.end(self._left(0.8, 1.0))
         self.presence.release()                           # if that write has failed
         dispatch.pool.close(self._left(0.8, 0.2))
-        core.handles.close()
+        core.handles.held.clear()                         # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
@@ -4771,6 +4572,14 @@ class Submitter:
         return Submitter(self._find_core, {**self._options, **options})
 
 
+def author_in(backend: Core) -> tuple[int, int] | None:
+    """Return the job and the attempt that this is called in, if they are of this runner."""
+    attempt = current_attempt()
+    if attempt is None or attempt.backend is not backend:
+        return None
+    return attempt.id, attempt.number
+
+
 def new_submission(backend: Core, fn: Callable[..., Any],
                    options: dict[str, Any]) -> Submission:
     """Return the row for a job of this function, but for its arguments."""
@@ -4779,14 +4588,13 @@ def new_submission(backend: Core, fn: Callable[..., Any],
         raise RuntimeError(
             f"{text_of(fn)} was submitted while its module was imported in the process of an "
             'isolated attempt: put the calls that start the app below `if __name__ == "__main__":`')
-    new = Submission(registry.name_of(fn))
-    declared = registry.declared.get(fn)
-    given = {**declared, **options} if declared else options
+    new = Submission(name_of(fn))
+    given = {**declared[fn], **options} if fn in declared else options
     if given:
         _apply_options(backend, new, fn, given)
-    if attempt is not None and attempt.backend is backend:
+    new.author = author_in(backend)
+    if attempt is not None and new.author is not None:
         attempt.raise_if_stopped()
-        new.author = attempt.id, attempt.number
         if "parent" not in given:
             new.parent_id = attempt.id
             attempt.has_children = True
@@ -4824,7 +4632,7 @@ def _apply_options(backend: Core, new: Submission, fn: Callable[..., Any],
         if given.get(name) is not None:
             setattr(new, name, stored(given[name]))
     if "name" in given:
-        registry.by_name.setdefault(new.name, fn)
+        functions.setdefault(new.name, fn)
     if given.get("isolate"):
         door("isolate")
     if new.run_at is None and given.get("delay"):
@@ -4863,13 +4671,13 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
 
 
 # What the options of a Runner must be: name -> (test, in words).
-_RUNNER_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+_RUNNER_OPTIONS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
-    "callback": (lambda v: v is None or v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
+    "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
     "journal": (("wal", "delete").__contains__, '"wal" or "delete"'),
-    "retention": (lambda v: v is None or set(v) <= set(RETENTION) and are_seconds(v.values()),
+    "retention": (lambda v: set(v) <= set(RETENTION) and are_seconds(v.values()),
                   f"None or a dict of seconds for {', '.join(RETENTION)}"),
 }
 
@@ -5202,7 +5010,7 @@ class Service:
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
         lost.worked = max(0.0, lost.ran - lost.waited)
-        lost.fail(attempt.took_too_long)
+        lost.time_out()
         if tx.end(lost):
             self._core.remember_exception(lost)
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
@@ -5239,7 +5047,7 @@ class Service:
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
                 self._store.write(lambda tx: tx.limits.unblock(key))
-            elif registry.find(name) is not None and not self._core.is_broken(name):
+            elif function_of(name) is not None and not self._core.is_broken(name):
                 while self._store.write(lambda tx: unpark(tx, key)):
                     pass
 
@@ -5374,15 +5182,13 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
     """Return when a schedule is due next: never later than if it began now, for the clock may
-    have been set back. In an hour if this process cannot tell: the process that registered the
-    schedule may know other time zones."""
+    have been set back. Its `next_at` if only other processes have the data of its zone."""
+    due: float = row["next_at"]
     try:
         times = schedule_of(row["schedule"], row["zone"])
-    except ValueError as error:
-        say(logging.ERROR, f"schedule {row['id']} ({row['name']}) cannot be followed: {error}; "
-             "looking again in an hour")
-        return now + 3_600
-    return min(times.next(row["next_at"], now), times.next(now, now))
+    except ValueError:
+        return due
+    return min(times.next(due, now), times.next(now, now))
 
 
 TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
@@ -5403,28 +5209,28 @@ def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
 def run_schedules(tx: Transaction) -> None:
     """Make a job for each schedule that is due, unless its last one is not over."""
     for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
-        if _make_job(tx, row, _next_time(row, tx.now)) is None:
-            tx.log(row["job_id"], logging.WARNING, f"its schedule, {row['schedule']}, was due "
-                   "again, and skipped: this job is not over")
+        next_at = _next_time(row, tx.now)
+        if next_at > tx.now:
+            _make_job(tx, row, next_at)
 
 
 def clock_was_set_back(tx: Transaction) -> None:
     """Let no schedule wait until the clock shows the time again at which it would have been due."""
-    for row in _rows(tx, SCHEDULE):
+    for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
 
 
-def describe_schedule(row: sqlite3.Row) -> dict[str, Any]:
+def describe_schedule(row: sqlite3.Row) -> Fields:
     """Return the `info` of a schedule: a dict of the JSON interface."""
-    is_followed = row["registered"] and not row["paused"]
-    return {**{name: row[name] for name in (
-                "id", "key", "schedule", "name", "label", "run_by", "last_at", "job_id",
-                "job_status", "runs", "skipped")},
-            **{name: bool(row[name]) for name in (
-                "low_priority", "system", "paused", "registered")},
-            **shown_arguments(row, kept_options(row["options"])),
-            "tz": row["zone"], "next_at": row["next_at"] if is_followed else None}
+    info = dict(row)
+    info |= shown_arguments(row, kept_options(info.pop("options")))
+    info["tz"] = info.pop("zone")
+    for name in ("low_priority", "system", "paused", "registered"):
+        info[name] = bool(info[name])
+    if info["paused"] or not info["registered"]:
+        info["next_at"] = None
+    return info
 
 
 REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
@@ -5438,7 +5244,7 @@ class Schedule:
     def __init__(self, core: Core, schedule_id: int) -> None:
         self._core, self.id = core, schedule_id
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Fields:
         """Return all that is known of it, as JSON values. Times are Unix seconds.
 
         registered: a living process has it in its code, else it makes no more jobs. skipped: how
@@ -5468,14 +5274,14 @@ class Schedule:
 
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
-        def remove(tx: Transaction, row: sqlite3.Row) -> str:
+        def remove(tx: Transaction, row: sqlite3.Row) -> None:
             deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._core.id})
             if not deleted.rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
                                        "another process that runs; remove it there")
             tx.execute(UNREGISTER_ALL, {"id": self.id})
-            return str(row["key"])
-        self._core.schedules.pop(self._change(remove), None)
+            self._core.schedules.pop(row["key"], None)
+        self._change(remove)
 
     def _set_paused(self, paused: bool) -> Schedule:
         self._change(lambda tx, row: tx.execute(SET_NEXT, {
@@ -5497,19 +5303,23 @@ class Schedule:
 
 # If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
 # was set back.
-SAVE_SCHEDULE = f"""INSERT INTO bgjobs_schedules
-    (key, schedule, zone, created_at, next_at, {", ".join(_JOB_COLUMNS)})
-    VALUES (:key, :schedule, :zone, :now, :first, {", ".join(f":{name}" for name in _JOB_COLUMNS)})
+SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
+        name, args, kwargs, options, label, run_by, low_priority, system, max_running)
+    VALUES (:key, :schedule, :zone, :now, :first,
+        :name, :args, :kwargs, :options, :label, :run_by, ifnull(:low_priority, 0), :system,
+        :max_running)
     ON CONFLICT (key) DO UPDATE SET
     next_at = CASE WHEN schedule = :schedule AND zone IS :zone THEN min(next_at, :first)
         ELSE :first END,
-    schedule = :schedule, zone = :zone, {", ".join(f"{name} = :{name}" for name in _JOB_COLUMNS)}"""
+    schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
+    options = :options, label = :label, run_by = :run_by, low_priority = ifnull(:low_priority, 0),
+    system = :system, max_running = :max_running"""
 SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tuple[Any, ...],
-             kwargs: dict[str, Any], options: dict[str, Any]) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
+             kwargs: Fields, options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
     for name in ("delay", "run_at", "parent", "connection"):
         if name in options:
@@ -5517,38 +5327,30 @@ def register(core: Core, schedule: float | str, fn: Callable[..., Any], args: tu
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
-    new.low_priority = new.low_priority or 0
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", registry.declared.get(fn, {}).get("tz")))[1]
+    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
     times = schedule_of(schedule, zone)
-    key = new.key or _call_as_key(new)
+    key = new.key
+    if key is None:                    # function and arguments, hashed if they are secret or long
+        arguments = f"{new.args or ''}{new.kwargs or ''}"
+        if len(arguments) > 400 or '"secret"' in (new.options or ""):
+            import hashlib
+            arguments = hashlib.sha256(arguments.encode()).hexdigest()
+        key = f"{new.name}({arguments})"
     asked = schedule, zone, new.name, new.args, new.kwargs
     known = core.schedules.setdefault(key, asked)
     if known != asked:
-        taken = f"the key {key!r} is taken by {known[2]}"
-        if not new.key:
-            taken = f"{new.name} with these arguments is scheduled already"
-        raise ValueError(f"{taken}, {known[0]}; give each schedule a key of its own")
+        raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
+                         "a key of its own")
     values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
               "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now,
-                                   "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
-
-
-def _call_as_key(new: Submission) -> str:
-    """Return the key of a schedule that was given none: function and arguments, hashed if they
-    are secret or long."""
-    arguments = f"{new.args or ''}{new.kwargs or ''}"
-    if len(arguments) > 400 or '"secret"' in (new.options or ""):
-        import hashlib
-        arguments = hashlib.sha256(arguments.encode()).hexdigest()
-    return f"{new.name}({arguments})"
 
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
@@ -5557,15 +5359,21 @@ def _call_as_key(new: Submission) -> str:
 # outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
 # by the parts of the next longer window, and removes the trees that have been over for long.
 
-# How many parts a window has, and of how many minutes.
+# How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
-AGES = 1 << 40             # minutes: one part for all that is older than the windows
 
-# {by}: the first columns of the rows, and what they are grouped by.
-SUMS = "SELECT {by}, " + ", ".join(
-    f"{name[-3:]}({name}) AS {name}" if name[-4:] in ("_min", "_max") else f"sum({name}) AS {name}"
-    for name in TALLIES) + """ FROM bgjobs_stats
-    WHERE minute BETWEEN :first AND :last AND name = ifnull(:name, name) GROUP BY {by}"""
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
+# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+STATS = """WITH RECURSIVE part (at) AS
+        (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
+    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
+    ifnull(sum(failed), 0), nullif(sum(started), 0),
+    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
+    nullif(sum(finished + failed), 0),
+    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    FROM part LEFT JOIN bgjobs_stats
+        ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
+    GROUP BY {by} ORDER BY {by}"""
 
 
 def count_created(core: Core) -> None:
@@ -5574,56 +5382,47 @@ def count_created(core: Core) -> None:
         core.store.write(Transaction.count_created)
 
 
-_NOTHING = {"created": 0, "started": 0, "finished": 0, "failed": 0, "waiting": None,
-            "running": None}
-
-
-def _counted(row: sqlite3.Row) -> dict[str, Any]:
-    """Return a row of SUMS as the JSON interface has it."""
-    counted = {name: row[name] for name in _NOTHING}
-    for name, count in (("waiting", row["started"]), ("running", row["finished"] + row["failed"])):
-        counted[name] = None if count == 0 else {
-            "avg": row[name] / count, "min": row[name + "_min"], "max": row[name + "_max"]}
-    return counted
-
-
-def read_statistics(core: Core, window: str, name: str | None) -> dict[str, Any]:
+def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     """Return the counts of a window; see Runner.stats."""
-    if window not in [*WINDOWS]:
+    if window not in WINDOWS:
         raise ValueError(f"window must be {', '.join(WINDOWS)}, got {short(window)}")
+    count_created(core)
     count, step = WINDOWS[window]
     last = int(core.clock() // 60)
-    first = (last // step - count + 1) * step
-    count_created(core)
+    bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> dict[Any, dict[str, Any]]:
-        bounds = {"first": first, "last": last, "name": name}
-        return {row[0]: _counted(row)
-                for row in core.store.read(SUMS.format(by=by), bounds)}
-    parts = sums(f"minute / {step}")
-    return {"window": window, "name": name, "from": first * 60, "to": (last + 1) * 60,
-            "parts": [{"at": part * step * 60, **parts.get(part, _NOTHING)}
-                      for part in range(first // step, last // step + 1)],
-            "total": sums("NULL").get(None, _NOTHING),
-            "functions": [{"name": name, **counted} for name, counted in sums("name").items()]}
+    def sums(by: str) -> list[tuple[Any, Fields]]:
+        times = "avg", "min", "max"
+        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
+                              running=row[9] and dict(zip(times, row[10:]))))
+                for row in core.store.read(STATS.format(by=by), bounds)]
+    return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
+            "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
+            "total": sums("NULL")[0][1],
+            "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-FORGET_MINUTES = "DELETE FROM bgjobs_stats WHERE minute BETWEEN :first AND :last"
+# The minute under which a row is kept: the first of the part, in the next longer window, of those
+# that it has left.
+FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
+    WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
+    WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
+FOLDED = f"""SELECT {FOLD} AS part, name, sum(created), sum(started), sum(finished), sum(failed),
+    sum(waiting), min(waiting_min), max(waiting_max),
+    sum(running), min(running_min), max(running_max)
+    FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
+FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
     """Sum up the rows that have left each window by the parts of the next longer window, and
     after the longest for good."""
-    now = int(core.clock() // 60)
-    for (count, step), (_, longer) in itertools.pairwise((*WINDOWS.values(), (1, AGES))):
-        bounds = {"first": 0, "last": now - (count + 1) * step, "name": None}
-
-        def fold(tx: Transaction) -> None:
-            by_part = SUMS.format(by=f"minute / {longer} * {longer}, name")
-            sums = tx.execute(by_part, bounds).fetchall()
-            tx.execute(FORGET_MINUTES, bounds)
-            tx.executemany(SAVE_TALLIES, sums)
-        core.store.write(fold)
+    def fold(tx: Transaction) -> None:
+        now = {"now": int(tx.now // 60)}
+        sums = tx.execute(FOLDED, now).fetchall()
+        tx.execute(FORGET_FOLDED, now)
+        tx.executemany(SAVE_TALLIES, sums)
+    core.store.write(fold)
 
 
 PRUNE_IDS = 2_000          # ids that a prune looks at together
@@ -5642,12 +5441,13 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j
 def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
     """Remove expired jobs for PRUNE_SECONDS and return how many; a job may have thousands of log
     lines."""
-    ids, until = tx.execute(EXPIRED, which).fetchall(), time.perf_counter() + PRUNE_SECONDS
-    for count, (job_id,) in enumerate(ids, 1):
+    until, count = time.perf_counter() + PRUNE_SECONDS, 0
+    for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
+        count += 1
         if time.perf_counter() > until:
-            return count
-    return len(ids)
+            break
+    return count
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
@@ -5661,7 +5461,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
         which = {"after": after, "until": after + PRUNE_IDS,
                  "finished": now - finished, "failed": now - failed}
-        while core.store.read(EXPIRED + " LIMIT 1", which):
+        while core.store.read(EXPIRED, which):
             removed += core.store.write(lambda tx: _remove_some(tx, which))
             current_job().checkpoint()
     return removed
@@ -5697,67 +5497,56 @@ FEW = 10_000               # if a status has fewer jobs than that, all of them a
 MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
-# Filters
+# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL, and
+# raises any error if the value is not what the reader's second part says it must be.
 
-class Reader(NamedTuple):
-    """How a parameter is read, from a Python value or a text of a URL: `read` raises an error if
-    the value is not as `must_be` says."""
-
-    read: Callable[[Any], Any]
-    must_be: str
+A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
+A_TIME = (float, "Unix seconds")
+A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
 
 
-def read_value(name: str, value: Any, reader: Reader) -> Any:
+def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    read, must_be = reader
     try:
-        return reader.read(value)
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(f"{name} must be {reader.must_be}, got {short(value)}") from None
+        return read(str(value).lower() if reader is A_TRUTH else value)
+    except Exception:
+        raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
 
-def _natural(value: Any) -> int:
-    number = int(value)
-    if not 0 <= number <= MAX_ID:
-        raise ValueError
-    return number
+def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions of some filters, and their values by name.
 
+    known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
+    pass. Raises TypeError if there is no such filter, ValueError if a value is bad.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
+    values = {name: read_value(name, value, known[name][0]) for name, value in given.items()
+              if value is not None or name == "parent"}
+    return [known[name][1] for name in known if name in values and known[name][1]], values
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
-A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
-A_TEXT = Reader(lambda value: str.encode(value).decode(), "a text")   # one in UTF-8
-A_TIME = Reader(_finite, "Unix seconds")
-A_NUMBER = Reader(_natural, "a whole number")
-A_LIMIT = Reader(lambda value: MAX_ID if value is None else _natural(value),
-                 "a whole number, 0 or more, or None")
-_A_STATUS = Reader(
-    lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
-    f"one of {', '.join(STATUSES)}")
-_A_PARENT = Reader(
-    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)),
-    "the id of a job, or none")
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS: dict[str, tuple[Reader, str]] = {                # each with its condition
-    "status": (_A_STATUS, ""),                            # see _is_one_of
+FILTERS: dict[str, Any] = {
+    "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
+                                     key=STATUSES.index), f"one of {', '.join(STATUSES)}"), ""),
     "name": (A_TEXT, "name = :name"),
     "run_by": (A_TEXT, "run_by = :run_by"),
     "errors": (A_TRUTH, "(own_errors + failed > 0) = :errors"),
     "low_priority": (A_TRUTH, "low_priority = :low_priority"),
-    "parent": (_A_PARENT, _CHILDREN),                     # _ROOTS if it is None
+    "parent": ((lambda value: None if value in (None, "none")
+                else A_NUMBER[0](getattr(value, "id", value)), "the id of a job, or none"),
+               _CHILDREN),                                # _ROOTS if it is None
     "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
     # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
-    "q": (Reader(text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
+    "q": ((text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
         || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q))
         OR instr(ifnull(options, ''), '"secret"') = 0
         AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
@@ -5770,22 +5559,14 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
     False. q: an id, or a part of the name, label, arguments, message or run_by. parent: an id or a
     Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
-    seconds. A filter that is None, but for parent, lets every job pass.
-    Raises TypeError if there is no such filter, ValueError if a value is bad.
+    seconds. Raises as `read_filters` does.
     """
-    for name in filters:
-        if name not in FILTERS:
-            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    values: dict[str, Any] = {"status": list(STATUSES), "system": False}
-    values |= {name: read_value(name, value, FILTERS[name][0]) for name, value in filters.items()
-               if value is not None or name == "parent"}
-    where = [condition for name, (_, condition) in FILTERS.items() if condition and name in values]
-    if values["system"]:
+    where, values = read_filters({"system": False, "status": STATUSES, **filters}, FILTERS)
+    if values.get("system"):
         where.remove(_NO_SYSTEM)
-    if "parent" in values and values["parent"] is None:
+    if values.get("parent", 0) is None:
         where[where.index(_CHILDREN)] = _ROOTS
-    if "q" in values:
-        values["json"] = dump(values["q"])[1:-1]
+    values["json"] = dump(values.get("q", ""))[1:-1]
     return where, values
 
 
@@ -5800,13 +5581,21 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     there may be fewer than `limit` among them, even none, and more further down.
     """
     where, values = conditions(filters)
-    limit = read_value("limit", limit, A_LIMIT)
-    values |= {"before": read_value("before", before, A_LIMIT), "limit": limit + 1}
+    limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
+    values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
+    values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    if _are_at_hand(store, statuses, where):
+    # Indexes have the jobs of these statuses in order, or they have so few that all can be sorted.
+    unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
+    indexed = [condition for condition in where if condition in _INDEXED]
+    at_hand = _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
+        count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted)
+    if at_hand:
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
-        newest, bottom = _newest(store, [_is_one_of(statuses), *where], values, most)
+        values["statuses"] = json.dumps(statuses)
+        of_status = "status IN (SELECT value FROM json_each(:statuses))"
+        newest, bottom = newest_jobs(store, [of_status, *where], values, most)
         queries = [newest]
     ids = [row[0] for query in queries for row in store.read(
         f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
@@ -5814,59 +5603,43 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for statuses. Without pending, it lets SQLite use bgjobs_begun."""
-    if len(statuses) == len(STATUSES):
-        return "1"
-    is_one = f"status IN ({', '.join(map(repr, statuses))})"
-    return is_one if PENDING in statuses else f"{is_one} AND status <> 'pending'"
-
-
-# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through
-# all children.
-_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
-                 "parked": "parked IS NOT NULL"}
+# The pending jobs by the indexes that have them, each job once. These are named, else SQLite walks
+# through all children.
+_PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
+        AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
+        AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
+        AND parked IS NOT NULL AND root_id IS NULL"""
+_PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_children WHERE {where}
+        AND parent_id IS NOT NULL AND queue IS NOT NULL""")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes
-    of the status."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
-    indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
-    if _ROOTS in where:
-        del indexes["ready_children"]
-        where.append("root_id IS NULL")                   # bgjobs_parked has that, too
-    return " UNION ALL ".join(
-        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
-        for index, jobs in indexes.items())
+    """Return the query for the ids of the jobs of a status that fulfil conditions."""
+    fulfilled = " AND ".join([f"status = '{status}'", *where])
+    if status == PENDING:
+        return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
+    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
 
 
-def _count(store: Store, query: str, values: dict[str, Any], limit: int) -> int:
-    rows = store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)
-    return int(rows[0][0])
+def count_at_most(store: Store, status: str, where: list[str], values: dict[str, Any],
+                  most: int) -> int:
+    """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
+    query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
+    return int(store.read(query, values)[0][0])
 
 
-def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
-    return _count(store, _of_status(status, where), {}, limit) < limit
+# The first id that was given out at a time or later: a binary search for the last one before.
+_FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
+    UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
+        WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
+    FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
-def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be
-    sorted."""
-    in_order = where == _INDEXED
-    needs_a_search = len(statuses) == len(STATUSES) and not in_order
-    if needs_a_search or _CHILDREN in where:
-        return False
-    indexed = [condition for condition in where if condition in _INDEXED]
-    to_sort = [status for status in statuses if status == PENDING or not in_order]
-    return all(_has_few(store, status, indexed, FEW) for status in to_sort)
-
-
-def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None
-            ) -> tuple[str, int | None]:
+def newest_jobs(store: Store, where: list[str], values: dict[str, Any], most: int | None
+                ) -> tuple[str, int | None]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
     values: its :before limits the search, and :lowest is set.
@@ -5877,11 +5650,9 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
     values["lowest"] = 0
     if most is not None:
         # Ids go up with time, give or take an hour if the clock was set.
-        if "created_from" in values:
-            values["lowest"] = _first_id_since(store, values["created_from"] - 3_600)
-        if "created_to" in values:
-            first_later = _first_id_since(store, values["created_to"] + 3_600)
-            values["before"] = min(values["before"], first_later)
+        bounds = [store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
+            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600)]
+        values["lowest"], values["before"] = bounds[0], min(values["before"], bounds[1])
         last = (most // 6 if "q" in values else most) - 1
         for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
                               values):
@@ -5889,26 +5660,15 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
     return " AND ".join([jobs, *where]), bottom
 
 
-CREATED_SINCE_ID = "SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1"
-
-
-def _first_id_since(store: Store, created_at: float) -> int:
-    """Return the first id that was given out at that time or later."""
-    def created(job_id: int) -> float:
-        rows = store.read(CREATED_SINCE_ID, {"id": job_id})
-        return rows[0][0] if rows else math.inf
-    ids = range(store.read(HIGHEST_ID)[0][0] + 1)
-    return bisect.bisect_left(ids, created_at, key=created)
-
-
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
 # The eta is the longer of the attempt's own estimate and that of its tree, whose rate is its mean;
 # if there is neither, it follows from the mean run time of the function.
-INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
+_INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
-        status IN ('running', 'stopping') AS active FROM bgjobs_jobs WHERE id {which}),
+        status IN ('running', 'stopping') AS active FROM bgjobs_jobs
+        WHERE id IN (SELECT value FROM json_each(:ids))),
     estimate AS (SELECT *, CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
         CASE WHEN active AND total AND tree_progress > 0
             THEN ran * (total - tree_progress) / tree_progress END AS tree,
@@ -5922,17 +5682,20 @@ INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
     CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
         ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
-    ran AS duration, own_errors + failed AS errors, low_priority, system,
+    ran AS duration, own_errors + failed AS errors,
+    CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
+    CASE WHEN system THEN 'true' ELSE 'false' END AS system,
     CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
         WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
         ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
             / (total + 1))) END AS progress,
     CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
         ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
-    total, done, failed, running, ifnull(root_id, id) AS root_id, args, kwargs, state, result,
-    error, options FROM estimate ORDER BY id DESC"""
-# These have a place of their own, or another form, in an info.
-_COUNTS = ("total", "done", "failed", "running")
+    json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
+    ifnull(root_id, id) AS root_id, args, kwargs, state, result,
+    ifnull(nullif(json_extract(error, '$.traceback'), ''),
+        json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
+    options FROM estimate ORDER BY id DESC"""
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
@@ -5940,95 +5703,63 @@ def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
 
     It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
     """
-    which = "IN (SELECT value FROM json_each(:ids))"
-    rows = store.read(INFO.format(which=which), {"now": store.clock(), "ids": json.dumps(ids)})
-    return [_described({**row}) for row in rows]
-
-
-def _described(info: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of INFO in the form of an info."""
-    options = kept_options(info.pop("options"))
-    info["children"] = {name: info.pop(name) for name in _COUNTS}
-    for name in ("low_priority", "system"):
-        info[name] = bool(info[name])
-    info |= shown_arguments(info, options)
-    for name in ("state", "result", "error"):
-        info[name] = _parsed(info[name])
-    error = info["error"]
-    if error:
-        info["error"] = error["traceback"] or f"{error['type']}: {error['text']}"
-    info["operations"] = allowed_operations(info["status"], options, info["system"],
-                                            info["children"]["running"] > 0)
-    return info
-
-
-def _parsed(text: str | None) -> Any:
-    """Return the JSON value of a column."""
-    return json.loads(text) if text else None
+    infos: list[dict[str, Any]] = []
+    for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
+        info = {**row}
+        for name in ("children", "low_priority", "system", "state", "result"):
+            info[name] = json.loads(info[name] or "null")
+        options = kept_options(info.pop("options"))
+        infos.append({**info, **shown_arguments(info, options), "operations": allowed_operations(
+            info["status"], options, info["system"], info["children"]["running"] > 0)})
+    return infos
 
 
 def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args, kwargs = _parsed(row["args"]) or [], _parsed(row["kwargs"]) or {}
-    secret = {*options.get("secret", ())}                 # names, and positions
-    for name in secret & {*kwargs}:
-        kwargs[name] = MASK
-    for position in secret & {*range(len(args))}:
-        args[position] = MASK
+    args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
+    for place in options.get("secret", ()):               # a name, or a position
+        if place in kwargs:
+            kwargs[place] = MASK
+        elif place in range(len(args)):
+            args[place] = MASK
     return {"args": args, "kwargs": kwargs}
 
 
 # A job's log
 
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
-    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
-    ORDER BY id {order} LIMIT :limit"""
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
+_WHOLE_TREE = """job_id IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT id FROM tree)"""
+_LOG_FILTERS: dict[str, Any] = {
+    "level": ((lambda value: A_NUMBER[0](getattr(logging, str(value).upper(), value)),
+               "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number"), "level >= :level"),
+    "text": ((lambda value: re.compile(re.escape(value), re.IGNORECASE), "a text"), ""),
+    "regex": ((re.compile, "a regular expression"), ""),
+    "since": (A_TIME, "at >= :since"),
+    "until": (A_TIME, "at <= :until"),
+    "after": (A_NUMBER, "id > :after"),
+    "limit": (A_NUMBER, ""),
+    "tree": (A_TRUTH, ""),
+}
 
 
-def read_logs(store: Store, job_id: int, level: str | int | None, text: str | None,
-              since: float | None, until: float | None, after: int, limit: int | None, tree: bool,
-              regex: str | None = None) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
-    The filters are those of Job.logs. Raises ValueError if one is bad.
+    The filters are those of Job.logs. Raises as `read_filters` does.
     """
-    limit = read_value("limit", limit, A_LIMIT)
-    needle = read_value("text", text or "", A_TEXT).lower()
-    found_in = _search_function(regex)
-    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="ASC" if after else "DESC")
-    rows = store.read(sql, {
-        "id": job_id, "after": read_value("after", after or 0, A_NUMBER),
-        "level": read_value("level", level, _A_LEVEL),
-        "since": read_value("since", since or 0.0, A_TIME),
-        "until": math.inf if until is None else read_value("until", until, A_TIME),
-        "limit": MAX_ID if text or regex else limit})
-    passing = [row for row in rows
-               if needle in row["message"].lower() and found_in(row["message"])]
-    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in passing[:limit]]
-    return lines if after else lines[::-1]
-
-
-def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that finds a regular expression in a text. Raises ValueError if it is
-    none."""
-    import re
-    try:
-        return re.compile(regex or "").search
-    except (re.error, OverflowError, RecursionError, TypeError) as error:
-        raise ValueError(f"regex {short(regex)} is no regular expression: {error}") from None
-
-
-def _level_number(level: str | int | None) -> int:
-    if not isinstance(level, str):
-        return _natural(level or 0)
-    return _natural(level if level.isdecimal() else logging.getLevelName(level.upper()))
-
-
-_A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
+    where, values = read_filters(filters, _LOG_FILTERS)
+    patterns = [values.pop(name) for name in ("text", "regex") if name in values]
+    where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
+    limit, follows = values.get("limit", MAX_ID), values.get("after", 0) > 0
+    rows = store.read(
+        f"""SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE {' AND '.join(where)}
+            ORDER BY id {'ASC' if follows else 'DESC'} LIMIT :most""",
+        {**values, "id": job_id, "most": MAX_ID if patterns else limit})
+    lines = [{**row, "level": logging.getLevelName(row["level"])} for row in rows
+             if all(pattern.search(row["message"]) for pattern in patterns)][:limit]
+    return lines if follows else lines[::-1]
 
 
 # ---- 17 The default runner ----------------------------------------------------------------------
@@ -6043,8 +5774,8 @@ _default_lock = threading.Lock()       # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options are those of Runner. Raises RuntimeError if there is a default runner on
-    another file, or one for which options come too late.
+    path and options are those of Runner. Raises RuntimeError if there is a default runner already
+    and options are given, or another path.
     """
     global _default
     with _default_lock:
@@ -6052,12 +5783,9 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
         if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
-        if path is not None and os.path.abspath(path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already; close() it, or "
-                               "make a Runner of your own")
-        if options:
-            raise RuntimeError("the default runner has been made already; call start() with its "
-                               "options before the first submit")
+        if options or os.path.abspath(path or runner.path) != runner.path:
+            raise RuntimeError(f"the default runner is on {runner.path} already, and has its "
+                               "options; close() it first, or make a Runner of your own")
         return runner.start()
 
 
@@ -6082,7 +5810,13 @@ def default_runner() -> Runner:
     return runner
 
 
-_submitter = Submitter(lambda: default_runner().core, {})
+def _default_core() -> Core:
+    """Return what the module's functions ask: in a job, whatever its attempt asks."""
+    attempt = current_attempt()
+    return default_runner().core if attempt is None else attempt.backend
+
+
+_submitter = Submitter(_default_core, {})
 submit = _submitter.submit
 submit_many = _submitter.submit_many
 every = _submitter.every
@@ -6092,8 +5826,7 @@ options = _submitter.options
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
     """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        result: _T = getattr(default_runner(), method.__name__)(*args, **kwargs)
-        return result
+        return method(default_runner(), *args, **kwargs)
     # Of a bound method, so that help() shows the signature without `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
@@ -6924,13 +6657,13 @@ class RunnerProxy:
                 link.join(LOSS_SECONDS)                   # the runner has read the outcome then
 
     def _function(self) -> Callable[..., Any]:
-        """Import the function, and have the registry know it by the job's name."""
+        """Import the function, and have this process know it by the job's name."""
         import importlib
         name = self._given["module"]
         is_main = name == import_name("__main__") and not self._is_isolated
         module = sys.modules["__main__"] if is_main else importlib.import_module(name)
         function: Callable[..., Any] = operator.attrgetter(self._given["function"])(module)
-        registry.by_name[self._attempt.name] = function
+        functions[self._attempt.name] = function
         return function
 
     # the connection
@@ -7064,9 +6797,9 @@ class RunnerProxy:
         """Return a job's status. KeyError: there is no such job."""
         return self.ask("status", job_id)
 
-    def logs(self, job_id: int, *filters: Any) -> Any:
+    def logs(self, job_id: int, filters: dict[str, Any]) -> Any:
         """Return what Job.logs() does."""
-        return self.ask("logs", job_id, *filters)
+        return self.ask("logs", job_id, filters)
 
     def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
         """Return the ids of the jobs that pass the filters."""
@@ -7081,7 +6814,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
@@ -8426,7 +8159,7 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
             "attempt": row["attempt"], "started_at": row["since"] or row["started_at"],
             "ended_at": row["finished_at"],
             "outcome": row["status"] if row["status"] in OVER else None, "error": None})
-    return {"attempts": attempts, "positions": _parsed(row["positions"]) or []}
+    return {"attempts": attempts, "positions": json.loads(row["positions"] or "[]")}
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
@@ -8436,13 +8169,13 @@ def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], l
     counts, at_least, bottom = dict.fromkeys(STATUSES, 0), [], None
     an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
     if not an_index_counts:
-        newest, bottom = _newest(store, where, values, SEARCH_LIMIT)
+        newest, bottom = newest_jobs(store, where, values, SEARCH_LIMIT)
         rows = store.read(f"SELECT status, count(*) FROM {newest} GROUP BY status", values)
         counts.update(map(tuple, rows))
     for status in STATUSES:
-        counts_again = bottom is not None and _has_few(store, status, [], FEW // 10)
+        counts_again = bottom is not None and count_at_most(store, status, [], {}, FEW // 10) < FEW // 10
         if an_index_counts or counts_again:
-            counts[status] = _count(store, _of_status(status, where), values, COUNT_LIMIT)
+            counts[status] = count_at_most(store, status, where, values, COUNT_LIMIT)
         elif bottom is not None and counts[status] < COUNT_LIMIT:
             at_least.append(status)
         counts[status] = min(counts[status], COUNT_LIMIT)
@@ -8470,11 +8203,15 @@ _COUNTERS = {
 }
 
 
+COUNTED_BY_NAME = """SELECT name, sum(created) AS created, sum(started) AS started,
+    sum(finished) AS finished, sum(failed) AS failed, sum(waiting) AS waiting,
+    sum(running) AS running FROM bgjobs_stats GROUP BY name"""
+
+
 def metrics(core: Core) -> str:
     """Return counters and gauges in the text format of Prometheus, version 0.0.4."""
     count_created(core)
-    ages = {"first": 0, "last": AGES, "name": None}
-    functions = core.store.read(SUMS.format(by="name"), ages)
+    functions = core.store.read(COUNTED_BY_NAME)
     runners = core.store.read(RUNNERS)
     return "".join([
         _metric("jobs", f"Jobs by status, counted up to {COUNT_LIMIT - 1:,}.",
@@ -8862,7 +8599,7 @@ class Page:
             "level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False}
         filters.update(request.parameters(*filters))
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
-        return {"logs": self.core.logs(job_id, **filters)}
+        return {"logs": self.core.logs(job_id, filters)}
 
     def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
         return attempts_of(self.core.store, self._info(number)["id"])

@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import operator
 import os
 import pathlib
 import random
@@ -463,7 +464,7 @@ class NoZone(datetime.tzinfo):
 REFUSED = [
     (float("nan"), "not JSON compliant"), (float("inf"), "not JSON compliant"), ({1: 2}, "the key 1 is no string"),
     ({(1, 2): 3}, "is no string"), (object(), "is of type object"), (lambda: 0, "is of type function"),
-    (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "nested too deeply"),
+    (10**5000, "digits"), ("x" * 300_000, "more than the 262,144 allowed"), (nested_list(100_000), "recursion depth"),
     ({(1, 2)}, "a set of tuples"), ({frozenset()}, "frozenset"), (1 + 2j, "complex"), (range(3), "range"),
     ({SilentKey()}, "SilentKey"), ({SilentKey(): 1}, "SilentKey"), (NoModule(), "is of type NoModule"),
     (datetime.datetime(2026, 1, 1, tzinfo=NoZone()), "NoZone"), (pathlib.PureWindowsPath("C:/x"), "is of type PureWindowsPath"),
@@ -617,13 +618,11 @@ class NoOffset(datetime.tzinfo):
 
 
 class TestFunctions:
-    @pytest.mark.parametrize("function,reason", [
-        (lambda: 0, "a lambda has no name"), (outer(), "defined inside a function"), (functools.partial(add, 1), "partial objects"),
-        (3, "not callable"), (Tasks().double.__call__, "no import path|leads to"), ([].append, "leads to|no import path"),
-        (contextlib.suppress(), "not callable"),
-    ], ids=["lambda", "nested", "partial", "int", "wrapper", "bound", "object"])
-    def test_a_function_that_cannot_be_imported_again_is_refused(self, idle, function, reason):
-        with pytest.raises(TypeError, match=reason):
+    @pytest.mark.parametrize("function", [
+        lambda: 0, outer(), functools.partial(add, 1), 3, None, Tasks().double.__call__, [].append, contextlib.suppress(),
+    ], ids=["lambda", "nested", "partial", "int", "none", "wrapper", "bound", "object"])
+    def test_a_function_that_cannot_be_imported_again_is_refused(self, idle, function):
+        with pytest.raises(TypeError, match="cannot be a job: the name .* does not lead to it.* submit one that is defined with def"):
             idle.submit(function)
         assert idle.jobs() == []
 
@@ -713,7 +712,7 @@ class TestFunctions:
                     datetime.datetime(2026, 1, 1, tzinfo=NoOffset("raises")),
                     datetime.datetime(2026, 1, 1, tzinfo=NoOffset(None))]),
         ("max_running", [0, -1, 1.5, 2**63, True, "2"]),
-        ("secret", ["b", None, [5], (name for name in "b")])])
+        ("secret", ["b", 5, [5], (name for name in "b")])])
     def test_values_that_cannot_be_kept_as_they_are_are_refused(self, idle, name, values):
         for value in values:
             with pytest.raises(ValueError, match=f"{name} must be .*, got "):
@@ -731,6 +730,13 @@ class TestFunctions:
         for filters in ({"created_from": 10**400}, {"name": ["a"]}, {"name": "\udcff"}, {"run_by": 5}):
             with pytest.raises(ValueError, match=next(iter(filters))):
                 idle.jobs(**filters)
+
+    def test_none_is_the_default_of_each_option(self, idle):
+        nothing = dict.fromkeys(bgjobs.OPTIONS.keys() - {"executor"})
+        first, second = idle.submit(add, 1), idle.options(**nothing).submit(add, 1)
+        assert idle.drain() == 2
+        facts = ("name", "label", "status", "errors", "low_priority", "run_by", "parent_id", "operations")
+        assert [first.info()[fact] for fact in facts] == [second.info()[fact] for fact in facts]
 
     def test_options_and_arguments_of_the_function_never_clash(self, idle):
         job = idle.options(label="L", run_by="ann").submit(dict, label=1, fn=2, self=3, options=4)
@@ -893,11 +899,11 @@ class TestTimesOfSchedules:
         assert [bgjobs.Every(text).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5 h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
 
     @pytest.mark.parametrize("schedule,reason", [
-        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("1e3s", "five cron fields"), ("0s", "at least 0.01 s"),
+        ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("nans", "five cron fields"), ("0s", "at least 0.01"),
         ("", "five cron fields"), ("* * * *", "has five fields"), ("* * * * * *", "has five fields"), ("60 * * * *", "minute of a cron schedule is 0 to 59"),
         ("* 24 * * *", "hour .* is 0 to 23"), ("* * 0 * *", "day of month .* is 1 to 31"), ("* * * 13 *", "month .* is 1 to 12"),
-        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step .* greater than 0"),
-        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range .* goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
+        ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step of 1 or more"),
+        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range that goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
     def test_a_bad_schedule_is_refused_with_the_reason(self, idle, schedule, reason):
         with pytest.raises(ValueError, match=reason):
             idle.every(schedule, add, 1)
@@ -905,7 +911,7 @@ class TestTimesOfSchedules:
 
     @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, None, [1], 1e12])
     def test_bad_seconds_are_refused(self, idle, seconds):
-        with pytest.raises(ValueError, match="a schedule is|period of a schedule"):
+        with pytest.raises(ValueError, match="a schedule is seconds, at least 0.01"):
             idle.every(seconds, add, 1)
 
     @pytest.mark.parametrize("tz", ["Mars/Olympus", "../etc/passwd", 5, ""])
@@ -926,19 +932,19 @@ def simulate(roots, workers, seconds, arrivals=()):
     roots: {name: endless iterator of job lengths in seconds}.
     arrivals: [(time, name, lengths)] of roots that come later.
     """
-    streams, vtime, got, costs = {}, {}, {}, bgjobs.Costs()
+    streams, vtime, got, run_times = {}, {}, {}, bgjobs.RunTimes()
     running, arrivals, serial, clock, now = [], list(arrivals), itertools.count(), 0, 0.0
 
     def arrive(name, lengths):
         streams[name] = ((name, length) for length in lengths)
-        vtime[name], got[name] = bgjobs.entry_tag(vtime.get(name, 0), clock), got.get(name, 0.0)
+        vtime[name], got[name] = max(vtime.get(name, 0), clock), got.get(name, 0.0)
     for name, lengths in roots.items():
         arrive(name, lengths)
     while now < seconds:
         while len(running) < workers:
             queues = [(vtime[name], i, stream) for i, (name, stream) in enumerate(streams.items())]
             _, (name, length), tag, charge = next(
-                bgjobs.fair_order(queues, lambda job: costs.plan(job[0])[0]))
+                bgjobs.fair_order(queues, lambda job: run_times.charge(job[0])))
             clock = max(clock, tag)
             vtime[name] += charge
             running.append((now + length, next(serial), name, length, charge))
@@ -949,37 +955,29 @@ def simulate(roots, workers, seconds, arrivals=()):
             continue
         now, _, name, length, charge = running.pop(0)
         got[name] += length
-        costs.record(name, length)
+        run_times.record(name, length)
         vtime[name] += int(length * 1e6) - charge
     return got
 
 
 def estimates(reports, every=0.25):
-    """Follow a job as the page does: yield (seconds, progress, estimate) at each look, from reports (seconds, done, total)."""
-    pace, reports, now, last = bgjobs.Pace(), list(reports), 0.0, None
+    """Follow a job as the page does, from reports (seconds, done, total).
+
+    Yield (seconds, progress, estimate) at each look.
+    """
+    pace, reports, now, ends_at = bgjobs.Pace(resumed=False), list(reports), 0.0, None
     end = reports[-1][0]
-    pace.start(reports[0][1], reports[0][0])
     while now < end:
         now += every
+        newest = None
         while reports and reports[0][0] <= now:
-            last = reports.pop(0)
-        if last is not None:
-            at, done, total = last
-            pace.report(done, at)
-            yield now, done / total, bgjobs.time_left(total - done, pace.rate, pace.step + bgjobs.FLUSH_SECONDS, now - pace.at, pace.at)
-
-
-def tree_estimates(children, seconds, workers, every=0.05):
-    """The same for a tree of equal children."""
-    rate, at, done, now = bgjobs.Rate(), 0.0, 0, 0.0
-    ends = [(n // workers + 1) * seconds + 0.001 * (n % workers) for n in range(children)]
-    while now < ends[-1]:
-        now += every
-        while done < children and ends[done] <= now:
-            rate, at, done = rate.after(1, ends[done] - at, ends[done]), ends[done], done + 1
-        if done:
-            step = workers / rate.per_second
-            yield now, done / children, bgjobs.time_left(children - done, rate, step, now - at, at), ends[-1]
+            newest = reports.pop(0)
+        if newest is not None:
+            at, done, total = newest
+            left = pace.seconds_left(done, total, at)
+            ends_at = None if left is None else now + left
+        if ends_at is not None:
+            yield now, done / total, max(0.0, ends_at - now)
 
 
 class TestFairShares:
@@ -1010,29 +1008,31 @@ class TestFairShares:
         order = bgjobs.fair_order(roots, lambda job: 5)
         assert [job for _, job, _, _ in itertools.islice(order, 100)] == list(range(100))
 
-    def test_costs_follow_the_recent_runs_and_are_never_nothing(self):
-        costs = bgjobs.Costs()
-        assert costs.plan("new") == (bgjobs.UNKNOWN_COST * 1e6, float("inf"))
+    def test_charges_follow_the_recent_runs_and_are_never_nothing(self):
+        run_times = bgjobs.RunTimes()
+        assert run_times.charge("new") == bgjobs.UNKNOWN_COST * 1e6
+        assert run_times.occupies("new") == float("inf")
         for seconds in (1.0, *[0.0] * 60):
-            costs.record("f", seconds)
-        assert costs.plan("f")[0] == 1
+            run_times.record("f", seconds)
+        assert run_times.charge("f") == 1
 
     def test_only_known_short_jobs_are_claimed_ahead(self, idle):
         def ahead(function, *arguments, workers=1, **options):
             idle.options(**options).submit_many(function, [arguments] * 50)
-            claims = written(idle, lambda tx: claim(tx, idle, 1, 40, workers, costs))
+            claims = written(idle, lambda tx: claim(tx, idle, 1, 40, workers, run_times))
             for job in idle.jobs(limit=1000):
                 job.cancel()
-            return len(claims) - 1
-        costs = bgjobs.Costs({"test_bgjobs.add": 0.001, "test_bgjobs.nap": 1.0})
+            return len(claims.jobs) - 1
+        run_times = bgjobs.RunTimes({"test_bgjobs.add": 0.001, "test_bgjobs.nap": 1.0})
         assert ahead(add, 1) == 9 and ahead(add, 1, workers=4) == 38
         assert ahead(nap, 1, workers=8) == 0 == ahead(fail, workers=8) == ahead(add, 1, recover=False)
 
     @pytest.mark.parametrize("low_priority", [False, True])
     def test_a_claim_knows_whether_more_is_ready(self, idle, low_priority):
         def more_ready(free, ahead=0):
-            return written(idle, lambda tx: (len(claim(tx, idle, free, ahead, 4, costs)), tx.more_ready))
-        costs = bgjobs.Costs({"test_bgjobs.add": 0.0001, "test_bgjobs.nap": 1.0})
+            claims = written(idle, lambda tx: claim(tx, idle, free, ahead, 4, run_times))
+            return len(claims.jobs), claims.more_ready
+        run_times = bgjobs.RunTimes({"test_bgjobs.add": 0.0001, "test_bgjobs.nap": 1.0})
         root = idle.options(low_priority=low_priority).submit(add, 1)
         idle.options(parent=root).submit_many(add, [(1,)] * 5)
         assert [more_ready(4), more_ready(4), more_ready(1)] == [(4, True), (2, False), (0, False)]
@@ -1042,87 +1042,104 @@ class TestFairShares:
 
 
 class TestPace:
-    @pytest.mark.parametrize("children, seconds, workers", [(40, 5, 4), (400, 0.5, 4), (100, 1, 1), (1_000, 0.2, 8)])
-    def test_a_tree_on_several_workers_is_estimated_within_10_percent_from_the_first_tenth_on(self, children, seconds, workers):
-        looks = [look for look in tree_estimates(children, seconds, workers) if look[1] >= 0.1]
-        off = [look for look in looks if look[2] != pytest.approx(look[3] - look[0], rel=0.1, abs=seconds)]
-        assert len(off) <= len(looks) * 0.02, off[:5]
-
-    @pytest.mark.parametrize("items, seconds", [(10, 60), (20, 7), (100, 30), (5_000, 20), (1_000, 3_600)])
-    def test_at_a_steady_rate_the_estimate_is_within_10_percent_from_the_first_tenth_on(self, items, seconds):
+    @pytest.mark.parametrize("items, seconds", [
+        (10, 60), (20, 7), (100, 30), (5_000, 20), (1_000, 3_600)])
+    def test_at_a_steady_rate_the_estimate_is_within_10_percent_from_the_first_tenth_on(
+            self, items, seconds):
         looks = list(estimates([(i * seconds / items, i, items) for i in range(items + 1)]))
         late = [(now, left) for now, progress, left in looks if progress >= 0.1 and now < seconds]
-        assert late and all(left == pytest.approx(seconds - now, rel=0.1, abs=0.1) for now, left in late)
+        assert late
+        for now, left in late:
+            assert left == pytest.approx(seconds - now, rel=0.1, abs=0.3)
 
     def test_uneven_items_do_not_make_it_jump(self):
         chance = random.Random(3)
-        at = list(itertools.accumulate([0.0] + [chance.uniform(0.02, 0.18) for _ in range(600)]))
-        looks = [look for look in estimates([(seconds, i, 600) for i, seconds in enumerate(at)]) if look[1] > 0.1]
+        items = [chance.uniform(0.02, 0.18) for _ in range(600)]
+        at = list(itertools.accumulate([0.0, *items]))
+        reports = [(seconds, i, 600) for i, seconds in enumerate(at)]
+        looks = [look for look in estimates(reports) if look[1] > 0.1]
         for (now, _, left), (later, _, then) in itertools.pairwise(looks):
             assert abs((left - then) - (later - now)) < 0.05 * at[-1]
-        assert all(left == pytest.approx(at[-1] - now, rel=0.2, abs=2) for now, progress, left in looks)
+        for now, _, left in looks:
+            assert left == pytest.approx(at[-1] - now, rel=0.2, abs=2)
 
-    def test_a_job_that_slows_down_is_followed_and_one_that_stalls_takes_ever_longer(self):
-        slowing = [(i * 0.1, i, 200) for i in range(100)] + [(10 + i * 0.5, 100 + i, 200) for i in range(100)]
+    def test_a_job_that_slows_down_is_followed(self):
+        slowing = [(i * 0.1, i, 200) for i in range(100)]
+        slowing += [(10 + i * 0.5, 100 + i, 200) for i in range(100)]
         looks = {round(now): left for now, _, left in estimates(slowing)}
         assert looks[9] == pytest.approx(11, rel=0.1)        # nobody can know yet
-        assert looks[30] == pytest.approx(30, rel=0.4) and looks[50] == pytest.approx(10, rel=0.2)
-        stalling = [bgjobs.time_left(50, bgjobs.Rate(50, 50), 1.0, age, 50) for age in (0, 0.5, 1, 2, 5, 20, 100)]
-        assert stalling[:3] == [50, 49.5, 49] and stalling[2:] == sorted(stalling[2:]) and stalling[-1] > 90
+        assert looks[30] == pytest.approx(30, rel=0.4)
+        assert looks[50] == pytest.approx(10, rel=0.2)
 
     def test_a_resumed_attempt_counts_from_where_it_began(self):
-        pace = bgjobs.Pace()
-        pace.resume(500, 0)
+        pace = bgjobs.Pace(resumed=True)
+        assert pace.seconds_left(500, 1_000, 0.5) is None
+        for second in range(1, 11):
+            left = pace.seconds_left(500 + second, 1_000, 0.5 + second)
+        assert left == pytest.approx(490)
+
+    def test_what_is_done_in_no_time_tells_nothing_of_the_rate(self):
+        pace = bgjobs.Pace(resumed=False)
+        assert pace.seconds_left(50, 100, 0.01) is None
+        assert pace.seconds_left(51, 100, 1.01) == pytest.approx(49)
+
+    def test_an_attempt_without_news_has_less_and_less_left_but_never_less_than_nothing(self):
+        pace = bgjobs.Pace(resumed=False)
+        assert pace.seconds_left(5, 10, 5) == pytest.approx(5)
+        assert [pace.seconds_left(5, 10, at) for at in (7, 10, 60)] == pytest.approx([3, 0, 0])
+
+    def test_a_total_that_changes_and_units_that_begin_anew_do_no_harm(self):
+        pace = bgjobs.Pace(resumed=False)
         for second in range(11):
-            pace.report(500 + second, second)
-        assert pace.rate.per_second == pytest.approx(1.0) and pace.step == pytest.approx(1.0)
-
-    def test_a_first_report_in_no_time_counts_until_there_is_a_second(self):
-        pace = bgjobs.Pace()
-        pace.start(50, 0.01)
-        assert pace.rate.per_second == pytest.approx(5_000)
-        pace.report(51, 1.01)
-        assert pace.rate.per_second == pytest.approx(1.0)
-
-    def test_what_hangs_is_never_said_to_be_done_in_no_time(self):
-        assert [bgjobs.time_left(5, bgjobs.Rate(5, 5), 5, age, 5) for age in (5, 10, 60)] == [0, 5, 55]
-
-    def test_a_total_that_grows_or_is_exceeded_and_units_that_begin_anew_do_no_harm(self):
-        pace = bgjobs.Pace()
-        pace.start(0, 0)
-        for second in range(11):
-            pace.report(second * 3, second)                  # units a second, whatever the total is by now
-        assert pace.rate.per_second == pytest.approx(3.0)
-        assert bgjobs.time_left(-2, pace.rate, pace.step, 0, 10) == 0.0
-        pace.report(1, 11)
-        assert pace.rate.per_second is None
-        pace.report(3, 12)
-        assert pace.rate.per_second == pytest.approx(2.0)
-
-    def test_without_a_rate_nothing_is_claimed(self):
-        assert bgjobs.time_left(1, bgjobs.Rate(), 1.0, 0, 0) is None and bgjobs.time_left(1, bgjobs.Rate(0, 5), 1.0, 0, 0) is None
+            left = pace.seconds_left(second * 3, 90, second)     # units a second
+        assert left == pytest.approx(20)
+        assert pace.seconds_left(30, 120, 10) == pytest.approx(30)
+        assert pace.seconds_left(30, 28, 10) == 0.0
+        assert pace.seconds_left(1, 5, 11) is None
+        assert pace.seconds_left(3, 5, 12) == pytest.approx(1)
 
     def test_the_recent_rate_weighs_more(self):
-        rate = bgjobs.Rate()
-        for step in range(1, 101):
-            rate = rate.after(5 if step <= 50 else 1, 1.0, step)
-        assert 1 < rate.per_second < 2.5
+        pace, done = bgjobs.Pace(resumed=False), 0
+        for second in range(1, 101):
+            done += 5 if second <= 50 else 1
+            left = pace.seconds_left(done, done + 100, second)
+        assert 40 < left < 100
 
-    def test_a_row_is_estimated_by_its_tree_by_itself_or_by_its_history(self):
-        row = dict(status="running", name="f", total=0, progress=None, gained=None, seconds=None, returned=0, since=100.0, step=0.0,
-                   progress_at=None, tree_at=None, tree_gained=None, tree_seconds=None, tree_progress=0.0, running=0)
+    def test_a_job_is_estimated_by_its_tree_by_itself_or_by_its_history(self, make):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        job = idle.submit(add, 1)
+        claimed(idle, 1)
+        execute(idle, "INSERT INTO bgjobs_functions VALUES ('test_bgjobs.add', 30.0)")
 
-        def eta(**changes):
-            return bgjobs.eta_of({**row, **changes}, 110.0, 10.0, {"f": 30.0}.get)
-        assert eta() == 20.0 and eta(name="unknown") is None and eta(status="stopped") is None
-        assert bgjobs.eta_of(row, 140.0, 40.0, {"f": 30.0}.get) is None          # longer than ever
-        own = dict(progress=0.5, gained=0.5, seconds=10.0, step=1.0, progress_at=109.5)
-        assert eta(**own) == pytest.approx(9.5)
-        tree = dict(total=100, tree_progress=40.0, tree_gained=40.0, tree_seconds=10.0, tree_at=109.9, running=4)
-        assert eta(**tree) == pytest.approx(14.9)
-        assert eta(**tree, **{**own, "progress": 0.1}) == pytest.approx(17.5)    # it goes on making children
-        assert eta(**tree, **{**own, "progress": 0.1, "returned": 1}) == pytest.approx(14.9)
-        assert eta(**{**tree, "since": 109.5, "tree_at": 50.0}) == pytest.approx(14.5)       # resumed half a second ago
+        def eta(**columns):
+            changes = ", ".join(f"{name} = ?" for name in columns)
+            execute(idle, f"UPDATE bgjobs_jobs SET {changes}", *columns.values())
+            return job.eta
+        clock.now += 10
+        assert job.eta == pytest.approx(20)
+        clock.now += 30
+        assert job.eta is None                               # longer than ever
+        clock.now -= 30
+        assert eta(ends_at=clock.now + 5, progress=0.5) == pytest.approx(5)
+        assert eta(total=100, tree_progress=40.0) == pytest.approx(15)
+        assert eta(ends_at=clock.now + 50) == pytest.approx(50)          # it goes on making children
+        assert eta(returned=1) == pytest.approx(15)
+        assert eta(status="stopped") is None
+
+    @pytest.mark.parametrize("children, seconds, workers", [(400, 0.5, 4), (100, 1, 1), (1_000, 0.2, 8)])
+    def test_a_tree_of_equal_children_is_estimated_within_10_percent_from_the_first_tenth_on(
+            self, make, children, seconds, workers):
+        clock = Clock()
+        idle = make(start=False, clock=clock)
+        job = idle.submit(add, 1)
+        claimed(idle, 1)
+        begun, length = clock.now, children * seconds / workers
+        for percent in range(10, 100, 7):
+            clock.now = begun + length * percent / 100
+            done = (clock.now - begun) // seconds * workers
+            execute(idle, "UPDATE bgjobs_jobs SET total = ?, tree_progress = ?", children, done)
+            assert job.eta == pytest.approx(begun + length - clock.now, rel=0.1, abs=seconds)
 
 
 # ---- 6 Force stop ----------------------------------------------------------------------------------------------
@@ -1591,35 +1608,39 @@ SCHEMA_IN_FILE = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE tbl_
 
 
 class TestTables:
+    # The statements of the hot path; the plan where it is one step or a few.
+    BY_ID = ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"]
+    BY_IDS = [*BY_ID, "LIST SUBQUERY 1", "SCAN json_each VIRTUAL TABLE INDEX 1:"]
     HOT = {
-        "READY_ROOTS": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
+        "READY_ROOTS": [*BY_ID, "LIST SUBQUERY 1",
                         "SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_ready_roots (lane=?)"],
-        "READY_CHILDREN": ["SEARCH bgjobs_jobs USING INDEX bgjobs_ready_children (root_id=? AND queue=? AND rowid>?)"],
-        "BEST_LANE": None, "PARKED_BELOW": None,
-        "CLAIM": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
-                  "SCAN json_each VIRTUAL TABLE INDEX 1:"],
-        "CLAIM_SINGLE": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)", "LIST SUBQUERY 1",
-                         "SCAN json_each VIRTUAL TABLE INDEX 1:"],
-        "FINISH": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
-        "TREE_ROW": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
-        "SAVE_TREE": ["SEARCH bgjobs_jobs USING INTEGER PRIMARY KEY (rowid=?)"],
+        "READY_CHILDREN": ["SEARCH bgjobs_jobs USING INDEX bgjobs_ready_children "
+                           "(root_id=? AND queue=? AND rowid>?)"],
+        "CLAIM": BY_IDS, "CLAIM_SINGLE": BY_IDS, "FINISH": BY_ID, "TREE_ROW": BY_ID,
+        "ADD_CHANGE": None, "CLOSED": BY_IDS, "OLDEST_BLOCKED": None, "BLOCKED": None,
+        "HAS_ROOM limit": None, "HAS_ROOM suspect": None,
         "ROOT_WITH_KEY": ["SEARCH bgjobs_jobs USING INDEX bgjobs_root_key (key=?)"],
-        "CHILD_WITH_KEY": ["SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_child_key (parent_id=? AND key=?)"],
+        "CHILD_WITH_KEY": ["SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_child_key "
+                           "(parent_id=? AND key=?)"],
         "NEXT_DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>?)"],
-        **dict.fromkeys(("PARKED", "PARKED_ROOT", "PARKED_CHILD", "PARKED_KEYS", "HOLDERS_OF_NAME", "HOLDERS_SUSPECT", "MEAN_OF")),
         "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
         "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
+        "Service.BLOCKED_KEYS": None, "Limits._BLOCKED_IN_TREE": None,
         "LOG_LINES": ["SEARCH bgjobs_logs USING INDEX bgjobs_logs_of_job (job_id=? AND rowid>?)"],
     }
 
     @pytest.mark.parametrize("name", HOT)
     def test_each_hot_statement_is_an_index_search(self, idle, name):
-        sql = getattr(bgjobs, name).format(order="ASC", which=bgjobs.ONE_JOB)
+        attribute, _, kind = name.partition(" ")
+        sql = operator.attrgetter(attribute)(bgjobs)
+        sql = sql[kind] if kind else sql.format(order="ASC", which="= :id")
         with contextlib.closing(sqlite3.connect(idle.path)) as db:
             named = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
             unnamed = [1] * sql.count("?")
             plan = [row[3] for row in db.execute("EXPLAIN QUERY PLAN " + sql, named or unnamed)]
-        assert not [step for step in plan if step.startswith("SCAN bgjobs") or "TEMP B-TREE" in step], plan
+        assert not [step for step in plan if f"{step} ".startswith(("SCAN bgjobs_jobs ", "SCAN j "))], plan
+        # The two oldest blocked jobs are ordered by hand: a root and a child.
+        assert name == "OLDEST_BLOCKED" or "USE TEMP B-TREE FOR ORDER BY" not in plan
         if self.HOT[name]:
             assert plan == self.HOT[name]
 
@@ -1627,14 +1648,15 @@ class TestTables:
         """Counted in SQLite's own steps, not in time."""
         def steps(backlog):
             with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-                for statement in (*bgjobs.TABLES.values(), *bgjobs.INDEXES, *bgjobs.UPGRADES[0]):
+                for statement in bgjobs.MIGRATIONS[0]:
                     db.execute(statement)
                 db.execute("WITH RECURSIVE k(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM k WHERE i < ?) INSERT INTO bgjobs_jobs "
                            "(name, status, queue, lane, created_at) SELECT 'f', 'pending', 0, 0, 0 FROM k", [backlog])
                 count = itertools.count()
                 db.set_progress_handler(lambda: next(count) and 0, 10)
                 tx = bgjobs.Transaction(db, {}, 1.0)
-                assert len(tx.claim(1, 8, 8, 0, 0.0, 8, bgjobs.Costs())) == 8
+                room = bgjobs.Room(8, 8, workers=8)
+                assert len(bgjobs.claim(tx, 1, room, bgjobs.RunTimes()).jobs) == 8
                 return next(count)
         assert steps(100_000) <= steps(100) * 1.2
 
@@ -1645,22 +1667,6 @@ class TestTables:
             db.commit()
         before = pathlib.Path(idle.path).read_bytes()
         with pytest.raises(bgjobs.StoreError, match=r"schema version 99, and this bgjobs .* knows up to \d+; copy a newer"):
-            bgjobs.Runner(idle.path)
-        assert pathlib.Path(idle.path).read_bytes() == before
-
-    @pytest.mark.parametrize("damage,reason", [
-        ("DROP TABLE bgjobs_functions", "it lacks bgjobs_functions"), ("DROP TABLE bgjobs_jobs", "it lacks bgjobs_jobs"),
-        ("DELETE FROM bgjobs_clock", "bgjobs_clock is empty"), ("DELETE FROM bgjobs_schema", "its schema version is None"),
-        ("UPDATE bgjobs_schema SET version = 'abc'", "its schema version is 'abc'"), ("DROP TABLE bgjobs_schema", "version is None"),
-        ("UPDATE bgjobs_schema SET version = 0", "its schema version is 0")])
-    def test_a_file_whose_tables_somebody_has_changed_is_refused_and_left_alone(self, idle, damage, reason):
-        idle.close()
-        with contextlib.closing(sqlite3.connect(idle.path)) as db:
-            db.execute(damage)
-            db.commit()
-            db.execute("PRAGMA journal_mode = delete")
-        before = pathlib.Path(idle.path).read_bytes()
-        with pytest.raises(bgjobs.StoreError, match=f"{idle.path} .*{reason}; restore it from a backup"):
             bgjobs.Runner(idle.path)
         assert pathlib.Path(idle.path).read_bytes() == before
 
@@ -1754,11 +1760,6 @@ def limited_nest(depth, kind):
     child = bgjobs.options(delay=0.02).submit(limited_nest, depth - 1, kind)
     execute(runner_of(child), "UPDATE bgjobs_jobs SET deaths = 2 WHERE id = ?", child.id)
     return 1 + child.result()
-
-
-def limited_children(count):
-    for _ in range(count):
-        bgjobs.options(max_running=2).submit(nap, 0.002)
 
 
 def submit_and_fail_once():
@@ -1899,7 +1900,9 @@ class TestOutcomes:
         attempts = claimed(idle, 2)
         child = attempts[1]
         child.outcome, child.worked = bgjobs.RETURNED, 5.0
-        written(idle, lambda tx: (tx.save_progress(child, bgjobs.Report(0.5)), tx.add_charge(child, 4_000_000), tx.finish([child])))
+        report = bgjobs.ProgressReport(0.5, None, None)
+        written(idle, lambda tx: (tx.save_progress(child, report), tx.charge(child, 4_000_000),
+                                  tx.finish([child])))
         assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
         consistent(idle)
 
@@ -1919,7 +1922,7 @@ class TestOutcomes:
     def test_a_root_that_is_resumed_has_no_credit(self, idle):
         job = idle.submit(add, 1)
         job.stop()
-        written(idle, lambda tx: tx.execute(bgjobs.ADVANCE_CLOCK, {"tag": 50}))
+        written(idle, lambda tx: tx.execute(bgjobs._ADVANCE_CLOCK, {"tag": 50}))
         job.resume()
         assert rows(idle, "SELECT vtime FROM bgjobs_jobs") == [(50,)]
 
@@ -1975,16 +1978,37 @@ class TestOperations:
         consistent(runner)
 
     @pytest.mark.parametrize("waits", [True, False])
-    def test_a_resume_reaches_descendants_that_are_still_stopping(self, make, waits):
+    @pytest.mark.parametrize("by_another_process", [True, False])
+    def test_a_resume_takes_the_stop_of_stopping_descendants_back(
+            self, make, waits, by_another_process):
         runner = make(max_workers=2)
         parent = stop_above_a_deaf_child(runner, waits)
         child, = runner.jobs(parent=parent)
         assert child.status == "stopping" and parent.operations[:2] == ["resume", "force_stop"]
         assert parent.cancel() is False
-        parent.resume()
+        resumer = make(start=False) if by_another_process else runner
+        resumer.get(parent.id).resume()
+        assert child.status == "running"
+        wait_for(lambda: not attempts_of(runner)[child.id].stop_requested)
         gate("deaf").set()
-        assert parent.result(10) is None and child.status == "finished" and child.attempt == 2
+        assert parent.result(10) is None and child.status == "finished" and child.attempt == 1
         consistent(runner)
+
+    def test_a_descendant_that_has_halted_when_its_stop_is_taken_back_runs_again(self, idle):
+        parent = idle.submit(add, 1)
+        child = idle.options(parent=parent).submit(add, 2)
+        attempts = claimed(idle, 2)
+        parent.stop()
+        for attempt in attempts:
+            attempt.request_stop()
+            attempt.outcome = bgjobs.HALTED
+        ended(idle, attempts[0])
+        assert (parent.status, child.status) == ("stopped", "stopping")
+        parent.resume()
+        assert (parent.status, child.status) == ("pending", "running")
+        ended(idle, attempts[1])
+        assert (child.status, child.attempt) == ("pending", 1)
+        consistent(idle)
 
     def test_a_stop_takes_the_resume_of_a_stopping_descendant_back(self, make):
         runner = make(max_workers=2)
@@ -2115,7 +2139,7 @@ class TestTrees:
         seen.clear()
         job = runner.submit(submit_late)
         wait_for(lambda: "submit late" in seen)
-        written(runner, lambda tx: tx.operate("stop", job.id, None))      # as another process does it
+        written(runner, lambda tx: bgjobs.operate(tx, "stop", job.id, None))      # as another process does it
         gate("submit late").set()
         wait_for(lambda: job.status == "stopped")
         assert job.children["total"] == 0
@@ -2148,7 +2172,7 @@ class TestTrees:
         def writes(count):
             root = idle.submit(add, 1)
             idle.options(parent=root).submit_many(add, [(1,)] * count)
-            return statements(idle, lambda tx: [tx._changes[root.id], tx.apply()])
+            return statements(idle, lambda tx: [tx.trees.change(root.id), tx.trees.apply()])
         assert writes(10_000) == writes(100)
 
 
@@ -2248,22 +2272,13 @@ class TestMaxRunning:
         assert max(seen) == 3
         consistent(runners[0])
 
-    def test_slots_go_round_the_roots_that_want_them(self, make):
-        runner = make(max_workers=4)
-        big = runner.submit(limited_children, 200)
-        small = runner.submit(limited_children, 5)
-        small.result(20)
-        assert big.children["done"] < 60
-        big.result(20)
-        consistent(runner)
-
     @pytest.mark.parametrize("ending", ["raise", "stop", "force stop", "cancel", "release", "crash"])
     def test_a_slot_is_free_however_its_attempt_ends(self, make, ending):
         clock = Clock()
         idle = make(start=False, clock=clock)
         first, second, third = (idle.options(max_running=1, delay=n).submit(add, 1, 2) for n in range(3))
         clock.now += 3
-        written(idle, lambda tx: tx.wake_due())
+        written(idle, bgjobs.wake_due)
         attempt, = claimed(idle, 5)
         assert [second.phase, third.phase] == ["limit reached"] * 2
         if ending == "cancel":
@@ -2300,7 +2315,8 @@ class TestMaxRunning:
             idle.submit(add, 1)
             execute(idle, """UPDATE bgjobs_jobs SET parked = ?, queue = NULL, lane = NULL
                              WHERE parked IS NULL""", f"limit {name}")
-        assert [row[0] for row in store_of(idle).read(bgjobs.PARKED_KEYS)] == ["limit a", "limit b", "limit c"]
+        keys = [row[0] for row in store_of(idle).read(bgjobs.Service.BLOCKED_KEYS)]
+        assert keys == ["limit a", "limit b", "limit c"]
 
     def test_a_thousand_limited_jobs_hold_nobody_up(self, make):
         idle = make(start=False)
@@ -2325,18 +2341,33 @@ class TestMaxRunning:
             runner.get(job_id).result(5)
         consistent(runner)
 
-    def test_a_descendant_of_a_holder_is_found_behind_others_that_must_wait(self, idle):
+    def test_descendants_of_a_member_that_runs_neither_count_nor_wait(self, idle):
         limited = idle.options(max_running=2)
-        holders = [limited.submit(add, n) for n in range(2)]
-        claimed(idle, 2)
+        members = [limited.submit(add, n) for n in range(2)]
+        running = claimed(idle, 2)
         waiting = limited.submit(add, 2)
-        children = [limited.options(parent=holder).submit(add, 3) for holder in holders]
+        children = [limited.options(parent=member).submit(add, 3) for member in members]
+        attempts = claimed(idle, 5)
+        assert [attempt.id for attempt in attempts] == [child.id for child in children]
+        assert waiting.phase == "limit reached"
+        for attempt in (*attempts, running[0]):
+            assert waiting.phase == "limit reached"
+            attempt.outcome = bgjobs.RETURNED
+            ended(idle, attempt)
         attempt, = claimed(idle, 5)
-        assert attempt.id == children[0].id and waiting.phase == children[1].phase == "limit reached"
+        assert attempt.id == waiting.id
+        consistent(idle)
+
+    def test_a_child_that_was_blocked_goes_on_when_a_member_above_it_starts(self, idle):
+        limited = idle.options(max_running=1)
+        other, member = limited.submit(add, 1), limited.submit(add, 2)
+        child = limited.options(parent=member).submit(add, 3)
+        attempt, = claimed(idle, 5)
+        assert attempt.id == other.id and child.phase == "limit reached"
         attempt.outcome = bgjobs.RETURNED
         ended(idle, attempt)
-        attempt, = claimed(idle, 5)
-        assert attempt.id == children[1].id and waiting.phase == "limit reached"
+        assert [each.id for each in claimed(idle, 1)] == [member.id]
+        assert [each.id for each in claimed(idle, 1)] == [child.id]
         consistent(idle)
 
 
@@ -4461,20 +4492,18 @@ class TestSchedules:
     def test_a_key_is_one_functions(self, idle):
         idle.options(key="k").every("1h", add, 1)
         for fn, args in ((note, (1,)), (add, (2,))):
-            with pytest.raises(ValueError, match="the key 'k' is taken by test_bgjobs.add, 1h; give each schedule a key of its own"):
+            with pytest.raises(ValueError, match="'k' is scheduled already: test_bgjobs.add, 1h; give each schedule a key of its own"):
                 idle.options(key="k").every("1h", fn, *args)
 
-    def test_one_that_cannot_be_followed_here_holds_nothing_else_up(self, make, caplog):
+    def test_one_in_a_zone_that_is_unknown_here_holds_nothing_else_up(self, make):
         clock = Clock()
         idle = make(start=False, clock=clock)
         idle.options(key="bad").every("* * * * *", add, 1), idle.options(key="good").every("1m", add, 2)
         idle.options(delay=60).submit(add, 3)
         execute(idle, "UPDATE bgjobs_schedules SET zone = 'Mars/X' WHERE key = 'bad'")
-        clock.now += 60
-        assert idle.drain() == 3
-        wait_for(lambda: "unknown time zone 'Mars/X'" in caplog.text)
-        clock.now += 60
-        assert idle.drain() == 1
+        for ran in (2, 1):
+            clock.now += 60
+            assert idle.drain() == ran
 
     def test_a_period_is_one_however_it_is_written(self, idle):
         assert idle.every(900, add, 1).id == idle.every("15m", add, 1).id
@@ -4491,7 +4520,7 @@ class TestSchedules:
             clock.now += 10
             wait_for(lambda: schedule.info()["skipped"] == skipped)
         job = runner.get(schedule.info()["job_id"])
-        assert "was due again, and skipped" in job.logs()[-1]["message"] and len(runner.jobs()) == 1
+        assert len(runner.jobs()) == 1
         with pytest.raises(bgjobs.InvalidOperation, match="is running; wait until it is over"):
             schedule.run_now()
         gate("scheduled").set()
@@ -4505,7 +4534,7 @@ class TestSchedules:
         first, again = idle.every("1h", add, 1), idle.every("1h", add, 1)
         assert first.id == again.id and len(idle.schedules()) == 1
         assert idle.every("1h", add, 2).id != first.id                  # other arguments: another one
-        with pytest.raises(ValueError, match="is scheduled already, 1h; give each schedule a key"):
+        with pytest.raises(ValueError, match="is scheduled already: test_bgjobs.add, 1h; give each schedule a key"):
             idle.every("2h", add, 1)
         assert idle.options(key="second").every("2h", add, 1).id != first.id
         due = first.info()["next_at"]
@@ -4813,14 +4842,14 @@ class TestRetention:
             clock.now += 3_600 * 9
         before = idle.stats("7d")["total"]
         clock.now += 86_400 * 3
-        bgjobs.fold_statistics(idle)
+        bgjobs.fold_statistics(idle.core)
         assert idle.stats("7d")["total"] == before
         assert [idle.stats(window)["total"] for window in ("7d", "30d")] == [before] * 2
         assert all(minute % 120 == 0 for minute, in rows(idle, "SELECT minute FROM bgjobs_stats"))
         clock.now += 86_400 * 40
-        bgjobs.fold_statistics(idle)
+        bgjobs.fold_statistics(idle.core)
         assert [row[:2] for row in rows(idle, "SELECT minute, created FROM bgjobs_stats")] == [(0, 5)]
-        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle)
+        assert f'bgjobs_finished_total{{function="{add.__module__}.add"}} 5' in bgjobs.metrics(idle.core)
 
     def test_a_jobs_log_keeps_its_newest_lines(self, make, monkeypatch):
         monkeypatch.setattr(bgjobs, "LINES_A_JOB", 500)
@@ -6238,7 +6267,7 @@ class TestElsewhere:
             assert seen[-1] == 3 and len(here.calls) == len(there.calls) == 1
             there.execute().join(), here.execute().join()
         finally:
-            del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+            del bgjobs.declared[echo], bgjobs.declared[note]
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
