@@ -3062,7 +3062,7 @@ class TestConnection:
         wait_for(lambda: told == [mine, gone])
         with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
             gone.result(0)
-        assert not handles_of(idle)._held and not watched(idle)
+        assert not handles_of(idle).held and not watched(idle)
 
     def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
         db = connect()
