@@ -3588,6 +3588,7 @@ class Job(Future[_T]):
     @library_code
     def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
+        self._stored()                                    # first: raises
         super().add_done_callback(fn)                     # type: ignore[arg-type]
         self._watch()
 

@@ -131,6 +131,11 @@ def written(runner, run):
     return store_of(runner).write(run)
 
 
+def waiting_writes(runner):
+    """Return how many writes are on their way into the file."""
+    return len(store_of(runner)._waiting)
+
+
 def statements(runner, run):
     """Return how many statements such a write executes."""
     calls = itertools.count()
@@ -211,9 +216,13 @@ def unwritten(runner):
     return runner.core.lines
 
 
+def handles_of(runner):
+    return runner.core.handles
+
+
 def watched(runner):
     """Return the jobs whose end a handle of this runner waits for."""
-    return runner.core.handles.watched
+    return handles_of(runner).watched
 
 
 def hurry(runner):
@@ -2558,32 +2567,12 @@ def shared_folder(tmp_path):
     return folder
 
 
-def submit_through():
-    db, = shared_connections
-    bgjobs.options(connection=db).submit(add, 1)
-    db.commit()
-    seen.append("submitted")
-    gate("submit through").wait(20)
-
-
-committed_through = []                                           # thread and connection, which only that may close
-
-
 def submit_and_commit(path, options):
-    db = sqlite3.connect(path, **options)
-    committed_through.append((threading.get_ident(), db))
-    bgjobs.options(connection=db).submit(add, 1)
-    db.commit()
+    with contextlib.closing(sqlite3.connect(path, **options)) as db:
+        bgjobs.options(connection=db).submit(add, 1)
+        db.commit()
 
 
-def close_those():
-    for thread, db in list(committed_through):
-        if thread == threading.get_ident():
-            db.close()
-            committed_through.remove((thread, db))
-
-
-shared_connections = []
 
 
 class TestStore:
@@ -2662,36 +2651,24 @@ class TestStore:
             assert job.status == "finished" and runner.jobs(status="finished")
             assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
 
-    def test_who_comes_leaves_the_lead_to_the_one_who_was_woken_for_it(self, idle):
-        store, order = idle._store, []
-        heir = store._heir = bgjobs._Write(lambda tx: order.append("heir"))
-        store._waiting.append(heir)
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            comes = thread.submit(store.write, lambda tx: order.append("comes"))
-            wait_for(lambda: len(store._waiting) == 2)
-            assert not concurrent.futures.wait([comes], 0.1).done
-            assert store._lead_once(kicked=False)
-            comes.result(0.5)
-            assert order == ["heir", "comes"] and not store._waiting
-            store._heir = heir                               # a stale hint: its write is done
-            thread.submit(store.write, lambda tx: None).result(0.5)
-            store._heir = bgjobs._Write(lambda tx: None)     # its thread is gone
-            thread.submit(store.write, lambda tx: None).result(5)
-
-    def test_who_waits_is_told_of_any_end_whatever_rode_along(self, make):
+    def test_a_job_that_ends_beside_a_bad_write_completes_its_handle(self, make):
         runner = make(max_workers=1)
         first, second = (runner.options(delay=1_000).submit(add, 1) for _ in range(2))
+        told = []
         for job in (first, second):
-            runner._watch(job)
-        runner._pool.lingers = True                          # a worker is about to claim: nothing else rides along
+            job.add_done_callback(told.append)
         runner.get(first.id).cancel()
-        wait_for(lambda: first._state == "CANCELLED_AND_NOTIFIED")       # the service thread may have led
-        runner._pool.lingers = False
-        bad = bgjobs._Write(lambda tx: 1 / 0)
-        good = bgjobs._Write(lambda tx: tx.operate("cancel", second.id, None))
-        with runner._store._lead:
-            runner._store._commit([bad, good], False)       # the bad one has each run again alone
-        assert isinstance(bad.error, ZeroDivisionError) and second._state == "CANCELLED_AND_NOTIFIED"
+        wait_for(lambda: told == [first])
+        with concurrent.futures.ThreadPoolExecutor(3) as threads:
+            threads.submit(written, runner, lambda tx: hold("batch"))
+            wait_for(lambda: "batch" in seen)
+            bad = threads.submit(written, runner, lambda tx: 1 / 0)
+            wait_for(lambda: waiting_writes(runner) == 2)
+            good = threads.submit(runner.get(second.id).cancel)
+            wait_for(lambda: waiting_writes(runner) == 3)
+            gate("batch").set()
+            assert isinstance(bad.exception(10), ZeroDivisionError) and good.result(10)
+        wait_for(lambda: told == [first, second])
 
     def test_trouble_after_a_commit_does_not_repeat_the_write(self, idle, caplog):
         def trouble(tx):
@@ -3009,16 +2986,6 @@ class TestDisk:
         consistent(runner)
 
 
-left_open = []
-
-
-def leave_a_transaction_open(path, ends):
-    left_open.append(sqlite3.connect(path))                # more than its frame holds it
-    bgjobs.options(connection=left_open[-1]).submit(add, 1)
-    if not ends:
-        raise ValueError
-
-
 class TestConnection:
     MODES = [{}, {"isolation_level": None}, {"isolation_level": "IMMEDIATE"}, {"isolation_level": "EXCLUSIVE"},
              *([{"autocommit": True}, {"autocommit": False}] if sys.version_info >= (3, 12) else [])]
@@ -3034,25 +3001,12 @@ class TestConnection:
         for db in made:
             db.close()
 
-    def test_a_shared_connections_transaction_of_another_thread_outlives_the_job(self, runner, connect):
-        db = connect(check_same_thread=False)
-        db.execute("CREATE TABLE orders (id INTEGER)")
-        shared_connections[:] = [db]
-        job = runner.submit(submit_through)
-        wait_for(lambda: "submitted" in seen)
-        db.execute("INSERT INTO orders VALUES (1)")              # the app's own, while the job goes on
-        gate("submit through").set()
-        wait_for(lambda: not attempts_of(runner).get(job.id) or attempts_of(runner)[job.id].thread is None)
-        db.execute("INSERT INTO orders VALUES (2)")
-        db.commit()
-        assert job.result(10) is None and db.execute("SELECT count(*) FROM orders").fetchone() == (2,)
-
-    def test_what_a_job_committed_is_no_lost_transaction_in_any_mode(self, make, path, caplog):
+    def test_a_job_may_submit_through_a_connection_of_its_own_in_any_mode(self, make, path):
         runner = make(max_workers=1)
         for options in self.MODES:
-            assert runner.submit(submit_and_commit, path, options).result(10) is None
-        wait_for(lambda: (runner.submit(close_those).result(10), not committed_through)[1])
-        assert "transaction of its own" not in caplog.text
+            job = runner.submit(submit_and_commit, path, options)
+            job.result(10)
+            assert job.children["done"] == 1
 
     @pytest.mark.parametrize("options", [{"isolation_level": None}, {"autocommit": False}] if sys.version_info >= (3, 12) else
                              [{"isolation_level": None}], ids=str)
@@ -3079,32 +3033,27 @@ class TestConnection:
         other = idle.submit(add, 2)
         assert mine.id == other.id
         for use in (mine.cancel, mine.stop, mine.info, mine.logs, lambda: mine.status, lambda: mine.result(0.1)):
-            with pytest.raises(KeyError, match="was rolled back"):
+            with pytest.raises(KeyError, match="was not committed"):
                 use()
         assert other.status == "pending"
 
     def test_a_callback_comes_after_the_commit_and_of_a_job_that_is_gone_at_once(self, idle, connect):
         db, told = connect(), []
         mine = idle.options(connection=db).submit(add, 1, 2)
-        mine.add_done_callback(told.append)                  # others may see the job after the commit only
-        idle._handles.look()
-        assert mine._state == "PENDING"
+        with pytest.raises(KeyError, match="was not committed"):
+            mine.add_done_callback(told.append)
         db.commit()
+        mine.add_done_callback(told.append)
         idle.drain()
         wait_for(lambda: told == [mine])
         assert mine.result(0) == 3
-        again, lost = idle.get(mine.id), idle.options(connection=db).submit(add, 1)
-        lost.add_done_callback(told.append)
-        db.rollback()
+        gone = idle.get(mine.id)
         idle.prune(finished=0)
-        again.add_done_callback(told.append)
-        assert idle.submit(add, 2).id == lost.id
-        idle.drain()
-        wait_for(lambda: told == [mine, again, lost])
-        for gone in (again, lost):
-            with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
-                gone.result(0)
-        assert not idle._handles._held and not watched(idle)
+        gone.add_done_callback(told.append)
+        wait_for(lambda: told == [mine, gone])
+        with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
+            gone.result(0)
+        assert not handles_of(idle).held and not watched(idle)
 
     def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
         db = connect()
@@ -3143,17 +3092,16 @@ class TestConnection:
         db.rollback()
         consistent(runner)
 
-    def test_whatever_the_connections_factories_are(self, runner, connect):
-        db = connect(factory=type("Connection", (sqlite3.Connection,), {"cursor": None}))
-        db.row_factory, db.text_factory = lambda cursor, row: dict(zip([c[0] for c in cursor.description], row)), bytes
-        parent = runner.options(label="Ann's", run_by="ann").submit(hold, "factories")
+    def test_whatever_the_connections_row_factory_is(self, runner, connect):
+        db = connect()
+        db.row_factory = lambda cursor, row: dict(zip([c[0] for c in cursor.description], row))
+        parent = runner.options(label="Ann's", run_by="ann").submit(hold, "factory")
         wait_for(lambda: parent.status == "running")
         child = runner.options(connection=db, parent=parent, key="k").submit(add, 1)
         assert runner.options(connection=db, parent=parent, key="k").submit(add, 1).id == child.id
-        assert db.text_factory is bytes
         db.commit()
         assert runner.get(child.id).run_by == "ann" and runner.get(child.id).result(5) == 1
-        gate("factories").set()
+        gate("factory").set()
         parent.result(5)
         consistent(runner)
 
@@ -3207,14 +3155,6 @@ class TestConnection:
             runner.options(connection=db).submit(add, 1)
         db.execute("ROLLBACK")
         assert runner.options(connection=db).submit(add, 2).result(5) == 2
-
-    def test_a_job_that_ends_within_its_transaction_is_recorded_all_the_same(self, runner, path):
-        for ends in (True, False):
-            job = runner.submit(leave_a_transaction_open, path, ends)
-            wait_for(lambda: job.done(), 10)
-            assert job.status == ("finished" if ends else "failed") and job.children["total"] == 0
-        assert runner.submit(add, 1, 2).result(5) == 3
-        consistent(runner)
 
     def test_in_djangos_and_flasks_usual_way(self, runner, connect):
         flask = connect(detect_types=sqlite3.PARSE_DECLTYPES)            # Flask's tutorial
