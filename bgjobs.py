@@ -2093,8 +2093,8 @@ class JobFile:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to.
-        self._wal = os.path.realpath(self.path) + "-wal"
+        # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
+        self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> sqlite3.Connection:
         """Return the connection that writes, after bringing the file up to date."""
@@ -2159,19 +2159,17 @@ class JobFile:
     # JSON functions were an option of builds before 3.38.
     _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
 
-    def _version_in(self, db: sqlite3.Connection) -> int:
+    def _version_in(self, db: sqlite3.Connection) -> Any:
         """Return the version of the schema in the file, 0 if there is none."""
         if db.execute(self._HAS_SCHEMA).fetchone() is None:
             return 0
-        version: int = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
-        return version
+        return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, and its WAL, which is there while it is open, from others."""
+        """Return what tells the file, with its WAL, from an empty one and from others."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
-            wal = os.stat(self._wal) if self._journal == "wal" else seen
-            return seen.st_size > 0, seen.st_dev, seen.st_ino, wal.st_ino
+            return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
         return object()                                   # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
@@ -2198,7 +2196,7 @@ class JobFile:
 
     def shorten_wal(self) -> None:
         """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
-        size = os.path.getsize(self._wal) if os.path.exists(self._wal) else 0
+        size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
@@ -2265,10 +2263,9 @@ class Store:
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._complaints: dict[str, float] = {}           # what was logged lately, and when
-        # EXTRA also syncs the folder from which the rollback journal is deleted: the commit there.
-        full = "FULL" if journal == "wal" else "EXTRA"
-        self._writer = self.file.open("NORMAL" if durability == "process" else full, clock())
+        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
+        self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()             # guards _version_db
         self._version_db = self.file.connect()
 
@@ -2415,12 +2412,7 @@ class Store:
 
     def complain(self, text: str) -> None:
         """Log an error, the same one every ten seconds at most."""
-        now = time.monotonic()
-        if now - self._complaints.get(text, -math.inf) > 10:
-            if len(self._complaints) > 20:
-                self._complaints.clear()
-            self._complaints[text] = now
-            say(logging.ERROR, text)
+        self._say_once(text, int(time.monotonic() / 10))
 
     def write_through(self, connection: sqlite3.Connection,
                       run: Callable[[Transaction], Any]) -> Any:
@@ -2487,12 +2479,6 @@ class Store:
         with contextlib.suppress(IndexError):             # another thread does so, too
             while True:
                 self._readers.pop().close()
-
-    def row(self, job_id: int) -> sqlite3.Row:
-        """Return a job's row. Raises KeyError if there is none."""
-        for row in self.read("SELECT * FROM bgjobs_jobs WHERE id = :id", {"id": job_id}):
-            return row
-        raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def version(self) -> int:
         """Return a number that changes with each commit, of any process.
@@ -4921,16 +4907,16 @@ class Service:
         self._clock_at = core.clock()                     # what the clock showed at the last poll
         self._due_at = math.inf                           # of the next job or schedule
         self._shown: Any = None                           # what the last heartbeat has told
-        # Every so many seconds; whether only once the runner has been started; what to do.
-        duties: list[tuple[float, bool, Callable[[], Any]]] = [
-            (0.0, False, core.dispatch.pool.put), (0.0, False, self._return_stuck_claims),
-            (0.0, False, self._time_out), (FLUSH_SECONDS, False, core.flush_reports),
-            (0.0, True, self._wake_due), (0.5, True, core.life.recover_dead),
-            (1.0, True, self._beat), (1.0, True, core.life.save_means), (1.0, True, self._unpark),
-            (1.0, True, functools.partial(core.store.write, self._compare)),
-            (60.0, True, core.store.file.shorten_wal),
-            (60.0, True, functools.partial(count_created, core))]
-        self._done_at = dict.fromkeys(duties, time.monotonic())
+        dispatch, life = core.dispatch, core.life
+        # What a runner that has been started does every so many seconds, and when it did so last.
+        self._done_at: dict[Any, float] = dict.fromkeys((
+            (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
+            # Claimed jobs may wait behind attempts that turned out long.
+            (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
+            (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
+            (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
+            time.monotonic())
         self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self.thread.start()
 
@@ -4958,7 +4944,10 @@ class Service:
                     store.flush()
                 if time.monotonic() >= next_poll:
                     next_poll = time.monotonic() + POLL_SECONDS
-                    handles.look() if store.closed else self._poll()
+                    if store.closed:
+                        handles.look()
+                    else:
+                        self._poll()
                     left = self._due_at - self._core.clock()
                     if left > 0:
                         next_poll = min(next_poll, time.monotonic() + left)
@@ -4978,12 +4967,13 @@ class Service:
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
-        for duty, done_at in self._done_at.items():
-            seconds, needs_start, do = duty
-            now = time.monotonic()
-            if now - done_at >= seconds and (self._core.life.started or not needs_start):
-                self._done_at[duty] = now
-                do()
+        self._time_out()
+        if self._core.life.started:
+            for duty, done_at in self._done_at.items():
+                seconds, do = duty
+                if time.monotonic() - done_at >= seconds:
+                    self._done_at[duty] = time.monotonic()
+                    do()
 
     # its duties
 
@@ -5017,11 +5007,6 @@ class Service:
                 if job.low_priority != attempt.low_priority:
                     dispatch.pool.set_low_priority(attempt, job.low_priority)
         tx.after_commit.append(carry_out)
-
-    def _return_stuck_claims(self) -> None:
-        """Give claimed jobs back that wait behind attempts which turned out long."""
-        dispatch = self._core.dispatch
-        dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))
 
     def _time_out(self) -> None:
         """Stop the attempts that take longer than their timeout.
@@ -8169,7 +8154,10 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
     The last attempt is in the job's own row, unless something followed it.
     Raises KeyError if there is no such job.
     """
-    row = store.row(job_id)
+    rows = store.read("SELECT * FROM bgjobs_jobs WHERE id = :id", {"id": job_id})
+    if not rows:
+        raise KeyError(f"there is no job {job_id} in {store.path}")
+    row = rows[0]
     attempts = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
     if row["attempt"] not in [0, *(each["attempt"] for each in attempts)]:
         attempts.append({

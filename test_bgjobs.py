@@ -2751,7 +2751,7 @@ class TestFile:
     def test_durability_is_how_sqlite_flushes(self, make, path):
         runner = make(durability="power")
         assert runner.submit(add, 1, 2).result(10) == 3
-        assert synchronous(runner) == 2
+        assert synchronous(runner) == 3
         for journal, durability, level in (                  # EXTRA is 3, NORMAL is 1
                 ("delete", "power", 3), ("delete", "process", 1), ("wal", "process", 1)):
             one = make(f"{path} {journal} {durability}", start=False, journal=journal, durability=durability)
@@ -3053,12 +3053,12 @@ class TestConnection:
         wait_for(lambda: told == [mine, gone])
         with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
             gone.result(0)
-        assert not handles_of(idle)._held and not watched(idle)
+        assert not handles_of(idle).held and not watched(idle)
 
     def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
         db = connect()
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            with pytest.raises(bgjobs.StoreError, match="give the connection of this thread"):
+            with pytest.raises(bgjobs.StoreError, match="only be used in that same thread"):
                 thread.submit(idle.options(connection=db).submit, add, 1).result()
 
     @pytest.mark.parametrize("options", MODES, ids=str)
