@@ -96,7 +96,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
-    NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
+    NamedTuple, NoReturn, ParamSpec, Sequence, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -816,19 +816,17 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
     returns microseconds, or None to pass the job over. Taking the next one from the iterator means
     that the last one was claimed.
     """
-    heap = [(tag, root, head, waiting) for tag, root, waiting in roots
-            for head in itertools.islice(waiting, 1)]
-    heapq.heapify(heap)
-    while heap:
-        tag, root, head, waiting = heap[0]
+    fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
+                    for head in itertools.islice(waiting, 1)), reverse=True)
+    again: list[tuple[int, int, Any, Iterator[Any]]] = []        # a heap: roots with more jobs
+    while fresh or again:
+        is_fresh = not again or fresh and fresh[-1] < again[0]
+        tag, root, head, waiting = fresh.pop() if is_fresh else heapq.heappop(again)
         cost = charge(head)
         if cost is not None:
             yield root, head, tag, cost
-        following = next(waiting, None)
-        if following is None:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (tag + (cost or 0), root, following, waiting))
+        for following in itertools.islice(waiting, 1):
+            heapq.heappush(again, (tag + (cost or 0), root, following, waiting))
 
 
 UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
@@ -1033,7 +1031,13 @@ class JobRow(NamedTuple):
     duration: float
     progress: float | None                     # its own
     total: int
-    # These are None in claims, which do not need them.
+    # What the function needs: read by claims alone, since it may be large.
+    args: str | None                           # JSON
+    kwargs: str | None                         # JSON
+    state: str | None                          # JSON
+    positions: str | None                      # JSON
+    run_by: str | None
+    # Claims do not read on.
     owner: int | None                          # the runner that executes it
     returned: int                              # 1: its function has; 2: it raised for good
     parked: str | None
@@ -1045,12 +1049,6 @@ class JobRow(NamedTuple):
     failed: int
     running: int
     tree_progress: float                       # the sum of its descendants' progress
-    # What its function needs; None but in claims, since these may be large.
-    args: str | None                           # JSON
-    kwargs: str | None                         # JSON
-    state: str | None                          # JSON
-    positions: str | None                      # JSON
-    run_by: str | None
 
     @property
     def root(self) -> int:
@@ -1067,14 +1065,9 @@ class JobRow(NamedTuple):
         """Whether others may keep it from starting."""
         return self.max_running is not None or self.deaths >= SUSPECT
 
-    @property
-    def due(self) -> float:
-        """When it could have started: creation, or `run_at` if that is later."""
-        return max(self.created_at, self.run_at or 0.0)
-
-
-_JOB = ", ".join((*JobRow._fields[:-5], *["NULL"] * 5))
-_CLAIMED = ", ".join((*JobRow._fields[:-16], *["NULL"] * 11, *JobRow._fields[-5:]))
+_CLAIMED = ", ".join(JobRow._fields[:25])
+_JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
+to_job = functools.partial(tuple.__new__, JobRow)       # quicker than JobRow._make; a row may be short
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1207,7 +1200,7 @@ CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-def limits_of(job: Any) -> dict[str, int]:
+def limits_of(job: JobRow) -> dict[str, int]:
     """Return the limits that a job counts for: {what it is blocked by: how many may run}."""
     limits = {} if job.max_running is None else {f"limit {job.name}": job.max_running}
     return limits if job.deaths < SUSPECT else {**limits, "suspect": 1}
@@ -1253,7 +1246,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(map(JobRow._make, self.execute(sql, parameters)))
+        return list(map(to_job, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1358,12 +1351,12 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()                                      # children submitted just now count
-        plain = [a for a in attempts if a.is_plain]
+        self.trees.apply()                                # children submitted just now count
+        plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
+        # Some may have been superseded, or got a child from outside.
         if plain and self.executemany(FINISH, rows).rowcount < len(plain):
-            # Some were superseded, or got a child from outside.
             plain = [a for a in plain
                      if self.value(self._HAS_FINISHED, id=a.id, attempt=a.number, now=self.now)]
         for attempt in plain:
@@ -1376,7 +1369,7 @@ class Transaction:
     def _count_finished(self, attempt: Attempt) -> None:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
-        if not attempt.system:
+        if not attempt.job.system:
             self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
         self.limits.free(attempt.job)
         if attempt.parent_id is not None:
@@ -1386,7 +1379,7 @@ class Transaction:
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()                                      # counts must be true before they decide
+        self.trees.apply()                                # counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.save_progress(attempt, attempt.unsaved_progress)
         job = self.executing(attempt)
@@ -1514,12 +1507,12 @@ class Transaction:
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
         self.trees.apply()
-        minute, rows, none = int(self.now // 60), [], (0.0, None, None)
+        minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
         for (name, event), seconds in self.events.items():
-            counts = (len(seconds) * (event == each) for each in ("started", FINISHED, FAILED))
-            measured = none, (sum(seconds), min(seconds), max(seconds))
+            counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
+            measured = nothing, (sum(seconds), min(seconds), max(seconds))
             waited, ran = measured[::-1] if event == "started" else measured
-            rows.append((minute, name, 0, *counts, *waited, *ran))
+            rows.append((minute, name, 0, *counts.values(), *waited, *ran))
         if rows:
             self.executemany(SAVE_TALLIES, rows)
 
@@ -1671,7 +1664,7 @@ class Room(NamedTuple):
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
-    AND id > :after AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
+    AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
 # One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
 # is its own tree, so its virtual time and its lane are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
@@ -1714,9 +1707,8 @@ class Claims:
         limit = max(0, free) + ahead
         roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
-        chunk = max(4, limit // max(1, len(roots)) + 1)
         trees = [(root.vtime, root.id,
-                  self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                  self._ready_jobs(root, lane) if root.total else iter((root,)))
                  for root in roots]
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
         taken, tag = 0, 0
@@ -1761,17 +1753,14 @@ class Claims:
                 return None
         return self._run_times.charge(job.name)
 
-    def _ready_jobs(self, root: JobRow, lane: int, chunk: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
+    def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
+        """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
         if root.queue == lane:
             yield root
-        after = 0
-        while True:
-            rows = self._tx.jobs(READY_CHILDREN, root=root.id, lane=lane, after=after, limit=chunk)
-            yield from rows
-            if len(rows) < chunk or len(self._blocked) >= PARKED_A_CLAIM:
+        for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
+            if len(self._blocked) >= PARKED_A_CLAIM:
                 return
-            after = rows[-1].id
+            yield to_job(row)
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
@@ -1995,6 +1984,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 WAL_LIMIT = 64 * 1024 * 1024       # bytes
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
+SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
 _CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2034,7 +2024,7 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def library_code(function: _Function) -> _Function:
+def library_code(function: Any) -> Any:
     """Decorate a function that a force stop of the job which calls it must not interrupt."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -2046,7 +2036,7 @@ def library_code(function: _Function) -> _Function:
             return function(*args, **kwargs)
         finally:
             ticket.put_back()
-    return call                                           # type: ignore[return-value]
+    return call
 
 
 # What to do about an error of SQLite, by a part of its text.
@@ -2960,10 +2950,11 @@ class Attempt:
     unsaved_progress: Any = None                          # see report_to_save
     has_reported = False                                  # progress, or a later charge, is stored
 
+    loops = 0                                             # the number of the next loop of each()
+    loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
     operation: Any = None                                 # the Event that a checkpoint waits for
-    loops = 0                                             # the number of the next loop of each()
     saved_at = 0.0                                        # monotonic
     newest: Any = None                                    # see report
     pace: Any = None
@@ -2976,12 +2967,11 @@ class Attempt:
         self.backend, self.job, self.charge = backend, job, charge
         self.id, self.name, self.parent_id, self.root_id = job.id, job.name, job.parent_id, job.root
         self.number, self.owner = job.attempt + 1, backend.id
-        self.system, self.low_priority, self.state = job.system, job.low_priority, job.state
+        self.low_priority, self.state = job.low_priority, job.state
         self.options = kept_options(job.options) if job.options else {}
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.loop_positions: list[int] = []               # completed turns of each()'s loops
         self.turns: list[Any] = []                        # (done, total) of the loops under way
         self.waits_on: list[Any] = []                     # conditions; a stop wakes its threads
 
@@ -3942,7 +3932,7 @@ class Dispatch:
         if function is None:
             attempt.outcome = UNKNOWN
             return
-        executor = None if attempt.system else self.executor_of(function)
+        executor = None if attempt.job.system else self.executor_of(function)
         if attempt.options and attempt.options.get("isolate"):
             executor = ISOLATED
         if executor is None:
@@ -3960,7 +3950,8 @@ class Dispatch:
         """Count a job for the statistics that begins for the first time, unless it is of ours."""
         job = attempt.job
         if job.started_at is None and not job.system:
-            self._core.lines.add(attempt, max(0.0, self._core.clock() - job.due), 0, None)
+            waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
+            self._core.lines.add(attempt, max(0.0, waited), 0, None)
 
     def executor_of(self, function: Any) -> Any:
         """Return the executor that a function's attempts go to, or None for the workers."""
