@@ -2948,9 +2948,9 @@ class Attempt:
     """One execution of a job's function."""
 
     # An attempt is made for each job, so defaults that most attempts never change stand here.
-    thread: int | None = None                             # its ident, while it executes; 0: elsewhere
-    begun = left_at = 0.0                                 # monotonic: its begin; when it left its place
-    ran = worked = waited = 0.0                           # seconds: in all; at work; waiting for jobs
+    thread: int | None = None                             # its ident while it executes; 0: elsewhere
+    begun = left_at = 0.0                                 # monotonic; left_at: when it went away
+    ran = waited = 0.0                                    # seconds: in all; waiting for jobs
     waits = 0                                             # threads of it that wait at present
     lines = 0                                             # of its log, written
 
@@ -2959,20 +2959,20 @@ class Attempt:
     error: str | None = None
     exception: BaseException | None = None
     unsaved_progress: Any = None                          # see report_to_save
-    has_reported = False                                  # the file knows progress, or a later charge
+    has_reported = False                                  # progress, or a later charge, is stored
 
     loops = 0                                             # the number of the next loop of each()
     loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
-    operation: threading.Event | None = None              # which the next checkpoint waits for
+    operation: Any = None                                 # the Event that a checkpoint waits for
     saved_at = 0.0                                        # monotonic
-    newest: tuple[Any, ...] | None = None                 # see report
-    pace: Pace | None = None
-    job_logger: logging.Logger | None = None
+    newest: Any = None                                    # see report
+    pace: Any = None
+    job_logger: Any = None
     # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
-    on_stop: Callable[[], None] | None = None
-    away: Callable[[], ContextManager[Any]] = contextlib.nullcontext       # while it waits for jobs
+    on_stop: Any = None
+    away: Any = contextlib.nullcontext                    # entered while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2983,14 +2983,19 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[tuple[int, int | None]] = []     # done, total of the loops under way
-        self.waits_on: list[threading.Condition] = []     # of its threads; a stop wakes them
+        self.turns: list[Any] = []                        # (done, total) of the loops under way
+        self.waits_on: list[Any] = []                     # conditions; a stop wakes its threads
 
     @property
     def is_plain(self) -> bool:
         """Whether FINISH can record it: the first attempt, without children or reports."""
         is_simple = self.number == 1 and not self.has_children and not self.has_reported
         return is_simple and self.outcome == RETURNED
+
+    @property
+    def worked(self) -> float:
+        """Seconds that it was at work, once it has ended."""
+        return max(0.0, self.ran - self.waited)
 
     @property
     def correction(self) -> int:
@@ -3050,7 +3055,7 @@ class Attempt:
         The store refuses this attempt by now.
         """
         self.ticket.use()
-        self.request_stop(force=True)                     # after it: a thread that wakes up looks at the ticket
+        self.request_stop(force=True)                     # last: a thread that wakes looks at it
 
     def raise_if_stopped(self) -> None:
         """Be a checkpoint. Raises JobStopped."""
@@ -3074,14 +3079,13 @@ class Attempt:
         self.wait_on(threading.Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
-    def wait_for(self, condition: threading.Condition, over: Callable[[], bool],
-                 timeout: float | None) -> None:
+    def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
         """Wait as `wait_on` does; the place is given away meanwhile."""
         with self.away():
-            self.backend.wait_in_job(self, functools.partial(self.wait_on, condition, over), timeout)
+            wait = functools.partial(self.wait_on, condition, over)
+            self.backend.wait_in_job(self, wait, timeout)
 
-    def wait_on(self, condition: threading.Condition, over: Callable[[], bool],
-                timeout: float | None) -> bool:
+    def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
         """Wait until `over()` is true and return whether it is.
 
         It is asked when the condition is notified or a stop is requested.
@@ -3108,17 +3112,18 @@ class Attempt:
         """Return how far each loop of each() is, as JSON, or None if there is no loop."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # A function may have several loops of each(), one after the other or one inside another's turns.
-    # They are numbered as they begin, and a list has the completed turns of each. When a turn is
-    # completed, the loops inside it leave the list, and those of the next turn get their numbers
-    # again. So a resumed attempt, whose loops begin in the same order, finds its own.
+    # Loops of each() may follow each other, or run inside another's turns. They are numbered as they
+    # begin, and a list has the completed turns of each. When a turn is completed, the loops inside it
+    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose
+    # loops begin in the same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
         """Yield the items from the saved position on.
 
         The position is saved ten times a second at most, and with the outcome.
         """
-        positions = self.loop_positions = self.loop_positions or json.loads(self.job.positions or "[]")
+        saved: list[int] = json.loads(self.job.positions or "[]")
+        positions = self.loop_positions = self.loop_positions or saved
         loop, depth = self.loops, len(self.turns)
         self.loops += 1
         if loop == len(positions):
@@ -3227,7 +3232,7 @@ def capture_log_records() -> None:
 
 # The execution of a function, in the process and the thread where that happens.
 
-def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
+def perform(attempt: Attempt, function: Function) -> None:
     """Call an attempt's function in this thread, and note the outcome. Never raises."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
@@ -3236,7 +3241,7 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.keep()                         # a force stop raises nothing here any more
+            attempt.ticket.keep()                         # from here no force stop raises
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -3249,10 +3254,9 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
     _here.ticket = around
     attempt.thread = None
     attempt.ran = time.monotonic() - attempt.begun
-    attempt.worked = max(0.0, attempt.ran - attempt.waited)
 
 
-def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
+def _call(attempt: Attempt, function: Function) -> Any:
     """Call the function: the one place where that is done."""
     _current.set(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
@@ -3276,8 +3280,7 @@ def traceback_of(error: BaseException) -> str:
     """Return the traceback as text, without our own frames. Never raises."""
     try:
         frames = error.__traceback__
-        while frames is not None and frames.tb_frame.f_code.co_filename == __file__ \
-                and frames.tb_next is not None:
+        while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
             frames = frames.tb_next
         return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
     except BaseException:
@@ -3351,9 +3354,7 @@ class _PlaceGivingEvent(threading.Event):
                 raise attempt.superseded
         return self.is_set()
 
-    @library_code
-    def clear(self) -> None:
-        super().clear()
+    clear = library_code(threading.Event.clear)
 
 
 class Job(Future[_T]):
@@ -3410,7 +3411,7 @@ class Job(Future[_T]):
     parent_id: int | None
     root_id: int
     args: list[Any]
-    kwargs: dict[str, Any]
+    kwargs: Fields
     state: Any
     error: str | None
     operations: list[str]
@@ -3420,9 +3421,9 @@ class Job(Future[_T]):
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
-        self._created_at = created_at                     # None once the submit is known to be committed
+        self._created_at = created_at                     # until the submit is committed
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
-        self._done_callbacks: list[Callable[[Job[_T]], Any]] = []
+        self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
         if name in _MADE_LATE:                            # few handles are waited on
@@ -3453,11 +3454,11 @@ class Job(Future[_T]):
             raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
         return self.id
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Fields:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._backend.info(self._stored())
 
-    def logs(self, **filters: Any) -> list[dict[str, Any]]:
+    def logs(self, **filters: Any) -> list[Fields]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
         level= the least, as a name or number. text= contained, in any case. regex= found in it, as
@@ -3544,8 +3545,14 @@ class Job(Future[_T]):
         place is given away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
-        self._wait_for_end(timeout)
-        return super().result(0)
+        error = self.exception(timeout)
+        if error is None:                                 # Future.result would ask for its truth value
+            value: Any = self._result
+            return value
+        try:
+            raise error
+        finally:
+            del self, error                               # its traceback keeps this frame
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3557,7 +3564,7 @@ class Job(Future[_T]):
         return super().exception(0)
 
     def _wait_for_end(self, timeout: float | None,
-                      given_up: Callable[[], bool] = lambda: False) -> None:
+                      given_up: Function = bool) -> None:
         """Wait until the job is over, or `given_up()` is true when the condition is notified."""
         if self.done():
             return
@@ -3578,11 +3585,10 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop that a callback completes, or inside a job a thread that waits.
+        """Await a future of the loop. A callback completes it, inside a job a thread that waits.
 
-        That thread gives the worker's place away, as any wait for a job does. It is no executor's:
-        the interpreter would wait for that at exit. Not asyncio.wrap_future: its cancellation would
-        cancel the job, and it cannot carry StopIteration.
+        That thread gives the worker's place away. It is no executor's: the interpreter would wait
+        for that at exit. Not asyncio.wrap_future, which would cancel the job when it is cancelled.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3599,8 +3605,7 @@ class Job(Future[_T]):
         if current_attempt() is None:
             self.add_done_callback(tell)
         else:
-            run = contextvars.copy_context().run
-            threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
+            start_thread("bgjobs-await", contextvars.copy_context().run, wait)
         try:
             await over
         finally:
@@ -3611,7 +3616,7 @@ class Job(Future[_T]):
         return self.result()
 
     @library_code
-    def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
+    def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
         self._stored()                                    # first: raises
         super().add_done_callback(fn)                     # type: ignore[arg-type]
@@ -3637,10 +3642,12 @@ class Job(Future[_T]):
         with self._condition:
             if self._state != "PENDING":
                 return
-            text = f"job {self.id} has been removed from {self._backend.path}"
             try:
-                if status == FAILED:
-                    self._exception = self._backend.error_of(self.id, row) if row else BgjobsError(text)
+                if not row:
+                    text = f"job {self.id} has been removed from {self._backend.path}"
+                    self._exception = BgjobsError(text)
+                elif status == FAILED:
+                    self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
             except Exception as error:                    # else its handles would wait for good
@@ -3684,9 +3691,9 @@ class Handles:
         self._store = store
         self.ends_missed = False                          # look() is due
         self._lock = threading.Lock()                     # guards the four below
-        self.watched: dict[int, weakref.WeakSet[Job[Any]]] = {}
-        self.held: set[Job[Any]] = set()                  # with callbacks: live until these ran
-        self._to_call_back: deque[Job[Any]] = deque()
+        self.watched: dict[int, Any] = {}                 # by job, a WeakSet
+        self.held: set[Any] = set()                       # with callbacks: live until these ran
+        self._to_call_back: deque[Any] = deque()
         self._caller: threading.Thread | None = None
 
     def watch(self, handle: Job[Any]) -> None:
@@ -3726,7 +3733,7 @@ class Handles:
     def completed(self, handle: Job[Any]) -> None:
         """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
         with self._lock:
-            handles: Any = self.watched.get(handle.id, set())
+            handles = self.watched.get(handle.id, set())
             handles.discard(handle)
             if not handles:
                 self.watched.pop(handle.id, None)
@@ -3734,7 +3741,7 @@ class Handles:
             if handle._done_callbacks:
                 self._to_call_back.append(handle)
             if self._to_call_back and self._caller is None:
-                with contextlib.suppress(RuntimeError):   # too many threads; the next end tries again
+                with contextlib.suppress(RuntimeError):   # too many; the next end tries again
                     self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
@@ -3745,7 +3752,7 @@ class Handles:
                     return
                 handle = self._to_call_back.popleft()
             try:
-                handle._invoke_callbacks()                # type: ignore[attr-defined]
+                handle._invoke_callbacks()
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
             del handle
@@ -5026,7 +5033,6 @@ class Service:
         """Record the failure of an attempt that still executes."""
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
-        lost.worked = max(0.0, lost.ran - lost.waited)
         lost.time_out()
         if tx.end(lost):
             self._core.remember_exception(lost)
@@ -5515,8 +5521,8 @@ FEW = 10_000               # if a status has fewer jobs than that, all of them a
 MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL, and
-# raises any error if the value is not what the reader's second part says it must be.
+# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL. It
+# raises any error if the value is not what its second part says.
 
 A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
@@ -5524,7 +5530,7 @@ A_TIME = (float, "Unix seconds")
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
 
 
-def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) -> Any:
+def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
@@ -5533,7 +5539,7 @@ def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) 
         raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
 
-def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of some filters, and their values by name.
 
     known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
@@ -5550,7 +5556,7 @@ def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS: dict[str, Any] = {
+FILTERS: Fields = {
     "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
                                      key=STATUSES.index), f"one of {', '.join(STATUSES)}"), ""),
     "name": (A_TEXT, "name = :name"),
@@ -5571,7 +5577,7 @@ FILTERS: dict[str, Any] = {
 }
 
 
-def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def conditions(filters: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of all filters but the status, and all their values by name.
 
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
@@ -5590,8 +5596,8 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 # Lists and counts
 
-def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
-              most: int | None = None) -> tuple[list[int], int | None]:
+def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
+              most: Any = None) -> tuple[list[int], int | None]:
     """Return the ids of jobs that pass the filters, the highest first, and the id below which to
     go on, or None.
 
@@ -5615,9 +5621,8 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
         of_status = "status IN (SELECT value FROM json_each(:statuses))"
         newest, bottom = newest_jobs(store, [of_status, *where], values, most)
         queries = [newest]
-    ids = [row[0] for query in queries for row in store.read(
-        f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
-    ids.sort(reverse=True)
+    ids = sorted((row[0] for query in queries for row in store.read(
+        f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)), reverse=True)
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
@@ -5642,7 +5647,7 @@ def _of_status(status: str, where: list[str]) -> str:
     return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
 
 
-def count_at_most(store: Store, status: str, where: list[str], values: dict[str, Any],
+def count_at_most(store: Store, status: str, where: list[str], values: Fields,
                   most: int) -> int:
     """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
@@ -5656,8 +5661,7 @@ _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
     FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
-def newest_jobs(store: Store, where: list[str], values: dict[str, Any], most: int | None
-                ) -> tuple[str, int | None]:
+def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
     values: its :before limits the search, and :lowest is set.
@@ -5687,7 +5691,8 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
         status IN ('running', 'stopping') AS active FROM bgjobs_jobs
         WHERE id IN (SELECT value FROM json_each(:ids))),
-    estimate AS (SELECT *, CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
+    estimate AS (SELECT *,
+        CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
         CASE WHEN active AND total AND tree_progress > 0
             THEN ran * (total - tree_progress) / tree_progress END AS tree,
         CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
@@ -5716,12 +5721,12 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
     options FROM estimate ORDER BY id DESC"""
 
 
-def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
+def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
     """Return the `info` of the jobs that are still there, the highest id first.
 
     It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
     """
-    infos: list[dict[str, Any]] = []
+    infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
         for name in ("children", "low_priority", "system", "state", "result"):
@@ -5732,7 +5737,7 @@ def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
     return infos
 
 
-def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
+def shown_arguments(row: Any, options: Fields) -> Fields:
     """Return args and kwargs as JSON values, with the secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
     for place in options.get("secret", ()):               # a name, or a position
@@ -5748,7 +5753,7 @@ def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
 _WHOLE_TREE = """job_id IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT id FROM tree)"""
-_LOG_FILTERS: dict[str, Any] = {
+_LOG_FILTERS: Fields = {
     "level": ((lambda value: A_NUMBER[0](getattr(logging, str(value).upper(), value)),
                "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number"), "level >= :level"),
     "text": ((lambda value: re.compile(re.escape(value), re.IGNORECASE), "a text"), ""),
@@ -5761,7 +5766,7 @@ _LOG_FILTERS: dict[str, Any] = {
 }
 
 
-def read_logs(store: Store, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
@@ -6289,7 +6294,6 @@ class Drive:
         if not self._ended:
             attempt.ran = time.monotonic() - attempt.begun
             self._lose(self._reason(why))
-        attempt.worked = max(0.0, attempt.ran - attempt.waited)
         core.run_times.record(attempt.name, attempt.worked)
 
     def _reason(self, why: str = "") -> BaseException:
