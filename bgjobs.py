@@ -1233,11 +1233,24 @@ class Transaction:
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                         # parent -> it and its ancestors
-        self.trees, self.limits = Trees(self), Limits(self)
+        self._trees: Trees | None = None                  # most transactions touch none
+        self.freed: set[str] = set()                      # limits whose members have ended
         # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []                         # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
+
+    @property
+    def trees(self) -> Trees:
+        """What is added up for ancestors and roots."""
+        if self._trees is None:
+            self._trees = Trees(self)
+        return self._trees
+
+    @property
+    def limits(self) -> Limits:
+        """What blocks and unblocks jobs."""
+        return Limits(self)
 
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value that a query finds, or None."""
@@ -1287,8 +1300,10 @@ class Transaction:
         inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
                                 (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
-        self._count_new(new, 1)
-        return int(inserted.lastrowid)
+        if not is_root:
+            self._count_new(new, 1)
+        job_id: int = inserted.lastrowid
+        return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
@@ -1296,7 +1311,8 @@ class Transaction:
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
                      (first, *values, json.dumps(arguments)))
-        self._count_new(new, len(arguments))
+        if new.parent_id is not None:
+            self._count_new(new, len(arguments))
         return range(first, first + len(arguments))
 
     def _values(self, new: Submission) -> tuple[Any, ...]:
@@ -1309,9 +1325,8 @@ class Transaction:
 
     def _count_new(self, new: Submission, count: int) -> None:
         """Count new children for their ancestors, and wake their root."""
-        if new.parent_id is not None:
-            self.trees.count(new.parent_id, total=count)
-            self.trees.change(new.parent_id, "open", count)
+        self.trees.count(new.parent_id, total=count)
+        self.trees.change(new.parent_id or 0, "open", count)
 
     _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
         ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
@@ -1506,15 +1521,17 @@ class Transaction:
 
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
-        self.trees.apply()
+        if self._trees is not None or self.freed:
+            self.trees.apply()
+        if not self.events:
+            return
         minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
         for (name, event), seconds in self.events.items():
             counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
             measured = nothing, (sum(seconds), min(seconds), max(seconds))
             waited, ran = measured[::-1] if event == "started" else measured
             rows.append((minute, name, 0, *counts.values(), *waited, *ran))
-        if rows:
-            self.executemany(SAVE_TALLIES, rows)
+        self.executemany(SAVE_TALLIES, rows)
 
     # reports of attempts
 
@@ -1582,8 +1599,10 @@ class Trees:
         A parent whose last child is over is closed, which may mean the same for its own parent.
         """
         tx = self._tx
-        while self._changes or tx.limits.freed:
-            tx.limits.unblock_freed()
+        while self._changes or tx.freed:
+            freed, tx.freed = tx.freed, set()
+            for key in freed:
+                tx.limits.unblock(key)
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
                 tx.execute(ADD_CHANGE, {**change, "id": job_id})
@@ -1601,7 +1620,6 @@ class Limits:
 
     def __init__(self, tx: Transaction) -> None:
         self._tx = tx
-        self.freed: set[str] = set()                      # limits whose members have ended
 
     def blocking(self, job: JobRow, others: int = 0) -> str:
         """Return the limit that keeps a job from starting now, or "".
@@ -1625,13 +1643,7 @@ class Limits:
     def free(self, job: JobRow) -> None:
         """Note that an attempt has ended."""
         if job.is_limited:
-            self.freed.update(limits_of(job))
-
-    def unblock_freed(self) -> None:
-        """Make jobs ready that waited for attempts which have ended."""
-        freed, self.freed = self.freed, set()
-        for key in freed:
-            self.unblock(key)
+            self._tx.freed.update(limits_of(job))
 
     def unblock(self, key: str) -> None:
         """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
@@ -2258,7 +2270,8 @@ class Store:
         `run` may be called again when a transaction had to be rolled back, so it has no effect but
         on the transaction. What it raises is raised here, and nothing of it is stored.
         """
-        self._check_open()
+        if self.closed or os.getpid() != self.pid:
+            self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
                                "signal handler or a finalizer; have that start a thread")
@@ -2336,7 +2349,8 @@ class Store:
 
         flushing is None if nothing is to ride along.
         """
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -3847,7 +3861,9 @@ class Dispatch:
 
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
-        self._riding = list(self.ended)[:1 if self._one_by_one else None]
+        self._riding = list(self.ended)
+        if self._one_by_one:
+            del self._riding[1:]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
