@@ -89,6 +89,7 @@ import operator
 import os
 import queue
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -101,7 +102,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
-    NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
+    NamedTuple, NoReturn, ParamSpec, Sequence, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -818,19 +819,17 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
     returns microseconds, or None to pass the job over. Taking the next one from the iterator means
     that the last one was claimed.
     """
-    heap = [(tag, root, head, waiting) for tag, root, waiting in roots
-            for head in itertools.islice(waiting, 1)]
-    heapq.heapify(heap)
-    while heap:
-        tag, root, head, waiting = heap[0]
+    fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
+                    for head in itertools.islice(waiting, 1)), reverse=True)
+    again: list[tuple[int, int, Any, Iterator[Any]]] = []        # a heap: roots with more jobs
+    while fresh or again:
+        is_fresh = not again or fresh and fresh[-1] < again[0]
+        tag, root, head, waiting = fresh.pop() if is_fresh else heapq.heappop(again)
         cost = charge(head)
         if cost is not None:
             yield root, head, tag, cost
-        following = next(waiting, None)
-        if following is None:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, (tag + (cost or 0), root, following, waiting))
+        for following in itertools.islice(waiting, 1):
+            heapq.heappush(again, (tag + (cost or 0), root, following, waiting))
 
 
 UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
@@ -1035,7 +1034,13 @@ class JobRow(NamedTuple):
     duration: float
     progress: float | None                     # its own
     total: int
-    # These are None in claims, which do not need them.
+    # What the function needs: read by claims alone, since it may be large.
+    args: str | None                           # JSON
+    kwargs: str | None                         # JSON
+    state: str | None                          # JSON
+    positions: str | None                      # JSON
+    run_by: str | None
+    # Claims do not read on.
     owner: int | None                          # the runner that executes it
     returned: int                              # 1: its function has; 2: it raised for good
     parked: str | None
@@ -1047,12 +1052,6 @@ class JobRow(NamedTuple):
     failed: int
     running: int
     tree_progress: float                       # the sum of its descendants' progress
-    # What its function needs; None but in claims, since these may be large.
-    args: str | None                           # JSON
-    kwargs: str | None                         # JSON
-    state: str | None                          # JSON
-    positions: str | None                      # JSON
-    run_by: str | None
 
     @property
     def root(self) -> int:
@@ -1069,14 +1068,9 @@ class JobRow(NamedTuple):
         """Whether others may keep it from starting."""
         return self.max_running is not None or self.deaths >= SUSPECT
 
-    @property
-    def due(self) -> float:
-        """When it could have started: creation, or `run_at` if that is later."""
-        return max(self.created_at, self.run_at or 0.0)
-
-
-_JOB = ", ".join((*JobRow._fields[:-5], *["NULL"] * 5))
-_CLAIMED = ", ".join((*JobRow._fields[:-16], *["NULL"] * 11, *JobRow._fields[-5:]))
+_CLAIMED = ", ".join(JobRow._fields[:25])
+_JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
+to_job = functools.partial(tuple.__new__, JobRow)       # quicker than JobRow._make; a row may be short
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1209,7 +1203,7 @@ CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-def limits_of(job: Any) -> dict[str, int]:
+def limits_of(job: JobRow) -> dict[str, int]:
     """Return the limits that a job counts for: {what it is blocked by: how many may run}."""
     limits = {} if job.max_running is None else {f"limit {job.name}": job.max_running}
     return limits if job.deaths < SUSPECT else {**limits, "suspect": 1}
@@ -1255,7 +1249,7 @@ class Transaction:
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
-        return list(map(JobRow._make, self.execute(sql, parameters)))
+        return list(map(to_job, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
@@ -1322,8 +1316,8 @@ class Transaction:
             self.trees.count(new.parent_id, total=count)
             self.trees.change(new.parent_id, "open", count)
 
-    _AUTHOR = """SELECT status, attempt, root_id, low_priority, run_by, options
-        FROM bgjobs_jobs WHERE id = :id"""
+    _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
+        ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
 
     def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
         """Return the id of the root (None for a root), low_priority and run_by of a new job.
@@ -1335,25 +1329,22 @@ class Transaction:
         parent = new.parent_id
         if parent is None:
             return None, new.low_priority or 0, new.run_by
-        row = self.execute(self._AUTHOR, {"id": parent}).fetchone()
-        if row is None:
-            raise InvalidOperation(f"job {parent} does not exist any more; it takes no children")
-        status, _, root_id, low, run_by, options = row
+        row = self.execute(self._PARENT, {
+            "id": parent, "low": new.low_priority, "run_by": new.run_by}).fetchone()
+        status, root_id, low, run_by, options = row or ("removed", None, None, None, None)
         by_itself = new.author is not None and new.author[0] == parent
         if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
             raise JobStopped(f"job {parent} was asked to stop")
-        if status in OVER:
-            raise InvalidOperation(f"job {parent} is {status}; it takes no more children")
-        if status in (STOPPING, STOPPED) and not by_itself:
-            raise InvalidOperation(
-                f"job {parent} is {status}; it takes no children before it is resumed")
-        return (root_id or parent, low if new.low_priority is None else new.low_priority,
-                run_by if new.run_by is None else new.run_by)
+        if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
+            raise InvalidOperation(f"job {parent} is {status}; it takes no children")
+        return root_id, low, run_by
+
+    _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
+        AND status IN ('running', 'stopping')"""
 
     def check_author(self, author: tuple[int, int]) -> None:
         """Refuse a request of an attempt that has been superseded. Raises JobStopped."""
-        row = self.execute(self._AUTHOR, {"id": author[0]}).fetchone()
-        if row is None or row[1] != author[1] or row[0] not in ACTIVE:
+        if self.value(self._IS_AUTHOR, id=author[0], attempt=author[1]) is None:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
     # the end of attempts
@@ -1363,12 +1354,12 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()                                      # children submitted just now count
-        plain = [a for a in attempts if a.is_plain]
+        self.trees.apply()                                # children submitted just now count
+        plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
+        # Some may have been superseded, or got a child from outside.
         if plain and self.executemany(FINISH, rows).rowcount < len(plain):
-            # Some were superseded, or got a child from outside.
             plain = [a for a in plain
                      if self.value(self._HAS_FINISHED, id=a.id, attempt=a.number, now=self.now)]
         for attempt in plain:
@@ -1381,9 +1372,9 @@ class Transaction:
     def _count_finished(self, attempt: Attempt) -> None:
         """Count an attempt that FINISH has written."""
         self.over.append(attempt.id)
-        if not attempt.system:
+        if not attempt.job.system:
             self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
-        self.limits.free(attempt)
+        self.limits.free(attempt.job)
         if attempt.parent_id is not None:
             self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
             self.trees.change(attempt.parent_id, "open", -1)
@@ -1391,7 +1382,7 @@ class Transaction:
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()                                      # counts must be true before they decide
+        self.trees.apply()                                # counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.save_progress(attempt, attempt.unsaved_progress)
         job = self.executing(attempt)
@@ -1519,12 +1510,12 @@ class Transaction:
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
         self.trees.apply()
-        minute, rows, none = int(self.now // 60), [], (0.0, None, None)
+        minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
         for (name, event), seconds in self.events.items():
-            counts = (len(seconds) * (event == each) for each in ("started", FINISHED, FAILED))
-            measured = none, (sum(seconds), min(seconds), max(seconds))
+            counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
+            measured = nothing, (sum(seconds), min(seconds), max(seconds))
             waited, ran = measured[::-1] if event == "started" else measured
-            rows.append((minute, name, 0, *counts, *waited, *ran))
+            rows.append((minute, name, 0, *counts.values(), *waited, *ran))
         if rows:
             self.executemany(SAVE_TALLIES, rows)
 
@@ -1634,9 +1625,9 @@ class Limits:
         self._tx.execute(self._BLOCK, {"id": job.id, "key": key, "phase": phase})
         self._tx.trees.change(job.root)
 
-    def free(self, job: JobRow | Attempt) -> None:
+    def free(self, job: JobRow) -> None:
         """Note that an attempt has ended."""
-        if job.max_running is not None or job.deaths >= SUSPECT:
+        if job.is_limited:
             self.freed.update(limits_of(job))
 
     def unblock_freed(self) -> None:
@@ -1673,18 +1664,10 @@ class Room(NamedTuple):
     workers: int = 1                                      # that will be free soon
 
 
-class Claims(NamedTuple):
-    """What a runner has claimed."""
-
-    jobs: list[tuple[JobRow, int]]                        # with the microseconds charged
-    more_ready: bool                                      # other jobs are ready, too
-    cut_short: bool                                       # by PARKED_A_CLAIM
-
-
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
-    AND id > :after AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id LIMIT :limit"""
+    AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
 # One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
 # is its own tree, so its virtual time and its lane are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
@@ -1696,16 +1679,21 @@ CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime 
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
-class _Claim:
-    """Claims jobs for one runner in one transaction, in fair order."""
+class Claims:
+    """The jobs that one runner claims in one transaction, in fair order."""
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []
-        self.more_ready = False
+        self.jobs: list[tuple[JobRow, int]] = []          # with the microseconds charged
+        self.more_ready = False                           # other jobs are ready, too
         self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
         self._blocked: list[tuple[JobRow, str]] = []      # of this round
         self.blocked = 0                                  # of all rounds
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether so many jobs were blocked that the others have to wait for the next claim."""
+        return self.blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
         """Claim what there is room for; return whether to look behind jobs that were blocked."""
@@ -1715,16 +1703,15 @@ class _Claim:
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
         self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
-        return len(self.jobs) < free and blocked < self.blocked < PARKED_A_CLAIM
+        return len(self.jobs) < free and blocked < self.blocked and not self.cut_short
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
         limit = max(0, free) + ahead
         roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
-        chunk = max(4, limit // max(1, len(roots)) + 1)
         trees = [(root.vtime, root.id,
-                  self._ready_jobs(root, lane, chunk) if root.total else iter((root,)))
+                  self._ready_jobs(root, lane) if root.total else iter((root,)))
                  for root in roots]
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
         taken, tag = 0, 0
@@ -1769,25 +1756,22 @@ class _Claim:
                 return None
         return self._run_times.charge(job.name)
 
-    def _ready_jobs(self, root: JobRow, lane: int, chunk: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first, read a chunk at a time."""
+    def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
+        """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
         if root.queue == lane:
             yield root
-        after = 0
-        while True:
-            rows = self._tx.jobs(READY_CHILDREN, root=root.id, lane=lane, after=after, limit=chunk)
-            yield from rows
-            if len(rows) < chunk or len(self._blocked) >= PARKED_A_CLAIM:
+        for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
+            if len(self._blocked) >= PARKED_A_CLAIM:
                 return
-            after = rows[-1].id
+            yield to_job(row)
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
     """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
-    claimed = _Claim(tx, owner, room, run_times)
-    while claimed.round():
+    claims = Claims(tx, owner, room, run_times)
+    while claims.round():
         pass
-    return Claims(claimed.jobs, claimed.more_ready, claimed.blocked >= PARKED_A_CLAIM)
+    return claims
 
 
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
@@ -1954,7 +1938,6 @@ def recover(tx: Transaction, owner: int) -> int:
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
     for job in jobs:
         tx.execute(_COUNT_DEATH, {"id": job.id})
-    for job in jobs:
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
     return len(jobs)
@@ -2012,11 +1995,11 @@ class _ForkGate:
     """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
 
     def __init__(self) -> None:
-        self._door = threading.RLock()                    # held during a fork; finalizers may read
+        self.door = threading.RLock()                     # held during a fork; finalizers may read
         self._inside: set[int] = set()                    # threads
 
     def __enter__(self) -> None:
-        with self._door:
+        with self.door:
             self._inside.add(threading.get_ident())
 
     def __exit__(self, *exc_info: Any) -> None:
@@ -2024,18 +2007,10 @@ class _ForkGate:
 
     def shut(self) -> None:
         """Let no other thread in, and wait until those inside are out, for a second at most."""
-        self._door.acquire()
+        self.door.acquire()
         deadline = time.monotonic() + 1.0
-        while self._inside - {threading.get_ident()} and time.monotonic() < deadline:
+        while self._inside and time.monotonic() < deadline:
             time.sleep(0.0002)
-
-    def open(self) -> None:
-        """Let threads in again."""
-        self._door.release()
-
-    def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, where only this thread is."""
-        self._door, self._inside = threading.RLock(), set()
 
 
 fork_gate = _ForkGate()
@@ -2052,7 +2027,7 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def library_code(function: _Function) -> _Function:
+def library_code(function: Any) -> Any:
     """Decorate a function that a force stop of the job which calls it must not interrupt."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -2064,106 +2039,120 @@ def library_code(function: _Function) -> _Function:
             return function(*args, **kwargs)
         finally:
             ticket.put_back()
-    return call                                           # type: ignore[return-value]
+    return call
+
+
+# What to do about an error of SQLite, by a part of its text.
+_REMEDIES = {
+    "locked": "another program holds its lock: end it, or wait",
+    "readonly": "make the file and its folder writable",
+    "not a database": "give the path of a new file, or of a job file",
+    "malformed": "restore it from a backup",
+    "disk": "make room on the disk; if there is some, see the system's log for disk trouble",
+    "unable to open": "give the path of a file in a folder that exists and is writable",
+    "json": "use a build of SQLite with its JSON functions"}
+
+
+def store_error(doing: str, error: BaseException) -> BaseException:
+    """Return an error of SQLite as ours: what could not be done, and what to do about it.
+
+    Other errors are returned as they are.
+    """
+    if not isinstance(error, sqlite3.Error):
+        return error
+    remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
+    explained = StoreError("; ".join([f"cannot {doing}: {error}", *remedies[:1]]))
+    explained.__cause__ = error
+    return explained
 
 
 class JobFile:
     """The SQLite file of a store: its path, its schema, and whether it is still there."""
 
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
-        self.path = os.path.abspath(path)
-        self._journal = journal
+        if os.fspath(path) in ("", ":memory:"):
+            raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
+        self.path, self._journal = os.path.abspath(path), journal
         # SQLite puts the WAL beside the file that a link leads to.
         self._wal = os.path.realpath(self.path) + "-wal"
-        self._check_path(os.fspath(path))
 
-    def _check_path(self, path: str) -> None:
-        folder = os.path.dirname(self.path)
-        if path == "" or path.startswith(":memory:"):
-            raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
-        if os.path.isdir(self.path):
-            raise StoreError(f"cannot use {self.path} as a job file: it is a folder; "
-                             "give the path of a file in it")
-        if not os.path.isdir(folder):
-            raise StoreError(f"cannot use {self.path} as a job file: the folder {folder} does not "
-                             "exist; create it first")
+    def open(self, synchronous: str, now: float) -> sqlite3.Connection:
+        """Return the connection that writes, after bringing the file up to date."""
+        db = None
+        try:
+            db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
+            self._prepare(db, now)
+            db.execute(f"PRAGMA synchronous = {synchronous}")
+            db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
+            db.execute("PRAGMA wal_autocheckpoint = 4000")
+            self._version_in(db)                          # the first read makes the WAL
+        except BaseException as error:
+            if db is not None:
+                db.close()
+            raise store_error(f"use {self.path} as a job file", error)
+        self._identity, self._checked_at = self._look(), 0.0
+        return db
 
-    def prepare(self, db: sqlite3.Connection, synchronous: str, now: float) -> None:
-        """Bring the schema up to date and switch to WAL; processes that do so at once try again."""
-        db.execute("SELECT json_array()")                 # an option of builds before 3.38
+    def _prepare(self, db: sqlite3.Connection, now: float) -> None:
+        """Migrate the schema and switch to WAL; processes that do so at once try again."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._migrate(db, now)
                 mode = db.execute(f"PRAGMA journal_mode = {self._journal}").fetchone()[0]
-                if mode != self._journal:
-                    raise StoreError(
-                        f"cannot use {self.path} as a job file: the journal mode stays {mode!r} "
-                        f"instead of {self._journal!r}; put the file on a local disk, and have "
-                        "all processes use the same mode")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
+                db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
-        db.execute(f"PRAGMA synchronous = {synchronous}")
-        db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
-        db.execute("PRAGMA wal_autocheckpoint = 4000")
-        db.execute("SELECT version FROM bgjobs_schema").fetchone()      # the first read makes the WAL
-        self._identity, self._checked_at = self._identity_now(), 0.0
+        if mode != self._journal:
+            raise StoreError(
+                f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
+                f"{self._journal!r}; put the file on a local disk, and have all processes use the "
+                "same mode")
 
     _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
         """Bring the tables to this version, in one transaction: a kill leaves the file as it was."""
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        if self._schema_version(db) == SCHEMA_VERSION:
+        if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        try:
-            version = self._schema_version(db)
-            # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
-            alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
-            if alive is not None:
-                raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
-                                 f"stop it before this bgjobs {__version__} opens the file")
-            while version != SCHEMA_VERSION:
-                for statement in MIGRATIONS[version]:
-                    db.execute(statement)
-                version = version + 1 if version else SCHEMA_VERSION
-            db.execute("UPDATE bgjobs_schema SET version = ?", [version])
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+        version = self._version_in(db)                    # another process may have been quicker
+        # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
+        alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
+        if alive is not None:
+            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
+                             f"stop it before this bgjobs {__version__} opens the file")
+        while version != SCHEMA_VERSION:
+            if version not in MIGRATIONS:
+                raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
+                                 f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer "
+                                 "bgjobs.py into the app")
+            for statement in MIGRATIONS[version]:
+                db.execute(statement)
+            version = version + 1 if version else SCHEMA_VERSION
+        db.execute("UPDATE bgjobs_schema SET version = ?", [version])
+        db.execute("COMMIT")
 
-    def _schema_version(self, db: sqlite3.Connection) -> int:
+    # JSON functions were an option of builds before 3.38.
+    _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
+
+    def _version_in(self, db: sqlite3.Connection) -> int:
         """Return the version of the schema in the file, 0 if there is none."""
-        found = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'bgjobs_schema'").fetchone()
-        version: int = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0] if found else 0
-        if version != SCHEMA_VERSION and version not in MIGRATIONS:
-            raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
-                             f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py "
-                             "into the app")
+        if db.execute(self._HAS_SCHEMA).fetchone() is None:
+            return 0
+        version: int = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
         return version
 
-    def _identity_now(self) -> list[tuple[int, int]]:
-        """Return device and inode of the file, and of its WAL, which is there while it is open."""
-        found = []
-        for path in (self.path, self._wal) if self._journal == "wal" else (self.path,):
-            try:
-                stat = os.stat(path)
-            except OSError:
-                raise StoreError(f"{path} was deleted or moved while it was in use; put it back, "
-                                 "or start anew with close() and a new runner") from None
-            if path == self.path and stat.st_size == 0:   # first: SQLite deletes its WAL
-                raise StoreError(f"{path} was emptied while it was in use; close() this runner, "
-                                 "put a backup there, without a -wal beside it, and make a new "
-                                 "runner")
-            found.append((stat.st_dev, stat.st_ino))
-        return found
+    def _look(self) -> Any:
+        """Return what tells the file, and its WAL, which is there while it is open, from others."""
+        with contextlib.suppress(OSError):
+            seen = os.stat(self.path)
+            wal = os.stat(self._wal) if self._journal == "wal" else seen
+            return seen.st_size > 0, seen.st_dev, seen.st_ino, wal.st_ino
+        return object()                                   # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
         """Raise StoreError unless the path still names the open file; SQLite would not notice.
@@ -2173,69 +2162,47 @@ class JobFile:
         if time.monotonic() - self._checked_at < max_age:
             return
         self._checked_at = -math.inf                      # if this fails, the next write looks, too
-        found = self._identity_now()
-        if found != self._identity:
-            what = self.path if found[0] != self._identity[0] else self.path + "-wal"
-            raise StoreError(f"{what} was replaced by another file while it was in use; nothing is "
-                             "written any more: close() this runner, put the right file there, "
-                             "without a -wal beside it, and make a new runner")
+        if self._look() != self._identity:
+            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
+                             "was in use; nothing is written any more: put it back, or close() "
+                             "this runner, put the right file there, without a -wal beside it, "
+                             "and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it."""
-        uri = self.path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        if os.name == "nt":
-            uri = "/" + uri.replace("\\", "/")
-        db: sqlite3.Connection = sqlite3.connect(f"file://{uri}?mode=rw", uri=True, **_CONNECT)
+        self.check()
+        db: sqlite3.Connection = sqlite3.connect(self.path, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
-    def shorten_wal(self) -> str:
-        """Truncate the WAL if it has grown large; return a complaint if a reader prevents that."""
-        try:
-            size = os.path.getsize(self._wal)
-        except OSError:
-            return ""
+    def shorten_wal(self) -> None:
+        """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
+        size = os.path.getsize(self._wal) if os.path.exists(self._wal) else 0
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                return (f"the WAL of {self.path} has {size >> 20} MB and grows: another program "
-                        "keeps an old read transaction open on it; end that")
-        return ""
+                raise StoreError(
+                    f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps "
+                    "an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use, to a new file."""
-        self.check()
-        try:
-            open(path, "xb").close()
-        except FileExistsError:
-            raise ValueError(f"{path} exists; give the path of a new file") from None
-        except OSError as error:
-            raise StoreError(f"cannot back {self.path} up to {path}: {error.strerror}; give a path "
-                             "in a folder that exists and is writable") from error
-        deadline = time.monotonic() + LOCK_SECONDS
-
-        def give_up(status: int, remaining: int, total: int) -> None:
-            # SQLite itself would wait for ever. It does not know `remaining` before it has the lock.
-            if status != SQLITE_DONE and time.monotonic() > deadline:
-                raise sqlite3.OperationalError("database is locked")
+        if os.path.exists(path):
+            raise ValueError(f"{path} exists; give the path of a new file")
         try:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
-                    db.backup(copy, progress=give_up)
+                    db.backup(copy)
                     # So what the copy shows as running is taken back.
-                    copy.execute("DELETE FROM bgjobs_runners")
-                    copy.execute("DELETE FROM bgjobs_registered")
-                    copy.commit()
+                    copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):        # there is none
                     os.remove(rest)
-            if isinstance(error, sqlite3.Error):
-                raise store_error(f"back {self.path} up to {path}", error)
-            raise
+            raise store_error(f"back {self.path} up to {path}", error)
 
 
 class _Write:
@@ -2248,29 +2215,10 @@ class _Write:
         self.done = False                                 # committed, or failed
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # where its thread sleeps
 
-    def fail(self, error: BaseException) -> None:
-        self.error, self.done = error, True
-
     def sleep(self) -> None:
         """Sleep until the thread is woken: the write is done then, or the thread can lead."""
-        with contextlib.suppress(queue.Empty):            # Ctrl-C may cut short who wakes it
+        with contextlib.suppress(queue.Empty):            # Ctrl-C may have hit who would wake it
             self.wake.get(timeout=1.0)
-
-
-class Passenger:
-    """What rides along with the transactions of a store. This one brings nothing."""
-
-    def begin(self, tx: Transaction) -> None:
-        """Add to the begin of a transaction."""
-
-    def end(self, tx: Transaction, flushing: bool) -> None:
-        """Add to the end of a transaction; flushing: it was opened for this."""
-
-    def committed(self, tx: Transaction) -> None:
-        """Take note of any commit."""
-
-    def left_behind(self) -> None:
-        """Take note that more is to ride along, and nobody leads."""
 
 
 class Store:
@@ -2279,37 +2227,30 @@ class Store:
     Readers never wait for writers (WAL).
     """
 
+    passenger: Dispatch                                   # what rides along with each transaction
+
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
             raise StoreError(
                 f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
-        self.file = JobFile(path, journal)
-        self.path, self.clock, self.passenger = self.file.path, clock, Passenger()
+        self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
+        self.path = self.file.path
         # `_leading` is held by the leader; whoever releases it wakes the first thread that waits.
         self._leading = threading.Lock()
-        self._leader = 0                                  # its thread
+        self.leader = 0                                   # the ident of its thread, 0 if none leads
         self._waiting: deque[_Write] = deque()            # until they are done
         self._again = False                               # more rides along than the last one took
         self.closed = self.forked = False
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._version_lock = threading.Lock()             # guards _version_db
-        self._version_db: sqlite3.Connection | None = None
         self._complaints: dict[str, float] = {}           # what was logged lately, and when
         # EXTRA also syncs the folder from which the rollback journal is deleted: the commit there.
         full = "FULL" if journal == "wal" else "EXTRA"
-        try:
-            self._writer = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
-            try:
-                self.file.prepare(self._writer, "NORMAL" if durability == "process" else full,
-                                  clock())
-            except BaseException:
-                self._writer.close()
-                raise
-        except sqlite3.Error as error:
-            raise store_error(f"use {self.path} as a job file", error)
+        self._writer = self.file.open("NORMAL" if durability == "process" else full, clock())
+        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_db = self.file.connect()
 
     # writing
 
@@ -2320,22 +2261,21 @@ class Store:
         `run` may be called again when a transaction had to be rolled back, so it has no effect but
         on the transaction. What it raises is raised here, and nothing of it is stored.
         """
-        if self._leader == threading.get_ident():
-            raise RuntimeError("bgjobs was called from inside a write of the same thread: by a "
-                               "signal handler, or a finalizer; have it set a flag or start a "
-                               "thread instead")
+        self._check_open()
+        if self.leader == threading.get_ident():
+            raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
+                               "signal handler or a finalizer; have that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.is_led:                               # the leader takes it along, or wakes it
+            if self.leader:                               # it takes the write along, or wakes us
                 write.sleep()
             while not write.done:
                 if not self._lead(flushing=False) and not write.done:
                     write.sleep()
-        except BaseException:                             # Ctrl-C: the next thread leads
+        except BaseException:                             # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
-            self._wake_next()
             raise
         if write.error is not None:
             raise write.error
@@ -2345,14 +2285,9 @@ class Store:
     def flush(self) -> None:
         """Lead transactions until nothing more is to ride along, unless another thread leads."""
         self._again = True
-        if self._leader != threading.get_ident():
+        if self.leader != threading.get_ident():
             while self._again and self._lead(flushing=True) and not self._waiting:
                 pass
-
-    @property
-    def is_led(self) -> bool:
-        """Whether a thread leads: a hint, since that may have changed already."""
-        return self._leader != 0
 
     def _lead(self, flushing: bool) -> bool:
         """Run all waiting writes. Return False if another thread leads, or the commit failed."""
@@ -2360,59 +2295,43 @@ class Store:
             return False
         worked = False
         try:
-            self._leader, self._again = threading.get_ident(), False
+            self.leader, self._again = threading.get_ident(), False
             worked = self._commit(list(self._waiting), flushing)
-            self._dismiss()
+            while self._waiting and self._waiting[0].done:
+                self._waiting.popleft().wake.put(None)
         finally:
-            self._leader = 0
+            self.leader = 0
             self._leading.release()
-            if not self._wake_next() and self._again and not (flushing and worked):
-                self.passenger.left_behind()
+            try:
+                self._waiting[0].wake.put(None)           # its thread leads next
+            except IndexError:                            # none waits
+                if self._again and not (flushing and worked):
+                    self.passenger.left_behind()
         return worked
-
-    def _dismiss(self) -> None:
-        """Take the writes that are done out of the queue, and wake their threads."""
-        while self._waiting and self._waiting[0].done:
-            self._waiting.popleft().wake.put(None)
-
-    def _wake_next(self) -> bool:
-        """Wake the first thread that waits, to lead; return False if none waits."""
-        first = tuple(self._waiting)[:1]
-        for write in first:
-            write.wake.put(None)
-        return bool(first)
 
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
         """Run a batch in one transaction; if that fails, each write again alone.
 
-        Return False if what rides along could not be recorded. The next leader tries again; if no
+        Return False if it failed. Then the next leader takes along what was to ride along; if no
         other thread leads, that is the service thread.
         """
         try:
             self._transact(batch, flushing)
             return True
-        except StoreError as error:                       # the file's trouble hits all alike
-            trouble: BaseException = error
-            for write in batch:
-                own_copy = copy.copy(error)
-                own_copy.__cause__ = error.__cause__
-                write.fail(own_copy)
         except (Exception, JobStopped) as error:          # JobStopped: a superseded one submits
-            trouble = self._explained(error)
-            for write in batch:
-                try:
-                    self._transact([write], None)
-                except (Exception, JobStopped) as own:
-                    write.fail(self._explained(own))
-                self._dismiss()
-            if batch:
-                self._again = True
-                return True
+            trouble = error
+        for write in batch:
+            try:
+                if isinstance(trouble, StoreError):       # the file's trouble hits all alike
+                    raise copy.copy(trouble) from trouble.__cause__
+                self._transact([write], None)
+            except (Exception, JobStopped) as error:
+                write.error, write.done = store_error(f"write to {self.path}", error), True
         self._again = not self.closed
-        if not batch and not self.closed:
-            self.complain(f"cannot record outcomes: {trouble}; trying again")
-            if self.close_by == math.inf:
-                time.sleep(0.05)
+        if self._again and not batch:
+            why = store_error(f"write to {self.path}", trouble)
+            self.complain(f"cannot record outcomes: {why}; trying again")
+            time.sleep(0.05)
         return False
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
@@ -2423,44 +2342,42 @@ class Store:
         self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
-            tx = self._run_in_transaction(batch, flushing)
+            try:
+                self._await_lock("BEGIN IMMEDIATE")
+                tx = Transaction(self._writer, self._lineages, self.clock())
+                if flushing is not None:
+                    self.passenger.begin(tx)
+                for write in batch:
+                    write.value = write.run(tx)
+                if flushing is not None:
+                    self.passenger.end(tx, flushing)
+                tx.end_all()
+                self._await_lock("COMMIT")
+            except BaseException:
+                self._writer.rollback()
+                self._lineages.clear()
+                raise
+        for write in batch:
+            write.done = True
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
             except Exception as error:                    # it is committed: it has not failed
                 say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n"
-                                    f"{traceback_of(error)}")
+                                   f"{traceback_of(error)}")
 
     def _check_open(self) -> None:
+        self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
                              "forked from; call its start() here, or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
-    def _run_in_transaction(self, batch: list[_Write], flushing: bool | None) -> Transaction:
-        db = self._writer
-        if db.in_transaction:                             # Ctrl-C hit the last leader
-            db.execute("ROLLBACK")
-        self._await_lock("BEGIN IMMEDIATE")
-        try:
-            tx = Transaction(db, self._lineages, self.clock())
-            if flushing is not None:
-                self.passenger.begin(tx)
-            for write in batch:
-                write.value = write.run(tx)
-            if flushing is not None:
-                self.passenger.end(tx, flushing)
-            tx.end_all()
-            self._await_lock("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            self._lineages.clear()
-            raise
-        for write in batch:
-            write.done = True
-        return tx
+    def _notice_fork(self) -> None:
+        """Leave all to the parent in a child that was forked in C, where no hook runs."""
+        if os.getpid() != self.pid:
+            leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
         """Execute a BEGIN IMMEDIATE or COMMIT. Raises StoreError if the lock is held for long."""
@@ -2470,24 +2387,17 @@ class Store:
                 self._writer.execute(statement)
                 return
             except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > min(give_up, self.close_by + 0.4):
-                    if self.close_by < math.inf:          # going down: each write is tried once
-                        self._writer.execute("PRAGMA busy_timeout = 0")
-                    raise self._explained(error)
-
-    def _explained(self, error: BaseException) -> BaseException:
-        if isinstance(error, sqlite3.Error):
-            return store_error(f"write to {self.path}", error)
-        return error
+                is_late = time.monotonic() > min(give_up, self.close_by + 0.4)
+                if is_late or "locked" not in str(error):
+                    raise store_error(f"write to {self.path}", error)
 
     def complain(self, text: str) -> None:
         """Log an error, the same one every ten seconds at most."""
         now = time.monotonic()
-        if text and now - self._complaints.get(text, -math.inf) > 10:
-            recent = self._complaints if len(self._complaints) < 20 else {}
-            self._complaints = {**recent, text: now}
+        if now - self._complaints.get(text, -math.inf) > 10:
+            if len(self._complaints) > 20:
+                self._complaints.clear()
+            self._complaints[text] = now
             say(logging.ERROR, text)
 
     def write_through(self, connection: sqlite3.Connection,
@@ -2499,16 +2409,14 @@ class Store:
         another file.
         """
         self._check_open()
-        db, is_within = _AppConnection(connection), connection.in_transaction
-        autocommit = getattr(connection, "autocommit", -1)      # Python 3.12; -1: isolation_level
-        commits = autocommit is True or autocommit == -1 and connection.isolation_level is None
-        begin, end, undo = "BEGIN IMMEDIATE", ["COMMIT"] if commits else [], ["ROLLBACK"]
-        if is_within:
-            begin, end = "SAVEPOINT bgjobs", ["RELEASE bgjobs"]
-            undo = ["ROLLBACK TO bgjobs", "RELEASE bgjobs"]
+        commits = connection.isolation_level is None
+        commits |= getattr(connection, "autocommit", None) is True        # since Python 3.12
+        begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
+        if connection.in_transaction:
+            begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
         try:
-            file = next(name for _, database, name in db.execute("PRAGMA database_list").fetchall()
-                        if database == "main")
+            db = sqlite3.Cursor(connection)               # has no row factory
+            file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
                                  f"{self.path} can be part of a transaction of that file alone")
@@ -2519,42 +2427,39 @@ class Store:
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
                 tx.end_all()
-                for statement in end:
-                    db.execute(statement)
+                db.execute(end)
                 return value
             except BaseException:
-                for statement in undo if connection.in_transaction else ():
-                    db.execute(statement)
+                if connection.in_transaction:
+                    db.execute(undo)
                 raise
         except sqlite3.Error as error:
-            if "locked" in str(error) and is_within:
-                raise StoreError(f"cannot write to {self.path} in this transaction: {error}; "
-                                 "submit before it reads, or begin it with BEGIN IMMEDIATE: one "
-                                 "that has read may not write once another connection has "
-                                 "written") from error
-            raise self._explained(error)
+            raise store_error(f"write to {self.path} through the app's connection (if its "
+                              "transaction has read before, begin it with BEGIN IMMEDIATE)", error)
 
     # reading
 
     @library_code
     def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
         """Return all rows of a query, read on a connection of its own."""
+        self._notice_fork()
         with fork_gate:
-            db = None
             try:
-                try:
-                    db = self._readers.pop()
-                except IndexError:
-                    db = self.file.connect()
-                rows = db.execute(sql, parameters or {}).fetchall()
-            except sqlite3.Error as error:
-                if db is not None:
-                    db.close()
-                raise store_error(f"read {self.path}", error)
-            self._readers.append(db)
-            if self.closed or len(self._readers) > 8:
-                self._close_readers()
-            return rows
+                db = self._readers.pop()
+            except IndexError:
+                db = self.file.connect()
+            try:
+                return self._fetch(db, sql, parameters or {})
+            finally:
+                self._readers.append(db)
+                if self.closed or len(self._readers) > 8:
+                    self._close_readers()
+
+    def _fetch(self, db: sqlite3.Connection, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        try:
+            return db.execute(sql, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise store_error(f"read {self.path}", error)
 
     def _close_readers(self) -> None:
         with contextlib.suppress(IndexError):             # another thread does so, too
@@ -2568,92 +2473,39 @@ class Store:
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def version(self) -> int:
-        """Return a number that changes with each commit, of any process."""
+        """Return a number that changes with each commit, of any process.
+
+        Raises StoreError if the file is gone.
+        """
+        self._check_open()
+        self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
-            try:
-                if self._version_db is None:
-                    self._version_db = self.file.connect()
-                return int(self._version_db.execute("PRAGMA data_version").fetchone()[0])
-            except sqlite3.Error as error:
-                raise store_error(f"read {self.path}", error)
+            return int(self._fetch(self._version_db, "PRAGMA data_version")[0][0])
 
     # the end
 
-    def close(self, last: Callable[[Transaction], None] = lambda tx: None) -> bool:
-        """Run a last write and close the connections; later writes raise StoreError.
-
-        Return whether the last write is stored.
-        """
-        stored = not self.closed
-
+    def close(self, last: Any = None) -> None:
+        """Run a last write, if one is given, and close the connections: no write comes after it."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
-            try:
-                self.write(run)
-            except StoreError:                            # the disk is full, the file is gone ...
-                stored, self.closed = False, True
-            self._writer.close()
+            if last is not None:
+                with contextlib.suppress(StoreError):     # the disk is full, the file is gone ...
+                    self.write(run)
+            self.closed = True
             with self._version_lock:
-                if self._version_db is not None:
-                    self._version_db.close()
+                self._version_db.close()
+            self._writer.close()
             self._close_readers()
-        return stored
 
     def leave_to_parent(self) -> None:
         """Leave the parent's connections alone in a forked child: never use them, nor close them."""
-        for connection in (self._writer, self._version_db, *self._readers):
-            _never_free(connection)
-        self._readers, self._version_db, self._waiting = deque(), None, deque()
-        self._leading, self._version_lock = threading.Lock(), threading.Lock()
-        self._leader, self.closed, self.forked = 0, True, True
-
-
-_REMEDIES = {
-    "locked": "another program holds its lock: end it, or wait",
-    "readonly": "make the file and its folder writable",
-    "full": "make room on the disk",
-    "not a database": "give the path of a new file, or of a job file",
-    "malformed": "restore it from a backup",
-    "disk I/O": "make room on the disk; if there is some, see the system's log for disk trouble",
-    "same thread": "give the connection of this thread",
-    "unable to open": "check that the folder exists and is writable",
-    "json": "use a build of SQLite with its JSON functions"}
-
-
-def store_error(doing: str, error: sqlite3.Error) -> StoreError:
-    """Return an error of SQLite as ours: what could not be done, and what to do about it."""
-    remedies = (remedy for sign, remedy in _REMEDIES.items() if sign in str(error))
-    explained = StoreError(f"cannot {doing}: {error}; "
-                           f"{next(remedies, 'see the error of SQLite above')}")
-    explained.__cause__ = error
-    return explained
-
-
-class _AppConnection:
-    """What a Transaction needs of an app's connection, whatever row factory that has."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).execute(sql, parameters)
-
-    def executemany(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
-        return sqlite3.Cursor(self._connection).executemany(sql, rows)
-
-
-_inherited: list[Any] = []         # where _never_free has no other means
-
-
-def _never_free(connection: sqlite3.Connection | None) -> None:
-    """Keep a connection of the parent from ever being closed in a forked child, even at exit."""
-    try:
-        import ctypes
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    except (ImportError, AttributeError):                 # not CPython
-        _inherited.append(connection)
+        with contextlib.suppress(ImportError, AttributeError):    # CPython closes what it frees
+            import ctypes
+            for connection in (self._writer, self._version_db, *self._readers):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        self._readers, self.pid, self.closed, self.forked = deque(), os.getpid(), True, True
 
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
@@ -2685,42 +2537,21 @@ class Pool:
         # `_lock` guards the changes of everything below; no user code and no SQL runs under it.
         # Reading one number or membership without it is a hint that may be old by then.
         self._lock = threading.Lock()
-        self._claimed: deque[Attempt] = deque()
+        self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()    # normal, low priority
         self._away: set[Attempt] = set()
         self._returning: dict[Attempt, threading.Event] = {}     # in order; set with the slot
-        self._abandoned: set[Attempt] = set()
+        self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()   # None ends a thread
         self._needed = 0                                  # threads that execute, or are about to
         self._threads: set[threading.Thread] = set()
         self.lingers = False                              # a worker claims in a moment
-        self.forked = False
-
-    @property
-    def abandoned(self) -> int:
-        """How many superseded attempts still execute."""
-        return len(self._abandoned)
+        self._pid = os.getpid()                           # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
         """Whether so many superseded attempts still execute that nothing should be claimed."""
-        return self.abandoned >= ABANDONED_A_PLACE * self.size
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no claimed attempt waits for a slot."""
-        return not self._claimed
-
-    def has(self, attempt: Attempt) -> bool:
-        """Return whether an attempt waits here, or executes and has not been abandoned."""
-        with self._lock:
-            return attempt in self._claimed or self._executes(attempt)
-
-    def _is_placed(self, attempt: Attempt) -> bool:
-        return attempt in self._placed[attempt.low_priority]
-
-    def _executes(self, attempt: Attempt) -> bool:
-        return self._is_placed(attempt) or attempt in self._away or attempt in self._returning
+        return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     # slots
 
@@ -2730,16 +2561,16 @@ class Pool:
         with self._lock:
             if self.is_clogged:
                 return Room(0, 0)
-            low = sum(each.low_priority for each in (*self._returning, *self._claimed))
-            free, low_free = self._left(len(self._returning) + len(self._claimed) - low, low)
+            free, low_free = self._left(*self._returning, *self.claimed)
             long = sum(0 < each.begun < long_since for each in itertools.chain(*self._placed))
-            planned = sum(run_times.occupies(each.name) for each in self._claimed)
-            ahead = AHEAD_LIMIT - len(self._claimed) if long < self.size else 0
+            planned = sum(run_times.occupies(each.name) for each in self.claimed)
+            ahead = AHEAD_LIMIT - len(self.claimed) if long < self.size else 0
             return Room(free, low_free, ahead, planned, self.size - long)
 
-    def _left(self, normal: int = 0, low: int = 0) -> tuple[int, int]:
-        """Return the free slots, and those for low priority, once so many more are placed."""
-        normal, low = normal + len(self._placed[0]), low + len(self._placed[1])
+    def _left(self, *others: Attempt) -> tuple[int, int]:
+        """Return the free slots, and those for low priority, once these others are placed."""
+        low = len(self._placed[1]) + sum(each.low_priority for each in others)
+        normal = len(self._placed[0]) + len(self._placed[1]) + len(others) - low
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
@@ -2749,14 +2580,14 @@ class Pool:
         The service thread calls this without attempts, and gives the other free slots out.
         """
         with self._lock:
-            self._claimed.extend(attempts)
+            self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
-    def _give(self, hands: float = 1, hand: Callable[[Attempt], None] | None = None) -> None:
+    def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
         """Give free slots out, and wake at most so many threads.
 
-        `hand` takes an attempt that needs a thread; by default it goes to an idle or new one.
-        Called under the lock, after anything that may have freed a slot.
+        takes: the calling thread executes a claimed attempt itself, which is returned. Called under
+        the lock, after anything that may have freed a slot.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2765,51 +2596,43 @@ class Pool:
             if returned is not None:
                 attempt.waited += time.monotonic() - attempt.left_at
                 returned.set()
-            else:
-                self._claimed.remove(attempt)
-                (hand or self._hand)(attempt)
-        while len(self._threads) < self._needed and self.start_thread():
-            pass
+                continue
+            self.claimed.remove(attempt)
+            if takes:
+                return attempt
+            self._needed += 1
+            self._handed.put(attempt)
+        try:
+            while len(self._threads) < self._needed:
+                self._threads.add(start_thread("bgjobs-worker", self._work))
+        except RuntimeError as error:                     # too many; the next put() tries again
+            say(logging.ERROR, f"bgjobs: {error}")
+        return None
 
     def _next(self) -> Attempt | None:
         """Return the attempt that gets the next slot, or None if there is no slot for any."""
         left, low_left = self._left()
         if left > 0:
-            for attempt in itertools.chain(self._returning, self._claimed):
+            for attempt in itertools.chain(self._returning, self.claimed):
                 if low_left > 0 or not attempt.low_priority:
                     return attempt
         return None
 
     # threads
 
-    def _hand(self, attempt: Attempt) -> None:
-        self._needed += 1
-        self._handed.put(attempt)
-
-    def start_thread(self) -> bool:
-        thread = threading.Thread(target=self._work, name="bgjobs-worker", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:                     # too many; the next put() tries again
-            say(logging.ERROR, f"bgjobs: {error}")
-            return False
-        self._threads.add(thread)
-        return True
-
     def _work(self) -> None:
         """Execute an attempt, have its outcome recorded, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if self.forked:                               # by the function: the parent has the job
+            if os.getpid() != self._pid:                  # a child that the function has forked
                 return
             leads = self._settle(attempt)
-            following: list[Attempt] = []
             with self._lock:
-                retires = attempt in self._abandoned      # its force stop may have left anything
+                retires = attempt in self.abandoned      # its force stop may have left anything
                 leads |= self._take_out(attempt)
-                self._give(hand=None if leads or retires else following.append)
-                if not following:
+                following = self._give(takes=not leads and not retires)
+                if following is None:
                     self._needed -= 1
                 if retires:
                     self._threads.discard(threading.current_thread())
@@ -2817,7 +2640,7 @@ class Pool:
                 self._claim()
             if retires:
                 return
-            attempt = following.pop() if following else None
+            attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
                     self._linger()
@@ -2838,10 +2661,10 @@ class Pool:
 
     def _take_out(self, attempt: Attempt) -> bool:
         """Forget an attempt that executed; return whether jobs can be claimed again by that."""
-        unclogs = attempt in self._abandoned and self.is_clogged
+        unclogs = attempt in self.abandoned and self.is_clogged
         self._placed[attempt.low_priority].discard(attempt)
         self._away.discard(attempt)
-        self._abandoned.discard(attempt)
+        self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
         if returned is not None:                          # it goes on without a slot
             returned.set()
@@ -2850,24 +2673,25 @@ class Pool:
     def abandon(self, attempt: Attempt) -> None:
         """Take the slot of a superseded attempt away, whose thread lives on."""
         with self._lock:
-            if not self._executes(attempt):
+            executes = attempt in self._placed[attempt.low_priority] or attempt in self._away
+            if not executes and attempt not in self._returning:
                 return
             self._take_out(attempt)
-            self._abandoned.add(attempt)
+            self.abandoned.add(attempt)
             self._give()
             clogged = self.is_clogged
         if clogged:
-            say(logging.ERROR, f"{self.abandoned} superseded attempts still run in threads of "
-                 "this process: no more jobs are claimed until some of them end")
+            say(logging.ERROR, "so many superseded attempts still run in threads of this process "
+                               "that no more jobs are claimed until some of them end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
         """Count an attempt as one of low priority, or not."""
         with self._lock:
-            if self._is_placed(attempt):
+            if attempt in self._placed[not low]:
+                self._placed[not low].remove(attempt)
                 self._placed[low].add(attempt)
             attempt.low_priority = low
-            self._placed[not low].discard(attempt)
             self._give()                                  # a returning one may take the last slot
         self._claim()                                     # and it may have left one to another
 
@@ -2886,14 +2710,14 @@ class Pool:
         """Give the slot of an attempt away, one of whose threads begins to wait for a job."""
         with self._lock:
             attempt.waits += 1
-            leaves = self._is_placed(attempt)
-            if leaves:
-                attempt.left_at = time.monotonic()
-                self._placed[attempt.low_priority].remove(attempt)
-                self._away.add(attempt)
-                self._give()
-        if leaves:
-            self._claim()
+            placed = self._placed[attempt.low_priority]
+            if attempt not in placed:
+                return
+            attempt.left_at = time.monotonic()
+            placed.remove(attempt)
+            self._away.add(attempt)
+            self._give()
+        self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
         """Block until there is a slot again, unless another thread of the attempt waits still."""
@@ -2910,12 +2734,11 @@ class Pool:
     # giving claims back, and going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
-        """Take out the claimed attempts, if the first one has waited for so many seconds."""
+        """Take out the claimed attempts that have waited for so many seconds."""
+        until, attempts = time.monotonic() - waited, []
         with self._lock:
-            if not self._claimed or time.monotonic() - self._claimed[0].claimed_at < waited:
-                return []
-            attempts = list(self._claimed)
-            self._claimed.clear()
+            while self.claimed and self.claimed[0].claimed_at <= until:
+                attempts.append(self.claimed.popleft())
         return attempts
 
     def close(self, seconds: float) -> None:
@@ -3130,6 +2953,8 @@ class Attempt:
     unsaved_progress: Any = None                          # see report_to_save
     has_reported = False                                  # the file knows progress, or a later charge
 
+    loops = 0                                             # the number of the next loop of each()
+    loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
     operation: threading.Event | None = None              # which the next checkpoint waits for
@@ -3145,14 +2970,11 @@ class Attempt:
         self.backend, self.job, self.charge = backend, job, charge
         self.id, self.name, self.parent_id, self.root_id = job.id, job.name, job.parent_id, job.root
         self.number, self.owner = job.attempt + 1, backend.id
-        self.max_running, self.deaths, self.system = job.max_running, job.deaths, job.system
         self.low_priority, self.state = job.low_priority, job.state
         self.options = kept_options(job.options) if job.options else {}
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.loops = 0                                    # the number of the next loop of each()
-        self.loop_positions: list[int] = []               # completed turns of each()'s loops
         self.turns: list[tuple[int, int | None]] = []     # done, total of the loops under way
         self.waits_on: list[threading.Condition] = []     # of its threads; a stop wakes them
 
@@ -3618,9 +3440,9 @@ class Job(Future[_T]):
         return row
 
     def _stored(self) -> int:
-        """Return the id. Raises KeyError if the transaction that submitted it is not committed."""
-        if self._created_at is not None and not self._row():
-            raise KeyError(f"the transaction that submitted job {self.id} was not committed")
+        """Return the id. Raises KeyError if the transaction that submitted it was rolled back."""
+        if self._created_at is not None and self._row() == {}:
+            raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
         return self.id
 
     def info(self) -> dict[str, Any]:
@@ -3807,13 +3629,15 @@ class Job(Future[_T]):
         with self._condition:
             if self._state != "PENDING":
                 return
-            if not row:
-                text = f"job {self.id} has been removed from {self._backend.path}"
+            text = f"job {self.id} has been removed from {self._backend.path}"
+            try:
+                if status == FAILED:
+                    self._exception = self._backend.error_of(self.id, row) if row else BgjobsError(text)
+                else:
+                    self._result = decode(row["result"])
+            except Exception as error:                    # else its handles would wait for good
+                text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
                 self._exception = BgjobsError(text)
-            elif status == FAILED:
-                self._exception = self._backend.error_of(self.id, row)
-            else:
-                self._result = decode(row["result"])
             self._end = status
             self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
             for waiter in self._waiters:
@@ -4003,7 +3827,7 @@ class LogLines:
         tx.after_commit.append(forget)
 
 
-class Dispatch(Passenger):
+class Dispatch:
     """Takes jobs from the file to the workers, and their outcomes back.
 
     It rides along with transactions: log lines at their begin, so that they come before the
@@ -4012,7 +3836,7 @@ class Dispatch(Passenger):
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self.run_times = core.run_times
+        self._store.passenger, self.run_times = self, core.run_times
         self.pool = Pool(core.max_workers, self.execute, self.settle, core.store.flush)
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
@@ -4105,7 +3929,7 @@ class Dispatch(Passenger):
         if function is None:
             attempt.outcome = UNKNOWN
             return
-        executor = None if attempt.system else self.executor_of(function)
+        executor = None if attempt.job.system else self.executor_of(function)
         if attempt.options and attempt.options.get("isolate"):
             executor = ISOLATED
         if executor is None:
@@ -4123,7 +3947,8 @@ class Dispatch(Passenger):
         """Count a job for the statistics that begins for the first time, unless it is of ours."""
         job = attempt.job
         if job.started_at is None and not job.system:
-            self._core.lines.add(attempt, max(0.0, self._core.clock() - job.due), 0, None)
+            waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
+            self._core.lines.add(attempt, max(0.0, waited), 0, None)
 
     def executor_of(self, function: Any) -> Any:
         """Return the executor that a function's attempts go to, or None for the workers."""
@@ -4151,12 +3976,12 @@ class Dispatch(Passenger):
         watched = self._core.handles.watched
         if attempt.id in watched or attempt.has_children:
             return True
-        if watched and attempt.parent_id is not None or self._backlog and self.pool.is_empty:
+        if watched and attempt.parent_id is not None or self._backlog and not self.pool.claimed:
             return True
-        if attempt.max_running is not None and attempt.max_running <= self.pool.size:
+        if (attempt.job.max_running or math.inf) <= self.pool.size:
             return True
         has_waited = time.monotonic() - self._ended_at > SETTLE_SECONDS
-        return has_waited and not self._store.is_led
+        return has_waited and not self._store.leader
 
     # what is rare
 
@@ -4245,8 +4070,7 @@ class Core:
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, with neither threads nor attempts."""
         self.handles.leave_to_parent()
-        self.dispatch.pool.forked, self.dispatch.claims = True, False
-        self.dispatch.attempts, self.servers = {}, []
+        self.dispatch.claims, self.dispatch.attempts, self.servers = False, {}, []
         self._service_lock, self.service = threading.Lock(), None
         if self._elsewhere is not None:
             self._elsewhere.leave_to_parent()
@@ -4259,7 +4083,7 @@ class Core:
     def ensure_service(self) -> None:
         """Have the service thread running."""
         with self._service_lock:
-            if self.service is None or not self.service.alive:
+            if self.service is None or not self.service.thread.is_alive():
                 self.service = Service(self)
 
     # submitting
@@ -4308,7 +4132,7 @@ class Core:
         """Return what `Job.logs` does; what was logged by now is among it."""
         if not self.store.closed:
             self.write_lines()
-        return read_logs(self.store, job_id, **filters)
+        return read_logs(self.store, job_id, filters)
 
     _OUTCOME = """SELECT status, created_at, name, attempt, result, error
         FROM bgjobs_jobs WHERE id = :id"""
@@ -4342,9 +4166,7 @@ class Core:
     def operate(self, operation: str, job_id: int, by: str | None) -> None:
         """Apply an operation. Raises InvalidOperation, and KeyError if there is no such job."""
         by = None if by is None else " ".join(text_of(by, 200).split())
-        attempt = current_attempt()
-        own = attempt is not None and attempt.backend is self
-        author = (attempt.id, attempt.number) if attempt is not None and own else None
+        author = author_in(self)
         passed = threading.Event()
         for running in list(self.dispatch.attempts.values()):
             running.let_pass(passed)
@@ -4457,14 +4279,15 @@ class Drain:
              timeout: float | None) -> bool:
         """Run other jobs until an attempt need not wait any more."""
         begun = idle_since = time.monotonic()
+        until = math.inf if timeout is None else begun + timeout
         clock = self._core.clock()
         while not wait(0):
             now = time.monotonic()
-            if timeout is not None and now - begun >= timeout:
+            if now >= until:
                 return False
-            if self.run_one() or self._core.clock() != clock:
-                idle_since, clock = time.monotonic(), self._core.clock()
-            elif now - idle_since > STANDING_CLOCK_SECONDS:
+            if self.run_one():
+                idle_since = now
+            elif now - idle_since > STANDING_CLOCK_SECONDS and self._core.clock() == clock:
                 raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
                                    "the clock of this runner stands")
             self._core.handles.look()
@@ -4493,7 +4316,6 @@ class Lifecycle:
         self.started = False
         self._closing = threading.Lock()                  # only one thread closes
         core.id = self._store.write(self._register)
-        self._store.passenger = core.dispatch
 
     _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
         VALUES (:pid, :host, :workers, :now, :now)"""
@@ -4517,8 +4339,7 @@ class Lifecycle:
 
     def beat(self) -> None:
         """Show that this runner lives."""
-        self.presence.renew()
-        abandoned = self._core.dispatch.pool.abandoned
+        abandoned = len(self._core.dispatch.pool.abandoned)
         self._store.write(lambda tx: tx.execute(self._BEAT, {
             "id": self._core.id, "now": tx.now, "abandoned": abandoned}))
 
@@ -4617,16 +4438,15 @@ class Lifecycle:
             for job in owned(tx, core.id):
                 take_back(tx, job.id, "its process was closed", tx.now)
             remove_runner(tx, core.id)
-        left = self._store.close(leave)
+            tx.after_commit += [self.presence.release, lambda: self.presence.remove(core.id)]
+        self._store.close(leave)
         core.close_elsewhere()
         for server in core.servers:
             server.shutdown()
             server.server_close()
         if core.service is not None:
             core.service.end(self._left(0.8, 1.0))
-        self.presence.vanish()
-        if left:                           # else others find the row, and that its process is gone
-            self.presence.remove(core.id)
+        self.presence.release()                           # if that write has failed
         dispatch.pool.close(self._left(0.8, 0.2))
         core.handles.held.clear()                         # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
@@ -4640,7 +4460,7 @@ class Lifecycle:
     def leave_to_parent(self) -> None:
         """Leave threads, locks and connections to the parent, in a forked child."""
         self._store.leave_to_parent()
-        self.presence.leave_to_parent()
+        self.presence.release()
         self._core.leave_to_parent()
         self.started, self._closing = False, threading.Lock()
 
@@ -4759,6 +4579,14 @@ class Submitter:
         return Submitter(self._find_core, {**self._options, **options})
 
 
+def author_in(backend: Core) -> tuple[int, int] | None:
+    """Return the job and the attempt that this is called in, if they are of this runner."""
+    attempt = current_attempt()
+    if attempt is None or attempt.backend is not backend:
+        return None
+    return attempt.id, attempt.number
+
+
 def new_submission(backend: Core, fn: Callable[..., Any],
                    options: dict[str, Any]) -> Submission:
     """Return the row for a job of this function, but for its arguments."""
@@ -4771,9 +4599,9 @@ def new_submission(backend: Core, fn: Callable[..., Any],
     given = {**declared[fn], **options} if fn in declared else options
     if given:
         _apply_options(backend, new, fn, given)
-    if attempt is not None and attempt.backend is backend:
+    new.author = author_in(backend)
+    if attempt is not None and new.author is not None:
         attempt.raise_if_stopped()
-        new.author = attempt.id, attempt.number
         if "parent" not in given:
             new.parent_id = attempt.id
             attempt.has_children = True
@@ -4938,7 +4766,6 @@ class Runner(RunnerFace, Executor):
         try:
             self.core = Core(self, store, self.max_workers, *self._elsewhere)
         except BaseException:
-            store.close_by = 0.0                          # it has waited already
             store.close()
             raise
         self.path = store.path
@@ -5062,39 +4889,32 @@ class Service:
     """The background thread: due times, other processes' changes, reports, recovery."""
 
     def __init__(self, core: Core) -> None:
-        self._core, self._store, self._life = core, core.store, core.life
+        self._core, self._store = core, core.store
         self._event = threading.Event()                   # there is something to do before a poll
         self._soon = False                                # to lead, in SETTLE_SECONDS
         self._version = -1                                # of the file, at the last poll
         self._others_version = -1                         # the same without our own commits
         self._clock_at = core.clock()                     # what the clock showed at the last poll
-        self._due_at: float | None = None                 # of the next job or schedule
-        self._look_at_due = True                          # _due_at may have changed
-        self._abandoned_shown = 0                         # threads, in the runner's row
-        # (every so many seconds, duty); the second list is for a runner that has been started.
-        self._duties: list[tuple[float, Callable[[], Any]]] = [
-            (0.0, core.dispatch.pool.put), (0.0, self._return_stuck_claims), (0.0, self._time_out),
-            (FLUSH_SECONDS, core.flush_reports)]
-        self._duties_when_started: list[tuple[float, Callable[[], Any]]] = [
-            (0.0, self._wake_due), (0.5, self._recover_dead), (1.0, self._show_abandoned),
-            (1.0, self._life.save_means), (1.0, self._compare_with_file), (1.0, self._unpark),
-            (HEARTBEAT_SECONDS, self._beat), (60.0, self._shorten_wal),
-            (60.0, functools.partial(count_created, core))]
-        now = time.monotonic()
-        self._done_at = {duty: now for _, duty in self._duties + self._duties_when_started}
-        self._thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs: not in a forked child."""
-        return self._thread.is_alive()
+        self._due_at = math.inf                           # of the next job or schedule
+        self._shown: Any = None                           # what the last heartbeat has told
+        # Every so many seconds; whether only once the runner has been started; what to do.
+        duties: list[tuple[float, bool, Callable[[], Any]]] = [
+            (0.0, False, core.dispatch.pool.put), (0.0, False, self._return_stuck_claims),
+            (0.0, False, self._time_out), (FLUSH_SECONDS, False, core.flush_reports),
+            (0.0, True, self._wake_due), (0.5, True, core.life.recover_dead),
+            (1.0, True, self._beat), (1.0, True, core.life.save_means), (1.0, True, self._unpark),
+            (1.0, True, functools.partial(core.store.write, self._compare)),
+            (60.0, True, core.store.file.shorten_wal),
+            (60.0, True, functools.partial(count_created, core))]
+        self._done_at = dict.fromkeys(duties, time.monotonic())
+        self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
+        self.thread.start()
 
     def end(self, seconds: float) -> None:
         """Wait some seconds for the thread to end, unless it goes on watching handles."""
         self._event.set()
-        if self._thread is not threading.current_thread() and not self._core.handles.ids():
-            self._thread.join(seconds)
+        if self.thread is not threading.current_thread() and not self._core.handles.ids():
+            self.thread.join(seconds)
 
     def nudge(self) -> None:
         """Have the thread lead a transaction in SETTLE_SECONDS."""
@@ -5103,109 +4923,76 @@ class Service:
             self._event.set()
 
     def _run(self) -> None:
-        store, next_poll, db = self._store, 0.0, None
-        try:
-            while not store.closed or self._core.handles.watched:
-                self._event.wait(max(0.0, next_poll - time.monotonic()))
-                self._event.clear()
-                try:
-                    if self._soon:
-                        time.sleep(SETTLE_SECONDS)
-                        self._soon = False
-                        store.flush()
-                    if time.monotonic() >= next_poll:
-                        next_poll = time.monotonic() + POLL_SECONDS
-                        with fork_gate:
-                            db = db or store.file.connect()
-                            version = db.execute("PRAGMA data_version").fetchone()[0]
-                        self._poll(version)
-                        if self._due_at is not None and self._due_at > self._core.clock():
-                            left = self._due_at - self._core.clock()
-                            next_poll = min(next_poll, time.monotonic() + left)
-                except Exception as error:
-                    if not store.closed:
-                        store.complain(f"{error}; trying again")
-                        time.sleep(0.2)
-        finally:
-            if db is not None:
-                db.close()
+        store, handles, next_poll = self._store, self._core.handles, 0.0
+        while not store.closed or handles.watched:
+            self._event.wait(max(0.0, next_poll - time.monotonic()))
+            self._event.clear()
+            try:
+                if self._soon:
+                    time.sleep(SETTLE_SECONDS)
+                    self._soon = False
+                    store.flush()
+                if time.monotonic() >= next_poll:
+                    next_poll = time.monotonic() + POLL_SECONDS
+                    handles.look() if store.closed else self._poll()
+                    left = self._due_at - self._core.clock()
+                    if left > 0:
+                        next_poll = min(next_poll, time.monotonic() + left)
+            except Exception as error:
+                if not store.closed:
+                    store.complain(f"{error}; trying again")
+                    time.sleep(0.2)
 
-    def _poll(self, version: int) -> None:
-        """Take note of what others have written, then do what is due.
-
-        `version` changes with every commit, ours included.
-        """
-        handles = self._core.handles
-        changed, self._version = version != self._version, version
-        self._look_at_due |= changed
-        if self._store.closed:
-            handles.look()
-            return
-        if changed:
-            others: int = self._store.write(lambda tx: tx.value("PRAGMA data_version"))
-            handles.ends_missed |= others != self._others_version
-            self._others_version = others
-        if handles.ends_missed:
-            self._compare_with_file()
-            handles.look()
-        started = self._life.started
-        for seconds, duty in self._duties + self._duties_when_started if started else self._duties:
+    def _poll(self) -> None:
+        """Take note of what others have written, then do what is due."""
+        version = self._store.version()
+        if version != self._version:
+            self._store.write(self._see_others)
+            next_due = f"SELECT ({NEXT_DUE}) AS at UNION ALL SELECT ({NEXT_SCHEDULE})"
+            next_due = f"SELECT min(at) FROM ({next_due})"
+            self._due_at = self._store.read(next_due)[0][0] or math.inf
+            self._version = version
+        if self._core.handles.ends_missed:
+            self._core.handles.look()
+        for duty, done_at in self._done_at.items():
+            seconds, needs_start, do = duty
             now = time.monotonic()
-            if now - self._done_at[duty] >= seconds:
+            if now - done_at >= seconds and (self._core.life.started or not needs_start):
                 self._done_at[duty] = now
-                duty()
+                do()
 
     # its duties
 
-    def _compare_with_file(self) -> None:
-        """Find what other processes did to the jobs that run here, and claims that were lost."""
-        dispatch = self._core.dispatch
-        attempts = list(dispatch.attempts.values())
-        if not (attempts or self._life.started):
-            return
-        rows = {row["id"]: row for row in self._store.read(OWNED, {"owner": self._core.id})}
-        differs = any(map(self._is_lost, rows))
-        for attempt in attempts:
-            row = rows.get(attempt.id)
-            if row is None or row["attempt"] != attempt.number:
-                differs = True
-                continue
-            if row["status"] == STOPPING:
-                attempt.request_stop()
-            else:
-                attempt.withdraw_stop()
-            if row["low_priority"] != attempt.low_priority:
-                dispatch.pool.set_low_priority(attempt, row["low_priority"])
-        if differs:
-            self._store.write(self._settle_differences)
+    def _see_others(self, tx: Transaction) -> None:
+        others = tx.value("PRAGMA data_version")          # our own commits do not change it here
+        if others != self._others_version:
+            self._others_version, self._core.handles.ends_missed = others, True
+            self._compare(tx)
 
-    def _is_lost(self, job_id: int) -> bool:
-        """Return whether a job that is claimed for this runner is on no way here."""
-        dispatch = self._core.dispatch
-        attempt = dispatch.attempts.get(job_id)
-        if attempt is None:
-            return self._life.started                     # in drain(), it is about to execute
-        if time.monotonic() - attempt.claimed_at < 1.0 or dispatch.pool.has(attempt):
-            return False
-        return attempt not in dispatch.ended
-
-    def _settle_differences(self, tx: Transaction) -> None:
-        """Give lost claims back, and abandon superseded attempts.
+    def _compare(self, tx: Transaction) -> None:
+        """Find what other processes did to the jobs that run here, and claims that were lost.
 
         While this thread leads, no claim and no outcome is under way.
         """
-        dispatch, numbers = self._core.dispatch, {}
-        for job in owned(tx, self._core.id):
-            if self._is_lost(job.id):
-                take_back(tx, job.id, "its claim was lost", tx.now)
-            else:
-                numbers[job.id] = job.attempt
+        dispatch = self._core.dispatch
+        jobs = {job.id: job for job in owned(tx, self._core.id)}
+        for job_id in jobs.keys() - dispatch.attempts.keys():
+            if self._core.life.started:                   # in drain(), it is about to execute
+                take_back(tx, job_id, "its claim was lost", tx.now)
 
-        def abandon() -> None:
+        def carry_out() -> None:
             for attempt in list(dispatch.attempts.values()):
-                if numbers.get(attempt.id) != attempt.number and attempt not in dispatch.ended:
+                job = jobs.get(attempt.id)
+                if job is None or job.attempt != attempt.number:
                     dispatch.abandon(attempt)
-        tx.after_commit.append(abandon)
+                    continue
+                if job.status == STOPPING:
+                    attempt.request_stop()
+                else:
+                    attempt.withdraw_stop()
+                if job.low_priority != attempt.low_priority:
+                    dispatch.pool.set_low_priority(attempt, job.low_priority)
+        tx.after_commit.append(carry_out)
 
     def _return_stuck_claims(self) -> None:
         """Give claimed jobs back that wait behind attempts which turned out long."""
@@ -5217,11 +5004,10 @@ class Service:
 
         One that reaches no checkpoint within the grace has failed then, and goes on without a job.
         """
-        now = time.monotonic()
         for attempt in list(self._core.dispatch.attempts.values()):
             if attempt.thread is None or not attempt.options.get("timeout"):
                 continue
-            late = now - attempt.begun - attempt.options["timeout"]
+            late = time.monotonic() - attempt.begun - attempt.options["timeout"]
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
             elif late > 0 and attempt.reason == HALTED:
@@ -5238,15 +5024,11 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make ready what is due; look up what is due next only when that may have changed."""
+        """Make ready what is due."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
-        if self._look_at_due:
-            due = [self._store.read(sql)[0][0] for sql in (NEXT_DUE, NEXT_SCHEDULE)]
-            self._due_at = min((at for at in due if at is not None), default=None)
-            self._look_at_due = False
-        if self._due_at is not None and self._due_at <= self._clock_at:
+        if self._due_at <= self._clock_at:
             self._store.write(self._make_due_ready)
 
     def _make_due_ready(self, tx: Transaction) -> None:
@@ -5254,20 +5036,13 @@ class Service:
             run_schedules(tx)
         wake_due(tx)
 
-    def _recover_dead(self) -> None:
-        self._store.file.check()                          # first: raises
-        self._life.recover_dead()
-
-    def _show_abandoned(self) -> None:
-        if self._core.dispatch.pool.abandoned != self._abandoned_shown:
-            self._beat()
-
     def _beat(self) -> None:
-        self._abandoned_shown = self._core.dispatch.pool.abandoned
-        self._life.beat()
-
-    def _shorten_wal(self) -> None:
-        self._store.complain(self._store.file.shorten_wal())
+        """Show that the runner lives, and how many abandoned threads it has."""
+        beats = int(time.monotonic() / HEARTBEAT_SECONDS)
+        shown = beats, len(self._core.dispatch.pool.abandoned)
+        if shown != self._shown:
+            self._core.life.beat()
+            self._shown = shown
 
     BLOCKED_KEYS = """WITH RECURSIVE keys(found) AS
         (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
@@ -5296,72 +5071,49 @@ class Presence:
 
     def __init__(self, path: str) -> None:
         self._path = os.path.realpath(path)               # of the job file
-        self._lock: tuple[int, int] | None = None         # this runner and its descriptor
+        self._lock: int | None = None                     # the descriptor of this runner's
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
         """Take the lock of a new runner of this process; return False if another process has it."""
-        path = self._file(runner)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            with contextlib.suppress(OSError, AttributeError):    # another user's file; Windows
-                os.fchmod(descriptor, os.stat(self._path).st_mode & 0o777)
-            taken = _lock_file(descriptor)
+            self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {path}, which tells that this process lives: "
-                             f"{error.strerror}; put the job file on a local disk, in a folder "
-                             "that all its users may write to") from error
-        if not taken:
-            os.close(descriptor)
-            return False
-        self._lock = runner, descriptor
-        return True
-
-    def renew(self) -> None:
-        """Take the lock anew if somebody has deleted its file."""
-        if self._lock is not None and not os.path.exists(self._file(self._lock[0])):
-            runner, descriptor = self._lock
-            self.appear(runner)
-            os.close(descriptor)
+            raise StoreError(f"cannot lock {self._file(runner)}, which tells that this process "
+                             f"lives: {error}; put the job file on a local disk") from error
+        return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
         """Return whether the process of a runner is gone; `silent`: seconds since its heartbeat.
 
-        The lock's file may have been deleted: its process has noticed that after three heartbeats.
+        If somebody has deleted the lock's file, only the heartbeat tells.
         """
         with fork_gate:                                   # a child would inherit the lock
             try:
-                descriptor = os.open(self._file(runner), os.O_RDWR)
+                lock = _lock_file(self._file(runner), os.O_RDONLY)
             except FileNotFoundError:
                 return silent > 3 * HEARTBEAT_SECONDS
-            try:
-                return _lock_file(descriptor)
-            finally:
-                os.close(descriptor)
+            if lock is not None:
+                os.close(lock)
+            return lock is not None
 
     def remove(self, runner: int) -> None:
         """Delete the lock's file of a runner that is gone."""
         with contextlib.suppress(OSError):
             os.remove(self._file(runner))
 
-    def vanish(self) -> None:
-        """Release the lock of this runner."""
+    def release(self) -> None:
+        """Release the lock of this runner; in a forked child, leave it to the parent."""
         if self._lock is not None:
-            os.close(self._lock[1])
-            self._lock = None
-
-    def leave_to_parent(self) -> None:
-        """Let the lock die with the parent, in a forked child."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._lock[1])
+            os.close(self._lock)
             self._lock = None
 
 
-def _lock_file(descriptor: int) -> bool:
-    """Lock a file until it is closed; return False if it is locked already."""
+def _lock_file(path: str, flags: int) -> int | None:
+    """Open a file and lock it until it is closed; return None if it is locked already."""
+    descriptor = os.open(path, flags, 0o644)
     try:
         if os.name == "nt":
             import msvcrt
@@ -5369,9 +5121,10 @@ def _lock_file(descriptor: int) -> bool:
         else:
             import fcntl
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+        return descriptor
     except (BlockingIOError, PermissionError):
-        return False
+        os.close(descriptor)
+        return None
 
 
 living: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -5382,8 +5135,8 @@ def register_hooks() -> None:
     """Close the living runners at interpreter exit, and leave them to the parent at a fork."""
     atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=fork_gate.shut, after_in_parent=fork_gate.open,
-                            after_in_child=_leave_to_parent)
+        os.register_at_fork(before=fork_gate.shut, after_in_parent=lambda: fork_gate.door.release(),
+                            after_in_child=leave_to_parent)
 
 
 def _close_all() -> None:
@@ -5391,22 +5144,20 @@ def _close_all() -> None:
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    while lives:
+    for life in lives * 3:                                # again, if Ctrl-C has cut it short
         try:
-            lives[-1].close(until)
-            lives.pop()
-        except KeyboardInterrupt:                         # another Ctrl-C: wait no longer
+            life.close(until)
+        except KeyboardInterrupt:                         # wait no longer
             until = 0.0
-        except Exception as error:
-            print(f"bgjobs: {error}", file=sys.stderr)
-            lives.pop()
 
 
-def _leave_to_parent() -> None:
-    fork_gate.leave_to_parent()
+def leave_to_parent() -> None:
+    """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
+    fork_gate.__init__()                                  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
-        runner.core.life.leave_to_parent()
+        if runner.core.store.pid != os.getpid():
+            runner.core.life.leave_to_parent()
 
 
 # ---- 14 Schedules -------------------------------------------------------------------------------
@@ -5755,67 +5506,56 @@ FEW = 10_000               # if a status has fewer jobs than that, all of them a
 MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
-# Filters
+# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL, and
+# raises any error if the value is not what the reader's second part says it must be.
 
-class Reader(NamedTuple):
-    """How a parameter is read, from a Python value or a text of a URL: `read` raises an error if
-    the value is not as `must_be` says."""
-
-    read: Callable[[Any], Any]
-    must_be: str
+A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
+A_TIME = (float, "Unix seconds")
+A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
 
 
-def read_value(name: str, value: Any, reader: Reader) -> Any:
+def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    read, must_be = reader
     try:
-        return reader.read(value)
-    except (KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(f"{name} must be {reader.must_be}, got {short(value)}") from None
+        return read(str(value).lower() if reader is A_TRUTH else value)
+    except Exception:
+        raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
 
-def _natural(value: Any) -> int:
-    number = int(value)
-    if not 0 <= number <= MAX_ID:
-        raise ValueError
-    return number
+def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the SQL conditions of some filters, and their values by name.
 
+    known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
+    pass. Raises TypeError if there is no such filter, ValueError if a value is bad.
+    """
+    for name in given:
+        if name not in known:
+            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(known)}")
+    values = {name: read_value(name, value, known[name][0]) for name, value in given.items()
+              if value is not None or name == "parent"}
+    return [known[name][1] for name in known if name in values and known[name][1]], values
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
-A_TRUTH = Reader(lambda value: _TRUTHS[str(value).lower()], "true or false")
-A_TEXT = Reader(lambda value: str.encode(value).decode(), "a text")   # one in UTF-8
-A_TIME = Reader(_finite, "Unix seconds")
-A_NUMBER = Reader(_natural, "a whole number")
-A_LIMIT = Reader(lambda value: MAX_ID if value is None else _natural(value),
-                 "a whole number, 0 or more, or None")
-_A_STATUS = Reader(
-    lambda value: sorted({value} if isinstance(value, str) else {*value}, key=STATUSES.index),
-    f"one of {', '.join(STATUSES)}")
-_A_PARENT = Reader(
-    lambda value: None if value in (None, "none") else _natural(getattr(value, "id", value)),
-    "the id of a job, or none")
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS: dict[str, tuple[Reader, str]] = {                # each with its condition
-    "status": (_A_STATUS, ""),                            # see _is_one_of
+FILTERS: dict[str, Any] = {
+    "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
+                                     key=STATUSES.index), f"one of {', '.join(STATUSES)}"), ""),
     "name": (A_TEXT, "name = :name"),
     "run_by": (A_TEXT, "run_by = :run_by"),
     "errors": (A_TRUTH, "(own_errors + failed > 0) = :errors"),
     "low_priority": (A_TRUTH, "low_priority = :low_priority"),
-    "parent": (_A_PARENT, _CHILDREN),                     # _ROOTS if it is None
+    "parent": ((lambda value: None if value in (None, "none")
+                else A_NUMBER[0](getattr(value, "id", value)), "the id of a job, or none"),
+               _CHILDREN),                                # _ROOTS if it is None
     "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
     # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
-    "q": (Reader(text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
+    "q": ((text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
         || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q))
         OR instr(ifnull(options, ''), '"secret"') = 0
         AND instr(lower(ifnull(args, '') || ' ' || ifnull(kwargs, '')), lower(:json)))"""),
@@ -5828,22 +5568,14 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
     False. q: an id, or a part of the name, label, arguments, message or run_by. parent: an id or a
     Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
-    seconds. A filter that is None, but for parent, lets every job pass.
-    Raises TypeError if there is no such filter, ValueError if a value is bad.
+    seconds. Raises as `read_filters` does.
     """
-    for name in filters:
-        if name not in FILTERS:
-            raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(FILTERS)}")
-    values: dict[str, Any] = {"status": list(STATUSES), "system": False}
-    values |= {name: read_value(name, value, FILTERS[name][0]) for name, value in filters.items()
-               if value is not None or name == "parent"}
-    where = [condition for name, (_, condition) in FILTERS.items() if condition and name in values]
-    if values["system"]:
+    where, values = read_filters({"system": False, "status": STATUSES, **filters}, FILTERS)
+    if values.get("system"):
         where.remove(_NO_SYSTEM)
-    if "parent" in values and values["parent"] is None:
+    if values.get("parent", 0) is None:
         where[where.index(_CHILDREN)] = _ROOTS
-    if "q" in values:
-        values["json"] = dump(values["q"])[1:-1]
+    values["json"] = dump(values.get("q", ""))[1:-1]
     return where, values
 
 
@@ -5858,13 +5590,21 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     there may be fewer than `limit` among them, even none, and more further down.
     """
     where, values = conditions(filters)
-    limit = read_value("limit", limit, A_LIMIT)
-    values |= {"before": read_value("before", before, A_LIMIT), "limit": limit + 1}
+    limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
+    values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
+    values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    if _are_at_hand(store, statuses, where):
+    # Indexes have the jobs of these statuses in order, or they have so few that all can be sorted.
+    unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
+    indexed = [condition for condition in where if condition in _INDEXED]
+    at_hand = _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
+        count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted)
+    if at_hand:
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
-        newest, bottom = _newest(store, [_is_one_of(statuses), *where], values, most)
+        values["statuses"] = json.dumps(statuses)
+        of_status = "status IN (SELECT value FROM json_each(:statuses))"
+        newest, bottom = newest_jobs(store, [of_status, *where], values, most)
         queries = [newest]
     ids = [row[0] for query in queries for row in store.read(
         f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
@@ -5872,59 +5612,43 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-def _is_one_of(statuses: list[str]) -> str:
-    """Return the condition for statuses. Without pending, it lets SQLite use bgjobs_begun."""
-    if len(statuses) == len(STATUSES):
-        return "1"
-    is_one = f"status IN ({', '.join(map(repr, statuses))})"
-    return is_one if PENDING in statuses else f"{is_one} AND status <> 'pending'"
-
-
-# The indexes that have the pending jobs, each job once. They are named, else SQLite walks through
-# all children.
-_PENDING_JOBS = {"ready_roots": "lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL",
-                 "ready_children": "parent_id IS NOT NULL AND queue IS NOT NULL",
-                 "due": "run_at IS NOT NULL AND queue IS NULL AND parked IS NULL",
-                 "parked": "parked IS NOT NULL"}
+# The pending jobs by the indexes that have them, each job once. These are named, else SQLite walks
+# through all children.
+_PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
+        AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
+        AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
+        AND parked IS NOT NULL AND root_id IS NULL"""
+_PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
+    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_children WHERE {where}
+        AND parent_id IS NOT NULL AND queue IS NOT NULL""")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions, by the indexes
-    of the status."""
-    if status != PENDING:
-        return f"SELECT id FROM bgjobs_jobs WHERE {' AND '.join([_is_one_of([status]), *where])}"
-    indexes, where = dict(_PENDING_JOBS), ["status = 'pending'", *where]
-    if _ROOTS in where:
-        del indexes["ready_children"]
-        where.append("root_id IS NULL")                   # bgjobs_parked has that, too
-    return " UNION ALL ".join(
-        f"SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_{index} WHERE {' AND '.join([jobs, *where])}"
-        for index, jobs in indexes.items())
+    """Return the query for the ids of the jobs of a status that fulfil conditions."""
+    fulfilled = " AND ".join([f"status = '{status}'", *where])
+    if status == PENDING:
+        return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
+    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
 
 
-def _count(store: Store, query: str, values: dict[str, Any], limit: int) -> int:
-    rows = store.read(f"SELECT count(*) FROM (SELECT * FROM ({query}) LIMIT {limit})", values)
-    return int(rows[0][0])
+def count_at_most(store: Store, status: str, where: list[str], values: dict[str, Any],
+                  most: int) -> int:
+    """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
+    query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
+    return int(store.read(query, values)[0][0])
 
 
-def _has_few(store: Store, status: str, where: list[str], limit: int) -> bool:
-    return _count(store, _of_status(status, where), {}, limit) < limit
+# The first id that was given out at a time or later: a binary search for the last one before.
+_FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
+    UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
+        WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
+    FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
-def _are_at_hand(store: Store, statuses: list[str], where: list[str]) -> bool:
-    """Tell whether indexes have the jobs of these statuses in order, or so few that all can be
-    sorted."""
-    in_order = where == _INDEXED
-    needs_a_search = len(statuses) == len(STATUSES) and not in_order
-    if needs_a_search or _CHILDREN in where:
-        return False
-    indexed = [condition for condition in where if condition in _INDEXED]
-    to_sort = [status for status in statuses if status == PENDING or not in_order]
-    return all(_has_few(store, status, indexed, FEW) for status in to_sort)
-
-
-def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | None
-            ) -> tuple[str, int | None]:
+def newest_jobs(store: Store, where: list[str], values: dict[str, Any], most: int | None
+                ) -> tuple[str, int | None]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
     values: its :before limits the search, and :lowest is set.
@@ -5935,11 +5659,9 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
     values["lowest"] = 0
     if most is not None:
         # Ids go up with time, give or take an hour if the clock was set.
-        if "created_from" in values:
-            values["lowest"] = _first_id_since(store, values["created_from"] - 3_600)
-        if "created_to" in values:
-            first_later = _first_id_since(store, values["created_to"] + 3_600)
-            values["before"] = min(values["before"], first_later)
+        bounds = [store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
+            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600)]
+        values["lowest"], values["before"] = bounds[0], min(values["before"], bounds[1])
         last = (most // 6 if "q" in values else most) - 1
         for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
                               values):
@@ -5947,26 +5669,15 @@ def _newest(store: Store, where: list[str], values: dict[str, Any], most: int | 
     return " AND ".join([jobs, *where]), bottom
 
 
-CREATED_SINCE_ID = "SELECT created_at FROM bgjobs_jobs WHERE id >= :id ORDER BY id LIMIT 1"
-
-
-def _first_id_since(store: Store, created_at: float) -> int:
-    """Return the first id that was given out at that time or later."""
-    def created(job_id: int) -> float:
-        rows = store.read(CREATED_SINCE_ID, {"id": job_id})
-        return rows[0][0] if rows else math.inf
-    ids = range(store.read(HIGHEST_ID)[0][0] + 1)
-    return bisect.bisect_left(ids, created_at, key=created)
-
-
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
 # The eta is the longer of the attempt's own estimate and that of its tree, whose rate is its mean;
 # if there is neither, it follows from the mean run time of the function.
-INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
+_INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
-        status IN ('running', 'stopping') AS active FROM bgjobs_jobs WHERE id {which}),
+        status IN ('running', 'stopping') AS active FROM bgjobs_jobs
+        WHERE id IN (SELECT value FROM json_each(:ids))),
     estimate AS (SELECT *, CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
         CASE WHEN active AND total AND tree_progress > 0
             THEN ran * (total - tree_progress) / tree_progress END AS tree,
@@ -5980,17 +5691,20 @@ INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
     CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
         ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
-    ran AS duration, own_errors + failed AS errors, low_priority, system,
+    ran AS duration, own_errors + failed AS errors,
+    CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
+    CASE WHEN system THEN 'true' ELSE 'false' END AS system,
     CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
         WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
         ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
             / (total + 1))) END AS progress,
     CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
         ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
-    total, done, failed, running, ifnull(root_id, id) AS root_id, args, kwargs, state, result,
-    error, options FROM estimate ORDER BY id DESC"""
-# These have a place of their own, or another form, in an info.
-_COUNTS = ("total", "done", "failed", "running")
+    json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
+    ifnull(root_id, id) AS root_id, args, kwargs, state, result,
+    ifnull(nullif(json_extract(error, '$.traceback'), ''),
+        json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
+    options FROM estimate ORDER BY id DESC"""
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
@@ -5998,95 +5712,63 @@ def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
 
     It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
     """
-    which = "IN (SELECT value FROM json_each(:ids))"
-    rows = store.read(INFO.format(which=which), {"now": store.clock(), "ids": json.dumps(ids)})
-    return [_described({**row}) for row in rows]
-
-
-def _described(info: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of INFO in the form of an info."""
-    options = kept_options(info.pop("options"))
-    info["children"] = {name: info.pop(name) for name in _COUNTS}
-    for name in ("low_priority", "system"):
-        info[name] = bool(info[name])
-    info |= shown_arguments(info, options)
-    for name in ("state", "result", "error"):
-        info[name] = _parsed(info[name])
-    error = info["error"]
-    if error:
-        info["error"] = error["traceback"] or f"{error['type']}: {error['text']}"
-    info["operations"] = allowed_operations(info["status"], options, info["system"],
-                                            info["children"]["running"] > 0)
-    return info
-
-
-def _parsed(text: str | None) -> Any:
-    """Return the JSON value of a column."""
-    return json.loads(text) if text else None
+    infos: list[dict[str, Any]] = []
+    for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
+        info = {**row}
+        for name in ("children", "low_priority", "system", "state", "result"):
+            info[name] = json.loads(info[name] or "null")
+        options = kept_options(info.pop("options"))
+        infos.append({**info, **shown_arguments(info, options), "operations": allowed_operations(
+            info["status"], options, info["system"], info["children"]["running"] > 0)})
+    return infos
 
 
 def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return args and kwargs as JSON values, with the secret ones masked."""
-    args, kwargs = _parsed(row["args"]) or [], _parsed(row["kwargs"]) or {}
-    secret = {*options.get("secret", ())}                 # names, and positions
-    for name in secret & {*kwargs}:
-        kwargs[name] = MASK
-    for position in secret & {*range(len(args))}:
-        args[position] = MASK
+    args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
+    for place in options.get("secret", ()):               # a name, or a position
+        if place in kwargs:
+            kwargs[place] = MASK
+        elif place in range(len(args)):
+            args[place] = MASK
     return {"args": args, "kwargs": kwargs}
 
 
 # A job's log
 
-LOG_LINES = """SELECT id, job_id, at, level, message FROM bgjobs_logs
-    WHERE job_id {which} AND id > :after AND level >= :level AND at >= :since AND at <= :until
-    ORDER BY id {order} LIMIT :limit"""
-WHOLE_TREE = """IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
+_WHOLE_TREE = """job_id IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT id FROM tree)"""
+_LOG_FILTERS: dict[str, Any] = {
+    "level": ((lambda value: A_NUMBER[0](getattr(logging, str(value).upper(), value)),
+               "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number"), "level >= :level"),
+    "text": ((lambda value: re.compile(re.escape(value), re.IGNORECASE), "a text"), ""),
+    "regex": ((re.compile, "a regular expression"), ""),
+    "since": (A_TIME, "at >= :since"),
+    "until": (A_TIME, "at <= :until"),
+    "after": (A_NUMBER, "id > :after"),
+    "limit": (A_NUMBER, ""),
+    "tree": (A_TRUTH, ""),
+}
 
 
-def read_logs(store: Store, job_id: int, *, level: Any = None, text: Any = None, regex: Any = None,
-              since: Any = None, until: Any = None, after: Any = None, limit: Any = None,
-              tree: Any = False) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
-    The filters are those of Job.logs. Raises ValueError if one is bad.
+    The filters are those of Job.logs. Raises as `read_filters` does.
     """
-    limit = read_value("limit", limit, A_LIMIT)
-    needle = read_value("text", text or "", A_TEXT).lower()
-    found_in = _search_function(regex)
-    sql = LOG_LINES.format(which=WHOLE_TREE if tree else "= :id", order="ASC" if after else "DESC")
-    rows = store.read(sql, {
-        "id": job_id, "after": read_value("after", after or 0, A_NUMBER),
-        "level": read_value("level", level, _A_LEVEL),
-        "since": read_value("since", since or 0.0, A_TIME),
-        "until": math.inf if until is None else read_value("until", until, A_TIME),
-        "limit": MAX_ID if text or regex else limit})
-    passing = [row for row in rows
-               if needle in row["message"].lower() and found_in(row["message"])]
-    lines = [{**dict(row), "level": logging.getLevelName(row["level"])} for row in passing[:limit]]
-    return lines if after else lines[::-1]
-
-
-def _search_function(regex: str | None) -> Callable[[str], Any]:
-    """Return a function that finds a regular expression in a text. Raises ValueError if it is
-    none."""
-    import re
-    try:
-        return re.compile(regex or "").search
-    except (re.error, OverflowError, RecursionError, TypeError) as error:
-        raise ValueError(f"regex {short(regex)} is no regular expression: {error}") from None
-
-
-def _level_number(level: str | int | None) -> int:
-    if not isinstance(level, str):
-        return _natural(level or 0)
-    return _natural(level if level.isdecimal() else logging.getLevelName(level.upper()))
-
-
-_A_LEVEL = Reader(_level_number, "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number")
+    where, values = read_filters(filters, _LOG_FILTERS)
+    patterns = [values.pop(name) for name in ("text", "regex") if name in values]
+    where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
+    limit, follows = values.get("limit", MAX_ID), values.get("after", 0) > 0
+    rows = store.read(
+        f"""SELECT id, job_id, at, level, message FROM bgjobs_logs WHERE {' AND '.join(where)}
+            ORDER BY id {'ASC' if follows else 'DESC'} LIMIT :most""",
+        {**values, "id": job_id, "most": MAX_ID if patterns else limit})
+    lines = [{**row, "level": logging.getLevelName(row["level"])} for row in rows
+             if all(pattern.search(row["message"]) for pattern in patterns)][:limit]
+    return lines if follows else lines[::-1]
 
 
 # ---- 17 The default runner ----------------------------------------------------------------------
@@ -8482,7 +8164,7 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
             "attempt": row["attempt"], "started_at": row["since"] or row["started_at"],
             "ended_at": row["finished_at"],
             "outcome": row["status"] if row["status"] in OVER else None, "error": None})
-    return {"attempts": attempts, "positions": _parsed(row["positions"]) or []}
+    return {"attempts": attempts, "positions": json.loads(row["positions"] or "[]")}
 
 
 def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
@@ -8492,13 +8174,13 @@ def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], l
     counts, at_least, bottom = dict.fromkeys(STATUSES, 0), [], None
     an_index_counts = set(where) <= set(_INDEXED)         # however many jobs there are
     if not an_index_counts:
-        newest, bottom = _newest(store, where, values, SEARCH_LIMIT)
+        newest, bottom = newest_jobs(store, where, values, SEARCH_LIMIT)
         rows = store.read(f"SELECT status, count(*) FROM {newest} GROUP BY status", values)
         counts.update(map(tuple, rows))
     for status in STATUSES:
-        counts_again = bottom is not None and _has_few(store, status, [], FEW // 10)
+        counts_again = bottom is not None and count_at_most(store, status, [], {}, FEW // 10) < FEW // 10
         if an_index_counts or counts_again:
-            counts[status] = _count(store, _of_status(status, where), values, COUNT_LIMIT)
+            counts[status] = count_at_most(store, status, where, values, COUNT_LIMIT)
         elif bottom is not None and counts[status] < COUNT_LIMIT:
             at_least.append(status)
         counts[status] = min(counts[status], COUNT_LIMIT)
