@@ -98,7 +98,7 @@ import traceback
 import types
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
