@@ -1908,7 +1908,7 @@ class TestOutcomes:
         idle.options(parent=parent).submit(add, 2)
         attempts = claimed(idle, 2)
         child = attempts[1]
-        child.outcome, child.worked = bgjobs.RETURNED, 5.0
+        child.outcome, child.ran = bgjobs.RETURNED, 5.0
         written(idle, lambda tx: (tx.report(child, (0.5, None, None), 4_000_000),
                                   tx.finish([child])))
         assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
@@ -2114,7 +2114,7 @@ class TestTrees:
         child = idle.options(parent=parent).submit(add, 2)
         assert child.parent_id == parent.id and parent.children["total"] == 1
         idle.drain()
-        with pytest.raises(bgjobs.InvalidOperation, match="is finished; it takes no more children"):
+        with pytest.raises(bgjobs.InvalidOperation, match="is finished; it takes no children"):
             idle.options(parent=parent).submit(add, 3)
         consistent(idle)
 
@@ -2126,7 +2126,7 @@ class TestTrees:
     def test_a_stopped_tree_takes_no_children(self, idle):
         root = idle.submit(add, 1)
         root.stop()
-        with pytest.raises(bgjobs.InvalidOperation, match="is stopped; it takes no children before it is resumed"):
+        with pytest.raises(bgjobs.InvalidOperation, match="is stopped; it takes no children"):
             idle.options(parent=root).submit(add, 1)
 
     def test_a_submit_in_a_stopping_tree_raises_even_before_the_attempt_was_told(self, make):
