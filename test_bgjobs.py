@@ -5466,7 +5466,7 @@ class TestFork:
             import bgjobs, concurrent.futures, os, sys, threading
             nobody_inside = []                                           # SQLite, at the moment of the fork
             os.register_at_fork(before=lambda: nobody_inside.append(
-                not bgjobs._fork_gate._inside - {threading.get_ident()} and not runner._store._writer.in_transaction))
+                not bgjobs.fork_gate._inside and not runner.core.store._writer.in_transaction))
             runner = bgjobs.start(sys.argv[1], max_workers=2)
             stop = threading.Event()
             def submit_on_and_on():
