@@ -3231,7 +3231,7 @@ def capture_log_records() -> None:
 # The execution of a function, in the process and the thread where that happens.
 
 def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
-    """Call an attempt's function in this thread, and note the outcome. Never raises."""
+    """Call an attempt's function in this thread, and note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3249,10 +3249,11 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
             attempt.fail(error)
         elif attempt.reason == TIMED_OUT:
             attempt.time_out()
-    _here.ticket = around
-    attempt.thread = None
-    attempt.ran = time.monotonic() - attempt.begun
-    attempt.worked = max(0.0, attempt.ran - attempt.waited)
+    finally:
+        _here.ticket = around
+        attempt.thread = None
+        attempt.ran = time.monotonic() - attempt.begun
+        attempt.worked = max(0.0, attempt.ran - attempt.waited)
 
 
 def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
@@ -3935,7 +3936,14 @@ class Dispatch:
     # in a worker's thread
 
     def execute(self, attempt: Attempt) -> None:
-        """Run one attempt, unless it is to stop already. Never raises."""
+        """Run one attempt. Never raises: its thread must live on to record the outcome."""
+        try:
+            self._execute(attempt)
+        except BaseException as error:                    # by what methods of its exception do, say
+            attempt.fail(error)
+
+    def _execute(self, attempt: Attempt) -> None:
+        """Run one attempt, unless it is to stop already."""
         if attempt.stop_requested:
             return
         function = function_of(attempt.name)
@@ -4161,7 +4169,8 @@ class Core:
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
         error: Any = attempt.exception
-        traceback.clear_frames(error.__traceback__)       # keeps the lines, not what they held
+        with contextlib.suppress(Exception):              # of an attribute of its own
+            traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             self._exceptions.popitem(last=False)
