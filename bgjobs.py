@@ -14,55 +14,61 @@
     job = bgjobs.submit(export, "users")
     print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
 
-Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A job
-submitted from inside another is its *child*; one without a parent is a *root*; a root with all its
-descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a thread. A
-*runner* owns the workers of one process. The *store* is the only code that touches SQLite. A *checkpoint* is
-a point where the function may be stopped and may save its *state*, from which the next attempt goes on.
+Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
+job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
+its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
+thread. A *runner* owns the workers of one process. The *store* is the only code that touches
+SQLite. A *checkpoint* is a point where the function may be stopped and may save its *state*, from
+which the next attempt goes on.
 
-Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
-descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
-next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. OPERATIONS below is the table.
+Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
+all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
+``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
+OPERATIONS below is the table.
 
-Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
-kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
-Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
-been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
+Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
+a kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry
+was due. Each attempt's outcome is recorded at most once: every write carries its attempt's number,
+and one that has been superseded is refused. Execution time is shared fairly between roots, over all
+processes on the file.
 
 How it hangs together: the walk of a job, and where to read about it.
 
-    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
-             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
-             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
+             Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what
+             all of them queued, records the outcomes of ended attempts, claims jobs for free
+             workers, and commits. So batches grow with the load, and a caller alone pays no
+             hand-over.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
-    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
-             sends it to an executor's process, which calls back over a connection of its own (18).
-    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
-             after the commit the handles (11) of the jobs that are over are completed.
+    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
+             or hands it to an executor, whose process calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
+             records it. After the commit the handles (11) of the jobs that are over are completed.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
-           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
-           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
-           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
+Contents:  1 Words and rules  2 Values  3 Functions and options  4 Times of schedules
+    5 Fair shares  6 Tables  7 Transactions  8 Store  9 Worker pool  10 Inside a job  11 The handle
+    12 Runner  13 Clock, processes and exit  14 Schedules  15 Statistics and retention
+    16 What people see  17 The default runner  18 Elsewhere  19 Status page  20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without
-limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
-Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions
-of the Software.
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO
-THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
-CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
-DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 from __future__ import annotations
 
@@ -302,7 +308,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
-    if any(type(item) is tuple for item in value):
+    if tuple in map(type, value):
         raise TypeError("a set of tuples would come back as lists; pass a list")
     return sorted(map(_jsonable, value), key=dump)
 
@@ -327,7 +333,7 @@ def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
     if zone is None:
         return value
     if isinstance(zone, str):
-        return value.replace(tzinfo=zone_of(zone)[0])
+        return value.replace(tzinfo=zone_of(zone))
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
@@ -360,7 +366,7 @@ def _jsonable(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
-        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
+        return [*map(_jsonable, value)]
     if kind is dict:
         for key in value:
             if type(key) is not str:
@@ -392,15 +398,14 @@ def encode(value: Any, what: str = "the value") -> str:
 
 
 def _untagged(found: Fields) -> Any:
-    if len(found) != 1:
-        return found
-    (tag, stored), = found.items()
-    if tag == "$dict":
-        return dict(stored)
-    if tag not in _TAGGED:
-        return found
-    module, name, _, from_json = _TAGGED[tag]
-    return from_json(getattr(__import__(module), name), stored)
+    if len(found) == 1:
+        (tag, stored), = found.items()
+        if tag == "$dict":
+            return dict(stored)
+        if tag in _TAGGED:
+            module, name, _, from_json = _TAGGED[tag]
+            return from_json(getattr(__import__(module), name), stored)
+    return found
 
 
 def decode(text: str | None) -> Any:
@@ -412,14 +417,22 @@ def decode(text: str | None) -> Any:
 
 # ---- 3 Functions and options --------------------------------------------------------------------
 
-def import_name(module: str) -> str:
-    """Return the name by which another process can import `module`: for __main__, the script's."""
-    if module != "__main__":
-        return module
-    main = sys.modules["__main__"]
+def module_name(module: str) -> str:
+    """Return the stable name of a module in job names: for __main__, the script's."""
+    if module not in ("__main__", "__mp_main__"):         # multiprocessing's name for it
+        return module.removesuffix(".__main__")
+    main: Any = sys.modules["__main__"]
     if main.__spec__ is not None:      # python -m
-        return main.__spec__.name.removesuffix(".__main__")
-    return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
+        return str(main.__spec__.name).removesuffix(".__main__")
+    file = getattr(main, "__file__", None) or "<stdin>"
+    return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
+
+
+def import_name(module: str) -> str:
+    """Return the name by which another process imports a module: package.__main__ for -m."""
+    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
+    is_main = module in ("__main__", "__mp_main__") and spec is not None
+    return str(spec.name) if is_main else module_name(module)
 
 
 def import_path(function: Function) -> str:
@@ -437,7 +450,7 @@ def import_path(function: Function) -> str:
             "lambda, a partial, a bound method or a function inside a function cannot be imported "
             "again; submit one that is defined with def at the top level of a module, and pass it "
             "its arguments")
-    return f"{import_name(module)}.{qualname}"
+    return f"{module_name(module)}.{qualname}"
 
 
 # The functions that this process knows, those declared with @job or submitted: by job name; their
@@ -470,7 +483,7 @@ def function_of(name: str) -> Function | None:
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
-    main = import_name("__main__")
+    main = module_name("__main__")
     modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
     path = max(modules, key=len, default=main)
     attributes = name[len(path) + 1:].split(".")
@@ -481,11 +494,6 @@ def function_of(name: str) -> Function | None:
         if import_path(found) == name:
             functions[name] = found
     return functions.get(name)
-
-
-def _is_name(value: Any) -> bool:
-    """Return whether a text is stored as it is, uncut and unescaped: no two names become one."""
-    return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
 
 
 def are_seconds(values: Iterable[Any]) -> bool:
@@ -499,22 +507,25 @@ def unix_seconds(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None for the machine's own.
+def zone_of(tz: Any) -> Any:
+    """Return a ZoneInfo, or None, the machine's own zone, for None.
 
     Raises ValueError if it is unknown.
     """
     import datetime
     import zoneinfo
-    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
+    if tz is None:
+        return None
     try:
-        return key if key is None else zoneinfo.ZoneInfo(key), key
+        return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
     except Exception:                  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
 
 
-_A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+# Stored as it is, uncut and unescaped, so that no two names become one.
+_A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
+           "a text of 1 to 500 characters, without lone surrogates")
 _A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
@@ -566,9 +577,8 @@ def check_options(given: Fields) -> Fields:
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
     """
-    for name in given:
-        if name not in OPTIONS:
-            raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
+    for name in given.keys() - OPTIONS:
+        raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
     if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
@@ -589,9 +599,8 @@ def job(**options: Any) -> Callable[[_T], _T]:
     is taken.
     """
     check_options(options)
-    for name in ("parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is an option of one submit, not of a function")
+    for name in options.keys() & {"parent", "connection"}:
+        raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: Any) -> Any:
         name = options.get("name")
@@ -723,14 +732,15 @@ _CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
+    for number, word in enumerate(words.split(), least):
+        text = text.replace(word, str(number))
     values: set[int] = set()
     try:
         for part in text.split(","):
             span, slash, step = part.partition("/")
             low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-            first = int(numbers.get(low, low))
-            last = int(numbers.get(high, high)) if dash else first
+            first = int(low)
+            last = int(high) if dash else first
             if slash and not dash:
                 last = most
             if not least <= first <= last <= most:
@@ -761,11 +771,12 @@ class Cron:
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
-        if self.next(0, time.time()) == math.inf:
-            raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after both `now` and `due`, in Unix seconds."""
+        """Return when it is due after both `now` and `due`, in Unix seconds.
+
+        Raises ValueError if it is never due.
+        """
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
@@ -785,7 +796,7 @@ class Cron:
                 if later:
                     return min(later)
             hour += datetime.timedelta(hours=1)            # on the clock's face
-        return math.inf
+        raise ValueError("the cron schedule is never due: no such day comes")
 
 
 @functools.lru_cache(1_000)
@@ -795,7 +806,7 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     Raises ValueError if it is neither.
     """
     if len(schedule.split()) > 1 or schedule.startswith("@"):
-        return Cron(schedule, zone_of(zone)[0])
+        return Cron(schedule, zone_of(zone))
     return Every(schedule)
 
 
@@ -1233,11 +1244,24 @@ class Transaction:
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                         # parent -> it and its ancestors
-        self.trees, self.limits = Trees(self), Limits(self)
+        self._trees: Trees | None = None                  # most transactions touch none
+        self.freed: set[str] = set()                      # limits whose members have ended
         # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []                         # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
+
+    @property
+    def trees(self) -> Trees:
+        """What is added up for ancestors and roots."""
+        if self._trees is None:
+            self._trees = Trees(self)
+        return self._trees
+
+    @property
+    def limits(self) -> Limits:
+        """What blocks and unblocks jobs."""
+        return Limits(self)
 
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value that a query finds, or None."""
@@ -1287,8 +1311,10 @@ class Transaction:
         inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
                                 (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
-        self._count_new(new, 1)
-        return int(inserted.lastrowid)
+        if not is_root:
+            self._count_new(new, 1)
+        job_id: int = inserted.lastrowid
+        return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
@@ -1296,7 +1322,8 @@ class Transaction:
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
                      (first, *values, json.dumps(arguments)))
-        self._count_new(new, len(arguments))
+        if new.parent_id is not None:
+            self._count_new(new, len(arguments))
         return range(first, first + len(arguments))
 
     def _values(self, new: Submission) -> tuple[Any, ...]:
@@ -1309,9 +1336,8 @@ class Transaction:
 
     def _count_new(self, new: Submission, count: int) -> None:
         """Count new children for their ancestors, and wake their root."""
-        if new.parent_id is not None:
-            self.trees.count(new.parent_id, total=count)
-            self.trees.change(new.parent_id, "open", count)
+        self.trees.count(new.parent_id, total=count)
+        self.trees.change(new.parent_id or 0, "open", count)
 
     _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
         ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
@@ -1506,15 +1532,17 @@ class Transaction:
 
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
-        self.trees.apply()
+        if self._trees is not None or self.freed:
+            self.trees.apply()
+        if not self.events:
+            return
         minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
         for (name, event), seconds in self.events.items():
             counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
             measured = nothing, (sum(seconds), min(seconds), max(seconds))
             waited, ran = measured[::-1] if event == "started" else measured
             rows.append((minute, name, 0, *counts.values(), *waited, *ran))
-        if rows:
-            self.executemany(SAVE_TALLIES, rows)
+        self.executemany(SAVE_TALLIES, rows)
 
     # reports of attempts
 
@@ -1582,8 +1610,10 @@ class Trees:
         A parent whose last child is over is closed, which may mean the same for its own parent.
         """
         tx = self._tx
-        while self._changes or tx.limits.freed:
-            tx.limits.unblock_freed()
+        while self._changes or tx.freed:
+            freed, tx.freed = tx.freed, set()
+            for key in freed:
+                tx.limits.unblock(key)
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
                 tx.execute(ADD_CHANGE, {**change, "id": job_id})
@@ -1601,7 +1631,6 @@ class Limits:
 
     def __init__(self, tx: Transaction) -> None:
         self._tx = tx
-        self.freed: set[str] = set()                      # limits whose members have ended
 
     def blocking(self, job: JobRow, others: int = 0) -> str:
         """Return the limit that keeps a job from starting now, or "".
@@ -1625,13 +1654,7 @@ class Limits:
     def free(self, job: JobRow) -> None:
         """Note that an attempt has ended."""
         if job.is_limited:
-            self.freed.update(limits_of(job))
-
-    def unblock_freed(self) -> None:
-        """Make jobs ready that waited for attempts which have ended."""
-        freed, self.freed = self.freed, set()
-        for key in freed:
-            self.unblock(key)
+            self._tx.freed.update(limits_of(job))
 
     def unblock(self, key: str) -> None:
         """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
@@ -2254,7 +2277,8 @@ class Store:
         `run` may be called again when a transaction had to be rolled back, so it has no effect but
         on the transaction. What it raises is raised here, and nothing of it is stored.
         """
-        self._check_open()
+        if self.closed or os.getpid() != self.pid:
+            self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
                                "signal handler or a finalizer; have that start a thread")
@@ -2332,7 +2356,8 @@ class Store:
 
         flushing is None if nothing is to ride along.
         """
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -2921,9 +2946,9 @@ class Attempt:
     """One execution of a job's function."""
 
     # An attempt is made for each job, so defaults that most attempts never change stand here.
-    thread: int | None = None                             # its ident, while it executes; 0: elsewhere
-    begun = left_at = 0.0                                 # monotonic: its begin; when it left its place
-    ran = worked = waited = 0.0                           # seconds: in all; at work; waiting for jobs
+    thread: int | None = None                             # its ident while it executes; 0: elsewhere
+    begun = left_at = 0.0                                 # monotonic; left_at: when it went away
+    ran = waited = 0.0                                    # seconds: in all; waiting for jobs
     waits = 0                                             # threads of it that wait at present
     lines = 0                                             # of its log, written
 
@@ -2932,20 +2957,20 @@ class Attempt:
     error: str | None = None
     exception: BaseException | None = None
     unsaved_progress: Any = None                          # see report_to_save
-    has_reported = False                                  # the file knows progress, or a later charge
+    has_reported = False                                  # progress, or a later charge, is stored
 
     loops = 0                                             # the number of the next loop of each()
     loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
     stop_requested = was_asked_to_stop = False            # now; at any time
     attention = False                                     # a checkpoint has more to do than a look
-    operation: threading.Event | None = None              # which the next checkpoint waits for
+    operation: Any = None                                 # the Event that a checkpoint waits for
     saved_at = 0.0                                        # monotonic
-    newest: tuple[Any, ...] | None = None                 # see report
-    pace: Pace | None = None
-    job_logger: logging.Logger | None = None
+    newest: Any = None                                    # see report
+    pace: Any = None
+    job_logger: Any = None
     # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
-    on_stop: Callable[[], None] | None = None
-    away: Callable[[], ContextManager[Any]] = contextlib.nullcontext       # while it waits for jobs
+    on_stop: Any = None
+    away: Any = contextlib.nullcontext                    # entered while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2956,14 +2981,19 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[tuple[int, int | None]] = []     # done, total of the loops under way
-        self.waits_on: list[threading.Condition] = []     # of its threads; a stop wakes them
+        self.turns: list[Any] = []                        # (done, total) of the loops under way
+        self.waits_on: list[Any] = []                     # conditions; a stop wakes its threads
 
     @property
     def is_plain(self) -> bool:
         """Whether FINISH can record it: the first attempt, without children or reports."""
         is_simple = self.number == 1 and not self.has_children and not self.has_reported
         return is_simple and self.outcome == RETURNED
+
+    @property
+    def worked(self) -> float:
+        """Seconds that it was at work, once it has ended."""
+        return max(0.0, self.ran - self.waited)
 
     @property
     def correction(self) -> int:
@@ -3023,7 +3053,7 @@ class Attempt:
         The store refuses this attempt by now.
         """
         self.ticket.use()
-        self.request_stop(force=True)                     # after it: a thread that wakes up looks at the ticket
+        self.request_stop(force=True)                     # last: a thread that wakes looks at it
 
     def raise_if_stopped(self) -> None:
         """Be a checkpoint. Raises JobStopped."""
@@ -3047,14 +3077,13 @@ class Attempt:
         self.wait_on(threading.Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
-    def wait_for(self, condition: threading.Condition, over: Callable[[], bool],
-                 timeout: float | None) -> None:
+    def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
         """Wait as `wait_on` does; the place is given away meanwhile."""
         with self.away():
-            self.backend.wait_in_job(self, functools.partial(self.wait_on, condition, over), timeout)
+            wait = functools.partial(self.wait_on, condition, over)
+            self.backend.wait_in_job(self, wait, timeout)
 
-    def wait_on(self, condition: threading.Condition, over: Callable[[], bool],
-                timeout: float | None) -> bool:
+    def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
         """Wait until `over()` is true and return whether it is.
 
         It is asked when the condition is notified or a stop is requested.
@@ -3081,17 +3110,18 @@ class Attempt:
         """Return how far each loop of each() is, as JSON, or None if there is no loop."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # A function may have several loops of each(), one after the other or one inside another's turns.
-    # They are numbered as they begin, and a list has the completed turns of each. When a turn is
-    # completed, the loops inside it leave the list, and those of the next turn get their numbers
-    # again. So a resumed attempt, whose loops begin in the same order, finds its own.
+    # Loops of each() may follow each other, or run inside another's turns. They are numbered as they
+    # begin, and a list has the completed turns of each. When a turn is completed, the loops inside it
+    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose
+    # loops begin in the same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
         """Yield the items from the saved position on.
 
         The position is saved ten times a second at most, and with the outcome.
         """
-        positions = self.loop_positions = self.loop_positions or json.loads(self.job.positions or "[]")
+        saved: list[int] = json.loads(self.job.positions or "[]")
+        positions = self.loop_positions = self.loop_positions or saved
         loop, depth = self.loops, len(self.turns)
         self.loops += 1
         if loop == len(positions):
@@ -3200,8 +3230,8 @@ def capture_log_records() -> None:
 
 # The execution of a function, in the process and the thread where that happens.
 
-def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
-    """Call an attempt's function in this thread, and note the outcome. Never raises."""
+def perform(attempt: Attempt, function: Function) -> None:
+    """Call an attempt's function in this thread, and note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3209,7 +3239,7 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.keep()                         # a force stop raises nothing here any more
+            attempt.ticket.keep()                         # from here no force stop raises
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -3219,13 +3249,13 @@ def perform(attempt: Attempt, function: Callable[..., Any]) -> None:
             attempt.fail(error)
         elif attempt.reason == TIMED_OUT:
             attempt.time_out()
-    _here.ticket = around
-    attempt.thread = None
-    attempt.ran = time.monotonic() - attempt.begun
-    attempt.worked = max(0.0, attempt.ran - attempt.waited)
+    finally:
+        _here.ticket = around
+        attempt.thread = None
+        attempt.ran = time.monotonic() - attempt.begun
 
 
-def _call(attempt: Attempt, function: Callable[..., Any]) -> Any:
+def _call(attempt: Attempt, function: Function) -> Any:
     """Call the function: the one place where that is done."""
     _current.set(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
@@ -3249,8 +3279,7 @@ def traceback_of(error: BaseException) -> str:
     """Return the traceback as text, without our own frames. Never raises."""
     try:
         frames = error.__traceback__
-        while frames is not None and frames.tb_frame.f_code.co_filename == __file__ \
-                and frames.tb_next is not None:
+        while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
             frames = frames.tb_next
         return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
     except BaseException:
@@ -3324,9 +3353,7 @@ class _PlaceGivingEvent(threading.Event):
                 raise attempt.superseded
         return self.is_set()
 
-    @library_code
-    def clear(self) -> None:
-        super().clear()
+    clear = library_code(threading.Event.clear)
 
 
 class Job(Future[_T]):
@@ -3383,7 +3410,7 @@ class Job(Future[_T]):
     parent_id: int | None
     root_id: int
     args: list[Any]
-    kwargs: dict[str, Any]
+    kwargs: Fields
     state: Any
     error: str | None
     operations: list[str]
@@ -3393,9 +3420,9 @@ class Job(Future[_T]):
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
-        self._created_at = created_at                     # None once the submit is known to be committed
+        self._created_at = created_at                     # until the submit is committed
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
-        self._done_callbacks: list[Callable[[Job[_T]], Any]] = []
+        self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
         if name in _MADE_LATE:                            # few handles are waited on
@@ -3426,11 +3453,11 @@ class Job(Future[_T]):
             raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
         return self.id
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> Fields:
         """Return all attributes as one dict of JSON values: the JSON interface's."""
         return self._backend.info(self._stored())
 
-    def logs(self, **filters: Any) -> list[dict[str, Any]]:
+    def logs(self, **filters: Any) -> list[Fields]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
         level= the least, as a name or number. text= contained, in any case. regex= found in it, as
@@ -3517,8 +3544,14 @@ class Job(Future[_T]):
         place is given away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
-        self._wait_for_end(timeout)
-        return super().result(0)
+        error = self.exception(timeout)
+        if error is None:                                 # Future.result would ask for its truth value
+            value: Any = self._result
+            return value
+        try:
+            raise error
+        finally:
+            del self, error                               # its traceback keeps this frame
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3530,7 +3563,7 @@ class Job(Future[_T]):
         return super().exception(0)
 
     def _wait_for_end(self, timeout: float | None,
-                      given_up: Callable[[], bool] = lambda: False) -> None:
+                      given_up: Function = bool) -> None:
         """Wait until the job is over, or `given_up()` is true when the condition is notified."""
         if self.done():
             return
@@ -3551,11 +3584,10 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop that a callback completes, or inside a job a thread that waits.
+        """Await a future of the loop. A callback completes it, inside a job a thread that waits.
 
-        That thread gives the worker's place away, as any wait for a job does. It is no executor's:
-        the interpreter would wait for that at exit. Not asyncio.wrap_future: its cancellation would
-        cancel the job, and it cannot carry StopIteration.
+        That thread gives the worker's place away. It is no executor's: the interpreter would wait
+        for that at exit. Not asyncio.wrap_future, which would cancel the job when it is cancelled.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3572,8 +3604,7 @@ class Job(Future[_T]):
         if current_attempt() is None:
             self.add_done_callback(tell)
         else:
-            run = contextvars.copy_context().run
-            threading.Thread(target=run, args=(wait,), name="bgjobs-await", daemon=True).start()
+            start_thread("bgjobs-await", contextvars.copy_context().run, wait)
         try:
             await over
         finally:
@@ -3584,7 +3615,7 @@ class Job(Future[_T]):
         return self.result()
 
     @library_code
-    def add_done_callback(self, fn: Callable[[Job[_T]], Any]) -> None:
+    def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
         self._stored()                                    # first: raises
         super().add_done_callback(fn)                     # type: ignore[arg-type]
@@ -3610,10 +3641,12 @@ class Job(Future[_T]):
         with self._condition:
             if self._state != "PENDING":
                 return
-            text = f"job {self.id} has been removed from {self._backend.path}"
             try:
-                if status == FAILED:
-                    self._exception = self._backend.error_of(self.id, row) if row else BgjobsError(text)
+                if not row:
+                    text = f"job {self.id} has been removed from {self._backend.path}"
+                    self._exception = BgjobsError(text)
+                elif status == FAILED:
+                    self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
             except Exception as error:                    # else its handles would wait for good
@@ -3657,9 +3690,9 @@ class Handles:
         self._store = store
         self.ends_missed = False                          # look() is due
         self._lock = threading.Lock()                     # guards the four below
-        self.watched: dict[int, weakref.WeakSet[Job[Any]]] = {}
-        self.held: set[Job[Any]] = set()                  # with callbacks: live until these ran
-        self._to_call_back: deque[Job[Any]] = deque()
+        self.watched: dict[int, Any] = {}                 # by job, a WeakSet
+        self.held: set[Any] = set()                       # with callbacks: live until these ran
+        self._to_call_back: deque[Any] = deque()
         self._caller: threading.Thread | None = None
 
     def watch(self, handle: Job[Any]) -> None:
@@ -3699,7 +3732,7 @@ class Handles:
     def completed(self, handle: Job[Any]) -> None:
         """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
         with self._lock:
-            handles: Any = self.watched.get(handle.id, set())
+            handles = self.watched.get(handle.id, set())
             handles.discard(handle)
             if not handles:
                 self.watched.pop(handle.id, None)
@@ -3707,7 +3740,7 @@ class Handles:
             if handle._done_callbacks:
                 self._to_call_back.append(handle)
             if self._to_call_back and self._caller is None:
-                with contextlib.suppress(RuntimeError):   # too many threads; the next end tries again
+                with contextlib.suppress(RuntimeError):   # too many; the next end tries again
                     self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
@@ -3718,7 +3751,7 @@ class Handles:
                     return
                 handle = self._to_call_back.popleft()
             try:
-                handle._invoke_callbacks()                # type: ignore[attr-defined]
+                handle._invoke_callbacks()
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
             del handle
@@ -3831,7 +3864,9 @@ class Dispatch:
 
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
-        self._riding = list(self.ended)[:1 if self._one_by_one else None]
+        self._riding = list(self.ended)
+        if self._one_by_one:
+            del self._riding[1:]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
@@ -3903,7 +3938,14 @@ class Dispatch:
     # in a worker's thread
 
     def execute(self, attempt: Attempt) -> None:
-        """Run one attempt, unless it is to stop already. Never raises."""
+        """Run one attempt. Never raises: its thread must live on to record the outcome."""
+        try:
+            self._execute(attempt)
+        except BaseException as error:                    # by what methods of its exception do, say
+            attempt.fail(error)
+
+    def _execute(self, attempt: Attempt) -> None:
+        """Run one attempt, unless it is to stop already."""
         if attempt.stop_requested:
             return
         function = function_of(attempt.name)
@@ -4129,7 +4171,8 @@ class Core:
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
         error: Any = attempt.exception
-        traceback.clear_frames(error.__traceback__)       # keeps the lines, not what they held
+        with contextlib.suppress(Exception):              # of an attribute of its own
+            traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             self._exceptions.popitem(last=False)
@@ -4997,7 +5040,6 @@ class Service:
         """Record the failure of an attempt that still executes."""
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
-        lost.worked = max(0.0, lost.ran - lost.waited)
         lost.time_out()
         if tx.end(lost):
             self._core.remember_exception(lost)
@@ -5306,20 +5348,20 @@ SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
-             kwargs: Fields, options: Fields) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
+             options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
-    for name in ("delay", "run_at", "parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is no option of a schedule")
+    for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
+        raise TypeError(f"{name} is no option of a schedule")
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
-    times = schedule_of(schedule, zone)
-    key = new.key
+    tz = options.get("tz", declared.get(fn, {}).get("tz"))
+    zone = getattr(zone_of(tz), "key", None)
+    now, key = core.clock(), new.key
+    first = schedule_of(schedule, zone).next(now, now)
     if key is None:                    # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in (new.options or ""):
@@ -5331,11 +5373,11 @@ def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, .
     if known != asked:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
-    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
-              "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
+    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+              "schedule": schedule, "runner": core.id, "now": now, "first": first}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, values)
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
@@ -5350,15 +5392,18 @@ def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, .
 # How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
-# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
-# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
+# all digits of a number.
 STATS = """WITH RECURSIVE part (at) AS
         (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
-    ifnull(sum(failed), 0), nullif(sum(started), 0),
-    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
-    nullif(sum(finished + failed), 0),
-    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+            'avg', json(quote(sum(waiting) / sum(started))),
+            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+            'avg', json(quote(sum(running) / sum(finished + failed))),
+            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
     FROM part LEFT JOIN bgjobs_stats
         ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
     GROUP BY {by} ORDER BY {by}"""
@@ -5380,10 +5425,8 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
     def sums(by: str) -> list[tuple[Any, Fields]]:
-        times = "avg", "min", "max"
-        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
-                              running=row[9] and dict(zip(times, row[10:]))))
-                for row in core.store.read(STATS.format(by=by), bounds)]
+        return [(key, json.loads(counted))
+                for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
             "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
             "total": sums("NULL")[0][1],
@@ -5468,8 +5511,8 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
     """
     if retention is not None:
         label = "Housekeeping: remove what is over for long"
-        hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
-        hourly.every("1h", housekeeping, **retention)
+        runner.options(key="bgjobs.housekeeping", system=True, label=label).every(
+            "1h", housekeeping, **retention)
 
 
 # ---- 16 What people see -------------------------------------------------------------------------
@@ -5485,8 +5528,8 @@ FEW = 10_000               # if a status has fewer jobs than that, all of them a
 MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL, and
-# raises any error if the value is not what the reader's second part says it must be.
+# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL. It
+# raises any error if the value is not what its second part says.
 
 A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
@@ -5494,7 +5537,7 @@ A_TIME = (float, "Unix seconds")
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
 
 
-def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) -> Any:
+def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
@@ -5503,7 +5546,7 @@ def read_value(name: str, value: Any, reader: tuple[Callable[[Any], Any], str]) 
         raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
 
-def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of some filters, and their values by name.
 
     known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
@@ -5520,7 +5563,7 @@ def read_filters(given: dict[str, Any], known: dict[str, Any]) -> tuple[list[str
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
 # With both, bgjobs_begun has the jobs of a status in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
-FILTERS: dict[str, Any] = {
+FILTERS: Fields = {
     "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
                                      key=STATUSES.index), f"one of {', '.join(STATUSES)}"), ""),
     "name": (A_TEXT, "name = :name"),
@@ -5541,7 +5584,7 @@ FILTERS: dict[str, Any] = {
 }
 
 
-def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def conditions(filters: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of all filters but the status, and all their values by name.
 
     status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
@@ -5560,8 +5603,8 @@ def conditions(filters: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 # Lists and counts
 
-def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: int | None = None,
-              most: int | None = None) -> tuple[list[int], int | None]:
+def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
+              most: Any = None) -> tuple[list[int], int | None]:
     """Return the ids of jobs that pass the filters, the highest first, and the id below which to
     go on, or None.
 
@@ -5585,9 +5628,8 @@ def find_jobs(store: Store, filters: dict[str, Any], limit: int | None, before: 
         of_status = "status IN (SELECT value FROM json_each(:statuses))"
         newest, bottom = newest_jobs(store, [of_status, *where], values, most)
         queries = [newest]
-    ids = [row[0] for query in queries for row in store.read(
-        f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)]
-    ids.sort(reverse=True)
+    ids = sorted((row[0] for query in queries for row in store.read(
+        f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)), reverse=True)
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
@@ -5612,7 +5654,7 @@ def _of_status(status: str, where: list[str]) -> str:
     return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
 
 
-def count_at_most(store: Store, status: str, where: list[str], values: dict[str, Any],
+def count_at_most(store: Store, status: str, where: list[str], values: Fields,
                   most: int) -> int:
     """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
@@ -5626,8 +5668,7 @@ _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
     FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
-def newest_jobs(store: Store, where: list[str], values: dict[str, Any], most: int | None
-                ) -> tuple[str, int | None]:
+def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
     values: its :before limits the search, and :lowest is set.
@@ -5657,7 +5698,8 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
         status IN ('running', 'stopping') AS active FROM bgjobs_jobs
         WHERE id IN (SELECT value FROM json_each(:ids))),
-    estimate AS (SELECT *, CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
+    estimate AS (SELECT *,
+        CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
         CASE WHEN active AND total AND tree_progress > 0
             THEN ran * (total - tree_progress) / tree_progress END AS tree,
         CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
@@ -5686,12 +5728,12 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
     options FROM estimate ORDER BY id DESC"""
 
 
-def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
+def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
     """Return the `info` of the jobs that are still there, the highest id first.
 
     It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
     """
-    infos: list[dict[str, Any]] = []
+    infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
         for name in ("children", "low_priority", "system", "state", "result"):
@@ -5702,7 +5744,7 @@ def describe_jobs(store: Store, ids: list[int]) -> list[dict[str, Any]]:
     return infos
 
 
-def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
+def shown_arguments(row: Any, options: Fields) -> Fields:
     """Return args and kwargs as JSON values, with the secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
     for place in options.get("secret", ()):               # a name, or a position
@@ -5718,7 +5760,7 @@ def shown_arguments(row: Any, options: dict[str, Any]) -> dict[str, Any]:
 _WHOLE_TREE = """job_id IN (WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL
     SELECT j.id FROM tree JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT id FROM tree)"""
-_LOG_FILTERS: dict[str, Any] = {
+_LOG_FILTERS: Fields = {
     "level": ((lambda value: A_NUMBER[0](getattr(logging, str(value).upper(), value)),
                "DEBUG, INFO, WARNING, ERROR, CRITICAL or a number"), "level >= :level"),
     "text": ((lambda value: re.compile(re.escape(value), re.IGNORECASE), "a text"), ""),
@@ -5731,7 +5773,7 @@ _LOG_FILTERS: dict[str, Any] = {
 }
 
 
-def read_logs(store: Store, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
+def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
     """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
     that follow the line `after`.
 
@@ -5789,8 +5831,7 @@ def default_runner() -> Runner:
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        face: Runner = attempt.backend.face
-        return face
+        return attempt.backend.face    # type: ignore[no-any-return]
     if runner is None:
         return start()
     if _is_shut(runner):
@@ -5879,7 +5920,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
-STRANGERS = 64                     # connections that have shown none; one more, and the oldest is closed
+STRANGERS = 64  # connections that have shown none; one more, and the oldest is closed
 LINE_BYTES = 32_000_000            # of a message from over there; a longer one ends the connection
 LINES_A_CALL = 1_000               # log lines that one call takes along
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
@@ -5945,7 +5986,7 @@ class Engine:
         self._making = threading.Lock()                   # guards _executor
         self._default_places = places
         self._broken_until = -math.inf                    # monotonic
-        self.has_worked = False                           # an attempt has begun there since it was made
+        self.has_worked = False  # an attempt has begun there since it was made
         # `_changed` guards the two below. Attempts with a turn, with True if they are at the executor;
         # and how many threads of them wait for other jobs.
         self._changed = threading.Condition()
@@ -5974,7 +6015,10 @@ class Engine:
             return self._executor
 
     def submit(self, *arguments: Any) -> Any:
-        """Return the executor's future for run_attempt. Raises what an executor raises that takes nothing."""
+        """Return the executor's future for run_attempt.
+
+        Raises what an executor raises that takes nothing.
+        """
         executor = self.executor()
         try:
             return executor.submit(run_attempt, *arguments)
@@ -6017,25 +6061,16 @@ class Engine:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the turn of an attempt away while it waits."""
-        self.leave(attempt)
-        try:
-            yield
-        finally:
-            self.come_back(attempt)
-
-    def leave(self, attempt: Attempt) -> None:
-        """Note that a thread of an attempt begins to wait."""
+        """Give the turn of an attempt away while a thread of it waits for another job."""
         with self._changed:
             self._waits[attempt] += 1
             self._changed.notify_all()
-
-    def come_back(self, attempt: Attempt) -> None:
-        """Note that a thread of an attempt waits no more."""
-        with self._changed:
-            self._waits[attempt] -= 1
-            if not self._waits[attempt]:
-                del self._waits[attempt]
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waits[attempt] -= 1
+                self._waits = +self._waits                # without those that do not wait any more
 
 
 # Those of executors that the app made: several runners of a process may use one, and share its places.
@@ -6097,7 +6132,7 @@ class AttemptServer:
         """Accept connections and read their tokens, until close()."""
         import selectors
         with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)             # type: ignore[arg-type]
+            selector.register(self._listener, selectors.EVENT_READ)  # type: ignore[arg-type]
             selector.register(self._wakes, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select(1.0 if self._strangers else None):
@@ -6115,7 +6150,7 @@ class AttemptServer:
         import selectors
         try:
             stranger, _ = self._listener.accept()         # type: ignore[union-attr]
-        except OSError:                                   # it is gone again, or descriptors are used up
+        except OSError:  # it is gone again, or descriptors are used up
             return time.sleep(0.01)
         stranger.setblocking(False)
         self._strangers[stranger] = bytearray(), time.monotonic() + STRANGER_SECONDS
@@ -6168,15 +6203,18 @@ class Drive:
                  engine: Engine | None = None) -> None:
         self._core, self._attempt, self._engine = core, attempt, engine
         self._function = function
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()     # its socket; None: look what is new
+        # its socket; None: look what is new
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._future: Any = None                          # the engine's
         self.connection: Connection | None = None         # from its begin on
         self._ended = False
+        self._waits: list[ContextManager[Any]] = []       # under way
         self._calls: dict[str, Callable[..., Any]] = {
-            "tell": lambda: None, "save": self._save, "submit": self._submit,
-            "operate": self._operate, "info": self._core.info, "logs": self._core.logs,
-            "status": self._core.status, "find": self._core.find, "outcome": self._outcome_of,
-            "watch": self._watch, "leave": self._leave, "back": self._come_back, "end": self._end}
+            "tell": lambda: None, "save": functools.partial(self._core.save, attempt),
+            "submit": self._submit, "operate": self._core.operate, "info": self._core.info,
+            "logs": self._core.logs, "status": self._core.status, "find": self._core.find,
+            "outcome": self._core.outcome, "watch": self._watch, "leave": self._leave,
+            "back": self._come_back, "end": self._end}
 
     def run(self, server: AttemptServer) -> None:
         """Hand the attempt to its engine, and carry out what it asks for until it has ended.
@@ -6203,7 +6241,8 @@ class Drive:
         """Wait until the attempt has dialed; return its socket. None: it ends without a begin."""
         while (link := self._inbox.get()) is None:
             if self._future.done() and not self._future.cancelled():
-                return self._lose(self._reason())
+                self._lose(self._reason())
+                return None
             if self._future.cancelled() or self._attempt.stop_requested and self._future.cancel():
                 return None
         return link                                       # type: ignore[no-any-return]
@@ -6213,7 +6252,7 @@ class Drive:
         if self.connection is None:
             self._inbox.put(None)
         elif future.cancelled() or future.exception() is not None:
-            self.connection.cut()                         # a process that it forked may hold it open
+            self.connection.cut()  # a process that it forked may hold it open
 
     def _tell_to_stop(self) -> None:
         """Tell the attempt that it is to stop, or is void. From any thread; never blocks."""
@@ -6262,7 +6301,6 @@ class Drive:
         if not self._ended:
             attempt.ran = time.monotonic() - attempt.begun
             self._lose(self._reason(why))
-        attempt.worked = max(0.0, attempt.ran - attempt.waited)
         core.run_times.record(attempt.name, attempt.worked)
 
     def _reason(self, why: str = "") -> BaseException:
@@ -6275,12 +6313,18 @@ class Drive:
     def _lose(self, reason: BaseException) -> None:
         """Make the loss of the attempt its outcome."""
         attempt, engine = self._attempt, self._engine
+        # Ctrl-C in a terminal may reach a pool that just begins an attempt before it has this process
+        # go down.
+        is_cut_off = isinstance(reason, (BrokenExecutor, KeyboardInterrupt, SystemExit))
+        until = time.monotonic() + LOSS_SECONDS
+        while is_cut_off and not self._core.goes_down and time.monotonic() < until:
+            time.sleep(0.02)
         if self._core.goes_down:
             attempt.outcome = RELEASED if attempt.begun else UNSPENT
-        elif attempt.begun or not isinstance(reason, BrokenExecutor):
+        elif attempt.begun or not is_cut_off:
             attempt.fail(reason)
         elif engine is not None and not engine.has_worked:
-            raise reason                                  # there is something wrong with the executor
+            raise reason  # there is something wrong with the executor
         # Else another attempt broke it before this one began.
 
     # what the attempt asks for
@@ -6315,9 +6359,6 @@ class Drive:
         if positions is not None:
             self._attempt.loop_positions = json.loads(positions)
 
-    def _save(self, state: str | None, positions: str | None) -> bool:
-        return self._core.save(self._attempt, state, positions)
-
     def _submit(self, columns: dict[str, Any], arguments: list[str | None] | None) -> Any:
         """Submit a job, or one for each of the arguments; answer with the ids."""
         self._attempt.raise_if_stopped()
@@ -6327,32 +6368,23 @@ class Drive:
             return self._core.submit(new).id
         return self._core.submit_many(new, arguments)
 
-    def _operate(self, operation: str, job_id: int, by: str | None) -> None:
-        if operation not in OPERATIONS:
-            raise ValueError(f"there is no operation {short(operation)}")
-        self._core.operate(operation, job_id, by)
-
-    def _outcome_of(self, job_id: int) -> dict[str, Any] | None:
-        row = self._core.outcome(job_id)
-        return None if row is None else dict(row)
-
     def _watch(self, job_id: int) -> None:
         """Tell the attempt once a job is over."""
         def tell(job: Job[Any]) -> None:
-            self._post(0, "over", job_id, self._outcome_of(job_id) or {})
+            self._post(0, "over", job_id, self._core.outcome(job_id) or {})
         Job(self._core, job_id).add_done_callback(tell)
 
     def _leave(self) -> None:
         """Give the attempt's place away."""
-        if self._engine is not None:
-            self._engine.leave(self._attempt)
+        wait = self._attempt.away()
+        wait.__enter__()
+        self._waits.append(wait)
         self._core.dispatch.pool.leave(self._attempt)
 
     def _come_back(self) -> None:
         """Answer once the attempt has a place again, unless other threads of it still wait."""
         self._core.dispatch.pool.come_back(self._attempt)
-        if self._engine is not None:
-            self._engine.come_back(self._attempt)
+        self._waits.pop().__exit__(None, None, None)
 
     def _end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
         """Take over the outcome. ran: seconds that the function has taken."""
@@ -6380,12 +6412,12 @@ class IsolatedDrive(Drive):
         import socket
         name = self._attempt.name
         if getattr(sys, "frozen", False) or not sys.executable:
-            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python to start "
-                              "a process with: leave isolate out, or use executor=")
+            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python "
+                              "to start a process with: leave isolate out, or use executor=")
         if import_name(self._function.__module__) == "__main__":
-            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into standard "
-                              "input, a notebook or -c, where another process cannot import it: put it "
-                              "into a file of its own and import that")
+            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into "
+                              "standard input, a notebook or -c, where another process cannot import "
+                              "it: put it into a file of its own and import that")
         ours, theirs = socket.socketpair()
         # `_lock` guards the killing: a process that has been waited for may be another by now.
         self._lock = threading.Lock()
@@ -6404,7 +6436,7 @@ class IsolatedDrive(Drive):
         folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; " \
                "sys.argv[1:] = []; __import__('importlib').import_module(name).execute_isolated()"
-        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, import_name(__name__)])]
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, module_name(__name__)])]
         is_windows = os.name == "nt"
         stdin: Any = subprocess.PIPE if is_windows else theirs
         # Popen waits for the end of a pipe, which a process forked meanwhile would keep open. A
@@ -6458,10 +6490,10 @@ class Elsewhere:
         self._core = core
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
         self._server = AttemptServer(address)
-        self._drives: dict[Drive, None] = {}
+        self._drives: weakref.WeakSet[Drive] = weakref.WeakSet()
         # The standard library's own hook; RuntimeError: the interpreter ends already.
         with contextlib.suppress(AttributeError, RuntimeError):
-            register: Callable[..., None] = threading._register_atexit       # type: ignore[attr-defined]
+            register: Callable[..., None] = threading._register_atexit  # type: ignore[attr-defined]
             register(_close_before_executors, weakref.ref(core))
 
     def listen(self) -> None:
@@ -6491,7 +6523,9 @@ class Elsewhere:
     def _drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
         enter(attempt)                             # what is done here is the job's doing
         if executor is ISOLATED:
-            return self._run(IsolatedDrive(self._core, attempt, function))
+            drive: Drive = IsolatedDrive(self._core, attempt, function)
+            self._drives.add(drive)
+            return drive.run(self._server)
         engine = self.engine(executor)
         if engine.is_broken:
             attempt.outcome = NO_EXECUTOR
@@ -6502,7 +6536,9 @@ class Elsewhere:
                 if attempt.stop_requested:
                     return
                 if goes_there:
-                    self._run(Drive(self._core, attempt, function, engine))
+                    drive = Drive(self._core, attempt, function, engine)
+                    self._drives.add(drive)
+                    drive.run(self._server)
                 else:
                     self._core.dispatch.execute_here(attempt, function)
             finally:
@@ -6513,13 +6549,6 @@ class Elsewhere:
             text = f"its executor takes no job: {type(error).__qualname__}: {text_of(error, 500)}"
             say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
             self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
-
-    def _run(self, drive: Drive) -> None:
-        self._drives[drive] = None
-        try:
-            drive.run(self._server)
-        finally:
-            del self._drives[drive]
 
     def close(self) -> None:
         """Take no more attempts. Those that still execute are told by their own connections."""
@@ -6542,8 +6571,8 @@ def _close_before_executors(reference: weakref.ref[Core]) -> None:
         core.life.close(time.monotonic() + GRACE_SECONDS)
 
 
-open_door("executor", Elsewhere)
-open_door("isolate", Elsewhere)
+for _name in ("executor", "isolate"):
+    open_door(_name, Elsewhere)
 
 
 # The other side: the process in which the attempt executes.
@@ -6562,8 +6591,8 @@ def run_attempt(host: str, port: int, token: str) -> None:
             link.close()
             raise
     except OSError as error:
-        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot be reached, "
-                          f"or has the attempt already ({text_of(error)})") from error
+        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot "
+                          f"be reached, or has the attempt already ({text_of(error)})") from error
     proxy.execute()
 
 
@@ -6584,17 +6613,17 @@ def execute_isolated() -> None:
 
 
 class RunnerThere(RunnerFace):
-    """What `bgjobs.submit` and the like inside a job go to, where the runner is in another process."""
+    """The runner for `bgjobs.submit` and the like inside a job that executes elsewhere."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
-                           "in a job without executor= and isolate=")
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do "
+                           "it in the app, or in a job without executor= and isolate=")
 
-    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse           # type: ignore[assignment]
+    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse  # type: ignore[assignment]
 
 
 class RunnerProxy:
-    """The backend of an attempt in another process: asks the runner over the attempt's connection."""
+    """The backend of an attempt in another process: asks the runner over the connection."""
 
     def __init__(self, connection: Connection, is_isolated: bool = False) -> None:
         self._connection, self._is_isolated = connection, is_isolated
@@ -6606,7 +6635,7 @@ class RunnerProxy:
         self._ahead = given["now"] - time.time()          # the runner's clock
         self.id = 0
         self.face = RunnerThere(lambda: self, {})         # type: ignore[arg-type, return-value]
-        self._attempt = Attempt(self, JobRow(*given["job"]), 0)       # type: ignore[arg-type]
+        self._attempt = Attempt(self, to_job(given["job"]), 0)  # type: ignore[arg-type]
         # `_lock` guards all below, and the sending. Nothing is waited for under it.
         self._lock = threading.Lock()
         self._gone = ""                                   # why the runner cannot be asked any more
@@ -6616,18 +6645,17 @@ class RunnerProxy:
         self._lines: deque[tuple[float, int, str]] = deque()       # of the log, not told yet
         self._told_positions: str | None = None
         self._watched: dict[int, list[Job[Any]]] = {}
-        self._signals = _Signals(self._attempt)
 
     def clock(self) -> float:
         """Return Unix seconds, by the runner's clock."""
-        return time.time() + self._ahead
+        return time.time() + float(self._ahead)
 
     def execute(self) -> None:
         """Call the function and send the outcome."""
         attempt = self._attempt
         capture_log_records()
         link = start_thread("bgjobs-link", self._listen)
-        with self._signals:
+        with _signals.heeded(attempt):
             try:
                 function = self._function()
             except BaseException as error:
@@ -6641,11 +6669,11 @@ class RunnerProxy:
                 self._tell()
                 self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
             self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended")
-            if self._signals.came:
+            if _signals.came:
                 link.join(LOSS_SECONDS)                   # the runner has read the outcome then
 
     def _function(self) -> Callable[..., Any]:
-        """Import the function, and have this process know it by the job's name."""
+        """Import the function, and have the registry know it by the job's name."""
         import importlib
         name = self._given["module"]
         is_main = name == import_name("__main__") and not self._is_isolated
@@ -6660,7 +6688,8 @@ class RunnerProxy:
     def ask(self, call: str, *arguments: Any) -> Any:
         """Ask the runner for something and return its answer.
 
-        Raises JobStopped if the runner is gone or the attempt is superseded, else what it raised there.
+        Raises JobStopped if the runner is gone or the attempt is superseded, else what the call
+        raised there.
         """
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         number = next(self._numbers)
@@ -6669,12 +6698,13 @@ class RunnerProxy:
         value, kind, text = answer.get()
         if kind is None:
             return value
-        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError,
+                 RuntimeError)
         raise next((each for each in known if each.__name__ == kind), BgjobsError)(text)
 
     @library_code
     def _send(self, number: int, call: str, *arguments: Any) -> None:
-        """Send a call, and what is new. JobStopped: the runner is gone, or this is a forked child."""
+        """Send a call, and what is new. JobStopped: the runner is gone; or this is a forked child."""
         if self._pid != os.getpid():
             raise JobStopped("this process was forked by a job: only its parent can speak for that")
         with self._lock:
@@ -6686,7 +6716,7 @@ class RunnerProxy:
                 raise JobStopped("the runner is gone") from error
 
     def _news(self) -> list[Any] | None:
-        """Return what was not told before: log lines, progress and positions. None: nothing. Under the lock."""
+        """Return what was not told before: log lines, progress, positions. Called under the lock."""
         attempt = self._attempt
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_A_CALL))]
         report: list[Any] | None = None
@@ -6708,7 +6738,7 @@ class RunnerProxy:
             self._send(0, "tell")
 
     def _listen(self) -> None:
-        """Heed what the runner says, and tell it what is new, until it ends the connection. In a thread of its own."""
+        """Heed the runner and tell it what is new, until the connection ends. In its own thread."""
         import selectors
         try:
             with selectors.DefaultSelector() as selector:
@@ -6720,21 +6750,23 @@ class RunnerProxy:
                     self._unheeded = self._connection.receive() if ready else []
                     if not self._gone:
                         self._tell()
-                    self._signals.look()
-        except (JobStopped, OSError, ValueError, RecursionError):
+                    _signals.look(self._attempt, is_gone=False)
+        except (Exception, JobStopped):                   # whatever it is, the attempt must not wait on
             pass
         self._connection.close()
-        if self._is_isolated:
+        if self._is_isolated:                             # the runner is gone, or kills it itself
             os.killpg(0, 9) if hasattr(os, "killpg") else os._exit(1)
         if not self._gone:
             self._attempt.request_stop(RELEASED, force=True)
             self._refuse("the runner is gone")
-            self._signals.hasten()
+            _signals.look(self._attempt, is_gone=True)
 
     def _heed(self, number: int, value: Any, *more: Any) -> None:
         """Heed an answer, or news."""
         if number:
-            self._answers.pop(number).put((value, *more) if more else (value, None, ""))
+            answer = self._answers.pop(number, None)      # None: the call has been refused meanwhile
+            if answer is not None:
+                answer.put((value, *more) if more else (value, None, ""))
         elif value == "stop":
             self._attempt.request_stop(more[0], force=True)
         elif value == "void":
@@ -6759,7 +6791,8 @@ class RunnerProxy:
         """Have the runner store a job; return its handle."""
         return Job(self, self._submit(new, None, connection))          # type: ignore[arg-type]
 
-    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None) -> list[int]:
+    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None
+                    ) -> list[int]:
         """Have the runner store a job for each of the arguments; return the ids."""
         if len(arguments) > 1 and sum(len(text or "") for text in arguments) > LINE_BYTES / 8:
             half = len(arguments) // 2                    # a message would be too long
@@ -6770,47 +6803,31 @@ class RunnerProxy:
 
     def _submit(self, new: Submission, arguments: list[str | None] | None, connection: Any) -> Any:
         if connection is not None:
-            raise RuntimeError("connection= is for the process of the runner; this job executes in another one")
+            raise RuntimeError("connection= is for the process of the runner; this job executes in "
+                               "another one")
         return self.ask("submit", vars(new), arguments)
 
-    def operate(self, operation: str, job_id: int, by: str | None) -> None:
-        """Have the runner stop, resume, cancel ... a job."""
-        self.ask("operate", operation, job_id, by)
-
-    def info(self, job_id: int) -> Any:
-        """Return what Job.info() does."""
-        return self.ask("info", job_id)
-
-    def status(self, job_id: int) -> Any:
-        """Return a job's status. KeyError: there is no such job."""
-        return self.ask("status", job_id)
-
-    def logs(self, job_id: int, filters: dict[str, Any]) -> Any:
-        """Return what Job.logs() does."""
-        return self.ask("logs", job_id, filters)
-
-    def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
-        """Return the ids of the jobs that pass the filters."""
-        return self.ask("find", filters, limit, before)
-
-    def outcome(self, job_id: int) -> Any:
-        """Return how a job has ended, or None."""
-        return self.ask("outcome", job_id)
+    operate = functools.partialmethod(ask, "operate")
+    info = functools.partialmethod(ask, "info")
+    status = functools.partialmethod(ask, "status")
+    logs = functools.partialmethod(ask, "logs")
+    find = functools.partialmethod(ask, "find")
+    outcome = functools.partialmethod(ask, "outcome")
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return what tells of a job that has failed."""
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any]) -> None:
-        """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
+    def watch(self, handle: Job[Any], hold: bool) -> None:
+        """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
 
     def call_back(self, handle: Job[Any]) -> None:
         """Call the callbacks of a completed handle, in a thread of their own."""
         if handle._done_callbacks:
-            start_thread("bgjobs-callbacks", handle._invoke_callbacks)         # type: ignore[attr-defined]
+            start_thread("bgjobs-callbacks", handle._invoke_callbacks)  # type: ignore[attr-defined]
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Save a state. How far each() is alone is told with what is new."""
@@ -6821,7 +6838,8 @@ class RunnerProxy:
         if len(self._lines) < LOG_BUFFER:
             self._lines.append((at, level, message))
 
-    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
+                    timeout: float | None) -> bool:
         """Return wait(timeout); the runner gives the attempt's place away meanwhile."""
         self.ask("leave")
         try:
@@ -6837,54 +6855,64 @@ class _Signals:
     SIGTERM to a whole process group, fails nothing. The signal takes its usual course once the
     attempt has ended, after SIGNAL_SECONDS, when the runner is gone, or at a second signal. (A pool
     that broke sends SIGTERM to its processes and waits for their end.)
+
+    The handler stays when the attempt has ended: a signal that comes while Python puts the default
+    back would be lost.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    def __init__(self) -> None:
         self._usual: dict[int, Any] = {}                  # handlers
-        self.came = 0                                     # the signal
+        self._attempt: Attempt | None = None              # under way
+        self.came = 0                                     # the signal, since it began
         self._until = math.inf                            # monotonic
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def heeded(self, attempt: Attempt) -> Iterator[None]:
+        """Have signals heeded for an attempt, if this is the main thread."""
         import signal
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._usual[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._restore()
-        if self.came:
-            os.kill(os.getpid(), self.came)
-
-    def _restore(self) -> None:
-        import signal
-        for number, handler in self._usual.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None, self._note):
+                self._usual[number] = signal.signal(number, self._note)
+        self._attempt, self.came, self._until = attempt, 0, math.inf
+        try:
+            yield
+        finally:
+            self._attempt = None
+            if self.came:
+                self._take_course(self.came, None)
 
     def _note(self, number: int, frame: Any) -> None:
         """Be the handler: only note the signal, since this thread may hold any lock."""
-        if self.came:
-            self._restore()
-            os.kill(os.getpid(), number)
+        if self._attempt is None or self.came:
+            self._take_course(number, frame)
         self.came, self._until = number, time.monotonic() + SIGNAL_SECONDS
 
-    def look(self) -> None:
-        """Do what follows from a signal. In the thread of the connection, every TELL_SECONDS."""
-        if self.came and not self._attempt.stop_requested:
-            self._attempt.request_stop(RELEASED)
-        if time.monotonic() > self._until:
-            self.hasten()
-
-    def hasten(self) -> None:
-        """Let a signal that has come take its usual course now."""
+    def _take_course(self, number: int, frame: Any) -> None:
         import signal
-        if not self.came:
+        if callable(self._usual[number]):
+            self._usual[number](number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def look(self, attempt: Attempt, is_gone: bool) -> None:
+        """Do what follows from a signal that has come. In the thread of the attempt's connection."""
+        import signal
+        if not self.came or self._attempt is not attempt:
             return
-        self._until = math.inf
-        # The main thread may be in C code, where it runs no handler; so it cannot restore this one.
-        dies = self._usual.get(self.came) is signal.SIG_DFL and hasattr(signal, "SIGKILL")
-        os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+        if not attempt.stop_requested:
+            attempt.request_stop(RELEASED)
+        if is_gone or time.monotonic() > self._until:
+            self._until = math.inf
+            # The main thread may be in C code, where it runs no handler.
+            dies = not callable(self._usual[self.came]) and hasattr(signal, "SIGKILL")
+            os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+
+
+_signals = _Signals()                                     # of this process
 
 
 # ==== layer: page ================================================================================
