@@ -2101,9 +2101,8 @@ class JobFile:
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             self._prepare(db, now)
-            db.execute(f"PRAGMA synchronous = {synchronous}")
-            db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}")
-            db.execute("PRAGMA wal_autocheckpoint = 4000")
+            db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA wal_autocheckpoint = 4000; "
+                             f"PRAGMA journal_size_limit = {WAL_LIMIT}")
             self._version_in(db)                          # the first read makes the WAL
         except BaseException as error:
             if db is not None:
@@ -2541,8 +2540,8 @@ class Pool:
         self._low_size = max(1, size - 1)                 # slots that low priority may take
         self._execute = execute
         self._settle, self._claim = settle, claim         # settle returns whether to claim at once
-        # `_lock` guards the changes of everything below; no user code and no SQL runs under it.
-        # Reading one number or membership without it is a hint that may be old by then.
+        # `_lock` guards the changes of what is below; no user code and no SQL runs under it.
+        # Reading without it gives a hint.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()    # normal, low priority
@@ -2637,7 +2636,8 @@ class Pool:
             leads = self._settle(attempt)
             with self._lock:
                 retires = attempt in self.abandoned      # its force stop may have left anything
-                leads |= self._take_out(attempt)
+                leads |= self.is_clogged
+                self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
                 if following is None:
                     self._needed -= 1
@@ -2666,22 +2666,20 @@ class Pool:
 
     # ends
 
-    def _take_out(self, attempt: Attempt) -> bool:
-        """Forget an attempt that executed; return whether jobs can be claimed again by that."""
-        unclogs = attempt in self.abandoned and self.is_clogged
+    def _take_out(self, attempt: Attempt) -> None:
+        """Forget an attempt that executed."""
         self._placed[attempt.low_priority].discard(attempt)
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
         if returned is not None:                          # it goes on without a slot
             returned.set()
-        return unclogs
 
     def abandon(self, attempt: Attempt) -> None:
         """Take the slot of a superseded attempt away, whose thread lives on."""
         with self._lock:
-            executes = attempt in self._placed[attempt.low_priority] or attempt in self._away
-            if not executes and attempt not in self._returning:
+            executing = (*self._placed, self._away, self._returning)
+            if not any(attempt in each for each in executing):
                 return
             self._take_out(attempt)
             self.abandoned.add(attempt)
@@ -2714,7 +2712,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away, one of whose threads begins to wait for a job."""
+        """Give the slot of an attempt away as one of its threads begins to wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -3232,7 +3230,7 @@ def capture_log_records() -> None:
 # The execution of a function, in the process and the thread where that happens.
 
 def perform(attempt: Attempt, function: Function) -> None:
-    """Call an attempt's function in this thread, and note the outcome. Never raises."""
+    """Call an attempt's function in this thread, and note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3250,9 +3248,10 @@ def perform(attempt: Attempt, function: Function) -> None:
             attempt.fail(error)
         elif attempt.reason == TIMED_OUT:
             attempt.time_out()
-    _here.ticket = around
-    attempt.thread = None
-    attempt.ran = time.monotonic() - attempt.begun
+    finally:
+        _here.ticket = around
+        attempt.thread = None
+        attempt.ran = time.monotonic() - attempt.begun
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
@@ -3920,7 +3919,14 @@ class Dispatch:
     # in a worker's thread
 
     def execute(self, attempt: Attempt) -> None:
-        """Run one attempt, unless it is to stop already. Never raises."""
+        """Run one attempt. Never raises: its thread must live on to record the outcome."""
+        try:
+            self._execute(attempt)
+        except BaseException as error:                    # by what methods of its exception do, say
+            attempt.fail(error)
+
+    def _execute(self, attempt: Attempt) -> None:
+        """Run one attempt, unless it is to stop already."""
         if attempt.stop_requested:
             return
         function = function_of(attempt.name)
@@ -4146,7 +4152,8 @@ class Core:
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
         error: Any = attempt.exception
-        traceback.clear_frames(error.__traceback__)       # keeps the lines, not what they held
+        with contextlib.suppress(Exception):              # of an attribute of its own
+            traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             del self._exceptions[next(iter(self._exceptions))]
