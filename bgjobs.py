@@ -14,55 +14,61 @@
     job = bgjobs.submit(export, "users")
     print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
 
-Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A job
-submitted from inside another is its *child*; one without a parent is a *root*; a root with all its
-descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a thread. A
-*runner* owns the workers of one process. The *store* is the only code that touches SQLite. A *checkpoint* is
-a point where the function may be stopped and may save its *state*, from which the next attempt goes on.
+Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
+job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
+its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
+thread. A *runner* owns the workers of one process. The *store* is the only code that touches
+SQLite. A *checkpoint* is a point where the function may be stopped and may save its *state*, from
+which the next attempt goes on.
 
-Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and all its
-descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and ``stopped`` at its
-next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good. OPERATIONS below is the table.
+Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
+all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
+``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
+OPERATIONS below is the table.
 
-Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives a
-kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry was due.
-Each attempt's outcome is recorded at most once: every write carries its attempt's number, and one that has
-been superseded is refused. Execution time is shared fairly between roots, over all processes on the file.
+Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
+a kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry
+was due. Each attempt's outcome is recorded at most once: every write carries its attempt's number,
+and one that has been superseded is refused. Execution time is shared fairly between roots, over all
+processes on the file.
 
 How it hangs together: the walk of a job, and where to read about it.
 
-    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues Transaction.submit (7).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what all of
-             them queued, records the outcomes of ended attempts, claims jobs for free workers, and
-             commits. So batches grow with the load, and a caller alone pays no hand-over.
+    submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
+             Transaction.submit (7).
+    write    One of the threads that wait for the store leads. It opens one transaction, runs what
+             all of them queued, records the outcomes of ended attempts, claims jobs for free
+             workers, and commits. So batches grow with the load, and a caller alone pays no
+             hand-over.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
-    run      Dispatch.execute (12) calls the function in a thread of the Pool (9), as an Attempt (10), or
-             sends it to an executor's process, which calls back over a connection of its own (18).
-    finish   The outcome waits in Dispatch for the next transaction, Transaction.finish (7) records it, and
-             after the commit the handles (11) of the jobs that are over are completed.
+    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
+             or hands it to an executor, whose process calls back over a connection of its own (18).
+    finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
+             records it. After the commit the handles (11) of the jobs that are over are completed.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
-Contents:  1 Words and rules   2 Values   3 Functions and options   4 Times of schedules   5 Fair shares
-           6 Tables   7 Transactions   8 Store   9 Worker pool   10 Inside a job   11 The handle
-           12 Runner   13 Clock, processes and exit   14 Schedules   15 Statistics and retention
-           16 What people see   17 The default runner   18 Elsewhere   19 Status page   20 Command line
+Contents:  1 Words and rules  2 Values  3 Functions and options  4 Times of schedules
+    5 Fair shares  6 Tables  7 Transactions  8 Store  9 Worker pool  10 Inside a job  11 The handle
+    12 Runner  13 Clock, processes and exit  14 Schedules  15 Statistics and retention
+    16 What people see  17 The default runner  18 Elsewhere  19 Status page  20 Command line
 
 MIT License. Copyright (c) 2026 the bgjobs developers.
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without
-limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the
-Software, and to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
 
-The above copyright notice and this permission notice shall be included in all copies or substantial portions
-of the Software.
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
 
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO
-THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
-CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
-DEALINGS IN THE SOFTWARE.
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 from __future__ import annotations
 
@@ -302,7 +308,7 @@ _PLAIN = frozenset((str, int, float, bool, type(None)))
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
-    if any(type(item) is tuple for item in value):
+    if tuple in map(type, value):
         raise TypeError("a set of tuples would come back as lists; pass a list")
     return sorted(map(_jsonable, value), key=dump)
 
@@ -327,7 +333,7 @@ def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
     if zone is None:
         return value
     if isinstance(zone, str):
-        return value.replace(tzinfo=zone_of(zone)[0])
+        return value.replace(tzinfo=zone_of(zone))
     # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
     seconds = zone[0] if isinstance(zone, list) else zone
     return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
@@ -360,7 +366,7 @@ def _jsonable(value: Any) -> Any:
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
-        return [item if type(item) in _PLAIN else _jsonable(item) for item in value]
+        return [*map(_jsonable, value)]
     if kind is dict:
         for key in value:
             if type(key) is not str:
@@ -392,15 +398,14 @@ def encode(value: Any, what: str = "the value") -> str:
 
 
 def _untagged(found: Fields) -> Any:
-    if len(found) != 1:
-        return found
-    (tag, stored), = found.items()
-    if tag == "$dict":
-        return dict(stored)
-    if tag not in _TAGGED:
-        return found
-    module, name, _, from_json = _TAGGED[tag]
-    return from_json(getattr(__import__(module), name), stored)
+    if len(found) == 1:
+        (tag, stored), = found.items()
+        if tag == "$dict":
+            return dict(stored)
+        if tag in _TAGGED:
+            module, name, _, from_json = _TAGGED[tag]
+            return from_json(getattr(__import__(module), name), stored)
+    return found
 
 
 def decode(text: str | None) -> Any:
@@ -412,14 +417,22 @@ def decode(text: str | None) -> Any:
 
 # ---- 3 Functions and options --------------------------------------------------------------------
 
-def import_name(module: str) -> str:
-    """Return the name by which another process can import `module`: for __main__, the script's."""
-    if module != "__main__":
-        return module
-    main = sys.modules["__main__"]
+def module_name(module: str) -> str:
+    """Return the stable name of a module in job names: for __main__, the script's."""
+    if module not in ("__main__", "__mp_main__"):         # multiprocessing's name for it
+        return module.removesuffix(".__main__")
+    main: Any = sys.modules["__main__"]
     if main.__spec__ is not None:      # python -m
-        return main.__spec__.name.removesuffix(".__main__")
-    return os.path.splitext(os.path.basename(getattr(main, "__file__", module)))[0]
+        return str(main.__spec__.name).removesuffix(".__main__")
+    file = getattr(main, "__file__", None) or "<stdin>"
+    return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
+
+
+def import_name(module: str) -> str:
+    """Return the name by which another process imports a module: package.__main__ for -m."""
+    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
+    is_main = module in ("__main__", "__mp_main__") and spec is not None
+    return str(spec.name) if is_main else module_name(module)
 
 
 def import_path(function: Function) -> str:
@@ -437,7 +450,7 @@ def import_path(function: Function) -> str:
             "lambda, a partial, a bound method or a function inside a function cannot be imported "
             "again; submit one that is defined with def at the top level of a module, and pass it "
             "its arguments")
-    return f"{import_name(module)}.{qualname}"
+    return f"{module_name(module)}.{qualname}"
 
 
 # The functions that this process knows, those declared with @job or submitted: by job name; their
@@ -470,7 +483,7 @@ def function_of(name: str) -> Function | None:
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
-    main = import_name("__main__")
+    main = module_name("__main__")
     modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
     path = max(modules, key=len, default=main)
     attributes = name[len(path) + 1:].split(".")
@@ -481,11 +494,6 @@ def function_of(name: str) -> Function | None:
         if import_path(found) == name:
             functions[name] = found
     return functions.get(name)
-
-
-def _is_name(value: Any) -> bool:
-    """Return whether a text is stored as it is, uncut and unescaped: no two names become one."""
-    return isinstance(value, str) and 0 < len(value) <= 500 and text_of(value) == value
 
 
 def are_seconds(values: Iterable[Any]) -> bool:
@@ -499,22 +507,25 @@ def unix_seconds(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def zone_of(tz: Any) -> tuple[Any, str | None]:
-    """Return a time zone and the key to store it by; None for the machine's own.
+def zone_of(tz: Any) -> Any:
+    """Return a ZoneInfo, or None, the machine's own zone, for None.
 
     Raises ValueError if it is unknown.
     """
     import datetime
     import zoneinfo
-    key = "UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz)
+    if tz is None:
+        return None
     try:
-        return key if key is None else zoneinfo.ZoneInfo(key), key
+        return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
     except Exception:                  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
 
 
-_A_NAME = _is_name, "a text of 1 to 500 characters, without lone surrogates"
+# Stored as it is, uncut and unescaped, so that no two names become one.
+_A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
+           "a text of 1 to 500 characters, without lone surrogates")
 _A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
@@ -566,9 +577,8 @@ def check_options(given: Fields) -> Fields:
 
     Raises TypeError for an unknown option, ValueError for a value that does not fit.
     """
-    for name in given:
-        if name not in OPTIONS:
-            raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
+    for name in given.keys() - OPTIONS:
+        raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
     if None not in (given.get("delay"), given.get("run_at")):
         raise ValueError("give delay or run_at, not both")
@@ -589,9 +599,8 @@ def job(**options: Any) -> Callable[[_T], _T]:
     is taken.
     """
     check_options(options)
-    for name in ("parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is an option of one submit, not of a function")
+    for name in options.keys() & {"parent", "connection"}:
+        raise TypeError(f"{name} is an option of one submit, not of a function")
 
     def declare(function: Any) -> Any:
         name = options.get("name")
@@ -723,14 +732,15 @@ _CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
     """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
-    numbers = {word: str(number) for number, word in enumerate(words.split(), least)}
+    for number, word in enumerate(words.split(), least):
+        text = text.replace(word, str(number))
     values: set[int] = set()
     try:
         for part in text.split(","):
             span, slash, step = part.partition("/")
             low, dash, high = (f"{least}-{most}" if span == "*" else span).partition("-")
-            first = int(numbers.get(low, low))
-            last = int(numbers.get(high, high)) if dash else first
+            first = int(low)
+            last = int(high) if dash else first
             if slash and not dash:
                 last = most
             if not least <= first <= last <= most:
@@ -761,11 +771,12 @@ class Cron:
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
-        if self.next(0, time.time()) == math.inf:
-            raise ValueError(f"the cron schedule {fields!r} is never due: no such day comes")
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after both `now` and `due`, in Unix seconds."""
+        """Return when it is due after both `now` and `due`, in Unix seconds.
+
+        Raises ValueError if it is never due.
+        """
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
@@ -785,7 +796,7 @@ class Cron:
                 if later:
                     return min(later)
             hour += datetime.timedelta(hours=1)            # on the clock's face
-        return math.inf
+        raise ValueError("the cron schedule is never due: no such day comes")
 
 
 @functools.lru_cache(1_000)
@@ -795,7 +806,7 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     Raises ValueError if it is neither.
     """
     if len(schedule.split()) > 1 or schedule.startswith("@"):
-        return Cron(schedule, zone_of(zone)[0])
+        return Cron(schedule, zone_of(zone))
     return Every(schedule)
 
 
@@ -1233,11 +1244,24 @@ class Transaction:
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages                         # parent -> it and its ancestors
-        self.trees, self.limits = Trees(self), Limits(self)
+        self._trees: Trees | None = None                  # most transactions touch none
+        self.freed: set[str] = set()                      # limits whose members have ended
         # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []                         # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
+
+    @property
+    def trees(self) -> Trees:
+        """What is added up for ancestors and roots."""
+        if self._trees is None:
+            self._trees = Trees(self)
+        return self._trees
+
+    @property
+    def limits(self) -> Limits:
+        """What blocks and unblocks jobs."""
+        return Limits(self)
 
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value that a query finds, or None."""
@@ -1287,8 +1311,10 @@ class Transaction:
         inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
                                 (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
-        self._count_new(new, 1)
-        return int(inserted.lastrowid)
+        if not is_root:
+            self._count_new(new, 1)
+        job_id: int = inserted.lastrowid
+        return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
@@ -1296,7 +1322,8 @@ class Transaction:
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
                      (first, *values, json.dumps(arguments)))
-        self._count_new(new, len(arguments))
+        if new.parent_id is not None:
+            self._count_new(new, len(arguments))
         return range(first, first + len(arguments))
 
     def _values(self, new: Submission) -> tuple[Any, ...]:
@@ -1309,9 +1336,8 @@ class Transaction:
 
     def _count_new(self, new: Submission, count: int) -> None:
         """Count new children for their ancestors, and wake their root."""
-        if new.parent_id is not None:
-            self.trees.count(new.parent_id, total=count)
-            self.trees.change(new.parent_id, "open", count)
+        self.trees.count(new.parent_id, total=count)
+        self.trees.change(new.parent_id or 0, "open", count)
 
     _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
         ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
@@ -1506,15 +1532,17 @@ class Transaction:
 
     def end_all(self) -> None:
         """Write what is added up; the last thing in a transaction."""
-        self.trees.apply()
+        if self._trees is not None or self.freed:
+            self.trees.apply()
+        if not self.events:
+            return
         minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
         for (name, event), seconds in self.events.items():
             counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
             measured = nothing, (sum(seconds), min(seconds), max(seconds))
             waited, ran = measured[::-1] if event == "started" else measured
             rows.append((minute, name, 0, *counts.values(), *waited, *ran))
-        if rows:
-            self.executemany(SAVE_TALLIES, rows)
+        self.executemany(SAVE_TALLIES, rows)
 
     # reports of attempts
 
@@ -1582,8 +1610,10 @@ class Trees:
         A parent whose last child is over is closed, which may mean the same for its own parent.
         """
         tx = self._tx
-        while self._changes or tx.limits.freed:
-            tx.limits.unblock_freed()
+        while self._changes or tx.freed:
+            freed, tx.freed = tx.freed, set()
+            for key in freed:
+                tx.limits.unblock(key)
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
                 tx.execute(ADD_CHANGE, {**change, "id": job_id})
@@ -1601,7 +1631,6 @@ class Limits:
 
     def __init__(self, tx: Transaction) -> None:
         self._tx = tx
-        self.freed: set[str] = set()                      # limits whose members have ended
 
     def blocking(self, job: JobRow, others: int = 0) -> str:
         """Return the limit that keeps a job from starting now, or "".
@@ -1625,13 +1654,7 @@ class Limits:
     def free(self, job: JobRow) -> None:
         """Note that an attempt has ended."""
         if job.is_limited:
-            self.freed.update(limits_of(job))
-
-    def unblock_freed(self) -> None:
-        """Make jobs ready that waited for attempts which have ended."""
-        freed, self.freed = self.freed, set()
-        for key in freed:
-            self.unblock(key)
+            self._tx.freed.update(limits_of(job))
 
     def unblock(self, key: str) -> None:
         """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
@@ -2070,8 +2093,8 @@ class JobFile:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to.
-        self._wal = os.path.realpath(self.path) + "-wal"
+        # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
+        self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> sqlite3.Connection:
         """Return the connection that writes, after bringing the file up to date."""
@@ -2136,19 +2159,17 @@ class JobFile:
     # JSON functions were an option of builds before 3.38.
     _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
 
-    def _version_in(self, db: sqlite3.Connection) -> int:
+    def _version_in(self, db: sqlite3.Connection) -> Any:
         """Return the version of the schema in the file, 0 if there is none."""
         if db.execute(self._HAS_SCHEMA).fetchone() is None:
             return 0
-        version: int = db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
-        return version
+        return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, and its WAL, which is there while it is open, from others."""
+        """Return what tells the file, with its WAL, from an empty one and from others."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
-            wal = os.stat(self._wal) if self._journal == "wal" else seen
-            return seen.st_size > 0, seen.st_dev, seen.st_ino, wal.st_ino
+            return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
         return object()                                   # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
@@ -2175,7 +2196,7 @@ class JobFile:
 
     def shorten_wal(self) -> None:
         """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
-        size = os.path.getsize(self._wal) if os.path.exists(self._wal) else 0
+        size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
@@ -2242,10 +2263,9 @@ class Store:
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._complaints: dict[str, float] = {}           # what was logged lately, and when
-        # EXTRA also syncs the folder from which the rollback journal is deleted: the commit there.
-        full = "FULL" if journal == "wal" else "EXTRA"
-        self._writer = self.file.open("NORMAL" if durability == "process" else full, clock())
+        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
+        self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()             # guards _version_db
         self._version_db = self.file.connect()
 
@@ -2258,7 +2278,8 @@ class Store:
         `run` may be called again when a transaction had to be rolled back, so it has no effect but
         on the transaction. What it raises is raised here, and nothing of it is stored.
         """
-        self._check_open()
+        if self.closed or os.getpid() != self.pid:
+            self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
                                "signal handler or a finalizer; have that start a thread")
@@ -2336,7 +2357,8 @@ class Store:
 
         flushing is None if nothing is to ride along.
         """
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -2390,12 +2412,7 @@ class Store:
 
     def complain(self, text: str) -> None:
         """Log an error, the same one every ten seconds at most."""
-        now = time.monotonic()
-        if now - self._complaints.get(text, -math.inf) > 10:
-            if len(self._complaints) > 20:
-                self._complaints.clear()
-            self._complaints[text] = now
-            say(logging.ERROR, text)
+        self._say_once(text, int(time.monotonic() / 10))
 
     def write_through(self, connection: sqlite3.Connection,
                       run: Callable[[Transaction], Any]) -> Any:
@@ -2462,12 +2479,6 @@ class Store:
         with contextlib.suppress(IndexError):             # another thread does so, too
             while True:
                 self._readers.pop().close()
-
-    def row(self, job_id: int) -> sqlite3.Row:
-        """Return a job's row. Raises KeyError if there is none."""
-        for row in self.read("SELECT * FROM bgjobs_jobs WHERE id = :id", {"id": job_id}):
-            return row
-        raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def version(self) -> int:
         """Return a number that changes with each commit, of any process.
@@ -3609,6 +3620,7 @@ class Job(Future[_T]):
     @library_code
     def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
+        self._stored()                                    # first: raises
         super().add_done_callback(fn)                     # type: ignore[arg-type]
         self._watch()
 
@@ -3855,7 +3867,9 @@ class Dispatch:
 
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
-        self._riding = list(self.ended)[:1 if self._one_by_one else None]
+        self._riding = list(self.ended)
+        if self._one_by_one:
+            del self._riding[1:]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
@@ -4902,16 +4916,16 @@ class Service:
         self._clock_at = core.clock()                     # what the clock showed at the last poll
         self._due_at = math.inf                           # of the next job or schedule
         self._shown: Any = None                           # what the last heartbeat has told
-        # Every so many seconds; whether only once the runner has been started; what to do.
-        duties: list[tuple[float, bool, Callable[[], Any]]] = [
-            (0.0, False, core.dispatch.pool.put), (0.0, False, self._return_stuck_claims),
-            (0.0, False, self._time_out), (FLUSH_SECONDS, False, core.flush_reports),
-            (0.0, True, self._wake_due), (0.5, True, core.life.recover_dead),
-            (1.0, True, self._beat), (1.0, True, core.life.save_means), (1.0, True, self._unpark),
-            (1.0, True, functools.partial(core.store.write, self._compare)),
-            (60.0, True, core.store.file.shorten_wal),
-            (60.0, True, functools.partial(count_created, core))]
-        self._done_at = dict.fromkeys(duties, time.monotonic())
+        dispatch, life = core.dispatch, core.life
+        # What a runner that has been started does every so many seconds, and when it did so last.
+        self._done_at: dict[Any, float] = dict.fromkeys((
+            (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
+            # Claimed jobs may wait behind attempts that turned out long.
+            (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
+            (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
+            (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
+            time.monotonic())
         self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
         self.thread.start()
 
@@ -4939,7 +4953,10 @@ class Service:
                     store.flush()
                 if time.monotonic() >= next_poll:
                     next_poll = time.monotonic() + POLL_SECONDS
-                    handles.look() if store.closed else self._poll()
+                    if store.closed:
+                        handles.look()
+                    else:
+                        self._poll()
                     left = self._due_at - self._core.clock()
                     if left > 0:
                         next_poll = min(next_poll, time.monotonic() + left)
@@ -4959,12 +4976,13 @@ class Service:
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
-        for duty, done_at in self._done_at.items():
-            seconds, needs_start, do = duty
-            now = time.monotonic()
-            if now - done_at >= seconds and (self._core.life.started or not needs_start):
-                self._done_at[duty] = now
-                do()
+        self._time_out()
+        if self._core.life.started:
+            for duty, done_at in self._done_at.items():
+                seconds, do = duty
+                if time.monotonic() - done_at >= seconds:
+                    self._done_at[duty] = time.monotonic()
+                    do()
 
     # its duties
 
@@ -4998,11 +5016,6 @@ class Service:
                 if job.low_priority != attempt.low_priority:
                     dispatch.pool.set_low_priority(attempt, job.low_priority)
         tx.after_commit.append(carry_out)
-
-    def _return_stuck_claims(self) -> None:
-        """Give claimed jobs back that wait behind attempts which turned out long."""
-        dispatch = self._core.dispatch
-        dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))
 
     def _time_out(self) -> None:
         """Stop the attempts that take longer than their timeout.
@@ -5330,20 +5343,20 @@ SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
 REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
 
 
-def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, ...],
-             kwargs: Fields, options: Fields) -> Schedule:
+def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
+             options: Fields) -> Schedule:
     """Store a schedule that the code of this runner has; see Submitter.every."""
-    for name in ("delay", "run_at", "parent", "connection"):
-        if name in options:
-            raise TypeError(f"{name} is no option of a schedule")
+    for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
+        raise TypeError(f"{name} is no option of a schedule")
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
-    zone = zone_of(options.get("tz", declared.get(fn, {}).get("tz")))[1]
-    times = schedule_of(schedule, zone)
-    key = new.key
+    tz = options.get("tz", declared.get(fn, {}).get("tz"))
+    zone = getattr(zone_of(tz), "key", None)
+    now, key = core.clock(), new.key
+    first = schedule_of(schedule, zone).next(now, now)
     if key is None:                    # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in (new.options or ""):
@@ -5355,11 +5368,11 @@ def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, .
     if known != asked:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
-    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS},
-              "key": key, "zone": zone, "schedule": schedule, "runner": core.id}
+    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+              "schedule": schedule, "runner": core.id, "now": now, "first": first}
 
     def save(tx: Transaction) -> int:
-        tx.execute(SAVE_SCHEDULE, {**values, "now": tx.now, "first": times.next(tx.now, tx.now)})
+        tx.execute(SAVE_SCHEDULE, values)
         tx.execute(REGISTER, values)
         return int(tx.value(SCHEDULE_ID, key=key))
     return Schedule(core, core.store.write(save))
@@ -5374,15 +5387,18 @@ def register(core: Core, schedule: float | str, fn: Function, args: tuple[Any, .
 # How many parts a window has, and of how many minutes. FOLD and its next one follow them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
-# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. Its columns:
-# that, four counts, and twice how many times were taken (or NULL), their mean, minimum and maximum.
+# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
+# all digits of a number.
 STATS = """WITH RECURSIVE part (at) AS
         (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, ifnull(sum(created), 0), ifnull(sum(started), 0), ifnull(sum(finished), 0),
-    ifnull(sum(failed), 0), nullif(sum(started), 0),
-    sum(waiting) / sum(started), min(waiting_min), max(waiting_max),
-    nullif(sum(finished + failed), 0),
-    sum(running) / sum(finished + failed), min(running_min), max(running_max)
+    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+            'avg', json(quote(sum(waiting) / sum(started))),
+            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+            'avg', json(quote(sum(running) / sum(finished + failed))),
+            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
     FROM part LEFT JOIN bgjobs_stats
         ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
     GROUP BY {by} ORDER BY {by}"""
@@ -5404,10 +5420,8 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
     def sums(by: str) -> list[tuple[Any, Fields]]:
-        times = "avg", "min", "max"
-        return [(row[0], dict(zip(TALLIES, row[1:5]), waiting=row[5] and dict(zip(times, row[6:9])),
-                              running=row[9] and dict(zip(times, row[10:]))))
-                for row in core.store.read(STATS.format(by=by), bounds)]
+        return [(key, json.loads(counted))
+                for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
             "parts": [{"at": at * 60, **counted} for at, counted in sums("at")],
             "total": sums("NULL")[0][1],
@@ -5492,8 +5506,8 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
     """
     if retention is not None:
         label = "Housekeeping: remove what is over for long"
-        hourly = runner.options(key="bgjobs.housekeeping", system=True, label=label)
-        hourly.every("1h", housekeeping, **retention)
+        runner.options(key="bgjobs.housekeeping", system=True, label=label).every(
+            "1h", housekeeping, **retention)
 
 
 # ---- 16 What people see -------------------------------------------------------------------------
@@ -5813,8 +5827,7 @@ def default_runner() -> Runner:
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        face: Runner = attempt.backend.face
-        return face
+        return attempt.backend.face    # type: ignore[no-any-return]
     if runner is None:
         return start()
     if _is_shut(runner):
@@ -5903,7 +5916,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
-STRANGERS = 64                     # connections that have shown none; one more, and the oldest is closed
+STRANGERS = 64  # connections that have shown none; one more, and the oldest is closed
 LINE_BYTES = 32_000_000            # of a message from over there; a longer one ends the connection
 LINES_A_CALL = 1_000               # log lines that one call takes along
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
@@ -5969,7 +5982,7 @@ class Engine:
         self._making = threading.Lock()                   # guards _executor
         self._default_places = places
         self._broken_until = -math.inf                    # monotonic
-        self.has_worked = False                           # an attempt has begun there since it was made
+        self.has_worked = False  # an attempt has begun there since it was made
         # `_changed` guards the two below. Attempts with a turn, with True if they are at the executor;
         # and how many threads of them wait for other jobs.
         self._changed = threading.Condition()
@@ -5998,7 +6011,10 @@ class Engine:
             return self._executor
 
     def submit(self, *arguments: Any) -> Any:
-        """Return the executor's future for run_attempt. Raises what an executor raises that takes nothing."""
+        """Return the executor's future for run_attempt.
+
+        Raises what an executor raises that takes nothing.
+        """
         executor = self.executor()
         try:
             return executor.submit(run_attempt, *arguments)
@@ -6041,25 +6057,16 @@ class Engine:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the turn of an attempt away while it waits."""
-        self.leave(attempt)
-        try:
-            yield
-        finally:
-            self.come_back(attempt)
-
-    def leave(self, attempt: Attempt) -> None:
-        """Note that a thread of an attempt begins to wait."""
+        """Give the turn of an attempt away while a thread of it waits for another job."""
         with self._changed:
             self._waits[attempt] += 1
             self._changed.notify_all()
-
-    def come_back(self, attempt: Attempt) -> None:
-        """Note that a thread of an attempt waits no more."""
-        with self._changed:
-            self._waits[attempt] -= 1
-            if not self._waits[attempt]:
-                del self._waits[attempt]
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waits[attempt] -= 1
+                self._waits = +self._waits                # without those that do not wait any more
 
 
 # Those of executors that the app made: several runners of a process may use one, and share its places.
@@ -6121,7 +6128,7 @@ class AttemptServer:
         """Accept connections and read their tokens, until close()."""
         import selectors
         with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)             # type: ignore[arg-type]
+            selector.register(self._listener, selectors.EVENT_READ)  # type: ignore[arg-type]
             selector.register(self._wakes, selectors.EVENT_READ)
             while True:
                 for key, _ in selector.select(1.0 if self._strangers else None):
@@ -6139,7 +6146,7 @@ class AttemptServer:
         import selectors
         try:
             stranger, _ = self._listener.accept()         # type: ignore[union-attr]
-        except OSError:                                   # it is gone again, or descriptors are used up
+        except OSError:  # it is gone again, or descriptors are used up
             return time.sleep(0.01)
         stranger.setblocking(False)
         self._strangers[stranger] = bytearray(), time.monotonic() + STRANGER_SECONDS
@@ -6192,15 +6199,18 @@ class Drive:
                  engine: Engine | None = None) -> None:
         self._core, self._attempt, self._engine = core, attempt, engine
         self._function = function
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()     # its socket; None: look what is new
+        # its socket; None: look what is new
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._future: Any = None                          # the engine's
         self.connection: Connection | None = None         # from its begin on
         self._ended = False
+        self._waits: list[ContextManager[Any]] = []       # under way
         self._calls: dict[str, Callable[..., Any]] = {
-            "tell": lambda: None, "save": self._save, "submit": self._submit,
-            "operate": self._operate, "info": self._core.info, "logs": self._core.logs,
-            "status": self._core.status, "find": self._core.find, "outcome": self._outcome_of,
-            "watch": self._watch, "leave": self._leave, "back": self._come_back, "end": self._end}
+            "tell": lambda: None, "save": functools.partial(self._core.save, attempt),
+            "submit": self._submit, "operate": self._core.operate, "info": self._core.info,
+            "logs": self._core.logs, "status": self._core.status, "find": self._core.find,
+            "outcome": self._core.outcome, "watch": self._watch, "leave": self._leave,
+            "back": self._come_back, "end": self._end}
 
     def run(self, server: AttemptServer) -> None:
         """Hand the attempt to its engine, and carry out what it asks for until it has ended.
@@ -6227,7 +6237,8 @@ class Drive:
         """Wait until the attempt has dialed; return its socket. None: it ends without a begin."""
         while (link := self._inbox.get()) is None:
             if self._future.done() and not self._future.cancelled():
-                return self._lose(self._reason())
+                self._lose(self._reason())
+                return None
             if self._future.cancelled() or self._attempt.stop_requested and self._future.cancel():
                 return None
         return link                                       # type: ignore[no-any-return]
@@ -6237,7 +6248,7 @@ class Drive:
         if self.connection is None:
             self._inbox.put(None)
         elif future.cancelled() or future.exception() is not None:
-            self.connection.cut()                         # a process that it forked may hold it open
+            self.connection.cut()  # a process that it forked may hold it open
 
     def _tell_to_stop(self) -> None:
         """Tell the attempt that it is to stop, or is void. From any thread; never blocks."""
@@ -6298,12 +6309,18 @@ class Drive:
     def _lose(self, reason: BaseException) -> None:
         """Make the loss of the attempt its outcome."""
         attempt, engine = self._attempt, self._engine
+        # Ctrl-C in a terminal may reach a pool that just begins an attempt before it has this process
+        # go down.
+        is_cut_off = isinstance(reason, (BrokenExecutor, KeyboardInterrupt, SystemExit))
+        until = time.monotonic() + LOSS_SECONDS
+        while is_cut_off and not self._core.goes_down and time.monotonic() < until:
+            time.sleep(0.02)
         if self._core.goes_down:
             attempt.outcome = RELEASED if attempt.begun else UNSPENT
-        elif attempt.begun or not isinstance(reason, BrokenExecutor):
+        elif attempt.begun or not is_cut_off:
             attempt.fail(reason)
         elif engine is not None and not engine.has_worked:
-            raise reason                                  # there is something wrong with the executor
+            raise reason  # there is something wrong with the executor
         # Else another attempt broke it before this one began.
 
     # what the attempt asks for
@@ -6338,9 +6355,6 @@ class Drive:
         if positions is not None:
             self._attempt.loop_positions = json.loads(positions)
 
-    def _save(self, state: str | None, positions: str | None) -> bool:
-        return self._core.save(self._attempt, state, positions)
-
     def _submit(self, columns: dict[str, Any], arguments: list[str | None] | None) -> Any:
         """Submit a job, or one for each of the arguments; answer with the ids."""
         self._attempt.raise_if_stopped()
@@ -6350,32 +6364,23 @@ class Drive:
             return self._core.submit(new).id
         return self._core.submit_many(new, arguments)
 
-    def _operate(self, operation: str, job_id: int, by: str | None) -> None:
-        if operation not in OPERATIONS:
-            raise ValueError(f"there is no operation {short(operation)}")
-        self._core.operate(operation, job_id, by)
-
-    def _outcome_of(self, job_id: int) -> dict[str, Any] | None:
-        row = self._core.outcome(job_id)
-        return None if row is None else dict(row)
-
     def _watch(self, job_id: int) -> None:
         """Tell the attempt once a job is over."""
         def tell(job: Job[Any]) -> None:
-            self._post(0, "over", job_id, self._outcome_of(job_id) or {})
+            self._post(0, "over", job_id, self._core.outcome(job_id) or {})
         Job(self._core, job_id).add_done_callback(tell)
 
     def _leave(self) -> None:
         """Give the attempt's place away."""
-        if self._engine is not None:
-            self._engine.leave(self._attempt)
+        wait = self._attempt.away()
+        wait.__enter__()
+        self._waits.append(wait)
         self._core.dispatch.pool.leave(self._attempt)
 
     def _come_back(self) -> None:
         """Answer once the attempt has a place again, unless other threads of it still wait."""
         self._core.dispatch.pool.come_back(self._attempt)
-        if self._engine is not None:
-            self._engine.come_back(self._attempt)
+        self._waits.pop().__exit__(None, None, None)
 
     def _end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
         """Take over the outcome. ran: seconds that the function has taken."""
@@ -6403,12 +6408,12 @@ class IsolatedDrive(Drive):
         import socket
         name = self._attempt.name
         if getattr(sys, "frozen", False) or not sys.executable:
-            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python to start "
-                              "a process with: leave isolate out, or use executor=")
+            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python "
+                              "to start a process with: leave isolate out, or use executor=")
         if import_name(self._function.__module__) == "__main__":
-            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into standard "
-                              "input, a notebook or -c, where another process cannot import it: put it "
-                              "into a file of its own and import that")
+            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into "
+                              "standard input, a notebook or -c, where another process cannot import "
+                              "it: put it into a file of its own and import that")
         ours, theirs = socket.socketpair()
         # `_lock` guards the killing: a process that has been waited for may be another by now.
         self._lock = threading.Lock()
@@ -6427,7 +6432,7 @@ class IsolatedDrive(Drive):
         folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; " \
                "sys.argv[1:] = []; __import__('importlib').import_module(name).execute_isolated()"
-        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, import_name(__name__)])]
+        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, module_name(__name__)])]
         is_windows = os.name == "nt"
         stdin: Any = subprocess.PIPE if is_windows else theirs
         # Popen waits for the end of a pipe, which a process forked meanwhile would keep open. A
@@ -6481,10 +6486,10 @@ class Elsewhere:
         self._core = core
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
         self._server = AttemptServer(address)
-        self._drives: dict[Drive, None] = {}
+        self._drives: weakref.WeakSet[Drive] = weakref.WeakSet()
         # The standard library's own hook; RuntimeError: the interpreter ends already.
         with contextlib.suppress(AttributeError, RuntimeError):
-            register: Callable[..., None] = threading._register_atexit       # type: ignore[attr-defined]
+            register: Callable[..., None] = threading._register_atexit  # type: ignore[attr-defined]
             register(_close_before_executors, weakref.ref(core))
 
     def listen(self) -> None:
@@ -6514,7 +6519,9 @@ class Elsewhere:
     def _drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
         enter(attempt)                             # what is done here is the job's doing
         if executor is ISOLATED:
-            return self._run(IsolatedDrive(self._core, attempt, function))
+            drive: Drive = IsolatedDrive(self._core, attempt, function)
+            self._drives.add(drive)
+            return drive.run(self._server)
         engine = self.engine(executor)
         if engine.is_broken:
             attempt.outcome = NO_EXECUTOR
@@ -6525,7 +6532,9 @@ class Elsewhere:
                 if attempt.stop_requested:
                     return
                 if goes_there:
-                    self._run(Drive(self._core, attempt, function, engine))
+                    drive = Drive(self._core, attempt, function, engine)
+                    self._drives.add(drive)
+                    drive.run(self._server)
                 else:
                     self._core.dispatch.execute_here(attempt, function)
             finally:
@@ -6536,13 +6545,6 @@ class Elsewhere:
             text = f"its executor takes no job: {type(error).__qualname__}: {text_of(error, 500)}"
             say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
             self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
-
-    def _run(self, drive: Drive) -> None:
-        self._drives[drive] = None
-        try:
-            drive.run(self._server)
-        finally:
-            del self._drives[drive]
 
     def close(self) -> None:
         """Take no more attempts. Those that still execute are told by their own connections."""
@@ -6565,8 +6567,8 @@ def _close_before_executors(reference: weakref.ref[Core]) -> None:
         core.life.close(time.monotonic() + GRACE_SECONDS)
 
 
-open_door("executor", Elsewhere)
-open_door("isolate", Elsewhere)
+for _name in ("executor", "isolate"):
+    open_door(_name, Elsewhere)
 
 
 # The other side: the process in which the attempt executes.
@@ -6585,8 +6587,8 @@ def run_attempt(host: str, port: int, token: str) -> None:
             link.close()
             raise
     except OSError as error:
-        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot be reached, "
-                          f"or has the attempt already ({text_of(error)})") from error
+        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot "
+                          f"be reached, or has the attempt already ({text_of(error)})") from error
     proxy.execute()
 
 
@@ -6607,17 +6609,17 @@ def execute_isolated() -> None:
 
 
 class RunnerThere(RunnerFace):
-    """What `bgjobs.submit` and the like inside a job go to, where the runner is in another process."""
+    """The runner for `bgjobs.submit` and the like inside a job that executes elsewhere."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do it in the app, or "
-                           "in a job without executor= and isolate=")
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do "
+                           "it in the app, or in a job without executor= and isolate=")
 
-    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse           # type: ignore[assignment]
+    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse  # type: ignore[assignment]
 
 
 class RunnerProxy:
-    """The backend of an attempt in another process: asks the runner over the attempt's connection."""
+    """The backend of an attempt in another process: asks the runner over the connection."""
 
     def __init__(self, connection: Connection, is_isolated: bool = False) -> None:
         self._connection, self._is_isolated = connection, is_isolated
@@ -6629,7 +6631,7 @@ class RunnerProxy:
         self._ahead = given["now"] - time.time()          # the runner's clock
         self.id = 0
         self.face = RunnerThere(lambda: self, {})         # type: ignore[arg-type, return-value]
-        self._attempt = Attempt(self, JobRow(*given["job"]), 0)       # type: ignore[arg-type]
+        self._attempt = Attempt(self, to_job(given["job"]), 0)  # type: ignore[arg-type]
         # `_lock` guards all below, and the sending. Nothing is waited for under it.
         self._lock = threading.Lock()
         self._gone = ""                                   # why the runner cannot be asked any more
@@ -6639,18 +6641,17 @@ class RunnerProxy:
         self._lines: deque[tuple[float, int, str]] = deque()       # of the log, not told yet
         self._told_positions: str | None = None
         self._watched: dict[int, list[Job[Any]]] = {}
-        self._signals = _Signals(self._attempt)
 
     def clock(self) -> float:
         """Return Unix seconds, by the runner's clock."""
-        return time.time() + self._ahead
+        return time.time() + float(self._ahead)
 
     def execute(self) -> None:
         """Call the function and send the outcome."""
         attempt = self._attempt
         capture_log_records()
         link = start_thread("bgjobs-link", self._listen)
-        with self._signals:
+        with _signals.heeded(attempt):
             try:
                 function = self._function()
             except BaseException as error:
@@ -6664,11 +6665,11 @@ class RunnerProxy:
                 self._tell()
                 self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
             self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended")
-            if self._signals.came:
+            if _signals.came:
                 link.join(LOSS_SECONDS)                   # the runner has read the outcome then
 
     def _function(self) -> Callable[..., Any]:
-        """Import the function, and have this process know it by the job's name."""
+        """Import the function, and have the registry know it by the job's name."""
         import importlib
         name = self._given["module"]
         is_main = name == import_name("__main__") and not self._is_isolated
@@ -6683,7 +6684,8 @@ class RunnerProxy:
     def ask(self, call: str, *arguments: Any) -> Any:
         """Ask the runner for something and return its answer.
 
-        Raises JobStopped if the runner is gone or the attempt is superseded, else what it raised there.
+        Raises JobStopped if the runner is gone or the attempt is superseded, else what the call
+        raised there.
         """
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         number = next(self._numbers)
@@ -6692,12 +6694,13 @@ class RunnerProxy:
         value, kind, text = answer.get()
         if kind is None:
             return value
-        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)
+        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError,
+                 RuntimeError)
         raise next((each for each in known if each.__name__ == kind), BgjobsError)(text)
 
     @library_code
     def _send(self, number: int, call: str, *arguments: Any) -> None:
-        """Send a call, and what is new. JobStopped: the runner is gone, or this is a forked child."""
+        """Send a call, and what is new. JobStopped: the runner is gone; or this is a forked child."""
         if self._pid != os.getpid():
             raise JobStopped("this process was forked by a job: only its parent can speak for that")
         with self._lock:
@@ -6709,7 +6712,7 @@ class RunnerProxy:
                 raise JobStopped("the runner is gone") from error
 
     def _news(self) -> list[Any] | None:
-        """Return what was not told before: log lines, progress and positions. None: nothing. Under the lock."""
+        """Return what was not told before: log lines, progress, positions. Called under the lock."""
         attempt = self._attempt
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_A_CALL))]
         report: list[Any] | None = None
@@ -6731,7 +6734,7 @@ class RunnerProxy:
             self._send(0, "tell")
 
     def _listen(self) -> None:
-        """Heed what the runner says, and tell it what is new, until it ends the connection. In a thread of its own."""
+        """Heed the runner and tell it what is new, until the connection ends. In its own thread."""
         import selectors
         try:
             with selectors.DefaultSelector() as selector:
@@ -6743,21 +6746,23 @@ class RunnerProxy:
                     self._unheeded = self._connection.receive() if ready else []
                     if not self._gone:
                         self._tell()
-                    self._signals.look()
-        except (JobStopped, OSError, ValueError, RecursionError):
+                    _signals.look(self._attempt, is_gone=False)
+        except (Exception, JobStopped):                   # whatever it is, the attempt must not wait on
             pass
         self._connection.close()
-        if self._is_isolated:
+        if self._is_isolated:                             # the runner is gone, or kills it itself
             os.killpg(0, 9) if hasattr(os, "killpg") else os._exit(1)
         if not self._gone:
             self._attempt.request_stop(RELEASED, force=True)
             self._refuse("the runner is gone")
-            self._signals.hasten()
+            _signals.look(self._attempt, is_gone=True)
 
     def _heed(self, number: int, value: Any, *more: Any) -> None:
         """Heed an answer, or news."""
         if number:
-            self._answers.pop(number).put((value, *more) if more else (value, None, ""))
+            answer = self._answers.pop(number, None)      # None: the call has been refused meanwhile
+            if answer is not None:
+                answer.put((value, *more) if more else (value, None, ""))
         elif value == "stop":
             self._attempt.request_stop(more[0], force=True)
         elif value == "void":
@@ -6782,7 +6787,8 @@ class RunnerProxy:
         """Have the runner store a job; return its handle."""
         return Job(self, self._submit(new, None, connection))          # type: ignore[arg-type]
 
-    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None) -> list[int]:
+    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None
+                    ) -> list[int]:
         """Have the runner store a job for each of the arguments; return the ids."""
         if len(arguments) > 1 and sum(len(text or "") for text in arguments) > LINE_BYTES / 8:
             half = len(arguments) // 2                    # a message would be too long
@@ -6793,47 +6799,31 @@ class RunnerProxy:
 
     def _submit(self, new: Submission, arguments: list[str | None] | None, connection: Any) -> Any:
         if connection is not None:
-            raise RuntimeError("connection= is for the process of the runner; this job executes in another one")
+            raise RuntimeError("connection= is for the process of the runner; this job executes in "
+                               "another one")
         return self.ask("submit", vars(new), arguments)
 
-    def operate(self, operation: str, job_id: int, by: str | None) -> None:
-        """Have the runner stop, resume, cancel ... a job."""
-        self.ask("operate", operation, job_id, by)
-
-    def info(self, job_id: int) -> Any:
-        """Return what Job.info() does."""
-        return self.ask("info", job_id)
-
-    def status(self, job_id: int) -> Any:
-        """Return a job's status. KeyError: there is no such job."""
-        return self.ask("status", job_id)
-
-    def logs(self, job_id: int, filters: dict[str, Any]) -> Any:
-        """Return what Job.logs() does."""
-        return self.ask("logs", job_id, filters)
-
-    def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> Any:
-        """Return the ids of the jobs that pass the filters."""
-        return self.ask("find", filters, limit, before)
-
-    def outcome(self, job_id: int) -> Any:
-        """Return how a job has ended, or None."""
-        return self.ask("outcome", job_id)
+    operate = functools.partialmethod(ask, "operate")
+    info = functools.partialmethod(ask, "info")
+    status = functools.partialmethod(ask, "status")
+    logs = functools.partialmethod(ask, "logs")
+    find = functools.partialmethod(ask, "find")
+    outcome = functools.partialmethod(ask, "outcome")
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return what tells of a job that has failed."""
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any]) -> None:
-        """Complete a handle when its job is over. Returns at once: the caller may hold locks of other handles."""
+    def watch(self, handle: Job[Any], hold: bool) -> None:
+        """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
 
     def call_back(self, handle: Job[Any]) -> None:
         """Call the callbacks of a completed handle, in a thread of their own."""
         if handle._done_callbacks:
-            start_thread("bgjobs-callbacks", handle._invoke_callbacks)         # type: ignore[attr-defined]
+            start_thread("bgjobs-callbacks", handle._invoke_callbacks)  # type: ignore[attr-defined]
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Save a state. How far each() is alone is told with what is new."""
@@ -6844,7 +6834,8 @@ class RunnerProxy:
         if len(self._lines) < LOG_BUFFER:
             self._lines.append((at, level, message))
 
-    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool], timeout: float | None) -> bool:
+    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
+                    timeout: float | None) -> bool:
         """Return wait(timeout); the runner gives the attempt's place away meanwhile."""
         self.ask("leave")
         try:
@@ -6860,54 +6851,64 @@ class _Signals:
     SIGTERM to a whole process group, fails nothing. The signal takes its usual course once the
     attempt has ended, after SIGNAL_SECONDS, when the runner is gone, or at a second signal. (A pool
     that broke sends SIGTERM to its processes and waits for their end.)
+
+    The handler stays when the attempt has ended: a signal that comes while Python puts the default
+    back would be lost.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+    def __init__(self) -> None:
         self._usual: dict[int, Any] = {}                  # handlers
-        self.came = 0                                     # the signal
+        self._attempt: Attempt | None = None              # under way
+        self.came = 0                                     # the signal, since it began
         self._until = math.inf                            # monotonic
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def heeded(self, attempt: Attempt) -> Iterator[None]:
+        """Have signals heeded for an attempt, if this is the main thread."""
         import signal
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._usual[number] = signal.signal(number, self._note)
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._restore()
-        if self.came:
-            os.kill(os.getpid(), self.came)
-
-    def _restore(self) -> None:
-        import signal
-        for number, handler in self._usual.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None, self._note):
+                self._usual[number] = signal.signal(number, self._note)
+        self._attempt, self.came, self._until = attempt, 0, math.inf
+        try:
+            yield
+        finally:
+            self._attempt = None
+            if self.came:
+                self._take_course(self.came, None)
 
     def _note(self, number: int, frame: Any) -> None:
         """Be the handler: only note the signal, since this thread may hold any lock."""
-        if self.came:
-            self._restore()
-            os.kill(os.getpid(), number)
+        if self._attempt is None or self.came:
+            self._take_course(number, frame)
         self.came, self._until = number, time.monotonic() + SIGNAL_SECONDS
 
-    def look(self) -> None:
-        """Do what follows from a signal. In the thread of the connection, every TELL_SECONDS."""
-        if self.came and not self._attempt.stop_requested:
-            self._attempt.request_stop(RELEASED)
-        if time.monotonic() > self._until:
-            self.hasten()
-
-    def hasten(self) -> None:
-        """Let a signal that has come take its usual course now."""
+    def _take_course(self, number: int, frame: Any) -> None:
         import signal
-        if not self.came:
+        if callable(self._usual[number]):
+            self._usual[number](number, frame)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def look(self, attempt: Attempt, is_gone: bool) -> None:
+        """Do what follows from a signal that has come. In the thread of the attempt's connection."""
+        import signal
+        if not self.came or self._attempt is not attempt:
             return
-        self._until = math.inf
-        # The main thread may be in C code, where it runs no handler; so it cannot restore this one.
-        dies = self._usual.get(self.came) is signal.SIG_DFL and hasattr(signal, "SIGKILL")
-        os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+        if not attempt.stop_requested:
+            attempt.request_stop(RELEASED)
+        if is_gone or time.monotonic() > self._until:
+            self._until = math.inf
+            # The main thread may be in C code, where it runs no handler.
+            dies = not callable(self._usual[self.came]) and hasattr(signal, "SIGKILL")
+            os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+
+
+_signals = _Signals()                                     # of this process
 
 
 # ==== layer: page ================================================================================
@@ -8160,7 +8161,10 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
     The last attempt is in the job's own row, unless something followed it.
     Raises KeyError if there is no such job.
     """
-    row = store.row(job_id)
+    rows = store.read("SELECT * FROM bgjobs_jobs WHERE id = :id", {"id": job_id})
+    if not rows:
+        raise KeyError(f"there is no job {job_id} in {store.path}")
+    row = rows[0]
     attempts = [dict(each) for each in store.read(ATTEMPTS, {"id": job_id})]
     if row["attempt"] not in [0, *(each["attempt"] for each in attempts)]:
         attempts.append({

@@ -131,6 +131,11 @@ def written(runner, run):
     return store_of(runner).write(run)
 
 
+def waiting_writes(runner):
+    """Return how many writes are on their way into the file."""
+    return len(store_of(runner)._waiting)
+
+
 def statements(runner, run):
     """Return how many statements such a write executes."""
     calls = itertools.count()
@@ -211,9 +216,13 @@ def unwritten(runner):
     return runner.core.lines
 
 
+def handles_of(runner):
+    return runner.core.handles
+
+
 def watched(runner):
     """Return the jobs whose end a handle of this runner waits for."""
-    return runner.core.handles.watched
+    return handles_of(runner).watched
 
 
 def hurry(runner):
@@ -2558,32 +2567,12 @@ def shared_folder(tmp_path):
     return folder
 
 
-def submit_through():
-    db, = shared_connections
-    bgjobs.options(connection=db).submit(add, 1)
-    db.commit()
-    seen.append("submitted")
-    gate("submit through").wait(20)
-
-
-committed_through = []                                           # thread and connection, which only that may close
-
-
 def submit_and_commit(path, options):
-    db = sqlite3.connect(path, **options)
-    committed_through.append((threading.get_ident(), db))
-    bgjobs.options(connection=db).submit(add, 1)
-    db.commit()
+    with contextlib.closing(sqlite3.connect(path, **options)) as db:
+        bgjobs.options(connection=db).submit(add, 1)
+        db.commit()
 
 
-def close_those():
-    for thread, db in list(committed_through):
-        if thread == threading.get_ident():
-            db.close()
-            committed_through.remove((thread, db))
-
-
-shared_connections = []
 
 
 class TestStore:
@@ -2662,36 +2651,24 @@ class TestStore:
             assert job.status == "finished" and runner.jobs(status="finished")
             assert time.monotonic() - begun < bgjobs.LOCK_SECONDS / 2
 
-    def test_who_comes_leaves_the_lead_to_the_one_who_was_woken_for_it(self, idle):
-        store, order = idle._store, []
-        heir = store._heir = bgjobs._Write(lambda tx: order.append("heir"))
-        store._waiting.append(heir)
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            comes = thread.submit(store.write, lambda tx: order.append("comes"))
-            wait_for(lambda: len(store._waiting) == 2)
-            assert not concurrent.futures.wait([comes], 0.1).done
-            assert store._lead_once(kicked=False)
-            comes.result(0.5)
-            assert order == ["heir", "comes"] and not store._waiting
-            store._heir = heir                               # a stale hint: its write is done
-            thread.submit(store.write, lambda tx: None).result(0.5)
-            store._heir = bgjobs._Write(lambda tx: None)     # its thread is gone
-            thread.submit(store.write, lambda tx: None).result(5)
-
-    def test_who_waits_is_told_of_any_end_whatever_rode_along(self, make):
+    def test_a_job_that_ends_beside_a_bad_write_completes_its_handle(self, make):
         runner = make(max_workers=1)
         first, second = (runner.options(delay=1_000).submit(add, 1) for _ in range(2))
+        told = []
         for job in (first, second):
-            runner._watch(job)
-        runner._pool.lingers = True                          # a worker is about to claim: nothing else rides along
+            job.add_done_callback(told.append)
         runner.get(first.id).cancel()
-        wait_for(lambda: first._state == "CANCELLED_AND_NOTIFIED")       # the service thread may have led
-        runner._pool.lingers = False
-        bad = bgjobs._Write(lambda tx: 1 / 0)
-        good = bgjobs._Write(lambda tx: tx.operate("cancel", second.id, None))
-        with runner._store._lead:
-            runner._store._commit([bad, good], False)       # the bad one has each run again alone
-        assert isinstance(bad.error, ZeroDivisionError) and second._state == "CANCELLED_AND_NOTIFIED"
+        wait_for(lambda: told == [first])
+        with concurrent.futures.ThreadPoolExecutor(3) as threads:
+            threads.submit(written, runner, lambda tx: hold("batch"))
+            wait_for(lambda: "batch" in seen)
+            bad = threads.submit(written, runner, lambda tx: 1 / 0)
+            wait_for(lambda: waiting_writes(runner) == 2)
+            good = threads.submit(runner.get(second.id).cancel)
+            wait_for(lambda: waiting_writes(runner) == 3)
+            gate("batch").set()
+            assert isinstance(bad.exception(10), ZeroDivisionError) and good.result(10)
+        wait_for(lambda: told == [first, second])
 
     def test_trouble_after_a_commit_does_not_repeat_the_write(self, idle, caplog):
         def trouble(tx):
@@ -2774,7 +2751,7 @@ class TestFile:
     def test_durability_is_how_sqlite_flushes(self, make, path):
         runner = make(durability="power")
         assert runner.submit(add, 1, 2).result(10) == 3
-        assert synchronous(runner) == 2
+        assert synchronous(runner) == 3
         for journal, durability, level in (                  # EXTRA is 3, NORMAL is 1
                 ("delete", "power", 3), ("delete", "process", 1), ("wal", "process", 1)):
             one = make(f"{path} {journal} {durability}", start=False, journal=journal, durability=durability)
@@ -3009,16 +2986,6 @@ class TestDisk:
         consistent(runner)
 
 
-left_open = []
-
-
-def leave_a_transaction_open(path, ends):
-    left_open.append(sqlite3.connect(path))                # more than its frame holds it
-    bgjobs.options(connection=left_open[-1]).submit(add, 1)
-    if not ends:
-        raise ValueError
-
-
 class TestConnection:
     MODES = [{}, {"isolation_level": None}, {"isolation_level": "IMMEDIATE"}, {"isolation_level": "EXCLUSIVE"},
              *([{"autocommit": True}, {"autocommit": False}] if sys.version_info >= (3, 12) else [])]
@@ -3034,25 +3001,12 @@ class TestConnection:
         for db in made:
             db.close()
 
-    def test_a_shared_connections_transaction_of_another_thread_outlives_the_job(self, runner, connect):
-        db = connect(check_same_thread=False)
-        db.execute("CREATE TABLE orders (id INTEGER)")
-        shared_connections[:] = [db]
-        job = runner.submit(submit_through)
-        wait_for(lambda: "submitted" in seen)
-        db.execute("INSERT INTO orders VALUES (1)")              # the app's own, while the job goes on
-        gate("submit through").set()
-        wait_for(lambda: not attempts_of(runner).get(job.id) or attempts_of(runner)[job.id].thread is None)
-        db.execute("INSERT INTO orders VALUES (2)")
-        db.commit()
-        assert job.result(10) is None and db.execute("SELECT count(*) FROM orders").fetchone() == (2,)
-
-    def test_what_a_job_committed_is_no_lost_transaction_in_any_mode(self, make, path, caplog):
+    def test_a_job_may_submit_through_a_connection_of_its_own_in_any_mode(self, make, path):
         runner = make(max_workers=1)
         for options in self.MODES:
-            assert runner.submit(submit_and_commit, path, options).result(10) is None
-        wait_for(lambda: (runner.submit(close_those).result(10), not committed_through)[1])
-        assert "transaction of its own" not in caplog.text
+            job = runner.submit(submit_and_commit, path, options)
+            job.result(10)
+            assert job.children["done"] == 1
 
     @pytest.mark.parametrize("options", [{"isolation_level": None}, {"autocommit": False}] if sys.version_info >= (3, 12) else
                              [{"isolation_level": None}], ids=str)
@@ -3087,7 +3041,7 @@ class TestConnection:
         db, told = connect(), []
         mine = idle.options(connection=db).submit(add, 1, 2)
         mine.add_done_callback(told.append)                  # others may see the job after the commit only
-        idle._handles.look()
+        handles_of(idle).look()
         assert mine._state == "PENDING"
         db.commit()
         idle.drain()
@@ -3104,12 +3058,12 @@ class TestConnection:
         for gone in (again, lost):
             with pytest.raises(bgjobs.BgjobsError, match=f"job {gone.id} has been removed"):
                 gone.result(0)
-        assert not idle._handles._held and not watched(idle)
+        assert not handles_of(idle).held and not watched(idle)
 
     def test_a_connection_of_another_thread_is_a_clear_error(self, idle, connect):
         db = connect()
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            with pytest.raises(bgjobs.StoreError, match="give the connection of this thread"):
+            with pytest.raises(bgjobs.StoreError, match="only be used in that same thread"):
                 thread.submit(idle.options(connection=db).submit, add, 1).result()
 
     @pytest.mark.parametrize("options", MODES, ids=str)
@@ -3143,17 +3097,16 @@ class TestConnection:
         db.rollback()
         consistent(runner)
 
-    def test_whatever_the_connections_factories_are(self, runner, connect):
-        db = connect(factory=type("Connection", (sqlite3.Connection,), {"cursor": None}))
-        db.row_factory, db.text_factory = lambda cursor, row: dict(zip([c[0] for c in cursor.description], row)), bytes
-        parent = runner.options(label="Ann's", run_by="ann").submit(hold, "factories")
+    def test_whatever_the_connections_row_factory_is(self, runner, connect):
+        db = connect()
+        db.row_factory = lambda cursor, row: dict(zip([c[0] for c in cursor.description], row))
+        parent = runner.options(label="Ann's", run_by="ann").submit(hold, "factory")
         wait_for(lambda: parent.status == "running")
         child = runner.options(connection=db, parent=parent, key="k").submit(add, 1)
         assert runner.options(connection=db, parent=parent, key="k").submit(add, 1).id == child.id
-        assert db.text_factory is bytes
         db.commit()
         assert runner.get(child.id).run_by == "ann" and runner.get(child.id).result(5) == 1
-        gate("factories").set()
+        gate("factory").set()
         parent.result(5)
         consistent(runner)
 
@@ -3187,7 +3140,7 @@ class TestConnection:
         over = runner.submit(add, 1)
         over.result(5)
         db.execute("INSERT INTO orders VALUES (1)")
-        with pytest.raises(bgjobs.InvalidOperation, match="takes no more children"):
+        with pytest.raises(bgjobs.InvalidOperation, match="takes no children"):
             runner.options(connection=db, parent=over).submit(add, 1)
         with pytest.raises(TypeError, match="cannot be stored"):
             runner.options(connection=db).submit(add, object())
@@ -3207,14 +3160,6 @@ class TestConnection:
             runner.options(connection=db).submit(add, 1)
         db.execute("ROLLBACK")
         assert runner.options(connection=db).submit(add, 2).result(5) == 2
-
-    def test_a_job_that_ends_within_its_transaction_is_recorded_all_the_same(self, runner, path):
-        for ends in (True, False):
-            job = runner.submit(leave_a_transaction_open, path, ends)
-            wait_for(lambda: job.done(), 10)
-            assert job.status == ("finished" if ends else "failed") and job.children["total"] == 0
-        assert runner.submit(add, 1, 2).result(5) == 3
-        consistent(runner)
 
     def test_in_djangos_and_flasks_usual_way(self, runner, connect):
         flask = connect(detect_types=sqlite3.PARSE_DECLTYPES)            # Flask's tutorial
@@ -4699,8 +4644,8 @@ class TestStatistics:
             attempt.outcome = outcome
             ended(idle, attempt)
         attempt, = claimed(idle, 1)
-        unwritten(idle).starts.append((attempt.name, 0.0))   # it has begun at last
-        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]'")
+        unwritten(idle).add(attempt, 0.0, 0, None)   # it has begun at last
+        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2")
         take_back(idle)
         total = idle.stats()["total"]
         assert [total[what] for what in ("created", "started", "finished", "failed")] == [1, 1, 0, 1]
@@ -4783,7 +4728,7 @@ class TestRetention:
         idle.submit(children, 12)
         idle.drain()
         clock.now += 8 * 86_400
-        written(idle, lambda tx: tx.remove([1, 2, 3, 4, 5]))
+        written(idle, lambda tx: bgjobs.remove(tx, [1, 2, 3, 4, 5]))
         assert len(rows(idle, "SELECT id FROM bgjobs_jobs")) == 8
         assert idle.prune() == 8
 
@@ -4869,7 +4814,7 @@ class TestRetention:
         root = idle.submit(children, 6)
         idle.drain()
         clock.now += 100
-        remove, calls = bgjobs.Transaction.remove, []
+        remove, calls = bgjobs.remove, []
 
         def die(tx, ids):
             calls.append(ids)
@@ -4877,7 +4822,7 @@ class TestRetention:
                 raise ZeroDivisionError
             return remove(tx, ids)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(bgjobs.Transaction, "remove", die)
+            patch.setattr(bgjobs, "remove", die)
             idle.prune(0, 0)
         assert 1 < len(idle.jobs()) < 7 and root.restart().status == "pending"
         idle.drain()
@@ -6236,7 +6181,7 @@ class TestElsewhere:
         jobs = [runner.submit(add, 1), runner.submit(add, 2)]
         wait_for(lambda: hands and len(hands[0].calls) == 2)
         line, given = hands[0].dial(0)
-        jobs.sort(key=lambda job: job.id != given["claim"][0])
+        jobs.sort(key=lambda job: job.id != given["job"][0])
         wait_for(lambda: any(attempt.begun for attempt in attempts_of(runner).values()))
         hands[0].submit = lambda *call: exec("raise concurrent.futures.BrokenExecutor")
         for future, *_ in list(hands[0].calls):
@@ -6260,7 +6205,7 @@ class TestElsewhere:
             assert seen[-1] == 3 and len(here.calls) == len(there.calls) == 1
             there.execute().join(), here.execute().join()
         finally:
-            del bgjobs.declared[echo], bgjobs.declared[note]
+            del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
@@ -6301,7 +6246,7 @@ class TestElsewhere:
         line, given = hand.dial()
         assert given["function"] == "add" and given["path"] == runner.path
         assert ask(line, 1, "save", ["5", None], [[[0, 20, "a line"]], [1, 4, "a message"], "[3]"]) == [1, True]
-        assert ask(line, 2, "operate", ["drop", 1, None], None)[2] == "ValueError"
+        assert ask(line, 2, "operate", ["drop", 1, None], None)[2] == "KeyError"
         assert ask(line, 3, "info", [99], None) == [3, None, "KeyError", f"there is no job 99 in {runner.path}"]
         assert ask(line, 4, "save", [], None)[2] == "TypeError"
         assert job.state == 5 and [entry["message"] for entry in job.logs()] == ["a line"]
@@ -6496,7 +6441,7 @@ class TestElsewhere:
                     os.killpg(app.pid, signal.SIGINT)
                 assert app.wait(20)
                 assert [(job.status, job.phase, job.errors) for job in jobs] == [("pending", "interrupted", 0)] * 2
-                assert all(job.state for job in jobs)
+                assert all(job.state is not None for job in jobs)
                 consistent(runner)
         finally:
             with contextlib.suppress(ProcessLookupError):
