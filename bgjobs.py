@@ -3006,8 +3006,13 @@ class Attempt:
 
     def fail(self, error: BaseException) -> None:
         """Make this error the outcome. Never raises, whatever the error's own methods do."""
-        self.outcome, self.exception, self.result = RAISED, error, None
-        self.error = dump_error(type(error).__qualname__, text_of(error), traceback_of(error))
+        self.outcome, self.exception, self.result = RAISED, None, None
+        kind = type(error).__qualname__
+        try:
+            self.error = dump_error(kind, text_of(error), traceback_of(error))
+            self.exception = error
+        except BaseException:
+            self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
         """Make the timeout the outcome."""
@@ -3266,23 +3271,20 @@ def _call(attempt: Attempt, function: Function) -> Any:
     return value
 
 
-def _is_stop(error: BaseException) -> bool:
+def _is_stop(error: Any) -> bool:
     """Tell whether an exception is JobStopped, or a group of nothing else (asyncio.TaskGroup)."""
-    group: Any = getattr(builtins, "BaseExceptionGroup", ())              # since Python 3.11
-    if isinstance(error, group):
+    kind = type(error)                                    # isinstance asks error.__class__, too
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):     # since Python 3.11
         return all(map(_is_stop, error.exceptions))
-    return isinstance(error, JobStopped)
+    return issubclass(kind, JobStopped)
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, without our own frames. Never raises."""
-    try:
-        frames = error.__traceback__
-        while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
-            frames = frames.tb_next
-        return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    except BaseException:
-        return f"{type(error).__qualname__} (its traceback cannot be printed)"
+    """Return the traceback as text, without our own frames."""
+    frames = error.__traceback__
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
 
 # ---- 11 The handle ------------------------------------------------------------------------------
@@ -5512,8 +5514,8 @@ MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
-A_TIME = (float, "Unix seconds")
-A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
+A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")     # no NaN
+A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
 def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
@@ -5571,7 +5573,8 @@ def conditions(filters: Fields) -> tuple[list[str], Fields]:
     Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
     seconds. Raises as `read_filters` does.
     """
-    where, values = read_filters({"system": False, "status": STATUSES, **filters}, FILTERS)
+    where, values = read_filters({"system": False, **filters}, FILTERS)
+    values.setdefault("status", list(STATUSES))
     if values.get("system"):
         where.remove(_NO_SYSTEM)
     if values.get("parent", 0) is None:
