@@ -3882,7 +3882,9 @@ class Dispatch:
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
         room = self.pool.room(self.run_times)
-        if room.free <= 0 and room.ahead < AHEAD_LIMIT // 2:      # enough waits; claims are batched
+        enough_waits = (room.ahead < AHEAD_LIMIT // 2
+                        or room.planned > AHEAD_SECONDS * room.workers / 2)
+        if room.free <= 0 and enough_waits:               # claims are batched
             self._backlog = True
             return []
         claims = claim(tx, self._core.id, room._replace(free=max(0, room.free)), self.run_times)
@@ -5896,13 +5898,18 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 #
 # `news` is null, or [log lines, progress, positions of each()]: what was not told before.
 #
+# Threads. Most attempts are short, and starting or waking a thread costs more than they do. So
+# over there the thread that asks reads the connection until its answer has come, and one thread for
+# the whole process tells the news, and reads what came unasked, four times a second. A thread that
+# waits for another job reads meanwhile, so it hears of that job's end at once.
+#
 # Places. No more attempts are at an engine than it has places, those that wait for other jobs
 # included. While one waits, the next job of the engine gets its turn, but there is no place for
 # it; so it executes in the worker's thread here. Thus no job waits for a process in vain.
 
 STRANGER_SECONDS = 10.0            # in which a connection has to show a token
 STRANGER_BYTES = 4_096             # that it may send before
-STRANGERS = 64  # connections that have shown none; one more, and the oldest is closed
+STRANGERS = 64                     # connections that have shown none; one more closes the oldest
 LINE_BYTES = 32_000_000            # of a message from over there; a longer one ends the connection
 LINES_A_CALL = 1_000               # log lines that one call takes along
 TELL_SECONDS = 0.25                # between two reports of progress, log lines and positions
@@ -5912,22 +5919,20 @@ SIGNAL_SECONDS = 5.0               # that an attempt gets to reach a checkpoint 
 
 
 class Connection:
-    """A socket over which messages go both ways. Any thread may send; one thread receives."""
+    """A socket over which messages go both ways. Any thread may send; one at a time receives."""
 
     def __init__(self, link: socket.socket) -> None:
-        self._socket = link
+        self.socket = link
+        with contextlib.suppress(OSError):                # it is no TCP socket
+            link.setsockopt(6, 1, 1)                      # IPPROTO_TCP, TCP_NODELAY
         self._sending = threading.Lock()                  # a message is sent in one piece
         self._unread = bytearray()                        # of a message whose end has not come yet
 
-    def fileno(self) -> int:
-        """Return the descriptor, for selectors."""
-        return self._socket.fileno()
-
     def send(self, *message: Any) -> None:
-        """Send a message. OSError: the connection is lost."""
+        """Send a message. Raises OSError if the connection is lost."""
         line = dump(message).encode() + b"\n"
         with self._sending:
-            self._socket.sendall(line)
+            self.socket.sendall(line)
 
     def receive(self) -> list[Any]:
         """Wait for data; return the messages that are complete now.
@@ -5935,7 +5940,7 @@ class Connection:
         Raises OSError if the connection has ended, ValueError or RecursionError if that was no
         message.
         """
-        received = self._socket.recv(1 << 16)
+        received = self.socket.recv(1 << 16)
         if not received:
             raise ConnectionError("the connection has ended")
         self._unread += received
@@ -5946,14 +5951,12 @@ class Connection:
         *lines, self._unread = self._unread.split(b"\n")
         return [json.loads(line.decode()) for line in lines]
 
-    def cut(self) -> None:
-        """End the connection, for both sides."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(2)                      # SHUT_RDWR
-
-    def close(self) -> None:
-        """Close the socket. In a forked child this ends nothing for the parent."""
-        self._socket.close()
+    def is_ready(self, seconds: float) -> bool:
+        """Wait for data for so many seconds; return whether there is any, or the end."""
+        import selectors
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
 
 
 # The runner's side.
@@ -5962,38 +5965,23 @@ class Engine:
     """An executor: one that the app made, or one made here, which is replaced when it breaks."""
 
     def __init__(self, executor: Any, places: int) -> None:
-        is_factory = isinstance(executor, type) or not hasattr(executor, "submit")
-        self._make = executor if is_factory else None     # None: another one cannot be made
-        self._executor: Any = None if is_factory else executor
+        self.is_made_here = isinstance(executor, type) or not hasattr(executor, "submit")
+        self._make, self._executor = executor, None if self.is_made_here else executor
         self._making = threading.Lock()                   # guards _executor
         self._default_places = places
-        self._broken_until = -math.inf                    # monotonic
-        self.has_worked = False  # an attempt has begun there since it was made
-        # `_changed` guards the two below. Attempts with a turn, with True if they are at the executor;
-        # and how many threads of them wait for other jobs.
+        self.broken_until = -math.inf                     # monotonic; nothing is sent there before
+        self.has_worked = False                           # an attempt has begun since it was made
+        # `_changed` guards the two below: the attempts that have a turn, with True if they are at
+        # the executor, and those of them that wait for other jobs, once for each thread that waits.
         self._changed = threading.Condition()
         self._attempts: dict[Attempt, bool] = {}
-        self._waits: Counter[Attempt] = Counter()
-
-    @property
-    def is_made_here(self) -> bool:
-        """Whether the executor is made here."""
-        return self._make is not None
-
-    @property
-    def is_broken(self) -> bool:
-        """Whether it took nothing lately."""
-        return time.monotonic() < self._broken_until
-
-    def note_broken(self) -> None:
-        """Send nothing there for BROKEN_SECONDS."""
-        self._broken_until = time.monotonic() + BROKEN_SECONDS
+        self._waiting: list[Attempt] = []
 
     def executor(self) -> Any:
         """Return the executor, made if there is none. Raises what making it raises."""
         with self._making:
             if self._executor is None:
-                self._executor, self.has_worked = self._make(), False           # type: ignore[misc]
+                self._executor, self.has_worked = self._make(), False
             return self._executor
 
     def submit(self, *arguments: Any) -> Any:
@@ -6005,7 +5993,7 @@ class Engine:
         try:
             return executor.submit(run_attempt, *arguments)
         except Exception:
-            if self._make is None:
+            if not self.is_made_here:
                 raise
         with self._making:
             if self._executor is executor:                # no other thread has replaced it
@@ -6014,7 +6002,7 @@ class Engine:
 
     def close(self) -> None:
         """Shut down the executor if it was made here."""
-        if self._make is not None and self._executor is not None:
+        if self.is_made_here and self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
     def enter(self, attempt: Attempt) -> bool:
@@ -6025,7 +6013,8 @@ class Engine:
         places = getattr(self.executor(), "_max_workers", None) or self._default_places
 
         def has_turn() -> bool:
-            return attempt.stop_requested or len(self._attempts) - len(self._waits) < places
+            at_work = len(self._attempts) - len(set(self._waiting))
+            return attempt.stop_requested or at_work < places
         with self._changed:
             attempt.wait_on(self._changed, has_turn, None)
             goes_there = sum(self._attempts.values()) < places
@@ -6038,25 +6027,29 @@ class Engine:
         del attempt.away
         with self._changed:
             del self._attempts[attempt]
-            self._waits.pop(attempt, None)
             self._changed.notify_all()
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
         """Give the turn of an attempt away while a thread of it waits for another job."""
         with self._changed:
-            self._waits[attempt] += 1
+            self._waiting.append(attempt)
             self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._waits[attempt] -= 1
-                self._waits = +self._waits                # without those that do not wait any more
+                self._waiting.remove(attempt)
 
 
-# Those of executors that the app made: several runners of a process may use one, and share its places.
+# Of executors that the app made: several runners may use one, and then share its places.
 _shared_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+
+
+def _cut(link: Any) -> None:
+    """End a connection for both sides, and for copies of the socket in forked children."""
+    with contextlib.suppress(OSError):
+        link.shutdown(2)                                  # SHUT_RDWR
 
 
 class AttemptServer:
@@ -6065,20 +6058,10 @@ class AttemptServer:
     def __init__(self, address: str | None) -> None:
         self._address = address or "127.0.0.1:0"
         self._starting = threading.Lock()                 # guards _listener: only one is opened
-        self._listener: socket.socket | None = None
-        self._expected: dict[str, queue.SimpleQueue[Any]] = {}     # by token: where its socket goes
-        # Those that have shown no token, the oldest first, with what they sent and until when they may.
-        self._strangers: dict[socket.socket, tuple[bytearray, float]] = {}
-
-    def expect(self, inbox: queue.SimpleQueue[Any]) -> str:
-        """Return a new token; the socket that shows it is put into this queue."""
-        token = os.urandom(16).hex()
-        self._expected[token] = inbox
-        return token
-
-    def forget(self, token: str) -> None:
-        """Refuse a token from now on."""
-        self._expected.pop(token, None)
+        self._listener: Any = None
+        self._found: Any = None                           # its address
+        self.expected: dict[str, queue.SimpleQueue[Any]] = {}      # by token: where its socket goes
+        self.strangers: dict[Any, bytearray] = {}         # by socket, the oldest first: what it sent
 
     def listen(self) -> tuple[str, int]:
         """Open the port, unless it is open; return its address.
@@ -6086,182 +6069,156 @@ class AttemptServer:
         A port that is taken may belong to the process before this one, which goes down; wait for
         that. Raises OSError, which names the address.
         """
-        import socket
-        with self._starting:
-            if self._listener is None:
-                self._listener = self._open()
-                self._listener.setblocking(False)
-                self._waker, self._wakes = socket.socketpair()
-                start_thread("bgjobs-callback", self._serve)
-            host, port = self._listener.getsockname()[:2]
-            return host, port
-
-    def _open(self) -> socket.socket:
         import errno
         import socket
-        give_up = time.monotonic() + GRACE_SECONDS + 1
         host, _, port = self._address.rpartition(":")
-        while True:
-            try:
-                return socket.create_server((host, int(port)), backlog=1024)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() > give_up:
-                    text = f"callback {self._address} cannot be listened at: {error.strerror}"
-                    raise OSError(error.errno, text) from error
-                time.sleep(0.1)
+        give_up = time.monotonic() + GRACE_SECONDS + 1
+        with self._starting:
+            while not self._found:
+                try:
+                    self._listener = socket.create_server((host, int(port)), backlog=1024)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE or time.monotonic() > give_up:
+                        text = f"callback {self._address} cannot be listened at: {error.strerror}"
+                        raise OSError(error.errno, text) from error
+                    time.sleep(0.1)
+                else:
+                    self._found = self._listener.getsockname()[:2]
+                    self._listener.settimeout(1.0)        # close() may not end an accept()
+                    start_thread("bgjobs-callback", self._serve)
+        return self._found
 
     def _serve(self) -> None:
-        """Accept connections and read their tokens, until close()."""
-        import selectors
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)  # type: ignore[arg-type]
-            selector.register(self._wakes, selectors.EVENT_READ)
-            while True:
-                for key, _ in selector.select(1.0 if self._strangers else None):
-                    if key.fileobj is self._wakes:
-                        return self.leave_to_parent()
-                    if key.fileobj is self._listener:
-                        self._accept(selector)
-                    elif key.fileobj in self._strangers:
-                        self._read_token(selector, key.fileobj)
-                for stranger, (_, until) in list(self._strangers.items()):
-                    if time.monotonic() > until:
-                        self._drop(selector, stranger)
+        """Accept connections until close(). An attempt shows its token at once."""
+        while self._listener.fileno() >= 0:
+            try:
+                stranger, _ = self._listener.accept()
+                sent = self.strangers[stranger] = bytearray()
+                try:
+                    self._read_token(stranger, sent, 0.002)
+                except OSError:                           # not yet
+                    start_thread("bgjobs-stranger", self._wait_for_token, stranger, sent)
+                if len(self.strangers) > STRANGERS:
+                    oldest = list(self.strangers)[0]
+                    if self.strangers.pop(oldest, None) is not None:
+                        _cut(oldest)
+            except (OSError, RuntimeError):               # descriptors or threads are used up
+                time.sleep(0.01)
 
-    def _accept(self, selector: Any) -> None:
-        import selectors
+    def _wait_for_token(self, stranger: Any, sent: bytearray) -> None:
         try:
-            stranger, _ = self._listener.accept()         # type: ignore[union-attr]
-        except OSError:  # it is gone again, or descriptors are used up
-            return time.sleep(0.01)
-        stranger.setblocking(False)
-        self._strangers[stranger] = bytearray(), time.monotonic() + STRANGER_SECONDS
-        selector.register(stranger, selectors.EVENT_READ)
-        if len(self._strangers) > STRANGERS:
-            self._drop(selector, next(iter(self._strangers)))
-
-    def _drop(self, selector: Any, stranger: Any) -> None:
-        selector.unregister(stranger)
-        del self._strangers[stranger]
-        stranger.close()
-
-    def _read_token(self, selector: Any, stranger: Any) -> None:
-        """Hand a connection over to the attempt whose token it shows."""
-        sent, _ = self._strangers[stranger]
-        try:
-            received = stranger.recv(STRANGER_BYTES)
-            sent += received
-            if received and not sent.endswith(b"\n") and len(sent) < STRANGER_BYTES:
-                return                                    # the rest may still come
-        except BlockingIOError:
-            return
+            self._read_token(stranger, sent, STRANGER_SECONDS)
         except OSError:
-            pass
-        inbox = self._expected.pop(sent.rstrip(b"\n").decode("latin-1"), None)
+            self.strangers.pop(stranger, None)
+            stranger.close()
+
+    def _read_token(self, stranger: Any, sent: bytearray, seconds: float) -> None:
+        """Hand a connection over to the attempt whose token it shows; close any other.
+
+        Raises OSError, most often TimeoutError, if it does not show a whole one.
+        """
+        until = time.monotonic() + seconds
+        while not sent.endswith(b"\n") and len(sent) < STRANGER_BYTES:
+            stranger.settimeout(max(0.001, until - time.monotonic()))
+            received = stranger.recv(STRANGER_BYTES)
+            if not received:
+                raise ConnectionError
+            sent += received
+        token = sent.rstrip(b"\n").decode("latin-1")
+        known = self.strangers.pop(stranger, None)        # None: it had to go
+        inbox = None if known is None else self.expected.pop(token, None)
         if inbox is None:
-            return self._drop(selector, stranger)
-        selector.unregister(stranger)
-        del self._strangers[stranger]
-        stranger.setblocking(True)
-        inbox.put(stranger)
+            stranger.close()
+        else:
+            stranger.settimeout(None)
+            inbox.put(stranger)
 
     def close(self) -> None:
-        """Listen no more. Returns at once."""
+        """Listen no more."""
         if self._listener is not None:
-            with contextlib.suppress(OSError):
-                self._waker.send(b"x")
+            _cut(self._listener)
+            self._listener.close()
 
     def leave_to_parent(self) -> None:
-        """Close all sockets but those of attempts. (In a forked child, its copies.)"""
-        if self._listener is not None:
-            for each in (self._listener, self._waker, self._wakes, *self._strangers):
-                each.close()
+        """Close the copies of the sockets, in a forked child."""
+        for each in filter(None, (self._listener, *self.strangers)):
+            each.close()
 
 
 class Drive:
     """The execution of one attempt at an engine, as the worker thread here sees it."""
 
-    def __init__(self, core: Core, attempt: Attempt, function: Function,
-                 engine: Engine | None = None) -> None:
-        self._core, self._attempt, self._engine = core, attempt, engine
-        self._function = function
-        # its socket; None: look what is new
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._future: Any = None                          # the engine's
-        self.connection: Connection | None = None         # from its begin on
-        self._ended = False
-        self._waits: list[ContextManager[Any]] = []       # under way
-        self._calls: dict[str, Function] = {
-            "tell": lambda: None, "save": functools.partial(self._core.save, attempt),
-            "submit": self._submit, "operate": self._core.operate, "info": self._core.info,
-            "logs": self._core.logs, "status": self._core.status, "find": self._core.find,
-            "outcome": self._core.outcome, "watch": self._watch, "leave": self._leave,
-            "back": self._come_back, "end": self._end}
+    _future: Any = None                                   # the engine's
+    connection: Connection | None = None                  # once it has begun
+    _has_ended = False
 
-    def run(self, server: AttemptServer) -> None:
+    def __init__(self, core: Core, attempt: Attempt, function: Function) -> None:
+        self.core, self.attempt, self._function = core, attempt, function
+        self._waits: list[ContextManager[Any]] = []       # under way
+
+    def run(self, server: AttemptServer, engine: Engine) -> None:
         """Hand the attempt to its engine, and carry out what it asks for until it has ended.
 
         Raises what an executor raises that takes nothing.
         """
-        address, token = server.listen(), server.expect(self._inbox)
-        self._attempt.on_stop = self._tell_to_stop
+        self._engine = engine
+        # The attempt's socket; None: look what is new.
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        address, token = server.listen(), os.urandom(16).hex()
+        server.expected[token] = self._inbox
+        self.attempt.on_stop = self._tell_to_stop
         try:
-            self._future = self._engine.submit(*address, token)        # type: ignore[union-attr]
+            self._future = engine.submit(*address, token)
             self._future.add_done_callback(self._look)
             link = self._meet()
             if link is not None:
-                self._engine.has_worked = True            # type: ignore[union-attr]
-                self._carry_out(Connection(link))
+                engine.has_worked = True
+                self.carry_out(Connection(link))
         finally:
-            server.forget(token)
-            del self._attempt.on_stop
-            while not self._inbox.empty():                # it has come too late
+            server.expected.pop(token, None)
+            del self.attempt.on_stop
+            while not self._inbox.empty():
                 if (link := self._inbox.get()) is not None:
-                    link.close()
+                    link.close()                          # it has come too late
 
     def _meet(self) -> socket.socket | None:
-        """Wait until the attempt has dialed; return its socket. None: it ends without a begin."""
+        """Wait until the attempt has dialed; return its socket, or None if it ends unbegun."""
         while (link := self._inbox.get()) is None:
             if self._future.done() and not self._future.cancelled():
-                self._lose(self._reason())
+                self._lose(self.reason(""))
                 return None
-            if self._future.cancelled() or self._attempt.stop_requested and self._future.cancel():
+            if self._future.cancelled() or self.attempt.stop_requested and self._future.cancel():
                 return None
         return link                                       # type: ignore[no-any-return]
 
     def _look(self, future: Any) -> None:
-        """Wake the worker thread, which waits for the attempt. In a thread of the engine's."""
+        """Note that the engine's future is done. In any thread."""
         if self.connection is None:
             self._inbox.put(None)
         elif future.cancelled() or future.exception() is not None:
-            self.connection.cut()  # a process that it forked may hold it open
+            _cut(self.connection.socket)
 
     def _tell_to_stop(self) -> None:
         """Tell the attempt that it is to stop, or is void. From any thread; never blocks."""
         if self.connection is None:
             self._inbox.put(None)
-        elif self._attempt.ticket.void:
-            self._post(0, "void")
+        elif self.attempt.ticket.void:
+            self.post("void")
         else:
-            self._post(0, "stop", self._attempt.reason)
+            self.post("stop", self.attempt.reason)
 
-    def _post(self, *message: Any) -> None:
+    def post(self, *message: Any) -> None:
         """Send a message from a thread of its own: a process that does not read holds up nobody."""
-        try:
-            start_thread("bgjobs-post", self._send, *message)
-        except RuntimeError:                              # there are too many threads
-            self._send(*message)
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                self.connection.send(0, *message)         # type: ignore[union-attr]
+        start_thread("bgjobs-post", send)
 
-    def _send(self, *message: Any) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.send(*message)                # type: ignore[union-attr]
-
-    def _carry_out(self, connection: Connection) -> None:
+    def carry_out(self, connection: Connection) -> None:
         """Send the job to the attempt and answer its calls until it has ended, or is lost."""
-        attempt, core = self._attempt, self._core
+        attempt, core, function = self.attempt, self.core, self._function
         attempt.begun, attempt.thread = time.monotonic(), 0
         core.dispatch.note_start(attempt)
-        function = self._function
         self.connection, why = connection, "it has ended the connection"
         try:
             connection.send({"job": attempt.job, "module": import_name(function.__module__),
@@ -6271,21 +6228,22 @@ class Drive:
                 self._tell_to_stop()
             if self._future is not None and self._future.done():
                 self._look(self._future)
-            while not self._ended:
+            while not self._has_ended:
                 for message in connection.receive():
                     self._heed(message)
         except Exception as error:
             why = f"{type(error).__qualname__}: {text_of(error, 200)}"
         finally:
             attempt.thread = None
-            connection.cut()
-            connection.close()
-        if not self._ended:
-            attempt.ran = time.monotonic() - attempt.begun
-            self._lose(self._reason(why))
-        core.run_times.record(attempt.name, attempt.worked)
+            _cut(connection.socket)
+            connection.socket.close()
+        took = time.monotonic() - attempt.begun
+        if not self._has_ended:
+            attempt.ran = took
+            self._lose(self.reason(why))
+        core.run_times.record(attempt.name, max(0.0, took - attempt.waited))
 
-    def _reason(self, why: str = "") -> BaseException:
+    def reason(self, why: str) -> BaseException:
         """Return what the engine says about an attempt that was lost."""
         reason: BaseException | None = None
         with contextlib.suppress(Exception):              # it says nothing in time
@@ -6294,40 +6252,38 @@ class Drive:
 
     def _lose(self, reason: BaseException) -> None:
         """Make the loss of the attempt its outcome."""
-        attempt, engine = self._attempt, self._engine
-        # Ctrl-C in a terminal may reach a pool that just begins an attempt before it has this process
-        # go down.
+        attempt, core = self.attempt, self.core
+        # Ctrl-C in a terminal may reach a pool that just begins an attempt before it has this
+        # process go down.
         is_cut_off = isinstance(reason, (BrokenExecutor, KeyboardInterrupt, SystemExit))
         until = time.monotonic() + LOSS_SECONDS
-        while is_cut_off and not self._core.goes_down and time.monotonic() < until:
+        while is_cut_off and not core.goes_down and time.monotonic() < until:
             time.sleep(0.02)
-        if self._core.goes_down:
+        if core.goes_down:
             attempt.outcome = RELEASED if attempt.begun else UNSPENT
         elif attempt.begun or not is_cut_off:
             attempt.fail(reason)
-        elif engine is not None and not engine.has_worked:
-            raise reason  # there is something wrong with the executor
+        elif not self._engine.has_worked:
+            raise reason                                  # something is wrong with the executor
         # Else another attempt broke it before this one began.
 
-    # what the attempt asks for
-
     def _heed(self, message: Any) -> None:
-        """Carry out a call, and answer it. ValueError: it is none."""
+        """Carry out a call, and answer it. Raises ValueError if it is none."""
         match message:
-            case [int(number), str(call), list(arguments), news] if call in self._calls:
+            case [int(number), str(call), list(arguments), news] if call in _CALLS:
                 if news is not None:
                     self._hear(*news)
             case _:
                 raise ValueError(f"{short(message)} is no call")
         answer: tuple[Any, ...]
         try:
-            if self._attempt.ticket.void and call != "end":
-                raise self._attempt.superseded
-            answer = (self._calls[call](*arguments),)
+            if self.attempt.ticket.void and call != "end":
+                raise self.attempt.superseded
+            answer = (_CALLS[call](self, *arguments),)
         except BaseException as error:                    # JobStopped is one of these
             is_key = isinstance(error, KeyError) and error.args
             text = text_of(error.args[0] if is_key else error)
-            kind = "JobStopped" if self._core.store.closed else type(error).__qualname__
+            kind = "JobStopped" if self.core.store.closed else type(error).__qualname__
             answer = None, kind, text
         if number:
             self.connection.send(number, *answer)         # type: ignore[union-attr]
@@ -6335,81 +6291,100 @@ class Drive:
     def _hear(self, lines: list[Any], report: list[Any] | None, positions: str | None) -> None:
         """Take over log lines, progress and positions. Written with the next transaction."""
         for at, level, message in lines:
-            self._core.keep_line(self._attempt, float(at), int(level), text_of(message))
+            self.core.keep_line(self.attempt, float(at), int(level), text_of(message))
         if report is not None:
-            self._attempt.report(*report)
+            self.attempt.report(*report)
         if positions is not None:
-            self._attempt.loop_positions = json.loads(positions)
+            self.attempt.loop_positions = json.loads(positions)
 
-    def _submit(self, columns: Fields, arguments: list[str | None] | None) -> Any:
-        """Submit a job, or one for each of the arguments; answer with the ids."""
-        self._attempt.raise_if_stopped()
-        new = Submission(columns["name"])
-        vars(new).update(columns, author=(self._attempt.id, self._attempt.number))
+    # calls
+
+    def submit(self, columns: Fields, arguments: list[str | None] | None) -> Any:
+        """Submit a job, or one for each of the arguments; return its id, or theirs."""
+        self.attempt.raise_if_stopped()
+        new = Submission(**columns)
+        new.author = self.attempt.id, self.attempt.number
         if arguments is None:
-            return self._core.submit(new).id
-        return self._core.submit_many(new, arguments)
+            return self.core.submit(new).id
+        return self.core.submit_many(new, arguments)
 
-    def _watch(self, job_id: int) -> None:
+    def outcome(self, job_id: int) -> Fields | None:
+        """Return what `Core.outcome` does, as JSON."""
+        row = self.core.outcome(job_id)
+        return row and dict(row)
+
+    def watch(self, job_id: int) -> None:
         """Tell the attempt once a job is over."""
-        def tell(job: Job[Any]) -> None:
-            self._post(0, "over", job_id, self._core.outcome(job_id) or {})
-        Job(self._core, job_id).add_done_callback(tell)
+        Job[Any](self.core, job_id).add_done_callback(
+            lambda job: self.post("over", job_id, self.outcome(job_id) or {}))
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Give the attempt's place away."""
-        wait = self._attempt.away()
+        wait = self.attempt.away()
         wait.__enter__()
         self._waits.append(wait)
-        self._core.dispatch.pool.leave(self._attempt)
+        self.core.dispatch.pool.leave(self.attempt)
 
-    def _come_back(self) -> None:
-        """Answer once the attempt has a place again, unless other threads of it still wait."""
-        self._core.dispatch.pool.come_back(self._attempt)
+    def come_back(self) -> None:
+        """Return once the attempt has a place again, unless other threads of it still wait."""
+        self.core.dispatch.pool.come_back(self.attempt)
         self._waits.pop().__exit__(None, None, None)
 
-    def _end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
+    def end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
         """Take over the outcome. ran: seconds that the function has taken."""
         for text in (result, error):
             if outcome not in OUTCOMES or not isinstance(text, (str, type(None))):
                 raise ValueError("there is no such outcome")
-        attempt = self._attempt
+        attempt = self.attempt
         attempt.outcome, attempt.result, attempt.error = outcome, result, error
-        attempt.ran = float(ran)
-        self._ended = True
+        attempt.ran, self._has_ended = float(ran), True
+
+
+def _of_core(name: str) -> Function:
+    return lambda drive, *arguments: getattr(drive.core, name)(*arguments)
+
+
+# What an attempt may ask for.
+_CALLS: dict[str, Function] = {
+    "tell": lambda drive: None,                           # the news alone
+    "save": lambda drive, *state: drive.core.save(drive.attempt, *state),
+    "submit": Drive.submit, "outcome": Drive.outcome, "watch": Drive.watch, "leave": Drive.leave,
+    "back": Drive.come_back, "end": Drive.end,
+    **{name: _of_core(name) for name in ("operate", "info", "logs", "status", "find")}}
 
 
 class IsolatedDrive(Drive):
-    """The execution of one attempt in a process of its own, started fresh, never forked."""
+    """The execution of one attempt in a process of its own, started fresh, never forked.
 
-    _process: Any = None
-    _is_dead = False                                      # and so is everything that it started
+    With the process, everything that it started is killed (on Windows the process alone).
+    """
 
-    def run(self, server: AttemptServer | None = None) -> None:
+    _is_dead = False
+
+    def run_alone(self) -> None:
         """Start the process, and carry out what the attempt asks for until it has ended.
 
-        With the process everything it started is killed (on Windows the process alone). Raises
-        BgjobsError if none can be started.
+        Raises BgjobsError if no process can be started.
         """
         import socket
-        name = self._attempt.name
+        apart = f"{self.attempt.name} is declared with isolate=True, but "
         if getattr(sys, "frozen", False) or not sys.executable:
-            raise BgjobsError(f"{name} is declared with isolate=True, but a frozen app has no Python "
-                              "to start a process with: leave isolate out, or use executor=")
+            raise BgjobsError(apart + "a frozen app has no Python to start a process with: leave "
+                              "isolate out, or use executor=")
         if import_name(self._function.__module__) == "__main__":
-            raise BgjobsError(f"{name} is declared with isolate=True, but its code was typed into "
-                              "standard input, a notebook or -c, where another process cannot import "
-                              "it: put it into a file of its own and import that")
+            raise BgjobsError(apart + "its code was typed into standard input, a notebook or -c, "
+                              "where another process cannot import it: put it into a file of its "
+                              "own and import that")
         ours, theirs = socket.socketpair()
         # `_lock` guards the killing: a process that has been waited for may be another by now.
         self._lock = threading.Lock()
         with theirs:
             self._process = self._start(theirs)
-        self._attempt.on_stop = self._tell_to_stop
+        self.attempt.on_stop = self._tell_to_stop
         try:
-            self._carry_out(Connection(ours))
+            self.carry_out(Connection(ours))
         finally:
-            del self._attempt.on_stop
+            del self.attempt.on_stop
             self._kill()
 
     def _start(self, theirs: socket.socket) -> Any:
@@ -6418,7 +6393,8 @@ class IsolatedDrive(Drive):
         folder = [os.path.dirname(os.path.abspath(__file__))] if __name__ == "__main__" else []
         code = "import json, sys; path, name = json.loads(sys.argv[1]); sys.path[:] = path; " \
                "sys.argv[1:] = []; __import__('importlib').import_module(name).execute_isolated()"
-        command = [sys.executable, "-c", code, json.dumps([sys.path + folder, module_name(__name__)])]
+        command = [sys.executable, "-c", code,
+                   json.dumps([sys.path + folder, module_name(__name__)])]
         is_windows = os.name == "nt"
         stdin: Any = subprocess.PIPE if is_windows else theirs
         # Popen waits for the end of a pipe, which a process forked meanwhile would keep open. A
@@ -6432,10 +6408,10 @@ class IsolatedDrive(Drive):
 
     def _tell_to_stop(self) -> None:
         """Tell the attempt to stop; kill it if it is void. From any thread; never blocks."""
-        if self._attempt.ticket.void:
+        if self.attempt.ticket.void:
             self._kill()
         elif self.connection is not None:
-            self._post(0, "stop", self._attempt.reason)
+            self.post("stop", self.attempt.reason)
 
     def _kill(self) -> None:
         """Kill the process and everything that it started."""
@@ -6445,7 +6421,7 @@ class IsolatedDrive(Drive):
                 self._process.wait()
             self._is_dead = True
 
-    def _reason(self, why: str = "") -> BaseException:
+    def reason(self, why: str) -> BaseException:
         """Return how the process died."""
         with contextlib.suppress(Exception):              # it lives, and has closed its socket
             self._process.wait(LOSS_SECONDS)
@@ -6471,16 +6447,13 @@ class Elsewhere:
     def __init__(self, core: Core, address: str | None) -> None:
         self._core = core
         self._engines: dict[int, Engine] = {}             # by the id of what the app gave
-        self._server = AttemptServer(address)
+        self.server = AttemptServer(address)
+        self.listen = self.server.listen
         self._drives: weakref.WeakSet[Drive] = weakref.WeakSet()
         # The standard library's own hook; RuntimeError: the interpreter ends already.
         with contextlib.suppress(AttributeError, RuntimeError):
             register: Callable[..., None] = threading._register_atexit  # type: ignore[attr-defined]
             register(_close_before_executors, weakref.ref(core))
-
-    def listen(self) -> None:
-        """Open the port. OSError: it cannot be."""
-        self._server.listen()
 
     def engine(self, executor: Any) -> Engine:
         """Return the engine for an executor, or for what makes one."""
@@ -6493,7 +6466,9 @@ class Elsewhere:
 
     def is_broken(self, executor: Any) -> bool:
         """Return whether an executor took nothing lately."""
-        return executor is not None and executor is not ISOLATED and self.engine(executor).is_broken
+        if executor is None or executor is ISOLATED:
+            return False
+        return time.monotonic() < self.engine(executor).broken_until
 
     def drive(self, attempt: Attempt, function: Function, executor: Any) -> None:
         """Have an attempt executed elsewhere. Never raises. In the thread that would execute it."""
@@ -6503,47 +6478,52 @@ class Elsewhere:
             attempt.fail(error)
 
     def _drive(self, attempt: Attempt, function: Function, executor: Any) -> None:
-        enter(attempt)                             # what is done here is the job's doing
+        enter(attempt)                                    # what is done here is the job's doing
         if executor is ISOLATED:
-            drive: Drive = IsolatedDrive(self._core, attempt, function)
-            self._drives.add(drive)
-            return drive.run(self._server)
-        engine = self.engine(executor)
-        if engine.is_broken:
+            alone = IsolatedDrive(self._core, attempt, function)
+            self._drives.add(alone)
+            alone.run_alone()
+        elif self.is_broken(executor):
             attempt.outcome = NO_EXECUTOR
-            return
-        try:
-            goes_there = engine.enter(attempt)
+        else:
+            engine = self.engine(executor)
             try:
-                if attempt.stop_requested:
-                    return
-                if goes_there:
-                    drive = Drive(self._core, attempt, function, engine)
-                    self._drives.add(drive)
-                    drive.run(self._server)
-                else:
-                    self._core.dispatch.execute_here(attempt, function)
-            finally:
-                engine.exit(attempt)
-        except Exception as error:
-            engine.note_broken()
-            attempt.outcome = NO_EXECUTOR
-            text = f"its executor takes no job: {type(error).__qualname__}: {text_of(error, 500)}"
-            say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
-            self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+                self._take_turn(attempt, function, engine)
+            except Exception as error:
+                engine.broken_until = time.monotonic() + BROKEN_SECONDS
+                attempt.outcome = NO_EXECUTOR
+                text = "its executor takes no job: "
+                text += f"{type(error).__qualname__}: {text_of(error, 500)}"
+                say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
+                self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+
+    def _take_turn(self, attempt: Attempt, function: Function, engine: Engine) -> None:
+        """Execute an attempt at its engine, or here if all places of it are taken."""
+        goes_there = engine.enter(attempt)
+        try:
+            if attempt.stop_requested:
+                return
+            if goes_there:
+                drive = Drive(self._core, attempt, function)
+                self._drives.add(drive)
+                drive.run(self.server, engine)
+            else:
+                self._core.dispatch.execute_here(attempt, function)
+        finally:
+            engine.exit(attempt)
 
     def close(self) -> None:
         """Take no more attempts. Those that still execute are told by their own connections."""
-        self._server.close()
+        self.server.close()
         for engine in list(self._engines.values()):
             engine.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: keep no connection of the parent's open."""
-        self._server.leave_to_parent()
+        """Keep no connection of the parent's open, in a forked child."""
+        self.server.leave_to_parent()
         for drive in list(self._drives):
             if drive.connection is not None:
-                drive.connection.close()
+                drive.connection.socket.close()
 
 
 def _close_before_executors(reference: weakref.ref[Core]) -> None:
@@ -6565,7 +6545,6 @@ def run_attempt(host: str, port: int, token: str) -> None:
     try:
         link = socket.create_connection((host, port), timeout=60)
         try:
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link.sendall(token.encode() + b"\n")
             proxy = RunnerProxy(Connection(link))
             link.settimeout(None)
@@ -6573,8 +6552,9 @@ def run_attempt(host: str, port: int, token: str) -> None:
             link.close()
             raise
     except OSError as error:
-        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, cannot "
-                          f"be reached, or has the attempt already ({text_of(error)})") from error
+        raise BgjobsError(f"the runner at {host}:{port} does not take this attempt: it is gone, "
+                          f"cannot be reached, or has the attempt already ({text_of(error)})"
+                          ) from error
     proxy.execute()
 
 
@@ -6588,18 +6568,17 @@ def execute_isolated() -> None:
         link = socket.socket(fileno=os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    connection = Connection(link)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=connection.close)
-    RunnerProxy(connection, is_isolated=True).execute()
+        os.register_at_fork(after_in_child=link.close)
+    RunnerProxy(Connection(link), is_isolated=True).execute()
 
 
 class RunnerThere(RunnerFace):
     """The runner for `bgjobs.submit` and the like inside a job that executes elsewhere."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("a job that executes in another process cannot ask this of its runner; do "
-                           "it in the app, or in a job without executor= and isolate=")
+        raise RuntimeError("a job that executes in another process cannot ask this of its runner; "
+                           "do it in the app, or in a job without executor= and isolate=")
 
     every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse  # type: ignore[assignment]
 
@@ -6609,21 +6588,20 @@ class RunnerProxy:
 
     def __init__(self, connection: Connection, is_isolated: bool = False) -> None:
         self._connection, self._is_isolated = connection, is_isolated
-        self._unheeded: list[Any] = []                    # messages
-        while not self._unheeded:
-            self._unheeded = connection.receive()
-        (given,), *self._unheeded = self._unheeded
+        while not (messages := connection.receive()):
+            pass
+        (given,), *self._unheeded = messages
         self._given, self.path = given, given["path"]
         self._ahead = given["now"] - time.time()          # the runner's clock
         self.id = 0
         self.face = RunnerThere(lambda: self, {})         # type: ignore[arg-type, return-value]
-        self._attempt = Attempt(self, to_job(given["job"]), 0)  # type: ignore[arg-type]
-        # `_lock` guards all below, and the sending. Nothing is waited for under it.
-        self._lock = threading.Lock()
+        self.attempt = Attempt(self, to_job(given["job"]), 0)  # type: ignore[arg-type]
         self._gone = ""                                   # why the runner cannot be asked any more
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         self._numbers = itertools.count(1)
-        self._answers: dict[int, queue.SimpleQueue[Any]] = {}      # of calls, by number
+        self._answers: dict[int, list[Any]] = {}          # to calls, by number
+        self._telling = threading.Lock()                  # news are told in order
+        self._receiving = threading.Lock()                # one thread at a time receives
         self._lines: deque[tuple[float, int, str]] = deque()       # of the log, not told yet
         self._told_positions: str | None = None
         self._watched: dict[int, list[Job[Any]]] = {}
@@ -6634,25 +6612,31 @@ class RunnerProxy:
 
     def execute(self) -> None:
         """Call the function and send the outcome."""
-        attempt = self._attempt
+        attempt, link = self.attempt, self._connection.socket
         capture_log_records()
-        link = start_thread("bgjobs-link", self._listen)
-        with _signals.heeded(attempt):
-            try:
-                function = self._function()
-            except BaseException as error:
-                attempt.fail(error)
-            else:
-                perform(attempt, function)
-            for stream in (sys.stdout, sys.stderr):       # an isolated process is killed
-                with contextlib.suppress(Exception):
-                    stream.flush()
-            with contextlib.suppress(JobStopped):
-                self._tell()
-                self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
-            self._refuse(f"attempt {attempt.number} of job {attempt.id} has ended")
-            if _signals.came:
-                link.join(LOSS_SECONDS)                   # the runner has read the outcome then
+        _signals.begin(attempt)
+        self._heed_all(self._unheeded)
+        _link.add(self)
+        try:
+            function = self._function()
+        except BaseException as error:
+            attempt.fail(error)
+        else:
+            perform(attempt, function)
+        for stream in (sys.stdout, sys.stderr):           # an isolated process is killed
+            with contextlib.suppress(Exception):
+                stream.flush()
+        with contextlib.suppress(JobStopped):
+            while len(self._lines) > LINES_A_CALL:
+                self._send(0, "tell")
+            self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
+        self._gone = f"attempt {attempt.number} of job {attempt.id} has ended"
+        _link.proxies.discard(self)
+        with link, contextlib.suppress(OSError):          # until the runner has read the outcome
+            link.settimeout(LOSS_SECONDS)
+            while link.recv(1 << 16):
+                pass
+        _signals.end(attempt)
 
     def _function(self) -> Function:
         """Import the function, and have the registry know it by the job's name."""
@@ -6661,7 +6645,7 @@ class RunnerProxy:
         is_main = name == import_name("__main__") and not self._is_isolated
         module = sys.modules["__main__"] if is_main else importlib.import_module(name)
         function: Function = operator.attrgetter(self._given["function"])(module)
-        functions[self._attempt.name] = function
+        functions[self.attempt.name] = function
         return function
 
     # the connection
@@ -6673,23 +6657,24 @@ class RunnerProxy:
         Raises JobStopped if the runner is gone or the attempt is superseded, else what the call
         raised there.
         """
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         number = next(self._numbers)
-        self._answers[number] = answer
         self._send(number, call, *arguments)
-        value, kind, text = answer.get()
-        if kind is None:
+        while number not in self._answers:
+            self._listen(number)
+        value, *error = self._answers.pop(number)
+        if not error:
             return value
+        kind, text = error
         known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError,
                  RuntimeError)
         raise next((each for each in known if each.__name__ == kind), BgjobsError)(text)
 
     @library_code
     def _send(self, number: int, call: str, *arguments: Any) -> None:
-        """Send a call, and what is new. JobStopped: the runner is gone; or this is a forked child."""
-        if self._pid != os.getpid():
+        """Send a call, and what is new. Raises JobStopped if the runner is gone."""
+        if self.pid != os.getpid():
             raise JobStopped("this process was forked by a job: only its parent can speak for that")
-        with self._lock:
+        with self._telling:
             if self._gone:
                 raise JobStopped(self._gone)
             try:
@@ -6698,8 +6683,8 @@ class RunnerProxy:
                 raise JobStopped("the runner is gone") from error
 
     def _news(self) -> list[Any] | None:
-        """Return what was not told before: log lines, progress, positions. Called under the lock."""
-        attempt = self._attempt
+        """Return what was not told before: log lines, progress, positions."""
+        attempt = self.attempt
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_A_CALL))]
         report: list[Any] | None = None
         newest, attempt.newest = attempt.newest, None
@@ -6713,59 +6698,72 @@ class RunnerProxy:
             self._told_positions = positions
         return [lines, report, positions] if lines or report or positions else None
 
-    def _tell(self) -> None:
-        """Tell the runner what is new, if anything is."""
-        attempt = self._attempt
-        while self._lines or attempt.newest or attempt.unsaved_positions() != self._told_positions:
-            self._send(0, "tell")
+    def _listen(self, number: int = 0, seconds: float = math.inf) -> bool:
+        """Heed what the runner says within so many seconds; return whether it said something.
 
-    def _listen(self) -> None:
-        """Heed the runner and tell it what is new, until the connection ends. In its own thread."""
-        import selectors
+        Not if another thread does that already, or has done it for the call `number`. Raises
+        JobStopped if the runner is gone.
+        """
+        if not self._receiving.acquire(timeout=0.002):
+            return False
         try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._connection, selectors.EVENT_READ)
-                while True:
-                    for message in self._unheeded:
-                        self._heed(*message)
-                    ready = selector.select(TELL_SECONDS)
-                    self._unheeded = self._connection.receive() if ready else []
-                    if not self._gone:
-                        self._tell()
-                    _signals.look(self._attempt, is_gone=False)
-        except (Exception, JobStopped):                   # whatever it is, the attempt must not wait on
-            pass
-        self._connection.close()
-        if self._is_isolated:                             # the runner is gone, or kills it itself
-            os.killpg(0, 9) if hasattr(os, "killpg") else os._exit(1)
-        if not self._gone:
-            self._attempt.request_stop(RELEASED, force=True)
-            self._refuse("the runner is gone")
-            _signals.look(self._attempt, is_gone=True)
-
-    def _heed(self, number: int, value: Any, *more: Any) -> None:
-        """Heed an answer, or news."""
-        if number:
-            answer = self._answers.pop(number, None)      # None: the call has been refused meanwhile
-            if answer is not None:
-                answer.put((value, *more) if more else (value, None, ""))
-        elif value == "stop":
-            self._attempt.request_stop(more[0], force=True)
-        elif value == "void":
-            self._attempt.supersede()
-            self._refuse("the attempt has been superseded")
+            if number in self._answers:
+                return True
+            if seconds < math.inf and not self._connection.is_ready(seconds):
+                return False
+            messages = self._connection.receive()
+        except (OSError, ValueError, RecursionError):
+            if not self._gone:
+                self._gone = "the runner is gone"
+                if self._is_isolated:                     # nobody else ends what it started
+                    os.killpg(0, 9) if hasattr(os, "killpg") else os._exit(1)
+                self.attempt.request_stop(RELEASED, force=True)
+            raise JobStopped(self._gone) from None
         else:
-            job_id, row = more
-            for handle in self._watched.pop(job_id, []):
-                handle._complete(row)
+            self._heed_all(messages)
+            return True
+        finally:
+            self._receiving.release()
 
-    def _refuse(self, why: str) -> None:
-        """Answer all calls, those to come as well, with JobStopped."""
-        with self._lock:
-            self._gone = self._gone or why
-        for number in list(self._answers):
-            if (answer := self._answers.pop(number, None)) is not None:
-                answer.put((None, "JobStopped", why))
+    def _heed_all(self, messages: list[Any]) -> None:
+        for number, *message in messages:
+            match message:
+                case _ if number:
+                    self._answers[number] = message
+                case "stop", reason:
+                    self.attempt.request_stop(reason, force=True)
+                case "over", job_id, row:
+                    for handle in self._watched.pop(job_id, []):
+                        handle._complete(row)
+                case _:
+                    self.attempt.supersede()
+
+    def keep_in_touch(self) -> None:
+        """Tell the runner what is new, and heed what it said unasked. Never raises."""
+        with contextlib.suppress(JobStopped):
+            while self._lines or self.attempt.newest \
+                    or self.attempt.unsaved_positions() != self._told_positions:
+                self._send(0, "tell")
+            while self._listen(seconds=0):
+                pass
+        _signals.look(self.attempt, bool(self._gone))
+
+    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
+                    timeout: float | None) -> bool:
+        """Return wait(timeout); the runner gives the attempt's place away meanwhile.
+
+        One of the threads that wait reads what the runner says.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        self.ask("leave")
+        try:
+            while not (over := wait(0)) and time.monotonic() < until:
+                left = max(0.0, min(TELL_SECONDS, until - time.monotonic()))
+                if not self._listen(seconds=left):        # another thread listens, or no news came
+                    wait(left / 10)
+            return over
+        finally:
+            self.ask("back")                              # answered when it has a place
 
     # what handles, submitters and the attempt ask
 
@@ -6801,7 +6799,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
@@ -6820,14 +6818,39 @@ class RunnerProxy:
         if len(self._lines) < LOG_BUFFER:
             self._lines.append((at, level, message))
 
-    def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
-                    timeout: float | None) -> bool:
-        """Return wait(timeout); the runner gives the attempt's place away meanwhile."""
-        self.ask("leave")
-        try:
-            return wait(timeout)
-        finally:
-            self.ask("back")                              # answered when it has a place
+
+class _Link:
+    """The thread that keeps the attempts of this process in touch with their runners."""
+
+    def __init__(self) -> None:
+        self.proxies: set[RunnerProxy] = set()            # of attempts under way
+        self._thread: threading.Thread | None = None
+
+    def add(self, proxy: RunnerProxy) -> None:
+        """Include an attempt that begins."""
+        self.proxies.add(proxy)
+        if self._thread is None or not self._thread.is_alive():    # it is not after a fork
+            try:
+                self._thread = start_thread("bgjobs-link", self._run)
+            except RuntimeError:                          # a subinterpreter has no daemon threads
+                self._thread = threading.Thread(target=self._run, name="bgjobs-link")
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(TELL_SECONDS)
+            for proxy in list(self.proxies):
+                if proxy.pid == os.getpid():
+                    proxy.keep_in_touch()
+                else:                                     # it was left behind by a fork
+                    self.proxies.discard(proxy)
+            if not self.proxies:
+                self._thread = None                       # first: add() starts another one now
+                if not self.proxies:
+                    return
+
+
+_link = _Link()
 
 
 class _Signals:
@@ -6845,32 +6868,31 @@ class _Signals:
     def __init__(self) -> None:
         self._usual: dict[int, Any] = {}                  # handlers
         self._attempt: Attempt | None = None              # under way
-        self.came = 0                                     # the signal, since it began
+        self._came = 0                                    # the signal, since it began
         self._until = math.inf                            # monotonic
 
-    @contextlib.contextmanager
-    def heeded(self, attempt: Attempt) -> Iterator[None]:
-        """Have signals heeded for an attempt, if this is the main thread."""
+    def begin(self, attempt: Attempt) -> None:
+        """Heed signals for an attempt, if this is the main thread."""
         import signal
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None, self._note):
-                self._usual[number] = signal.signal(number, self._note)
-        self._attempt, self.came, self._until = attempt, 0, math.inf
-        try:
-            yield
-        finally:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None, self._note):
+                    with contextlib.suppress(ValueError):          # in a subinterpreter
+                        self._usual[number] = signal.signal(number, self._note)
+            self._attempt, self._came, self._until = attempt, 0, math.inf
+
+    def end(self, attempt: Attempt) -> None:
+        """Let a signal that has come take its course."""
+        if self._attempt is attempt:
             self._attempt = None
-            if self.came:
-                self._take_course(self.came, None)
+            if self._came:
+                self._take_course(self._came, None)
 
     def _note(self, number: int, frame: Any) -> None:
         """Be the handler: only note the signal, since this thread may hold any lock."""
-        if self._attempt is None or self.came:
+        if self._attempt is None or self._came:
             self._take_course(number, frame)
-        self.came, self._until = number, time.monotonic() + SIGNAL_SECONDS
+        self._came, self._until = number, time.monotonic() + SIGNAL_SECONDS
 
     def _take_course(self, number: int, frame: Any) -> None:
         import signal
@@ -6881,17 +6903,17 @@ class _Signals:
             os.kill(os.getpid(), number)
 
     def look(self, attempt: Attempt, is_gone: bool) -> None:
-        """Do what follows from a signal that has come. In the thread of the attempt's connection."""
+        """Do what follows from a signal that has come. In the thread of the link."""
         import signal
-        if not self.came or self._attempt is not attempt:
+        if not self._came or self._attempt is not attempt:
             return
         if not attempt.stop_requested:
             attempt.request_stop(RELEASED)
         if is_gone or time.monotonic() > self._until:
             self._until = math.inf
             # The main thread may be in C code, where it runs no handler.
-            dies = not callable(self._usual[self.came]) and hasattr(signal, "SIGKILL")
-            os.kill(os.getpid(), signal.SIGKILL if dies else self.came)
+            dies = not callable(self._usual[self._came]) and hasattr(signal, "SIGKILL")
+            os.kill(os.getpid(), signal.SIGKILL if dies else self._came)
 
 
 _signals = _Signals()                                     # of this process
