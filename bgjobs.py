@@ -5892,11 +5892,11 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 #
 # A line of JSON is a message:
 #
-#   there -> runner    [number, call, [argument...], news]        number 0: no answer is wanted
+#   there -> runner    [number, call, [argument...], news...]     number 0: no answer is wanted
 #   runner -> there    [number, value], or [number, null, type of an error, its text]
 #                      unasked: [0, "stop", reason], [0, "void"], [0, "over", job, its outcome]
 #
-# `news` is null, or [log lines, progress, positions of each()]: what was not told before.
+# The news are what was not told before: log lines, progress or null, and the positions of each().
 #
 # Threads. Most attempts are short, and starting or waking a thread costs more than they do. So
 # over there the thread that asks reads the connection until its answer has come, and one thread for
@@ -5930,7 +5930,7 @@ class Connection:
 
     def send(self, *message: Any) -> None:
         """Send a message. Raises OSError if the connection is lost."""
-        line = dump(message).encode() + b"\n"
+        line = json.dumps(message).encode() + b"\n"
         with self._sending:
             self.socket.sendall(line)
 
@@ -6177,9 +6177,6 @@ class Drive:
         finally:
             server.expected.pop(token, None)
             del self.attempt.on_stop
-            while not self._inbox.empty():
-                if (link := self._inbox.get()) is not None:
-                    link.close()                          # it has come too late
 
     def _meet(self) -> socket.socket | None:
         """Wait until the attempt has dialed; return its socket, or None if it ends unbegun."""
@@ -6270,9 +6267,8 @@ class Drive:
     def _heed(self, message: Any) -> None:
         """Carry out a call, and answer it. Raises ValueError if it is none."""
         match message:
-            case [int(number), str(call), list(arguments), news] if call in _CALLS:
-                if news is not None:
-                    self._hear(*news)
+            case [int(number), str(call), list(arguments), *news] if call in _CALLS:
+                self._hear(*news)
             case _:
                 raise ValueError(f"{short(message)} is no call")
         answer: tuple[Any, ...]
@@ -6288,14 +6284,13 @@ class Drive:
         if number:
             self.connection.send(number, *answer)         # type: ignore[union-attr]
 
-    def _hear(self, lines: list[Any], report: list[Any] | None, positions: str | None) -> None:
+    def _hear(self, lines: list[Any], report: list[Any] | None, positions: list[int]) -> None:
         """Take over log lines, progress and positions. Written with the next transaction."""
         for at, level, message in lines:
             self.core.keep_line(self.attempt, float(at), int(level), text_of(message))
         if report is not None:
             self.attempt.report(*report)
-        if positions is not None:
-            self.attempt.loop_positions = json.loads(positions)
+        self.attempt.loop_positions = positions
 
     # calls
 
@@ -6583,6 +6578,10 @@ class RunnerThere(RunnerFace):
     every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse  # type: ignore[assignment]
 
 
+_ERRORS = {each.__name__: each for each in (
+    JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError, RuntimeError)}
+
+
 class RunnerProxy:
     """The backend of an attempt in another process: asks the runner over the connection."""
 
@@ -6603,7 +6602,6 @@ class RunnerProxy:
         self._telling = threading.Lock()                  # news are told in order
         self._receiving = threading.Lock()                # one thread at a time receives
         self._lines: deque[tuple[float, int, str]] = deque()       # of the log, not told yet
-        self._told_positions: str | None = None
         self._watched: dict[int, list[Job[Any]]] = {}
 
     def clock(self) -> float:
@@ -6665,9 +6663,7 @@ class RunnerProxy:
         if not error:
             return value
         kind, text = error
-        known = (JobStopped, StoreError, InvalidOperation, KeyError, TypeError, ValueError,
-                 RuntimeError)
-        raise next((each for each in known if each.__name__ == kind), BgjobsError)(text)
+        raise _ERRORS.get(kind, BgjobsError)(text)
 
     @library_code
     def _send(self, number: int, call: str, *arguments: Any) -> None:
@@ -6678,25 +6674,13 @@ class RunnerProxy:
             if self._gone:
                 raise JobStopped(self._gone)
             try:
-                self._connection.send(number, call, arguments, self._news())
+                lines = [self._lines.popleft()
+                         for _ in range(min(len(self._lines), LINES_A_CALL))]
+                newest, self.attempt.newest = self.attempt.newest, None
+                self._connection.send(number, call, arguments, lines, newest and newest[:3],
+                                      self.attempt.loop_positions)
             except OSError as error:
                 raise JobStopped("the runner is gone") from error
-
-    def _news(self) -> list[Any] | None:
-        """Return what was not told before: log lines, progress, positions."""
-        attempt = self.attempt
-        lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_A_CALL))]
-        report: list[Any] | None = None
-        newest, attempt.newest = attempt.newest, None
-        if newest is not None:
-            numbers = [n if n is not None and math.isfinite(n) else None for n in newest[:2]]
-            report = [numbers[0] or 0.0, numbers[1], newest[2]]
-        positions = attempt.unsaved_positions()
-        if positions == self._told_positions:
-            positions = None
-        else:
-            self._told_positions = positions
-        return [lines, report, positions] if lines or report or positions else None
 
     def _listen(self, number: int = 0, seconds: float = math.inf) -> bool:
         """Heed what the runner says within so many seconds; return whether it said something.
@@ -6741,8 +6725,7 @@ class RunnerProxy:
     def keep_in_touch(self) -> None:
         """Tell the runner what is new, and heed what it said unasked. Never raises."""
         with contextlib.suppress(JobStopped):
-            while self._lines or self.attempt.newest \
-                    or self.attempt.unsaved_positions() != self._told_positions:
+            while self._lines or self.attempt.newest:
                 self._send(0, "tell")
             while self._listen(seconds=0):
                 pass
@@ -6771,28 +6754,20 @@ class RunnerProxy:
         """Have the runner store a job; return its handle."""
         return Job(self, self._submit(new, None, connection))          # type: ignore[arg-type]
 
-    def submit_many(self, new: Submission, arguments: list[str | None], connection: Any = None
-                    ) -> list[int]:
-        """Have the runner store a job for each of the arguments; return the ids."""
-        if len(arguments) > 1 and sum(len(text or "") for text in arguments) > LINE_BYTES / 8:
-            half = len(arguments) // 2                    # a message would be too long
-            return [*self.submit_many(new, arguments[:half], connection),
-                    *self.submit_many(new, arguments[half:], connection)]
-        ids: list[int] = self._submit(new, arguments, connection)
-        return ids
+    def submit_many(self, new: Submission, arguments: list[str | None],
+                    connection: Any = None) -> list[int]:
+        """Have the runner store a job for each of the arguments, 100 at a time; return the ids."""
+        return [job_id for start in range(0, len(arguments), 100)
+                for job_id in self._submit(new, arguments[start:start + 100], connection)]
 
     def _submit(self, new: Submission, arguments: list[str | None] | None, connection: Any) -> Any:
         if connection is not None:
-            raise RuntimeError("connection= is for the process of the runner; this job executes in "
-                               "another one")
+            self.face.stats()                             # raises the same error
         return self.ask("submit", vars(new), arguments)
 
-    operate = functools.partialmethod(ask, "operate")
-    info = functools.partialmethod(ask, "info")
-    status = functools.partialmethod(ask, "status")
-    logs = functools.partialmethod(ask, "logs")
-    find = functools.partialmethod(ask, "find")
-    outcome = functools.partialmethod(ask, "outcome")
+    def __getattr__(self, call: str) -> Function:
+        """Ask the runner: operate, info, status, logs, find, outcome."""
+        return functools.partial(self.ask, call)
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return what tells of a job that has failed."""
@@ -6830,14 +6805,12 @@ class _Link:
         """Include an attempt that begins."""
         self.proxies.add(proxy)
         if self._thread is None or not self._thread.is_alive():    # it is not after a fork
-            try:
-                self._thread = start_thread("bgjobs-link", self._run)
-            except RuntimeError:                          # a subinterpreter has no daemon threads
-                self._thread = threading.Thread(target=self._run, name="bgjobs-link")
-                self._thread.start()
+            # No daemon: subinterpreters have none.
+            self._thread = threading.Thread(target=self._run, name="bgjobs-link")
+            self._thread.start()
 
     def _run(self) -> None:
-        while True:
+        while self.proxies and threading.main_thread().is_alive():
             time.sleep(TELL_SECONDS)
             for proxy in list(self.proxies):
                 if proxy.pid == os.getpid():
@@ -6846,8 +6819,6 @@ class _Link:
                     self.proxies.discard(proxy)
             if not self.proxies:
                 self._thread = None                       # first: add() starts another one now
-                if not self.proxies:
-                    return
 
 
 _link = _Link()
@@ -6886,21 +6857,15 @@ class _Signals:
         if self._attempt is attempt:
             self._attempt = None
             if self._came:
-                self._take_course(self._came, None)
+                self._note(self._came)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: Any = None) -> None:
         """Be the handler: only note the signal, since this thread may hold any lock."""
-        if self._attempt is None or self._came:
-            self._take_course(number, frame)
-        self._came, self._until = number, time.monotonic() + SIGNAL_SECONDS
-
-    def _take_course(self, number: int, frame: Any) -> None:
         import signal
-        if callable(self._usual[number]):
-            self._usual[number](number, frame)
-        else:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if self._attempt is None or self._came:
+            signal.signal(number, self._usual[number])
+            signal.raise_signal(number)
+        self._came, self._until = number, time.monotonic() + SIGNAL_SECONDS
 
     def look(self, attempt: Attempt, is_gone: bool) -> None:
         """Do what follows from a signal that has come. In the thread of the link."""
