@@ -4144,8 +4144,10 @@ class Core:
         FROM bgjobs_jobs WHERE id = :id"""
 
     def outcome(self, job_id: int) -> Any:
-        """Return a row with status, created_at, name, attempt, result and error, or None."""
-        return next(iter(self.store.read(self._OUTCOME, {"id": job_id})), None)
+        """Return a dict with status, created_at, name, attempt, result and error, or None."""
+        for row in self.store.read(self._OUTCOME, {"id": job_id}):
+            return {**row}                                # other processes get it as JSON
+        return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
         """Return the ids of the jobs that pass the filters, newest first."""
@@ -6801,7 +6803,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
