@@ -5320,27 +5320,33 @@ class TestCrashes:
         assert (job.status, job.duration) == ("pending", 30 + bgjobs.HEARTBEAT_SECONDS)
         assert rows(crashed, "SELECT vtime FROM bgjobs_jobs") == [(45_000_000,)]
 
-    @pytest.mark.parametrize("busy", [False, True])
-    def test_a_lock_file_that_is_deleted_or_copied_by_the_app_makes_nobody_dead(self, make, path, tmp_path, monkeypatch, busy):
+    def test_a_lock_file_that_is_copied_or_deleted_makes_nobody_dead(self, make, path, tmp_path):
         runner = make(max_workers=1)
         job = runner.submit(hold, "lock file")
         wait_for(lambda: job.status == "running")
+        lock = f"{path}-bgjobs-{runner_id(runner)}.lock"
         others = """
             import bgjobs, sys
             bgjobs.Runner(sys.argv[1]).close()                   # it looks for dead ones at its start
         """
-        shutil.copy(f"{path}-bgjobs-lock", tmp_path / "copy")
+        shutil.copy(lock, tmp_path / "copy")                     # which opens and closes it
         assert finish(python(others, path)) == (0, "", "")
-        if busy:                                                 # too busy to notice what follows
-            monkeypatch.setattr(bgjobs._Presence, "reassert", lambda self: False)
-        os.remove(f"{path}-bgjobs-lock")
-        if not busy:
-            wait_for(lambda: os.path.exists(f"{path}-bgjobs-lock"), 3)
-            execute(runner, "UPDATE bgjobs_runners SET lock_file = NULL")     # the lock alone decides
-        assert finish(python(others, path)) == (0, "", "")
+        os.remove(lock)
+        assert finish(python(others, path)) == (0, "", "")       # its heartbeat is young
         assert (job.status, job.attempt) == ("running", 1)
         gate("lock file").set()
         job.result(5)
+
+    def test_a_dead_process_whose_lock_file_was_deleted_is_told_by_its_heartbeat(self, make, path):
+        kill(holder(path, "silent"))
+        os.remove(f"{path}-bgjobs-1.lock")
+        runner = make(start=False)
+        look_for_the_dead(runner)
+        assert runner.get(1).status == "running"
+        execute(runner, "UPDATE bgjobs_runners SET heartbeat_at = heartbeat_at - 3 * ? WHERE id = 1",
+                bgjobs.HEARTBEAT_SECONDS)
+        look_for_the_dead(runner)
+        assert runner.get(1).status == "pending"
 
     def test_a_runner_on_a_deleted_file_shares_no_lock_with_one_on_the_new_file(self, make, path):
         old = make(max_workers=1)
@@ -5349,13 +5355,10 @@ class TestCrashes:
             os.remove(path + end)
         new = make(max_workers=1)
         assert runner_id(new) > old_id
-        assert printed(python("""
-            import bgjobs, sys, test_bgjobs
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                print(test_bgjobs.runner_id(runner), bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
-            """, path, runner_id(new))) == f"{runner_id(new) + 1} False\n"
+        presence = new.core.life.presence
+        assert [presence.is_dead(runner_id(each), 0.0) for each in (old, new)] == [False, False]
         old.close()
-        assert bgjobs._presence(path).is_dead(runner_id(new)) is False
+        assert not presence.is_dead(runner_id(new), 0.0)
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
@@ -5484,6 +5487,56 @@ class TestFork:
             test_bgjobs.consistent(runner)
             print("whole")
             """, path, PYTHONWARNINGS="ignore"), 60) == "whole\n"
+
+    def test_a_fork_that_python_did_not_make_is_noticed_at_the_first_call(self, path):
+        assert printed(python("""
+            import bgjobs, ctypes, os, sys, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], start=False)
+            runner.submit(pow, 2, 3)
+            def write():
+                try:
+                    runner.submit(pow, 1, 2)
+                except bgjobs.StoreError as error:
+                    assert "belongs to the process that this one was forked from" in str(error)
+                    assert runner.start().submit(pow, 3, 2).result(10) == 9
+                    runner.close()
+                    os._exit(7)
+            def read():
+                assert runner.get(1).status in ("pending", "finished") and runner.core.store.forked
+                os._exit(7)
+            for act in (write, read):
+                child = ctypes.PyDLL(None).fork()                        # no hook runs
+                if child == 0:
+                    try:
+                        act()
+                    finally:
+                        os._exit(1)
+                assert os.waitpid(child, 0)[1] >> 8 == 7
+            runner.submit(pow, 4, 2)
+            runner.close()
+            test_bgjobs.consistent(runner)
+            print("whole")
+            """, path), 60) == "whole\n"
+
+    def test_the_app_is_found_dead_while_a_child_that_it_forked_lives(self, make, path):
+        app = ready("""
+            import bgjobs, os, sys, test_bgjobs, time
+            runner = bgjobs.Runner(sys.argv[1], max_workers=1)
+            runner.submit(test_bgjobs.hold, "forked")
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
+            if os.fork() == 0:
+                os.close(1), os.close(2)
+                time.sleep(20)
+                os._exit(0)
+            print("ready", flush=True)
+            time.sleep(20)
+            """, path, PYTHONWARNINGS="ignore")
+        runner = make(start=False)
+        look_for_the_dead(runner)
+        assert runner.get(1).status == "running"
+        kill(app)
+        look_for_the_dead(runner)
+        assert runner.get(1).status == "pending"
 
     def test_a_child_that_a_job_forks_ends_with_the_jobs_function(self, path):
         assert printed(python("""
