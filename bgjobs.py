@@ -97,7 +97,7 @@ import time
 import traceback
 import types
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
@@ -1407,7 +1407,7 @@ class Transaction:
         """Record any outcome. Return False if the attempt has been superseded."""
         self.trees.apply()                                # counts must be true before they decide
         if attempt.unsaved_progress is not None:
-            self.save_progress(attempt, attempt.unsaved_progress)
+            self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
         if job is None:
             return False
@@ -1561,29 +1561,28 @@ class Transaction:
             "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
         return bool(saved.rowcount == 1)
 
-    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :now + :left,
-        message = :message WHERE id = :id"""
+    _REPORT = """UPDATE bgjobs_jobs SET charge = :charge, progress = :progress,
+        ends_at = CASE WHEN :reported THEN :now + :left ELSE ends_at END,
+        message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
-    def save_progress(self, attempt: Attempt, report: Any) -> None:
-        """Store an attempt's progress, and add it to its ancestors'."""
+    def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
+        """Store an attempt's progress, and what it costs if it runs longer than estimated.
+
+        report: progress (0 to 1), seconds left and message, each perhaps None; None if there is
+        nothing new. charge: the microseconds that it has run by now.
+        """
         job = self.executing(attempt)
-        if job is not None:
-            progress, left, message = report
-            self.execute(self._SAVE_PROGRESS, {"id": job.id, "now": self.now, "left": left,
-                                               "progress": progress, "message": message})
-            self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
-            attempt.has_reported = True
-
-    _SET_CHARGE = f"UPDATE bgjobs_jobs SET charge = :charge {_OF_ATTEMPT}"
-
-    def charge(self, attempt: Attempt, microseconds: int) -> None:
-        """Charge an attempt that runs longer than estimated for all the time it has run by now."""
-        charged = self.execute(self._SET_CHARGE, {
-            "id": attempt.id, "attempt": attempt.number, "charge": microseconds})
-        if charged.rowcount == 1:
-            self.trees.change(attempt.root_id, "charge", microseconds - attempt.charge)
-            attempt.has_reported = True
-            self.after_commit.append(lambda: setattr(attempt, "charge", microseconds))
+        if job is None:
+            return
+        progress, left, message = report or (job.progress, None, None)
+        charged = job.charge if charge is None else charge
+        self.execute(self._REPORT, {
+            "id": job.id, "charge": charged, "progress": progress, "now": self.now, "left": left,
+            "message": message, "reported": report is not None})
+        self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
+        self.trees.change(job.root, "charge", charged - job.charge)
+        attempt.has_reported = True
+        self.after_commit.append(lambda: setattr(attempt, "charge", charged))
 
 
 class Trees:
@@ -2188,9 +2187,13 @@ class JobFile:
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it."""
-        self.check()
-        db: sqlite3.Connection = sqlite3.connect(self.path, **_CONNECT)
+        """Return a new connection for reading, never a new file. The caller closes it.
+
+        Handles of a closed runner read on, when the WAL may be gone: so this does not `check`.
+        """
+        import pathlib
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db: sqlite3.Connection = sqlite3.connect(uri, uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -3857,7 +3860,6 @@ class Dispatch:
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
         self._riding: list[Attempt] = []                  # ended, and to be recorded now
-        self._one_by_one = False                          # one of them could not be recorded
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._backlog = True                              # more may be ready, says the last claim
         self.claims = False                               # jobs are claimed
@@ -3867,8 +3869,6 @@ class Dispatch:
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
         self._riding = list(self.ended)
-        if self._one_by_one:
-            del self._riding[1:]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
@@ -3878,24 +3878,10 @@ class Dispatch:
             return                                        # a worker flushes in a moment
         ended = self._riding
         if ended:
-            self._record(tx, ended)
+            tx.finish(ended)
         claimed = self._claim(tx) if self.claims else []
         if ended or claimed:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
-
-    def _record(self, tx: Transaction, ended: list[Attempt]) -> None:
-        """Record outcomes. One that cannot be recorded is found, one by one, and becomes a failure.
-        """
-        try:
-            tx.finish(ended)
-        except sqlite3.OperationalError:                  # trouble of the disk, not of an outcome
-            raise
-        except Exception as error:
-            if self._one_by_one:
-                ended[0].unsaved_progress = None
-                ended[0].fail(error)
-            self._one_by_one = True
-            raise
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
@@ -3915,7 +3901,6 @@ class Dispatch:
             self.ended.popleft()
             self._forget(attempt)
         self._ended_at = time.monotonic()                 # of those that came meanwhile
-        self._one_by_one = self._one_by_one and bool(self.ended)
         for attempt in claimed:
             superseded = self.attempts.get(attempt.id)
             self.attempts[attempt.id] = attempt
@@ -4058,7 +4043,7 @@ class Core:
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
         self.dispatch = Dispatch(self)
-        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()    # by job
+        self._exceptions: dict[int, tuple[int, BaseException]] = {}       # by job, the oldest first
         self.schedules: dict[str, tuple[Any, ...]] = {}   # of this code, by key: what was asked
         self.id = 0                                       # this runner's, once it is registered
         self.inline: Drain | None = None                  # while it runs jobs in drain()
@@ -4177,7 +4162,7 @@ class Core:
             traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
-            self._exceptions.popitem(last=False)
+            del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
@@ -4258,10 +4243,8 @@ class Core:
 
         def save(tx: Transaction) -> None:
             for attempt, report, charge in running:
-                if report is not None:
-                    tx.save_progress(attempt, report)
-                if charge is not None:
-                    tx.charge(attempt, charge)
+                if report or charge:
+                    tx.report(attempt, report, charge)
         if any(report or charge for _, report, charge in running):
             self.store.write(save)
         self.write_lines()

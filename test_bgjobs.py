@@ -1419,7 +1419,7 @@ class TestForceStop:
         with pytest.raises(bgjobs.JobStopped, match="attempt 1 of job 1 has been superseded"):
             attempt.save('"late"')
         unwritten(idle).add(attempt, time.time(), 20, "late")
-        written(idle, lambda tx: tx.save_progress(attempt, (0.5, None, None)))
+        written(idle, lambda tx: tx.report(attempt, (0.5, None, None), None))
         assert (job.state, job.progress, job.attempt, job.status) == (None, None, 2, "running")
         assert "late" not in [line["message"] for line in job.logs()]
 
@@ -1914,8 +1914,7 @@ class TestOutcomes:
         attempts = claimed(idle, 2)
         child = attempts[1]
         child.outcome, child.worked = bgjobs.RETURNED, 5.0
-        report = (0.5, None, None)
-        written(idle, lambda tx: (tx.save_progress(child, report), tx.charge(child, 4_000_000),
+        written(idle, lambda tx: (tx.report(child, (0.5, None, None), 4_000_000),
                                   tx.finish([child])))
         assert rows(idle, "SELECT tree_progress, vtime FROM bgjobs_jobs WHERE id = ?", parent.id) == [(1.0, 5_010_000)]
         consistent(idle)
@@ -1939,19 +1938,6 @@ class TestOutcomes:
         written(idle, lambda tx: tx.execute(bgjobs._ADVANCE_CLOCK, {"tag": 50}))
         job.resume()
         assert rows(idle, "SELECT vtime FROM bgjobs_jobs") == [(50,)]
-
-    def test_an_outcome_that_cannot_be_recorded_becomes_a_failure_and_holds_nobody_up(self, make, monkeypatch):
-        runner = make(max_workers=1)
-        finish = bgjobs.Transaction.finish
-
-        def refuse(tx, attempts):
-            if any(attempt.result == '"poison"' for attempt in attempts):
-                raise ValueError("cannot be recorded")
-            finish(tx, attempts)
-        monkeypatch.setattr(bgjobs.Transaction, "finish", refuse)
-        job, other = runner.submit(echo, "poison"), runner.submit(add, 1, 2)
-        assert other.result(10) == 3
-        assert "cannot be recorded" in str(job.exception(10)) and job.status == "failed"
 
     def test_ids_of_removed_jobs_are_not_given_out_again(self, idle):
         parent = idle.submit(children, 3)
