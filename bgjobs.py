@@ -2211,6 +2211,7 @@ class JobFile:
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use, to a new file."""
+        self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
         try:
@@ -4682,8 +4683,12 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        for job in jobs:
-            job.cancel()
+        def cancel() -> None:
+            for job in jobs:
+                job.cancel()
+        if jobs:                           # the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):       # the interpreter ends
+                start_thread("bgjobs-cancel", cancel)
 
 
 # What the options of a Runner must be: name -> (test, in words).
