@@ -2186,9 +2186,13 @@ class JobFile:
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it."""
-        self.check()
-        db: sqlite3.Connection = sqlite3.connect(self.path, **_CONNECT)
+        """Return a new connection for reading, never a new file. The caller closes it.
+
+        Handles of a closed runner read on, when the WAL may be gone: so this does not `check`.
+        """
+        import pathlib
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db: sqlite3.Connection = sqlite3.connect(uri, uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2206,6 +2210,7 @@ class JobFile:
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use, to a new file."""
+        self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
         try:
@@ -4680,8 +4685,12 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        for job in jobs:
-            job.cancel()
+        def cancel() -> None:
+            for job in jobs:
+                job.cancel()
+        if jobs:                           # the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):       # the interpreter ends
+                start_thread("bgjobs-cancel", cancel)
 
 
 # What the options of a Runner must be: name -> (test, in words).

@@ -4263,7 +4263,7 @@ class TestHandle:
         runner.submit(nap, 0.01).add_done_callback(lambda job: gate("slow callback").wait(20))
         assert [runner.submit(add, i).result(5) for i in range(5)] == list(range(5))
         gate("slow callback").set()
-        wait_for(lambda: callbacks_left(runner) == 0)
+        wait_for(lambda: handles_of(runner)._caller is None)
         assert "a callback of job" in caplog.text
 
     def test_each_waiter_gets_the_very_exception(self, runner):
