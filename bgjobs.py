@@ -7209,6 +7209,7 @@ const WHY = {              // what a phase, or else a status, means for someone 
   "limit reached": "As many jobs of this name are running as its max_running allows.",
   "unknown function": "No running process knows this function: import its module in the app, or name it in "
     + "start(modules=[\u2026]).",
+  "waiting for the executor": "The executor that it belongs to takes nothing for now.",
   "waiting for children": "Its function has returned; it is over when all its children are.",
   "pending": "It starts when a worker is free and its turn has come.",
   "stopping": "It was asked to stop and will at its next checkpoint.",
