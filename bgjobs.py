@@ -97,7 +97,7 @@ import time
 import traceback
 import types
 import weakref
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
@@ -1127,9 +1127,9 @@ class Submission:
         vars(self).update(columns)
 
 
-def kept_options(text: str | None) -> dict[str, Any]:
+def kept_options(text: str | None) -> Fields:
     """Return the options that a job's row keeps."""
-    options: dict[str, Any] = json.loads(text) if text else {}
+    options: Fields = json.loads(text) if text else {}
     return options
 
 
@@ -1152,7 +1152,7 @@ def status_after(job: JobRow, outcome: str, ends: bool, was_asked: bool) -> str:
     return RUNNING if ends else PENDING
 
 
-def contribution(status: str, progress: float | None) -> dict[str, Any]:
+def contribution(status: str, progress: float | None) -> Fields:
     """Return what a job in `status` adds to the counts and the progress of its ancestors."""
     over = status in OVER
     return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
@@ -1407,7 +1407,7 @@ class Transaction:
         """Record any outcome. Return False if the attempt has been superseded."""
         self.trees.apply()                                # counts must be true before they decide
         if attempt.unsaved_progress is not None:
-            self.save_progress(attempt, attempt.unsaved_progress)
+            self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
         if job is None:
             return False
@@ -1561,29 +1561,28 @@ class Transaction:
             "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
         return bool(saved.rowcount == 1)
 
-    _SAVE_PROGRESS = """UPDATE bgjobs_jobs SET progress = :progress, ends_at = :now + :left,
-        message = :message WHERE id = :id"""
+    _REPORT = """UPDATE bgjobs_jobs SET charge = :charge, progress = :progress,
+        ends_at = CASE WHEN :reported THEN :now + :left ELSE ends_at END,
+        message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
-    def save_progress(self, attempt: Attempt, report: Any) -> None:
-        """Store an attempt's progress, and add it to its ancestors'."""
+    def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
+        """Store an attempt's progress, and what it costs if it runs longer than estimated.
+
+        report: progress (0 to 1), seconds left and message, each perhaps None; None if there is
+        nothing new. charge: the microseconds that it has run by now.
+        """
         job = self.executing(attempt)
-        if job is not None:
-            progress, left, message = report
-            self.execute(self._SAVE_PROGRESS, {"id": job.id, "now": self.now, "left": left,
-                                               "progress": progress, "message": message})
-            self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
-            attempt.has_reported = True
-
-    _SET_CHARGE = f"UPDATE bgjobs_jobs SET charge = :charge {_OF_ATTEMPT}"
-
-    def charge(self, attempt: Attempt, microseconds: int) -> None:
-        """Charge an attempt that runs longer than estimated for all the time it has run by now."""
-        charged = self.execute(self._SET_CHARGE, {
-            "id": attempt.id, "attempt": attempt.number, "charge": microseconds})
-        if charged.rowcount == 1:
-            self.trees.change(attempt.root_id, "charge", microseconds - attempt.charge)
-            attempt.has_reported = True
-            self.after_commit.append(lambda: setattr(attempt, "charge", microseconds))
+        if job is None:
+            return
+        progress, left, message = report or (job.progress, None, None)
+        charged = job.charge if charge is None else charge
+        self.execute(self._REPORT, {
+            "id": job.id, "charge": charged, "progress": progress, "now": self.now, "left": left,
+            "message": message, "reported": report is not None})
+        self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
+        self.trees.change(job.root, "charge", charged - job.charge)
+        attempt.has_reported = True
+        self.after_commit.append(lambda: setattr(attempt, "charge", charged))
 
 
 class Trees:
@@ -2008,7 +2007,7 @@ WAL_LIMIT = 64 * 1024 * 1024       # bytes
 LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
 SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
-_CONNECT: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+_CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
@@ -2187,9 +2186,13 @@ class JobFile:
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it."""
-        self.check()
-        db: sqlite3.Connection = sqlite3.connect(self.path, **_CONNECT)
+        """Return a new connection for reading, never a new file. The caller closes it.
+
+        Handles of a closed runner read on, when the WAL may be gone: so this does not `check`.
+        """
+        import pathlib
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db: sqlite3.Connection = sqlite3.connect(uri, uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2207,6 +2210,7 @@ class JobFile:
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use, to a new file."""
+        self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
         try:
@@ -2453,7 +2457,7 @@ class Store:
     # reading
 
     @library_code
-    def read(self, sql: str, parameters: dict[str, Any] | None = None) -> list[sqlite3.Row]:
+    def read(self, sql: str, parameters: Fields | None = None) -> list[sqlite3.Row]:
         """Return all rows of a query, read on a connection of its own."""
         self._notice_fork()
         with fork_gate:
@@ -3007,8 +3011,13 @@ class Attempt:
 
     def fail(self, error: BaseException) -> None:
         """Make this error the outcome. Never raises, whatever the error's own methods do."""
-        self.outcome, self.exception, self.result = RAISED, error, None
-        self.error = dump_error(type(error).__qualname__, text_of(error), traceback_of(error))
+        self.outcome, self.exception, self.result = RAISED, None, None
+        kind = type(error).__qualname__
+        try:
+            self.error = dump_error(kind, text_of(error), traceback_of(error))
+            self.exception = error
+        except BaseException:
+            self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
         """Make the timeout the outcome."""
@@ -3267,23 +3276,20 @@ def _call(attempt: Attempt, function: Function) -> Any:
     return value
 
 
-def _is_stop(error: BaseException) -> bool:
+def _is_stop(error: Any) -> bool:
     """Tell whether an exception is JobStopped, or a group of nothing else (asyncio.TaskGroup)."""
-    group: Any = getattr(builtins, "BaseExceptionGroup", ())              # since Python 3.11
-    if isinstance(error, group):
+    kind = type(error)                                    # isinstance asks error.__class__, too
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):     # since Python 3.11
         return all(map(_is_stop, error.exceptions))
-    return isinstance(error, JobStopped)
+    return issubclass(kind, JobStopped)
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, without our own frames. Never raises."""
-    try:
-        frames = error.__traceback__
-        while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
-            frames = frames.tb_next
-        return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    except BaseException:
-        return f"{type(error).__qualname__} (its traceback cannot be printed)"
+    """Return the traceback as text, without our own frames."""
+    frames = error.__traceback__
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
 
 # ---- 11 The handle ------------------------------------------------------------------------------
@@ -3855,7 +3861,6 @@ class Dispatch:
         self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
         self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
         self._riding: list[Attempt] = []                  # ended, and to be recorded now
-        self._one_by_one = False                          # one of them could not be recorded
         self._ended_at = 0.0                              # monotonic; when the first of them came
         self._backlog = True                              # more may be ready, says the last claim
         self.claims = False                               # jobs are claimed
@@ -3865,8 +3870,6 @@ class Dispatch:
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all of them if outcomes ride along, since these come after them."""
         self._riding = list(self.ended)
-        if self._one_by_one:
-            del self._riding[1:]
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
 
@@ -3876,24 +3879,10 @@ class Dispatch:
             return                                        # a worker flushes in a moment
         ended = self._riding
         if ended:
-            self._record(tx, ended)
+            tx.finish(ended)
         claimed = self._claim(tx) if self.claims else []
         if ended or claimed:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
-
-    def _record(self, tx: Transaction, ended: list[Attempt]) -> None:
-        """Record outcomes. One that cannot be recorded is found, one by one, and becomes a failure.
-        """
-        try:
-            tx.finish(ended)
-        except sqlite3.OperationalError:                  # trouble of the disk, not of an outcome
-            raise
-        except Exception as error:
-            if self._one_by_one:
-                ended[0].unsaved_progress = None
-                ended[0].fail(error)
-            self._one_by_one = True
-            raise
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
@@ -3913,7 +3902,6 @@ class Dispatch:
             self.ended.popleft()
             self._forget(attempt)
         self._ended_at = time.monotonic()                 # of those that came meanwhile
-        self._one_by_one = self._one_by_one and bool(self.ended)
         for attempt in claimed:
             superseded = self.attempts.get(attempt.id)
             self.attempts[attempt.id] = attempt
@@ -3960,7 +3948,7 @@ class Dispatch:
         else:
             self._core.elsewhere.drive(attempt, function, executor)
 
-    def execute_here(self, attempt: Attempt, function: Callable[..., Any]) -> None:
+    def execute_here(self, attempt: Attempt, function: Function) -> None:
         """Run one attempt in this thread."""
         self.note_start(attempt)
         perform(attempt, function)
@@ -4056,7 +4044,7 @@ class Core:
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
         self.dispatch = Dispatch(self)
-        self._exceptions: OrderedDict[int, tuple[int, BaseException]] = OrderedDict()    # by job
+        self._exceptions: dict[int, tuple[int, BaseException]] = {}       # by job, the oldest first
         self.schedules: dict[str, tuple[Any, ...]] = {}   # of this code, by key: what was asked
         self.id = 0                                       # this runner's, once it is registered
         self.inline: Drain | None = None                  # while it runs jobs in drain()
@@ -4121,7 +4109,7 @@ class Core:
         """Store a job for each of the encoded arguments, in one transaction."""
         return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
-    def _write_for(self, new: Submission, connection: Any) -> Callable[..., Any]:
+    def _write_for(self, new: Submission, connection: Any) -> Function:
         """Return what writes a submission: in a transaction of the app's on this connection, or not.
 
         Raises RuntimeError if the runner is shut down.
@@ -4145,13 +4133,13 @@ class Core:
             raise KeyError(f"there is no job {job_id} in {self.path}")
         return str(row["status"])
 
-    def info(self, job_id: int) -> dict[str, Any]:
+    def info(self, job_id: int) -> Fields:
         """Return what `Job.info` does. Raises KeyError if there is no such job."""
         for info in describe_jobs(self.store, [job_id]):
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
-    def logs(self, job_id: int, filters: dict[str, Any]) -> list[dict[str, Any]]:
+    def logs(self, job_id: int, filters: Fields) -> list[Fields]:
         """Return what `Job.logs` does; what was logged by now is among it."""
         if not self.store.closed:
             self.write_lines()
@@ -4164,7 +4152,7 @@ class Core:
         """Return a row with status, created_at, name, attempt, result and error, or None."""
         return next(iter(self.store.read(self._OUTCOME, {"id": job_id})), None)
 
-    def find(self, filters: dict[str, Any], limit: int | None, before: int | None) -> list[int]:
+    def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
         """Return the ids of the jobs that pass the filters, newest first."""
         return find_jobs(self.store, filters, limit, before)[0]
 
@@ -4175,7 +4163,7 @@ class Core:
             traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
         self._exceptions[attempt.id] = attempt.number, error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
-            self._exceptions.popitem(last=False)
+            del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
@@ -4256,10 +4244,8 @@ class Core:
 
         def save(tx: Transaction) -> None:
             for attempt, report, charge in running:
-                if report is not None:
-                    tx.save_progress(attempt, report)
-                if charge is not None:
-                    tx.charge(attempt, charge)
+                if report or charge:
+                    tx.report(attempt, report, charge)
         if any(report or charge for _, report, charge in running):
             self.store.write(save)
         self.write_lines()
@@ -4492,7 +4478,7 @@ class Lifecycle:
 class Submitter:
     """Submits with the options it was made with: what `options()` returns. A runner is one, too."""
 
-    def __init__(self, core: Callable[[], Core], options: dict[str, Any]) -> None:
+    def __init__(self, core: Callable[[], Core], options: Fields) -> None:
         self._find_core, self._options = core, check_options(options)
         if "executor" in options:
             raise TypeError("executor is an option of a function, @job(executor=...), or of "
@@ -4504,7 +4490,7 @@ class Submitter:
     @overload
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Job[Any]:
+    def submit(self, fn: Function, /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit.
 
         Inside a job it is a child of that job. Raises TypeError if the function or the arguments
@@ -4519,7 +4505,7 @@ class Submitter:
             new.kwargs = encode(kwargs, f"the arguments of {new.name}")
         return backend.submit(new, self._options.get("connection"))
 
-    def submit_many(self, fn: Callable[..., Any],
+    def submit_many(self, fn: Function,
                     argument_tuples: Iterable[tuple[Any, ...]]) -> list[int]:
         """Store a job `fn(*arguments)` for each tuple; return the ids, in order.
 
@@ -4611,8 +4597,8 @@ def author_in(backend: Core) -> tuple[int, int] | None:
     return attempt.id, attempt.number
 
 
-def new_submission(backend: Core, fn: Callable[..., Any],
-                   options: dict[str, Any]) -> Submission:
+def new_submission(backend: Core, fn: Function,
+                   options: Fields) -> Submission:
     """Return the row for a job of this function, but for its arguments."""
     attempt = current_attempt()
     if attempt is None and serves_attempts():
@@ -4657,8 +4643,8 @@ _COLUMNS: dict[str, Callable[[Any], Any]] = {
     "max_running": int}
 
 
-def _apply_options(backend: Core, new: Submission, fn: Callable[..., Any],
-                   given: dict[str, Any]) -> None:
+def _apply_options(backend: Core, new: Submission, fn: Function,
+                   given: Fields) -> None:
     for name, stored in _COLUMNS.items():
         if given.get(name) is not None:
             setattr(new, name, stored(given[name]))
@@ -4697,8 +4683,12 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        for job in jobs:
-            job.cancel()
+        def cancel() -> None:
+            for job in jobs:
+                job.cancel()
+        if jobs:                           # the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):       # the interpreter ends
+                start_thread("bgjobs-cancel", cancel)
 
 
 # What the options of a Runner must be: name -> (test, in words).
@@ -4838,7 +4828,7 @@ class Runner(RunnerFace, Executor):
             core.inline = None
         return ran
 
-    def stats(self, window: str = "24h", name: str | None = None) -> dict[str, Any]:
+    def stats(self, window: str = "24h", name: str | None = None) -> Fields:
         """Return what was counted in a window: "1h", "24h", "7d" or "30d", without system jobs.
 
         name: of one function. {"window", "name", "from", "to", "parts": [{"at", "created",
@@ -5533,8 +5523,8 @@ MAX_ID = (1 << 63) - 2     # SQLite holds one more
 
 A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
-A_TIME = (float, "Unix seconds")
-A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number")
+A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")     # no NaN
+A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
 def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
@@ -5592,7 +5582,8 @@ def conditions(filters: Fields) -> tuple[list[str], Fields]:
     Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
     seconds. Raises as `read_filters` does.
     """
-    where, values = read_filters({"system": False, "status": STATUSES, **filters}, FILTERS)
+    where, values = read_filters({"system": False, **filters}, FILTERS)
+    values.setdefault("status", list(STATUSES))
     if values.get("system"):
         where.remove(_NO_SYSTEM)
     if values.get("parent", 0) is None:
@@ -6199,7 +6190,7 @@ class AttemptServer:
 class Drive:
     """The execution of one attempt at an engine, as the worker thread here sees it."""
 
-    def __init__(self, core: Core, attempt: Attempt, function: Callable[..., Any],
+    def __init__(self, core: Core, attempt: Attempt, function: Function,
                  engine: Engine | None = None) -> None:
         self._core, self._attempt, self._engine = core, attempt, engine
         self._function = function
@@ -6209,7 +6200,7 @@ class Drive:
         self.connection: Connection | None = None         # from its begin on
         self._ended = False
         self._waits: list[ContextManager[Any]] = []       # under way
-        self._calls: dict[str, Callable[..., Any]] = {
+        self._calls: dict[str, Function] = {
             "tell": lambda: None, "save": functools.partial(self._core.save, attempt),
             "submit": self._submit, "operate": self._core.operate, "info": self._core.info,
             "logs": self._core.logs, "status": self._core.status, "find": self._core.find,
@@ -6359,7 +6350,7 @@ class Drive:
         if positions is not None:
             self._attempt.loop_positions = json.loads(positions)
 
-    def _submit(self, columns: dict[str, Any], arguments: list[str | None] | None) -> Any:
+    def _submit(self, columns: Fields, arguments: list[str | None] | None) -> Any:
         """Submit a job, or one for each of the arguments; answer with the ids."""
         self._attempt.raise_if_stopped()
         new = Submission(columns["name"])
@@ -6513,14 +6504,14 @@ class Elsewhere:
         """Return whether an executor took nothing lately."""
         return executor is not None and executor is not ISOLATED and self.engine(executor).is_broken
 
-    def drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
+    def drive(self, attempt: Attempt, function: Function, executor: Any) -> None:
         """Have an attempt executed elsewhere. Never raises. In the thread that would execute it."""
         try:
             contextvars.Context().run(self._drive, attempt, function, executor)
         except BaseException as error:
             attempt.fail(error)
 
-    def _drive(self, attempt: Attempt, function: Callable[..., Any], executor: Any) -> None:
+    def _drive(self, attempt: Attempt, function: Function, executor: Any) -> None:
         enter(attempt)                             # what is done here is the job's doing
         if executor is ISOLATED:
             drive: Drive = IsolatedDrive(self._core, attempt, function)
@@ -6672,13 +6663,13 @@ class RunnerProxy:
             if _signals.came:
                 link.join(LOSS_SECONDS)                   # the runner has read the outcome then
 
-    def _function(self) -> Callable[..., Any]:
+    def _function(self) -> Function:
         """Import the function, and have the registry know it by the job's name."""
         import importlib
         name = self._given["module"]
         is_main = name == import_name("__main__") and not self._is_isolated
         module = sys.modules["__main__"] if is_main else importlib.import_module(name)
-        function: Callable[..., Any] = operator.attrgetter(self._given["function"])(module)
+        function: Function = operator.attrgetter(self._given["function"])(module)
         functions[self._attempt.name] = function
         return function
 
@@ -8157,7 +8148,7 @@ ATTEMPTS = """SELECT number AS attempt, started_at, ended_at, outcome, error FRO
     WHERE job_id = :id ORDER BY number"""
 
 
-def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
+def attempts_of(store: Store, job_id: int) -> Fields:
     """Return a job's attempts, oldest first, and the saved positions of its each() loops, outermost
     first.
 
@@ -8178,7 +8169,7 @@ def attempts_of(store: Store, job_id: int) -> dict[str, Any]:
     return {"attempts": attempts, "positions": json.loads(row["positions"] or "[]")}
 
 
-def count_jobs(store: Store, filters: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+def count_jobs(store: Store, filters: Fields) -> tuple[dict[str, int], list[str]]:
     """Return how many jobs of each status pass the other filters, at most COUNT_LIMIT, and the
     statuses that may have more such jobs, since the search ended before."""
     where, values = conditions(filters)
@@ -8290,7 +8281,7 @@ class _Refused(Exception):
 _READERS = {"tree": A_TRUTH, "since": A_TIME, "until": A_TIME, "before": A_NUMBER, "after": A_NUMBER, "limit": A_NUMBER}
 
 
-def _read_parameters(given: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+def _read_parameters(given: Fields, known: Iterable[str]) -> Fields:
     """Return the parameters that are not empty, all but filters read. ValueError: an unknown one, or a bad value."""
     for name, value in given.items():
         if name not in known and value != "":
@@ -8302,7 +8293,7 @@ def _read_parameters(given: dict[str, Any], known: Iterable[str]) -> dict[str, A
 class _Request:
     """What a WSGI environ says. Its body is read when it is asked for."""
 
-    def __init__(self, environ: dict[str, Any]) -> None:
+    def __init__(self, environ: Fields) -> None:
         self.environ = environ
         self.is_head = environ.get("REQUEST_METHOD") == "HEAD"
         self.method: str = "GET" if self.is_head else environ.get("REQUEST_METHOD", "GET")
@@ -8311,7 +8302,7 @@ class _Request:
         self.query: str = environ.get("QUERY_STRING", "")
         self.user = ""                                    # for the job log: who it is that has been let in
 
-    def parameters(self, *known: str) -> dict[str, Any]:
+    def parameters(self, *known: str) -> Fields:
         from urllib.parse import parse_qsl
         given = parse_qsl(self.query, max_num_fields=50)
         if len(given) > len(dict(given)):                 # readers disagree whether the first or the last counts
@@ -8334,7 +8325,7 @@ class _Request:
             raise ValueError("the body is not JSON") from None
 
 
-def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
+def _csv_of(pages: Iterable[list[Fields]]) -> Iterator[str]:
     """Yield the pieces of a table of jobs for spreadsheets: a header, then a line for each job."""
     import csv
 
@@ -8350,7 +8341,7 @@ def _csv_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
         yield "".join(line([cell(info[name]) for name in EXPORT_COLUMNS]) for info in infos)
 
 
-def _json_of(pages: Iterable[list[dict[str, Any]]]) -> Iterator[str]:
+def _json_of(pages: Iterable[list[Fields]]) -> Iterator[str]:
     """Yield the pieces of a JSON array of jobs, one a line."""
     before = "[\n"
     for infos in pages:
@@ -8375,7 +8366,7 @@ class Page:
     """The status page of a runner, as a WSGI app; the options are those of Runner.serve."""
 
     def __init__(self, core: Core, *, read_only: bool = False, hosts: Iterable[str] = (),
-                 password: str | None = None, authorize: Callable[[dict[str, Any]], str | None] | None = None) -> None:
+                 password: str | None = None, authorize: Callable[[Fields], str | None] | None = None) -> None:
         import secrets
         if password is not None and not (
                 isinstance(password, str) and password and text_of(password, len(password)) == password):
@@ -8390,7 +8381,7 @@ class Page:
         self._port: int | None = None                     # of our own server: then the Host header must name it
         self._boot = secrets.token_hex(4)                 # no ETag outlives this page
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    def __call__(self, environ: Fields, start_response: Function) -> Iterable[bytes]:
         from http import HTTPStatus
         request = _Request(environ)
         try:
@@ -8437,7 +8428,7 @@ class Page:
         answer = found if isinstance(found, _Answer) else _Answer(_json_bytes(found))
         return answer._replace(headers=(*answer.headers, ("ETag", tag))) if tag else answer
 
-    def _route(self, request: _Request) -> tuple[Callable[..., Any], tuple[str, ...], bool]:
+    def _route(self, request: _Request) -> tuple[Function, tuple[str, ...], bool]:
         """Return what answers a request, the arguments in its path, and whether the answer has an ETag."""
         import re
         for method, path, function, has_etag in self._ROUTES:
@@ -8548,7 +8539,7 @@ class Page:
 
     # reading: what is returned is sent as JSON
 
-    def _session(self, request: _Request) -> dict[str, Any]:
+    def _session(self, request: _Request) -> Fields:
         token = self._boot if self._read_only else self._token()      # nothing is written for those who only read
         return {"token": token, "read_only": self._read_only, "version": __version__}
 
@@ -8562,13 +8553,13 @@ class Page:
         body = _json_bytes({"jobs": self._infos(ids), "next": following, "counts": counts})
         return _Answer(body, headers=(("X-Bgjobs-At-Least", ",".join(unsure)),))      # statuses not counted to the end
 
-    def _infos(self, ids: list[int]) -> list[dict[str, Any]]:
+    def _infos(self, ids: list[int]) -> list[Fields]:
         return [self._shown(info) for info in describe_jobs(self.core.store, ids)]
 
-    def _shown(self, info: dict[str, Any]) -> dict[str, Any]:
+    def _shown(self, info: Fields) -> Fields:
         return {**info, "operations": []} if self._read_only else info
 
-    def _pages(self, filters: dict[str, Any]) -> Iterator[list[int]]:
+    def _pages(self, filters: Fields) -> Iterator[list[int]]:
         """Yield the ids of all jobs that pass, newest first, a page at a time."""
         before = None
         while True:
@@ -8600,27 +8591,27 @@ class Page:
         next(body)
         return _Answer(body, kind, headers=(("Content-Disposition", f'attachment; filename="jobs.{form}"'),))
 
-    def _info(self, number: str) -> dict[str, Any]:
+    def _info(self, number: str) -> Fields:
         try:
             return self.core.info(int(number))
         except KeyError:
             raise _Refused(404, f"there is no job {number}") from None
 
-    def _job(self, request: _Request, number: str) -> dict[str, Any]:
+    def _job(self, request: _Request, number: str) -> Fields:
         return self._shown(self._info(number))
 
-    def _logs(self, request: _Request, number: str) -> dict[str, Any]:
+    def _logs(self, request: _Request, number: str) -> Fields:
         job_id = self._info(number)["id"]
-        filters: dict[str, Any] = {
+        filters: Fields = {
             "level": None, "text": None, "since": None, "until": None, "after": 0, "limit": 200, "tree": False}
         filters.update(request.parameters(*filters))
         filters["limit"] = min(filters["limit"], LOG_LIMIT)
         return {"logs": self.core.logs(job_id, filters)}
 
-    def _attempts(self, request: _Request, number: str) -> dict[str, Any]:
+    def _attempts(self, request: _Request, number: str) -> Fields:
         return attempts_of(self.core.store, self._info(number)["id"])
 
-    def _stack(self, request: _Request, number: str) -> dict[str, Any]:
+    def _stack(self, request: _Request, number: str) -> Fields:
         """Return where a job's thread in this process is now, from the job's function on."""
         attempt = self.core.dispatch.attempts.get(self._info(number)["id"])
         frame = sys._current_frames().get(attempt.thread) if attempt is not None and attempt.thread else None
@@ -8629,14 +8620,14 @@ class Page:
         own = frames[calls[-1]:] if calls else []
         return {"stack": "".join(traceback.format_list(own)) or None}
 
-    def _stats(self, request: _Request) -> dict[str, Any]:
+    def _stats(self, request: _Request) -> Fields:
         return self.core.face.stats(**request.parameters("window", "name"))
 
-    def _schedules(self, request: _Request) -> dict[str, Any]:
+    def _schedules(self, request: _Request) -> Fields:
         rows = self.core.store.read(SCHEDULES, {"system": False})
         return {"schedules": [describe_schedule(row) for row in rows]}
 
-    def _runners(self, request: _Request) -> dict[str, Any]:
+    def _runners(self, request: _Request) -> Fields:
         return {"runners": [dict(row) for row in self.core.store.read(RUNNERS)]}
 
     # operating
@@ -8686,7 +8677,7 @@ class Page:
 
     # Method, path, what answers it, given the groups of the path, and whether that has an ETag: it does where nothing
     # but a commit changes it.
-    _ROUTES: tuple[tuple[str, str, Callable[..., Any], bool], ...] = (
+    _ROUTES: tuple[tuple[str, str, Function, bool], ...] = (
         ("GET", r"|statistics|schedules|jobs/[0-9]+", _html, False),
         ("GET", r"(?:jobs/)?page\.css", _css, False),
         ("GET", r"(?:jobs/)?page\.js", _javascript, False),
@@ -8881,7 +8872,7 @@ def _width(stream: TextIO) -> int:
     return shutil.get_terminal_size(os.get_terminal_size(stream.fileno())).columns or 80
 
 
-def print_table(rows: list[dict[str, Any]], spare: Iterable[str]) -> None:
+def print_table(rows: list[Fields], spare: Iterable[str]) -> None:
     """Print rows of cells, by the titles of their columns. The last column takes what the terminal leaves; a narrow one
     does without the spare columns, first those named first."""
     if not rows:
@@ -8900,11 +8891,11 @@ def print_table(rows: list[dict[str, Any]], spare: Iterable[str]) -> None:
         print("  ".join(_coloured(cell) if title == "Status" else cell for title, cell in cells.items()).rstrip())
 
 
-def _time_left(info: dict[str, Any]) -> str:
+def _time_left(info: Fields) -> str:
     return "" if info["eta"] is None else f"{for_people(info['eta'])} left"
 
 
-def progress_line(info: dict[str, Any], width: int) -> str:
+def progress_line(info: Fields, width: int) -> str:
     """Return one line for a terminal of this width: bar, percent, children, time left, message."""
     progress, children = info["progress"], info["children"]
     filled = int(24 * (progress or 0))
@@ -8917,7 +8908,7 @@ def progress_line(info: dict[str, Any], width: int) -> str:
 _AT_REST = (*OVER, STOPPED)        # what following a job ends with
 
 
-def _follow(job: Job[Any]) -> dict[str, Any]:
+def _follow(job: Job[Any]) -> Fields:
     """Wait until a job is over or stopped, with a progress bar if this is a terminal; return its info."""
     while True:
         info = job.info()
@@ -8947,7 +8938,7 @@ def _until_interrupted(what: str, stream: TextIO | None = None) -> NoReturn:
 
 # Commands that run jobs.
 
-def _finished(job: Job[Any]) -> dict[str, Any]:
+def _finished(job: Job[Any]) -> Fields:
     """Follow a job to its end; return its info. SystemExit, which says so: it has not finished."""
     info = _follow(job)
     if info["status"] != FINISHED:
@@ -9016,7 +9007,7 @@ def _list(args: Any) -> int:
     return 0
 
 
-def _listed(job: dict[str, Any]) -> dict[str, Any]:
+def _listed(job: Fields) -> Fields:
     """Return a job's row in the list."""
     progress, children = "" if job["progress"] is None else f"{job['progress']:.0%}", job["children"]
     return {
@@ -9042,7 +9033,7 @@ def _show(args: Any) -> int:
     return 1 if info["status"] in (FAILED, CANCELLED) else 0
 
 
-def _print_fields(info: dict[str, Any]) -> None:
+def _print_fields(info: Fields) -> None:
     """Print what there is to say of a job, a line for each field."""
     for name, value in info.items():
         if value in (None, "", [], {}, False):
@@ -9082,7 +9073,7 @@ def _operation(args: Any) -> int:
     except Exception:                                     # KeyError, ImportError, OSError: a user without a name
         by = "the command line"
     done: list[int] = []
-    refused: list[dict[str, Any]] = []
+    refused: list[Fields] = []
     with _opened(args) as runner:
         for job_id in args.ids:
             try:
@@ -9143,7 +9134,7 @@ def _seconds(text: str) -> float:
 ENTRIES_A_CHILD = 1_000            # of a folder
 
 
-def fingerprint(folder: str) -> dict[str, Any]:
+def fingerprint(folder: str) -> Fields:
     """Find duplicate files below a folder: the job of `demo`. A child for each folder, the largest at low priority."""
     context = current_job()
     if context.state is None:                             # a resumed attempt finds its children where they are
@@ -9184,7 +9175,7 @@ def _submit_children(folder: str) -> int:
     return len(unreadable)
 
 
-def fingerprint_files(folder: str, names: list[str]) -> dict[str, Any]:
+def fingerprint_files(folder: str, names: list[str]) -> Fields:
     """Return size and SHA-256 of the regular files among the entries of one folder: a child of `fingerprint`."""
     import hashlib
     import stat
@@ -9224,7 +9215,7 @@ def _demo(args: Any) -> int:
     return 0
 
 
-def _print_report(report: dict[str, Any], seconds: float) -> None:
+def _print_report(report: Fields, seconds: float) -> None:
     print(f"{report['files']:,} files in {report['folders']:,} folders, {report['bytes'] / 1e6:,.1f} MB, "
           f"in {for_people(seconds)}; {report['unreadable']:,} could not be read\n"
           f"{report['groups']:,} groups of duplicates waste {report['wasted'] / 1e6:,.1f} MB; the largest:")
@@ -9251,7 +9242,7 @@ def _arguments(arguments: list[str] | None) -> Any:
     one_job.add_argument("id", type=int, metavar="ID")
     one_job.add_argument("-f", "--follow", action="store_true", help="go on until it is over or stopped")
 
-    def command(name: str, call: Callable[[Any], int], does: str, *shared: Any) -> Callable[..., Any]:
+    def command(name: str, call: Callable[[Any], int], does: str, *shared: Any) -> Function:
         """Add a command with arguments that others have, too; return what adds its own."""
         made = commands.add_parser(name, help=does, description=does, parents=shared)
         made.set_defaults(call=call)
