@@ -2188,11 +2188,11 @@ class JobFile:
     def connect(self) -> sqlite3.Connection:
         """Return a new connection for reading, never a new file. The caller closes it.
 
-        Handles of a closed runner read on, when the WAL may be gone: so this does not `check`.
+        Handles of a closed runner read on, when the WAL may be gone.
         """
-        import pathlib
-        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
-        db: sqlite3.Connection = sqlite3.connect(uri, uri=True, **_CONNECT)
+        if not os.path.exists(self.path):
+            self.check()                                  # raises
+        db: Any = sqlite3.connect(self.path, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2564,6 +2564,11 @@ class Pool:
         """Whether so many superseded attempts still execute that nothing should be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
+    def has(self, attempt: Attempt) -> bool:
+        """Return whether an attempt waits here, or executes and has not been abandoned."""
+        places = (*self._placed, self._away, self._returning, self.claimed)
+        return any(attempt in each for each in places)
+
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
@@ -2683,8 +2688,7 @@ class Pool:
     def abandon(self, attempt: Attempt) -> None:
         """Take the slot of a superseded attempt away, whose thread lives on."""
         with self._lock:
-            executing = (*self._placed, self._away, self._returning)
-            if not any(attempt in each for each in executing):
+            if not self.has(attempt) or attempt in self.claimed:
                 return
             self._take_out(attempt)
             self.abandoned.add(attempt)
@@ -4919,6 +4923,7 @@ class Service:
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
@@ -4994,7 +4999,10 @@ class Service:
         """
         dispatch = self._core.dispatch
         jobs = {job.id: job for job in owned(tx, self._core.id)}
-        for job_id in jobs.keys() - dispatch.attempts.keys():
+        # A worker queues an outcome before it takes the attempt out of the pool.
+        here = {attempt.id for attempt in list(dispatch.attempts.values())
+                if dispatch.pool.has(attempt) or attempt in dispatch.ended}
+        for job_id in jobs.keys() - here:
             if self._core.life.started:                   # in drain(), it is about to execute
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
