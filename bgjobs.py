@@ -4153,8 +4153,10 @@ class Core:
         FROM bgjobs_jobs WHERE id = :id"""
 
     def outcome(self, job_id: int) -> Any:
-        """Return a row with status, created_at, name, attempt, result and error, or None."""
-        return next(iter(self.store.read(self._OUTCOME, {"id": job_id})), None)
+        """Return a dict with status, created_at, name, attempt, result and error, or None."""
+        for row in self.store.read(self._OUTCOME, {"id": job_id}):
+            return {**row}                                # other processes get it as JSON
+        return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
         """Return the ids of the jobs that pass the filters, newest first."""
@@ -5854,7 +5856,7 @@ options = _submitter.options
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
     """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return method(default_runner(), *args, **kwargs)
+        return getattr(default_runner(), method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Of a bound method, so that help() shows the signature without `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
@@ -6818,7 +6820,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
@@ -7209,6 +7211,7 @@ const WHY = {              // what a phase, or else a status, means for someone 
   "limit reached": "As many jobs of this name are running as its max_running allows.",
   "unknown function": "No running process knows this function: import its module in the app, or name it in "
     + "start(modules=[\u2026]).",
+  "waiting for the executor": "The executor that it belongs to takes nothing for now.",
   "waiting for children": "Its function has returned; it is over when all its children are.",
   "pending": "It starts when a worker is free and its turn has come.",
   "stopping": "It was asked to stop and will at its next checkpoint.",

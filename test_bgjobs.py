@@ -7410,7 +7410,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("arguments,text", [
         (["run", "tasks"], "write module:function"), (["run", "nowhere:f"], "cannot find nowhere:f"), (["run", "os:nothing"], "cannot find"),
         (["demo", "/nowhere"], "is not a folder"), (["demo", ".", "--workers", "0"], "max_workers must be greater than 0"),
-        (["run", "os:getpid", "--db", "/nowhere/x.db"], "does not exist; create it first"), ([], "COMMAND"), (["fly"], "invalid choice")])
+        (["run", "os:getpid", "--db", "/nowhere/x.db"], "in a folder that exists"), ([], "COMMAND"), (["fly"], "invalid choice")])
     def test_misuse_is_one_clear_line_and_exit_code_2(self, tmp_path, arguments, text):
         done = bgjobs_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
