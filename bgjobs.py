@@ -2095,7 +2095,7 @@ class JobFile:
         # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
-    def open(self, synchronous: str, now: float) -> sqlite3.Connection:
+    def open(self, synchronous: str, now: float) -> Any:
         """Return the connection that writes, after bringing the file up to date."""
         db = None
         try:
@@ -2185,14 +2185,14 @@ class JobFile:
                              "and make a new runner")
         self._checked_at = time.monotonic()
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self) -> Any:
         """Return a new connection for reading, never a new file. The caller closes it.
 
         Handles of a closed runner read on, when the WAL may be gone.
         """
         if not os.path.exists(self.path):
             self.check()                                  # raises
-        db: Any = sqlite3.connect(self.path, **_CONNECT)
+        db = sqlite3.connect(self.path, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2266,7 +2266,7 @@ class Store:
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        self._say_once: Any = functools.lru_cache(20)(lambda text, at: say(logging.ERROR, text))
         # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()             # guards _version_db
