@@ -1099,7 +1099,7 @@ _OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
 
 SUSPECT = 2                # crashes of its process after which a job runs beside no other such job
 DEATHS = 3                 # crashes after which it is failed
-HEARTBEAT_SECONDS = 15     # for people to see; `_Presence` tells the dead from the living
+HEARTBEAT_SECONDS = 15     # for people to see; `Presence` tells the dead from the living
 PARKED_A_CLAIM = 200       # jobs that one claim may block; then others get their turn to write
 ATTEMPTS_A_JOB = 100       # that are kept, for people to see
 
