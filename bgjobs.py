@@ -1952,11 +1952,17 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died, and forget it; return how many."""
+    """Take back the jobs of a runner whose process died, and forget it; return how many.
+
+    The death is not held against a job if it is the third of a descendant, which it may wait for.
+    """
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
+    cleared: set[int] = set()
     for job in jobs:
-        tx.execute(_COUNT_DEATH, {"id": job.id})
+        tx.execute(_FORGET_DEATHS if job.id in cleared else _COUNT_DEATH, {"id": job.id})
+        if job.deaths + 1 >= DEATHS:
+            cleared.update(tx.lineage(job.parent_id))
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
     return len(jobs)
@@ -4381,7 +4387,7 @@ class Lifecycle:
         """Take back the jobs of runners whose process died, and of those without a row."""
         now = self._core.clock()
         for runner, seen in self._store.read(self._OTHERS, {"id": self._core.id}):
-            if seen is None or self.presence.is_dead(runner, now - seen):
+            if self.presence.is_dead(runner, math.inf if seen is None else now - seen):
                 taken = self._store.write(lambda tx: recover(tx, runner))
                 self.presence.remove(runner)
                 if taken:
