@@ -1099,7 +1099,7 @@ _OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
 
 SUSPECT = 2                # crashes of its process after which a job runs beside no other such job
 DEATHS = 3                 # crashes after which it is failed
-HEARTBEAT_SECONDS = 15     # for people to see; `_Presence` tells the dead from the living
+HEARTBEAT_SECONDS = 15     # for people to see; `Presence` tells the dead from the living
 PARKED_A_CLAIM = 200       # jobs that one claim may block; then others get their turn to write
 ATTEMPTS_A_JOB = 100       # that are kept, for people to see
 
@@ -2101,7 +2101,7 @@ class JobFile:
         # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
-    def open(self, synchronous: str, now: float) -> sqlite3.Connection:
+    def open(self, synchronous: str, now: float) -> Any:
         """Return the connection that writes, after bringing the file up to date."""
         db = None
         try:
@@ -2191,14 +2191,14 @@ class JobFile:
                              "and make a new runner")
         self._checked_at = time.monotonic()
 
-    def connect(self) -> sqlite3.Connection:
+    def connect(self) -> Any:
         """Return a new connection for reading, never a new file. The caller closes it.
 
-        Handles of a closed runner read on, when the WAL may be gone: so this does not `check`.
+        Handles of a closed runner read on, when the WAL may be gone.
         """
-        import pathlib
-        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
-        db: sqlite3.Connection = sqlite3.connect(uri, uri=True, **_CONNECT)
+        if not os.path.exists(self.path):
+            self.check()                                  # raises
+        db = sqlite3.connect(self.path, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2272,7 +2272,7 @@ class Store:
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        self._say_once: Any = functools.lru_cache(20)(lambda text, at: say(logging.ERROR, text))
         # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()             # guards _version_db
@@ -2570,6 +2570,11 @@ class Pool:
         """Whether so many superseded attempts still execute that nothing should be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
+    def has(self, attempt: Attempt) -> bool:
+        """Return whether an attempt waits here, or executes and has not been abandoned."""
+        places = (*self._placed, self._away, self._returning, self.claimed)
+        return any(attempt in each for each in places)
+
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
@@ -2689,8 +2694,7 @@ class Pool:
     def abandon(self, attempt: Attempt) -> None:
         """Take the slot of a superseded attempt away, whose thread lives on."""
         with self._lock:
-            executing = (*self._placed, self._away, self._returning)
-            if not any(attempt in each for each in executing):
+            if not self.has(attempt) or attempt in self.claimed:
                 return
             self._take_out(attempt)
             self.abandoned.add(attempt)
@@ -4927,6 +4931,7 @@ class Service:
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
@@ -5002,7 +5007,10 @@ class Service:
         """
         dispatch = self._core.dispatch
         jobs = {job.id: job for job in owned(tx, self._core.id)}
-        for job_id in jobs.keys() - dispatch.attempts.keys():
+        # A worker queues an outcome before it takes the attempt out of the pool.
+        here = {attempt.id for attempt in list(dispatch.attempts.values())
+                if dispatch.pool.has(attempt) or attempt in dispatch.ended}
+        for job_id in jobs.keys() - here:
             if self._core.life.started:                   # in drain(), it is about to execute
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
