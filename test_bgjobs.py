@@ -2,6 +2,7 @@
 
 Real SQLite files, threads and processes; only the clock is ever faked.
 """
+import ast
 import asyncio
 import atexit
 import base64
@@ -13,6 +14,7 @@ import contextvars
 import csv
 import datetime
 import decimal
+import dis
 import errno
 import fractions
 import functools
@@ -3819,6 +3821,10 @@ def context_seen():
     return [job.id, job.name, job.run_by, job.attempt, job.stop_requested]
 
 
+def public_names():
+    return [name for name in dir(bgjobs.current_job()) if not name.startswith("_")]
+
+
 async def coroutine(value):
     await asyncio.sleep(0)
     return [value, bgjobs.current_job().id]
@@ -4027,6 +4033,13 @@ class TestInsideAJob:
         job.log.debug("nothing")
         assert list(job.each([1, 2])) == [1, 2]
         assert (job.id, job.state, job.stop_requested, job.attempt) == (None, None, False, 0)
+
+    def test_it_shows_eleven_names_and_no_other(self, idle):
+        job = idle.submit(public_names)
+        idle.drain()
+        assert job.result() == public_names() == sorted((
+            "id", "name", "run_by", "attempt", "state", "stop_requested", "checkpoint",
+            "progress", "each", "sleep", "log"))
 
     def test_the_context_tells_who_and_what(self, runner):
         job = runner.options(run_by="ann").submit(context_seen)
@@ -7655,6 +7668,109 @@ class TestCommandLine:
 
     def test_durations_for_people(self):
         assert [bgjobs.for_people(s) for s in (0.04, 9.96, 59.4, 60, 3661)] == ["0.0 s", "10.0 s", "59 s", "1 min 0 s", "1 h 1 min"]
+
+
+# ---- the layers of the file ------------------------------------------------------------------------------------
+
+def pieces_of_the_file():
+    """Return the source of bgjobs.py, and the line on which each layer but the core begins."""
+    source = pathlib.Path(bgjobs.__file__).read_text(encoding="utf-8")
+    banners = {match[1]: number for number, line in enumerate(source.splitlines(), 1)
+               if (match := re.match("# ==== layer: ([a-z ]+) =", line))}
+    return source, banners
+
+
+def names_of(code, *operations):
+    return {instruction.argval for instruction in dis.get_instructions(code)
+            if instruction.opname in operations}
+
+
+def global_names(code):
+    """Yield the names that a code object, or one inside it, looks up in the module."""
+    yield from names_of(code, "LOAD_GLOBAL")
+    yield from names_of(code, "LOAD_NAME") - names_of(code, "STORE_NAME")      # a class's own
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from global_names(constant)
+
+
+class TestLayers:
+    LAYERS = ["core", "elsewhere", "page", "command line"]
+
+    def test_the_file_has_them_in_order(self):
+        _, banners = pieces_of_the_file()
+        assert list(banners) == self.LAYERS[1:]
+        assert {*bgjobs.DOORS.values()} < {*self.LAYERS}
+
+    def test_none_names_what_a_later_one_defines(self):
+        source, banners = pieces_of_the_file()
+        defined, used = {}, []                               # name -> its first layer; (name, layer)
+        for statement in ast.parse(source).body:
+            layer = sum(statement.lineno > line for line in banners.values())
+            # Without `from __future__ import annotations`, so that annotations are looked at, too.
+            code = compile(ast.Module([statement], []), "bgjobs.py", "exec", dont_inherit=True)
+            for name in names_of(code, "STORE_NAME", "STORE_GLOBAL"):
+                defined.setdefault(name, layer)
+            used += [(name, layer) for name in global_names(code)]
+        assert len(defined) > 400
+        assert not {(name, self.LAYERS[layer], self.LAYERS[defined[name]]) for name, layer in used
+                    if defined.get(name, 0) > layer}
+
+    @pytest.mark.parametrize("cut_off", LAYERS[1:])
+    def test_what_stands_above_works_alone_and_a_missing_door_names_its_layer(
+            self, tmp_path, cut_off):
+        source, banners = pieces_of_the_file()
+        above = source.splitlines(keepends=True)[:banners[cut_off] - 1]
+        (tmp_path / "bgjobs.py").write_text("".join(above), encoding="utf-8")
+        (tmp_path / "work.py").write_text(textwrap.dedent("""
+            import bgjobs
+
+            def add(a, b=0):
+                return a + b
+
+            def count(n):
+                for i in bgjobs.current_job().each(range(n)):
+                    bgjobs.current_job().sleep(0.005)
+                return n
+
+            def family(n):
+                bgjobs.current_job().log.info("makes %d children", n)
+                return sum(job.result() for job in [bgjobs.submit(add, i) for i in range(n)])
+        """))
+        missing = {name: layer for name, layer in bgjobs.DOORS.items()
+                   if self.LAYERS.index(layer) >= self.LAYERS.index(cut_off)}
+        program = """
+            import bgjobs, concurrent.futures, os, sys, time, work
+            assert os.path.dirname(os.path.abspath(bgjobs.__file__)) == os.getcwd()
+            runner = bgjobs.start("jobs.db", max_workers=2)
+            assert bgjobs.submit(work.add, 1, 2).result(10) == 3
+            job = bgjobs.submit(work.count, 100)
+            while not job.progress:
+                time.sleep(0.01)
+            job.stop()
+            while job.status != "stopped":
+                time.sleep(0.01)
+            assert job.resume().result(10) == 100 and job.attempt == 2
+            parent = bgjobs.submit(work.family, 5)
+            assert parent.result(10) == 10 and parent.children["done"] == 5
+            assert [line["message"] for line in parent.logs()] == ["makes 5 children"]
+            assert bgjobs.every("1h", work.add, 5).run_now().result(10) == 5
+            assert len(bgjobs.jobs(status="finished")) == 9
+            assert bgjobs.stats("1h")["total"]["finished"] == 9
+            calls = {"serve": lambda: bgjobs.serve(port=0), "wsgi": bgjobs.wsgi,
+                     "isolate": lambda: bgjobs.options(isolate=True).submit(work.add, 1),
+                     "executor": lambda: bgjobs.Runner(
+                         "other.db", executor=concurrent.futures.ThreadPoolExecutor)}
+            for name in sys.argv[1:]:
+                try:
+                    calls[name]()
+                except bgjobs.BgjobsError as error:
+                    print(error)
+            bgjobs.close()
+        """
+        out = printed(python(program, *missing, cwd=tmp_path))
+        for line, (name, layer) in itertools.zip_longest(out.splitlines(), missing.items()):
+            assert line.startswith(f"{name} needs the layer {layer!r}")
 
 
 # ---- README ----------------------------------------------------------------------------------------------------
