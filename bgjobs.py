@@ -115,8 +115,8 @@ _log = logging.getLogger("bgjobs")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
-Function = Callable[..., Any]          # a job's, in most cases
-Fields = dict[str, Any]                # a JSON object, options, or parameters of a statement
+Function = Callable[..., Any]  # a job's, in most cases
+Fields = dict[str, Any]  # a JSON object, options, or parameters of a statement
 
 
 def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
@@ -129,19 +129,19 @@ def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading
 
 def say(level: int, text: str) -> None:
     """Log one of bgjobs' own messages from a separate thread: the app's handlers may block."""
-    with contextlib.suppress(RuntimeError):               # the interpreter ends
+    with contextlib.suppress(RuntimeError):  # the interpreter ends
         start_thread("bgjobs-log", _log.log, level, "%s", text)
 
 
 # ---- 1 Words and rules --------------------------------------------------------------------------
 
-PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"        # executes, or has returned and waits for children. A crash: pending.
-STOPPING = "stopping"      # asked to stop, no checkpoint reached yet. A crash: stopped.
-STOPPED = "stopped"        # halted; can be resumed or cancelled.
-FINISHED = "finished"      # the function returned and all descendants are over.
-FAILED = "failed"          # the function raised.
-CANCELLED = "cancelled"    # discarded for good.
+PENDING = "pending"  # waits for a worker, or for its time. A crash changes nothing.
+RUNNING = "running"  # executes, or has returned and waits for children. A crash: pending.
+STOPPING = "stopping"  # asked to stop, no checkpoint reached yet. A crash: stopped.
+STOPPED = "stopped"  # halted; can be resumed or cancelled.
+FINISHED = "finished"  # the function returned and all descendants are over.
+FAILED = "failed"  # the function raised.
+CANCELLED = "cancelled"  # discarded for good.
 
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
@@ -152,10 +152,10 @@ STATUSES = _NOT_OVER + OVER
 class Operation(NamedTuple):
     """What people may do to a job. Transaction has a method for each that carries it out."""
 
-    moves: dict[str, str]              # each status that allows it -> the status that follows
-    done: str                          # the past tense, for refusals
-    does: str                          # for the help of the command line
-    once_returned: dict[str, str] = {}           # moves that differ once the function has returned
+    moves: dict[str, str]  # each status that allows it -> the status that follows
+    done: str  # the past tense, for refusals
+    does: str  # for the help of the command line
+    once_returned: dict[str, str] = {}  # moves that differ once the function has returned
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -181,9 +181,9 @@ OPERATIONS = {
 # function had begun, had not, or is unknown in this process.
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
-NO_EXECUTOR = "no executor"        # given back, since its executor takes nothing
-WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}      # what blocks the job then
-TIMED_OUT = "timed out"            # the reason to stop an attempt, which then ends as RAISED
+NO_EXECUTOR = "no executor"  # given back, since its executor takes nothing
+WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job then
+TIMED_OUT = "timed out"  # the reason to stop an attempt, which then ends as RAISED
 
 # The words for outcomes in an attempt's history, and for jobs that are pending again.
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
@@ -224,7 +224,7 @@ def allowed_operations(status: str, options: Fields, system: bool = False,
     allowed = {name for name, operation in OPERATIONS.items()
                if status in operation.moves and not objection(name, options, system)}
     if status in (STOPPING, STOPPED):
-        allowed.discard("stop")        # it repeats silently; there is no use in offering it
+        allowed.discard("stop")  # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
         if status == STOPPED:
@@ -275,8 +275,8 @@ def door(name: str) -> Function:
 # with one key, which names the type: {"$date": "2026-01-31"}. A dict with a key of its own that
 # begins with "$" is stored as a list of pairs: {"$dict": [[key, value], ...]}.
 
-VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
-TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
+VALUE_LIMIT = 256 * 1024  # characters of JSON for arguments, a state or a result
+TEXT_LIMIT = 8 * 1024  # characters of a log line, a label, a message
 
 
 def is_number(value: Any) -> bool:
@@ -388,7 +388,7 @@ def encode(value: Any, what: str = "the value") -> str:
     """
     try:
         text = dump(_jsonable(value))
-    except Exception as error:         # ours, or raised by the value's own methods
+    except Exception as error:  # ours, or raised by the value's own methods
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
         raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than "
@@ -419,10 +419,10 @@ def decode(text: str | None) -> Any:
 
 def module_name(module: str) -> str:
     """Return the stable name of a module in job names: for __main__, the script's."""
-    if module not in ("__main__", "__mp_main__"):         # multiprocessing's name for it
+    if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
         return module.removesuffix(".__main__")
     main: Any = sys.modules["__main__"]
-    if main.__spec__ is not None:      # python -m
+    if main.__spec__ is not None:  # python -m
         return str(main.__spec__.name).removesuffix(".__main__")
     file = getattr(main, "__file__", None) or "<stdin>"
     return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
@@ -468,7 +468,7 @@ def name_of(function: Function) -> str:
     """
     try:
         return _names[function]
-    except (KeyError, TypeError):      # TypeError: it has no hash, so it is no function
+    except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
         path = import_path(function)
     name = _names[function] = declared.get(function, {}).get("name") or path
     functions[name] = function
@@ -518,7 +518,7 @@ def zone_of(tz: Any) -> Any:
         return None
     try:
         return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
-    except Exception:                  # KeyError, ValueError, OSError: their texts say too little
+    except Exception:  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
 
@@ -566,7 +566,7 @@ def check_values(given: Fields, tests: dict[str, tuple[Function, str]]) -> None:
         test, must_be = tests[name]
         try:
             fits = value is None or test(value)
-        except Exception:              # of the value's own methods, or an unknown time zone
+        except Exception:  # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
@@ -609,7 +609,7 @@ def job(**options: Any) -> Callable[[_T], _T]:
             taken_by = f"{known.__module__}.{known.__qualname__}"
             if taken_by != f"{function.__module__}.{function.__qualname__}":
                 raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            functions[name] = function             # also if a reloaded module has a newer one
+            functions[name] = function  # also if a reloaded module has a newer one
         declared[function] = options
         return function
     return declare
@@ -642,7 +642,7 @@ def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]
     parameters = inspect.signature(function).parameters
     unknown = {*secret} - {name for name, each in parameters.items() if str(each)[0] != "*"}
     if any(str(each)[:2] == "**" for each in parameters.values()):
-        unknown &= {*parameters}       # it takes any other name
+        unknown &= {*parameters}  # it takes any other name
     if unknown:
         raise ValueError(f"secret names {unknown.pop()!r}, but {function.__qualname__} has no such "
                          "argument; of *arguments and **keywords, name the keywords, or pass a "
@@ -726,7 +726,7 @@ _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
-_CRON_DAYS = 366 * 41              # how far to look: 29 February is a certain weekday in 40 years
+_CRON_DAYS = 366 * 41  # how far to look: 29 February is a certain weekday in 40 years
 _CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 
@@ -770,7 +770,7 @@ class Cron:
         self._weekdays = {day % 7 for day in weekdays}
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
-        self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
+        self._folds = (0, 1) if len(self._hours) == 24 else (0,)  # of an hour that comes twice
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after both `now` and `due`, in Unix seconds.
@@ -795,7 +795,7 @@ class Cron:
                 later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
                 if later:
                     return min(later)
-            hour += datetime.timedelta(hours=1)            # on the clock's face
+            hour += datetime.timedelta(hours=1)  # on the clock's face
         raise ValueError("the cron schedule is never due: no such day comes")
 
 
@@ -5368,7 +5368,7 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     zone = getattr(zone_of(tz), "key", None)
     now, key = core.clock(), new.key
     first = schedule_of(schedule, zone).next(now, now)
-    if key is None:                    # function and arguments, hashed if they are secret or long
+    if key is None:  # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in (new.options or ""):
             import hashlib
@@ -5462,8 +5462,8 @@ def fold_statistics(core: Core) -> None:
     core.store.write(fold)
 
 
-PRUNE_IDS = 2_000          # ids that a prune looks at together
-PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs, while all writers wait
+PRUNE_IDS = 2_000  # ids that a prune looks at together
+PRUNE_SECONDS = 0.02  # how long one of its transactions removes jobs, while all writers wait
 
 # A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to
 # do: a child that was resumed below a root that is over still runs. Jobs that an interrupted prune
@@ -5507,7 +5507,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
 @job(name="bgjobs.housekeeping")
 def housekeeping(finished: float, failed: float) -> int:
     """Fold the statistics and prune the file of the runner whose job this is."""
-    core = current_attempt().backend                      # type: ignore[union-attr]
+    core = current_attempt().backend  # type: ignore[union-attr]
     fold_statistics(core)
     return remove_expired(core, finished, failed)
 
@@ -5804,7 +5804,7 @@ def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
 # The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
-_default_lock = threading.Lock()       # guards the making of _default
+_default_lock = threading.Lock()  # guards the making of _default
 
 
 @library_code
@@ -5838,7 +5838,7 @@ def default_runner() -> Runner:
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        return attempt.backend.face    # type: ignore[no-any-return]
+        return attempt.backend.face  # type: ignore[no-any-return]
     if runner is None:
         return start()
     if _is_shut(runner):
