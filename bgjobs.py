@@ -829,7 +829,7 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
     """
     fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
                     for head in itertools.islice(waiting, 1)), reverse=True)
-    again: list[tuple[int, int, Any, Iterator[Any]]] = []        # a heap: roots with more jobs
+    again: list[tuple[int, int, Any, Iterator[Any]]] = []  # a heap: roots with more jobs
     while fresh or again:
         is_fresh = not again or fresh and fresh[-1] < again[0]
         tag, root, head, waiting = fresh.pop() if is_fresh else heapq.heappop(again)
@@ -840,10 +840,10 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
             heapq.heappush(again, (tag + (cost or 0), root, following, waiting))
 
 
-UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
-AHEAD_SECONDS = 0.010      # short jobs are claimed ahead of free workers: so much work for each
-AHEAD_LIMIT = 256          # and so many jobs in a process
-_OVERHEAD = 50e-6          # seconds that a job costs besides its function
+UNKNOWN_COST = 0.010  # seconds charged for the first run of a function
+AHEAD_SECONDS = 0.010  # short jobs are claimed ahead of free workers: so much work for each
+AHEAD_LIMIT = 256  # and so many jobs in a process
+_OVERHEAD = 50e-6  # seconds that a job costs besides its function
 
 
 class RunTimes:
@@ -893,7 +893,7 @@ class Pace:
         None if no rate is known yet. Fewer units than before begin anew.
         """
         if self._done is None or done < self._done:
-            counts = self._counts_first and at >= 0.1      # else done before the attempt began
+            counts = self._counts_first and at >= 0.1  # else done before the attempt began
             self._gained, self._seconds = (done, at) if counts else (0.0, 0.0)
             self._done, self._at, self._counts_first = done, at, False
         elif done > self._done and at > self._at:
@@ -904,7 +904,7 @@ class Pace:
             self._done, self._at = done, at
         if self._gained <= 0 or self._seconds <= 0:
             return None
-        behind = at - self._at                             # since the last report of more units
+        behind = at - self._at  # since the last report of more units
         return max(0.0, (total - done) * self._seconds / self._gained - behind)
 
 
@@ -1024,42 +1024,42 @@ class JobRow(NamedTuple):
 
     id: int
     parent_id: int | None
-    root_id: int | None                        # None for a root
+    root_id: int | None  # None for a root
     name: str
     status: str
-    attempt: int                               # number of the newest
-    options: str | None                        # JSON
+    attempt: int  # number of the newest
+    options: str | None  # JSON
     key: str | None
     system: int
     low_priority: int
     max_running: int | None
     deaths: int
     queue: int | None
-    vtime: int                                 # microseconds; of a root
+    vtime: int  # microseconds; of a root
     created_at: float
     run_at: float | None
-    started_at: float | None                   # the first attempt, since creation or restart
+    started_at: float | None  # the first attempt, since creation or restart
     duration: float
-    progress: float | None                     # its own
+    progress: float | None  # its own
     total: int
     # What the function needs: read by claims alone, since it may be large.
-    args: str | None                           # JSON
-    kwargs: str | None                         # JSON
-    state: str | None                          # JSON
-    positions: str | None                      # JSON
+    args: str | None  # JSON
+    kwargs: str | None  # JSON
+    state: str | None  # JSON
+    positions: str | None  # JSON
     run_by: str | None
     # Claims do not read on.
-    owner: int | None                          # the runner that executes it
-    returned: int                              # 1: its function has; 2: it raised for good
+    owner: int | None  # the runner that executes it
+    returned: int  # 1: its function has; 2: it raised for good
     parked: str | None
-    charge: int                                # microseconds
+    charge: int  # microseconds
     since: float | None
     own_errors: int
     open: int
     done: int
     failed: int
     running: int
-    tree_progress: float                       # the sum of its descendants' progress
+    tree_progress: float  # the sum of its descendants' progress
 
     @property
     def root(self) -> int:
@@ -1078,7 +1078,7 @@ class JobRow(NamedTuple):
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
-to_job = functools.partial(tuple.__new__, JobRow)       # quicker than JobRow._make; a row may be short
+to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make; a row may be short
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1097,30 +1097,30 @@ _OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
 # A row that was read in a transaction cannot change before its end, since BEGIN IMMEDIATE keeps
 # all other writers out. So a status that was checked here needs no second check in the UPDATE.
 
-SUSPECT = 2                # crashes of its process after which a job runs beside no other such job
-DEATHS = 3                 # crashes after which it is failed
-HEARTBEAT_SECONDS = 15     # for people to see; `_Presence` tells the dead from the living
-PARKED_A_CLAIM = 200       # jobs that one claim may block; then others get their turn to write
-ATTEMPTS_A_JOB = 100       # that are kept, for people to see
+SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
+DEATHS = 3  # crashes after which it is failed
+HEARTBEAT_SECONDS = 15  # for people to see; `_Presence` tells the dead from the living
+PARKED_A_CLAIM = 200  # jobs that one claim may block; then others get their turn to write
+ATTEMPTS_A_JOB = 100  # that are kept, for people to see
 
 
 class Submission:
     """A job that is to be stored: its columns, and the attempt that submits it."""
 
-    args: str | None = None                               # JSON, as the next two
+    args: str | None = None  # JSON, as the next two
     kwargs: str | None = None
     options: str | None = None
     label: str | None = None
-    run_by: str | None = None                             # None: the parent's
-    low_priority: int | None = None                       # None: the parent's
+    run_by: str | None = None  # None: the parent's
+    low_priority: int | None = None  # None: the parent's
     system = 0
     key: str | None = None
     run_at: float | None = None
     max_running: int | None = None
-    submitter: int | None = None                          # the runner
+    submitter: int | None = None  # the runner
     parent_id: int | None = None
-    author: tuple[int, int] | None = None                 # job and attempt, if a job submits it
-    created_at: float | None = None                       # once it is stored
+    author: tuple[int, int] | None = None  # job and attempt, if a job submits it
+    created_at: float | None = None  # once it is stored
 
     def __init__(self, name: str, **columns: Any) -> None:
         self.name = name
@@ -1243,12 +1243,12 @@ class Transaction:
 
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
-        self._lineages = lineages                         # parent -> it and its ancestors
-        self._trees: Trees | None = None                  # most transactions touch none
-        self.freed: set[str] = set()                      # limits whose members have ended
+        self._lineages = lineages  # parent -> it and its ancestors
+        self._trees: Trees | None = None  # most transactions touch none
+        self.freed: set[str] = set()  # limits whose members have ended
         # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        self.over: list[int] = []                         # jobs that became over, or are gone
+        self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
     @property
@@ -1377,7 +1377,7 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()                                # children submitted just now count
+        self.trees.apply()  # children submitted just now count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
@@ -1405,7 +1405,7 @@ class Transaction:
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()                                # counts must be true before they decide
+        self.trees.apply()  # counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1503,7 +1503,7 @@ class Transaction:
         if job.queue is not None or queue is not None:
             self.trees.change(job.root)
         if (job.returned or left["returned"]) and status not in OVER:
-            self.trees.change(job.id)                     # its last child may be over already
+            self.trees.change(job.id)  # its last child may be over already
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
@@ -1676,11 +1676,11 @@ class Limits:
 class Room(NamedTuple):
     """What a runner has room for."""
 
-    free: int                                             # slots
-    low_free: int                                         # of them, for jobs of low priority
-    ahead: int = 0                                        # short jobs beyond, to wait for workers
-    planned: float = 0.0                                  # seconds of work that wait already
-    workers: int = 1                                      # that will be free soon
+    free: int  # slots
+    low_free: int  # of them, for jobs of low priority
+    ahead: int = 0  # short jobs beyond, to wait for workers
+    planned: float = 0.0  # seconds of work that wait already
+    workers: int = 1  # that will be free soon
 
 
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
@@ -1703,11 +1703,11 @@ class Claims:
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []          # with the microseconds charged
-        self.more_ready = False                           # other jobs are ready, too
-        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
-        self._blocked: list[tuple[JobRow, str]] = []      # of this round
-        self.blocked = 0                                  # of all rounds
+        self.jobs: list[tuple[JobRow, int]] = []  # with the microseconds charged
+        self.more_ready = False  # other jobs are ready, too
+        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # not written yet
+        self._blocked: list[tuple[JobRow, str]] = []  # of this round
+        self.blocked = 0  # of all rounds
 
     @property
     def cut_short(self) -> bool:
@@ -1717,7 +1717,7 @@ class Claims:
     def round(self) -> bool:
         """Claim what there is room for; return whether to look behind jobs that were blocked."""
         free, blocked = self._room.free, self.blocked
-        self._tx.trees.apply()                            # what was submitted, or blocked, counts
+        self._tx.trees.apply()  # what was submitted, or blocked, counts
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
@@ -1735,7 +1735,7 @@ class Claims:
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
         taken, tag = 0, 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
-            if taken >= free:                             # ahead of a free worker: short jobs only
+            if taken >= free:  # ahead of a free worker: short jobs only
                 planned += self._run_times.occupies(job.name)
                 recovers = not job.options or kept_options(job.options).get("recover", True)
                 if taken >= limit or planned > budget or not recovers:
@@ -1748,7 +1748,7 @@ class Claims:
             if not is_single:
                 self._tx.trees.count(job.parent_id, running=1)
                 self._tx.trees.change(root_id, "charge", charge)
-            if job.is_limited:                            # the next one is to see it run
+            if job.is_limited:  # the next one is to see it run
                 self._write()
                 self._tx.limits.unblock_below(job)
         self._write()
@@ -1861,19 +1861,19 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
     if job is not top and objection(operation, kept_options(job.options), bool(job.system)):
         return False
     if operation == "resume" and job.status == STOPPING:
-        tx.move(job, RUNNING)                             # its stop is taken back
+        tx.move(job, RUNNING)  # its stop is taken back
         return True
     of_others = operation == "resume" and job.status == FAILED != top.status
     if job.status not in OPERATIONS[operation].moves or of_others:
         return False
     if operation == "stop" and job.status in (STOPPING, STOPPED):
-        return job is top                                 # it repeats silently
+        return job is top  # it repeats silently
     moves = OPERATIONS[operation].moves
     if job.returned:
         moves = {**moves, **OPERATIONS[operation].once_returned}
     follows = moves[job.status]
     if operation == "resume":
-        tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
+        tx.execute(_FORGET_DEATHS, {"id": job.id})  # a person has looked at it
         if job.returned and follows == PENDING:
             tx.execute(_REOPEN, {"id": job.id})
             job = job._replace(returned=0)
