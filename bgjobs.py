@@ -813,19 +813,18 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time:
-# the microseconds that its tree has run. The next slot goes to the ready root with the least
-# virtual time, which is the start tag of that claim. The virtual time of the queue itself is the
-# start tag of the newest claim. A root that becomes ready starts at the queue's virtual time, or
-# at its own if that is later, so idling earns no credit. A claim charges its root an estimate at
-# once, because a root with running attempts is not idle; the end of the attempt corrects it.
+# the microseconds that its tree has run. The next slot goes to the ready root with the least, the
+# start tag of that claim; the newest start tag is the virtual time of the queue. A root that
+# becomes ready starts at the queue's virtual time if that is later than its own, so idling earns no
+# credit. A claim charges its root an estimate at once, because a root with running attempts is not
+# idle; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which slots are to be given.
 
     `roots` has (virtual time, root id, iterator over its ready jobs, oldest first). `charge(job)`
-    returns microseconds, or None to pass the job over. Taking the next one from the iterator means
-    that the last one was claimed.
+    returns microseconds, or None to pass the job over.
     """
     fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
                     for head in itertools.islice(waiting, 1)), reverse=True)
@@ -847,7 +846,7 @@ _OVERHEAD = 50e-6  # seconds that a job costs besides its function
 
 
 class RunTimes:
-    """The recent mean run time of each function in seconds: exponential averages."""
+    """The mean run time of each function in seconds: exponential averages."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
@@ -860,7 +859,7 @@ class RunTimes:
         self._changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float]]:
-        """Return (name, mean) of the functions whose means have changed since the last call."""
+        """Return (name, mean) of what has changed since the last call."""
         changed, self._changed = self._changed, set()
         return [(name, self.means[name]) for name in changed]
 
@@ -881,28 +880,24 @@ class Pace:
     """
 
     def __init__(self, resumed: bool) -> None:
-        # What is done at the first report of a resumed attempt took no time of this one.
-        self._counts_first = not resumed
-        self._done: float | None = None
-        self._at = 0.0
-        self._gained = self._seconds = 0.0
+        # Whatever a resumed attempt reports first is fewer: earlier attempts did it.
+        self._done = math.inf if resumed else 0.0
+        self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
         """Take in a report, `at` seconds after the attempt began; return the seconds it has left.
 
         None if no rate is known yet. Fewer units than before begin anew.
         """
-        if self._done is None or done < self._done:
-            counts = self._counts_first and at >= 0.1  # else done before the attempt began
-            self._gained, self._seconds = (done, at) if counts else (0.0, 0.0)
-            self._done, self._at, self._counts_first = done, at, False
+        if done < self._done or at < 0.1:  # in no time: it was done before the attempt began
+            self._done, self._at, self._gained, self._seconds = done, at, 0.0, 0.0
         elif done > self._done and at > self._at:
             elapsed = at - self._at
             kept = math.exp(-elapsed / max(at * 0.75, 1.0))
             self._gained = self._gained * kept + done - self._done
             self._seconds = self._seconds * kept + elapsed
             self._done, self._at = done, at
-        if self._gained <= 0 or self._seconds <= 0:
+        if self._gained <= 0:
             return None
         behind = at - self._at  # since the last report of more units
         return max(0.0, (total - done) * self._seconds / self._gained - behind)
