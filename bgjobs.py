@@ -826,17 +826,17 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
     `roots` has (virtual time, root id, iterator over its ready jobs, oldest first). `charge(job)`
     returns microseconds, or None to pass the job over.
     """
-    fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
-                    for head in itertools.islice(waiting, 1)), reverse=True)
-    again: list[tuple[int, int, Any, Iterator[Any]]] = []  # a heap: roots with more jobs
-    while fresh or again:
-        is_fresh = not again or fresh and fresh[-1] < again[0]
-        tag, root, head, waiting = fresh.pop() if is_fresh else heapq.heappop(again)
-        cost = charge(head)
+    heads = [(tag, root, job, waiting) for tag, root, waiting in roots
+             for job in itertools.islice(waiting, 1)]
+    heapq.heapify(heads)
+    while heads:
+        tag, root, job, waiting = heapq.heappop(heads)
+        cost = charge(job)
         if cost is not None:
-            yield root, head, tag, cost
-        for following in itertools.islice(waiting, 1):
-            heapq.heappush(again, (tag + (cost or 0), root, following, waiting))
+            yield root, job, tag, cost
+        job = next(waiting, None)
+        if job is not None:
+            heapq.heappush(heads, (tag + (cost or 0), root, job, waiting))
 
 
 UNKNOWN_COST = 0.010  # seconds charged for the first run of a function
@@ -1067,9 +1067,11 @@ class JobRow(NamedTuple):
         return self.status in ACTIVE and not self.returned
 
     @property
-    def is_limited(self) -> bool:
-        """Whether others may keep it from starting."""
-        return self.max_running is not None or self.deaths >= SUSPECT
+    def limits(self) -> dict[str, int]:
+        """The limits that it counts for: {what it is blocked by: how many may run}."""
+        limits = {} if self.max_running is None else {f"limit {self.name}": self.max_running}
+        return limits if self.deaths < SUSPECT else {**limits, "suspect": 1}
+
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
@@ -1134,33 +1136,47 @@ def dump_error(type: str, text: str, trace: str) -> str:
                        "traceback": text_of(trace, 64 * 1024)})
 
 
-def status_after(job: JobRow, outcome: str, ends: bool, was_asked: bool) -> str:
+def status_after(job: JobRow, outcome: str, returned: int | None, was_asked: bool) -> str:
     """Return the status of a job whose attempt has ended so.
 
-    ends: the function is not called again. was_asked: the attempt was asked to stop; if the job is
-    running all the same, a resume has taken that back.
+    returned: as in the table, None if the function is called again. was_asked: the attempt was
+    asked to stop; if the job is running all the same, a resume has taken that back.
     """
-    if ends and job.open == 0:
+    if returned and job.open == 0:
         return FINISHED if outcome == RETURNED else FAILED
     if job.status == STOPPING or outcome == HALTED and not was_asked:
         return STOPPED
-    return RUNNING if ends else PENDING
+    return RUNNING if returned else PENDING
 
 
 def contribution(status: str, progress: float | None) -> Fields:
     """Return what a job in `status` adds to the counts and the progress of its ancestors."""
     over = status in OVER
-    return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
+    return {"open": not over, "done": over, "failed": status == FAILED, "running": status in ACTIVE,
             "progress": 1.0 if over else progress or 0.0}
 
 
-TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max",
-           "running", "running_min", "running_max")
-SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    VALUES ({", ".join("?" * 12)}) ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
-    f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))"
-    if name.endswith(("_min", "_max")) else f"{name} = {name} + excluded.{name}"
-    for name in TALLIES)
+_TALLY = """INSERT INTO bgjobs_stats (minute, name, created, started, finished, failed,
+    waiting, waiting_min, waiting_max, running, running_min, running_max) VALUES ({})
+    ON CONFLICT (minute, name) DO UPDATE SET created = created + excluded.created,
+    started = started + excluded.started, finished = finished + excluded.finished,
+    failed = failed + excluded.failed,
+    waiting = waiting + excluded.waiting, running = running + excluded.running,
+    waiting_min = coalesce(min(waiting_min, excluded.waiting_min), waiting_min,
+        excluded.waiting_min),
+    waiting_max = coalesce(max(waiting_max, excluded.waiting_max), waiting_max,
+        excluded.waiting_max),
+    running_min = coalesce(min(running_min, excluded.running_min), running_min,
+        excluded.running_min),
+    running_max = coalesce(max(running_max, excluded.running_max), running_max,
+        excluded.running_max)"""
+SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
+# "started" comes with the seconds that jobs have waited; the ends, with those that they have run.
+_SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
+    :n * (:event = 'finished'), :n * (:event = 'failed'),
+    :sum * (:event = 'started'), :min * nullif(:event = 'started', 0),
+    :max * nullif(:event = 'started', 0), :sum * (:event <> 'started'),
+    :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
 
 
 # What a transaction adds up for a job that has descendants, or for a root.
@@ -1170,17 +1186,12 @@ _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "prog
 
 # A new root starts at the queue's virtual time. INSERT_MANY takes a JSON array of the encoded
 # arguments: five times as quick as a statement for each job.
-_SUBMITTED = """id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at,
-    submitter, low_priority, system, label, run_by, options, max_running, key, args,
-    kwargs"""
-_AS_ROOT = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL"
-_AS_CHILD = "NULL, 0, ?, ?"
-_VALUES = "?, 'pending'" + ", ?" * 10
-INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
+_SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
+    submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
+_VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+INSERT = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {_VALUES}, ?, ?, ?)"
 INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
-    SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
-INSERT_ROOT, INSERT_CHILD = INSERT_JOB.format(_AS_ROOT), INSERT_JOB.format(_AS_CHILD)
-INSERT_ROOTS, INSERT_CHILDREN = INSERT_MANY.format(_AS_ROOT), INSERT_MANY.format(_AS_CHILD)
+    SELECT ? + key, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL
     AND parent_id IS NULL AND status IN ('pending', 'running', 'stopping', 'stopped')"""
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
@@ -1204,12 +1215,6 @@ ADD_CHANGE = f"""UPDATE bgjobs_jobs SET open = open + :open, total = total + :to
     WHERE id = :id"""
 CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
-
-
-def limits_of(job: JobRow) -> dict[str, int]:
-    """Return the limits that a job counts for: {what it is blocked by: how many may run}."""
-    limits = {} if job.max_running is None else {f"limit {job.name}": job.max_running}
-    return limits if job.deaths < SUSPECT else {**limits, "suspect": 1}
 
 
 # Whether a child of :parent may start: below a running member, or if fewer outermost members run.
@@ -1253,15 +1258,9 @@ class Transaction:
             self._trees = Trees(self)
         return self._trees
 
-    @property
-    def limits(self) -> Limits:
-        """What blocks and unblocks jobs."""
-        return Limits(self)
-
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value that a query finds, or None."""
-        row = self.execute(sql, parameters).fetchone()
-        return None if row is None else row[0]
+        return next(self.execute(sql, parameters), (None,))[0]
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
@@ -1296,66 +1295,51 @@ class Transaction:
 
     def submit(self, new: Submission) -> int:
         """Store one job and return its id; with a key, that of the job which has it already."""
-        is_root = new.parent_id is None
-        values = self._values(new)
+        values = self._admit(new)
         if new.key is not None:
-            sql = ROOT_WITH_KEY if is_root else CHILD_WITH_KEY
+            sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
             holder = self.value(sql, key=new.key, parent=new.parent_id)
             if holder is not None:
                 return int(holder)
-        inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
-                                (*values, new.key, new.args, new.kwargs))
+        inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
-        if not is_root:
-            self._count_new(new, 1)
+        if new.parent_id is not None:
+            self.trees.count(new.parent_id, open=1, total=1)
         job_id: int = inserted.lastrowid
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
         """Store one job for each of the encoded argument lists and return their ids."""
-        values = self._values(new)
+        values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
-        self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
-                     (first, *values, json.dumps(arguments)))
-        if new.parent_id is not None:
-            self._count_new(new, len(arguments))
-        return range(first, first + len(arguments))
-
-    def _values(self, new: Submission) -> tuple[Any, ...]:
-        """Return the parameters of the INSERT of a new job. Raises what `_admit` does."""
-        root_id, low, run_by = self._admit(new)
-        queue = None if (new.run_at or 0.0) > self.now else low
-        place = (queue,) if root_id is None else (new.parent_id, root_id)
-        return (*place, new.name, queue, self.now, new.run_at, new.submitter, low,
-                new.system, new.label, run_by, new.options, new.max_running)
-
-    def _count_new(self, new: Submission, count: int) -> None:
-        """Count new children for their ancestors, and wake their root."""
-        self.trees.count(new.parent_id, total=count)
-        self.trees.change(new.parent_id or 0, "open", count)
+        self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
+        self.trees.count(new.parent_id, open=count, total=count)
+        return range(first, first + count)
 
     _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
         ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
 
-    def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
-        """Return the id of the root (None for a root), low_priority and run_by of a new job.
+    def _admit(self, new: Submission) -> tuple[Any, ...]:
+        """Return the values of a new job for _VALUES.
 
         Raises JobStopped or InvalidOperation if its author, or its parent, may have no children.
         """
         if new.author is not None:
             self.check_author(new.author)
-        parent = new.parent_id
-        if parent is None:
-            return None, new.low_priority or 0, new.run_by
-        row = self.execute(self._PARENT, {
-            "id": parent, "low": new.low_priority, "run_by": new.run_by}).fetchone()
-        status, root_id, low, run_by, options = row or ("removed", None, None, None, None)
-        by_itself = new.author is not None and new.author[0] == parent
-        if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
-            raise JobStopped(f"job {parent} was asked to stop")
-        if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
-            raise InvalidOperation(f"job {parent} is {status}; it takes no children")
-        return root_id, low, run_by
+        parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
+        if parent is not None:
+            status, root_id, low, run_by, options = self.execute(self._PARENT, {
+                "id": parent, "low": new.low_priority, "run_by": run_by}).fetchone() or (
+                "removed", None, None, None, None)
+            by_itself = new.author is not None and new.author[0] == parent
+            if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
+                raise JobStopped(f"job {parent} was asked to stop")
+            if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
+                raise InvalidOperation(f"job {parent} is {status}; it takes no children")
+        queue = None if (new.run_at or 0.0) > self.now else low
+        return (queue if parent is None else None, parent, root_id, new.name, queue, self.now,
+                new.run_at, new.submitter, low, new.system, new.label, run_by, new.options,
+                new.max_running)
 
     _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
         AND status IN ('running', 'stopping')"""
@@ -1377,26 +1361,22 @@ class Transaction:
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
         # Some may have been superseded, or got a child from outside.
-        if plain and self.executemany(FINISH, rows).rowcount < len(plain):
+        if self.executemany(FINISH, rows).rowcount < len(plain):
             plain = [a for a in plain
                      if self.value(self._HAS_FINISHED, id=a.id, attempt=a.number, now=self.now)]
         for attempt in plain:
-            self._count_finished(attempt)
+            job = attempt.job
+            self.over.append(job.id)
+            self.freed.update(job.limits)
+            if not job.system:
+                self.events[job.name, FINISHED].append(job.duration + attempt.ran)
+            if job.parent_id is not None:
+                self.trees.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
+                self.trees.change(job.root, "charge", attempt.correction)
         recorded = set(plain)
         for attempt in attempts:
             if attempt not in recorded:
                 self.end(attempt)
-
-    def _count_finished(self, attempt: Attempt) -> None:
-        """Count an attempt that FINISH has written."""
-        self.over.append(attempt.id)
-        if not attempt.job.system:
-            self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
-        self.limits.free(attempt.job)
-        if attempt.parent_id is not None:
-            self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
-            self.trees.change(attempt.parent_id, "open", -1)
-            self.trees.change(attempt.root_id, "charge", attempt.correction)
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
@@ -1409,19 +1389,18 @@ class Transaction:
         outcome = attempt.outcome
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
-        ends = outcome in (RETURNED, RAISED) and not retries
-        status = status_after(job, outcome, ends, attempt.was_asked_to_stop)
-        unspent = outcome in (UNSPENT, UNKNOWN, NO_EXECUTOR)
-        if not unspent and (attempt.number > 1 or not ends):
-            timed_out = outcome == RAISED and attempt.reason == TIMED_OUT
+        returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
+        status = status_after(job, outcome, returned, attempt.was_asked_to_stop)
+        unspent = outcome in (UNSPENT, *WAITS_FOR)
+        if not unspent and (attempt.number > 1 or not returned):
+            timed_out = error is not None and attempt.reason == TIMED_OUT
             self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
         self.end_attempt(
             job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
             parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
-            returned={RETURNED: 1, RAISED: 2}[outcome] if ends else None,
-            result=attempt.result, error=error, positions=attempt.unsaved_positions(),
-            unspent=unspent)
+            returned=returned, result=attempt.result, error=error,
+            positions=attempt.unsaved_positions(), unspent=unspent)
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
@@ -1432,72 +1411,66 @@ class Transaction:
                  f"of {attempt.options['retries']} {when}")
         return self.now + pause
 
-    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts
-        VALUES (:id, :number, :since, :now, :outcome,
-        substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'), 1, 500))"""
-    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :most"
+    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts SELECT id, attempt, since, :now,
+        :outcome, substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'),
+        1, 500) FROM bgjobs_jobs WHERE id = :id"""
+    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
     def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep, for people, what became of an attempt; `error` is one of `dump_error`."""
-        kept = {"id": job.id, "number": job.attempt, "since": job.since, "now": self.now,
-                "outcome": outcome, "error": error, "most": ATTEMPTS_A_JOB}
-        self.execute(self._KEEP_ATTEMPT, kept)
-        self.execute(self._TRIM_ATTEMPTS, kept)
+        """Keep, for people, what became of the newest attempt; `error` is one of `dump_error`."""
+        self.execute(self._KEEP_ATTEMPT, {
+            "id": job.id, "now": self.now, "outcome": outcome, "error": error})
+        self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
 
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
         """End the attempt that executes: correct its charge, free its limits, move the job."""
         self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
-        self.limits.free(job)
+        self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
-    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
-        phase = :phase, run_at = ifnull(:run_at, run_at), finished_at = :finished_at,
+    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue,
+        parked = CASE :status WHEN 'pending' THEN :parked END,
+        phase = CASE :status WHEN 'pending' THEN :phase END,
+        run_at = CASE :status WHEN 'pending' THEN ifnull(:run_at, run_at) ELSE run_at END,
+        finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-        since = :since, duration = duration + :ran, attempt = attempt - :unspent,
+        since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
+        duration = duration + :ran, attempt = attempt - ifnull(:unspent, 0),
         charge = CASE WHEN :executes THEN charge ELSE 0 END,
         owner = CASE WHEN :executes THEN owner END, returned = ifnull(:returned, returned),
         result = ifnull(:result, result), error = ifnull(:error, error),
         own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions)
         WHERE id = :id"""
-    _LEFT = {"returned": None, "result": None, "error": None, "positions": None, "unspent": False}
-    _WAITS = {"run_at": None, "parked": None, "phase": None}
 
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: the seconds that it was active, if that is not the time since it became so. left: what
-        its attempt leaves, `returned`, `result`, `error` and `positions` as in the table, and
-        `unspent` if the attempt does not count; and what a job that becomes pending waits for,
-        `run_at` or `parked`, with the `phase` for people.
+        ran: the seconds that it was active, if not those since then. left: what its attempt leaves,
+        `returned`, `result`, `error` and `positions` as in the table, and `unspent` if the attempt
+        does not count; what a job that becomes pending waits for, `run_at` or `parked`, with its
+        `phase`.
         """
-        left = {**self._LEFT, **self._WAITS, **left}
+        given: defaultdict[str, Any] = defaultdict(lambda: None, left)
         # A stop, or the resume that takes it back: the attempt runs on.
-        executes = job.executes and status in ACTIVE and not left["returned"]
-        if status != PENDING:
-            left.update(self._WAITS)
+        executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
-        is_early = job.run_at is not None and job.run_at > self.now and job.started_at is None
-        waits = left["run_at"] or left["parked"] or is_early
+        is_early = (job.run_at or 0.0) > self.now and job.started_at is None
+        waits = given["run_at"] or given["parked"] or is_early
         queue = job.low_priority if status == PENDING and not waits else None
-        since = self.now if status == RUNNING else None
-        self.execute(self._MOVE, {
-            **left, "id": job.id, "status": status, "queue": queue, "executes": executes,
-            "since": job.since if executes else since, "ran": ran,
-            "finished_at": self.now if status in OVER else None})
-        if status in OVER and job.status not in OVER:
+        given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
+                     over=status in OVER, now=self.now)
+        self.execute(self._MOVE, given)
+        if status in OVER:
             self.over.append(job.id)
         if status in (FINISHED, FAILED) and not job.system:
             self.events[job.name, status].append(job.duration + ran)
-        if job.parent_id is not None:
-            before, after = (contribution(each, job.progress) for each in (job.status, status))
-            changed = {name: after[name] - before[name] for name in after}
-            self.trees.count(job.parent_id, **changed)
-            self.trees.change(job.parent_id, "open", -changed["done"])
+        before, after = (contribution(each, job.progress) for each in (job.status, status))
+        self.trees.count(job.parent_id, **{name: after[name] - before[name] for name in after})
         if job.queue is not None or queue is not None:
             self.trees.change(job.root)
-        if (job.returned or left["returned"]) and status not in OVER:
+        if (job.returned or given["returned"]) and status not in OVER:
             self.trees.change(job.id)  # its last child may be over already
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
@@ -1529,15 +1502,11 @@ class Transaction:
         """Write what is added up; the last thing in a transaction."""
         if self._trees is not None or self.freed:
             self.trees.apply()
-        if not self.events:
-            return
-        minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
-        for (name, event), seconds in self.events.items():
-            counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
-            measured = nothing, (sum(seconds), min(seconds), max(seconds))
-            waited, ran = measured[::-1] if event == "started" else measured
-            rows.append((minute, name, 0, *counts.values(), *waited, *ran))
-        self.executemany(SAVE_TALLIES, rows)
+        if self.events:
+            self.executemany(_SAVE_EVENTS, [
+                {"minute": self.now // 60, "name": name, "event": event, "n": len(seconds),
+                 "sum": sum(seconds), "min": min(seconds), "max": max(seconds)}
+                for (name, event), seconds in self.events.items()])
 
     # reports of attempts
 
@@ -1591,10 +1560,12 @@ class Trees:
         """Add to a column of one job; by default only look at its lane, and whether it is over."""
         self._changes[job_id][name] += value
 
-    def count(self, parent_id: int | None, **changes: float) -> None:
-        """Add to the counts of a job's ancestors, from its parent up."""
+    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
+        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
         for ancestor in self._tx.lineage(parent_id):
             change = self._changes[ancestor]
+            if ancestor == parent_id:
+                change["open"] += open
             for name, value in changes.items():
                 change[name] += value
 
@@ -1607,7 +1578,7 @@ class Trees:
         while self._changes or tx.freed:
             freed, tx.freed = tx.freed, set()
             for key in freed:
-                tx.limits.unblock(key)
+                unblock(tx, key)
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
                 tx.execute(ADD_CHANGE, {**change, "id": job_id})
@@ -1615,55 +1586,27 @@ class Trees:
                 tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
-class Limits:
-    """Blocks and unblocks jobs by max_running of a name, and one suspect at a time.
+# Limits: max_running of a name, and one suspect at a time. A job counts for a limit while its
+# attempt executes. Descendants of a running member neither count nor wait: the member may be
+# waiting for them. Other jobs that have to wait are blocked; when a member ends, the oldest of them
+# become ready.
 
-    A job counts for a limit while its attempt executes. Descendants of a running member neither
-    count nor wait: the member may be waiting for them. Other jobs that have to wait are blocked;
-    when a member ends, the oldest of them become ready.
-    """
+def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
+    """Return the limit that keeps a job from starting now beside so many others, or ""."""
+    for key, limit in job.limits.items():
+        sql = HAS_ROOM[key.partition(" ")[0]]
+        if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
+            return key
+    return ""
 
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
 
-    def blocking(self, job: JobRow, others: int = 0) -> str:
-        """Return the limit that keeps a job from starting now, or "".
-
-        others: jobs that start besides and do not run yet.
-        """
-        for key, limit in limits_of(job).items():
-            sql = HAS_ROOM[key.partition(" ")[0]]
-            if not self._tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
-                return key
-        return ""
-
-    _BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
-
-    def block(self, job: JobRow, key: str) -> None:
-        """Put a ready job out of the way until `key` has room."""
-        phase = "interrupted" if key == "suspect" else "limit reached"
-        self._tx.execute(self._BLOCK, {"id": job.id, "key": key, "phase": phase})
-        self._tx.trees.change(job.root)
-
-    def free(self, job: JobRow) -> None:
-        """Note that an attempt has ended."""
-        if job.is_limited:
-            self._tx.freed.update(limits_of(job))
-
-    def unblock(self, key: str) -> None:
-        """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
-        for others in itertools.count():
-            jobs = self._tx.jobs(OLDEST_BLOCKED, key=key)
-            if not jobs or self.blocking(jobs[0], others):
-                return
-            self._tx.make_ready(jobs)
-
-    _BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
-
-    def unblock_below(self, job: JobRow) -> None:
-        """Make jobs ready for which a member that starts may wait: its blocked descendants."""
-        for key in limits_of(job) if job.total else ():
-            self._tx.make_ready(self._tx.jobs(self._BLOCKED_IN_TREE, key=key, root=job.root))
+def unblock(tx: Transaction, key: str) -> None:
+    """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
+    for others in itertools.count():
+        jobs = tx.jobs(OLDEST_BLOCKED, key=key)
+        if not jobs or limit_without_room(tx, jobs[0], others):
+            return
+        tx.make_ready(jobs)
 
 
 # Claims.
@@ -1690,6 +1633,8 @@ CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, que
     THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
     WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
+_BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
+BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
@@ -1700,24 +1645,23 @@ class Claims:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
         self.jobs: list[tuple[JobRow, int]] = []  # with the microseconds charged
         self.more_ready = False  # other jobs are ready, too
-        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # not written yet
-        self._blocked: list[tuple[JobRow, str]] = []  # of this round
-        self.blocked = 0  # of all rounds
+        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # to be written
+        self._blocked = 0  # jobs
 
     @property
     def cut_short(self) -> bool:
         """Whether so many jobs were blocked that the others have to wait for the next claim."""
-        return self.blocked >= PARKED_A_CLAIM
+        return self._blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
         """Claim what there is room for; return whether to look behind jobs that were blocked."""
-        free, blocked = self._room.free, self.blocked
+        free, blocked = self._room.free, self._blocked
         self._tx.trees.apply()  # what was submitted, or blocked, counts
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
         self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
-        return len(self.jobs) < free and blocked < self.blocked and not self.cut_short
+        return len(self.jobs) < free and blocked < self._blocked and not self.cut_short
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
@@ -1728,7 +1672,7 @@ class Claims:
                   self._ready_jobs(root, lane) if root.total else iter((root,)))
                  for root in roots]
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
-        taken, tag = 0, 0
+        taken = tag = 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
             if taken >= free:  # ahead of a free worker: short jobs only
                 planned += self._run_times.occupies(job.name)
@@ -1743,16 +1687,10 @@ class Claims:
             if not is_single:
                 self._tx.trees.count(job.parent_id, running=1)
                 self._tx.trees.change(root_id, "charge", charge)
-            if job.is_limited:  # the next one is to see it run
-                self._write()
-                self._tx.limits.unblock_below(job)
+            if job.limits:
+                self._start_limited(job)
         self._write()
-        if tag:
-            self._tx.execute(_ADVANCE_CLOCK, {"tag": tag})
-        for job, key in self._blocked:
-            self._tx.limits.block(job, key)
-        self.blocked += len(self._blocked)
-        self._blocked.clear()
+        self._tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
         """Write the claims that are not in the file yet."""
@@ -1761,21 +1699,29 @@ class Claims:
                                    "ids": json.dumps(ids)})
         self._ids.clear()
 
+    def _start_limited(self, job: JobRow) -> None:
+        """Let the next job see this one run, and blocked descendants start: it may wait for them."""
+        self._write()
+        for key in job.limits:
+            self._tx.make_ready(self._tx.jobs(BLOCKED_IN_TREE, key=key, root=job.root))
+
     def _charge(self, job: JobRow) -> int | None:
-        """Return what a claim of this job costs, or None if a limit blocks it."""
-        if job.is_limited:
-            key = self._tx.limits.blocking(job)
-            if key:
-                self._blocked.append((job, key))
-                return None
-        return self._run_times.charge(job.name)
+        """Return what a claim of this job costs. Block it, and return None, if a limit says so."""
+        key = limit_without_room(self._tx, job)
+        if not key:
+            return self._run_times.charge(job.name)
+        phase = "interrupted" if key == "suspect" else "limit reached"
+        self._tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
+        self._tx.trees.change(job.root)
+        self._blocked += 1
+        return None
 
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
         """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
         if root.queue == lane:
             yield root
         for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
-            if len(self._blocked) >= PARKED_A_CLAIM:
+            if self.cut_short:
                 return
             yield to_job(row)
 
@@ -5052,7 +4998,7 @@ class Service:
         for (key,) in self._store.read(self.BLOCKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
-                self._store.write(lambda tx: tx.limits.unblock(key))
+                self._store.write(lambda tx: unblock(tx, key))
             elif function_of(name) is not None and not self._core.is_broken(name):
                 while self._store.write(lambda tx: unpark(tx, key)):
                     pass

@@ -1639,7 +1639,7 @@ class TestTables:
         "NEXT_DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>?)"],
         "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
         "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
-        "Service.BLOCKED_KEYS": None, "Limits._BLOCKED_IN_TREE": None,
+        "Service.BLOCKED_KEYS": None, "BLOCKED_IN_TREE": None,
         "LOG_LINES": ["SEARCH bgjobs_logs USING INDEX bgjobs_logs_of_job (job_id=? AND rowid>?)"],
     }
 
