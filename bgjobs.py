@@ -927,17 +927,17 @@ TABLES = (
     # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INTEGER NOT NULL DEFAULT 0, parent_id INTEGER, root_id INTEGER,
-        queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
-        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER,
-        returned INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
-        own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
-        total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
-        failed INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0,
-        low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER,
+        queue INTEGER, lane INTEGER, vtime INTEGER DEFAULT 0,
+        charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
+        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0,
+        own_errors INTEGER DEFAULT 0, open INTEGER DEFAULT 0,
+        total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
+        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0,
+        low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
-        since REAL, duration REAL NOT NULL DEFAULT 0, progress REAL, ends_at REAL,
-        tree_progress REAL NOT NULL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER,
+        since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
+        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER,
         label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
         args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
@@ -951,20 +951,20 @@ TABLES = (
     # given out again. counted_id: the job up to which creations are in the statistics. token: of
     # the status page, whichever process serves it.
     """CREATE TABLE bgjobs_clock (
-        vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
-        counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
+        vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
+        counted_id INTEGER DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
         id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
         workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INTEGER NOT NULL DEFAULT 0)""",
+        abandoned INTEGER DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL) WITHOUT ROWID",
     """CREATE TABLE bgjobs_schedules (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
         low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
         created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
-        runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,
-        paused INTEGER NOT NULL DEFAULT 0)""",
+        runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0,
+        paused INTEGER DEFAULT 0)""",
     # Which living runners' code has which schedules.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
@@ -1136,15 +1136,15 @@ def dump_error(type: str, text: str, trace: str) -> str:
                        "traceback": text_of(trace, 64 * 1024)})
 
 
-def status_after(job: JobRow, outcome: str, returned: int | None, was_asked: bool) -> str:
+def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
     """Return the status of a job whose attempt has ended so.
 
-    returned: as in the table, None if the function is called again. was_asked: the attempt was
-    asked to stop; if the job is running all the same, a resume has taken that back.
+    returned: as in the table, None if the function is called again. halts: at a checkpoint, without
+    having been asked.
     """
     if returned and job.open == 0:
-        return FINISHED if outcome == RETURNED else FAILED
-    if job.status == STOPPING or outcome == HALTED and not was_asked:
+        return FINISHED if returned == 1 else FAILED
+    if job.status == STOPPING or halts:
         return STOPPED
     return RUNNING if returned else PENDING
 
@@ -1390,7 +1390,9 @@ class Transaction:
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
         returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
-        status = status_after(job, outcome, returned, attempt.was_asked_to_stop)
+        # If it was asked to stop and its job is running all the same, a resume has taken that back.
+        halts = outcome == HALTED and not attempt.was_asked_to_stop
+        status = status_after(job, returned, halts)
         unspent = outcome in (UNSPENT, *WAITS_FOR)
         if not unspent and (attempt.number > 1 or not returned):
             timed_out = error is not None and attempt.reason == TIMED_OUT
@@ -1737,12 +1739,15 @@ def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claim
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
     JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
-_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id AND deaths > 0"
-_REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
+# A person has looked at it, so its deaths are forgotten. :again if the function is called again.
+_RESUME = """UPDATE bgjobs_jobs SET deaths = 0,
+    error = CASE WHEN :again AND returned > 0 THEN NULL ELSE error END,
+    returned = CASE WHEN :again THEN 0 ELSE returned END WHERE id = :id"""
 _RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL,
     error = NULL, progress = NULL, ends_at = NULL, own_errors = 0, returned = 0, deaths = 0,
     started_at = NULL, finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0,
     running = 0, tree_progress = 0 WHERE id = :id"""
+_BEFORE = {"resume": _RESUME, "restart": _RESET}
 _SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
     queue = CASE WHEN queue IS NOT NULL THEN :low END WHERE id = :id"""
 
@@ -1759,10 +1764,12 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     tree = tx.jobs(_SUBTREE, id=job_id)
     if not tree:
         raise KeyError(job_id)
-    top = tree[0]
-    _check_operation(tx, operation, top, tree[1:])
+    top, *below = tree
+    _check_operation(tx, operation, top, below)
     if operation == "restart":
-        _forget_descendants(tx, top, [job.id for job in tree[1:]])
+        remove(tx, [job.id for job in below])
+        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
+                       running=-top.running, progress=-top.tree_progress)
         tree = [top]
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
     if moved:
@@ -1775,77 +1782,56 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
 
 def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[JobRow]) -> None:
     """Raise InvalidOperation if a job does not allow an operation."""
-    options, fits = kept_options(top.options), top.status in OPERATIONS[operation].moves
+    options, is_system = kept_options(top.options), bool(top.system)
     active = [job.id for job in below if job.status in ACTIVE]
-    can = allowed_operations(top.status, options, bool(top.system), bool(active))
-    why, allowed = objection(operation, options, bool(top.system)), []
+    allowed = allowed_operations(top.status, options, is_system, bool(active))
+    fits = top.status in OPERATIONS[operation].moves
     if operation == "force_stop" and top.status == STOPPED:
         fits = any(job.status == STOPPING for job in below)
-    if why or not fits:
-        allowed = [name for name in can if name != operation]
-        why = why if fits else ""
-        fits = False
-    elif operation in ("cancel", "restart") and active:
-        fits, why = False, f"its descendant job {active[0]} is still running; stop it first"
-    elif top.key and top.status in OVER and top.parent_id is None:
-        holder = tx.value(ROOT_WITH_KEY, key=top.key)
-        fits, why = holder is None, f"job {holder} has its key {top.key!r} now"
-    if not fits:
-        raise refusal(f"job {top.id}", top.status, operation, allowed, why)
+    why = objection(operation, options, is_system) if fits else ""
+    if fits and not why:
+        allowed = []
+        if active and operation in ("cancel", "restart"):
+            why = f"its descendant job {active[0]} is still running; stop it first"
+        elif top.key and top.status in OVER and top.parent_id is None:
+            holder = tx.value(ROOT_WITH_KEY, key=top.key)
+            why = f"job {holder} has its key {top.key!r} now" if holder else ""
+        if not why:
+            return
+    others = [name for name in allowed if name != operation]
+    raise refusal(f"job {top.id}", top.status, operation, others, why)
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
-    """Apply an operation that was asked for `top` to it or a descendant, if that allows it.
-
-    Return whether it did.
-    """
-    if job is not top and objection(operation, kept_options(job.options), bool(job.system)):
-        return False
+    """Apply an operation that `top` allows to it or a descendant; return whether that allows it."""
+    rules = OPERATIONS[operation]
+    follows = (job.returned and rules.once_returned.get(job.status)) or rules.moves.get(job.status)
     if operation == "resume" and job.status == STOPPING:
-        tx.move(job, RUNNING)  # its stop is taken back
-        return True
+        follows = RUNNING  # its stop is taken back
     of_others = operation == "resume" and job.status == FAILED != top.status
-    if job.status not in OPERATIONS[operation].moves or of_others:
+    objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
+    if not follows or of_others or objects:
         return False
-    if operation == "stop" and job.status in (STOPPING, STOPPED):
-        return job is top  # it repeats silently
-    moves = OPERATIONS[operation].moves
-    if job.returned:
-        moves = {**moves, **OPERATIONS[operation].once_returned}
-    follows = moves[job.status]
-    if operation == "resume":
-        tx.execute(_FORGET_DEATHS, {"id": job.id})  # a person has looked at it
-        if job.returned and follows == PENDING:
-            tx.execute(_REOPEN, {"id": job.id})
-            job = job._replace(returned=0)
-    elif operation == "restart":
-        tx.execute(_RESET, {"id": job.id})
-        job = job._replace(progress=None, returned=0, started_at=None, duration=0.0)
+    if operation.endswith("low_priority"):
+        low = operation == "set_low_priority"
+        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
+        tx.trees.change(job.root)
+    elif follows == job.status:
+        return job is top  # a stop repeats silently
     elif operation == "force_stop":
         ran = max(0.0, tx.now - (job.since or tx.now))
         tx.keep_attempt(job, "force-stopped")
         tx.end_attempt(job, follows, ran, ran)
-        return True
-    elif operation.endswith("low_priority"):
-        low = int(operation == "set_low_priority")
-        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
-        tx.trees.change(job.root)
-        return True
-    tx.move(job, follows)
+    else:
+        if operation in _BEFORE:
+            tx.execute(_BEFORE[operation], {"id": job.id, "again": follows == PENDING})
+            job, = tx.jobs(TREE_ROW, id=job.id)
+        tx.move(job, follows)
     return True
 
 
-def _forget_descendants(tx: Transaction, top: JobRow, descendants: list[int]) -> None:
-    """Delete a job's descendants and take them out of its ancestors' counts."""
-    if descendants:
-        remove(tx, descendants)
-        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
-                 running=-top.running, progress=-top.tree_progress)
-        tx.trees.change(top.root)
-
-
-_REMOVE = tuple(f"DELETE FROM bgjobs_{table} WHERE {column} = ?" for table, column in
-                (("jobs", "id"), ("logs", "job_id"), ("attempts", "job_id")))
+_REMOVE = ("DELETE FROM bgjobs_jobs WHERE id = ?", "DELETE FROM bgjobs_logs WHERE job_id = ?",
+           "DELETE FROM bgjobs_attempts WHERE job_id = ?")
 _NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 
@@ -1922,12 +1908,12 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
         error = f"{why} while it ran, and it was declared recover=False"
     elif died and job.deaths >= DEATHS:
         error = f"its process died under it {job.deaths} times; resume gives it another try"
-    ends = bool(error)
-    status = status_after(job, RAISED if ends else RELEASED, ends, True)
+    returned = 2 if error else None
+    status = status_after(job, returned)
     ran = max(0.0, until - (job.since or until))
     tx.keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=2 if ends else None,
-                   error=dump_error("Interrupted", error, "") if ends else None)
+    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=returned,
+                   error=dump_error("Interrupted", error, "") if error else None)
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
 
