@@ -875,8 +875,8 @@ class RunTimes:
 class Pace:
     """How fast an attempt goes, by its progress reports; recent ones weigh more.
 
-    The rate is `gained` units in `seconds`, both fading over about three quarters of the time that
-    the attempt has run. So an early hiccup is forgotten, and one late report changes little.
+    The rate is `gained` units in `seconds`, both fading over three quarters of the time that the
+    attempt has run. So an early hiccup is forgotten, and one late report changes little.
     """
 
     def __init__(self, resumed: bool) -> None:
@@ -885,7 +885,7 @@ class Pace:
         self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
-        """Take in a report, `at` seconds after the attempt began; return the seconds it has left.
+        """Take in a report, `at` seconds after the begin; return the seconds left.
 
         None if no rate is known yet. Fewer units than before begin anew.
         """
@@ -905,74 +905,67 @@ class Pace:
 
 # ---- 6 Tables -----------------------------------------------------------------------------------
 #
-# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low
-# priority. Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it
-# waits for: a process that knows its function ("function NAME"), the end of another job of its name
-# ("limit NAME"), or the end of a job that is suspected, like this one, of taking its process down
-# ("suspect").
+# A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
+# Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
+# process that knows its function ("function NAME"), one whose executor takes jobs ("executor NAME"),
+# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
+# process down ("suspect").
 #
 # `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
 # finds the next root, and (root_id, queue, id) its oldest ready child. `owner` is the runner that
 # executes the job, NULL once its function has returned.
 #
-# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its
-# direct children that are not over). A transaction adds up what it changes and writes each ancestor
-# once, however many of its descendants it touched.
+# Each job carries counts over its descendants (total, done, failed, running); `open` counts its
+# direct children that are not over. A transaction writes each ancestor once, however many of its
+# descendants it touched.
 
 TABLES = (
-    "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
+    "CREATE TABLE bgjobs_schema (version INT NOT NULL)",
     # returned: 1 once the function has returned, 2 once it has raised and is not called again.
     # charge: microseconds that the running attempt has added to its root's vtime. since: active
     # since then, else NULL. duration: seconds active before that. ends_at: when the attempt is
     # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER,
-        queue INTEGER, lane INTEGER, vtime INTEGER DEFAULT 0,
-        charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
-        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0,
-        own_errors INTEGER DEFAULT 0, open INTEGER DEFAULT 0,
-        total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
-        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0,
-        low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
+        attempt INT DEFAULT 0, parent_id INT, root_id INT, queue INT, lane INT,
+        vtime INT DEFAULT 0, charge INT DEFAULT 0, owner INT, submitter INT,
+        returned INT DEFAULT 0, deaths INT DEFAULT 0, own_errors INT DEFAULT 0,
+        open INT DEFAULT 0, total INT DEFAULT 0, done INT DEFAULT 0, failed INT DEFAULT 0,
+        running INT DEFAULT 0, low_priority INT DEFAULT 0, system INT DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
         since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
-        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER,
-        label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
-        args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
-    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
-        at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # Attempts, for people: those alone that their job's row does not tell, so others than the one
-    # that ended it.
+        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INT, label TEXT,
+        run_by TEXT, key TEXT, options TEXT, message TEXT, args TEXT, kwargs TEXT, state TEXT,
+        positions TEXT, result TEXT, error TEXT)""",
+    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INT NOT NULL,
+        at REAL NOT NULL, level INT NOT NULL, message TEXT NOT NULL)""",
+    # For people: attempts other than the one that ended the job, which the job's row tells.
     """CREATE TABLE bgjobs_attempts (
-        job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+        job_id INT NOT NULL, number INT NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not
-    # given out again. counted_id: the job up to which creations are in the statistics. token: of
-    # the status page, whichever process serves it.
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
+    # again. counted_id: creations up to it are in the statistics. token: of the status page.
     """CREATE TABLE bgjobs_clock (
-        vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
-        counted_id INTEGER DEFAULT 0, token TEXT)""",
+        vtime INT DEFAULT 0, last_id INT DEFAULT 0,
+        counted_id INT DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INTEGER DEFAULT 0)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INT NOT NULL, host TEXT NOT NULL,
+        workers INT NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
+        abandoned INT DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL) WITHOUT ROWID",
     """CREATE TABLE bgjobs_schedules (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
-        low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
-        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
-        runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0,
-        paused INTEGER DEFAULT 0)""",
+        low_priority INT NOT NULL, system INT NOT NULL, max_running INT,
+        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INT,
+        runs INT DEFAULT 0, skipped INT DEFAULT 0, paused INT DEFAULT 0)""",
     # Which living runners' code has which schedules.
-    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
+    """CREATE TABLE bgjobs_registered (schedule_id INT NOT NULL, runner_id INT NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older
-    # than the windows.
+    # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
     """CREATE TABLE bgjobs_stats (
-        minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL,
-        started INTEGER NOT NULL, finished INTEGER NOT NULL, failed INTEGER NOT NULL,
+        minute INT NOT NULL, name TEXT NOT NULL, created INT NOT NULL,
+        started INT NOT NULL, finished INT NOT NULL, failed INT NOT NULL,
         waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL,
         PRIMARY KEY (minute, name)) WITHOUT ROWID""",
@@ -982,7 +975,7 @@ INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
         WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
-    # system and parent_id are there for lists, which this index counts and has in order by itself.
+    # system and parent_id are there for lists, counted and ordered by this index alone.
     """CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id)
         WHERE status <> 'pending'""",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
@@ -999,15 +992,14 @@ INDEXES = (
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# What makes a file of this version from a new file, and from one of an older version: statements,
-# by the version that they start from. A change of the schema is made above and appended here.
-# Columns that an older file has and this version does not use stay there.
+# The statements that make a file of this version from a new one (0), or from an older version. A
+# change of the schema is made above and appended here. Columns that are not used any more stay.
 SCHEMA_VERSION = 3
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     0: (*TABLES, *INDEXES, f"INSERT INTO bgjobs_schema VALUES ({SCHEMA_VERSION})",
         "INSERT INTO bgjobs_clock DEFAULT VALUES"),
-    # 1.0.0. Its runners are gone: `Store` has looked. The jobs that they left are taken back as
-    # those of a runner without a row. A job that was resumed while it was stopping runs on.
+    # 1.0.0. Its runners are gone: `JobFile` has looked. Their jobs are taken back as those of a
+    # runner without a row. A job that was resumed while it was stopping runs on.
     2: ("ALTER TABLE bgjobs_jobs ADD COLUMN ends_at REAL",
         "UPDATE bgjobs_jobs SET status = 'running' WHERE status = 'stopping' AND goes_on = 1",
         "DELETE FROM bgjobs_runners", "DELETE FROM bgjobs_registered"),
@@ -1079,20 +1071,16 @@ to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make; 
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
-# Only an attempt that still executes may write: one that has been superseded is refused.
-_OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
-    AND status IN ('running', 'stopping')"""
 
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# What writes do to jobs. All of it happens in a Transaction, in the same order everywhere: change
-# the jobs themselves, and add up what that means for their ancestors and roots; `apply` writes
-# those, and closes the parents whose last child is over. Code that decides by counts, lanes or
-# virtual times calls `apply` first.
+# What writes do to jobs, in the same order everywhere: change the jobs themselves, and add up what
+# that means for their ancestors and roots; `apply` writes that, and closes the parents whose last
+# child is over. Code that decides by counts, lanes or virtual times calls `apply` first.
 #
 # A row that was read in a transaction cannot change before its end, since BEGIN IMMEDIATE keeps
-# all other writers out. So a status that was checked here needs no second check in the UPDATE.
+# other writers out. So a status that was checked needs no second check in the UPDATE.
 
 SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
 DEATHS = 3  # crashes after which it is failed
@@ -1125,13 +1113,13 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return the options that a job's row keeps."""
+    """Return the options in a job's row."""
     options: Fields = json.loads(text) if text else {}
     return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
-    """Return the `error` column: what a function raised."""
+    """Return what a function raised, for the `error` column."""
     return json.dumps({"type": text_of(type), "text": text_of(text),
                        "traceback": text_of(trace, 64 * 1024)})
 
@@ -1150,7 +1138,7 @@ def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
 
 
 def contribution(status: str, progress: float | None) -> Fields:
-    """Return what a job in `status` adds to the counts and the progress of its ancestors."""
+    """Return what a job in this status adds to the counts of its ancestors."""
     over = status in OVER
     return {"open": not over, "done": over, "failed": status == FAILED, "running": status in ACTIVE,
             "progress": 1.0 if over else progress or 0.0}
@@ -1171,7 +1159,7 @@ _TALLY = """INSERT INTO bgjobs_stats (minute, name, created, started, finished, 
     running_max = coalesce(max(running_max, excluded.running_max), running_max,
         excluded.running_max)"""
 SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
-# "started" comes with the seconds that jobs have waited; the ends, with those that they have run.
+# "started" comes with seconds of waiting, the ends with seconds of running.
 _SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
     :n * (:event = 'finished'), :n * (:event = 'failed'),
     :sum * (:event = 'started'), :min * nullif(:event = 'started', 0),
@@ -1184,8 +1172,8 @@ _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "prog
               "charge": 0}
 
 
-# A new root starts at the queue's virtual time. INSERT_MANY takes a JSON array of the encoded
-# arguments: five times as quick as a statement for each job.
+# A new root starts at the queue's virtual time. INSERT_MANY takes the arguments as a JSON array,
+# which is five times as quick as a statement for each job.
 _SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
     submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
 _VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
@@ -1197,12 +1185,11 @@ ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NU
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
     AND key IS NOT NULL AND parent_id IS NOT NULL"""
 
-# The outcome of the first attempt of a job that returned and has no children; others need more.
+# The outcome of a first attempt that returned and has no children; others need more.
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?,
     duration = duration + ?, result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-# A root is in the best lane of its ready jobs. If it becomes ready, it starts at the queue's
-# virtual time, or at its own if that is later.
+# The lane of a root, and its virtual time if it becomes ready, as in section 5.
 _BEST_LANE = """(SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :id UNION ALL
     SELECT min(queue) FROM bgjobs_jobs
     WHERE root_id = :id AND parent_id IS NOT NULL AND queue IS NOT NULL))"""
@@ -1239,14 +1226,14 @@ OLDEST_BLOCKED = f"""SELECT * FROM (SELECT * FROM (SELECT {_JOB} FROM bgjobs_job
 
 
 class Transaction:
-    """What a write may do, between one BEGIN IMMEDIATE and its COMMIT. The store makes it."""
+    """What a write may do between BEGIN IMMEDIATE and COMMIT. The store makes it."""
 
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages  # parent -> it and its ancestors
         self._trees: Trees | None = None  # most transactions touch none
         self.freed: set[str] = set()  # limits whose members have ended
-        # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        # For statistics: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
@@ -1269,8 +1256,7 @@ class Transaction:
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
 
-        The owner counts, too: the number of a claim that was given back is given out again,
-        perhaps to another runner.
+        The owner counts, too: the number of a claim that was given back is given out again.
         """
         for job in self.jobs(TREE_ROW, id=attempt.id):
             if job.executes and (job.attempt, job.owner) == (attempt.number, attempt.owner):
@@ -1281,7 +1267,7 @@ class Transaction:
         JOIN bgjobs_jobs j USING (id) WHERE j.parent_id IS NOT NULL) SELECT id FROM line"""
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
-        """Return the ids from a job's parent up to its root; they never change."""
+        """Return the ids from a parent up to its root; they never change."""
         if parent_id is None:
             return ()
         if parent_id not in self._lineages:
@@ -1294,7 +1280,7 @@ class Transaction:
     # submit
 
     def submit(self, new: Submission) -> int:
-        """Store one job and return its id; with a key, that of the job which has it already."""
+        """Store one job and return its id, or that of the job which has its key already."""
         values = self._admit(new)
         if new.key is not None:
             sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
@@ -1309,7 +1295,7 @@ class Transaction:
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store one job for each of the encoded argument lists and return their ids."""
+        """Store a job for each of the encoded arguments and return their ids."""
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
@@ -1320,9 +1306,9 @@ class Transaction:
         ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
 
     def _admit(self, new: Submission) -> tuple[Any, ...]:
-        """Return the values of a new job for _VALUES.
+        """Return what _VALUES takes for a new job.
 
-        Raises JobStopped or InvalidOperation if its author, or its parent, may have no children.
+        Raises JobStopped or InvalidOperation if its author or its parent may have no children.
         """
         if new.author is not None:
             self.check_author(new.author)
@@ -1345,7 +1331,7 @@ class Transaction:
         AND status IN ('running', 'stopping')"""
 
     def check_author(self, author: tuple[int, int]) -> None:
-        """Refuse a request of an attempt that has been superseded. Raises JobStopped."""
+        """Raise JobStopped if this attempt has been superseded."""
         if self.value(self._IS_AUTHOR, id=author[0], attempt=author[1]) is None:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
@@ -1419,14 +1405,14 @@ class Transaction:
     _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
     def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep, for people, what became of the newest attempt; `error` is one of `dump_error`."""
+        """Keep, for people, what became of a job's newest attempt."""
         self.execute(self._KEEP_ATTEMPT, {
             "id": job.id, "now": self.now, "outcome": outcome, "error": error})
         self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
 
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """End the attempt that executes: correct its charge, free its limits, move the job."""
+        """Correct the charge of the attempt that executes, free its limits, move its job."""
         self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
@@ -1448,10 +1434,9 @@ class Transaction:
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: the seconds that it was active, if not those since then. left: what its attempt leaves,
-        `returned`, `result`, `error` and `positions` as in the table, and `unspent` if the attempt
-        does not count; what a job that becomes pending waits for, `run_at` or `parked`, with its
-        `phase`.
+        ran: seconds that it was active, None: those since it became so. left: the columns
+        `returned`, `result`, `error` and `positions`, if its attempt leaves any; `unspent` if the
+        attempt does not count; `run_at`, `parked` and `phase` of a job that becomes pending.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
         # A stop, or the resume that takes it back: the attempt runs on.
@@ -1487,8 +1472,8 @@ class Transaction:
 
     # statistics
 
-    # Creations are counted by id range, when statistics are read and before rows are deleted: so
-    # a submit pays nothing for them.
+    # Creations are counted by id, when statistics are read and before rows are deleted: so a
+    # submit pays nothing for them.
     UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0,
         0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
         WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
@@ -1496,7 +1481,7 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Bring the statistics up to date with the jobs that were created."""
+        """Take the jobs created since the last time into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
@@ -1518,8 +1503,9 @@ class Transaction:
         """Add one line to a job's log."""
         self.execute(self._INSERT_LOG, (job_id, self.now, level, text_of(message)))
 
-    _SAVE_STATE = f"""UPDATE bgjobs_jobs SET state = ifnull(:state, state),
-        positions = ifnull(:positions, positions) {_OF_ATTEMPT}"""
+    _SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state),
+        positions = ifnull(:positions, positions) WHERE id = :id AND attempt = :attempt
+        AND returned = 0 AND status IN ('running', 'stopping')"""
 
     def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
@@ -1532,10 +1518,10 @@ class Transaction:
         message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
     def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
-        """Store an attempt's progress, and what it costs if it runs longer than estimated.
+        """Store an attempt's progress and charge.
 
-        report: progress (0 to 1), seconds left and message, each perhaps None; None if there is
-        nothing new. charge: the microseconds that it has run by now.
+        report: progress (0 to 1), seconds left and message, each perhaps None; or None. charge:
+        microseconds, if it has run longer than estimated.
         """
         job = self.executing(attempt)
         if job is None:
@@ -1559,7 +1545,7 @@ class Trees:
         self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
 
     def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of one job; by default only look at its lane, and whether it is over."""
+        """Add to a column of one job; by default have its lane and its end looked at."""
         self._changes[job_id][name] += value
 
     def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
@@ -1572,9 +1558,9 @@ class Trees:
                 change[name] += value
 
     def apply(self) -> None:
-        """Write what is added up, and start jobs for which limits have become free.
+        """Write what is added up, unblock jobs, and close parents whose last child is over.
 
-        A parent whose last child is over is closed, which may mean the same for its own parent.
+        That may mean the same for others, so it is repeated.
         """
         tx = self._tx
         while self._changes or tx.freed:
@@ -1594,7 +1580,7 @@ class Trees:
 # become ready.
 
 def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
-    """Return the limit that keeps a job from starting now beside so many others, or ""."""
+    """Return the limit that keeps a job from starting beside so many others, or ""."""
     for key, limit in job.limits.items():
         sql = HAS_ROOM[key.partition(" ")[0]]
         if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
@@ -1627,8 +1613,8 @@ READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
-# One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
-# is its own tree, so its virtual time and its lane are written at once.
+# One statement for all jobs that are charged alike; :ids is a JSON array. The virtual time and the
+# lane of a root without children are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
     phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
     started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
@@ -1652,11 +1638,11 @@ class Claims:
 
     @property
     def cut_short(self) -> bool:
-        """Whether so many jobs were blocked that the others have to wait for the next claim."""
+        """Whether so many jobs were blocked that others wait for the next claim."""
         return self._blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
-        """Claim what there is room for; return whether to look behind jobs that were blocked."""
+        """Claim jobs; return whether to look behind those that were blocked."""
         free, blocked = self._room.free, self._blocked
         self._tx.trees.apply()  # what was submitted, or blocked, counts
         self.more_ready = False
@@ -1702,13 +1688,13 @@ class Claims:
         self._ids.clear()
 
     def _start_limited(self, job: JobRow) -> None:
-        """Let the next job see this one run, and blocked descendants start: it may wait for them."""
+        """Let limits see this job run, and unblock its descendants: it may wait for them."""
         self._write()
         for key in job.limits:
             self._tx.make_ready(self._tx.jobs(BLOCKED_IN_TREE, key=key, root=job.root))
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return what a claim of this job costs. Block it, and return None, if a limit says so."""
+        """Return the charge for a job, or block it and return None."""
         key = limit_without_room(self._tx, job)
         if not key:
             return self._run_times.charge(job.name)
@@ -1719,7 +1705,7 @@ class Claims:
         return None
 
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
+        """Yield the ready jobs of a tree in one lane, oldest first."""
         if root.queue == lane:
             yield root
         for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
@@ -1729,7 +1715,7 @@ class Claims:
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
-    """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
+    """Claim jobs for a runner; low priority gets what normal jobs leave."""
     claims = Claims(tx, owner, room, run_times)
     while claims.round():
         pass
@@ -1803,9 +1789,10 @@ def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[J
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
-    """Apply an operation that `top` allows to it or a descendant; return whether that allows it."""
+    """Apply an operation on `top` to it or a descendant; return whether that allows it."""
     rules = OPERATIONS[operation]
-    follows = (job.returned and rules.once_returned.get(job.status)) or rules.moves.get(job.status)
+    moves = {**rules.moves, **rules.once_returned} if job.returned else rules.moves
+    follows = moves.get(job.status)
     if operation == "resume" and job.status == STOPPING:
         follows = RUNNING  # its stop is taken back
     of_others = operation == "resume" and job.status == FAILED != top.status
@@ -1836,10 +1823,9 @@ _NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 
 def remove(tx: Transaction, ids: list[int]) -> None:
-    """Delete jobs, with their logs and attempts.
+    """Delete jobs, with their logs and attempts, and tell their handles.
 
-    The statistics keep them, and their ids are not given out again. Handles learn that they are
-    gone.
+    The statistics keep them, and their ids are not given out again.
     """
     tx.count_created()
     tx.over += ids
@@ -1874,12 +1860,12 @@ def unpark(tx: Transaction, key: str) -> bool:
 
 
 def owned(tx: Transaction, owner: int) -> list[JobRow]:
-    """Return the jobs that a runner executes, newest first: so children before their parents."""
+    """Return the jobs that a runner executes, children before their parents."""
     return sorted(tx.jobs(OWNED, owner=owner), reverse=True)
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died, and forget it; return how many."""
+    """Take back the jobs of a runner whose process died; return how many."""
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
     for job in jobs:
@@ -1890,7 +1876,7 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner, and the schedules that its code had registered."""
+    """Forget a runner, and which schedules its code has."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
