@@ -907,8 +907,8 @@ class Pace:
 #
 # A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
 # Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
-# process that knows its function ("function NAME"), one whose executor takes jobs ("executor NAME"),
-# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
+# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"), the
+# end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
 # process down ("suspect").
 #
 # `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
@@ -945,8 +945,7 @@ TABLES = (
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
     # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
     # again. counted_id: creations up to it are in the statistics. token: of the status page.
-    """CREATE TABLE bgjobs_clock (
-        vtime INT DEFAULT 0, last_id INT DEFAULT 0,
+    """CREATE TABLE bgjobs_clock (vtime INT DEFAULT 0, last_id INT DEFAULT 0,
         counted_id INT DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
         id INTEGER PRIMARY KEY AUTOINCREMENT, pid INT NOT NULL, host TEXT NOT NULL,
@@ -963,9 +962,8 @@ TABLES = (
     """CREATE TABLE bgjobs_registered (schedule_id INT NOT NULL, runner_id INT NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
     # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
-    """CREATE TABLE bgjobs_stats (
-        minute INT NOT NULL, name TEXT NOT NULL, created INT NOT NULL,
-        started INT NOT NULL, finished INT NOT NULL, failed INT NOT NULL,
+    """CREATE TABLE bgjobs_stats (minute INT NOT NULL, name TEXT NOT NULL,
+        created INT NOT NULL, started INT NOT NULL, finished INT NOT NULL, failed INT NOT NULL,
         waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL,
         PRIMARY KEY (minute, name)) WITHOUT ROWID""",
@@ -1007,7 +1005,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 
 
 class JobRow(NamedTuple):
-    """A job as transactions see it: columns of bgjobs_jobs."""
+    """A job as transactions see it: columns of bgjobs_jobs, as told there."""
 
     id: int
     parent_id: int | None
@@ -1015,31 +1013,31 @@ class JobRow(NamedTuple):
     name: str
     status: str
     attempt: int  # number of the newest
-    options: str | None  # JSON
+    options: str | None
     key: str | None
     system: int
     low_priority: int
     max_running: int | None
     deaths: int
     queue: int | None
-    vtime: int  # microseconds; of a root
+    vtime: int  # microseconds
     created_at: float
     run_at: float | None
     started_at: float | None  # the first attempt, since creation or restart
     duration: float
     progress: float | None  # its own
     total: int
-    # What the function needs: read by claims alone, since it may be large.
-    args: str | None  # JSON
-    kwargs: str | None  # JSON
-    state: str | None  # JSON
-    positions: str | None  # JSON
+    # What the function needs, as JSON: read by claims alone, since it may be large.
+    args: str | None
+    kwargs: str | None
+    state: str | None
+    positions: str | None
     run_by: str | None
     # Claims do not read on.
-    owner: int | None  # the runner that executes it
-    returned: int  # 1: its function has; 2: it raised for good
+    owner: int | None
+    returned: int
     parked: str | None
-    charge: int  # microseconds
+    charge: int
     since: float | None
     own_errors: int
     open: int
@@ -1055,7 +1053,7 @@ class JobRow(NamedTuple):
 
     @property
     def executes(self) -> bool:
-        """Whether an attempt of it executes."""
+        """Whether an attempt executes."""
         return self.status in ACTIVE and not self.returned
 
     @property
@@ -1067,7 +1065,7 @@ class JobRow(NamedTuple):
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
-to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make; a row may be short
+to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make, and takes short rows
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1092,12 +1090,12 @@ ATTEMPTS_A_JOB = 100  # that are kept, for people to see
 class Submission:
     """A job that is to be stored: its columns, and the attempt that submits it."""
 
-    args: str | None = None  # JSON, as the next two
+    args: str | None = None
     kwargs: str | None = None
     options: str | None = None
     label: str | None = None
-    run_by: str | None = None  # None: the parent's
-    low_priority: int | None = None  # None: the parent's
+    run_by: str | None = None  # None: the parent's, as the next one
+    low_priority: int | None = None
     system = 0
     key: str | None = None
     run_at: float | None = None
@@ -1125,10 +1123,9 @@ def dump_error(type: str, text: str, trace: str) -> str:
 
 
 def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
-    """Return the status of a job whose attempt has ended so.
+    """Return the status of a job whose attempt ends.
 
-    returned: as in the table, None if the function is called again. halts: at a checkpoint, without
-    having been asked.
+    returned: as in the table, None if the function is called again. halts: by itself.
     """
     if returned and job.open == 0:
         return FINISHED if returned == 1 else FAILED
@@ -1144,20 +1141,12 @@ def contribution(status: str, progress: float | None) -> Fields:
             "progress": 1.0 if over else progress or 0.0}
 
 
-_TALLY = """INSERT INTO bgjobs_stats (minute, name, created, started, finished, failed,
-    waiting, waiting_min, waiting_max, running, running_min, running_max) VALUES ({})
-    ON CONFLICT (minute, name) DO UPDATE SET created = created + excluded.created,
-    started = started + excluded.started, finished = finished + excluded.finished,
-    failed = failed + excluded.failed,
-    waiting = waiting + excluded.waiting, running = running + excluded.running,
-    waiting_min = coalesce(min(waiting_min, excluded.waiting_min), waiting_min,
-        excluded.waiting_min),
-    waiting_max = coalesce(max(waiting_max, excluded.waiting_max), waiting_max,
-        excluded.waiting_max),
-    running_min = coalesce(min(running_min, excluded.running_min), running_min,
-        excluded.running_min),
-    running_max = coalesce(max(running_max, excluded.running_max), running_max,
-        excluded.running_max)"""
+_TALLY = """INSERT INTO bgjobs_stats VALUES ({}) ON CONFLICT (minute, name) DO UPDATE SET
+    created = created + excluded.created, started = started + excluded.started,
+    finished = finished + excluded.finished, failed = failed + excluded.failed,
+    waiting = waiting + excluded.waiting, running = running + excluded.running""" + "".join(
+    f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
+    for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
 SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
 # "started" comes with seconds of waiting, the ends with seconds of running.
 _SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
@@ -1167,7 +1156,7 @@ _SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
     :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
 
 
-# What a transaction adds up for a job that has descendants, or for a root.
+# What a transaction adds up for a parent or a root.
 _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
               "charge": 0}
 
@@ -1204,17 +1193,15 @@ CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-# Whether a child of :parent may start: below a running member, or if fewer outermost members run.
+# Whether a child of :parent may start: below a member, or if fewer outermost members run.
 HAS_ROOM = {kind: f"""WITH RECURSIVE
-    member(id, parent_id) AS (SELECT id, parent_id FROM bgjobs_jobs
-        WHERE owner IS NOT NULL AND {which}),
-    above(member, id) AS (SELECT id, parent_id FROM member WHERE parent_id IS NOT NULL UNION ALL
-        SELECT member, j.parent_id FROM above JOIN bgjobs_jobs j USING (id)
-        WHERE j.parent_id IS NOT NULL),
-    line(id) AS (SELECT :parent UNION ALL SELECT j.parent_id FROM line JOIN bgjobs_jobs j USING (id)
-        WHERE j.parent_id IS NOT NULL)
+    member(id, up) AS (SELECT id, parent_id FROM bgjobs_jobs WHERE owner IS NOT NULL AND {which}),
+    above(member, id) AS (SELECT id, up FROM member WHERE up IS NOT NULL UNION ALL
+        SELECT member, parent_id FROM above JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0),
+    line(id) AS (SELECT :parent UNION ALL
+        SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)
     SELECT (SELECT count(*) FROM member) < :limit + (SELECT count(DISTINCT above.member) FROM above
-        WHERE above.id IN (SELECT id FROM member))
+        WHERE id IN (SELECT id FROM member))
     OR EXISTS (SELECT 1 FROM line WHERE id IN (SELECT id FROM member))""" for kind, which in (
         ("limit", "name = :name AND max_running IS NOT NULL"),
         ("suspect", "deaths >= 2 AND deaths > 0"))}
@@ -1231,7 +1218,7 @@ class Transaction:
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages  # parent -> it and its ancestors
-        self._trees: Trees | None = None  # most transactions touch none
+        self._trees: Trees | None = None
         self.freed: set[str] = set()  # limits whose members have ended
         # For statistics: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
@@ -1240,7 +1227,7 @@ class Transaction:
 
     @property
     def trees(self) -> Trees:
-        """What is added up for ancestors and roots."""
+        """What is added up; most transactions need none."""
         if self._trees is None:
             self._trees = Trees(self)
         return self._trees
@@ -1263,8 +1250,9 @@ class Transaction:
                 return job
         return None
 
-    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL SELECT j.parent_id FROM line
-        JOIN bgjobs_jobs j USING (id) WHERE j.parent_id IS NOT NULL) SELECT id FROM line"""
+    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL
+        SELECT parent_id FROM line JOIN bgjobs_jobs USING (id) WHERE parent_id > 0)
+        SELECT id FROM line"""
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
         """Return the ids from a parent up to its root; they never change."""
@@ -1376,7 +1364,7 @@ class Transaction:
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
         returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
-        # If it was asked to stop and its job is running all the same, a resume has taken that back.
+        # It runs on if it was asked to stop and a resume has taken that back.
         halts = outcome == HALTED and not attempt.was_asked_to_stop
         status = status_after(job, returned, halts)
         unspent = outcome in (UNSPENT, *WAITS_FOR)
@@ -1392,7 +1380,7 @@ class Transaction:
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Return when the next attempt is due, and tell the job's log."""
+        """Return when the next attempt is due, and log it."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
@@ -1417,10 +1405,8 @@ class Transaction:
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
-    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue,
-        parked = CASE :status WHEN 'pending' THEN :parked END,
-        phase = CASE :status WHEN 'pending' THEN :phase END,
-        run_at = CASE :status WHEN 'pending' THEN ifnull(:run_at, run_at) ELSE run_at END,
+    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
+        phase = :phase, run_at = ifnull(:run_at, run_at),
         finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
         since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
@@ -1439,13 +1425,15 @@ class Transaction:
         attempt does not count; `run_at`, `parked` and `phase` of a job that becomes pending.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
+        if status != PENDING:
+            given.update(run_at=None, parked=None, phase=None)
         # A stop, or the resume that takes it back: the attempt runs on.
         executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
         is_early = (job.run_at or 0.0) > self.now and job.started_at is None
-        waits = given["run_at"] or given["parked"] or is_early
-        queue = job.low_priority if status == PENDING and not waits else None
+        waits = status != PENDING or given["run_at"] or given["parked"] or is_early
+        queue = None if waits else job.low_priority
         given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
                      over=status in OVER, now=self.now)
         self.execute(self._MOVE, given)
@@ -1464,7 +1452,7 @@ class Transaction:
         WHERE id = :id"""
 
     def make_ready(self, jobs: list[JobRow]) -> bool:
-        """Make pending jobs ready, and return whether there were any."""
+        """Make pending jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
             self.trees.change(job.root)
@@ -1574,10 +1562,9 @@ class Trees:
                 tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
-# Limits: max_running of a name, and one suspect at a time. A job counts for a limit while its
-# attempt executes. Descendants of a running member neither count nor wait: the member may be
-# waiting for them. Other jobs that have to wait are blocked; when a member ends, the oldest of them
-# become ready.
+# Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
+# executes. Descendants of a member neither count nor wait: it may be waiting for them. Other jobs
+# that have to wait are blocked; when a member ends, the oldest of them become ready.
 
 def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
     """Return the limit that keeps a job from starting beside so many others, or ""."""
@@ -1589,7 +1576,7 @@ def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
 
 
 def unblock(tx: Transaction, key: str) -> None:
-    """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
+    """Make as many blocked jobs ready as a limit has room for, the oldest first."""
     for others in itertools.count():
         jobs = tx.jobs(OLDEST_BLOCKED, key=key)
         if not jobs or limit_without_room(tx, jobs[0], others):
@@ -1627,7 +1614,7 @@ _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
 class Claims:
-    """The jobs that one runner claims in one transaction, in fair order."""
+    """The jobs that a runner claims in one transaction, in fair order."""
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
@@ -1653,8 +1640,8 @@ class Claims:
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
-        limit = max(0, free) + ahead
-        roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
+        tx, run_times, limit = self._tx, self._run_times, max(0, free) + ahead
+        roots = tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
         trees = [(root.vtime, root.id,
                   self._ready_jobs(root, lane) if root.total else iter((root,)))
@@ -1663,7 +1650,7 @@ class Claims:
         taken = tag = 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
             if taken >= free:  # ahead of a free worker: short jobs only
-                planned += self._run_times.occupies(job.name)
+                planned += run_times.occupies(job.name)
                 recovers = not job.options or kept_options(job.options).get("recover", True)
                 if taken >= limit or planned > budget or not recovers:
                     self.more_ready = True
@@ -1673,12 +1660,10 @@ class Claims:
             is_single = job.parent_id is None and job.total == 0
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
-                self._tx.trees.count(job.parent_id, running=1)
-                self._tx.trees.change(root_id, "charge", charge)
-            if job.limits:
-                self._start_limited(job)
+                tx.trees.count(job.parent_id, running=1)
+                tx.trees.change(root_id, "charge", charge)
         self._write()
-        self._tx.execute(_ADVANCE_CLOCK, {"tag": tag})
+        tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
         """Write the claims that are not in the file yet."""
@@ -1687,22 +1672,26 @@ class Claims:
                                    "ids": json.dumps(ids)})
         self._ids.clear()
 
-    def _start_limited(self, job: JobRow) -> None:
-        """Let limits see this job run, and unblock its descendants: it may wait for them."""
-        self._write()
-        for key in job.limits:
-            self._tx.make_ready(self._tx.jobs(BLOCKED_IN_TREE, key=key, root=job.root))
-
     def _charge(self, job: JobRow) -> int | None:
         """Return the charge for a job, or block it and return None."""
-        key = limit_without_room(self._tx, job)
-        if not key:
-            return self._run_times.charge(job.name)
-        phase = "interrupted" if key == "suspect" else "limit reached"
-        self._tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
-        self._tx.trees.change(job.root)
-        self._blocked += 1
-        return None
+        if job.limits and not self._has_room(job):
+            return None
+        return self._run_times.charge(job.name)
+
+    def _has_room(self, job: JobRow) -> bool:
+        """Return whether limits let a job start; else block it."""
+        tx = self._tx
+        self._write()  # limits are to see the jobs that start before it
+        key = limit_without_room(tx, job)
+        if key:
+            phase = "interrupted" if key == "suspect" else "limit reached"
+            tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
+            tx.trees.change(job.root)
+            self._blocked += 1
+            return False
+        for limit in job.limits if job.total else ():  # its descendants: it may wait for them
+            tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
+        return True
 
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
         """Yield the ready jobs of a tree in one lane, oldest first."""
@@ -1740,9 +1729,9 @@ _SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
 
 def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
             author: tuple[int, int] | None = None) -> list[int]:
-    """Apply an operation to a job and to those descendants that allow it; return their ids.
+    """Apply an operation to a job and to descendants that allow it; return their ids.
 
-    Raises KeyError if there is no such job, InvalidOperation if its status does not allow it.
+    Raises KeyError if there is no such job, InvalidOperation if it does not allow the operation.
     """
     if author is not None:
         tx.check_author(author)
@@ -1884,8 +1873,8 @@ def remove_runner(tx: Transaction, runner: int) -> None:
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
     """Supersede the attempt of a job, which ran until then.
 
-    Running becomes pending, stopping becomes stopped. A job that may not run again (recover=False,
-    or the third process died under it) ends as if it had raised.
+    Running becomes pending, stopping becomes stopped; a job that may not run again ends as if it
+    had raised.
     """
     tx.trees.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
