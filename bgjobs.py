@@ -907,8 +907,8 @@ class Pace:
 #
 # A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
 # Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
-# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"), the
-# end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
+# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"),
+# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
 # process down ("suspect").
 #
 # `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
@@ -1205,10 +1205,9 @@ HAS_ROOM = {kind: f"""WITH RECURSIVE
     OR EXISTS (SELECT 1 FROM line WHERE id IN (SELECT id FROM member))""" for kind, which in (
         ("limit", "name = :name AND max_running IS NOT NULL"),
         ("suspect", "deaths >= 2 AND deaths > 0"))}
-OLDEST_BLOCKED = f"""SELECT * FROM (SELECT * FROM (SELECT {_JOB} FROM bgjobs_jobs
-    WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1) UNION ALL
-    SELECT * FROM (SELECT {_JOB} FROM bgjobs_jobs
-    WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
+OLDEST_BLOCKED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (
+    (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1),
+    (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
     ORDER BY ifnull(root_id, id), id LIMIT 1"""
 
 
@@ -1290,8 +1289,8 @@ class Transaction:
         self.trees.count(new.parent_id, open=count, total=count)
         return range(first, first + count)
 
-    _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
-        ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
+    _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
+        ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
     def _admit(self, new: Submission) -> tuple[Any, ...]:
         """Return what _VALUES takes for a new job.
@@ -1303,8 +1302,7 @@ class Transaction:
         parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
         if parent is not None:
             status, root_id, low, run_by, options = self.execute(self._PARENT, {
-                "id": parent, "low": new.low_priority, "run_by": run_by}).fetchone() or (
-                "removed", None, None, None, None)
+                "id": parent, "low": new.low_priority, "run_by": run_by}).fetchone()
             by_itself = new.author is not None and new.author[0] == parent
             if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
                 raise JobStopped(f"job {parent} was asked to stop")

@@ -1629,7 +1629,7 @@ class TestTables:
         "READY_ROOTS": [*BY_ID, "LIST SUBQUERY 1",
                         "SEARCH bgjobs_jobs USING COVERING INDEX bgjobs_ready_roots (lane=?)"],
         "READY_CHILDREN": ["SEARCH bgjobs_jobs USING INDEX bgjobs_ready_children "
-                           "(root_id=? AND queue=? AND rowid>?)"],
+                           "(root_id=? AND queue=?)"],
         "CLAIM": BY_IDS, "CLAIM_SINGLE": BY_IDS, "FINISH": BY_ID, "TREE_ROW": BY_ID,
         "ADD_CHANGE": None, "CLOSED": BY_IDS, "OLDEST_BLOCKED": None, "BLOCKED": None,
         "HAS_ROOM limit": None, "HAS_ROOM suspect": None,
@@ -1640,7 +1640,6 @@ class TestTables:
         "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
         "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
         "Service.BLOCKED_KEYS": None, "BLOCKED_IN_TREE": None,
-        "LOG_LINES": ["SEARCH bgjobs_logs USING INDEX bgjobs_logs_of_job (job_id=? AND rowid>?)"],
     }
 
     @pytest.mark.parametrize("name", HOT)
