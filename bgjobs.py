@@ -813,41 +813,40 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time:
-# the microseconds that its tree has run. The next slot goes to the ready root with the least
-# virtual time, which is the start tag of that claim. The virtual time of the queue itself is the
-# start tag of the newest claim. A root that becomes ready starts at the queue's virtual time, or
-# at its own if that is later, so idling earns no credit. A claim charges its root an estimate at
-# once, because a root with running attempts is not idle; the end of the attempt corrects it.
+# the microseconds that its tree has run. The next slot goes to the ready root with the least, the
+# start tag of that claim; the newest start tag is the virtual time of the queue. A root that
+# becomes ready starts at the queue's virtual time if that is later than its own, so idling earns no
+# credit. A claim charges its root an estimate at once, because a root with running attempts is not
+# idle; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which slots are to be given.
 
     `roots` has (virtual time, root id, iterator over its ready jobs, oldest first). `charge(job)`
-    returns microseconds, or None to pass the job over. Taking the next one from the iterator means
-    that the last one was claimed.
+    returns microseconds, or None to pass the job over.
     """
-    fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
-                    for head in itertools.islice(waiting, 1)), reverse=True)
-    again: list[tuple[int, int, Any, Iterator[Any]]] = []        # a heap: roots with more jobs
-    while fresh or again:
-        is_fresh = not again or fresh and fresh[-1] < again[0]
-        tag, root, head, waiting = fresh.pop() if is_fresh else heapq.heappop(again)
-        cost = charge(head)
+    heads = [(tag, root, job, waiting) for tag, root, waiting in roots
+             for job in itertools.islice(waiting, 1)]
+    heapq.heapify(heads)
+    while heads:
+        tag, root, job, waiting = heapq.heappop(heads)
+        cost = charge(job)
         if cost is not None:
-            yield root, head, tag, cost
-        for following in itertools.islice(waiting, 1):
-            heapq.heappush(again, (tag + (cost or 0), root, following, waiting))
+            yield root, job, tag, cost
+        job = next(waiting, None)
+        if job is not None:
+            heapq.heappush(heads, (tag + (cost or 0), root, job, waiting))
 
 
-UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
-AHEAD_SECONDS = 0.010      # short jobs are claimed ahead of free workers: so much work for each
-AHEAD_LIMIT = 256          # and so many jobs in a process
-_OVERHEAD = 50e-6          # seconds that a job costs besides its function
+UNKNOWN_COST = 0.010  # seconds charged for the first run of a function
+AHEAD_SECONDS = 0.010  # short jobs are claimed ahead of free workers: so much work for each
+AHEAD_LIMIT = 256  # and so many jobs in a process
+_OVERHEAD = 50e-6  # seconds that a job costs besides its function
 
 
 class RunTimes:
-    """The recent mean run time of each function in seconds: exponential averages."""
+    """The mean run time of each function in seconds: exponential averages."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
@@ -860,7 +859,7 @@ class RunTimes:
         self._changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float]]:
-        """Return (name, mean) of the functions whose means have changed since the last call."""
+        """Return (name, mean) of what has changed since the last call."""
         changed, self._changed = self._changed, set()
         return [(name, self.means[name]) for name in changed]
 
@@ -876,108 +875,95 @@ class RunTimes:
 class Pace:
     """How fast an attempt goes, by its progress reports; recent ones weigh more.
 
-    The rate is `gained` units in `seconds`, both fading over about three quarters of the time that
-    the attempt has run. So an early hiccup is forgotten, and one late report changes little.
+    The rate is `gained` units in `seconds`, both fading over three quarters of the time that the
+    attempt has run. So an early hiccup is forgotten, and one late report changes little.
     """
 
     def __init__(self, resumed: bool) -> None:
-        # What is done at the first report of a resumed attempt took no time of this one.
-        self._counts_first = not resumed
-        self._done: float | None = None
-        self._at = 0.0
-        self._gained = self._seconds = 0.0
+        # Whatever a resumed attempt reports first is fewer: earlier attempts did it.
+        self._done = math.inf if resumed else 0.0
+        self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
-        """Take in a report, `at` seconds after the attempt began; return the seconds it has left.
+        """Take in a report, `at` seconds after the begin; return the seconds left.
 
         None if no rate is known yet. Fewer units than before begin anew.
         """
-        if self._done is None or done < self._done:
-            counts = self._counts_first and at >= 0.1      # else done before the attempt began
-            self._gained, self._seconds = (done, at) if counts else (0.0, 0.0)
-            self._done, self._at, self._counts_first = done, at, False
+        if done < self._done or at < 0.1:  # in no time: it was done before the attempt began
+            self._done, self._at, self._gained, self._seconds = done, at, 0.0, 0.0
         elif done > self._done and at > self._at:
             elapsed = at - self._at
             kept = math.exp(-elapsed / max(at * 0.75, 1.0))
             self._gained = self._gained * kept + done - self._done
             self._seconds = self._seconds * kept + elapsed
             self._done, self._at = done, at
-        if self._gained <= 0 or self._seconds <= 0:
+        if self._gained <= 0:
             return None
-        behind = at - self._at                             # since the last report of more units
+        behind = at - self._at  # since the last report of more units
         return max(0.0, (total - done) * self._seconds / self._gained - behind)
 
 
 # ---- 6 Tables -----------------------------------------------------------------------------------
 #
-# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low
-# priority. Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it
-# waits for: a process that knows its function ("function NAME"), the end of another job of its name
-# ("limit NAME"), or the end of a job that is suspected, like this one, of taking its process down
-# ("suspect").
+# A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
+# Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
+# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"),
+# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
+# process down ("suspect").
 #
 # `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
 # finds the next root, and (root_id, queue, id) its oldest ready child. `owner` is the runner that
 # executes the job, NULL once its function has returned.
 #
-# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its
-# direct children that are not over). A transaction adds up what it changes and writes each ancestor
-# once, however many of its descendants it touched.
+# Each job carries counts over its descendants (total, done, failed, running); `open` counts its
+# direct children that are not over. A transaction writes each ancestor once, however many of its
+# descendants it touched.
 
 TABLES = (
-    "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
+    "CREATE TABLE bgjobs_schema (version INT NOT NULL)",
     # returned: 1 once the function has returned, 2 once it has raised and is not called again.
     # charge: microseconds that the running attempt has added to its root's vtime. since: active
     # since then, else NULL. duration: seconds active before that. ends_at: when the attempt is
     # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INTEGER NOT NULL DEFAULT 0, parent_id INTEGER, root_id INTEGER,
-        queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
-        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER,
-        returned INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
-        own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
-        total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
-        failed INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0,
-        low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+        attempt INT DEFAULT 0, parent_id INT, root_id INT, queue INT, lane INT,
+        vtime INT DEFAULT 0, charge INT DEFAULT 0, owner INT, submitter INT,
+        returned INT DEFAULT 0, deaths INT DEFAULT 0, own_errors INT DEFAULT 0,
+        open INT DEFAULT 0, total INT DEFAULT 0, done INT DEFAULT 0, failed INT DEFAULT 0,
+        running INT DEFAULT 0, low_priority INT DEFAULT 0, system INT DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
-        since REAL, duration REAL NOT NULL DEFAULT 0, progress REAL, ends_at REAL,
-        tree_progress REAL NOT NULL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER,
-        label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
-        args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
-    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
-        at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # Attempts, for people: those alone that their job's row does not tell, so others than the one
-    # that ended it.
+        since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
+        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INT, label TEXT,
+        run_by TEXT, key TEXT, options TEXT, message TEXT, args TEXT, kwargs TEXT, state TEXT,
+        positions TEXT, result TEXT, error TEXT)""",
+    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INT NOT NULL,
+        at REAL NOT NULL, level INT NOT NULL, message TEXT NOT NULL)""",
+    # For people: attempts other than the one that ended the job, which the job's row tells.
     """CREATE TABLE bgjobs_attempts (
-        job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+        job_id INT NOT NULL, number INT NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not
-    # given out again. counted_id: the job up to which creations are in the statistics. token: of
-    # the status page, whichever process serves it.
-    """CREATE TABLE bgjobs_clock (
-        vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
-        counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
+    # again. counted_id: creations up to it are in the statistics. token: of the status page.
+    """CREATE TABLE bgjobs_clock (vtime INT DEFAULT 0, last_id INT DEFAULT 0,
+        counted_id INT DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
-        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INTEGER NOT NULL DEFAULT 0)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INT NOT NULL, host TEXT NOT NULL,
+        workers INT NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
+        abandoned INT DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL) WITHOUT ROWID",
     """CREATE TABLE bgjobs_schedules (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
-        low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
-        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
-        runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,
-        paused INTEGER NOT NULL DEFAULT 0)""",
+        low_priority INT NOT NULL, system INT NOT NULL, max_running INT,
+        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INT,
+        runs INT DEFAULT 0, skipped INT DEFAULT 0, paused INT DEFAULT 0)""",
     # Which living runners' code has which schedules.
-    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
+    """CREATE TABLE bgjobs_registered (schedule_id INT NOT NULL, runner_id INT NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older
-    # than the windows.
-    """CREATE TABLE bgjobs_stats (
-        minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL,
-        started INTEGER NOT NULL, finished INTEGER NOT NULL, failed INTEGER NOT NULL,
+    # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
+    """CREATE TABLE bgjobs_stats (minute INT NOT NULL, name TEXT NOT NULL,
+        created INT NOT NULL, started INT NOT NULL, finished INT NOT NULL, failed INT NOT NULL,
         waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL,
         PRIMARY KEY (minute, name)) WITHOUT ROWID""",
@@ -987,7 +973,7 @@ INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
         WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
-    # system and parent_id are there for lists, which this index counts and has in order by itself.
+    # system and parent_id are there for lists, counted and ordered by this index alone.
     """CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id)
         WHERE status <> 'pending'""",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
@@ -1004,15 +990,14 @@ INDEXES = (
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# What makes a file of this version from a new file, and from one of an older version: statements,
-# by the version that they start from. A change of the schema is made above and appended here.
-# Columns that an older file has and this version does not use stay there.
+# The statements that make a file of this version from a new one (0), or from an older version. A
+# change of the schema is made above and appended here. Columns that are not used any more stay.
 SCHEMA_VERSION = 3
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     0: (*TABLES, *INDEXES, f"INSERT INTO bgjobs_schema VALUES ({SCHEMA_VERSION})",
         "INSERT INTO bgjobs_clock DEFAULT VALUES"),
-    # 1.0.0. Its runners are gone: `Store` has looked. The jobs that they left are taken back as
-    # those of a runner without a row. A job that was resumed while it was stopping runs on.
+    # 1.0.0. Its runners are gone: `JobFile` has looked. Their jobs are taken back as those of a
+    # runner without a row. A job that was resumed while it was stopping runs on.
     2: ("ALTER TABLE bgjobs_jobs ADD COLUMN ends_at REAL",
         "UPDATE bgjobs_jobs SET status = 'running' WHERE status = 'stopping' AND goes_on = 1",
         "DELETE FROM bgjobs_runners", "DELETE FROM bgjobs_registered"),
@@ -1020,46 +1005,46 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 
 
 class JobRow(NamedTuple):
-    """A job as transactions see it: columns of bgjobs_jobs."""
+    """A job as transactions see it: columns of bgjobs_jobs, as told there."""
 
     id: int
     parent_id: int | None
-    root_id: int | None                        # None for a root
+    root_id: int | None  # None for a root
     name: str
     status: str
-    attempt: int                               # number of the newest
-    options: str | None                        # JSON
+    attempt: int  # number of the newest
+    options: str | None
     key: str | None
     system: int
     low_priority: int
     max_running: int | None
     deaths: int
     queue: int | None
-    vtime: int                                 # microseconds; of a root
+    vtime: int  # microseconds
     created_at: float
     run_at: float | None
-    started_at: float | None                   # the first attempt, since creation or restart
+    started_at: float | None  # the first attempt, since creation or restart
     duration: float
-    progress: float | None                     # its own
+    progress: float | None  # its own
     total: int
-    # What the function needs: read by claims alone, since it may be large.
-    args: str | None                           # JSON
-    kwargs: str | None                         # JSON
-    state: str | None                          # JSON
-    positions: str | None                      # JSON
+    # What the function needs, as JSON: read by claims alone, since it may be large.
+    args: str | None
+    kwargs: str | None
+    state: str | None
+    positions: str | None
     run_by: str | None
     # Claims do not read on.
-    owner: int | None                          # the runner that executes it
-    returned: int                              # 1: its function has; 2: it raised for good
+    owner: int | None
+    returned: int
     parked: str | None
-    charge: int                                # microseconds
+    charge: int
     since: float | None
     own_errors: int
     open: int
     done: int
     failed: int
     running: int
-    tree_progress: float                       # the sum of its descendants' progress
+    tree_progress: float  # the sum of its descendants' progress
 
     @property
     def root(self) -> int:
@@ -1068,59 +1053,57 @@ class JobRow(NamedTuple):
 
     @property
     def executes(self) -> bool:
-        """Whether an attempt of it executes."""
+        """Whether an attempt executes."""
         return self.status in ACTIVE and not self.returned
 
     @property
-    def is_limited(self) -> bool:
-        """Whether others may keep it from starting."""
-        return self.max_running is not None or self.deaths >= SUSPECT
+    def limits(self) -> dict[str, int]:
+        """The limits that it counts for: {what it is blocked by: how many may run}."""
+        limits = {} if self.max_running is None else {f"limit {self.name}": self.max_running}
+        return limits if self.deaths < SUSPECT else {**limits, "suspect": 1}
+
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
-to_job = functools.partial(tuple.__new__, JobRow)       # quicker than JobRow._make; a row may be short
+to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make, and takes short rows
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
-# Only an attempt that still executes may write: one that has been superseded is refused.
-_OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
-    AND status IN ('running', 'stopping')"""
 
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# What writes do to jobs. All of it happens in a Transaction, in the same order everywhere: change
-# the jobs themselves, and add up what that means for their ancestors and roots; `apply` writes
-# those, and closes the parents whose last child is over. Code that decides by counts, lanes or
-# virtual times calls `apply` first.
+# What writes do to jobs, in the same order everywhere: change the jobs themselves, and add up what
+# that means for their ancestors and roots; `apply` writes that, and closes the parents whose last
+# child is over. Code that decides by counts, lanes or virtual times calls `apply` first.
 #
 # A row that was read in a transaction cannot change before its end, since BEGIN IMMEDIATE keeps
-# all other writers out. So a status that was checked here needs no second check in the UPDATE.
+# other writers out. So a status that was checked needs no second check in the UPDATE.
 
-SUSPECT = 2                # crashes of its process after which a job runs beside no other such job
-DEATHS = 3                 # crashes after which it is failed
-HEARTBEAT_SECONDS = 15     # for people to see; `Presence` tells the dead from the living
-PARKED_A_CLAIM = 200       # jobs that one claim may block; then others get their turn to write
-ATTEMPTS_A_JOB = 100       # that are kept, for people to see
+SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
+DEATHS = 3  # crashes after which it is failed
+HEARTBEAT_SECONDS = 15  # for people to see; `Presence` tells the dead from the living
+PARKED_A_CLAIM = 200  # jobs that one claim may block; then others get their turn to write
+ATTEMPTS_A_JOB = 100  # that are kept, for people to see
 
 
 class Submission:
     """A job that is to be stored: its columns, and the attempt that submits it."""
 
-    args: str | None = None                               # JSON, as the next two
+    args: str | None = None
     kwargs: str | None = None
     options: str | None = None
     label: str | None = None
-    run_by: str | None = None                             # None: the parent's
-    low_priority: int | None = None                       # None: the parent's
+    run_by: str | None = None  # None: the parent's, as the next one
+    low_priority: int | None = None
     system = 0
     key: str | None = None
     run_at: float | None = None
     max_running: int | None = None
-    submitter: int | None = None                          # the runner
+    submitter: int | None = None  # the runner
     parent_id: int | None = None
-    author: tuple[int, int] | None = None                 # job and attempt, if a job submits it
-    created_at: float | None = None                       # once it is stored
+    author: tuple[int, int] | None = None  # job and attempt, if a job submits it
+    created_at: float | None = None  # once it is stored
 
     def __init__(self, name: str, **columns: Any) -> None:
         self.name = name
@@ -1128,75 +1111,74 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return the options that a job's row keeps."""
+    """Return the options in a job's row."""
     options: Fields = json.loads(text) if text else {}
     return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
-    """Return the `error` column: what a function raised."""
+    """Return what a function raised, for the `error` column."""
     return json.dumps({"type": text_of(type), "text": text_of(text),
                        "traceback": text_of(trace, 64 * 1024)})
 
 
-def status_after(job: JobRow, outcome: str, ends: bool, was_asked: bool) -> str:
-    """Return the status of a job whose attempt has ended so.
+def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
+    """Return the status of a job whose attempt ends.
 
-    ends: the function is not called again. was_asked: the attempt was asked to stop; if the job is
-    running all the same, a resume has taken that back.
+    returned: as in the table, None if the function is called again. halts: by itself.
     """
-    if ends and job.open == 0:
-        return FINISHED if outcome == RETURNED else FAILED
-    if job.status == STOPPING or outcome == HALTED and not was_asked:
+    if returned and job.open == 0:
+        return FINISHED if returned == 1 else FAILED
+    if job.status == STOPPING or halts:
         return STOPPED
-    return RUNNING if ends else PENDING
+    return RUNNING if returned else PENDING
 
 
 def contribution(status: str, progress: float | None) -> Fields:
-    """Return what a job in `status` adds to the counts and the progress of its ancestors."""
+    """Return what a job in this status adds to the counts of its ancestors."""
     over = status in OVER
-    return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
+    return {"open": not over, "done": over, "failed": status == FAILED, "running": status in ACTIVE,
             "progress": 1.0 if over else progress or 0.0}
 
 
-TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max",
-           "running", "running_min", "running_max")
-SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    VALUES ({", ".join("?" * 12)}) ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
-    f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))"
-    if name.endswith(("_min", "_max")) else f"{name} = {name} + excluded.{name}"
-    for name in TALLIES)
+_TALLY = """INSERT INTO bgjobs_stats VALUES ({}) ON CONFLICT (minute, name) DO UPDATE SET
+    created = created + excluded.created, started = started + excluded.started,
+    finished = finished + excluded.finished, failed = failed + excluded.failed,
+    waiting = waiting + excluded.waiting, running = running + excluded.running""" + "".join(
+    f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
+    for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
+SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
+# "started" comes with seconds of waiting, the ends with seconds of running.
+_SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
+    :n * (:event = 'finished'), :n * (:event = 'failed'),
+    :sum * (:event = 'started'), :min * nullif(:event = 'started', 0),
+    :max * nullif(:event = 'started', 0), :sum * (:event <> 'started'),
+    :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
 
 
-# What a transaction adds up for a job that has descendants, or for a root.
+# What a transaction adds up for a parent or a root.
 _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
               "charge": 0}
 
 
-# A new root starts at the queue's virtual time. INSERT_MANY takes a JSON array of the encoded
-# arguments: five times as quick as a statement for each job.
-_SUBMITTED = """id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at,
-    submitter, low_priority, system, label, run_by, options, max_running, key, args,
-    kwargs"""
-_AS_ROOT = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL"
-_AS_CHILD = "NULL, 0, ?, ?"
-_VALUES = "?, 'pending'" + ", ?" * 10
-INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
+# A new root starts at the queue's virtual time. INSERT_MANY takes the arguments as a JSON array,
+# which is five times as quick as a statement for each job.
+_SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
+    submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
+_VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+INSERT = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {_VALUES}, ?, ?, ?)"
 INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
-    SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
-INSERT_ROOT, INSERT_CHILD = INSERT_JOB.format(_AS_ROOT), INSERT_JOB.format(_AS_CHILD)
-INSERT_ROOTS, INSERT_CHILDREN = INSERT_MANY.format(_AS_ROOT), INSERT_MANY.format(_AS_CHILD)
+    SELECT ? + key, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL
     AND parent_id IS NULL AND status IN ('pending', 'running', 'stopping', 'stopped')"""
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
     AND key IS NOT NULL AND parent_id IS NOT NULL"""
 
-# The outcome of the first attempt of a job that returned and has no children; others need more.
+# The outcome of a first attempt that returned and has no children; others need more.
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?,
     duration = duration + ?, result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-# A root is in the best lane of its ready jobs. If it becomes ready, it starts at the queue's
-# virtual time, or at its own if that is later.
+# The lane of a root, and its virtual time if it becomes ready, as in section 5.
 _BEST_LANE = """(SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :id UNION ALL
     SELECT min(queue) FROM bgjobs_jobs
     WHERE root_id = :id AND parent_id IS NOT NULL AND queue IS NOT NULL))"""
@@ -1211,62 +1193,47 @@ CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-def limits_of(job: JobRow) -> dict[str, int]:
-    """Return the limits that a job counts for: {what it is blocked by: how many may run}."""
-    limits = {} if job.max_running is None else {f"limit {job.name}": job.max_running}
-    return limits if job.deaths < SUSPECT else {**limits, "suspect": 1}
-
-
-# Whether a child of :parent may start: below a running member, or if fewer outermost members run.
+# Whether a child of :parent may start: below a member, or if fewer outermost members run.
 HAS_ROOM = {kind: f"""WITH RECURSIVE
-    member(id, parent_id) AS (SELECT id, parent_id FROM bgjobs_jobs
-        WHERE owner IS NOT NULL AND {which}),
-    above(member, id) AS (SELECT id, parent_id FROM member WHERE parent_id IS NOT NULL UNION ALL
-        SELECT member, j.parent_id FROM above JOIN bgjobs_jobs j USING (id)
-        WHERE j.parent_id IS NOT NULL),
-    line(id) AS (SELECT :parent UNION ALL SELECT j.parent_id FROM line JOIN bgjobs_jobs j USING (id)
-        WHERE j.parent_id IS NOT NULL)
+    member(id, up) AS (SELECT id, parent_id FROM bgjobs_jobs WHERE owner IS NOT NULL AND {which}),
+    above(member, id) AS (SELECT id, up FROM member WHERE up IS NOT NULL UNION ALL
+        SELECT member, parent_id FROM above JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0),
+    line(id) AS (SELECT :parent UNION ALL
+        SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)
     SELECT (SELECT count(*) FROM member) < :limit + (SELECT count(DISTINCT above.member) FROM above
-        WHERE above.id IN (SELECT id FROM member))
+        WHERE id IN (SELECT id FROM member))
     OR EXISTS (SELECT 1 FROM line WHERE id IN (SELECT id FROM member))""" for kind, which in (
         ("limit", "name = :name AND max_running IS NOT NULL"),
         ("suspect", "deaths >= 2 AND deaths > 0"))}
-OLDEST_BLOCKED = f"""SELECT * FROM (SELECT * FROM (SELECT {_JOB} FROM bgjobs_jobs
-    WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1) UNION ALL
-    SELECT * FROM (SELECT {_JOB} FROM bgjobs_jobs
-    WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
+OLDEST_BLOCKED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (
+    (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1),
+    (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
     ORDER BY ifnull(root_id, id), id LIMIT 1"""
 
 
 class Transaction:
-    """What a write may do, between one BEGIN IMMEDIATE and its COMMIT. The store makes it."""
+    """What a write may do between BEGIN IMMEDIATE and COMMIT. The store makes it."""
 
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
-        self._lineages = lineages                         # parent -> it and its ancestors
-        self._trees: Trees | None = None                  # most transactions touch none
-        self.freed: set[str] = set()                      # limits whose members have ended
-        # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        self._lineages = lineages  # parent -> it and its ancestors
+        self._trees: Trees | None = None
+        self.freed: set[str] = set()  # limits whose members have ended
+        # For statistics: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        self.over: list[int] = []                         # jobs that became over, or are gone
+        self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
     @property
     def trees(self) -> Trees:
-        """What is added up for ancestors and roots."""
+        """What is added up; most transactions need none."""
         if self._trees is None:
             self._trees = Trees(self)
         return self._trees
 
-    @property
-    def limits(self) -> Limits:
-        """What blocks and unblocks jobs."""
-        return Limits(self)
-
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value that a query finds, or None."""
-        row = self.execute(sql, parameters).fetchone()
-        return None if row is None else row[0]
+        return next(self.execute(sql, parameters), (None,))[0]
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
@@ -1275,19 +1242,19 @@ class Transaction:
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
 
-        The owner counts, too: the number of a claim that was given back is given out again,
-        perhaps to another runner.
+        The owner counts, too: the number of a claim that was given back is given out again.
         """
         for job in self.jobs(TREE_ROW, id=attempt.id):
             if job.executes and (job.attempt, job.owner) == (attempt.number, attempt.owner):
                 return job
         return None
 
-    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL SELECT j.parent_id FROM line
-        JOIN bgjobs_jobs j USING (id) WHERE j.parent_id IS NOT NULL) SELECT id FROM line"""
+    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL
+        SELECT parent_id FROM line JOIN bgjobs_jobs USING (id) WHERE parent_id > 0)
+        SELECT id FROM line"""
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
-        """Return the ids from a job's parent up to its root; they never change."""
+        """Return the ids from a parent up to its root; they never change."""
         if parent_id is None:
             return ()
         if parent_id not in self._lineages:
@@ -1300,73 +1267,57 @@ class Transaction:
     # submit
 
     def submit(self, new: Submission) -> int:
-        """Store one job and return its id; with a key, that of the job which has it already."""
-        is_root = new.parent_id is None
-        values = self._values(new)
+        """Store one job and return its id, or that of the job which has its key already."""
+        values = self._admit(new)
         if new.key is not None:
-            sql = ROOT_WITH_KEY if is_root else CHILD_WITH_KEY
+            sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
             holder = self.value(sql, key=new.key, parent=new.parent_id)
             if holder is not None:
                 return int(holder)
-        inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
-                                (*values, new.key, new.args, new.kwargs))
+        inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
-        if not is_root:
-            self._count_new(new, 1)
+        if new.parent_id is not None:
+            self.trees.count(new.parent_id, open=1, total=1)
         job_id: int = inserted.lastrowid
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store one job for each of the encoded argument lists and return their ids."""
-        values = self._values(new)
+        """Store a job for each of the encoded arguments and return their ids."""
+        values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
-        self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
-                     (first, *values, json.dumps(arguments)))
-        if new.parent_id is not None:
-            self._count_new(new, len(arguments))
-        return range(first, first + len(arguments))
+        self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
+        self.trees.count(new.parent_id, open=count, total=count)
+        return range(first, first + count)
 
-    def _values(self, new: Submission) -> tuple[Any, ...]:
-        """Return the parameters of the INSERT of a new job. Raises what `_admit` does."""
-        root_id, low, run_by = self._admit(new)
-        queue = None if (new.run_at or 0.0) > self.now else low
-        place = (queue,) if root_id is None else (new.parent_id, root_id)
-        return (*place, new.name, queue, self.now, new.run_at, new.submitter, low,
-                new.system, new.label, run_by, new.options, new.max_running)
+    _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
+        ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
-    def _count_new(self, new: Submission, count: int) -> None:
-        """Count new children for their ancestors, and wake their root."""
-        self.trees.count(new.parent_id, total=count)
-        self.trees.change(new.parent_id or 0, "open", count)
+    def _admit(self, new: Submission) -> tuple[Any, ...]:
+        """Return what _VALUES takes for a new job.
 
-    _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
-        ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
-
-    def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
-        """Return the id of the root (None for a root), low_priority and run_by of a new job.
-
-        Raises JobStopped or InvalidOperation if its author, or its parent, may have no children.
+        Raises JobStopped or InvalidOperation if its author or its parent may have no children.
         """
         if new.author is not None:
             self.check_author(new.author)
-        parent = new.parent_id
-        if parent is None:
-            return None, new.low_priority or 0, new.run_by
-        row = self.execute(self._PARENT, {
-            "id": parent, "low": new.low_priority, "run_by": new.run_by}).fetchone()
-        status, root_id, low, run_by, options = row or ("removed", None, None, None, None)
-        by_itself = new.author is not None and new.author[0] == parent
-        if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
-            raise JobStopped(f"job {parent} was asked to stop")
-        if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
-            raise InvalidOperation(f"job {parent} is {status}; it takes no children")
-        return root_id, low, run_by
+        parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
+        if parent is not None:
+            status, root_id, low, run_by, options = self.execute(self._PARENT, {
+                "id": parent, "low": new.low_priority, "run_by": run_by}).fetchone()
+            by_itself = new.author is not None and new.author[0] == parent
+            if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
+                raise JobStopped(f"job {parent} was asked to stop")
+            if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
+                raise InvalidOperation(f"job {parent} is {status}; it takes no children")
+        queue = None if (new.run_at or 0.0) > self.now else low
+        return (queue if parent is None else None, parent, root_id, new.name, queue, self.now,
+                new.run_at, new.submitter, low, new.system, new.label, run_by, new.options,
+                new.max_running)
 
     _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
         AND status IN ('running', 'stopping')"""
 
     def check_author(self, author: tuple[int, int]) -> None:
-        """Refuse a request of an attempt that has been superseded. Raises JobStopped."""
+        """Raise JobStopped if this attempt has been superseded."""
         if self.value(self._IS_AUTHOR, id=author[0], attempt=author[1]) is None:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
@@ -1377,35 +1328,31 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()                                # children submitted just now count
+        self.trees.apply()  # children submitted just now count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
         # Some may have been superseded, or got a child from outside.
-        if plain and self.executemany(FINISH, rows).rowcount < len(plain):
+        if self.executemany(FINISH, rows).rowcount < len(plain):
             plain = [a for a in plain
                      if self.value(self._HAS_FINISHED, id=a.id, attempt=a.number, now=self.now)]
         for attempt in plain:
-            self._count_finished(attempt)
+            job = attempt.job
+            self.over.append(job.id)
+            self.freed.update(job.limits)
+            if not job.system:
+                self.events[job.name, FINISHED].append(job.duration + attempt.ran)
+            if job.parent_id is not None:
+                self.trees.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
+                self.trees.change(job.root, "charge", attempt.correction)
         recorded = set(plain)
         for attempt in attempts:
             if attempt not in recorded:
                 self.end(attempt)
 
-    def _count_finished(self, attempt: Attempt) -> None:
-        """Count an attempt that FINISH has written."""
-        self.over.append(attempt.id)
-        if not attempt.job.system:
-            self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
-        self.limits.free(attempt.job)
-        if attempt.parent_id is not None:
-            self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
-            self.trees.change(attempt.parent_id, "open", -1)
-            self.trees.change(attempt.root_id, "charge", attempt.correction)
-
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()                                # counts must be true before they decide
+        self.trees.apply()  # counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1414,102 +1361,96 @@ class Transaction:
         outcome = attempt.outcome
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
-        ends = outcome in (RETURNED, RAISED) and not retries
-        status = status_after(job, outcome, ends, attempt.was_asked_to_stop)
-        unspent = outcome in (UNSPENT, UNKNOWN, NO_EXECUTOR)
-        if not unspent and (attempt.number > 1 or not ends):
-            timed_out = outcome == RAISED and attempt.reason == TIMED_OUT
+        returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
+        # It runs on if it was asked to stop and a resume has taken that back.
+        halts = outcome == HALTED and not attempt.was_asked_to_stop
+        status = status_after(job, returned, halts)
+        unspent = outcome in (UNSPENT, *WAITS_FOR)
+        if not unspent and (attempt.number > 1 or not returned):
+            timed_out = error is not None and attempt.reason == TIMED_OUT
             self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
         self.end_attempt(
             job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
             parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
-            returned={RETURNED: 1, RAISED: 2}[outcome] if ends else None,
-            result=attempt.result, error=error, positions=attempt.unsaved_positions(),
-            unspent=unspent)
+            returned=returned, result=attempt.result, error=error,
+            positions=attempt.unsaved_positions(), unspent=unspent)
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Return when the next attempt is due, and tell the job's log."""
+        """Return when the next attempt is due, and log it."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
                  f"of {attempt.options['retries']} {when}")
         return self.now + pause
 
-    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts
-        VALUES (:id, :number, :since, :now, :outcome,
-        substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'), 1, 500))"""
-    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :most"
+    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts SELECT id, attempt, since, :now,
+        :outcome, substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'),
+        1, 500) FROM bgjobs_jobs WHERE id = :id"""
+    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
     def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep, for people, what became of an attempt; `error` is one of `dump_error`."""
-        kept = {"id": job.id, "number": job.attempt, "since": job.since, "now": self.now,
-                "outcome": outcome, "error": error, "most": ATTEMPTS_A_JOB}
-        self.execute(self._KEEP_ATTEMPT, kept)
-        self.execute(self._TRIM_ATTEMPTS, kept)
+        """Keep, for people, what became of a job's newest attempt."""
+        self.execute(self._KEEP_ATTEMPT, {
+            "id": job.id, "now": self.now, "outcome": outcome, "error": error})
+        self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
 
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """End the attempt that executes: correct its charge, free its limits, move the job."""
+        """Correct the charge of the attempt that executes, free its limits, move its job."""
         self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
-        self.limits.free(job)
+        self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
     _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
-        phase = :phase, run_at = ifnull(:run_at, run_at), finished_at = :finished_at,
+        phase = :phase, run_at = ifnull(:run_at, run_at),
+        finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-        since = :since, duration = duration + :ran, attempt = attempt - :unspent,
+        since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
+        duration = duration + :ran, attempt = attempt - ifnull(:unspent, 0),
         charge = CASE WHEN :executes THEN charge ELSE 0 END,
         owner = CASE WHEN :executes THEN owner END, returned = ifnull(:returned, returned),
         result = ifnull(:result, result), error = ifnull(:error, error),
         own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions)
         WHERE id = :id"""
-    _LEFT = {"returned": None, "result": None, "error": None, "positions": None, "unspent": False}
-    _WAITS = {"run_at": None, "parked": None, "phase": None}
 
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: the seconds that it was active, if that is not the time since it became so. left: what
-        its attempt leaves, `returned`, `result`, `error` and `positions` as in the table, and
-        `unspent` if the attempt does not count; and what a job that becomes pending waits for,
-        `run_at` or `parked`, with the `phase` for people.
+        ran: seconds that it was active, None: those since it became so. left: the columns
+        `returned`, `result`, `error` and `positions`, if its attempt leaves any; `unspent` if the
+        attempt does not count; `run_at`, `parked` and `phase` of a job that becomes pending.
         """
-        left = {**self._LEFT, **self._WAITS, **left}
-        # A stop, or the resume that takes it back: the attempt runs on.
-        executes = job.executes and status in ACTIVE and not left["returned"]
+        given: defaultdict[str, Any] = defaultdict(lambda: None, left)
         if status != PENDING:
-            left.update(self._WAITS)
+            given.update(run_at=None, parked=None, phase=None)
+        # A stop, or the resume that takes it back: the attempt runs on.
+        executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
-        is_early = job.run_at is not None and job.run_at > self.now and job.started_at is None
-        waits = left["run_at"] or left["parked"] or is_early
-        queue = job.low_priority if status == PENDING and not waits else None
-        since = self.now if status == RUNNING else None
-        self.execute(self._MOVE, {
-            **left, "id": job.id, "status": status, "queue": queue, "executes": executes,
-            "since": job.since if executes else since, "ran": ran,
-            "finished_at": self.now if status in OVER else None})
-        if status in OVER and job.status not in OVER:
+        is_early = (job.run_at or 0.0) > self.now and job.started_at is None
+        waits = status != PENDING or given["run_at"] or given["parked"] or is_early
+        queue = None if waits else job.low_priority
+        given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
+                     over=status in OVER, now=self.now)
+        self.execute(self._MOVE, given)
+        if status in OVER:
             self.over.append(job.id)
         if status in (FINISHED, FAILED) and not job.system:
             self.events[job.name, status].append(job.duration + ran)
-        if job.parent_id is not None:
-            before, after = (contribution(each, job.progress) for each in (job.status, status))
-            changed = {name: after[name] - before[name] for name in after}
-            self.trees.count(job.parent_id, **changed)
-            self.trees.change(job.parent_id, "open", -changed["done"])
+        before, after = (contribution(each, job.progress) for each in (job.status, status))
+        self.trees.count(job.parent_id, **{name: after[name] - before[name] for name in after})
         if job.queue is not None or queue is not None:
             self.trees.change(job.root)
-        if (job.returned or left["returned"]) and status not in OVER:
-            self.trees.change(job.id)                     # its last child may be over already
+        if (job.returned or given["returned"]) and status not in OVER:
+            self.trees.change(job.id)  # its last child may be over already
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
 
     def make_ready(self, jobs: list[JobRow]) -> bool:
-        """Make pending jobs ready, and return whether there were any."""
+        """Make pending jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
             self.trees.change(job.root)
@@ -1517,8 +1458,8 @@ class Transaction:
 
     # statistics
 
-    # Creations are counted by id range, when statistics are read and before rows are deleted: so
-    # a submit pays nothing for them.
+    # Creations are counted by id, when statistics are read and before rows are deleted: so a
+    # submit pays nothing for them.
     UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0,
         0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
         WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
@@ -1526,7 +1467,7 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Bring the statistics up to date with the jobs that were created."""
+        """Take the jobs created since the last time into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
@@ -1534,15 +1475,11 @@ class Transaction:
         """Write what is added up; the last thing in a transaction."""
         if self._trees is not None or self.freed:
             self.trees.apply()
-        if not self.events:
-            return
-        minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
-        for (name, event), seconds in self.events.items():
-            counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
-            measured = nothing, (sum(seconds), min(seconds), max(seconds))
-            waited, ran = measured[::-1] if event == "started" else measured
-            rows.append((minute, name, 0, *counts.values(), *waited, *ran))
-        self.executemany(SAVE_TALLIES, rows)
+        if self.events:
+            self.executemany(_SAVE_EVENTS, [
+                {"minute": self.now // 60, "name": name, "event": event, "n": len(seconds),
+                 "sum": sum(seconds), "min": min(seconds), "max": max(seconds)}
+                for (name, event), seconds in self.events.items()])
 
     # reports of attempts
 
@@ -1552,8 +1489,9 @@ class Transaction:
         """Add one line to a job's log."""
         self.execute(self._INSERT_LOG, (job_id, self.now, level, text_of(message)))
 
-    _SAVE_STATE = f"""UPDATE bgjobs_jobs SET state = ifnull(:state, state),
-        positions = ifnull(:positions, positions) {_OF_ATTEMPT}"""
+    _SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state),
+        positions = ifnull(:positions, positions) WHERE id = :id AND attempt = :attempt
+        AND returned = 0 AND status IN ('running', 'stopping')"""
 
     def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
@@ -1566,10 +1504,10 @@ class Transaction:
         message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
     def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
-        """Store an attempt's progress, and what it costs if it runs longer than estimated.
+        """Store an attempt's progress and charge.
 
-        report: progress (0 to 1), seconds left and message, each perhaps None; None if there is
-        nothing new. charge: the microseconds that it has run by now.
+        report: progress (0 to 1), seconds left and message, each perhaps None; or None. charge:
+        microseconds, if it has run longer than estimated.
         """
         job = self.executing(attempt)
         if job is None:
@@ -1593,26 +1531,28 @@ class Trees:
         self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
 
     def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of one job; by default only look at its lane, and whether it is over."""
+        """Add to a column of one job; by default have its lane and its end looked at."""
         self._changes[job_id][name] += value
 
-    def count(self, parent_id: int | None, **changes: float) -> None:
-        """Add to the counts of a job's ancestors, from its parent up."""
+    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
+        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
         for ancestor in self._tx.lineage(parent_id):
             change = self._changes[ancestor]
+            if ancestor == parent_id:
+                change["open"] += open
             for name, value in changes.items():
                 change[name] += value
 
     def apply(self) -> None:
-        """Write what is added up, and start jobs for which limits have become free.
+        """Write what is added up, unblock jobs, and close parents whose last child is over.
 
-        A parent whose last child is over is closed, which may mean the same for its own parent.
+        That may mean the same for others, so it is repeated.
         """
         tx = self._tx
         while self._changes or tx.freed:
             freed, tx.freed = tx.freed, set()
             for key in freed:
-                tx.limits.unblock(key)
+                unblock(tx, key)
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
                 tx.execute(ADD_CHANGE, {**change, "id": job_id})
@@ -1620,55 +1560,26 @@ class Trees:
                 tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
-class Limits:
-    """Blocks and unblocks jobs by max_running of a name, and one suspect at a time.
+# Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
+# executes. Descendants of a member neither count nor wait: it may be waiting for them. Other jobs
+# that have to wait are blocked; when a member ends, the oldest of them become ready.
 
-    A job counts for a limit while its attempt executes. Descendants of a running member neither
-    count nor wait: the member may be waiting for them. Other jobs that have to wait are blocked;
-    when a member ends, the oldest of them become ready.
-    """
+def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
+    """Return the limit that keeps a job from starting beside so many others, or ""."""
+    for key, limit in job.limits.items():
+        sql = HAS_ROOM[key.partition(" ")[0]]
+        if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
+            return key
+    return ""
 
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
 
-    def blocking(self, job: JobRow, others: int = 0) -> str:
-        """Return the limit that keeps a job from starting now, or "".
-
-        others: jobs that start besides and do not run yet.
-        """
-        for key, limit in limits_of(job).items():
-            sql = HAS_ROOM[key.partition(" ")[0]]
-            if not self._tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
-                return key
-        return ""
-
-    _BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
-
-    def block(self, job: JobRow, key: str) -> None:
-        """Put a ready job out of the way until `key` has room."""
-        phase = "interrupted" if key == "suspect" else "limit reached"
-        self._tx.execute(self._BLOCK, {"id": job.id, "key": key, "phase": phase})
-        self._tx.trees.change(job.root)
-
-    def free(self, job: JobRow) -> None:
-        """Note that an attempt has ended."""
-        if job.is_limited:
-            self._tx.freed.update(limits_of(job))
-
-    def unblock(self, key: str) -> None:
-        """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
-        for others in itertools.count():
-            jobs = self._tx.jobs(OLDEST_BLOCKED, key=key)
-            if not jobs or self.blocking(jobs[0], others):
-                return
-            self._tx.make_ready(jobs)
-
-    _BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
-
-    def unblock_below(self, job: JobRow) -> None:
-        """Make jobs ready for which a member that starts may wait: its blocked descendants."""
-        for key in limits_of(job) if job.total else ():
-            self._tx.make_ready(self._tx.jobs(self._BLOCKED_IN_TREE, key=key, root=job.root))
+def unblock(tx: Transaction, key: str) -> None:
+    """Make as many blocked jobs ready as a limit has room for, the oldest first."""
+    for others in itertools.count():
+        jobs = tx.jobs(OLDEST_BLOCKED, key=key)
+        if not jobs or limit_without_room(tx, jobs[0], others):
+            return
+        tx.make_ready(jobs)
 
 
 # Claims.
@@ -1676,67 +1587,68 @@ class Limits:
 class Room(NamedTuple):
     """What a runner has room for."""
 
-    free: int                                             # slots
-    low_free: int                                         # of them, for jobs of low priority
-    ahead: int = 0                                        # short jobs beyond, to wait for workers
-    planned: float = 0.0                                  # seconds of work that wait already
-    workers: int = 1                                      # that will be free soon
+    free: int  # slots
+    low_free: int  # of them, for jobs of low priority
+    ahead: int = 0  # short jobs beyond, to wait for workers
+    planned: float = 0.0  # seconds of work that wait already
+    workers: int = 1  # that will be free soon
 
 
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
-# One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
-# is its own tree, so its virtual time and its lane are written at once.
+# One statement for all jobs that are charged alike; :ids is a JSON array. The virtual time and the
+# lane of a root without children are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
     phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
     started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
     THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
     WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
+_BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
+BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
 class Claims:
-    """The jobs that one runner claims in one transaction, in fair order."""
+    """The jobs that a runner claims in one transaction, in fair order."""
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []          # with the microseconds charged
-        self.more_ready = False                           # other jobs are ready, too
-        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
-        self._blocked: list[tuple[JobRow, str]] = []      # of this round
-        self.blocked = 0                                  # of all rounds
+        self.jobs: list[tuple[JobRow, int]] = []  # with the microseconds charged
+        self.more_ready = False  # other jobs are ready, too
+        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # to be written
+        self._blocked = 0  # jobs
 
     @property
     def cut_short(self) -> bool:
-        """Whether so many jobs were blocked that the others have to wait for the next claim."""
-        return self.blocked >= PARKED_A_CLAIM
+        """Whether so many jobs were blocked that others wait for the next claim."""
+        return self._blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
-        """Claim what there is room for; return whether to look behind jobs that were blocked."""
-        free, blocked = self._room.free, self.blocked
-        self._tx.trees.apply()                            # what was submitted, or blocked, counts
+        """Claim jobs; return whether to look behind those that were blocked."""
+        free, blocked = self._room.free, self._blocked
+        self._tx.trees.apply()  # what was submitted, or blocked, counts
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
         self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
-        return len(self.jobs) < free and blocked < self.blocked and not self.cut_short
+        return len(self.jobs) < free and blocked < self._blocked and not self.cut_short
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
-        limit = max(0, free) + ahead
-        roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
+        tx, run_times, limit = self._tx, self._run_times, max(0, free) + ahead
+        roots = tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
         trees = [(root.vtime, root.id,
                   self._ready_jobs(root, lane) if root.total else iter((root,)))
                  for root in roots]
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
-        taken, tag = 0, 0
+        taken = tag = 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
-            if taken >= free:                             # ahead of a free worker: short jobs only
-                planned += self._run_times.occupies(job.name)
+            if taken >= free:  # ahead of a free worker: short jobs only
+                planned += run_times.occupies(job.name)
                 recovers = not job.options or kept_options(job.options).get("recover", True)
                 if taken >= limit or planned > budget or not recovers:
                     self.more_ready = True
@@ -1746,18 +1658,10 @@ class Claims:
             is_single = job.parent_id is None and job.total == 0
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
-                self._tx.trees.count(job.parent_id, running=1)
-                self._tx.trees.change(root_id, "charge", charge)
-            if job.is_limited:                            # the next one is to see it run
-                self._write()
-                self._tx.limits.unblock_below(job)
+                tx.trees.count(job.parent_id, running=1)
+                tx.trees.change(root_id, "charge", charge)
         self._write()
-        if tag:
-            self._tx.execute(_ADVANCE_CLOCK, {"tag": tag})
-        for job, key in self._blocked:
-            self._tx.limits.block(job, key)
-        self.blocked += len(self._blocked)
-        self._blocked.clear()
+        tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
         """Write the claims that are not in the file yet."""
@@ -1767,26 +1671,38 @@ class Claims:
         self._ids.clear()
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return what a claim of this job costs, or None if a limit blocks it."""
-        if job.is_limited:
-            key = self._tx.limits.blocking(job)
-            if key:
-                self._blocked.append((job, key))
-                return None
+        """Return the charge for a job, or block it and return None."""
+        if job.limits and not self._has_room(job):
+            return None
         return self._run_times.charge(job.name)
 
+    def _has_room(self, job: JobRow) -> bool:
+        """Return whether limits let a job start; else block it."""
+        tx = self._tx
+        self._write()  # limits are to see the jobs that start before it
+        key = limit_without_room(tx, job)
+        if key:
+            phase = "interrupted" if key == "suspect" else "limit reached"
+            tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
+            tx.trees.change(job.root)
+            self._blocked += 1
+            return False
+        for limit in job.limits if job.total else ():  # its descendants: it may wait for them
+            tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
+        return True
+
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
+        """Yield the ready jobs of a tree in one lane, oldest first."""
         if root.queue == lane:
             yield root
         for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
-            if len(self._blocked) >= PARKED_A_CLAIM:
+            if self.cut_short:
                 return
             yield to_job(row)
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
-    """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
+    """Claim jobs for a runner; low priority gets what normal jobs leave."""
     claims = Claims(tx, owner, room, run_times)
     while claims.round():
         pass
@@ -1796,21 +1712,24 @@ def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claim
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
     JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
-_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id AND deaths > 0"
-_REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
+# A person has looked at it, so its deaths are forgotten. :again if the function is called again.
+_RESUME = """UPDATE bgjobs_jobs SET deaths = 0,
+    error = CASE WHEN :again AND returned > 0 THEN NULL ELSE error END,
+    returned = CASE WHEN :again THEN 0 ELSE returned END WHERE id = :id"""
 _RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL,
     error = NULL, progress = NULL, ends_at = NULL, own_errors = 0, returned = 0, deaths = 0,
     started_at = NULL, finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0,
     running = 0, tree_progress = 0 WHERE id = :id"""
+_BEFORE = {"resume": _RESUME, "restart": _RESET}
 _SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
     queue = CASE WHEN queue IS NOT NULL THEN :low END WHERE id = :id"""
 
 
 def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
             author: tuple[int, int] | None = None) -> list[int]:
-    """Apply an operation to a job and to those descendants that allow it; return their ids.
+    """Apply an operation to a job and to descendants that allow it; return their ids.
 
-    Raises KeyError if there is no such job, InvalidOperation if its status does not allow it.
+    Raises KeyError if there is no such job, InvalidOperation if it does not allow the operation.
     """
     if author is not None:
         tx.check_author(author)
@@ -1818,10 +1737,12 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     tree = tx.jobs(_SUBTREE, id=job_id)
     if not tree:
         raise KeyError(job_id)
-    top = tree[0]
-    _check_operation(tx, operation, top, tree[1:])
+    top, *below = tree
+    _check_operation(tx, operation, top, below)
     if operation == "restart":
-        _forget_descendants(tx, top, [job.id for job in tree[1:]])
+        remove(tx, [job.id for job in below])
+        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
+                       running=-top.running, progress=-top.tree_progress)
         tree = [top]
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
     if moved:
@@ -1834,85 +1755,64 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
 
 def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[JobRow]) -> None:
     """Raise InvalidOperation if a job does not allow an operation."""
-    options, fits = kept_options(top.options), top.status in OPERATIONS[operation].moves
+    options, is_system = kept_options(top.options), bool(top.system)
     active = [job.id for job in below if job.status in ACTIVE]
-    can = allowed_operations(top.status, options, bool(top.system), bool(active))
-    why, allowed = objection(operation, options, bool(top.system)), []
+    allowed = allowed_operations(top.status, options, is_system, bool(active))
+    fits = top.status in OPERATIONS[operation].moves
     if operation == "force_stop" and top.status == STOPPED:
         fits = any(job.status == STOPPING for job in below)
-    if why or not fits:
-        allowed = [name for name in can if name != operation]
-        why = why if fits else ""
-        fits = False
-    elif operation in ("cancel", "restart") and active:
-        fits, why = False, f"its descendant job {active[0]} is still running; stop it first"
-    elif top.key and top.status in OVER and top.parent_id is None:
-        holder = tx.value(ROOT_WITH_KEY, key=top.key)
-        fits, why = holder is None, f"job {holder} has its key {top.key!r} now"
-    if not fits:
-        raise refusal(f"job {top.id}", top.status, operation, allowed, why)
+    why = objection(operation, options, is_system) if fits else ""
+    if fits and not why:
+        allowed = []
+        if active and operation in ("cancel", "restart"):
+            why = f"its descendant job {active[0]} is still running; stop it first"
+        elif top.key and top.status in OVER and top.parent_id is None:
+            holder = tx.value(ROOT_WITH_KEY, key=top.key)
+            why = f"job {holder} has its key {top.key!r} now" if holder else ""
+        if not why:
+            return
+    others = [name for name in allowed if name != operation]
+    raise refusal(f"job {top.id}", top.status, operation, others, why)
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
-    """Apply an operation that was asked for `top` to it or a descendant, if that allows it.
-
-    Return whether it did.
-    """
-    if job is not top and objection(operation, kept_options(job.options), bool(job.system)):
-        return False
+    """Apply an operation on `top` to it or a descendant; return whether that allows it."""
+    rules = OPERATIONS[operation]
+    moves = {**rules.moves, **rules.once_returned} if job.returned else rules.moves
+    follows = moves.get(job.status)
     if operation == "resume" and job.status == STOPPING:
-        tx.move(job, RUNNING)                             # its stop is taken back
-        return True
+        follows = RUNNING  # its stop is taken back
     of_others = operation == "resume" and job.status == FAILED != top.status
-    if job.status not in OPERATIONS[operation].moves or of_others:
+    objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
+    if not follows or of_others or objects:
         return False
-    if operation == "stop" and job.status in (STOPPING, STOPPED):
-        return job is top                                 # it repeats silently
-    moves = OPERATIONS[operation].moves
-    if job.returned:
-        moves = {**moves, **OPERATIONS[operation].once_returned}
-    follows = moves[job.status]
-    if operation == "resume":
-        tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
-        if job.returned and follows == PENDING:
-            tx.execute(_REOPEN, {"id": job.id})
-            job = job._replace(returned=0)
-    elif operation == "restart":
-        tx.execute(_RESET, {"id": job.id})
-        job = job._replace(progress=None, returned=0, started_at=None, duration=0.0)
+    if operation.endswith("low_priority"):
+        low = operation == "set_low_priority"
+        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
+        tx.trees.change(job.root)
+    elif follows == job.status:
+        return job is top  # a stop repeats silently
     elif operation == "force_stop":
         ran = max(0.0, tx.now - (job.since or tx.now))
         tx.keep_attempt(job, "force-stopped")
         tx.end_attempt(job, follows, ran, ran)
-        return True
-    elif operation.endswith("low_priority"):
-        low = int(operation == "set_low_priority")
-        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
-        tx.trees.change(job.root)
-        return True
-    tx.move(job, follows)
+    else:
+        if operation in _BEFORE:
+            tx.execute(_BEFORE[operation], {"id": job.id, "again": follows == PENDING})
+            job, = tx.jobs(TREE_ROW, id=job.id)
+        tx.move(job, follows)
     return True
 
 
-def _forget_descendants(tx: Transaction, top: JobRow, descendants: list[int]) -> None:
-    """Delete a job's descendants and take them out of its ancestors' counts."""
-    if descendants:
-        remove(tx, descendants)
-        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
-                 running=-top.running, progress=-top.tree_progress)
-        tx.trees.change(top.root)
-
-
-_REMOVE = tuple(f"DELETE FROM bgjobs_{table} WHERE {column} = ?" for table, column in
-                (("jobs", "id"), ("logs", "job_id"), ("attempts", "job_id")))
+_REMOVE = ("DELETE FROM bgjobs_jobs WHERE id = ?", "DELETE FROM bgjobs_logs WHERE job_id = ?",
+           "DELETE FROM bgjobs_attempts WHERE job_id = ?")
 _NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 
 def remove(tx: Transaction, ids: list[int]) -> None:
-    """Delete jobs, with their logs and attempts.
+    """Delete jobs, with their logs and attempts, and tell their handles.
 
-    The statistics keep them, and their ids are not given out again. Handles learn that they are
-    gone.
+    The statistics keep them, and their ids are not given out again.
     """
     tx.count_created()
     tx.over += ids
@@ -1947,7 +1847,7 @@ def unpark(tx: Transaction, key: str) -> bool:
 
 
 def owned(tx: Transaction, owner: int) -> list[JobRow]:
-    """Return the jobs that a runner executes, newest first: so children before their parents."""
+    """Return the jobs that a runner executes, children before their parents."""
     return sorted(tx.jobs(OWNED, owner=owner), reverse=True)
 
 
@@ -1969,7 +1869,7 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner, and the schedules that its code had registered."""
+    """Forget a runner, and which schedules its code has."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
@@ -1977,8 +1877,8 @@ def remove_runner(tx: Transaction, runner: int) -> None:
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
     """Supersede the attempt of a job, which ran until then.
 
-    Running becomes pending, stopping becomes stopped. A job that may not run again (recover=False,
-    or the third process died under it) ends as if it had raised.
+    Running becomes pending, stopping becomes stopped; a job that may not run again ends as if it
+    had raised.
     """
     tx.trees.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
@@ -1987,12 +1887,12 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
         error = f"{why} while it ran, and it was declared recover=False"
     elif died and job.deaths >= DEATHS:
         error = f"its process died under it {job.deaths} times; resume gives it another try"
-    ends = bool(error)
-    status = status_after(job, RAISED if ends else RELEASED, ends, True)
+    returned = 2 if error else None
+    status = status_after(job, returned)
     ran = max(0.0, until - (job.since or until))
     tx.keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=2 if ends else None,
-                   error=dump_error("Interrupted", error, "") if ends else None)
+    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=returned,
+                   error=dump_error("Interrupted", error, "") if error else None)
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
 
@@ -5082,7 +4982,7 @@ class Service:
         for (key,) in self._store.read(self.BLOCKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
-                self._store.write(lambda tx: tx.limits.unblock(key))
+                self._store.write(lambda tx: unblock(tx, key))
             elif function_of(name) is not None and not self._core.is_broken(name):
                 while self._store.write(lambda tx: unpark(tx, key)):
                     pass

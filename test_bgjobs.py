@@ -1572,8 +1572,7 @@ class TestTables:
         "NEXT_DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>?)"],
         "DUE": ["SEARCH bgjobs_jobs USING INDEX bgjobs_due (run_at>? AND run_at<?)"],
         "OWNED": ["SEARCH bgjobs_jobs USING INDEX bgjobs_begun (status=?)"],
-        "Service.BLOCKED_KEYS": None, "Limits._BLOCKED_IN_TREE": None,
-        "LogLines.TRIM": None,
+        "Service.BLOCKED_KEYS": None, "BLOCKED_IN_TREE": None, "LogLines.TRIM": None,
     }
 
     @pytest.mark.parametrize("name", HOT)
