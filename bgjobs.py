@@ -3835,7 +3835,7 @@ class LogLines:
                 continue
             lines.append((attempt.id, at, level, message, attempt.number))
             attempt.lines += 1
-            if attempt.lines % (LINES_A_JOB // 10) == 0:
+            if not attempt.lines % (LINES_A_JOB // 10):
                 long_logs.add(attempt.id)
         if lines:
             tx.execute(self._INSERT, {"owner": owner, "lines": dump(lines)})
@@ -3890,7 +3890,7 @@ class Dispatch:
         if room.free <= 0 and room.ahead < AHEAD_LIMIT // 2:  # enough waits; claims are batched
             self._backlog = True
             return []
-        claims = claim(tx, self._core.id, room._replace(free=max(0, room.free)), self.run_times)
+        claims = claim(tx, self._core.id, room, self.run_times)
         self._backlog = claims.more_ready or room.low_free <= 0
         if claims.cut_short:  # the jobs behind get the next transaction
             tx.after_commit.append(self._store.flush)
@@ -3920,8 +3920,9 @@ class Dispatch:
             self._core.handles.complete(tx.over)
 
     def left_behind(self) -> None:
-        """Have the service thread lead."""
-        self._core.nudge()
+        """Have the service thread lead a transaction soon."""
+        if self._core.service is not None:
+            self._core.service.nudge()
 
     # in a worker's thread
 
@@ -3978,7 +3979,7 @@ class Dispatch:
         self.ended.append(attempt)
         if self._is_awaited(attempt):
             return True
-        self._core.nudge()
+        self.left_behind()
         return False
 
     def _is_awaited(self, attempt: Attempt) -> bool:
@@ -4075,8 +4076,8 @@ class Core:
 
     def is_broken(self, name: str) -> bool:
         """Whether the executor of a function took nothing lately."""
-        executor, made = self.dispatch.executor_of(function_of(name)), self.elsewhere_if_made
-        return made is not None and bool(made.is_broken(executor))
+        executor = self.dispatch.executor_of(function_of(name))
+        return executor is not None and bool(self.elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, with neither threads nor attempts."""
@@ -4085,11 +4086,6 @@ class Core:
         self._service_lock, self.service = threading.Lock(), None
         if self.elsewhere_if_made is not None:
             self.elsewhere_if_made.leave_to_parent()
-
-    def nudge(self) -> None:
-        """Have the service thread lead a transaction soon."""
-        if self.service is not None:
-            self.service.nudge()
 
     def ensure_service(self) -> None:
         """Have the service thread running."""
@@ -4150,8 +4146,9 @@ class Core:
 
     def outcome(self, job_id: int) -> Any:
         """Return a dict with status, created_at, name, attempt, result and error, or None."""
-        for row in self.store.read(self._OUTCOME, {"id": job_id}):
-            return {**row}                                # other processes get it as JSON
+        if 0 < job_id < 1 << 63:
+            for row in self.store.read(self._OUTCOME, {"id": job_id}):
+                return {**row}  # other processes get it as JSON
         return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
@@ -4161,8 +4158,7 @@ class Core:
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
         error: Any = attempt.exception
-        with contextlib.suppress(Exception):  # of an attribute of its own
-            traceback.clear_frames(error.__traceback__)  # keeps the lines, not what they held
+        traceback.clear_frames(error.__traceback__)  # keeps the lines, not what they held
         self._exceptions[attempt.id, attempt.number] = error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             del self._exceptions[next(iter(self._exceptions))]
@@ -4220,8 +4216,7 @@ class Core:
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
-        saved: bool = self.store.write(lambda tx: tx.save_state(attempt, state, positions))
-        return saved
+        return bool(self.store.write(lambda tx: tx.save_state(attempt, state, positions)))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
         """Take a line into a job's log; it is in the file within a second."""
@@ -4243,12 +4238,8 @@ class Core:
                 report = attempt.report_to_save()
                 if report or charge:
                     reports.append((attempt, report, charge))
-
-        def save(tx: Transaction) -> None:
-            for each in reports:
-                tx.report(*each)
         if reports:
-            self.store.write(save)
+            self.store.write(lambda tx: [tx.report(*each) for each in reports])
         self.write_lines()
         dropped, self.lines.dropped = self.lines.dropped, 0
         if dropped:
@@ -4393,10 +4384,10 @@ class Lifecycle:
             for row in self._store.read(_MY_PENDING, mine) if cancel_futures else ():
                 with contextlib.suppress(InvalidOperation, KeyError):
                     core.operate("cancel", row["id"], None)
-            if self.started and not wait:
-                start_thread("bgjobs-shutdown", self.shutdown, True, False)
-                return
             if self.started:
+                if not wait:
+                    start_thread("bgjobs-shutdown", self.shutdown, True, False)
+                    return
                 while self._store.read(_MY_UNFINISHED, mine):
                     time.sleep(0.01)
                 core.handles.wait_for_callbacks()
@@ -4448,17 +4439,13 @@ class Lifecycle:
             server.shutdown()
             server.server_close()
         if core.service is not None:
-            core.service.end(self._left(1.0))
+            core.service.end(0.8)
         self.presence.release()  # if that write has failed
-        dispatch.pool.close(self._left(0.2))
+        dispatch.pool.close(0.2)
         core.handles.held.clear()  # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
-
-    def _left(self, most: float) -> float:
-        """Return the seconds until 0.8 s after close_by, at most `most`."""
-        return max(0.0, min(most, self._store.close_by + 0.8 - time.monotonic()))
 
     def leave_to_parent(self) -> None:
         """Leave threads, locks and connections to the parent, in a forked child."""
@@ -4504,16 +4491,16 @@ class Submitter:
         new = new_submission(backend, fn, self._options)
         if new.key is not None:
             raise ValueError("a key names one job; it cannot be an option of submit_many")
-        tuples = iter(argument_tuples)
         ids: list[int] = []
 
-        def encoded(args: Any) -> str | None:
+        def encode_tuple(args: Any) -> str | None:
             if not isinstance(args, tuple):
                 raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
                                 "(value,) for a single argument")
             return encode_arguments(new, args)
+        encoded = map(encode_tuple, argument_tuples)
         try:
-            while batch := list(map(encoded, itertools.islice(tuples, 10_000))):
+            while batch := list(itertools.islice(encoded, 10_000)):
                 ids += backend.submit_many(new, batch, self._options.get("connection"))
             return ids
         except Exception as error:
@@ -4655,30 +4642,16 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        def cancel() -> None:
-            for job in jobs:
-                job.cancel()
-        if jobs:                           # the garbage collector may come here under any lock
-            with contextlib.suppress(RuntimeError):       # the interpreter ends
-                start_thread("bgjobs-cancel", cancel)
+        if jobs:  # in a thread: the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):  # the interpreter ends
+                start_thread("bgjobs-cancel", lambda: [job.cancel() for job in jobs])
 
 
 ISOLATED = "isolated"  # stands for the executor of attempts with isolate=True
-_isolated_process = False
-
-
-def serve_one_attempt() -> None:
-    """Note that this process executes one isolated attempt.
-
-    Then it runs no jobs of its own, whatever the app's modules start as they are imported.
-    """
-    global _isolated_process
-    _isolated_process = True
-
-
-def serves_attempts() -> bool:
-    """Return whether this process executes one isolated attempt."""
-    return _isolated_process
+# Set in the process of an isolated attempt. Then it runs no jobs of its own, whatever the app's
+# modules start as they are imported.
+_serves_attempts = threading.Event()
+serve_one_attempt, serves_attempts = _serves_attempts.set, _serves_attempts.is_set
 
 
 # What arguments of Runner and `map` must be: name -> (test, in words).
@@ -4699,11 +4672,9 @@ class RunnerFace(Submitter):
 
     def get(self, job_id: int) -> Job[Any]:
         """Return the handle of a job. Raises KeyError if there is none with this id."""
-        backend = self._find_core()
         if type(job_id) is not int:
             raise TypeError(f"a job id is an int, got {short(job_id)}")
-        if not 0 < job_id < 1 << 63:
-            raise KeyError(f"there is no job {job_id} in {backend.path}")
+        backend = self._find_core()
         backend.status(job_id)
         return Job(backend, job_id)
 
