@@ -3684,17 +3684,17 @@ class Handles:
 
 # ---- 12 Runner ----------------------------------------------------------------------------------
 #
-# `Runner` is the face that an app uses. Behind it, `Core` connects the parts: the store, the log
+# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, the log
 # lines that wait to be written, the handles that wait for ends, and `Dispatch`, which takes jobs
 # from the file to the workers and their outcomes back. `Lifecycle` starts all that and takes it
-# down again.
+# down.
 
-SETTLE_SECONDS = 0.002     # how long an outcome that is not awaited may wait for company
-GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
-STANDING_CLOCK_SECONDS = 5.0   # then a job that waits, in drain, for another time is an error
-LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
-LINES_A_WRITE = 2_000      # log lines that a transaction takes along, if it has no outcomes
-LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
+SETTLE_SECONDS = 0.002  # how long an outcome that is not awaited may wait for company
+GRACE_SECONDS = 5.0  # that running jobs get to reach a checkpoint when the app goes down
+STANDING_CLOCK_SECONDS = 5.0  # then a job that waits, in drain(), for another time is an error
+LINES_A_JOB = 10_000  # log lines that are kept of a job, the newest, and up to a tenth more
+LINES_A_WRITE = 2_000  # log lines that a transaction takes along, if it has no outcomes
+LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 # Seconds that trees are kept once they are over, cancelled ones as finished.
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
@@ -3710,7 +3710,7 @@ class LogLines:
     def __init__(self) -> None:
         # (attempt, time or seconds waited, level, message; None for a start)
         self._waiting: list[tuple[Attempt, float, int, str | None]] = []
-        self.dropped = 0                                  # lines, since that was last reported
+        self.dropped = 0  # lines, since that was last reported
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -3745,7 +3745,7 @@ class LogLines:
                 continue
             lines.append((attempt.id, at, level, message, attempt.number))
             attempt.lines += 1
-            if attempt.lines % (LINES_A_JOB // 10) == 0:
+            if not attempt.lines % (LINES_A_JOB // 10):
                 long_logs.add(attempt.id)
         if lines:
             tx.execute(self._INSERT, {"owner": owner, "lines": dump(lines)})
@@ -3768,12 +3768,12 @@ class Dispatch:
         self._core, self._store = core, core.store
         self._store.passenger, self.run_times = self, core.run_times
         self.pool = Pool(core.max_workers, self.execute, self.settle, core.store.flush)
-        self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
-        self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
-        self._riding: list[Attempt] = []                  # ended, and to be recorded now
-        self._ended_at = 0.0                              # monotonic; when the first of them came
-        self._backlog = True                              # more may be ready, says the last claim
-        self.claims = False                               # jobs are claimed
+        self.attempts: dict[int, Attempt] = {}  # claimed here, by job; only the leader changes it
+        self.ended: deque[Attempt] = deque()  # until recorded; only the leader removes
+        self._riding: list[Attempt] = []  # ended, and to be recorded now
+        self._ended_at = 0.0  # monotonic; when the first of `ended` came
+        self._backlog = True  # more jobs may be ready, says the last claim
+        self.claims = False  # jobs are claimed
 
     # between the file and the pool, in the leader's thread
 
@@ -3786,7 +3786,7 @@ class Dispatch:
     def end(self, tx: Transaction, flushing: bool) -> None:
         """Record the outcomes of ended attempts, and claim jobs for free slots."""
         if self.pool.lingers and not flushing:
-            return                                        # a worker flushes in a moment
+            return  # a worker flushes in a moment
         ended = self._riding
         if ended:
             tx.finish(ended)
@@ -3797,12 +3797,12 @@ class Dispatch:
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
         room = self.pool.room(self.run_times)
-        if room.free <= 0 and room.ahead < AHEAD_LIMIT // 2:      # enough waits; claims are batched
+        if room.free <= 0 and room.ahead < AHEAD_LIMIT // 2:  # enough waits; claims are batched
             self._backlog = True
             return []
-        claims = claim(tx, self._core.id, room._replace(free=max(0, room.free)), self.run_times)
+        claims = claim(tx, self._core.id, room, self.run_times)
         self._backlog = claims.more_ready or room.low_free <= 0
-        if claims.cut_short:                              # the jobs behind get the next transaction
+        if claims.cut_short:  # the jobs behind get the next transaction
             tx.after_commit.append(self._store.flush)
         return [Attempt(self._core, job, charge) for job, charge in claims.jobs]
 
@@ -3811,11 +3811,11 @@ class Dispatch:
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
-        self._ended_at = time.monotonic()                 # of those that came meanwhile
+        self._ended_at = time.monotonic()  # of those that came meanwhile
         for attempt in claimed:
             superseded = self.attempts.get(attempt.id)
             self.attempts[attempt.id] = attempt
-            if superseded is not None:                    # by another process, and resumed
+            if superseded is not None:  # by another process, and resumed
                 self.abandon(superseded)
         if claimed:
             self.pool.put(claimed, sum(self.run_times.occupies(each.name) for each in claimed))
@@ -3830,33 +3830,33 @@ class Dispatch:
             self._core.handles.complete(tx.over)
 
     def left_behind(self) -> None:
-        """Have the service thread lead."""
-        self._core.nudge()
+        """Have the service thread lead a transaction soon."""
+        if self._core.service is not None:
+            self._core.service.nudge()
 
     # in a worker's thread
 
     def execute(self, attempt: Attempt) -> None:
-        """Run one attempt. Never raises: its thread must live on to record the outcome."""
-        try:
-            self._execute(attempt)
-        except BaseException as error:                    # by what methods of its exception do, say
-            attempt.fail(error)
+        """Run one attempt, unless it is to stop already.
 
-    def _execute(self, attempt: Attempt) -> None:
-        """Run one attempt, unless it is to stop already."""
+        Never raises: the thread must live on to record the outcome.
+        """
         if attempt.stop_requested:
             return
-        function = function_of(attempt.name)
-        if function is None:
-            attempt.outcome = UNKNOWN
-            return
-        executor = None if attempt.job.system else self.executor_of(function)
-        if attempt.options and attempt.options.get("isolate"):
-            executor = ISOLATED
-        if executor is None:
-            self.execute_here(attempt, function)
-        else:
-            self._core.elsewhere.drive(attempt, function, executor)
+        try:
+            function = function_of(attempt.name)
+            if function is None:
+                attempt.outcome = UNKNOWN
+                return
+            executor = None if attempt.job.system else self.executor_of(function)
+            if attempt.options.get("isolate"):
+                executor = ISOLATED
+            if executor is None:
+                self.execute_here(attempt, function)
+            else:
+                self._core.elsewhere.drive(attempt, function, executor)
+        except BaseException as error:  # raised by methods of the job's own exception, say
+            attempt.fail(error)
 
     def execute_here(self, attempt: Attempt, function: Function) -> None:
         """Run one attempt in this thread."""
@@ -3865,7 +3865,7 @@ class Dispatch:
         self.run_times.record(attempt.name, attempt.worked)
 
     def note_start(self, attempt: Attempt) -> None:
-        """Count a job for the statistics that begins for the first time, unless it is of ours."""
+        """Count the first start of a job for the statistics, which leave out system jobs."""
         job = attempt.job
         if job.started_at is None and not job.system:
             waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
@@ -3889,7 +3889,7 @@ class Dispatch:
         self.ended.append(attempt)
         if self._is_awaited(attempt):
             return True
-        self._core.nudge()
+        self.left_behind()
         return False
 
     def _is_awaited(self, attempt: Attempt) -> bool:
@@ -3918,20 +3918,33 @@ class Dispatch:
         attempt.supersede()
         self.pool.abandon(attempt)
 
-    def tell(self, operation: str, job_ids: Iterable[int]) -> None:
-        """Carry a committed operation out on the attempts of this process.
+    def compare(self, tx: Transaction) -> None:
+        """Carry out on the attempts here what operations, in any process, did to their jobs.
 
-        Runs in the leader's thread, before any of these jobs can be claimed again.
+        Finds claims that were lost, too. While this thread leads, no claim and no outcome is under
+        way, and none of these jobs is claimed again before its old attempt is abandoned.
         """
-        for attempt in filter(None, map(self.attempts.get, job_ids)):
-            if operation == "stop":
-                attempt.request_stop()
-            elif operation == "resume":
-                attempt.withdraw_stop()
-            elif operation == "force_stop":
-                self.abandon(attempt)
-            elif operation.endswith("low_priority"):
-                self.pool.set_low_priority(attempt, int(operation == "set_low_priority"))
+        jobs = {job.id: job for job in owned(tx, self._core.id)}
+        # A worker queues an outcome before it takes the attempt out of the pool.
+        here = {attempt.id for attempt in list(self.attempts.values())
+                if self.pool.has(attempt) or attempt in self.ended}
+        if self.claims:  # in drain(), a job that has been claimed is about to execute
+            for job_id in jobs.keys() - here:
+                take_back(tx, job_id, "its claim was lost", tx.now)
+
+        def carry_out() -> None:
+            for attempt in list(self.attempts.values()):
+                job = jobs.get(attempt.id)
+                if job is None or job.attempt != attempt.number:
+                    self.abandon(attempt)
+                    continue
+                if job.status == STOPPING:
+                    attempt.request_stop()
+                else:
+                    attempt.withdraw_stop()
+                if job.low_priority != attempt.low_priority:
+                    self.pool.set_low_priority(attempt, job.low_priority)
+        tx.after_commit.append(carry_out)
 
 
 def job_failed(job_id: int, row: Any) -> JobFailed:
@@ -3949,57 +3962,43 @@ class Core:
     def __init__(self, face: Runner, store: Store, max_workers: int, executor: Any,
                  callback: str | None) -> None:
         self.face, self.store, self.path, self.clock = face, store, store.path, store.clock
-        self.max_workers, self.executor, self._callback = max_workers, executor, callback
+        self.max_workers, self.executor, self.callback = max_workers, executor, callback
         self.run_times = RunTimes(dict(map(tuple, store.read(
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
         self.dispatch = Dispatch(self)
-        self._exceptions: dict[int, tuple[int, BaseException]] = {}       # by job, the oldest first
-        self.schedules: dict[str, tuple[Any, ...]] = {}   # of this code, by key: what was asked
-        self.id = 0                                       # this runner's, once it is registered
-        self.inline: Drain | None = None                  # while it runs jobs in drain()
-        self.shut = self.goes_down = False                # takes no jobs; and ends
-        self._service_lock = threading.Lock()             # guards the two below
+        # What functions raised, by job and attempt, the oldest first.
+        self._exceptions: dict[tuple[int, int], BaseException] = {}
+        self.schedules: dict[str, tuple[Any, ...]] = {}  # of this code, by key: what was asked
+        self.id = 0  # this runner's, once it is registered
+        self.inline: Drain | None = None  # while it runs jobs in drain()
+        self.shut = self.goes_down = False  # takes no jobs; and ends
+        self._service_lock = threading.Lock()  # guards the making of the two below
         self.service: Service | None = None
-        self._elsewhere: Any = None
-        self.servers: list[Any] = []                      # of the status page
-        self.life = Lifecycle(self)                       # last: it enters the runner in the file
+        self.elsewhere_if_made: Any = None
+        self.servers: list[Any] = []  # of the status page
+        self.life = Lifecycle(self)  # last: it enters the runner in the file
 
     @property
     def elsewhere(self) -> Any:
         """What executes attempts in other processes; made when first needed."""
         with self._service_lock:
-            if self._elsewhere is None:
-                self._elsewhere = door("executor")(self, self._callback)
-            return self._elsewhere
-
-    def listen(self) -> None:
-        """Open the port for executors on other machines now, since later nobody would hear."""
-        if self._callback is not None:
-            self.elsewhere.listen()
-
-    def close_elsewhere(self) -> None:
-        """End what executes attempts in other processes, if there is any."""
-        if self._elsewhere is not None:
-            self._elsewhere.close()
+            if self.elsewhere_if_made is None:
+                self.elsewhere_if_made = door("executor")(self, self.callback)
+            return self.elsewhere_if_made
 
     def is_broken(self, name: str) -> bool:
         """Whether the executor of a function took nothing lately."""
         executor = self.dispatch.executor_of(function_of(name))
-        return self._elsewhere is not None and bool(self._elsewhere.is_broken(executor))
+        return executor is not None and bool(self.elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, with neither threads nor attempts."""
         self.handles.leave_to_parent()
-        self.dispatch.claims, self.dispatch.attempts, self.servers = False, {}, []
+        self.dispatch.attempts = {}
         self._service_lock, self.service = threading.Lock(), None
-        if self._elsewhere is not None:
-            self._elsewhere.leave_to_parent()
-
-    def nudge(self) -> None:
-        """Have the service thread lead a transaction soon."""
-        if self.service is not None:
-            self.service.nudge()
+        if self.elsewhere_if_made is not None:
+            self.elsewhere_if_made.leave_to_parent()
 
     def ensure_service(self) -> None:
         """Have the service thread running."""
@@ -4009,18 +4008,18 @@ class Core:
 
     # submitting
 
-    def submit(self, new: Submission, connection: sqlite3.Connection | None = None) -> Job[Any]:
+    def submit(self, new: Submission, connection: Any = None) -> Job[Any]:
         """Store a job and return its handle."""
         job_id = self._write_for(new, connection)(lambda tx: tx.submit(new))
         return Job(self, job_id, None if connection is None else new.created_at)
 
     def submit_many(self, new: Submission, arguments: list[str | None],
-                    connection: sqlite3.Connection | None = None) -> list[int]:
+                    connection: Any = None) -> list[int]:
         """Store a job for each of the encoded arguments, in one transaction."""
         return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
     def _write_for(self, new: Submission, connection: Any) -> Function:
-        """Return what writes a submission: in a transaction of the app's on this connection, or not.
+        """Return what writes a submission: in a transaction of ours, or on the app's connection.
 
         Raises RuntimeError if the runner is shut down.
         """
@@ -4050,7 +4049,7 @@ class Core:
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def logs(self, job_id: int, filters: Fields) -> list[Fields]:
-        """Return what `Job.logs` does; what was logged by now is among it."""
+        """Return what `Job.logs` does, with all that has been logged by now."""
         if not self.store.closed:
             self.write_lines()
         return read_logs(self.store, job_id, filters)
@@ -4060,8 +4059,9 @@ class Core:
 
     def outcome(self, job_id: int) -> Any:
         """Return a dict with status, created_at, name, attempt, result and error, or None."""
-        for row in self.store.read(self._OUTCOME, {"id": job_id}):
-            return {**row}                                # other processes get it as JSON
+        if 0 < job_id < 1 << 63:
+            for row in self.store.read(self._OUTCOME, {"id": job_id}):
+                return {**row}  # other processes get it as JSON
         return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
@@ -4071,18 +4071,15 @@ class Core:
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
         error: Any = attempt.exception
-        with contextlib.suppress(Exception):              # of an attribute of its own
-            traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
-        self._exceptions[attempt.id] = attempt.number, error
+        traceback.clear_frames(error.__traceback__)  # keeps the lines, not what they held
+        self._exceptions[attempt.id, attempt.number] = error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
-        number, own = self._exceptions.get(job_id, (0, None))
-        if own is not None and number == row["attempt"]:
-            return own
-        return job_failed(job_id, row)
+        own = self._exceptions.get((job_id, row["attempt"]))
+        return job_failed(job_id, row) if own is None else own
 
     # operating
 
@@ -4096,8 +4093,8 @@ class Core:
             running.let_pass(passed)
 
         def run(tx: Transaction) -> None:
-            moved = operate(tx, operation, job_id, by, author)
-            tx.after_commit.append(lambda: self.dispatch.tell(operation, moved))
+            operate(tx, operation, job_id, by, author)
+            self.dispatch.compare(tx)
         try:
             self.store.write(run)
         except (KeyError, OverflowError):
@@ -4113,8 +4110,8 @@ class Core:
         self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
-            self.store.flush()                            # its outcome may wait for company
-        self.handles.complete([handle.id])                # it may have ended before it was watched
+            self.store.flush()  # its outcome may wait for company
+        self.handles.complete([handle.id])  # it may have ended before it was watched
 
     def call_back(self, handle: Job[Any]) -> None:
         """Have the callbacks of a complete handle called."""
@@ -4132,14 +4129,13 @@ class Core:
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
-        saved: bool = self.store.write(lambda tx: tx.save_state(attempt, state, positions))
-        return saved
+        return bool(self.store.write(lambda tx: tx.save_state(attempt, state, positions)))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
-        """Take a line into a job's log; written with the next transaction, within a second."""
-        if self.dispatch.attempts.get(attempt.id) is attempt:      # not superseded
+        """Take a line into a job's log; it is in the file within a second."""
+        if self.dispatch.attempts.get(attempt.id) is attempt:  # not superseded
             if self.inline is not None and len(self.lines) >= LINES_A_WRITE:
-                self.store.flush()                        # in drain() no other thread writes them
+                self.store.flush()  # in drain() no other thread writes them
             self.lines.add(attempt, at, level, message)
 
     def flush_reports(self) -> None:
@@ -4147,19 +4143,16 @@ class Core:
 
         So the root of an attempt that runs longer than estimated does not look idle.
         """
-        now, running = time.monotonic(), []
+        now, reports = time.monotonic(), []
         for attempt in list(self.dispatch.attempts.values()):
             if attempt.thread is not None:
                 worked = int((now - attempt.begun - attempt.waited) * 1e6)
                 charge = worked if worked > attempt.charge + 1_000_000 else None
-                running.append((attempt, attempt.report_to_save(), charge))
-
-        def save(tx: Transaction) -> None:
-            for attempt, report, charge in running:
+                report = attempt.report_to_save()
                 if report or charge:
-                    tx.report(attempt, report, charge)
-        if any(report or charge for _, report, charge in running):
-            self.store.write(save)
+                    reports.append((attempt, report, charge))
+        if reports:
+            self.store.write(lambda tx: [tx.report(*each) for each in reports])
         self.write_lines()
         dropped, self.lines.dropped = self.lines.dropped, 0
         if dropped:
@@ -4189,7 +4182,7 @@ class Drain:
         for job, charge in core.store.write(claim_one).jobs:
             attempt = dispatch.attempts[job.id] = Attempt(core, job, charge)
             if attempt.options.get("timeout"):
-                core.ensure_service()                     # it watches the time
+                core.ensure_service()  # it watches the time
             dispatch.execute(attempt)
             dispatch.settle(attempt)
             core.store.flush()
@@ -4218,6 +4211,7 @@ class Drain:
         return True
 
 
+
 _MINE = """(submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
 _MY_PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
@@ -4236,7 +4230,7 @@ class Lifecycle:
         self._core, self._store = core, core.store
         self.presence = Presence(core.path)
         self.started = False
-        self._closing = threading.Lock()                  # only one thread closes
+        self._closing = threading.Lock()  # only one thread closes
         core.id = self._store.write(self._register)
 
     _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
@@ -4254,7 +4248,7 @@ class Lifecycle:
                 "workers": self._core.max_workers}).lastrowid
             if self.presence.appear(runner):
                 return runner
-            remove_runner(tx, runner)                     # of a deleted file; the next id is higher
+            remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
     _BEAT = """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
         WHERE id = :id"""
@@ -4270,13 +4264,13 @@ class Lifecycle:
         core = self._core
         if core.shut:
             raise RuntimeError(f"the runner on {core.path} is shut down; make a new one")
-        if not self.started:
-            core.listen()
-            capture_log_records()
-            self.recover_dead()
-            self.started = core.dispatch.claims = True
-            core.ensure_service()
-            self._store.flush()
+        if core.callback is not None:
+            core.elsewhere.listen()  # now, since an error would be heard by nobody later
+        capture_log_records()
+        self.recover_dead()
+        self.started = core.dispatch.claims = True
+        core.ensure_service()
+        self._store.flush()
 
     _OTHERS = """SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> :id UNION ALL
         SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
@@ -4297,29 +4291,20 @@ class Lifecycle:
 
     def shutdown(self, wait: bool, cancel_futures: bool) -> None:
         """Take no more jobs; see `Runner.shutdown`."""
-        core = self._core
+        core, mine = self._core, {"submitter": self._core.id}
+        core.shut = True
         with contextlib.suppress(StoreError):
-            core.shut = True
-            if cancel_futures:
-                self._cancel_pending()
-            if self.started and not wait:
-                threading.Thread(target=self.shutdown, args=(True, False), name="bgjobs-shutdown",
-                                 daemon=True).start()
-                return
+            for row in self._store.read(_MY_PENDING, mine) if cancel_futures else ():
+                with contextlib.suppress(InvalidOperation, KeyError):
+                    core.operate("cancel", row["id"], None)
             if self.started:
-                while self._mine(_MY_UNFINISHED):
+                if not wait:
+                    start_thread("bgjobs-shutdown", self.shutdown, True, False)
+                    return
+                while self._store.read(_MY_UNFINISHED, mine):
                     time.sleep(0.01)
                 core.handles.wait_for_callbacks()
             self.close(time.monotonic() + GRACE_SECONDS)
-
-    def _mine(self, sql: str) -> list[sqlite3.Row]:
-        """Return the rows of a query about the jobs that were submitted through this runner."""
-        return self._store.read(sql, {"submitter": self._core.id})
-
-    def _cancel_pending(self) -> None:
-        for row in self._mine(_MY_PENDING):
-            with contextlib.suppress(InvalidOperation, KeyError):
-                self._core.operate("cancel", row["id"], None)
 
     def close(self, until: float) -> None:
         """Go down in order; running jobs get until then (monotonic) to reach a checkpoint."""
@@ -4347,9 +4332,8 @@ class Lifecycle:
         core, dispatch = self._core, self._core.dispatch
         self.pause()
         with contextlib.suppress(StoreError):
-            self._store.write(lambda tx: None)            # the leader may be claiming still
-        self.pause()                                      # what was claimed meanwhile
-        with contextlib.suppress(StoreError):
+            self._store.write(lambda tx: None)  # the leader may be claiming still
+            self.pause()  # what was claimed meanwhile
             dispatch.give_back(dispatch.pool.take_back())
             while dispatch.attempts and time.monotonic() < self._store.close_by:
                 time.sleep(0.005)
@@ -4362,22 +4346,19 @@ class Lifecycle:
             remove_runner(tx, core.id)
             tx.after_commit += [self.presence.release, lambda: self.presence.remove(core.id)]
         self._store.close(leave)
-        core.close_elsewhere()
+        if core.elsewhere_if_made is not None:
+            core.elsewhere_if_made.close()
         for server in core.servers:
             server.shutdown()
             server.server_close()
         if core.service is not None:
-            core.service.end(self._left(0.8, 1.0))
-        self.presence.release()                           # if that write has failed
-        dispatch.pool.close(self._left(0.8, 0.2))
-        core.handles.held.clear()                         # else their callbacks are waited for
+            core.service.end(0.8)
+        self.presence.release()  # if that write has failed
+        dispatch.pool.close(0.2)
+        core.handles.held.clear()  # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
-
-    def _left(self, extra: float, most: float) -> float:
-        """Return the seconds until `extra` seconds after close_by, at most `most`."""
-        return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
 
     def leave_to_parent(self) -> None:
         """Leave threads, locks and connections to the parent, in a forked child."""
@@ -4396,7 +4377,7 @@ class Submitter:
             raise TypeError("executor is an option of a function, @job(executor=...), or of "
                             "start(); it cannot be stored with a job")
 
-    @overload                                             # a coroutine is run to its value
+    @overload  # a coroutine is run to its value
     def submit(self, fn: Callable[_P, Coroutine[Any, Any, _T]], /,
                *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
     @overload
@@ -4410,11 +4391,7 @@ class Submitter:
         submits is to stop.
         """
         backend = self._find_core()
-        new = new_submission(backend, fn, self._options)
-        if args:
-            new.args = encode(args, f"the arguments of {new.name}")
-        if kwargs:
-            new.kwargs = encode(kwargs, f"the arguments of {new.name}")
+        new = new_submission(backend, fn, self._options, args, kwargs)
         return backend.submit(new, self._options.get("connection"))
 
     def submit_many(self, fn: Function,
@@ -4427,11 +4404,16 @@ class Submitter:
         new = new_submission(backend, fn, self._options)
         if new.key is not None:
             raise ValueError("a key names one job; it cannot be an option of submit_many")
-        what, tuples = f"the arguments of {new.name}", iter(argument_tuples)
         ids: list[int] = []
+
+        def encode_tuple(args: Any) -> str | None:
+            if not isinstance(args, tuple):
+                raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
+                                "(value,) for a single argument")
+            return encode_arguments(new, args)
+        encoded = map(encode_tuple, argument_tuples)
         try:
-            while batch := [None if args == () else encode(_checked_tuple(args), what)
-                            for args in itertools.islice(tuples, 10_000)]:
+            while batch := list(itertools.islice(encoded, 10_000)):
                 ids += backend.submit_many(new, batch, self._options.get("connection"))
             return ids
         except Exception as error:
@@ -4446,8 +4428,7 @@ class Submitter:
         chunksize is ignored. buffersize: submit only so many now, and another one for each result
         that is taken. Jobs that have not begun are cancelled when the iterator raises or is closed.
         """
-        if buffersize is not None and (type(buffersize) is not int or buffersize < 1):
-            raise ValueError(f"buffersize must be None or greater than 0, got {short(buffersize)}")
+        check_values({"buffersize": buffersize}, _ARGUMENTS)
         submissions = (self.submit(fn, *arguments) for arguments in zip(*iterables))
         jobs = deque(itertools.islice(submissions, buffersize))
         return _results(jobs, submissions, None if timeout is None else time.monotonic() + timeout)
@@ -4457,43 +4438,43 @@ class Submitter:
         """Submit `fn(*args, **kwargs)` again and again, once each time over all processes.
 
         schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone
-        of the option tz. It is known by the option key, else by function and arguments:
-        registering it at each start changes nothing, or its times, if those given have changed.
-        Times that were missed while no process ran are made up once; while its last job is not
-        over, a time is skipped. Raises ValueError for a bad schedule, or the same one at other
-        times: give each a key then; TypeError as submit.
+        of the option tz. It is known by the option key, else by function and arguments: to register
+        it at each start changes nothing, or its times if other ones are given. Times missed while
+        no process ran are made up once; while its last job is not over, a time is skipped. Raises
+        ValueError for a bad schedule, or for the same one at other times (give each a key), and
+        TypeError as submit.
         """
         return register(self._find_core(), schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
-        """Return a Submitter with these options added: `options(label="Nightly").submit(export, "users")`.
+        """Return a Submitter with more options: `options(label="Nightly").submit(export, "users")`.
 
-        name           stable identity of the function; by default its import path
-        label          a title for people
-        run_by         who asked for it; by default as the parent
-        low_priority   True: run in periods of low load; by default as the parent
-        system         True: housekeeping, hidden by default
-        key            at the root: while a job with this key is not over, submit returns that job;
-                       in a child: unique within the parent for good
-        delay          seconds to wait
-        run_at         or when to run, in Unix seconds or an aware datetime
-        retries        how many more attempts after an exception; by default 0
-        backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a
-                       function of the attempt, called at submit; by default 1 s, twice as long each time,
-                       up to 10 min, and up to half as long again by chance
-        timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
-                       failed with a TimeoutError
-        max_running    at most so many attempts of this name at once, over all processes; the job's
-                       ancestors, which may wait for it, do not count
-        stoppable      False: stays stopping until it ends
-        restartable    False: refuses restart
-        recover        False: an attempt cut off by a crash fails instead of running again (at most once)
-        isolate        True: each attempt in a process of its own, which force stop and timeout kill
-        tz             the time zone of `every`; by default the machine's
-        secret         names of arguments that people do not get to see
-        parent         a Job to become its child; None: a root, also from inside a job
-        connection     the app's open sqlite3.Connection to the same file: the job exists if and only if
-                       its transaction commits; before that, ask the handle for nothing but its id
+        name: stable identity of the function; by default its import path.
+        label: a title for people.
+        run_by: who asked for it; by default as the parent.
+        low_priority: True: run in periods of low load; by default as the parent.
+        system: True: housekeeping, hidden by default.
+        key: at the root: while a job with this key is not over, submit returns that job; in a
+            child: unique within the parent for good.
+        delay: seconds to wait.
+        run_at: or when to run, in Unix seconds or an aware datetime.
+        retries: how many more attempts after an exception; by default 0.
+        backoff: the pause before each of them: seconds, a list of them (the last one repeats), or a
+            function of the attempt, called at submit; by default 1 s, twice as long each time, up
+            to 10 min, and up to half as long again by chance.
+        timeout: seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
+            failed with a TimeoutError.
+        max_running: at most so many attempts of this name at once, over all processes; the job's
+            ancestors, which may wait for it, do not count.
+        stoppable: False: stays stopping until it ends.
+        restartable: False: refuses restart.
+        recover: False: an attempt cut off by a crash fails instead of running again (at most once).
+        isolate: True: each attempt in a process of its own, which force stop and timeout kill.
+        tz: the time zone of `every`; by default the machine's.
+        secret: names of arguments that people do not get to see.
+        parent: a Job to become its child; None: a root, also from inside a job.
+        connection: the app's open sqlite3.Connection to the same file: the job exists if and only
+            if its transaction commits; before that, ask the handle for nothing but its id.
 
         Raises TypeError for an unknown option, ValueError for a value that does not fit. For
         `executor` see `job`.
@@ -4509,9 +4490,16 @@ def author_in(backend: Core) -> tuple[int, int] | None:
     return attempt.id, attempt.number
 
 
-def new_submission(backend: Core, fn: Function,
-                   options: Fields) -> Submission:
-    """Return the row for a job of this function, but for its arguments."""
+# Option of a job -> what is stored of it, in the column of this name.
+_text = functools.partial(text_of, limit=500)
+_COLUMNS: dict[str, Function] = {
+    "name": _text, "label": _text, "run_by": _text, "key": _text, "run_at": unix_seconds,
+    "low_priority": int, "system": int, "max_running": int}
+
+
+def new_submission(backend: Core, fn: Function, options: Fields,
+                   args: Any = (), kwargs: Any = None) -> Submission:
+    """Return the row for a job that calls this function. Raises what `Submitter.submit` does."""
     attempt = current_attempt()
     if attempt is None and serves_attempts():
         raise RuntimeError(
@@ -4526,37 +4514,16 @@ def new_submission(backend: Core, fn: Function,
         attempt.raise_if_stopped()
         if "parent" not in given:
             new.parent_id = attempt.id
-            attempt.has_children = True
+    new.args, new.kwargs = encode_arguments(new, args), encode_arguments(new, kwargs)
     return new
 
 
-ISOLATED = "isolated"      # stands for the executor of attempts with isolate=True
-_isolated_process = False
+def encode_arguments(new: Submission, given: Any) -> str | None:
+    """Return the arguments of a job, or its keyword arguments, as JSON; None if there are none."""
+    return encode(given, f"the arguments of {new.name}") if given else None
 
 
-def serve_one_attempt() -> None:
-    """Note that this process executes one isolated attempt.
-
-    Then it runs no jobs of its own, whatever the app's modules start as they are imported.
-    """
-    global _isolated_process
-    _isolated_process = True
-
-
-def serves_attempts() -> bool:
-    """Return whether this process executes one isolated attempt."""
-    return _isolated_process
-
-
-# Option of a job -> what is stored of it, in the column of this name.
-_COLUMNS: dict[str, Callable[[Any], Any]] = {
-    "name": str.__str__, "label": lambda v: text_of(v, 500), "run_by": lambda v: text_of(v, 500),
-    "low_priority": int, "system": int, "key": str.__str__, "run_at": unix_seconds,
-    "max_running": int}
-
-
-def _apply_options(backend: Core, new: Submission, fn: Function,
-                   given: Fields) -> None:
+def _apply_options(backend: Core, new: Submission, fn: Function, given: Fields) -> None:
     for name, stored in _COLUMNS.items():
         if given.get(name) is not None:
             setattr(new, name, stored(given[name]))
@@ -4568,20 +4535,13 @@ def _apply_options(backend: Core, new: Submission, fn: Function,
         new.run_at = backend.clock() + given["delay"]
     kept = options_to_keep(fn, given)
     if kept:
-        new.options = json.dumps(kept, separators=(",", ":"))
+        new.options = dump(kept)
     parent = given.get("parent")
     if parent is not None:
         path = path_of(parent)
         if os.path.realpath(path) != os.path.realpath(backend.path):
             raise ValueError(f"{parent!r} is in {path}; it takes no children from {backend.path}")
         new.parent_id = parent.id
-
-
-def _checked_tuple(args: Any) -> tuple[Any, ...]:
-    if not isinstance(args, tuple):
-        raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
-                        "(value,) for a single argument")
-    return args
 
 
 def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
@@ -4595,19 +4555,24 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        def cancel() -> None:
-            for job in jobs:
-                job.cancel()
-        if jobs:                           # the garbage collector may come here under any lock
-            with contextlib.suppress(RuntimeError):       # the interpreter ends
-                start_thread("bgjobs-cancel", cancel)
+        if jobs:  # in a thread: the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):  # the interpreter ends
+                start_thread("bgjobs-cancel", lambda: [job.cancel() for job in jobs])
 
 
-# What the options of a Runner must be: name -> (test, in words).
-_RUNNER_OPTIONS: dict[str, tuple[Function, str]] = {
+ISOLATED = "isolated"  # stands for the executor of attempts with isolate=True
+# Set in the process of an isolated attempt. Then it runs no jobs of its own, whatever the app's
+# modules start as they are imported.
+_serves_attempts = threading.Event()
+serve_one_attempt, serves_attempts = _serves_attempts.set, _serves_attempts.is_set
+
+
+# What arguments of Runner and `map` must be: name -> (test, in words).
+_ARGUMENTS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
     "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
+    "buffersize": (lambda v: type(v) is int and v > 0, "None or greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
     "journal": (("wal", "delete").__contains__, '"wal" or "delete"'),
     "retention": (lambda v: set(v) <= set(RETENTION) and are_seconds(v.values()),
@@ -4620,12 +4585,11 @@ class RunnerFace(Submitter):
 
     def get(self, job_id: int) -> Job[Any]:
         """Return the handle of a job. Raises KeyError if there is none with this id."""
-        if isinstance(job_id, bool) or not isinstance(job_id, int):
+        if type(job_id) is not int:
             raise TypeError(f"a job id is an int, got {short(job_id)}")
-        if not 0 < job_id < 1 << 63:
-            raise KeyError(f"there is no job {job_id} in {self._find_core().path}")
-        self._find_core().status(job_id)
-        return Job(self._find_core(), job_id)
+        backend = self._find_core()
+        backend.status(job_id)
+        return Job(backend, job_id)
 
     def jobs(self, /, *, limit: int | None = 100, before: int | None = None,
              **filters: Any) -> list[Job[Any]]:
@@ -4635,24 +4599,28 @@ class RunnerFace(Submitter):
         created_to= (see `conditions`); before: only ids below that. Raises ValueError for a bad
         value.
         """
-        return [Job(self._find_core(), job_id) for job_id in self._find_core().find(filters, limit, before)]
+        backend = self._find_core()
+        return [Job(backend, job_id) for job_id in backend.find(filters, limit, before)]
 
 
 class Runner(RunnerFace, Executor):
     """Runs the jobs of one file on threads of this process; a complete futures Executor.
 
-    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers:
-    attempts that execute at once (cores + 4, at most 32). start=False: submits, reads and operates,
-    but runs nothing until start(). durability: "process" survives the death of the process, "power"
-    a power cut, too. journal: "wal", or "delete", slower, for SQLite's rollback journal. retention:
-    seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
-    default, where finished stands for cancelled, too; None keeps everything. modules: names of
-    modules to import, whose functions jobs may name. executor: where functions execute instead, a
-    concurrent.futures.Executor, or a class or function that makes one: then a broken one is
-    replaced; max_workers is by default the executor's. callback: "host:port" of this machine, by
-    which an executor's workers on other machines reach it. clock: returns Unix seconds. Raises
-    ValueError for a bad value, StoreError for a file that cannot be used, OSError for a callback
-    address that cannot be used.
+    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own.
+    max_workers: attempts that execute at once (cores + 4, at most 32, or the executor's).
+    start: False: submits, reads and operates, but runs nothing until start().
+    durability: "process" survives the death of the process, "power" a power cut, too.
+    journal: "wal", or "delete", slower, for SQLite's rollback journal.
+    retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed":
+        30 days} by default, where finished stands for cancelled, too; None keeps everything.
+    modules: names of modules to import, whose functions jobs may name.
+    executor: where functions execute instead, a concurrent.futures.Executor, or a class or function
+        that makes one: then a broken one is replaced.
+    callback: "host:port" of this machine, by which an executor's workers on others reach it.
+    clock: returns Unix seconds.
+
+    Raises ValueError for a bad value, StoreError for a file that cannot be used, OSError for a
+    callback address that cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *,
@@ -4665,7 +4633,7 @@ class Runner(RunnerFace, Executor):
             max_workers = getattr(executor, "_max_workers", min(32, (cores or 1) + 4))
         check_values({"executor": executor, "callback": callback, "max_workers": max_workers,
                       "durability": durability, "journal": journal, "retention": retention},
-                     _RUNNER_OPTIONS)
+                     _ARGUMENTS)
         if executor is not None:
             door("executor")
         for module in modules:
@@ -4730,8 +4698,8 @@ class Runner(RunnerFace, Executor):
             raise RuntimeError("drain() is for a runner that was made with start=False; this one "
                                "runs its jobs itself")
         capture_log_records()
-        self.core.life.recover_dead()
-        core.store.write(clock_was_set_back)              # a clock for tests may have been
+        core.life.recover_dead()
+        core.store.write(clock_was_set_back)  # a clock for tests may have been
         core.inline, ran = Drain(core), 0
         try:
             while core.inline.run_one():
@@ -4765,18 +4733,21 @@ class Runner(RunnerFace, Executor):
         A plain copy would miss what is in the -wal file, or tear a transaction. Raises ValueError
         if the path exists.
         """
-        self.core.store.file.backup(os.path.abspath(path))
-        return os.path.abspath(path)
+        path = os.path.abspath(path)
+        self.core.store.file.backup(path)
+        return path
 
     def serve(self, /, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        read_only=True: without operations. password: asked for by the browser (HTTP Basic; use TLS
-        on a network). authorize: a function of the request, its WSGI environ, that returns the
-        user's name, or None to refuse; the job log's `by` has that name, or the one given with the
-        password. hosts: the names by which it is reached, besides the machine's own and its
-        addresses. Raises ValueError for a host other than loopback without password or authorize.
-        If the port is taken, a warning is logged and "" returned: jobs go on.
+        read_only: True: without operations.
+        password: asked for by the browser (HTTP Basic; use TLS on a network).
+        authorize: a function of the request, its WSGI environ, that returns the user's name, or
+            None to refuse. The job log's `by` has that name, or the one given with the password.
+        hosts: the names by which it is reached, besides the machine's own and its addresses.
+
+        Raises ValueError for a host other than loopback without password or authorize. If the port
+        is taken, a warning is logged and "" returned: jobs go on.
         """
         return "" if serves_attempts() else door("serve")(self.wsgi(**options), host, port)
 
@@ -4830,7 +4801,7 @@ class Service:
             # Claimed jobs may wait behind attempts that turned out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
-            (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
             (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
@@ -4898,35 +4869,7 @@ class Service:
         others = tx.value("PRAGMA data_version")          # our own commits do not change it here
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
-            self._compare(tx)
-
-    def _compare(self, tx: Transaction) -> None:
-        """Find what other processes did to the jobs that run here, and claims that were lost.
-
-        While this thread leads, no claim and no outcome is under way.
-        """
-        dispatch = self._core.dispatch
-        jobs = {job.id: job for job in owned(tx, self._core.id)}
-        # A worker queues an outcome before it takes the attempt out of the pool.
-        here = {attempt.id for attempt in list(dispatch.attempts.values())
-                if dispatch.pool.has(attempt) or attempt in dispatch.ended}
-        for job_id in jobs.keys() - here:
-            if self._core.life.started:                   # in drain(), it is about to execute
-                take_back(tx, job_id, "its claim was lost", tx.now)
-
-        def carry_out() -> None:
-            for attempt in list(dispatch.attempts.values()):
-                job = jobs.get(attempt.id)
-                if job is None or job.attempt != attempt.number:
-                    dispatch.abandon(attempt)
-                    continue
-                if job.status == STOPPING:
-                    attempt.request_stop()
-                else:
-                    attempt.withdraw_stop()
-                if job.low_priority != attempt.low_priority:
-                    dispatch.pool.set_low_priority(attempt, job.low_priority)
-        tx.after_commit.append(carry_out)
+            self._core.dispatch.compare(tx)
 
     def _time_out(self) -> None:
         """Stop the attempts that take longer than their timeout.
