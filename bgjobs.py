@@ -2778,20 +2778,20 @@ class Pool:
 #   wants to enter the library waits until it has been sent. If it has not been raised by then, or
 #   was raised before and caught, the thread takes it back and raises one itself.
 
-FLUSH_SECONDS = 0.25       # how often progress is written if no other write takes it along
+FLUSH_SECONDS = 0.25  # how often progress is written if no other write takes it along
 
 
 class Ticket:
     """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
 
-    _depth = 1                             # of library code that calls library code
-    _raised = False                        # by a force stop, from outside
-    _spent = False                         # nothing will be raised from outside any more
-    void = False                           # the attempt has been superseded: library calls raise
-    thread = 0                             # the ident of the attempt's thread
+    _depth = 1  # of library code that calls library code
+    _raised = False  # by a force stop, from outside
+    _spent = False  # nothing will be raised from outside any more
+    void = False  # the attempt has been superseded: library calls raise
+    thread = 0  # the ident of the attempt's thread
 
     def __init__(self) -> None:
-        self._taken = threading.Lock()     # at first by the attempt's thread
+        self._taken = threading.Lock()  # at first by the attempt's thread
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
@@ -2854,7 +2854,7 @@ def _is_logging(thread: int) -> bool:
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
     """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
-    with contextlib.suppress(ImportError, AttributeError):       # not CPython: checkpoints stop it
+    with contextlib.suppress(ImportError, AttributeError):  # not CPython: checkpoints stop it
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
@@ -2863,7 +2863,7 @@ _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar(
     "bgjobs_current", default=None)
 current_attempt = _current.get
-enter = _current.set                                      # in a context of its own
+enter = _current.set  # in a context of its own
 
 
 class JobContext:
@@ -2950,31 +2950,31 @@ class Attempt:
     """One execution of a job's function."""
 
     # An attempt is made for each job, so defaults that most attempts never change stand here.
-    thread: int | None = None                             # its ident while it executes; 0: elsewhere
-    begun = left_at = 0.0                                 # monotonic; left_at: when it went away
-    ran = waited = 0.0                                    # seconds: in all; waiting for jobs
-    waits = 0                                             # threads of it that wait at present
-    lines = 0                                             # of its log, written
+    thread: int | None = None  # its ident while it executes; 0: elsewhere
+    begun = left_at = 0.0  # monotonic; left_at: when it went away
+    ran = waited = 0.0  # seconds: in all; waiting for jobs
+    waits = 0  # threads of it that wait at present
+    lines = 0  # of its log, written
 
-    outcome, reason = UNSPENT, HALTED                     # how it ended; how it ends when it stops
-    result: str | None = None                             # JSON, as the next one
+    outcome, reason = UNSPENT, HALTED  # how it ended; how it ends when it stops
+    result: str | None = None  # JSON, as the next one
     error: str | None = None
     exception: BaseException | None = None
-    unsaved_progress: Any = None                          # see report_to_save
-    has_reported = False                                  # progress, or a later charge, is stored
+    unsaved_progress: Any = None  # see report_to_save
+    has_reported = False  # progress, or a later charge, is stored
 
-    loops = 0                                             # the number of the next loop of each()
-    loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
-    stop_requested = was_asked_to_stop = False            # now; at any time
-    attention = False                                     # a checkpoint has more to do than a look
-    operation: Any = None                                 # the Event that a checkpoint waits for
-    saved_at = 0.0                                        # monotonic
-    newest: Any = None                                    # see report
+    loops = 0  # the number of the next loop of each()
+    loop_positions: Sequence[int] = ()  # completed turns of each()'s loops
+    stop_requested = was_asked_to_stop = False  # now; at any time
+    attention = False  # a checkpoint has more to do than a look
+    operation: Any = None  # the Event that a checkpoint waits for
+    saved_at = 0.0  # monotonic
+    newest: Any = None  # see report
     pace: Any = None
     job_logger: Any = None
     # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
     on_stop: Any = None
-    away: Any = contextlib.nullcontext                    # entered while it waits for jobs
+    away: Any = contextlib.nullcontext  # entered while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2985,8 +2985,8 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []                        # (done, total) of the loops under way
-        self.waits_on: list[Any] = []                     # conditions; a stop wakes its threads
+        self.turns: list[Any] = []  # (done, total) of the loops under way
+        self.waits_on: list[Any] = []  # conditions; a stop wakes its threads
 
     @property
     def is_plain(self) -> bool:
@@ -3062,7 +3062,7 @@ class Attempt:
         The store refuses this attempt by now.
         """
         self.ticket.use()
-        self.request_stop(force=True)                     # last: a thread that wakes looks at it
+        self.request_stop(force=True)  # last: a thread that wakes looks at it
 
     def raise_if_stopped(self) -> None:
         """Be a checkpoint. Raises JobStopped."""
@@ -3073,7 +3073,7 @@ class Attempt:
     def attend(self) -> None:
         """Do what a checkpoint has to do: let an operation pass, then stop. Raises JobStopped."""
         operation, self.operation = self.operation, None
-        self.attention = False             # first: a stop that comes from here on sets it again
+        self.attention = False  # first: a stop that comes from here on sets it again
         if operation is not None:
             operation.wait(1.0)
         if self.stop_requested:
@@ -3168,7 +3168,7 @@ class Attempt:
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
         """Note how far the function is; the service thread writes the newest report."""
         if message is not None:
-            message = text_of(message, 500)               # here: its __str__ is the app's
+            message = text_of(message, 500)  # here: its __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
@@ -3176,7 +3176,7 @@ class Attempt:
 
         None if there is nothing new.
         """
-        newest, self.newest = self.newest, None           # two threads may ask: one gets it
+        newest, self.newest = self.newest, None  # two threads may ask: one gets it
         if newest is None:
             return None
         done, total, message, at = newest
@@ -3248,7 +3248,7 @@ def perform(attempt: Attempt, function: Function) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.keep()                         # from here no force stop raises
+            attempt.ticket.keep()  # from here no force stop raises
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -3278,8 +3278,8 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 def _is_stop(error: Any) -> bool:
     """Tell whether an exception is JobStopped, or a group of nothing else (asyncio.TaskGroup)."""
-    kind = type(error)                                    # isinstance asks error.__class__, too
-    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):     # since Python 3.11
+    kind = type(error)  # isinstance asks error.__class__, too
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # since Python 3.11
         return all(map(_is_stop, error.exceptions))
     return issubclass(kind, JobStopped)
 
@@ -3308,9 +3308,9 @@ class HandleCondition(threading.Condition):
 
     def __init__(self) -> None:
         super().__init__()
-        del self.acquire, self.release                    # Condition sets these to the lock's own
+        del self.acquire, self.release  # Condition sets these to the lock's own
 
-    def acquire(self) -> bool:                            # type: ignore[override]
+    def acquire(self) -> bool:  # type: ignore[override]
         """Lock it. Quietly: also a generator of the standard library's cleans up with it."""
         if _here.ticket is not None:
             _here.ticket.take(quietly=True)
@@ -3339,7 +3339,7 @@ class _Waiters(list[Any]):
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
         if handle is not None:
-            handle._watch()                               # after it: the job may be over already
+            handle._watch()  # after it: the job may be over already
 
 
 class _PlaceGivingEvent(threading.Event):
@@ -3354,7 +3354,7 @@ class _PlaceGivingEvent(threading.Event):
         if not self.is_set():
             def over() -> bool:
                 return self.is_set() or attempt.ticket.void
-            attempt.wait_for(self._cond, over, timeout)   # type: ignore[attr-defined]
+            attempt.wait_for(self._cond, over, timeout)  # type: ignore[attr-defined]
             if attempt.ticket.void:
                 raise attempt.superseded
         return self.is_set()
@@ -3426,16 +3426,16 @@ class Job(Future[_T]):
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
-        self._created_at = created_at                     # until the submit is committed
+        self._created_at = created_at  # until the submit is committed
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name in _MADE_LATE:                            # few handles are waited on
+        if name in _MADE_LATE:  # few handles are waited on
             return vars(self).setdefault(name, _MADE_LATE[name](self))
         if name not in Job.__annotations__:
             raise AttributeError(f"a Job has no attribute {name!r}")
-        return decode(dump(self.info()[name]))            # dates in a state are dates again
+        return decode(dump(self.info()[name]))  # dates in a state are dates again
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *Job.__annotations__]
@@ -3507,7 +3507,7 @@ class Job(Future[_T]):
         Returns whether it is cancelled; never raises InvalidOperation.
         """
         if self._state == "PENDING":
-            with contextlib.suppress(InvalidOperation, StoreError):      # StoreError: shut down
+            with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
                 return True
         return self.cancelled()
@@ -3515,7 +3515,7 @@ class Job(Future[_T]):
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
         """Carry an operation out; return this handle, or a new one if this one is complete."""
-        self.done()                                       # if the job is over, that is its outcome
+        self.done()  # if the job is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3551,13 +3551,13 @@ class Job(Future[_T]):
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
         error = self.exception(timeout)
-        if error is None:                                 # Future.result would ask for its truth value
+        if error is None:  # Future.result would ask for its truth value
             value: Any = self._result
             return value
         try:
             raise error
         finally:
-            del self, error                               # its traceback keeps this frame
+            del self, error  # its traceback keeps this frame
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3600,11 +3600,11 @@ class Job(Future[_T]):
         over = loop.create_future()
 
         def tell(job: Any) -> None:
-            with contextlib.suppress(RuntimeError):       # the loop is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
 
         def wait() -> None:
-            with contextlib.suppress(BaseException):      # result() below raises it again
+            with contextlib.suppress(BaseException):  # result() below raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
         if current_attempt() is None:
@@ -3617,14 +3617,14 @@ class Job(Future[_T]):
             if tell in self._done_callbacks:
                 self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()              # the thread looks whether it is given up
+                self._condition.notify_all()  # the thread looks whether it is given up
         return self.result()
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
-        self._stored()                                    # first: raises
-        super().add_done_callback(fn)                     # type: ignore[arg-type]
+        self._stored()  # first: raises
+        super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
     def _watch(self) -> None:
@@ -3655,11 +3655,11 @@ class Job(Future[_T]):
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
-            except Exception as error:                    # else its handles would wait for good
+            except Exception as error:  # else its handles would wait for good
                 text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
                 self._exception = BgjobsError(text)
             self._end = status
-            self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
+            self._state, tell = _FUTURE_STATES[status]  # last: it is read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
@@ -3694,10 +3694,10 @@ class Handles:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.ends_missed = False                          # look() is due
-        self._lock = threading.Lock()                     # guards the four below
-        self.watched: dict[int, Any] = {}                 # by job, a WeakSet
-        self.held: set[Any] = set()                       # with callbacks: live until these ran
+        self.ends_missed = False  # look() is due
+        self._lock = threading.Lock()  # guards the four below
+        self.watched: dict[int, Any] = {}  # by job, a WeakSet
+        self.held: set[Any] = set()  # with callbacks: live until these ran
         self._to_call_back: deque[Any] = deque()
         self._caller: threading.Thread | None = None
 
@@ -3720,7 +3720,7 @@ class Handles:
             for handle in list(self.watched.get(job_id, ())):
                 try:
                     handle._complete()
-                except Exception as error:                # the service thread looks again
+                except Exception as error:  # the service thread looks again
                     self.ends_missed = True
                     self._store.complain(text_of(error))
 
@@ -3746,7 +3746,7 @@ class Handles:
             if handle._done_callbacks:
                 self._to_call_back.append(handle)
             if self._to_call_back and self._caller is None:
-                with contextlib.suppress(RuntimeError):   # too many; the next end tries again
+                with contextlib.suppress(RuntimeError):  # too many; the next end tries again
                     self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
@@ -5514,18 +5514,18 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 # the jobs in order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list
 # then says where to go on, a count that it is "at least".
 
-COUNT_LIMIT = 10_001       # where counting for people ends
-SEARCH_LIMIT = 60_000      # jobs that one search looks at; a sixth of that if it looks into texts
-FEW = 10_000               # if a status has fewer jobs than that, all of them are looked at
-MAX_ID = (1 << 63) - 2     # SQLite holds one more
+COUNT_LIMIT = 10_001  # where counting for people ends
+SEARCH_LIMIT = 60_000  # jobs that one search looks at; a sixth of that if it looks into texts
+FEW = 10_000  # if a status has fewer jobs than that, all of them are looked at
+MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
 # Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL. It
 # raises any error if the value is not what its second part says.
 
 A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
-A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
-A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")     # no NaN
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # one in UTF-8
+A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")  # no NaN
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
@@ -5564,8 +5564,8 @@ FILTERS: Fields = {
     "low_priority": (A_TRUTH, "low_priority = :low_priority"),
     "parent": ((lambda value: None if value in (None, "none")
                 else A_NUMBER[0](getattr(value, "id", value)), "the id of a job, or none"),
-               _CHILDREN),                                # _ROOTS if it is None
-    "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
+               _CHILDREN),  # _ROOTS if it is None
+    "system": (A_TRUTH, _NO_SYSTEM),  # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
     # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
@@ -5644,7 +5644,7 @@ def _of_status(status: str, where: list[str]) -> str:
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
-    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
+    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"  # bgjobs_begun
 
 
 def count_at_most(store: Store, status: str, where: list[str], values: Fields,
@@ -5740,7 +5740,7 @@ def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
 def shown_arguments(row: Any, options: Fields) -> Fields:
     """Return args and kwargs as JSON values, with the secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
-    for place in options.get("secret", ()):               # a name, or a position
+    for place in options.get("secret", ()):  # a name, or a position
         if place in kwargs:
             kwargs[place] = MASK
         elif place in range(len(args)):
