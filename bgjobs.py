@@ -2845,7 +2845,7 @@ def _is_logging(thread: int) -> bool:
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
+    """Have `error` raised at a thread's next bytecode; without one, take the last back."""
     with contextlib.suppress(ImportError, AttributeError):  # not CPython: checkpoints stop it
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
@@ -2862,9 +2862,9 @@ _job_log = logging.getLogger("bgjobs.job")
 class JobContext:
     """The job that this code runs in: what `current_job()` returns.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. Outside of a job these
-    are None and 0, and the methods do nothing. Any thread that has the job's context
-    (`asyncio.to_thread`) may use this; `each` is for one thread at a time.
+    attempt: the number of this attempt, from 1. Outside of a job it is 0, id, name and run_by are
+    None, and the methods do nothing. Any thread that has the job's context (`asyncio.to_thread`)
+    may use this; `each` is for one thread at a time.
     """
 
     id: int | None = None
@@ -2981,7 +2981,7 @@ class Attempt:
 
     @property
     def is_plain(self) -> bool:
-        """Whether FINISH can record it: the first attempt, without children or reports."""
+        """Whether FINISH can record it."""
         is_simple = self.number == 1 and not self.has_children and not self.has_reported
         return is_simple and self.outcome == RETURNED
 
@@ -2992,12 +2992,12 @@ class Attempt:
 
     @property
     def correction(self) -> int:
-        """The microseconds by which the claim charged too little."""
+        """Microseconds that the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
 
     @property
     def superseded(self) -> JobStopped:
-        """What is raised in an attempt that the store refuses."""
+        """Raised in an attempt that the store refuses."""
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
@@ -3011,7 +3011,7 @@ class Attempt:
             self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
-        """Make the timeout the outcome."""
+        """Fail by the timeout."""
         self.fail(TimeoutError(f"attempt {self.number} took longer than its timeout of "
                                f"{self.options['timeout']:,g} s"))
 
@@ -3034,7 +3034,7 @@ class Attempt:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
-        """Go on after all: the job has been resumed before it reached a checkpoint."""
+        """Go on after all, as the job has been resumed before a checkpoint."""
         if self.reason == HALTED:
             self.stop_requested = False
 
@@ -3210,7 +3210,7 @@ def capture_log_records() -> None:
 # The execution of a function, in the process and the thread where that happens
 
 def perform(attempt: Attempt, function: Function) -> None:
-    """Call an attempt's function in this thread, and note the outcome."""
+    """Call an attempt's function in this thread; note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3337,30 +3337,29 @@ class Job(Future[_T]):
     complete handle returns a new one; attributes stay true on both. `await job` works, too, and a
     caller that gives up awaiting does not cancel the job. Any thread may use a handle.
 
-    Attributes are read from the file at each access; KeyError if the job has been removed:
+    Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
+    are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
 
-    name, label          the stable name of the function; a title for people, or None
-    status, phase        one of the seven statuses; what refines it for people, or ""
-    created_at           Unix seconds, as the next two
-    started_at           of the first attempt since creation or restart, or None
-    finished_at          or None
-    waiting              seconds from creation, or its due time, to the start, or until now
-    duration             seconds that its attempts ran, together
-    attempt              the number of the newest attempt, 0 before the first
-    errors               failed attempts, and failed descendants
-    low_priority         whether it runs in periods of low load only
-    run_by               the name of the person that asked for it, or None
-    progress, eta        0 to 1; seconds left; None if unknown
-    children             {"total", "done", "failed", "running"}, over all descendants
-    parent_id, root_id   ids; the parent of a root is None
-    args, kwargs         a list and a dict, secret arguments masked
-    state                what its last checkpoint saved, or None
-    error                the traceback of the newest failure, or None
-    operations           those that its status allows now
+    name, label: the stable name of the function; a title for people, or None.
+    status, phase: one of the seven statuses; what refines it for people, or "".
+    started_at: of the first attempt since creation or restart.
+    waiting: from creation, or its due time, to the start, or until now.
+    duration: how long its attempts ran, together.
+    attempt: the number of the newest, 0 before the first.
+    errors: failed attempts, and failed descendants.
+    low_priority: whether it runs in periods of low load only.
+    run_by: the name of the person that asked for it, or None.
+    progress, eta: 0 to 1, and the time left; None if unknown.
+    children: {"total", "done", "failed", "running"}, over all descendants.
+    parent_id, root_id: the parent of a root is None.
+    args, kwargs: a list and a dict, secret arguments masked.
+    state: what its last checkpoint saved, or None.
+    error: the traceback of the newest failure, or None.
+    operations: those that its status allows now.
 
-    Operations block until their commit, not until the job has followed. by=: the name of the person
-    that asks, for the job's log. They raise InvalidOperation if the job's status does not allow
-    them, KeyError, and StoreError if the file cannot be written.
+    Operations block until their commit, not until the job has followed. by= is the name of the
+    person that asks. They raise InvalidOperation if the status does not allow them, KeyError, and
+    StoreError if the file cannot be written.
     """
 
     name: str
@@ -3409,7 +3408,7 @@ class Job(Future[_T]):
     def _row(self) -> Any:
         """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
 
-        An app's transaction that is rolled back leaves its ids to other jobs.
+        Other jobs get the ids of an app's transaction that is rolled back.
         """
         row = self._backend.outcome(self.id)
         if row is None:
@@ -3426,7 +3425,7 @@ class Job(Future[_T]):
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as one dict of JSON values: the JSON interface's."""
+        """Return all attributes as a dict of JSON values, the JSON interface's."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
@@ -3441,7 +3440,7 @@ class Job(Future[_T]):
     # operations
 
     def stop(self, *, by: str | None = None) -> Job[_T]:
-        """Stop the job and its descendants at their next checkpoint. Returns before that."""
+        """Stop the job and its descendants at their next checkpoint; return before that."""
         return self._operate("stop", by)
 
     def resume(self, *, by: str | None = None) -> Job[_T]:
@@ -3510,13 +3509,10 @@ class Job(Future[_T]):
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
         error = self.exception(timeout)
-        if error is None:  # Future.result would ask for its truth value
-            value: Any = self._result
-            return value
-        try:
+        if error is not None:  # Future.result would ask for its truth value
             raise error
-        finally:
-            del self, error  # its traceback keeps this frame
+        value: Any = self._result
+        return value
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3545,11 +3541,10 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop. A callback completes it; inside a job a thread, which gives
-        the worker's place away.
+        """Await a future of the loop, completed by a callback, inside a job by a thread.
 
-        The thread is no executor's: the interpreter would wait for that at exit. Not
-        asyncio.wrap_future, which would cancel the job when it is cancelled.
+        The thread gives the worker's place away. It is no executor's, for which the interpreter
+        waits at exit. asyncio.wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3579,7 +3574,6 @@ class Job(Future[_T]):
     @library_code
     def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
-        self._stored()  # first: raises
         super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
@@ -3655,7 +3649,7 @@ class Handles:
         self._caller: threading.Thread | None = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if the app keeps it or gave it callbacks."""
+        """Complete this handle when its job is over, if the app keeps it or it has callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
@@ -3681,7 +3675,7 @@ class Handles:
         WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
-        """Complete the handles of jobs that ended unnoticed, above all in another process."""
+        """Complete the handles of jobs that ended unnoticed, as in another process."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
@@ -3689,7 +3683,7 @@ class Handles:
             self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called outside transactions and jobs."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -5601,7 +5595,7 @@ def count_at_most(store: Store, status: str, where: list[str], values: Fields, m
     return store.read(query, values)[0][0]
 
 
-# The first id that was given out at a time or later: a binary search for the last one before.
+# The first id since a time: a binary search for the last one before.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
     UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
         WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
@@ -5615,12 +5609,13 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
     """
     source = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
     jobs, bottom = f"bgjobs_jobs {source} AND id < :before AND id >= :lowest", None
-    values |= {"lowest": 0, "before": values.get("before", MAX_ID)}
+    values.setdefault("before", MAX_ID)
+    values["lowest"] = 0
     if most is not None:
         # Ids go up with time, give or take an hour if the clock was set.
-        bounds = [store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
-            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600)]
-        values["lowest"], values["before"] = bounds[0], min(values["before"], bounds[1])
+        values["lowest"], end = (store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
+            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600))
+        values["before"] = min(values["before"], end)
         last = (most // 6 if "q" in values else most) - 1
         for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
                               values):
