@@ -102,7 +102,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
-    NamedTuple, NoReturn, ParamSpec, Sequence, Sized, TextIO, TypeVar, overload)
+    NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -2896,9 +2896,9 @@ class JobContext:
     def checkpoint(self, state: Any = _UNSET) -> None:
         """Stop here if that was asked for. Save `state` first, if one is given.
 
-        state: any value that arguments may have; the next attempt finds it. It blocks until the
-        commit; without it the call costs next to nothing. Raises JobStopped if the job is to stop,
-        TypeError if the state cannot be stored.
+        state: any value that arguments may have; the next attempt finds it. With it the call blocks
+        until the commit; without it the call costs next to nothing. Raises JobStopped if the job is
+        to stop, TypeError if the state cannot be stored.
         """
         attempt = self._attempt
         if attempt is not None:
@@ -3076,11 +3076,11 @@ class Attempt:
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
         """Wait as `wait_on` does; the place is given away meanwhile."""
         with self.away():
-            wait = functools.partial(self.wait_on, condition, over)
-            self.backend.wait_in_job(self, wait, timeout)
+            self.backend.wait_in_job(
+                self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()`, asked at each notification and stop, is true. Return whether it is."""
+        """Wait until `over()`, asked at each notification and stop. Return whether it is true."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -3103,10 +3103,10 @@ class Attempt:
         """Return how far the loops of each() are, as JSON, or None if there is none."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # Loops of each() may follow each other, or run inside another's turns. They are numbered as they
-    # begin, and a list has the completed turns of each. When a turn is completed, the loops inside it
-    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose
-    # loops begin in the same order, finds its own.
+    # Loops of each() may follow each other, or run inside another's turns. They are numbered as
+    # they begin, and a list has the completed turns of each. When a turn is completed, the loops
+    # inside it leave the list, and those of the next turn get their numbers again. So a resumed
+    # attempt, whose loops begin in the same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
         """Yield the items from the saved position on; save it ten times a second at most."""
@@ -3265,14 +3265,14 @@ def traceback_of(error: BaseException) -> str:
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
 # `wait` and `as_completed` of the standard library append a waiter to a handle's list of waiters,
-# and wait on the waiter's event. Both are made to know of jobs by private parts of
-# concurrent.futures, the same in Python 3.10 to 3.14: Future._waiters, Future._condition, the
-# `event` of a waiter, and Event._cond.
+# and wait on the waiter's event. They work with jobs by private parts of the standard library, the
+# same in Python 3.10 to 3.14: Future._waiters, Future._condition, the `event` of a waiter, and
+# Event._cond.
 
 class HandleCondition(threading.Condition):
     """The condition of a handle. A thread that locks it inside a job takes its ticket, too.
 
-    For `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
+    `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
     """
 
     def __init__(self) -> None:
@@ -3295,8 +3295,7 @@ class HandleCondition(threading.Condition):
 
 
 class _Waiters(list[Any]):
-    """A handle's list of waiters. A waiter has the handle watched; inside a job its event gives the
-    worker's place away."""
+    """A handle's waiters. The handle is watched for them; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3432,8 +3431,8 @@ class Job(Future[_T]):
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
         level= the least, a name or number. text= contained, in any case. regex= found. since=
-        until= Unix seconds. after= a line's id. limit= how many at most; without `after` the newest.
-        tree=True: those of all descendants, too. Raises ValueError for a bad value.
+        until= Unix seconds. after= a line's id. limit= how many at most; without `after` the
+        newest. tree=True: those of all descendants, too. Raises ValueError for a bad value.
         """
         return self._backend.logs(self._stored(), filters)
 
@@ -5466,8 +5465,8 @@ FEW = 10_000  # jobs of a status; all of fewer are looked at
 MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, a Python value or a text of a URL, and what
-# that must be, else the function raises any error.
+# Filters. A reader is a function that reads a parameter, a Python value or a text of a URL, and a
+# text: what the value must be. If it is not, the function raises any error.
 
 A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # one in UTF-8
