@@ -102,7 +102,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
-    NamedTuple, NoReturn, ParamSpec, Sequence, Sized, TextIO, TypeVar, overload)
+    NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -2672,36 +2672,34 @@ class Pool:
 # ---- 10 Inside a job ----------------------------------------------------------------------------
 #
 # A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's
-# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the job's
-# function that is wanted. In the library's code it would leave a lock or a transaction open, and
-# after the function has ended it would hit the next job of that thread. So the promise is: it is
-# raised at most once, in the function or what that calls, never in the library, and never after
-# the function.
+# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library
+# it would leave a lock or a transaction open, and after the function it would hit the thread's next
+# job. So the promise is: it is raised at most once, in the function or what that calls, never in
+# the library, and never after the function.
 #
-# For that, each attempt has a ticket: free while the function runs, taken while the library runs.
-# Where the function calls the library, the thread takes the ticket, and puts it back when it
-# returns (`library_code`); once the function has ended, the thread keeps it. A force stop takes the
-# ticket, too, raises the exception, and never puts the ticket back. There are two cases:
+# For that, each attempt has a ticket: free while the function runs, taken while the library runs
+# (`library_code`) and once the function has ended. A force stop takes the ticket, too, and never
+# puts it back. There are two cases:
 # - The thread has the ticket. Then the force stop only leaves a note (`void`), and the thread
 #   raises the exception itself on its way back from the library.
 # - The force stop has the ticket. Then the exception may come at any moment, so a thread that
 #   wants to enter the library waits until it has been sent. If it has not been raised by then, or
 #   was raised before and caught, the thread takes it back and raises one itself.
 
-FLUSH_SECONDS = 0.25       # how often progress is written if no other write takes it along
+FLUSH_SECONDS = 0.25  # how often progress is written if no other write takes it along
 
 
 class Ticket:
     """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
 
-    _depth = 1                             # of library code that calls library code
-    _raised = False                        # by a force stop, from outside
-    _spent = False                         # nothing will be raised from outside any more
-    void = False                           # the attempt has been superseded: library calls raise
-    thread = 0                             # the ident of the attempt's thread
+    _depth = 1  # of library code that calls library code
+    _raised = False  # from outside
+    _spent = False  # nothing will be raised from outside any more
+    void = False  # the attempt has been superseded: library calls raise
+    thread = 0  # the ident of the attempt's thread
 
     def __init__(self) -> None:
-        self._taken = threading.Lock()     # at first by the attempt's thread
+        self._taken = threading.Lock()  # at first by the attempt's thread
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
@@ -2720,12 +2718,6 @@ class Ticket:
             if self.void:
                 self.take()
 
-    def keep(self) -> None:
-        """Take the ticket for good. JobStopped may be raised in here for the last time."""
-        if self._depth == 0:
-            self._take()
-        self._depth = 1
-
     def _take(self) -> None:
         if not self._spent and not self._taken.acquire(False):
             while not self._raised:
@@ -2743,10 +2735,7 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise JobStopped once the thread holds no lock of `logging`, which all threads need.
-
-        (A record that the thread logs meanwhile is a library call, which waits for us.)
-        """
+        """Raise JobStopped once the thread holds no lock of `logging`, which all threads need."""
         while _is_logging(self.thread):
             time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
@@ -2754,7 +2743,10 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is in a call of `logging`, unless it waits there for our exception."""
+    """Return whether a thread is inside `logging`, unless it waits there for our exception.
+
+    It does if it logs a record, which is a library call.
+    """
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
@@ -2763,8 +2755,8 @@ def _is_logging(thread: int) -> bool:
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
-    with contextlib.suppress(ImportError, AttributeError):       # not CPython: checkpoints stop it
+    """Have `error` raised at a thread's next bytecode; without one, take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):  # not CPython: checkpoints stop it
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
@@ -2773,15 +2765,16 @@ _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar(
     "bgjobs_current", default=None)
 current_attempt = _current.get
-enter = _current.set                                      # in a context of its own
+enter = _current.set  # in a context of its own
+_job_log = logging.getLogger("bgjobs.job")
 
 
 class JobContext:
     """The job that this code runs in: what `current_job()` returns.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. Outside of a job these
-    are None and 0, and the methods do nothing. Any thread that has the job's context
-    (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one thread at a time.
+    attempt: the number of this attempt, from 1. Outside of a job it is 0, id, name and run_by are
+    None, and the methods do nothing. Any thread that has the job's context (`asyncio.to_thread`)
+    may use this; `each` is for one thread at a time.
     """
 
     id: int | None = None
@@ -2797,7 +2790,7 @@ class JobContext:
 
     @property
     def state(self) -> Any:
-        """What the last checkpoint saved, or None; a copy: only checkpoint(state=) changes it."""
+        """A copy of what the last checkpoint saved, or None."""
         return None if self._attempt is None else decode(self._attempt.state)
 
     @property
@@ -2807,16 +2800,15 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A logger of the standard library. Inside a job its records also go to the job's log."""
+        """A standard logger. Inside a job its records also go to the job's log."""
         return _log if self._attempt is None else self._attempt.logger()
 
     def checkpoint(self, state: Any = _UNSET) -> None:
         """Stop here if that was asked for. Save `state` first, if one is given.
 
-        state: any value that arguments may have; the next attempt finds it as
-        `current_job().state`. With it the call blocks until the commit. Without it the call costs
-        next to nothing: make it in every turn of a loop. Raises JobStopped if the job is to stop,
-        TypeError if the state cannot be stored.
+        state: any value that arguments may have; the next attempt finds it. With it the call blocks
+        until the commit; without it the call costs next to nothing. Raises JobStopped if the job is
+        to stop, TypeError if the state cannot be stored.
         """
         attempt = self._attempt
         if attempt is not None:
@@ -2828,8 +2820,7 @@ class JobContext:
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Report that `done` of `total` units are done, with a line for people.
 
-        Returns at once, and is no checkpoint; shown within a second. total: None if unknown; then
-        no share is shown.
+        Returns at once; no checkpoint; shown within a second. total: None if unknown.
         """
         if self._attempt is not None:
             self._attempt.report(done, total, message)
@@ -2838,8 +2829,8 @@ class JobContext:
         """Yield the items, with a checkpoint before each and at the end; report the progress.
 
         A resumed attempt goes on after the last item whose turn was completed, so the iterable
-        must give the same items in the same order then. total: how many items there are, if the
-        iterable has no length. Raises JobStopped.
+        must give the same items in the same order. total: their number, if the iterable has no
+        length. Raises JobStopped.
         """
         return iter(iterable) if self._attempt is None else self._attempt.each(iterable, total)
 
@@ -2860,31 +2851,31 @@ class Attempt:
     """One execution of a job's function."""
 
     # An attempt is made for each job, so defaults that most attempts never change stand here.
-    thread: int | None = None                             # its ident while it executes; 0: elsewhere
-    begun = left_at = 0.0                                 # monotonic; left_at: when it went away
-    ran = waited = 0.0                                    # seconds: in all; waiting for jobs
-    waits = 0                                             # threads of it that wait at present
-    lines = 0                                             # of its log, written
+    thread: int | None = None  # its ident while it executes; 0: elsewhere
+    begun = left_at = 0.0  # monotonic; left_at: when it went away
+    ran = waited = 0.0  # seconds: in all; waiting for jobs
+    waits = 0  # its threads that wait
+    lines = 0  # of its log, written
 
-    outcome, reason = UNSPENT, HALTED                     # how it ended; how it ends when it stops
-    result: str | None = None                             # JSON, as the next one
-    error: str | None = None
+    outcome, reason = UNSPENT, HALTED  # how it ended; how it ends when it stops
+    result: str | None = None  # JSON
+    error: str | None = None  # JSON
     exception: BaseException | None = None
-    unsaved_progress: Any = None                          # see report_to_save
-    has_reported = False                                  # progress, or a later charge, is stored
+    unsaved_progress: Any = None  # see report_to_save
+    has_reported = False  # progress, or a later charge, is stored
 
-    loops = 0                                             # the number of the next loop of each()
-    loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
-    stop_requested = was_asked_to_stop = False            # now; at any time
-    attention = False                                     # a checkpoint has more to do than a look
-    operation: Any = None                                 # the Event that a checkpoint waits for
-    saved_at = 0.0                                        # monotonic
-    newest: Any = None                                    # see report
+    loops = 0  # the number of the next loop of each()
+    loop_positions: Any = ()  # completed turns of each()'s loops
+    stop_requested = was_asked_to_stop = False  # now; at any time
+    attention = False  # a checkpoint has more to do than a look
+    operation: Any = None  # the Event that a checkpoint waits for
+    saved_at = 0.0  # monotonic
+    newest: Any = None  # see report
     pace: Any = None
     job_logger: Any = None
-    # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
-    on_stop: Any = None
-    away: Any = contextlib.nullcontext                    # entered while it waits for jobs
+    # Hooks of what executes it elsewhere.
+    on_stop: Any = None  # called from any thread; must not block
+    away: Any = contextlib.nullcontext  # entered while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2895,12 +2886,12 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []                        # (done, total) of the loops under way
-        self.waits_on: list[Any] = []                     # conditions; a stop wakes its threads
+        self.turns: list[Any] = []  # (done, total) of the loops under way
+        self.waits_on: list[Any] = []  # conditions; a stop wakes its threads
 
     @property
     def is_plain(self) -> bool:
-        """Whether FINISH can record it: the first attempt, without children or reports."""
+        """Whether FINISH can record it."""
         is_simple = self.number == 1 and not self.has_children and not self.has_reported
         return is_simple and self.outcome == RETURNED
 
@@ -2911,16 +2902,16 @@ class Attempt:
 
     @property
     def correction(self) -> int:
-        """The microseconds by which the claim charged too little."""
+        """Microseconds that the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
 
     @property
     def superseded(self) -> JobStopped:
-        """What is raised in an attempt that the store refuses."""
+        """Raised in an attempt that the store refuses."""
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the outcome. Never raises, whatever the error's own methods do."""
+        """Make this error the outcome, whatever the error's own methods raise."""
         self.outcome, self.exception, self.result = RAISED, None, None
         kind = type(error).__qualname__
         try:
@@ -2930,16 +2921,16 @@ class Attempt:
             self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
-        """Make the timeout the outcome."""
-        timeout = f"its timeout of {self.options['timeout']:,g} s"
-        self.fail(TimeoutError(f"attempt {self.number} took longer than {timeout}"))
+        """Fail by the timeout."""
+        self.fail(TimeoutError(f"attempt {self.number} took longer than its timeout of "
+                               f"{self.options['timeout']:,g} s"))
 
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
         """Have JobStopped raised at the next checkpoint. From any thread.
 
-        reason: the outcome then. force: also if the job is declared with stoppable=False.
+        reason: the outcome then. force: even if stoppable=False.
         """
         if not force and not self.options.get("stoppable", True):
             return
@@ -2953,37 +2944,33 @@ class Attempt:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
-        """Go on after all: the job has been resumed before it reached a checkpoint."""
+        """Go on after all, as the job has been resumed before a checkpoint."""
         if self.reason == HALTED:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
         """Have the next checkpoint wait for an operation that is on its way.
 
-        Else a loop that only computes would hold the operation up by the interpreter lock, 5 ms
-        for each of its statements.
+        Else a loop that only computes would hold it up, 5 ms of the interpreter lock a statement.
         """
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
-        """Have JobStopped raised wherever the function is. From any thread.
-
-        The store refuses this attempt by now.
-        """
+        """Have JobStopped raised wherever the function is; the store refuses the attempt by now."""
         self.ticket.use()
-        self.request_stop(force=True)                     # last: a thread that wakes looks at it
+        self.request_stop(force=True)  # last: a thread that wakes looks at the ticket
 
     def raise_if_stopped(self) -> None:
-        """Be a checkpoint. Raises JobStopped."""
+        """Raise JobStopped if a stop is requested."""
         if self.stop_requested:
             raise JobStopped(f"job {self.id} was asked to stop")
 
     @library_code
     def attend(self) -> None:
-        """Do what a checkpoint has to do: let an operation pass, then stop. Raises JobStopped."""
+        """Let an operation pass, then raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
-        self.attention = False             # first: a stop that comes from here on sets it again
+        self.attention = False  # first: a stop that comes from here on sets it again
         if operation is not None:
             operation.wait(1.0)
         if self.stop_requested:
@@ -2992,21 +2979,18 @@ class Attempt:
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        """Sleep, keeping the place, until a stop is requested at most. Raises JobStopped."""
+        """Sleep, and keep the place; a stop ends it. Raises JobStopped."""
         self.wait_on(threading.Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
         """Wait as `wait_on` does; the place is given away meanwhile."""
         with self.away():
-            wait = functools.partial(self.wait_on, condition, over)
-            self.backend.wait_in_job(self, wait, timeout)
+            self.backend.wait_in_job(
+                self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()` is true and return whether it is.
-
-        It is asked when the condition is notified or a stop is requested.
-        """
+        """Wait until `over()`, asked at each notification and stop. Return whether it is true."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -3017,7 +3001,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state, JSON, or None to save only how far each() is. Blocks until the commit."""
+        """Save a state, JSON, or only how far each() is if None. Blocks until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -3026,21 +3010,18 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return how far each loop of each() is, as JSON, or None if there is no loop."""
+        """Return how far the loops of each() are, as JSON, or None if there is none."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # Loops of each() may follow each other, or run inside another's turns. They are numbered as they
-    # begin, and a list has the completed turns of each. When a turn is completed, the loops inside it
-    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose
-    # loops begin in the same order, finds its own.
+    # Loops of each() may follow each other, or run inside another's turns. They are numbered as
+    # they begin, and a list has the completed turns of each. When a turn is completed, the loops
+    # inside it leave the list, and those of the next turn get their numbers again. So a resumed
+    # attempt, whose loops begin in the same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield the items from the saved position on.
-
-        The position is saved ten times a second at most, and with the outcome.
-        """
-        saved: list[int] = json.loads(self.job.positions or "[]")
-        positions = self.loop_positions = self.loop_positions or saved
+        """Yield the items from the saved position on; save it ten times a second at most."""
+        positions = self.loop_positions or json.loads(self.job.positions or "[]")
+        self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
         self.loops += 1
         if loop == len(positions):
@@ -3067,7 +3048,7 @@ class Attempt:
     # progress
 
     def _report_turn(self, depth: int, done: int, total: int | None) -> None:
-        """Report the progress of a loop; one inside another's turn refines the outer one's."""
+        """Report the progress of a loop; an inner loop refines the share of the outer one."""
         self.turns[depth:] = [(done, total)]
         units = share = 0.0
         for done, total in reversed(self.turns):
@@ -3076,17 +3057,14 @@ class Attempt:
         self.report(units, total)
 
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Note how far the function is; the service thread writes the newest report."""
+        """Note how far the function is, for the service thread to write."""
         if message is not None:
-            message = text_of(message, 500)               # here: its __str__ is the app's
+            message = text_of(message, 500)  # here, as its __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
-        """Return (share from 0 to 1, seconds left, message) of the newest report; each may be None.
-
-        None if there is nothing new.
-        """
-        newest, self.newest = self.newest, None           # two threads may ask: one gets it
+        """Return (share from 0 to 1, seconds left, message or Nones), or None if nothing is new."""
+        newest, self.newest = self.newest, None  # two threads may ask: one gets it
         if newest is None:
             return None
         done, total, message, at = newest
@@ -3100,24 +3078,16 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger, made when it is first asked for.
-
-        The app's handlers get its records as those of "bgjobs.job".
-        """
+        """Return the job's own logger; the app's handlers get its records as "bgjobs.job"."""
         if self.job_logger is None:
-            app_logger = logging.getLogger("bgjobs.job")
-
-            def keep(record: logging.LogRecord) -> bool:
-                self.keep_record(record)
-                return app_logger.isEnabledFor(record.levelno)
-            self.job_logger = logging.Logger("bgjobs.job", logging.DEBUG)
-            self.job_logger.parent = app_logger
-            self.job_logger.addFilter(keep)
+            self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
+            self.job_logger.parent = _job_log
+            self.job_logger.addFilter(self.keep_record)
         return self.job_logger
 
     @library_code
-    def keep_record(self, record: logging.LogRecord) -> None:
-        """Take a log record into the job's log: written with the next transaction."""
+    def keep_record(self, record: logging.LogRecord) -> bool:
+        """Take a record into the job's log. Return whether the app's handlers want it, too."""
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1]:
@@ -3126,14 +3096,14 @@ class Attempt:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
         message = text_of(message).replace("\0", "\\0")
         self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
+        return _job_log.isEnabledFor(record.levelno)
 
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have the records that any logger emits inside a job land in the job's log, too.
+    """Have the records of any logger inside a job land in the job's log, too.
 
-    By a record factory: a handler on the root logger would disable logging.basicConfig and the
-    last-resort handler.
+    A handler on the root logger would disable logging.basicConfig and the last-resort handler.
     """
     make_record = logging.getLogRecordFactory()
 
@@ -3141,16 +3111,16 @@ def capture_log_records() -> None:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
         # makeLogRecord makes one with the name None, and emits nothing.
-        if attempt is not None and record.name not in ("bgjobs.job", None):
+        if attempt is not None and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
     logging.setLogRecordFactory(make_and_keep)
 
 
-# The execution of a function, in the process and the thread where that happens.
+# The execution of a function, in the process and the thread where that happens
 
 def perform(attempt: Attempt, function: Function) -> None:
-    """Call an attempt's function in this thread, and note the outcome."""
+    """Call an attempt's function in this thread; note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3158,7 +3128,7 @@ def perform(attempt: Attempt, function: Function) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.keep()                         # from here no force stop raises
+            attempt.ticket.take(quietly=True)  # for good: after it no force stop raises
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -3175,8 +3145,8 @@ def perform(attempt: Attempt, function: Function) -> None:
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
-    """Call the function: the one place where that is done."""
-    _current.set(attempt)
+    """Call the function. A job's stack, as the page shows it, begins below this frame."""
+    enter(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
     value = function(*args, **kwargs)
@@ -3187,9 +3157,9 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Tell whether an exception is JobStopped, or a group of nothing else (asyncio.TaskGroup)."""
-    kind = type(error)                                    # isinstance asks error.__class__, too
-    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):     # since Python 3.11
+    """Return whether an exception is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
+    kind = type(error)  # isinstance asks error.__class__, too
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # since Python 3.11
         return all(map(_is_stop, error.exceptions))
     return issubclass(kind, JobStopped)
 
@@ -3204,30 +3174,29 @@ def traceback_of(error: BaseException) -> str:
 
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
-# `wait` and `as_completed` of the standard library know nothing of jobs. They append a waiter to
-# the handle's list of waiters and then wait on the waiter's event. So both depend on private parts
-# of concurrent.futures, the same in Python 3.10 to 3.14: Future._waiters, Future._condition, the
-# `event` of a waiter, and Event._cond.
+# `wait` and `as_completed` of the standard library append a waiter to a handle's list of waiters,
+# and wait on the waiter's event. They work with jobs by private parts of the standard library, the
+# same in Python 3.10 to 3.14: Future._waiters, Future._condition, the `event` of a waiter, and
+# Event._cond.
 
 class HandleCondition(threading.Condition):
-    """The condition of a handle's Future part.
+    """The condition of a handle. A thread that locks it inside a job takes its ticket, too.
 
-    Inside a job the standard library's `wait` and `as_completed` lock it. A force stop must not
-    strike meanwhile, so whoever locks it takes the ticket, too.
+    `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        del self.acquire, self.release                    # Condition sets these to the lock's own
+        del self.acquire, self.release  # Condition sets these to the lock's own
 
-    def acquire(self) -> bool:                            # type: ignore[override]
-        """Lock it. Quietly: also a generator of the standard library's cleans up with it."""
+    def acquire(self) -> bool:  # type: ignore[override]
+        """Lock it. Quietly, as a generator of the standard library cleans up with it."""
         if _here.ticket is not None:
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        """Unlock it."""
+        """Unlock it, and leave the library."""
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
@@ -3236,8 +3205,7 @@ class HandleCondition(threading.Condition):
 
 
 class _Waiters(list[Any]):
-    """A handle's list of waiters. A waiter that comes has the handle watched; inside a job its
-    event gives the worker's place away."""
+    """A handle's waiters. The handle is watched for them; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3249,7 +3217,7 @@ class _Waiters(list[Any]):
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
         if handle is not None:
-            handle._watch()                               # after it: the job may be over already
+            handle._watch()  # after it: the job may be over already
 
 
 class _PlaceGivingEvent(threading.Event):
@@ -3262,9 +3230,8 @@ class _PlaceGivingEvent(threading.Event):
         """Wait until the event is set. A force stop raises JobStopped at once; a stop does not."""
         attempt = self._attempt
         if not self.is_set():
-            def over() -> bool:
-                return self.is_set() or attempt.ticket.void
-            attempt.wait_for(self._cond, over, timeout)   # type: ignore[attr-defined]
+            attempt.wait_for(self._cond,  # type: ignore[attr-defined]
+                             lambda: self.is_set() or attempt.ticket.void, timeout)
             if attempt.ticket.void:
                 raise attempt.superseded
         return self.is_set()
@@ -3276,35 +3243,32 @@ class Job(Future[_T]):
     """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
 
     `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
-    complete handle returns a new one, and attributes stay true on both. `await job` works, too; a
+    complete handle returns a new one; attributes stay true on both. `await job` works, too, and a
     caller that gives up awaiting does not cancel the job. Any thread may use a handle.
 
-    Attributes are read from the file at each access, and wait for no writer; KeyError if the job
-    has been removed:
+    Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
+    are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
 
-    name, label            the stable name of the function; a title for people, or None
-    status, phase          one of the seven statuses; what refines it for people, or ""
-    created_at             Unix seconds, as the next two
-    started_at             of the first attempt since creation or restart, or None
-    finished_at            or None
-    waiting                seconds from creation, or its due time, to the start, or until now
-    duration               seconds that its attempts have been running, together
-    attempt                the number of the newest attempt, 0 before the first
-    errors                 how many attempts failed, with those of its descendants
-    low_priority           whether it runs in periods of low load only
-    run_by                 the name of the person that asked for it, or None
-    progress, eta          0 to 1, and seconds left; None if unknown
-    children               {"total", "done", "failed", "running"}, counts over all descendants
-    parent_id, root_id     ids; a root has no parent, None
-    args, kwargs           a list and a dict of its arguments, secret ones masked
-    state                  what its last checkpoint saved, or None
-    error                  the traceback of the newest failure, a text, or None
-    operations             the operations that its status allows now
+    name, label: the stable name of the function; a title for people, or None.
+    status, phase: one of the seven statuses; what refines it for people, or "".
+    started_at: of the first attempt since creation or restart.
+    waiting: from creation, or its due time, to the start, or until now.
+    duration: how long its attempts ran, together.
+    attempt: the number of the newest, 0 before the first.
+    errors: failed attempts, and failed descendants.
+    low_priority: whether it runs in periods of low load only.
+    run_by: the name of the person that asked for it, or None.
+    progress, eta: 0 to 1, and the time left; None if unknown.
+    children: {"total", "done", "failed", "running"}, over all descendants.
+    parent_id, root_id: the parent of a root is None.
+    args, kwargs: a list and a dict, secret arguments masked.
+    state: what its last checkpoint saved, or None.
+    error: the traceback of the newest failure, or None.
+    operations: those that its status allows now.
 
-    Operations block until their commit, not until the job has followed. They take `by=`, the name
-    of the person that asked, for the job's log. They raise InvalidOperation if the job's status
-    does not allow it (the text says what it allows), KeyError, and StoreError if the file cannot be
-    written.
+    Operations block until their commit, not until the job has followed. by= is the name of the
+    person that asks. They raise InvalidOperation if the status does not allow them, KeyError, and
+    StoreError if the file cannot be written.
     """
 
     name: str
@@ -3336,16 +3300,16 @@ class Job(Future[_T]):
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
-        self._created_at = created_at                     # until the submit is committed
+        self._created_at = created_at  # until the submit is committed
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name in _MADE_LATE:                            # few handles are waited on
+        if name in _MADE_LATE:  # few handles are waited on
             return vars(self).setdefault(name, _MADE_LATE[name](self))
         if name not in Job.__annotations__:
             raise AttributeError(f"a Job has no attribute {name!r}")
-        return decode(dump(self.info()[name]))            # dates in a state are dates again
+        return decode(dump(self.info()[name]))  # dates in a state are dates again
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *Job.__annotations__]
@@ -3353,7 +3317,7 @@ class Job(Future[_T]):
     def _row(self) -> Any:
         """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
 
-        An app's transaction that is rolled back leaves its ids to other jobs.
+        Other jobs get the ids of an app's transaction that is rolled back.
         """
         row = self._backend.outcome(self.id)
         if row is None:
@@ -3370,30 +3334,26 @@ class Job(Future[_T]):
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as one dict of JSON values: the JSON interface's."""
+        """Return all attributes as a dict of JSON values, the JSON interface's."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level= the least, as a name or number. text= contained, in any case. regex= found in it, as
-        `re.search` does. since= until= Unix seconds. after= a line's id. limit= how many at most;
-        without `after` the newest ones. tree=True: also the lines of all descendants. Raises
-        ValueError for a bad value.
+        level= the least, a name or number. text= contained, in any case. regex= found. since=
+        until= Unix seconds. after= a line's id. limit= how many at most; without `after` the
+        newest. tree=True: those of all descendants, too. Raises ValueError for a bad value.
         """
         return self._backend.logs(self._stored(), filters)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job[_T]:
-        """Stop the job and its descendants at their next checkpoint. Returns before that."""
+        """Stop the job and its descendants at their next checkpoint; return before that."""
         return self._operate("stop", by)
 
     def resume(self, *, by: str | None = None) -> Job[_T]:
-        """Let a stopped or failed job go on from its saved state.
-
-        Returns a new handle if this one was completed.
-        """
+        """Let a stopped or failed job go on from its saved state."""
         return self._operate("resume", by)
 
     def force_stop(self, *, by: str | None = None) -> Job[_T]:
@@ -3401,10 +3361,7 @@ class Job(Future[_T]):
         return self._operate("force_stop", by)
 
     def restart(self, *, by: str | None = None) -> Job[_T]:
-        """Run a finished or failed job again from scratch, without its former descendants.
-
-        Returns a new handle.
-        """
+        """Run a finished or failed job again from scratch, without its former descendants."""
         return self._operate("restart", by)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
@@ -3412,20 +3369,20 @@ class Job(Future[_T]):
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
-        """Discard a pending or stopped job for good.
+        """Discard a pending or stopped job for good. Return whether it is cancelled.
 
-        Returns whether it is cancelled; never raises InvalidOperation.
+        Never raises InvalidOperation.
         """
         if self._state == "PENDING":
-            with contextlib.suppress(InvalidOperation, StoreError):      # StoreError: shut down
+            with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
                 return True
         return self.cancelled()
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out; return this handle, or a new one if this one is complete."""
-        self.done()                                       # if the job is over, that is its outcome
+        """Carry an operation out. Return this handle, or a new one if this one is complete."""
+        self.done()  # if the job is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3456,30 +3413,23 @@ class Job(Future[_T]):
     def result(self, timeout: float | None = None) -> _T:
         """Return what the function returned, once the job and all its descendants are over.
 
-        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and the worker's
-        place is given away meanwhile. Raises what the function raised (JobFailed if another process
+        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and gives the
+        worker's place away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
         error = self.exception(timeout)
-        if error is None:                                 # Future.result would ask for its truth value
-            value: Any = self._result
-            return value
-        try:
+        if error is not None:  # Future.result would ask for its truth value
             raise error
-        finally:
-            del self, error                               # its traceback keeps this frame
+        value: Any = self._result
+        return value
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the function raised, or None, once the job is over.
-
-        Waits and raises as `result` does.
-        """
+        """Return what the function raised, or None. Waits, and raises the rest, as `result`."""
         self._wait_for_end(timeout)
         return super().exception(0)
 
-    def _wait_for_end(self, timeout: float | None,
-                      given_up: Function = bool) -> None:
+    def _wait_for_end(self, timeout: float | None, given_up: Function = bool) -> None:
         """Wait until the job is over, or `given_up()` is true when the condition is notified."""
         if self.done():
             return
@@ -3500,21 +3450,21 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop. A callback completes it, inside a job a thread that waits.
+        """Await a future of the loop, completed by a callback, inside a job by a thread.
 
-        That thread gives the worker's place away. It is no executor's: the interpreter would wait
-        for that at exit. Not asyncio.wrap_future, which would cancel the job when it is cancelled.
+        The thread gives the worker's place away. It is no executor's, for which the interpreter
+        waits at exit. asyncio.wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
         over = loop.create_future()
 
         def tell(job: Any) -> None:
-            with contextlib.suppress(RuntimeError):       # the loop is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
 
         def wait() -> None:
-            with contextlib.suppress(BaseException):      # result() below raises it again
+            with contextlib.suppress(BaseException):  # result() below raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
         if current_attempt() is None:
@@ -3527,29 +3477,25 @@ class Job(Future[_T]):
             if tell in self._done_callbacks:
                 self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()              # the thread looks whether it is given up
+                self._condition.notify_all()  # the thread looks whether it is given up
         return self.result()
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
-        self._stored()                                    # first: raises
-        super().add_done_callback(fn)                     # type: ignore[arg-type]
+        super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
     def _watch(self) -> None:
-        """Have this handle completed when its job is over; it is now if the job is over already."""
+        """Have this handle completed when its job is over, now if it is already."""
         if self._state == "PENDING":
             self._stored()
             self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over. Wakes the threads that wait.
-
-        row: what `_row` returns, if it has been read.
-        """
-        if row is None:
+        """Take the outcome over, once, if the job is over, and wake the threads that wait."""
+        if row is None:  # else an attempt elsewhere has been told, in the thread that reads
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
         if status not in OVER:
@@ -3565,11 +3511,11 @@ class Job(Future[_T]):
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
-            except Exception as error:                    # else its handles would wait for good
+            except Exception as error:  # else its handles would wait for good
                 text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
                 self._exception = BgjobsError(text)
             self._end = status
-            self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
+            self._state, tell = _FUTURE_STATES[status]  # last: it is read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
@@ -3598,28 +3544,28 @@ def path_of(handle: Job[Any]) -> str:
 class Handles:
     """The handles that wait for the ends of their jobs.
 
-    The thread that commits an end completes them; a thread of its own calls their callbacks, and
-    lives as long as there are any to call.
+    The thread that commits an end completes them; another calls their callbacks, while there are
+    any to call.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.ends_missed = False                          # look() is due
-        self._lock = threading.Lock()                     # guards the four below
-        self.watched: dict[int, Any] = {}                 # by job, a WeakSet
-        self.held: set[Any] = set()                       # with callbacks: live until these ran
+        self.ends_missed = False  # look() is due
+        self._lock = threading.Lock()  # guards the four below
+        self.watched: dict[int, Any] = {}  # by job, a WeakSet
+        self.held: set[Any] = set()  # with callbacks: live until these ran
         self._to_call_back: deque[Any] = deque()
         self._caller: threading.Thread | None = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if the app keeps it or gave it callbacks."""
+        """Complete this handle when its job is over, if the app keeps it or it has callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the ids of the watched jobs, after forgetting those whose handles are gone."""
+        """Return the ids of the watched jobs whose handles are still there."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
@@ -3630,7 +3576,7 @@ class Handles:
             for handle in list(self.watched.get(job_id, ())):
                 try:
                     handle._complete()
-                except Exception as error:                # the service thread looks again
+                except Exception as error:  # the service thread looks again
                     self.ends_missed = True
                     self._store.complain(text_of(error))
 
@@ -3638,7 +3584,7 @@ class Handles:
         WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
-        """Complete the handles of jobs that ended unnoticed, above all in another process."""
+        """Complete the handles of jobs that ended unnoticed, as in another process."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
@@ -3646,7 +3592,7 @@ class Handles:
             self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called outside transactions and jobs."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -3656,7 +3602,7 @@ class Handles:
             if handle._done_callbacks:
                 self._to_call_back.append(handle)
             if self._to_call_back and self._caller is None:
-                with contextlib.suppress(RuntimeError):   # too many; the next end tries again
+                with contextlib.suppress(RuntimeError):  # too many; the next end tries again
                     self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
@@ -3670,15 +3616,14 @@ class Handles:
                 handle._invoke_callbacks()
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
-            del handle
 
     def wait_for_callbacks(self) -> None:
-        """Block until the callbacks of complete handles have returned; not inside one of them."""
+        """Block until the callbacks of complete handles have returned, unless inside one."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, where the thread is not and the lock may be held."""
+        """Begin anew in a forked child, where the thread is missing and the lock may be held."""
         self._lock, self._caller = threading.Lock(), None
 
 
@@ -5366,23 +5311,23 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 
 # ---- 16 What people see -------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its attempts, its log. A list takes milliseconds with a million
-# jobs, too, and without an index for every filter, which each submit would pay for. If no index has
-# the jobs in order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list
-# then says where to go on, a count that it is "at least".
+# Lists and counts, a job's `info`, its log. A list takes milliseconds with a million jobs, too, and
+# without an index for every filter, which each submit would pay for. If no index has the jobs in
+# order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says
+# where to go on, a count that it is "at least".
 
-COUNT_LIMIT = 10_001       # where counting for people ends
-SEARCH_LIMIT = 60_000      # jobs that one search looks at; a sixth of that if it looks into texts
-FEW = 10_000               # if a status has fewer jobs than that, all of them are looked at
-MAX_ID = (1 << 63) - 2     # SQLite holds one more
+COUNT_LIMIT = 10_001  # where counting for people ends
+SEARCH_LIMIT = 60_000  # jobs that one search looks at; a sixth of that if it looks into texts
+FEW = 10_000  # jobs of a status; all of fewer are looked at
+MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL. It
-# raises any error if the value is not what its second part says.
+# Filters. A reader is a function that reads a parameter, a Python value or a text of a URL, and a
+# text: what the value must be. If it is not, the function raises any error.
 
-A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
-A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
-A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")     # no NaN
+A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # one in UTF-8
+A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")  # no NaN
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
@@ -5390,7 +5335,7 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
-        return read(str(value).lower() if reader is A_TRUTH else value)
+        return read(value)
     except Exception:
         raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
@@ -5398,8 +5343,8 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
 def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of some filters, and their values by name.
 
-    known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
-    pass. Raises TypeError if there is no such filter, ValueError if a value is bad.
+    known: by name, a reader and a condition. A filter that is None is none, but for parent. Raises
+    TypeError if there is no such filter, ValueError if a value is bad.
     """
     for name in given:
         if name not in known:
@@ -5421,8 +5366,8 @@ FILTERS: Fields = {
     "low_priority": (A_TRUTH, "low_priority = :low_priority"),
     "parent": ((lambda value: None if value in (None, "none")
                 else A_NUMBER[0](getattr(value, "id", value)), "the id of a job, or none"),
-               _CHILDREN),                                # _ROOTS if it is None
-    "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
+               _CHILDREN),  # _ROOTS if it is None
+    "system": (A_TRUTH, _NO_SYSTEM),  # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
     # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
@@ -5436,10 +5381,9 @@ FILTERS: Fields = {
 def conditions(filters: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of all filters but the status, and all their values by name.
 
-    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
-    False. q: an id, or a part of the name, label, arguments, message or run_by. parent: an id or a
-    Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
-    seconds. Raises as `read_filters` does.
+    status: one or several. name, run_by: the whole text. errors, low_priority: True or False. q: an
+    id, or a part of the name, label, arguments, message or run_by. parent: an id or a Job, None for
+    roots only. system: True adds the system jobs. created_from, created_to: Unix seconds.
     """
     where, values = read_filters({"system": False, **filters}, FILTERS)
     values.setdefault("status", list(STATUSES))
@@ -5455,36 +5399,33 @@ def conditions(filters: Fields) -> tuple[list[str], Fields]:
 
 def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
               most: Any = None) -> tuple[list[int], int | None]:
-    """Return the ids of jobs that pass the filters, the highest first, and the id below which to
-    go on, or None.
+    """Return the ids of jobs that pass, the highest first, and that below which to go on, or None.
 
-    before: only ids below that. limit: how many at most. most: how many jobs to look at; then
-    there may be fewer than `limit` among them, even none, and more further down.
+    before: only ids below that. limit: how many at most. most: how many jobs to look at: there may
+    be fewer than `limit` among them, and more further down.
     """
     where, values = conditions(filters)
     limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
     values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
     values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    # Indexes have the jobs of these statuses in order, or they have so few that all can be sorted.
+    # Indexes have the jobs of a status in order, or it has so few that all can be sorted.
     unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
     indexed = [condition for condition in where if condition in _INDEXED]
-    at_hand = _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
-        count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted)
-    if at_hand:
+    if _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
+            count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted):
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
         values["statuses"] = json.dumps(statuses)
-        of_status = "status IN (SELECT value FROM json_each(:statuses))"
-        newest, bottom = newest_jobs(store, [of_status, *where], values, most)
+        where.insert(0, "status IN (SELECT value FROM json_each(:statuses))")
+        newest, bottom = newest_jobs(store, where, values, most)
         queries = [newest]
     ids = sorted((row[0] for query in queries for row in store.read(
         f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)), reverse=True)
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-# The pending jobs by the indexes that have them, each job once. These are named, else SQLite walks
-# through all children.
+# The pending jobs, each once, by indexes; these are named, else SQLite walks through all children.
 _PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
         AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
     UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
@@ -5501,17 +5442,16 @@ def _of_status(status: str, where: list[str]) -> str:
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
-    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
+    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"  # bgjobs_begun
 
 
-def count_at_most(store: Store, status: str, where: list[str], values: Fields,
-                  most: int) -> int:
-    """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
+def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
+    """Return how many jobs of a status fulfil conditions, or `most` if they are more."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
-    return int(store.read(query, values)[0][0])
+    return store.read(query, values)[0][0]
 
 
-# The first id that was given out at a time or later: a binary search for the last one before.
+# The first id since a time: a binary search for the last one before.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
     UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
         WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
@@ -5521,7 +5461,7 @@ _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
 def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
-    values: its :before limits the search, and :lowest is set.
+    values: gets :lowest, and :before if there is none.
     """
     source = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
     jobs, bottom = f"bgjobs_jobs {source} AND id < :before AND id >= :lowest", None
@@ -5529,9 +5469,9 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
     values["lowest"] = 0
     if most is not None:
         # Ids go up with time, give or take an hour if the clock was set.
-        bounds = [store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
-            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600)]
-        values["lowest"], values["before"] = bounds[0], min(values["before"], bounds[1])
+        values["lowest"], end = (store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
+            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600))
+        values["before"] = min(values["before"], end)
         last = (most // 6 if "q" in values else most) - 1
         for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
                               values):
@@ -5542,8 +5482,8 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-# The eta is the longer of the attempt's own estimate and that of its tree, whose rate is its mean;
-# if there is neither, it follows from the mean run time of the function.
+# The eta is the longer of the attempt's own estimate and that of its tree by its mean rate, else
+# from the mean run time of the function.
 _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
         status IN ('running', 'stopping') AS active FROM bgjobs_jobs
@@ -5579,10 +5519,7 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of the jobs that are still there, the highest id first.
-
-    It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
-    """
+    """Return the `info` of the jobs that are still there, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5595,9 +5532,9 @@ def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
 
 
 def shown_arguments(row: Any, options: Fields) -> Fields:
-    """Return args and kwargs as JSON values, with the secret ones masked."""
+    """Return args and kwargs as JSON values, the secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
-    for place in options.get("secret", ()):               # a name, or a position
+    for place in options.get("secret", ()):  # a name, or a position
         if place in kwargs:
             kwargs[place] = MASK
         elif place in range(len(args)):
@@ -5624,11 +5561,7 @@ _LOG_FILTERS: Fields = {
 
 
 def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
-    """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
-    that follow the line `after`.
-
-    The filters are those of Job.logs. Raises as `read_filters` does.
-    """
+    """Return what `Job.logs` does: the newest `limit` lines, or those that follow `after`."""
     where, values = read_filters(filters, _LOG_FILTERS)
     patterns = [values.pop(name) for name in ("text", "regex") if name in values]
     where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
