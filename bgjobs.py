@@ -2003,10 +2003,10 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 # transaction gets "database is locked" for good, even on a new connection, since it has a copy of
 # SQLite's table of the locks that its process holds.
 
-WAL_LIMIT = 64 * 1024 * 1024       # bytes
-LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
-LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
-SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
+WAL_LIMIT = 64 * 1024 * 1024  # bytes
+LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
+LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
+SQLITE_DONE = 101  # in sqlite3 since Python 3.11
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2014,8 +2014,8 @@ class _ForkGate:
     """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
 
     def __init__(self) -> None:
-        self.door = threading.RLock()                     # held during a fork; finalizers may read
-        self._inside: set[int] = set()                    # threads
+        self.door = threading.RLock()  # held during a fork; finalizers may read
+        self._inside: set[int] = set()  # threads
 
     def __enter__(self) -> None:
         with self.door:
@@ -2040,7 +2040,7 @@ fork_gate = _ForkGate()
 # attempt's ticket meanwhile (section 10 tells why and how).
 
 class _Here(threading.local):
-    ticket: Ticket | None = None           # of the attempt that this thread executes
+    ticket: Ticket | None = None  # of the attempt that this thread executes
 
 
 _here = _Here()
@@ -2103,7 +2103,7 @@ class JobFile:
             self._prepare(db, now)
             db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA wal_autocheckpoint = 4000; "
                              f"PRAGMA journal_size_limit = {WAL_LIMIT}")
-            self._version_in(db)                          # the first read makes the WAL
+            self._version_in(db)  # the first read makes the WAL
         except BaseException as error:
             if db is not None:
                 db.close()
@@ -2137,7 +2137,7 @@ class JobFile:
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        version = self._version_in(db)                    # another process may have been quicker
+        version = self._version_in(db)  # another process may have been quicker
         # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
         alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
@@ -2168,7 +2168,7 @@ class JobFile:
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
-        return object()                                   # equal to nothing seen before
+        return object()  # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
         """Raise StoreError unless the path still names the open file; SQLite would not notice.
@@ -2177,7 +2177,7 @@ class JobFile:
         """
         if time.monotonic() - self._checked_at < max_age:
             return
-        self._checked_at = -math.inf                      # if this fails, the next write looks, too
+        self._checked_at = -math.inf  # if this fails, the next write looks, too
         if self._look() != self._identity:
             raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
                              "was in use; nothing is written any more: put it back, or close() "
@@ -2221,7 +2221,7 @@ class JobFile:
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):        # there is none
+                with contextlib.suppress(OSError):  # there is none
                     os.remove(rest)
             raise store_error(f"back {self.path} up to {path}", error)
 
@@ -2233,12 +2233,12 @@ class _Write:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
-        self.done = False                                 # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # where its thread sleeps
+        self.done = False  # committed, or failed
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
 
     def sleep(self) -> None:
         """Sleep until the thread is woken: the write is done then, or the thread can lead."""
-        with contextlib.suppress(queue.Empty):            # Ctrl-C may have hit who would wake it
+        with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit who would wake it
             self.wake.get(timeout=1.0)
 
 
@@ -2248,7 +2248,7 @@ class Store:
     Readers never wait for writers (WAL).
     """
 
-    passenger: Dispatch                                   # what rides along with each transaction
+    passenger: Dispatch  # what rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
@@ -2259,17 +2259,17 @@ class Store:
         self.path = self.file.path
         # `_leading` is held by the leader; whoever releases it wakes the first thread that waits.
         self._leading = threading.Lock()
-        self.leader = 0                                   # the ident of its thread, 0 if none leads
-        self._waiting: deque[_Write] = deque()            # until they are done
-        self._again = False                               # more rides along than the last one took
+        self.leader = 0  # the ident of its thread, 0 if none leads
+        self._waiting: deque[_Write] = deque()  # until they are done
+        self._again = False  # more rides along than the last one took
         self.closed = self.forked = False
-        self.close_by = math.inf                          # when a runner that goes down gives up
+        self.close_by = math.inf  # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
         # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
-        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_lock = threading.Lock()  # guards _version_db
         self._version_db = self.file.connect()
 
     # writing
@@ -2289,12 +2289,12 @@ class Store:
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.leader:                               # it takes the write along, or wakes us
+            if self.leader:  # it takes the write along, or wakes us
                 write.sleep()
             while not write.done:
                 if not self._lead(flushing=False) and not write.done:
                     write.sleep()
-        except BaseException:                             # Ctrl-C
+        except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
             raise
@@ -2324,8 +2324,8 @@ class Store:
             self.leader = 0
             self._leading.release()
             try:
-                self._waiting[0].wake.put(None)           # its thread leads next
-            except IndexError:                            # none waits
+                self._waiting[0].wake.put(None)  # its thread leads next
+            except IndexError:  # none waits
                 if self._again and not (flushing and worked):
                     self.passenger.left_behind()
         return worked
@@ -2339,11 +2339,11 @@ class Store:
         try:
             self._transact(batch, flushing)
             return True
-        except (Exception, JobStopped) as error:          # JobStopped: a superseded one submits
+        except (Exception, JobStopped) as error:  # JobStopped: a superseded one submits
             trouble = error
         for write in batch:
             try:
-                if isinstance(trouble, StoreError):       # the file's trouble hits all alike
+                if isinstance(trouble, StoreError):  # the file's trouble hits all alike
                     raise copy.copy(trouble) from trouble.__cause__
                 self._transact([write], None)
             except (Exception, JobStopped) as error:
@@ -2384,7 +2384,7 @@ class Store:
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
-            except Exception as error:                    # it is committed: it has not failed
+            except Exception as error:  # it is committed: it has not failed
                 say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n"
                                    f"{traceback_of(error)}")
 
@@ -2427,12 +2427,12 @@ class Store:
         """
         self._check_open()
         commits = connection.isolation_level is None
-        commits |= getattr(connection, "autocommit", None) is True        # since Python 3.12
+        commits |= getattr(connection, "autocommit", None) is True  # since Python 3.12
         begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
         if connection.in_transaction:
             begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
         try:
-            db = sqlite3.Cursor(connection)               # has no row factory
+            db = sqlite3.Cursor(connection)  # has no row factory
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
@@ -2479,7 +2479,7 @@ class Store:
             raise store_error(f"read {self.path}", error)
 
     def _close_readers(self) -> None:
-        with contextlib.suppress(IndexError):             # another thread does so, too
+        with contextlib.suppress(IndexError):  # another thread does so, too
             while True:
                 self._readers.pop().close()
 
@@ -2502,7 +2502,7 @@ class Store:
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             if last is not None:
-                with contextlib.suppress(StoreError):     # the disk is full, the file is gone ...
+                with contextlib.suppress(StoreError):  # the disk is full, the file is gone ...
                     self.write(run)
             self.closed = True
             with self._version_lock:
@@ -2512,7 +2512,7 @@ class Store:
 
     def leave_to_parent(self) -> None:
         """Leave the parent's connections alone in a forked child: never use them, nor close them."""
-        with contextlib.suppress(ImportError, AttributeError):    # CPython closes what it frees
+        with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2521,9 +2521,9 @@ class Store:
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
 
-ABANDONED_A_PLACE = 2      # threads of superseded attempts for each slot; then nothing is claimed
-HAND_SECONDS = 0.001       # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001     # how long a worker without a job stays up, to claim more at a time
+ABANDONED_A_PLACE = 2  # threads of superseded attempts for each slot; then nothing is claimed
+HAND_SECONDS = 0.001  # the work that is worth waking another thread for
+LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim more at a time
 
 
 class Pool:
@@ -2542,22 +2542,22 @@ class Pool:
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
-        self._low_size = max(1, size - 1)                 # slots that low priority may take
+        self._low_size = max(1, size - 1)  # slots that low priority may take
         self._execute = execute
-        self._settle, self._claim = settle, claim         # settle returns whether to claim at once
+        self._settle, self._claim = settle, claim  # settle returns whether to claim at once
         # `_lock` guards the changes of what is below; no user code and no SQL runs under it.
         # Reading without it gives a hint.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
-        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()    # normal, low priority
+        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
         self._away: set[Attempt] = set()
-        self._returning: dict[Attempt, threading.Event] = {}     # in order; set with the slot
+        self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
-        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()   # None ends a thread
-        self._needed = 0                                  # threads that execute, or are about to
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
+        self._needed = 0  # threads that execute, or are about to
         self._threads: set[threading.Thread] = set()
-        self.lingers = False                              # a worker claims in a moment
-        self._pid = os.getpid()                           # a fork has no threads of the pool
+        self.lingers = False  # a worker claims in a moment
+        self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
@@ -2616,7 +2616,7 @@ class Pool:
         try:
             while len(self._threads) < self._needed:
                 self._threads.add(start_thread("bgjobs-worker", self._work))
-        except RuntimeError as error:                     # too many; the next put() tries again
+        except RuntimeError as error:  # too many; the next put() tries again
             say(logging.ERROR, f"bgjobs: {error}")
         return None
 
@@ -2636,11 +2636,11 @@ class Pool:
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if os.getpid() != self._pid:                  # a child that the function has forked
+            if os.getpid() != self._pid:  # a child that the function has forked
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned      # its force stop may have left anything
+                retires = attempt in self.abandoned  # its force stop may have left anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2657,7 +2657,7 @@ class Pool:
                 if not leads and not self.lingers:
                     self._linger()
                 attempt = self._handed.get()
-        self._handed.put(None)                            # for the next thread
+        self._handed.put(None)  # for the next thread
 
     def _linger(self) -> None:
         """Claim in a moment: in a stream of jobs this saves one claim and one wake-up per job.
@@ -2677,7 +2677,7 @@ class Pool:
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:                          # it goes on without a slot
+        if returned is not None:  # it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
@@ -2702,8 +2702,8 @@ class Pool:
                 self._placed[not low].remove(attempt)
                 self._placed[low].add(attempt)
             attempt.low_priority = low
-            self._give()                                  # a returning one may take the last slot
-        self._claim()                                     # and it may have left one to another
+            self._give()  # a returning one may take the last slot
+        self._claim()  # and it may have left one to another
 
     # waiting for other jobs
 
@@ -4898,7 +4898,7 @@ class Runner(RunnerFace, Executor):
 
 # ---- 13 Clock, processes and exit ---------------------------------------------------------------
 
-POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
+POLL_SECONDS = 0.05  # how often the service thread looks for what other processes wrote
 
 
 class Service:
@@ -4906,13 +4906,13 @@ class Service:
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()                   # there is something to do before a poll
-        self._soon = False                                # to lead, in SETTLE_SECONDS
-        self._version = -1                                # of the file, at the last poll
-        self._others_version = -1                         # the same without our own commits
-        self._clock_at = core.clock()                     # what the clock showed at the last poll
-        self._due_at = math.inf                           # of the next job or schedule
-        self._shown: Any = None                           # what the last heartbeat has told
+        self._event = threading.Event()  # there is something to do before a poll
+        self._soon = False  # to lead, in SETTLE_SECONDS
+        self._version = -1  # of the file, at the last poll
+        self._others_version = -1  # the same without our own commits
+        self._clock_at = core.clock()  # what the clock showed at the last poll
+        self._due_at = math.inf  # of the next job or schedule
+        self._shown: Any = None  # what the last heartbeat has told
         dispatch, life = core.dispatch, core.life
         # What a runner that has been started does every so many seconds, and when it did so last.
         self._done_at: dict[Any, float] = dict.fromkeys((
@@ -4984,7 +4984,7 @@ class Service:
     # its duties
 
     def _see_others(self, tx: Transaction) -> None:
-        others = tx.value("PRAGMA data_version")          # our own commits do not change it here
+        others = tx.value("PRAGMA data_version")  # our own commits do not change it here
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
             self._compare(tx)
@@ -4997,7 +4997,7 @@ class Service:
         dispatch = self._core.dispatch
         jobs = {job.id: job for job in owned(tx, self._core.id)}
         for job_id in jobs.keys() - dispatch.attempts.keys():
-            if self._core.life.started:                   # in drain(), it is about to execute
+            if self._core.life.started:  # in drain(), it is about to execute
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
         def carry_out() -> None:
@@ -5084,8 +5084,8 @@ class Presence:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)               # of the job file
-        self._lock: int | None = None                     # the descriptor of this runner's
+        self._path = os.path.realpath(path)  # of the job file
+        self._lock: int | None = None  # the descriptor of this runner's
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
@@ -5104,7 +5104,7 @@ class Presence:
 
         If somebody has deleted the lock's file, only the heartbeat tells.
         """
-        with fork_gate:                                   # a child would inherit the lock
+        with fork_gate:  # a child would inherit the lock
             try:
                 lock = _lock_file(self._file(runner), os.O_RDONLY)
             except FileNotFoundError:
@@ -5131,7 +5131,7 @@ def _lock_file(path: str, flags: int) -> int | None:
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5154,20 +5154,20 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    until = time.monotonic() + GRACE_SECONDS              # one for all
+    until = time.monotonic() + GRACE_SECONDS  # one for all
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:                                # again, if Ctrl-C has cut it short
+    for life in lives * 3:  # again, if Ctrl-C has cut it short
         try:
             life.close(until)
-        except KeyboardInterrupt:                         # wait no longer
+        except KeyboardInterrupt:  # wait no longer
             until = 0.0
 
 
 def leave_to_parent() -> None:
     """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
-    fork_gate.__init__()                                  # type: ignore[misc]
+    fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
         if runner.core.store.pid != os.getpid():
