@@ -1992,26 +1992,24 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# How a write gets into the file: group commit by a leader and followers. A thread that wants to
-# write puts a function of the transaction into a queue and tries to lead. One thread leads at a
-# time: it opens a transaction, runs all writes in the queue, adds what rides along (log lines,
-# outcomes, claims), and commits. The followers sleep until their writes are done or they are woken
-# to lead. So a caller alone pays no hand-over, and batches grow with the load. If a batch fails,
-# each of its writes runs again alone, so that only the bad one fails.
+# How a write gets into the file: group commit by a leader. A thread that wants to write puts a
+# function of the transaction into a queue and tries to lead. The one leader opens a transaction,
+# runs all writes in the queue, adds what rides along (log lines, outcomes, claims), and commits.
+# The others sleep until their writes are done or they are woken to lead. So a caller alone pays no
+# hand-over, and batches grow with the load. If a batch fails, each of its writes runs again alone,
+# so that only the bad one fails.
 #
-# A fork waits at a gate until no thread is inside SQLite. A child that is forked inside a
-# transaction gets "database is locked" for good, even on a new connection, since it has a copy of
-# SQLite's table of the locks that its process holds.
+# A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
+# transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
 
 WAL_LIMIT = 64 * 1024 * 1024  # bytes
 LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
-SQLITE_DONE = 101  # in sqlite3 since Python 3.11
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
+    """Keeps a fork out of the moments when a thread is inside SQLite."""
 
     def __init__(self) -> None:
         self.door = threading.RLock()  # held during a fork; finalizers may read
@@ -2025,7 +2023,7 @@ class _ForkGate:
         self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Let no other thread in, and wait until those inside are out, for a second at most."""
+        """Let no thread in, and wait until none is inside, for a second at most."""
         self.door.acquire()
         deadline = time.monotonic() + 1.0
         while self._inside and time.monotonic() < deadline:
@@ -2035,10 +2033,6 @@ class _ForkGate:
 fork_gate = _ForkGate()
 
 
-# A force stop raises an exception in the thread of a job, and must not strike while that thread is
-# in here. So functions that a job may call are decorated with `library_code`, which takes the
-# attempt's ticket meanwhile (section 10 tells why and how).
-
 class _Here(threading.local):
     ticket: Ticket | None = None  # of the attempt that this thread executes
 
@@ -2047,7 +2041,10 @@ _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that a force stop of the job which calls it must not interrupt."""
+    """Decorate a function that jobs may call, so that no force stop interrupts it.
+
+    It takes the attempt's ticket meanwhile (section 10 tells why).
+    """
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -2073,10 +2070,7 @@ _REMEDIES = {
 
 
 def store_error(doing: str, error: BaseException) -> BaseException:
-    """Return an error of SQLite as ours: what could not be done, and what to do about it.
-
-    Other errors are returned as they are.
-    """
+    """Return an error of SQLite as a StoreError that says what to do; other errors as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
     remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
@@ -2092,7 +2086,7 @@ class JobFile:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
+        # SQLite puts the WAL beside the file that a link leads to.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> sqlite3.Connection:
@@ -2101,8 +2095,8 @@ class JobFile:
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             self._prepare(db, now)
-            db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA wal_autocheckpoint = 4000; "
-                             f"PRAGMA journal_size_limit = {WAL_LIMIT}")
+            db.executescript(f"""PRAGMA synchronous = {synchronous};
+                PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
             self._version_in(db)  # the first read makes the WAL
         except BaseException as error:
             if db is not None:
@@ -2112,7 +2106,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate the schema and switch to WAL; processes that do so at once try again."""
+        """Migrate the schema and set the journal mode, again if another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2125,15 +2119,14 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(
-                f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
-                f"{self._journal!r}; put the file on a local disk, and have all processes use the "
-                "same mode")
+            raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} "
+                             f"instead of {self._journal!r}; put the file on a local disk, and let "
+                             "all processes use the same mode")
 
     _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version, in one transaction: a kill leaves the file as it was."""
+        """Bring the tables to this version, in one transaction."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
@@ -2154,7 +2147,7 @@ class JobFile:
         db.execute("UPDATE bgjobs_schema SET version = ?", [version])
         db.execute("COMMIT")
 
-    # JSON functions were an option of builds before 3.38.
+    # Builds before 3.38 may lack the JSON functions.
     _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
 
     def _version_in(self, db: sqlite3.Connection) -> Any:
@@ -2164,7 +2157,7 @@ class JobFile:
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, with its WAL, from an empty one and from others."""
+        """Return what tells the file, with its WAL, from another one and from an empty one."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
@@ -2177,7 +2170,6 @@ class JobFile:
         """
         if time.monotonic() - self._checked_at < max_age:
             return
-        self._checked_at = -math.inf  # if this fails, the next write looks, too
         if self._look() != self._identity:
             raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
                              "was in use; nothing is written any more: put it back, or close() "
@@ -2186,9 +2178,9 @@ class JobFile:
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it.
+        """Return a new connection for reading; it never makes a file. The caller closes it.
 
-        Handles of a closed runner read on, when the WAL may be gone: so this does not `check`.
+        It does not `check`: handles of a closed runner read on, when the WAL may be gone.
         """
         import pathlib
         uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
@@ -2197,19 +2189,18 @@ class JobFile:
         return db
 
     def shorten_wal(self) -> None:
-        """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
+        """Truncate a WAL that has grown large. Raises StoreError if a reader prevents that."""
         size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                raise StoreError(
-                    f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps "
-                    "an old read transaction open on it; end that")
+                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB and grows: another "
+                                 "program keeps an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file as it is at one moment, while it is in use, to a new file."""
+        """Copy the file, which may be in use, to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2217,11 +2208,11 @@ class JobFile:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
                     db.backup(copy)
-                    # So what the copy shows as running is taken back.
+                    # So running jobs are taken back when the copy is used.
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):  # there is none
+                with contextlib.suppress(OSError):
                     os.remove(rest)
             raise store_error(f"back {self.path} up to {path}", error)
 
@@ -2236,28 +2227,19 @@ class _Write:
         self.done = False  # committed, or failed
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
 
-    def sleep(self) -> None:
-        """Sleep until the thread is woken: the write is done then, or the thread can lead."""
-        with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit who would wake it
-            self.wake.get(timeout=1.0)
-
 
 class Store:
-    """One SQLite file: a connection that writes, used by the leader, and connections that read.
-
-    Readers never wait for writers (WAL).
-    """
+    """One SQLite file: a connection that writes, used by the leader, and connections that read."""
 
     passenger: Dispatch  # what rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
-            raise StoreError(
-                f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31")
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
-        # `_leading` is held by the leader; whoever releases it wakes the first thread that waits.
+        # The leader holds `_leading`, and wakes the first thread that waits when it releases it.
         self._leading = threading.Lock()
         self.leader = 0  # the ident of its thread, 0 if none leads
         self._waiting: deque[_Write] = deque()  # until they are done
@@ -2267,7 +2249,7 @@ class Store:
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
-        # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
+        # EXTRA is FULL, and syncs the folder when a rollback journal is deleted, its commit.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()  # guards _version_db
         self._version_db = self.file.connect()
@@ -2278,22 +2260,22 @@ class Store:
     def write(self, run: Callable[[Transaction], Any]) -> Any:
         """Call `run(transaction)` in the next transaction and return its value after the commit.
 
-        `run` may be called again when a transaction had to be rolled back, so it has no effect but
-        on the transaction. What it raises is raised here, and nothing of it is stored.
+        `run` may be called again after a rollback, so it has no effect but on the transaction.
+        Raises what `run` raises; nothing of it is stored then.
         """
-        if self.closed or os.getpid() != self.pid:
-            self._check_open()
+        self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
-                               "signal handler or a finalizer; have that start a thread")
+                               "signal handler or a finalizer; let that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.leader:  # it takes the write along, or wakes us
-                write.sleep()
             while not write.done:
-                if not self._lead(flushing=False) and not write.done:
-                    write.sleep()
+                if self.leader or not self._lead(flushing=False):
+                    # The leader takes the write along, or wakes this thread to lead. It may have
+                    # been hit by Ctrl-C: hence the timeout.
+                    with contextlib.suppress(queue.Empty):
+                        write.wake.get(timeout=1.0)
         except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
@@ -2304,7 +2286,7 @@ class Store:
 
     @library_code
     def flush(self) -> None:
-        """Lead transactions until nothing more is to ride along, unless another thread leads."""
+        """Lead transactions until nothing more rides along, unless another thread leads."""
         self._again = True
         if self.leader != threading.get_ident():
             while self._again and self._lead(flushing=True) and not self._waiting:
@@ -2325,7 +2307,7 @@ class Store:
             self._leading.release()
             try:
                 self._waiting[0].wake.put(None)  # its thread leads next
-            except IndexError:  # none waits
+            except IndexError:
                 if self._again and not (flushing and worked):
                     self.passenger.left_behind()
         return worked
@@ -2333,8 +2315,7 @@ class Store:
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
         """Run a batch in one transaction; if that fails, each write again alone.
 
-        Return False if it failed. Then the next leader takes along what was to ride along; if no
-        other thread leads, that is the service thread.
+        Return False if it failed: the next leader takes along what was to ride along.
         """
         try:
             self._transact(batch, flushing)
@@ -2358,10 +2339,9 @@ class Store:
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
         """Run a batch in one transaction, then what follows a commit.
 
-        flushing is None if nothing is to ride along.
+        flushing: None if nothing is to ride along.
         """
-        if self.closed:
-            self._check_open()
+        self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -2389,15 +2369,16 @@ class Store:
                                    f"{traceback_of(error)}")
 
     def _check_open(self) -> None:
+        if os.getpid() == self.pid and not self.closed:
+            return
         self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
                              "forked from; call its start() here, or make a new Runner")
-        if self.closed:
-            raise StoreError(f"the runner on {self.path} is shut down")
+        raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent in a child that was forked in C, where no hook runs."""
+        """Leave all to the parent in a child that was forked in C: no hook has run."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
@@ -2419,11 +2400,10 @@ class Store:
 
     def write_through(self, connection: sqlite3.Connection,
                       run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction that is open on a connection of the app's to this file.
+        """Run a write in the transaction that is open on a connection of the app's.
 
-        The app commits it, or rolls it back. If none is open, one is begun, and committed here if
-        the connection commits each statement by itself. Raises ValueError if the connection is to
-        another file.
+        The app commits it. If none is open, one is begun, and committed here if the connection
+        commits each statement by itself. Raises ValueError if it is to another file.
         """
         self._check_open()
         commits = connection.isolation_level is None
@@ -2457,8 +2437,8 @@ class Store:
     # reading
 
     @library_code
-    def read(self, sql: str, parameters: Fields | None = None) -> list[sqlite3.Row]:
-        """Return all rows of a query, read on a connection of its own."""
+    def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        """Return all rows of a query; it never waits for a write."""
         self._notice_fork()
         with fork_gate:
             try:
@@ -2466,7 +2446,7 @@ class Store:
             except IndexError:
                 db = self.file.connect()
             try:
-                return self._fetch(db, sql, parameters or {})
+                return self._fetch(db, sql, parameters)
             finally:
                 self._readers.append(db)
                 if self.closed or len(self._readers) > 8:
@@ -2479,15 +2459,12 @@ class Store:
             raise store_error(f"read {self.path}", error)
 
     def _close_readers(self) -> None:
-        with contextlib.suppress(IndexError):  # another thread does so, too
+        with contextlib.suppress(IndexError):
             while True:
                 self._readers.pop().close()
 
     def version(self) -> int:
-        """Return a number that changes with each commit, of any process.
-
-        Raises StoreError if the file is gone.
-        """
+        """Return a number that changes with each commit of any process."""
         self._check_open()
         self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
@@ -2496,7 +2473,7 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if one is given, and close the connections: no write comes after it."""
+        """Run a last write, if one is given, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
@@ -2511,7 +2488,7 @@ class Store:
             self._close_readers()
 
     def leave_to_parent(self) -> None:
-        """Leave the parent's connections alone in a forked child: never use them, nor close them."""
+        """Never use the parent's connections in a forked child, nor close them."""
         with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
@@ -2529,14 +2506,14 @@ LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim mor
 class Pool:
     """`size` slots in which attempts execute, and threads for them, made when needed and reused.
 
-    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. One that
-    waits for another job is *away*, and its slot is given to others; when it goes on it is
-    *returning* until it is placed again. So waiting never deadlocks, and no more than `size`
-    attempts execute. Returning attempts come first: they are what the claimed ones would wait for.
-    A force stop makes an attempt *abandoned*: it has no slot any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. While it
+    waits for another job it is *away*, and its slot is given to others; then it is *returning* until
+    it is placed again. So waiting never deadlocks, and no more than `size` attempts execute.
+    Returning attempts come first: the claimed ones may wait for them. A force stop makes an attempt
+    *abandoned*: it has no slot any more, and its thread ends with it.
 
-    Low priority never takes the last of several slots. If all that executes has become low priority
-    meanwhile, it goes on, and one slot more is given out.
+    Low priority never takes the last of several slots. If all attempts that execute have become low
+    priority meanwhile, they go on, and one slot more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None],
@@ -2545,8 +2522,8 @@ class Pool:
         self._low_size = max(1, size - 1)  # slots that low priority may take
         self._execute = execute
         self._settle, self._claim = settle, claim  # settle returns whether to claim at once
-        # `_lock` guards the changes of what is below; no user code and no SQL runs under it.
-        # Reading without it gives a hint.
+        # `_lock` guards changes of all below; no user code and no SQL runs under it. Reading without
+        # it gives a hint.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
@@ -2561,7 +2538,7 @@ class Pool:
 
     @property
     def is_clogged(self) -> bool:
-        """Whether so many superseded attempts still execute that nothing should be claimed."""
+        """Whether so many abandoned attempts still execute that nothing is to be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     # slots
@@ -2585,20 +2562,19 @@ class Pool:
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
-        """Execute claimed attempts, in this order; they are known to be `work` seconds of work.
+        """Execute claimed attempts, in this order; they are about `work` seconds of work.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread calls this without attempts, and gives the other free slots out.
+        The service thread calls this without attempts, to give the other free slots out.
         """
         with self._lock:
             self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
-        """Give free slots out, and wake at most so many threads.
+        """Give free slots out, and wake at most so many threads; needs the lock.
 
-        takes: the calling thread executes a claimed attempt itself, which is returned. Called under
-        the lock, after anything that may have freed a slot.
+        takes: the calling thread executes the next claimed attempt, which is returned.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2621,7 +2597,7 @@ class Pool:
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt that gets the next slot, or None if there is no slot for any."""
+        """Return the attempt that gets the next slot, if there is one."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2632,7 +2608,7 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute an attempt, have its outcome recorded, go on with the next one in its slot."""
+        """Execute an attempt, settle it, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
@@ -2640,7 +2616,7 @@ class Pool:
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned  # its force stop may have left anything
+                retires = attempt in self.abandoned  # its force stop may have broken anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2677,11 +2653,11 @@ class Pool:
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:  # it goes on without a slot
+        if returned is not None:  # it was abandoned: it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the slot of a superseded attempt away, whose thread lives on."""
+        """Take the slot of a superseded attempt away; its thread lives on."""
         with self._lock:
             executing = (*self._placed, self._away, self._returning)
             if not any(attempt in each for each in executing):
@@ -2696,20 +2672,20 @@ class Pool:
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Count an attempt as one of low priority, or not."""
+        """Count an executing attempt as one of low priority, or not."""
         with self._lock:
             if attempt in self._placed[not low]:
                 self._placed[not low].remove(attempt)
                 self._placed[low].add(attempt)
             attempt.low_priority = low
-            self._give()  # a returning one may take the last slot
-        self._claim()  # and it may have left one to another
+            self._give()
+        self._claim()
 
     # waiting for other jobs
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of a waiting attempt away, and wait for one at the end."""
+        """Give the slot of an attempt away within the block, and wait for one at its end."""
         self.leave(attempt)
         try:
             yield
@@ -2717,7 +2693,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away as one of its threads begins to wait for a job."""
+        """Give the slot of an attempt away: one of its threads begins to wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2730,7 +2706,7 @@ class Pool:
         self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
-        """Block until there is a slot again, unless another thread of the attempt waits still."""
+        """Block until there is a slot again, unless another thread of the attempt still waits."""
         returned = threading.Event()
         with self._lock:
             attempt.waits -= 1
@@ -2741,7 +2717,7 @@ class Pool:
             self._give()
         returned.wait()
 
-    # giving claims back, and going down
+    # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
         """Take out the claimed attempts that have waited for so many seconds."""
@@ -2752,7 +2728,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """Let the threads end as they become idle; wait some seconds for that."""
+        """End idle threads, and the others later; wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -4906,25 +4882,24 @@ class Service:
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()  # there is something to do before a poll
+        self._event = threading.Event()  # ends the sleep before the next poll
         self._soon = False  # to lead, in SETTLE_SECONDS
         self._version = -1  # of the file, at the last poll
         self._others_version = -1  # the same without our own commits
-        self._clock_at = core.clock()  # what the clock showed at the last poll
+        self._clock_at = core.clock()  # at the last poll
         self._due_at = math.inf  # of the next job or schedule
         self._shown: Any = None  # what the last heartbeat has told
         dispatch, life = core.dispatch, core.life
-        # What a runner that has been started does every so many seconds, and when it did so last.
+        # The duties of a started runner, each with its seconds, and when each was last done.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
-            # Claimed jobs may wait behind attempts that turned out long.
+            # Jobs may have been claimed behind attempts that turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
-        self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
-        self.thread.start()
+        self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
         """Wait some seconds for the thread to end, unless it goes on watching handles."""
@@ -4963,22 +4938,21 @@ class Service:
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Take note of what others have written, then do what is due."""
+        """Note what other processes have written, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
-            next_due = f"SELECT ({NEXT_DUE}) AS at UNION ALL SELECT ({NEXT_SCHEDULE})"
-            next_due = f"SELECT min(at) FROM ({next_due})"
-            self._due_at = self._store.read(next_due)[0][0] or math.inf
+            self._due_at = self._store.read(
+                f"""SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at
+                UNION ALL SELECT ({NEXT_SCHEDULE}))""")[0][0] or math.inf
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
         self._time_out()
         if self._core.life.started:
-            for duty, done_at in self._done_at.items():
-                seconds, do = duty
+            for (seconds, do), done_at in self._done_at.items():
                 if time.monotonic() - done_at >= seconds:
-                    self._done_at[duty] = time.monotonic()
+                    self._done_at[seconds, do] = time.monotonic()
                     do()
 
     # its duties
@@ -4990,14 +4964,14 @@ class Service:
             self._compare(tx)
 
     def _compare(self, tx: Transaction) -> None:
-        """Find what other processes did to the jobs that run here, and claims that were lost.
+        """Carry out what other processes did to the jobs that run here; take lost claims back.
 
-        While this thread leads, no claim and no outcome is under way.
+        In a transaction, no claim and no outcome is under way.
         """
         dispatch = self._core.dispatch
         jobs = {job.id: job for job in owned(tx, self._core.id)}
         for job_id in jobs.keys() - dispatch.attempts.keys():
-            if self._core.life.started:  # in drain(), it is about to execute
+            if self._core.life.started:  # drain() is about to execute it
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
         def carry_out() -> None:
@@ -5017,7 +4991,7 @@ class Service:
     def _time_out(self) -> None:
         """Stop the attempts that take longer than their timeout.
 
-        One that reaches no checkpoint within the grace has failed then, and goes on without a job.
+        One that reaches no checkpoint within the grace has failed, and is abandoned.
         """
         for attempt in list(self._core.dispatch.attempts.values()):
             if attempt.thread is None or not attempt.options.get("timeout"):
@@ -5038,7 +5012,7 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make ready what is due."""
+        """Make jobs ready that are due, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
@@ -5051,7 +5025,7 @@ class Service:
         wake_due(tx)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and how many abandoned threads it has."""
+        """Show that the runner lives, and at once how many abandoned threads it has."""
         beats = int(time.monotonic() / HEARTBEAT_SECONDS)
         shown = beats, len(self._core.dispatch.pool.abandoned)
         if shown != self._shown:
@@ -5077,32 +5051,31 @@ class Service:
 class Presence:
     """Tells which runners on a file live, by an operating-system lock that dies with its process.
 
-    Runner N locks the whole of a small file, PATH-bgjobs-N.lock. Its age says nothing: a process
-    that is stopped or swapped out holds its lock. Probing the own lock finds it held, too, so two
-    copies of this module in one process do no harm. What a forked child inherits would keep the
-    lock: the child closes it.
+    Runner N locks a small file, PATH-bgjobs-N.lock, as long as it lives, even if it is suspended.
+    Probing the own lock finds it held, too, so two copies of this module in one process do no harm.
+    A forked child would keep the lock: it closes what it inherits.
     """
 
     def __init__(self, path: str) -> None:
         self._path = os.path.realpath(path)  # of the job file
-        self._lock: int | None = None  # the descriptor of this runner's
+        self._lock: int | None = None  # the descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a new runner of this process; return False if another process has it."""
+        """Take the lock of a new runner; return False if another process has it."""
         try:
             self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {self._file(runner)}, which tells that this process "
-                             f"lives: {error}; put the job file on a local disk") from error
+            raise StoreError(f"cannot lock {self._file(runner)}: {error}; put the job file on a "
+                             "local disk") from error
         return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
-        """Return whether the process of a runner is gone; `silent`: seconds since its heartbeat.
+        """Return whether the process of a runner is gone.
 
-        If somebody has deleted the lock's file, only the heartbeat tells.
+        silent: seconds since its heartbeat, which tells if the lock's file was deleted.
         """
         with fork_gate:  # a child would inherit the lock
             try:
@@ -5119,7 +5092,7 @@ class Presence:
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner; in a forked child, leave it to the parent."""
+        """Release the lock of this runner; a forked child leaves it to the parent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -5158,10 +5131,10 @@ def _close_all() -> None:
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:  # again, if Ctrl-C has cut it short
+    for life in lives * 3:  # again, if Ctrl-C has cut it short: then it waits no longer
         try:
             life.close(until)
-        except KeyboardInterrupt:  # wait no longer
+        except KeyboardInterrupt:
             until = 0.0
 
 
