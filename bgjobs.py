@@ -1992,12 +1992,11 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# How a write gets into the file: group commit by a leader. A thread that wants to write puts a
-# function of the transaction into a queue and tries to lead. The one leader opens a transaction,
-# runs all writes in the queue, adds what rides along (log lines, outcomes, claims), and commits.
-# The others sleep until their writes are done or they are woken to lead. So a caller alone pays no
-# hand-over, and batches grow with the load. If a batch fails, each of its writes runs again alone,
-# so that only the bad one fails.
+# Group commit by a leader: a thread that wants to write puts a function of the transaction into a
+# queue and tries to lead. The one leader opens a transaction, runs all writes in the queue, adds
+# what rides along (log lines, outcomes, claims), and commits. The others sleep until their writes
+# are done or they are woken to lead. So a caller alone pays no hand-over, and batches grow with the
+# load. If a batch fails, each of its writes runs again alone, so that only the bad one fails.
 #
 # A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
 # transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
@@ -2080,7 +2079,7 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
-    """The SQLite file of a store: its path, its schema, and whether it is still there."""
+    """The SQLite file of a store, its schema, and whether it is still there."""
 
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
@@ -2119,9 +2118,9 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(f"cannot use {self.path} as a job file: the journal mode stays {mode!r} "
-                             f"instead of {self._journal!r}; put the file on a local disk, and let "
-                             "all processes use the same mode")
+            raise StoreError(f"the journal mode of {self.path} stays {mode!r} instead of "
+                             f"{self._journal!r}; put the file on a local disk, and let all "
+                             "processes use the same mode")
 
     _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
 
@@ -2134,13 +2133,13 @@ class JobFile:
         # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
         alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
-            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
-                             f"stop it before this bgjobs {__version__} opens the file")
+            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
+                             f"it before bgjobs {__version__} opens the file")
         while version != SCHEMA_VERSION:
             if version not in MIGRATIONS:
-                raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
-                                 f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer "
-                                 "bgjobs.py into the app")
+                raise StoreError(
+                    f"{self.path} has schema version {version}, and this bgjobs {__version__} "
+                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
             for statement in MIGRATIONS[version]:
                 db.execute(statement)
             version = version + 1 if version else SCHEMA_VERSION
@@ -2164,17 +2163,16 @@ class JobFile:
         return object()  # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError unless the path still names the open file; SQLite would not notice.
+        """Raise StoreError if the path no longer names the open file: SQLite would not notice.
 
-        max_age: seconds for which the last look is good enough.
+        A look within the last `max_age` seconds is good enough.
         """
         if time.monotonic() - self._checked_at < max_age:
             return
         if self._look() != self._identity:
-            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
-                             "was in use; nothing is written any more: put it back, or close() "
-                             "this runner, put the right file there, without a -wal beside it, "
-                             "and make a new runner")
+            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while in "
+                             "use; nothing is written any more: put it back, or close() this "
+                             "runner, put the right file there without a -wal, and make a new one")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
@@ -2184,7 +2182,7 @@ class JobFile:
         """
         import pathlib
         uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
-        db: sqlite3.Connection = sqlite3.connect(uri, uri=True, **_CONNECT)
+        db = sqlite3.connect(uri, uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2229,7 +2227,7 @@ class _Write:
 
 
 class Store:
-    """One SQLite file: a connection that writes, used by the leader, and connections that read."""
+    """One SQLite file, with a connection for the leader, which writes, and others for readers."""
 
     passenger: Dispatch  # what rides along with each transaction
 
@@ -2272,8 +2270,8 @@ class Store:
         try:
             while not write.done:
                 if self.leader or not self._lead(flushing=False):
-                    # The leader takes the write along, or wakes this thread to lead. It may have
-                    # been hit by Ctrl-C: hence the timeout.
+                    # The leader takes the write along, or wakes this thread. Ctrl-C may hit it
+                    # before it does: hence the timeout.
                     with contextlib.suppress(queue.Empty):
                         write.wake.get(timeout=1.0)
         except BaseException:  # Ctrl-C
@@ -2337,10 +2335,7 @@ class Store:
         return False
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
-        """Run a batch in one transaction, then what follows a commit.
-
-        flushing: None if nothing is to ride along.
-        """
+        """Run a batch in one transaction; nothing rides along if flushing is None."""
         self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
@@ -2365,17 +2360,15 @@ class Store:
             try:
                 callback()
             except Exception as error:  # it is committed: it has not failed
-                say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n"
-                                   f"{traceback_of(error)}")
+                say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
-        if os.getpid() == self.pid and not self.closed:
-            return
         self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
                              "forked from; call its start() here, or make a new Runner")
-        raise StoreError(f"the runner on {self.path} is shut down")
+        if self.closed:
+            raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
         """Leave all to the parent in a child that was forked in C: no hook has run."""
@@ -2400,10 +2393,10 @@ class Store:
 
     def write_through(self, connection: sqlite3.Connection,
                       run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction that is open on a connection of the app's.
+        """Run a write in the open transaction of a connection of the app's, which commits it.
 
-        The app commits it. If none is open, one is begun, and committed here if the connection
-        commits each statement by itself. Raises ValueError if it is to another file.
+        If none is open, one is begun; it is committed here if the connection commits by itself.
+        Raises ValueError if the connection is to another file.
         """
         self._check_open()
         commits = connection.isolation_level is None
@@ -2522,8 +2515,7 @@ class Pool:
         self._low_size = max(1, size - 1)  # slots that low priority may take
         self._execute = execute
         self._settle, self._claim = settle, claim  # settle returns whether to claim at once
-        # `_lock` guards changes of all below; no user code and no SQL runs under it. Reading without
-        # it gives a hint.
+        # `_lock` guards changes of all below; no user code and no SQL runs under it.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
@@ -2544,7 +2536,7 @@ class Pool:
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return what the free slots, and those of attempts that are short, have room for."""
+        """Return what the free slots, and those of short attempts, have room for."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2562,10 +2554,10 @@ class Pool:
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
-        """Execute claimed attempts, in this order; they are about `work` seconds of work.
+        """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread calls this without attempts, to give the other free slots out.
+        The service thread gives the other free slots out: it calls this without attempts.
         """
         with self._lock:
             self.claimed.extend(attempts)
@@ -2631,21 +2623,14 @@ class Pool:
             attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
-                    self._linger()
+                    # In a stream of jobs this saves a claim and a wake-up per job: tiny jobs that
+                    # arrive one by one take 1.5 times the CPU without it.
+                    self.lingers = True
+                    time.sleep(LINGER_SECONDS)
+                    self.lingers = False
+                    self._claim()
                 attempt = self._handed.get()
         self._handed.put(None)  # for the next thread
-
-    def _linger(self) -> None:
-        """Claim in a moment: in a stream of jobs this saves one claim and one wake-up per job.
-
-        Measured: without it, tiny jobs that arrive one by one take 1.5 times the CPU.
-        """
-        self.lingers = True
-        time.sleep(LINGER_SECONDS)
-        self.lingers = False
-        self._claim()
-
-    # ends
 
     def _take_out(self, attempt: Attempt) -> None:
         """Forget an attempt that executed."""
@@ -4893,7 +4878,7 @@ class Service:
         # The duties of a started runner, each with its seconds, and when each was last done.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
-            # Jobs may have been claimed behind attempts that turn out long.
+            # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
@@ -4994,9 +4979,10 @@ class Service:
         One that reaches no checkpoint within the grace has failed, and is abandoned.
         """
         for attempt in list(self._core.dispatch.attempts.values()):
-            if attempt.thread is None or not attempt.options.get("timeout"):
+            timeout = attempt.options.get("timeout")
+            if attempt.thread is None or timeout is None:
                 continue
-            late = time.monotonic() - attempt.begun - attempt.options["timeout"]
+            late = time.monotonic() - attempt.begun - timeout
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
             elif late > 0 and attempt.reason == HALTED:
