@@ -2004,6 +2004,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 WAL_LIMIT = 64 * 1024 * 1024  # bytes
 LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
 LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
+Change = Callable[[Transaction], Any]  # what a write does
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
@@ -2170,9 +2171,10 @@ class JobFile:
         if time.monotonic() - self._checked_at < max_age:
             return
         if self._look() != self._identity:
-            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while in "
-                             "use; nothing is written any more: put it back, or close() this "
-                             "runner, put the right file there without a -wal, and make a new one")
+            raise StoreError(
+                f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
+                "nothing is written any more: put it back, or close() this runner, put the right "
+                "file there without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
@@ -2218,7 +2220,7 @@ class JobFile:
 class _Write:
     """A write that waits for its transaction."""
 
-    def __init__(self, run: Callable[[Transaction], Any]) -> None:
+    def __init__(self, run: Change) -> None:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
@@ -2255,7 +2257,7 @@ class Store:
     # writing
 
     @library_code
-    def write(self, run: Callable[[Transaction], Any]) -> Any:
+    def write(self, run: Change) -> Any:
         """Call `run(transaction)` in the next transaction and return its value after the commit.
 
         `run` may be called again after a rollback, so it has no effect but on the transaction.
@@ -2391,8 +2393,7 @@ class Store:
         """Log an error, the same one every ten seconds at most."""
         self._say_once(text, int(time.monotonic() / 10))
 
-    def write_through(self, connection: sqlite3.Connection,
-                      run: Callable[[Transaction], Any]) -> Any:
+    def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
         """Run a write in the open transaction of a connection of the app's, which commits it.
 
         If none is open, one is begun; it is committed here if the connection commits by itself.
@@ -4915,8 +4916,8 @@ class Service:
                     else:
                         self._poll()
                     left = self._due_at - self._core.clock()
-                    if left > 0:
-                        next_poll = min(next_poll, time.monotonic() + left)
+                    if 0 < left < POLL_SECONDS:
+                        next_poll = time.monotonic() + left
             except Exception as error:
                 if not store.closed:
                     store.complain(f"{error}; trying again")
@@ -5003,12 +5004,9 @@ class Service:
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
         if self._due_at <= self._clock_at:
-            self._store.write(self._make_due_ready)
-
-    def _make_due_ready(self, tx: Transaction) -> None:
-        if not self._core.shut:
-            run_schedules(tx)
-        wake_due(tx)
+            if not self._core.shut:
+                self._store.write(run_schedules)
+            self._store.write(wake_due)
 
     def _beat(self) -> None:
         """Show that the runner lives, and at once how many abandoned threads it has."""
