@@ -1898,30 +1898,28 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# How a write gets into the file: group commit by a leader and followers. A thread that wants to
-# write puts a function of the transaction into a queue and tries to lead. One thread leads at a
-# time: it opens a transaction, runs all writes in the queue, adds what rides along (log lines,
-# outcomes, claims), and commits. The followers sleep until their writes are done or they are woken
-# to lead. So a caller alone pays no hand-over, and batches grow with the load. If a batch fails,
-# each of its writes runs again alone, so that only the bad one fails.
+# Group commit by a leader: a thread that wants to write puts a function of the transaction into a
+# queue and tries to lead. The one leader opens a transaction, runs all writes in the queue, adds
+# what rides along (log lines, outcomes, claims), and commits. The others sleep until their writes
+# are done or they are woken to lead. So a caller alone pays no hand-over, and batches grow with the
+# load. If a batch fails, each of its writes runs again alone, so that only the bad one fails.
 #
-# A fork waits at a gate until no thread is inside SQLite. A child that is forked inside a
-# transaction gets "database is locked" for good, even on a new connection, since it has a copy of
-# SQLite's table of the locks that its process holds.
+# A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
+# transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
 
-WAL_LIMIT = 64 * 1024 * 1024       # bytes
-LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
-LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
-SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
+WAL_LIMIT = 64 * 1024 * 1024  # bytes
+LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
+LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
+Change = Callable[[Transaction], Any]  # what a write does
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
+    """Keeps a fork out of the moments when a thread is inside SQLite."""
 
     def __init__(self) -> None:
-        self.door = threading.RLock()                     # held during a fork; finalizers may read
-        self._inside: set[int] = set()                    # threads
+        self.door = threading.RLock()  # held during a fork; finalizers may read
+        self._inside: set[int] = set()  # threads
 
     def __enter__(self) -> None:
         with self.door:
@@ -1931,7 +1929,7 @@ class _ForkGate:
         self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Let no other thread in, and wait until those inside are out, for a second at most."""
+        """Let no thread in, and wait until none is inside, for a second at most."""
         self.door.acquire()
         deadline = time.monotonic() + 1.0
         while self._inside and time.monotonic() < deadline:
@@ -1941,19 +1939,18 @@ class _ForkGate:
 fork_gate = _ForkGate()
 
 
-# A force stop raises an exception in the thread of a job, and must not strike while that thread is
-# in here. So functions that a job may call are decorated with `library_code`, which takes the
-# attempt's ticket meanwhile (section 10 tells why and how).
-
 class _Here(threading.local):
-    ticket: Ticket | None = None           # of the attempt that this thread executes
+    ticket: Ticket | None = None  # of the attempt that this thread executes
 
 
 _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that a force stop of the job which calls it must not interrupt."""
+    """Decorate a function that jobs may call, so that no force stop interrupts it.
+
+    It takes the attempt's ticket meanwhile (section 10 tells why).
+    """
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -1979,10 +1976,7 @@ _REMEDIES = {
 
 
 def store_error(doing: str, error: BaseException) -> BaseException:
-    """Return an error of SQLite as ours: what could not be done, and what to do about it.
-
-    Other errors are returned as they are.
-    """
+    """Return an error of SQLite as a StoreError that says what to do; other errors as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
     remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
@@ -1992,13 +1986,13 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
-    """The SQLite file of a store: its path, its schema, and whether it is still there."""
+    """The SQLite file of a store, its schema, and whether it is still there."""
 
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
+        # SQLite puts the WAL beside the file that a link leads to.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> Any:
@@ -2007,9 +2001,9 @@ class JobFile:
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             self._prepare(db, now)
-            db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA wal_autocheckpoint = 4000; "
-                             f"PRAGMA journal_size_limit = {WAL_LIMIT}")
-            self._version_in(db)                          # the first read makes the WAL
+            db.executescript(f"""PRAGMA synchronous = {synchronous};
+                PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
+            self._version_in(db)  # the first read makes the WAL
         except BaseException as error:
             if db is not None:
                 db.close()
@@ -2018,7 +2012,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate the schema and switch to WAL; processes that do so at once try again."""
+        """Migrate the schema and set the journal mode, again if another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2031,36 +2025,35 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(
-                f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
-                f"{self._journal!r}; put the file on a local disk, and have all processes use the "
-                "same mode")
+            raise StoreError(f"the journal mode of {self.path} stays {mode!r} instead of "
+                             f"{self._journal!r}; put the file on a local disk, and let all "
+                             "processes use the same mode")
 
     _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version, in one transaction: a kill leaves the file as it was."""
+        """Bring the tables to this version, in one transaction."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        version = self._version_in(db)                    # another process may have been quicker
+        version = self._version_in(db)  # another process may have been quicker
         # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
         alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
-            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
-                             f"stop it before this bgjobs {__version__} opens the file")
+            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
+                             f"it before bgjobs {__version__} opens the file")
         while version != SCHEMA_VERSION:
             if version not in MIGRATIONS:
-                raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
-                                 f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer "
-                                 "bgjobs.py into the app")
+                raise StoreError(
+                    f"{self.path} has schema version {version}, and this bgjobs {__version__} "
+                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
             for statement in MIGRATIONS[version]:
                 db.execute(statement)
             version = version + 1 if version else SCHEMA_VERSION
         db.execute("UPDATE bgjobs_schema SET version = ?", [version])
         db.execute("COMMIT")
 
-    # JSON functions were an option of builds before 3.38.
+    # Builds before 3.38 may lack the JSON functions.
     _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
 
     def _version_in(self, db: sqlite3.Connection) -> Any:
@@ -2070,52 +2063,50 @@ class JobFile:
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, with its WAL, from an empty one and from others."""
+        """Return what tells the file, with its WAL, from another one and from an empty one."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
-        return object()                                   # equal to nothing seen before
+        return object()  # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError unless the path still names the open file; SQLite would not notice.
+        """Raise StoreError if the path no longer names the open file: SQLite would not notice.
 
-        max_age: seconds for which the last look is good enough.
+        A look within the last `max_age` seconds is good enough.
         """
         if time.monotonic() - self._checked_at < max_age:
             return
-        self._checked_at = -math.inf                      # if this fails, the next write looks, too
         if self._look() != self._identity:
-            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
-                             "was in use; nothing is written any more: put it back, or close() "
-                             "this runner, put the right file there, without a -wal beside it, "
-                             "and make a new runner")
+            raise StoreError(
+                f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
+                "nothing is written any more: put it back, or close() this runner, put the right "
+                "file there without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
-    def connect(self) -> Any:
-        """Return a new connection for reading, never a new file. The caller closes it.
+    def connect(self) -> sqlite3.Connection:
+        """Return a new connection for reading; it never makes a file. The caller closes it.
 
-        Handles of a closed runner read on, when the WAL may be gone.
+        It does not `check`: handles of a closed runner read on, when the WAL may be gone.
         """
-        if not os.path.exists(self.path):
-            self.check()                                  # raises
-        db = sqlite3.connect(self.path, **_CONNECT)
+        import pathlib
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db = sqlite3.connect(uri, uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
     def shorten_wal(self) -> None:
-        """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
+        """Truncate a WAL that has grown large. Raises StoreError if a reader prevents that."""
         size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                raise StoreError(
-                    f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps "
-                    "an old read transaction open on it; end that")
+                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB and grows: another "
+                                 "program keeps an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file as it is at one moment, while it is in use, to a new file."""
+        """Copy the file, which may be in use, to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2123,11 +2114,11 @@ class JobFile:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
                     db.backup(copy)
-                    # So what the copy shows as running is taken back.
+                    # So running jobs are taken back when the copy is used.
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):        # there is none
+                with contextlib.suppress(OSError):
                     os.remove(rest)
             raise store_error(f"back {self.path} up to {path}", error)
 
@@ -2135,72 +2126,63 @@ class JobFile:
 class _Write:
     """A write that waits for its transaction."""
 
-    def __init__(self, run: Callable[[Transaction], Any]) -> None:
+    def __init__(self, run: Change) -> None:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
-        self.done = False                                 # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # where its thread sleeps
-
-    def sleep(self) -> None:
-        """Sleep until the thread is woken: the write is done then, or the thread can lead."""
-        with contextlib.suppress(queue.Empty):            # Ctrl-C may have hit who would wake it
-            self.wake.get(timeout=1.0)
+        self.done = False  # committed, or failed
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
 
 
 class Store:
-    """One SQLite file: a connection that writes, used by the leader, and connections that read.
+    """One SQLite file, with a connection for the leader, which writes, and others for readers."""
 
-    Readers never wait for writers (WAL).
-    """
-
-    passenger: Dispatch                                   # what rides along with each transaction
+    passenger: Dispatch  # what rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
-            raise StoreError(
-                f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31")
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
-        # `_leading` is held by the leader; whoever releases it wakes the first thread that waits.
+        # The leader holds `_leading`, and wakes the first thread that waits when it releases it.
         self._leading = threading.Lock()
-        self.leader = 0                                   # the ident of its thread, 0 if none leads
-        self._waiting: deque[_Write] = deque()            # until they are done
-        self._again = False                               # more rides along than the last one took
+        self.leader = 0  # the ident of its thread, 0 if none leads
+        self._waiting: deque[_Write] = deque()  # until they are done
+        self._again = False  # more rides along than the last one took
         self.closed = self.forked = False
-        self.close_by = math.inf                          # when a runner that goes down gives up
+        self.close_by = math.inf  # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._say_once: Any = functools.lru_cache(20)(lambda text, at: say(logging.ERROR, text))
-        # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
+        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        # EXTRA is FULL, and syncs the folder when a rollback journal is deleted, its commit.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
-        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_lock = threading.Lock()  # guards _version_db
         self._version_db = self.file.connect()
 
     # writing
 
     @library_code
-    def write(self, run: Callable[[Transaction], Any]) -> Any:
+    def write(self, run: Change) -> Any:
         """Call `run(transaction)` in the next transaction and return its value after the commit.
 
-        `run` may be called again when a transaction had to be rolled back, so it has no effect but
-        on the transaction. What it raises is raised here, and nothing of it is stored.
+        `run` may be called again after a rollback, so it has no effect but on the transaction.
+        Raises what `run` raises; nothing of it is stored then.
         """
-        if self.closed or os.getpid() != self.pid:
-            self._check_open()
+        self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
-                               "signal handler or a finalizer; have that start a thread")
+                               "signal handler or a finalizer; let that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.leader:                               # it takes the write along, or wakes us
-                write.sleep()
             while not write.done:
-                if not self._lead(flushing=False) and not write.done:
-                    write.sleep()
-        except BaseException:                             # Ctrl-C
+                if self.leader or not self._lead(flushing=False):
+                    # The leader takes the write along, or wakes this thread. Ctrl-C may hit it
+                    # before it does: hence the timeout.
+                    with contextlib.suppress(queue.Empty):
+                        write.wake.get(timeout=1.0)
+        except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
             raise
@@ -2210,7 +2192,7 @@ class Store:
 
     @library_code
     def flush(self) -> None:
-        """Lead transactions until nothing more is to ride along, unless another thread leads."""
+        """Lead transactions until nothing more rides along, unless another thread leads."""
         self._again = True
         if self.leader != threading.get_ident():
             while self._again and self._lead(flushing=True) and not self._waiting:
@@ -2230,8 +2212,8 @@ class Store:
             self.leader = 0
             self._leading.release()
             try:
-                self._waiting[0].wake.put(None)           # its thread leads next
-            except IndexError:                            # none waits
+                self._waiting[0].wake.put(None)  # its thread leads next
+            except IndexError:
                 if self._again and not (flushing and worked):
                     self.passenger.left_behind()
         return worked
@@ -2239,17 +2221,16 @@ class Store:
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
         """Run a batch in one transaction; if that fails, each write again alone.
 
-        Return False if it failed. Then the next leader takes along what was to ride along; if no
-        other thread leads, that is the service thread.
+        Return False if it failed: the next leader takes along what was to ride along.
         """
         try:
             self._transact(batch, flushing)
             return True
-        except (Exception, JobStopped) as error:          # JobStopped: a superseded one submits
+        except (Exception, JobStopped) as error:  # JobStopped: a superseded one submits
             trouble = error
         for write in batch:
             try:
-                if isinstance(trouble, StoreError):       # the file's trouble hits all alike
+                if isinstance(trouble, StoreError):  # the file's trouble hits all alike
                     raise copy.copy(trouble) from trouble.__cause__
                 self._transact([write], None)
             except (Exception, JobStopped) as error:
@@ -2262,12 +2243,8 @@ class Store:
         return False
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
-        """Run a batch in one transaction, then what follows a commit.
-
-        flushing is None if nothing is to ride along.
-        """
-        if self.closed:
-            self._check_open()
+        """Run a batch in one transaction; nothing rides along if flushing is None."""
+        self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -2290,9 +2267,8 @@ class Store:
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
-            except Exception as error:                    # it is committed: it has not failed
-                say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n"
-                                   f"{traceback_of(error)}")
+            except Exception as error:  # it is committed: it has not failed
+                say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
         self._notice_fork()
@@ -2303,7 +2279,7 @@ class Store:
             raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent in a child that was forked in C, where no hook runs."""
+        """Leave all to the parent in a child that was forked in C: no hook has run."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
@@ -2323,22 +2299,20 @@ class Store:
         """Log an error, the same one every ten seconds at most."""
         self._say_once(text, int(time.monotonic() / 10))
 
-    def write_through(self, connection: sqlite3.Connection,
-                      run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction that is open on a connection of the app's to this file.
+    def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
+        """Run a write in the open transaction of a connection of the app's, which commits it.
 
-        The app commits it, or rolls it back. If none is open, one is begun, and committed here if
-        the connection commits each statement by itself. Raises ValueError if the connection is to
-        another file.
+        If none is open, one is begun; it is committed here if the connection commits by itself.
+        Raises ValueError if the connection is to another file.
         """
         self._check_open()
         commits = connection.isolation_level is None
-        commits |= getattr(connection, "autocommit", None) is True        # since Python 3.12
+        commits |= getattr(connection, "autocommit", None) is True  # since Python 3.12
         begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
         if connection.in_transaction:
             begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
         try:
-            db = sqlite3.Cursor(connection)               # has no row factory
+            db = sqlite3.Cursor(connection)  # has no row factory
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
@@ -2363,8 +2337,8 @@ class Store:
     # reading
 
     @library_code
-    def read(self, sql: str, parameters: Fields | None = None) -> list[sqlite3.Row]:
-        """Return all rows of a query, read on a connection of its own."""
+    def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        """Return all rows of a query; it never waits for a write."""
         self._notice_fork()
         with fork_gate:
             try:
@@ -2372,7 +2346,7 @@ class Store:
             except IndexError:
                 db = self.file.connect()
             try:
-                return self._fetch(db, sql, parameters or {})
+                return self._fetch(db, sql, parameters)
             finally:
                 self._readers.append(db)
                 if self.closed or len(self._readers) > 8:
@@ -2385,15 +2359,12 @@ class Store:
             raise store_error(f"read {self.path}", error)
 
     def _close_readers(self) -> None:
-        with contextlib.suppress(IndexError):             # another thread does so, too
+        with contextlib.suppress(IndexError):
             while True:
                 self._readers.pop().close()
 
     def version(self) -> int:
-        """Return a number that changes with each commit, of any process.
-
-        Raises StoreError if the file is gone.
-        """
+        """Return a number that changes with each commit of any process."""
         self._check_open()
         self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
@@ -2402,13 +2373,13 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if one is given, and close the connections: no write comes after it."""
+        """Run a last write, if one is given, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             if last is not None:
-                with contextlib.suppress(StoreError):     # the disk is full, the file is gone ...
+                with contextlib.suppress(StoreError):  # the disk is full, the file is gone ...
                     self.write(run)
             self.closed = True
             with self._version_lock:
@@ -2417,8 +2388,8 @@ class Store:
             self._close_readers()
 
     def leave_to_parent(self) -> None:
-        """Leave the parent's connections alone in a forked child: never use them, nor close them."""
-        with contextlib.suppress(ImportError, AttributeError):    # CPython closes what it frees
+        """Never use the parent's connections in a forked child, nor close them."""
+        with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2427,47 +2398,46 @@ class Store:
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
 
-ABANDONED_A_PLACE = 2      # threads of superseded attempts for each slot; then nothing is claimed
-HAND_SECONDS = 0.001       # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001     # how long a worker without a job stays up, to claim more at a time
+ABANDONED_A_PLACE = 2  # threads of superseded attempts for each slot; then nothing is claimed
+HAND_SECONDS = 0.001  # the work that is worth waking another thread for
+LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim more at a time
 
 
 class Pool:
     """`size` slots in which attempts execute, and threads for them, made when needed and reused.
 
-    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. One that
-    waits for another job is *away*, and its slot is given to others; when it goes on it is
-    *returning* until it is placed again. So waiting never deadlocks, and no more than `size`
-    attempts execute. Returning attempts come first: they are what the claimed ones would wait for.
-    A force stop makes an attempt *abandoned*: it has no slot any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. While it
+    waits for another job it is *away*, and its slot is given to others; then it is *returning* until
+    it is placed again. So waiting never deadlocks, and no more than `size` attempts execute.
+    Returning attempts come first: the claimed ones may wait for them. A force stop makes an attempt
+    *abandoned*: it has no slot any more, and its thread ends with it.
 
-    Low priority never takes the last of several slots. If all that executes has become low priority
-    meanwhile, it goes on, and one slot more is given out.
+    Low priority never takes the last of several slots. If all attempts that execute have become low
+    priority meanwhile, they go on, and one slot more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
-        self._low_size = max(1, size - 1)                 # slots that low priority may take
+        self._low_size = max(1, size - 1)  # slots that low priority may take
         self._execute = execute
-        self._settle, self._claim = settle, claim         # settle returns whether to claim at once
-        # `_lock` guards the changes of what is below; no user code and no SQL runs under it.
-        # Reading without it gives a hint.
+        self._settle, self._claim = settle, claim  # settle returns whether to claim at once
+        # `_lock` guards changes of all below; no user code and no SQL runs under it.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
-        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()    # normal, low priority
+        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
         self._away: set[Attempt] = set()
-        self._returning: dict[Attempt, threading.Event] = {}     # in order; set with the slot
+        self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
-        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()   # None ends a thread
-        self._needed = 0                                  # threads that execute, or are about to
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
+        self._needed = 0  # threads that execute, or are about to
         self._threads: set[threading.Thread] = set()
-        self.lingers = False                              # a worker claims in a moment
-        self._pid = os.getpid()                           # a fork has no threads of the pool
+        self.lingers = False  # a worker claims in a moment
+        self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
-        """Whether so many superseded attempts still execute that nothing should be claimed."""
+        """Whether so many abandoned attempts still execute that nothing is to be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     def has(self, attempt: Attempt) -> bool:
@@ -2478,7 +2448,7 @@ class Pool:
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return what the free slots, and those of attempts that are short, have room for."""
+        """Return what the free slots, and those of short attempts, have room for."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2496,20 +2466,19 @@ class Pool:
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
-        """Execute claimed attempts, in this order; they are known to be `work` seconds of work.
+        """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread calls this without attempts, and gives the other free slots out.
+        The service thread gives the other free slots out: it calls this without attempts.
         """
         with self._lock:
             self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
-        """Give free slots out, and wake at most so many threads.
+        """Give free slots out, and wake at most so many threads; needs the lock.
 
-        takes: the calling thread executes a claimed attempt itself, which is returned. Called under
-        the lock, after anything that may have freed a slot.
+        takes: the calling thread executes the next claimed attempt, which is returned.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2527,12 +2496,12 @@ class Pool:
         try:
             while len(self._threads) < self._needed:
                 self._threads.add(start_thread("bgjobs-worker", self._work))
-        except RuntimeError as error:                     # too many; the next put() tries again
+        except RuntimeError as error:  # too many; the next put() tries again
             say(logging.ERROR, f"bgjobs: {error}")
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt that gets the next slot, or None if there is no slot for any."""
+        """Return the attempt that gets the next slot, if there is one."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2543,15 +2512,15 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute an attempt, have its outcome recorded, go on with the next one in its slot."""
+        """Execute an attempt, settle it, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if os.getpid() != self._pid:                  # a child that the function has forked
+            if os.getpid() != self._pid:  # a child that the function has forked
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned      # its force stop may have left anything
+                retires = attempt in self.abandoned  # its force stop may have broken anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2566,21 +2535,14 @@ class Pool:
             attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
-                    self._linger()
+                    # In a stream of jobs this saves a claim and a wake-up per job: tiny jobs that
+                    # arrive one by one take 1.5 times the CPU without it.
+                    self.lingers = True
+                    time.sleep(LINGER_SECONDS)
+                    self.lingers = False
+                    self._claim()
                 attempt = self._handed.get()
-        self._handed.put(None)                            # for the next thread
-
-    def _linger(self) -> None:
-        """Claim in a moment: in a stream of jobs this saves one claim and one wake-up per job.
-
-        Measured: without it, tiny jobs that arrive one by one take 1.5 times the CPU.
-        """
-        self.lingers = True
-        time.sleep(LINGER_SECONDS)
-        self.lingers = False
-        self._claim()
-
-    # ends
+        self._handed.put(None)  # for the next thread
 
     def _take_out(self, attempt: Attempt) -> None:
         """Forget an attempt that executed."""
@@ -2588,11 +2550,11 @@ class Pool:
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:                          # it goes on without a slot
+        if returned is not None:  # it was abandoned: it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the slot of a superseded attempt away, whose thread lives on."""
+        """Take the slot of a superseded attempt away; its thread lives on."""
         with self._lock:
             if not self.has(attempt) or attempt in self.claimed:
                 return
@@ -2606,20 +2568,20 @@ class Pool:
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Count an attempt as one of low priority, or not."""
+        """Count an executing attempt as one of low priority, or not."""
         with self._lock:
             if attempt in self._placed[not low]:
                 self._placed[not low].remove(attempt)
                 self._placed[low].add(attempt)
             attempt.low_priority = low
-            self._give()                                  # a returning one may take the last slot
-        self._claim()                                     # and it may have left one to another
+            self._give()
+        self._claim()
 
     # waiting for other jobs
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of a waiting attempt away, and wait for one at the end."""
+        """Give the slot of an attempt away within the block, and wait for one at its end."""
         self.leave(attempt)
         try:
             yield
@@ -2627,7 +2589,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away as one of its threads begins to wait for a job."""
+        """Give the slot of an attempt away: one of its threads begins to wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2640,7 +2602,7 @@ class Pool:
         self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
-        """Block until there is a slot again, unless another thread of the attempt waits still."""
+        """Block until there is a slot again, unless another thread of the attempt still waits."""
         returned = threading.Event()
         with self._lock:
             attempt.waits -= 1
@@ -2651,7 +2613,7 @@ class Pool:
             self._give()
         returned.wait()
 
-    # giving claims back, and going down
+    # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
         """Take out the claimed attempts that have waited for so many seconds."""
@@ -2662,7 +2624,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """Let the threads end as they become idle; wait some seconds for that."""
+        """End idle threads, and the others later; wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -4724,7 +4686,7 @@ class Runner(RunnerFace, Executor):
 
 # ---- 13 Clock, processes and exit ---------------------------------------------------------------
 
-POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
+POLL_SECONDS = 0.05  # how often the service thread looks for what other processes wrote
 
 
 class Service:
@@ -4732,26 +4694,25 @@ class Service:
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()                   # there is something to do before a poll
-        self._soon = False                                # to lead, in SETTLE_SECONDS
-        self._version = -1                                # of the file, at the last poll
-        self._others_version = -1                         # the same without our own commits
-        self._clock_at = core.clock()                     # what the clock showed at the last poll
-        self._due_at = math.inf                           # of the next job or schedule
-        self._shown: Any = None                           # what the last heartbeat has told
+        self._event = threading.Event()  # ends the sleep before the next poll
+        self._soon = False  # to lead, in SETTLE_SECONDS
+        self._version = -1  # of the file, at the last poll
+        self._others_version = -1  # the same without our own commits
+        self._clock_at = core.clock()  # at the last poll
+        self._due_at = math.inf  # of the next job or schedule
+        self._shown: Any = None  # what the last heartbeat has told
         dispatch, life = core.dispatch, core.life
-        # What a runner that has been started does every so many seconds, and when it did so last.
+        # The duties of a started runner, each with its seconds, and when each was last done.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
-            # Claimed jobs may wait behind attempts that turned out long.
+            # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
             (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
-        self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
-        self.thread.start()
+        self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
         """Wait some seconds for the thread to end, unless it goes on watching handles."""
@@ -4782,36 +4743,35 @@ class Service:
                     else:
                         self._poll()
                     left = self._due_at - self._core.clock()
-                    if left > 0:
-                        next_poll = min(next_poll, time.monotonic() + left)
+                    if 0 < left < POLL_SECONDS:
+                        next_poll = time.monotonic() + left
             except Exception as error:
                 if not store.closed:
                     store.complain(f"{error}; trying again")
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Take note of what others have written, then do what is due."""
+        """Note what other processes have written, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
-            next_due = f"SELECT ({NEXT_DUE}) AS at UNION ALL SELECT ({NEXT_SCHEDULE})"
-            next_due = f"SELECT min(at) FROM ({next_due})"
-            self._due_at = self._store.read(next_due)[0][0] or math.inf
+            self._due_at = self._store.read(
+                f"""SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at
+                UNION ALL SELECT ({NEXT_SCHEDULE}))""")[0][0] or math.inf
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
         self._time_out()
         if self._core.life.started:
-            for duty, done_at in self._done_at.items():
-                seconds, do = duty
+            for (seconds, do), done_at in self._done_at.items():
                 if time.monotonic() - done_at >= seconds:
-                    self._done_at[duty] = time.monotonic()
+                    self._done_at[seconds, do] = time.monotonic()
                     do()
 
     # its duties
 
     def _see_others(self, tx: Transaction) -> None:
-        others = tx.value("PRAGMA data_version")          # our own commits do not change it here
+        others = tx.value("PRAGMA data_version")  # our own commits do not change it here
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
             self._core.dispatch.compare(tx)
@@ -4819,12 +4779,13 @@ class Service:
     def _time_out(self) -> None:
         """Stop the attempts that take longer than their timeout.
 
-        One that reaches no checkpoint within the grace has failed then, and goes on without a job.
+        One that reaches no checkpoint within the grace has failed, and is abandoned.
         """
         for attempt in list(self._core.dispatch.attempts.values()):
-            if attempt.thread is None or not attempt.options.get("timeout"):
+            timeout = attempt.options.get("timeout")
+            if attempt.thread is None or timeout is None:
                 continue
-            late = time.monotonic() - attempt.begun - attempt.options["timeout"]
+            late = time.monotonic() - attempt.begun - timeout
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
             elif late > 0 and attempt.reason == HALTED:
@@ -4840,20 +4801,17 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make ready what is due."""
+        """Make jobs ready that are due, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
         if self._due_at <= self._clock_at:
-            self._store.write(self._make_due_ready)
-
-    def _make_due_ready(self, tx: Transaction) -> None:
-        if not self._core.shut:
-            run_schedules(tx)
-        wake_due(tx)
+            if not self._core.shut:
+                self._store.write(run_schedules)
+            self._store.write(wake_due)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and how many abandoned threads it has."""
+        """Show that the runner lives, and at once how many abandoned threads it has."""
         beats = int(time.monotonic() / HEARTBEAT_SECONDS)
         shown = beats, len(self._core.dispatch.pool.abandoned)
         if shown != self._shown:
@@ -4879,34 +4837,33 @@ class Service:
 class Presence:
     """Tells which runners on a file live, by an operating-system lock that dies with its process.
 
-    Runner N locks the whole of a small file, PATH-bgjobs-N.lock. Its age says nothing: a process
-    that is stopped or swapped out holds its lock. Probing the own lock finds it held, too, so two
-    copies of this module in one process do no harm. What a forked child inherits would keep the
-    lock: the child closes it.
+    Runner N locks a small file, PATH-bgjobs-N.lock, as long as it lives, even if it is suspended.
+    Probing the own lock finds it held, too, so two copies of this module in one process do no harm.
+    A forked child would keep the lock: it closes what it inherits.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)               # of the job file
-        self._lock: int | None = None                     # the descriptor of this runner's
+        self._path = os.path.realpath(path)  # of the job file
+        self._lock: int | None = None  # the descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a new runner of this process; return False if another process has it."""
+        """Take the lock of a new runner; return False if another process has it."""
         try:
             self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {self._file(runner)}, which tells that this process "
-                             f"lives: {error}; put the job file on a local disk") from error
+            raise StoreError(f"cannot lock {self._file(runner)}: {error}; put the job file on a "
+                             "local disk") from error
         return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
-        """Return whether the process of a runner is gone; `silent`: seconds since its heartbeat.
+        """Return whether the process of a runner is gone.
 
-        If somebody has deleted the lock's file, only the heartbeat tells.
+        silent: seconds since its heartbeat, which tells if the lock's file was deleted.
         """
-        with fork_gate:                                   # a child would inherit the lock
+        with fork_gate:  # a child would inherit the lock
             try:
                 lock = _lock_file(self._file(runner), os.O_RDONLY)
             except FileNotFoundError:
@@ -4921,7 +4878,7 @@ class Presence:
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner; in a forked child, leave it to the parent."""
+        """Release the lock of this runner; a forked child leaves it to the parent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -4933,7 +4890,7 @@ def _lock_file(path: str, flags: int) -> int | None:
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4956,20 +4913,20 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    until = time.monotonic() + GRACE_SECONDS              # one for all
+    until = time.monotonic() + GRACE_SECONDS  # one for all
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:                                # again, if Ctrl-C has cut it short
+    for life in lives * 3:  # again, if Ctrl-C has cut it short: then it waits no longer
         try:
             life.close(until)
-        except KeyboardInterrupt:                         # wait no longer
+        except KeyboardInterrupt:
             until = 0.0
 
 
 def leave_to_parent() -> None:
     """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
-    fork_gate.__init__()                                  # type: ignore[misc]
+    fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
         if runner.core.store.pid != os.getpid():
