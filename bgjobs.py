@@ -5106,6 +5106,8 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     """Store a schedule that the code of this runner has; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
+    if serves_attempts():  # the app has registered it
+        return Schedule(core, 0)
     new = new_submission(core, fn, {**options, "parent": None})
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
@@ -5670,6 +5672,8 @@ STRANGER_BYTES = 4_096  # that it may send before
 STRANGERS = 64  # connections that have shown none; one more closes the oldest
 LINE_BYTES = 32_000_000  # of a message from over there; a longer one ends the connection
 LINES_A_CALL = 1_000  # log lines that one call takes along
+COLLECT_SECONDS = 0.0001  # for each attempt, that states wait for a common transaction
+COLLECT_AT_MOST = 0.02
 TELL_SECONDS = 0.25  # between two reports of progress, log lines and positions
 BROKEN_SECONDS = 10.0  # until an executor that takes nothing is tried again
 LOSS_SECONDS = 1.0  # that an engine may take to tell why a connection has ended
@@ -5910,8 +5914,9 @@ class Drive:
     connection: Connection | None = None  # once it has begun
     _has_ended = False
 
-    def __init__(self, core: Core, attempt: Attempt, function: Function) -> None:
-        self.core, self.attempt, self._function = core, attempt, function
+    def __init__(self, elsewhere: Elsewhere, attempt: Attempt, function: Function) -> None:
+        self._elsewhere, self.core = elsewhere, elsewhere.core
+        self.attempt, self._function = attempt, function
         self._waits: list[ContextManager[Any]] = []  # under way
 
     def run(self, server: AttemptServer, engine: Engine) -> None:
@@ -6025,22 +6030,30 @@ class Drive:
     def _heed(self, message: Any) -> None:
         """Carry out a call, and answer it. Raises ValueError if it is none."""
         match message:
-            case [int(number), str(call), list(arguments), *news] if call in _CALLS:
+            case [int(number), str(call), list(arguments), *news] if call in (*_CALLS, "save"):
                 self._hear(*news)
             case _:
                 raise ValueError(f"{short(message)} is no call")
+        if call == "save":
+            self._elsewhere.save(self, number, *arguments)
+        else:
+            self.answer(number, functools.partial(_CALLS[call], self, *arguments))
+
+    def answer(self, number: int, call: Callable[[], Any]) -> None:
+        """Answer a call with what `call` returns or raises."""
         answer: tuple[Any, ...]
         try:
-            if self.attempt.ticket.void and call != "end":
+            if self.attempt.ticket.void and not self._has_ended:
                 raise self.attempt.superseded
-            answer = (_CALLS[call](self, *arguments),)
+            answer = (call(),)
         except BaseException as error:  # JobStopped is one of these
             is_key = isinstance(error, KeyError) and error.args
             text = text_of(error.args[0] if is_key else error)
             kind = "JobStopped" if self.core.store.closed else type(error).__qualname__
             answer = None, kind, text
         if number:
-            self.connection.send(number, *answer)  # type: ignore[union-attr]
+            with contextlib.suppress(OSError):
+                self.connection.send(number, *answer)  # type: ignore[union-attr]
 
     def _hear(self, lines: list[Any], report: list[Any] | None, positions: list[int]) -> None:
         """Take over log lines, progress and positions. Written with the next transaction."""
@@ -6100,7 +6113,6 @@ def _of_core(name: str) -> Function:
 # What an attempt may ask for.
 _CALLS: dict[str, Function] = {
     "tell": lambda drive: None,  # the news alone
-    "save": lambda drive, *state: drive.core.save(drive.attempt, *state),
     "submit": Drive.submit, "outcome": Drive.outcome, "watch": Drive.watch, "leave": Drive.leave,
     "back": Drive.come_back, "end": Drive.end,
     **{name: _of_core(name) for name in ("operate", "info", "logs", "status", "find")}}
@@ -6198,7 +6210,9 @@ class Elsewhere:
     """What a runner needs to have attempts execute in other processes."""
 
     def __init__(self, core: Core, address: str | None) -> None:
-        self._core = core
+        self.core = core
+        self._saving = threading.Lock()  # guards _saves
+        self._saves: list[Any] = []  # (drive, number of the call, state, positions)
         self._engines: dict[int, Engine] = {}  # by the id of what the app gave
         self.server = AttemptServer(address)
         self.listen = self.server.listen
@@ -6212,7 +6226,7 @@ class Elsewhere:
         """Return the engine for an executor, or for what makes one."""
         engine = self._engines.get(id(executor))
         if engine is None:
-            new = Engine(executor, self._core.max_workers)
+            new = Engine(executor, self.core.max_workers)
             shared = new if new.is_made_here else _shared_engines.setdefault(id(executor), new)
             engine = self._engines.setdefault(id(executor), shared)
         return engine
@@ -6222,6 +6236,24 @@ class Elsewhere:
         if executor is None or executor is ISOLATED:
             return False
         return time.monotonic() < self.engine(executor).broken_until
+
+    def save(self, drive: Drive, number: int, state: Any, positions: Any) -> None:
+        """Save a state. If many attempts are under way, one thread does it for all of them."""
+        with self._saving:
+            self._saves.append((drive, number, str(state), positions and str(positions)))
+            others_do_it = len(self._saves) > 1
+        if others_do_it:
+            return
+        time.sleep(min(COLLECT_SECONDS * (len(self._drives) - 1), COLLECT_AT_MOST))
+        with self._saving:
+            saves, self._saves = self._saves, []
+
+        @functools.cache
+        def saved() -> list[bool]:
+            return self.core.store.write(lambda tx: [  # type: ignore[no-any-return]
+                tx.save_state(drive.attempt, *state) for drive, _, *state in saves])
+        for index, (drive, number, *_) in enumerate(saves):
+            drive.answer(number, lambda: saved()[index])
 
     def drive(self, attempt: Attempt, function: Function, executor: Any) -> None:
         """Have an attempt executed elsewhere. Never raises. In the thread that would execute it."""
@@ -6233,7 +6265,7 @@ class Elsewhere:
     def _drive(self, attempt: Attempt, function: Function, executor: Any) -> None:
         enter(attempt)  # what is done here is the job's doing
         if executor is ISOLATED:
-            alone = IsolatedDrive(self._core, attempt, function)
+            alone = IsolatedDrive(self, attempt, function)
             self._drives.add(alone)
             alone.run_alone()
         elif self.is_broken(executor):
@@ -6248,7 +6280,7 @@ class Elsewhere:
                 text = "its executor takes no job: "
                 text += f"{type(error).__qualname__}: {text_of(error, 500)}"
                 say(logging.ERROR, f"job {attempt.id} ({attempt.name}) waits: {text}")
-                self._core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
+                self.core.store.write(lambda tx: tx.log(attempt.id, logging.ERROR, text))
 
     def _take_turn(self, attempt: Attempt, function: Function, engine: Engine) -> None:
         """Execute an attempt at its engine, or here if all places of it are taken."""
@@ -6257,11 +6289,11 @@ class Elsewhere:
             if attempt.stop_requested:
                 return
             if goes_there:
-                drive = Drive(self._core, attempt, function)
+                drive = Drive(self, attempt, function)
                 self._drives.add(drive)
                 drive.run(self.server, engine)
             else:
-                self._core.dispatch.execute_here(attempt, function)
+                self.core.dispatch.execute_here(attempt, function)
         finally:
             engine.exit(attempt)
 
