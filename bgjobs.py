@@ -5637,10 +5637,10 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 # concurrent.futures.Executor, the engine, takes it (executor=). The worker thread that would call
 # the function drives the attempt instead:
 #
-#   1. It hands the engine one call, run_attempt(where to dial, a token). A port is opened for the
-#      first such attempt.
+#   1. It hands the engine one call, run_attempt(where to dial, a token, the job). A port is opened
+#      for the first such attempt.
 #   2. Over there, run_attempt dials and shows the token, which is good for one connection. So if
-#      the engine makes the call twice, the second one is refused. The answer is the job.
+#      the engine makes the call twice, the second one is refused. The answer is [the time here].
 #   3. The function is called. What it asks of its job goes over the connection, and the worker
 #      thread here carries it out, call by call, as the same job would in this thread. A wait for
 #      another job gives the place away, as always.
@@ -5648,7 +5648,7 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
 #   5. A connection that ends before that is a lost attempt: it has failed, with the engine's
 #      reason, or is given back if the runner goes down. Over there it stops at its next checkpoint.
 #
-# An isolated attempt gets a socket of its own from the start, so there are no steps 1 and 2.
+# An isolated attempt gets a socket of its own, and [the time, the job] over it, instead of 1 and 2.
 #
 # A line of JSON is a message:
 #
@@ -5817,8 +5817,8 @@ def _cut(link: Any) -> None:
 class AttemptServer:
     """Listens for attempts, in a thread of its own, and for nothing else: each shows its token."""
 
-    def __init__(self, address: str | None) -> None:
-        self._address = address or "127.0.0.1:0"
+    def __init__(self, address: str | None, clock: Callable[[], float]) -> None:
+        self._address, self._clock = address or "127.0.0.1:0", clock
         self._starting = threading.Lock()  # guards _listener: only one is opened
         self._listener: Any = None
         self._found: Any = None  # its address
@@ -5893,6 +5893,7 @@ class AttemptServer:
             stranger.close()
         else:
             stranger.settimeout(None)
+            stranger.sendall(b"[%f]\n" % self._clock())
             inbox.put(stranger)
 
     def close(self) -> None:
@@ -5916,7 +5917,7 @@ class Drive:
 
     def __init__(self, elsewhere: Elsewhere, attempt: Attempt, function: Function) -> None:
         self._elsewhere, self.core = elsewhere, elsewhere.core
-        self.attempt, self._function = attempt, function
+        self.attempt, self.function = attempt, function
         self._waits: list[ContextManager[Any]] = []  # under way
 
     def run(self, server: AttemptServer, engine: Engine) -> None:
@@ -5931,7 +5932,7 @@ class Drive:
         server.expected[token] = self._inbox
         self.attempt.on_stop = self._tell_to_stop
         try:
-            self._future = engine.submit(*address, token)
+            self._future = engine.submit(*address, token, self.payload())
             self._future.add_done_callback(self._look)
             link = self._meet()
             if link is not None:
@@ -5974,16 +5975,20 @@ class Drive:
                 self.connection.send(0, *message)  # type: ignore[union-attr]
         start_thread("bgjobs-post", send)
 
-    def carry_out(self, connection: Connection) -> None:
-        """Send the job to the attempt and answer its calls until it has ended, or is lost."""
-        attempt, core, function = self.attempt, self.core, self._function
+    def payload(self) -> str:
+        """Return the job as the attempt over there needs it."""
+        return dump({"job": self.attempt.job, "module": import_name(self.function.__module__),
+                     "function": self.function.__qualname__, "path": self.core.path})
+
+    def carry_out(self, connection: Connection, *greeting: Any) -> None:
+        """Answer the calls of the attempt until it has ended, or is lost."""
+        attempt, core = self.attempt, self.core
         attempt.begun, attempt.thread = time.monotonic(), 0
         core.dispatch.note_start(attempt)
         self.connection, why = connection, "it has ended the connection"
         try:
-            connection.send({"job": attempt.job, "module": import_name(function.__module__),
-                             "function": function.__qualname__, "path": core.path,
-                             "now": core.clock()})
+            if greeting:
+                connection.send(*greeting)
             if attempt.stop_requested:  # before there was a connection
                 self._tell_to_stop()
             if self._future is not None and self._future.done():
@@ -6136,7 +6141,7 @@ class IsolatedDrive(Drive):
         if getattr(sys, "frozen", False) or not sys.executable:
             raise BgjobsError(apart + "a frozen app has no Python to start a process with: leave "
                               "isolate out, or use executor=")
-        if import_name(self._function.__module__) == "__main__":
+        if import_name(self.function.__module__) == "__main__":
             raise BgjobsError(apart + "its code was typed into standard input, a notebook or -c, "
                               "where another process cannot import it: put it into a file of its "
                               "own and import that")
@@ -6147,7 +6152,7 @@ class IsolatedDrive(Drive):
             self._process = self._start(theirs)
         self.attempt.on_stop = self._tell_to_stop
         try:
-            self.carry_out(Connection(ours))
+            self.carry_out(Connection(ours), self.core.clock(), self.payload())
         finally:
             del self.attempt.on_stop
             self._kill()
@@ -6214,7 +6219,7 @@ class Elsewhere:
         self._saving = threading.Lock()  # guards _saves
         self._saves: list[Any] = []  # (drive, number of the call, state, positions)
         self._engines: dict[int, Engine] = {}  # by the id of what the app gave
-        self.server = AttemptServer(address)
+        self.server = AttemptServer(address, core.clock)
         self.listen = self.server.listen
         self._drives: weakref.WeakSet[Drive] = weakref.WeakSet()
         # The standard library's own hook; RuntimeError: the interpreter ends already.
@@ -6324,14 +6329,14 @@ for _name in ("executor", "isolate"):
 
 # The other side: the process in which the attempt executes.
 
-def run_attempt(host: str, port: int, token: str) -> None:
+def run_attempt(host: str, port: int, token: str, payload: str) -> None:
     """Execute one attempt in this process: the one function that engines call."""
     import socket
     try:
         link = socket.create_connection((host, port), timeout=60)
         try:
             link.sendall(token.encode() + b"\n")
-            proxy = RunnerProxy(Connection(link))
+            proxy = RunnerProxy(Connection(link), payload)
             link.settimeout(None)
         except BaseException:
             link.close()
@@ -6355,7 +6360,7 @@ def execute_isolated() -> None:
         os.dup2(nothing.fileno(), 0)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=link.close)
-    RunnerProxy(Connection(link), is_isolated=True).execute()
+    RunnerProxy(Connection(link)).execute()
 
 
 class RunnerThere(RunnerFace):
@@ -6375,13 +6380,15 @@ _ERRORS = {each.__name__: each for each in (
 class RunnerProxy:
     """The backend of an attempt in another process: asks the runner over the connection."""
 
-    def __init__(self, connection: Connection, is_isolated: bool = False) -> None:
-        self._connection, self._is_isolated = connection, is_isolated
+    def __init__(self, connection: Connection, payload: str | None = None) -> None:
+        """Wait until the runner has taken the attempt. payload: None in an isolated process."""
+        self._connection, self._is_isolated = connection, payload is None
         while not (messages := connection.receive()):
             pass
-        (given,), *self._unheeded = messages
-        self._given, self.path = given, given["path"]
-        self._ahead = given["now"] - time.time()  # the runner's clock
+        (now, *given), *self._unheeded = messages
+        self._given = given = json.loads(payload or given[0])
+        self.path = given["path"]
+        self._ahead = now - time.time()  # the runner's clock
         self.id = 0
         self.face = RunnerThere(lambda: self, {})  # type: ignore[arg-type, return-value]
         self.attempt = Attempt(self, to_job(given["job"]), 0)  # type: ignore[arg-type]
