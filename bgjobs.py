@@ -1082,7 +1082,7 @@ NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
 
 SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
 DEATHS = 3  # crashes after which it is failed
-HEARTBEAT_SECONDS = 15  # for people to see; `_Presence` tells the dead from the living
+HEARTBEAT_SECONDS = 15  # for people to see; `Presence` tells the dead from the living
 PARKED_A_CLAIM = 200  # jobs that one claim may block; then others get their turn to write
 ATTEMPTS_A_JOB = 100  # that are kept, for people to see
 
@@ -1831,6 +1831,7 @@ OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 _LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
 _COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
+_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
@@ -1852,11 +1853,17 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died; return how many."""
+    """Take back the jobs of a runner whose process died; return how many.
+
+    The death does not count for a job if it is the third of a descendant, which it may wait for.
+    """
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
+    cleared: set[int] = set()
     for job in jobs:
-        tx.execute(_COUNT_DEATH, {"id": job.id})
+        tx.execute(_FORGET_DEATHS if job.id in cleared else _COUNT_DEATH, {"id": job.id})
+        if job.deaths + 1 >= DEATHS:
+            cleared.update(tx.lineage(job.parent_id))
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
     return len(jobs)
@@ -1995,7 +2002,7 @@ class JobFile:
         # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
-    def open(self, synchronous: str, now: float) -> sqlite3.Connection:
+    def open(self, synchronous: str, now: float) -> Any:
         """Return the connection that writes, after bringing the file up to date."""
         db = None
         try:
@@ -2085,10 +2092,14 @@ class JobFile:
                              "and make a new runner")
         self._checked_at = time.monotonic()
 
-    def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading, never a new file. The caller closes it."""
-        self.check()
-        db: sqlite3.Connection = sqlite3.connect(self.path, **_CONNECT)
+    def connect(self) -> Any:
+        """Return a new connection for reading, never a new file. The caller closes it.
+
+        Handles of a closed runner read on, when the WAL may be gone.
+        """
+        if not os.path.exists(self.path):
+            self.check()                                  # raises
+        db = sqlite3.connect(self.path, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -2106,6 +2117,7 @@ class JobFile:
 
     def backup(self, path: str) -> None:
         """Copy the file as it is at one moment, while it is in use, to a new file."""
+        self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
         try:
@@ -2161,7 +2173,7 @@ class Store:
         self.close_by = math.inf                          # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        self._say_once: Any = functools.lru_cache(20)(lambda text, at: say(logging.ERROR, text))
         # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()             # guards _version_db
@@ -2459,6 +2471,11 @@ class Pool:
         """Whether so many superseded attempts still execute that nothing should be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
+    def has(self, attempt: Attempt) -> bool:
+        """Return whether an attempt waits here, or executes and has not been abandoned."""
+        places = (*self._placed, self._away, self._returning, self.claimed)
+        return any(attempt in each for each in places)
+
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
@@ -2578,8 +2595,7 @@ class Pool:
     def abandon(self, attempt: Attempt) -> None:
         """Take the slot of a superseded attempt away, whose thread lives on."""
         with self._lock:
-            executing = (*self._placed, self._away, self._returning)
-            if not any(attempt in each for each in executing):
+            if not self.has(attempt) or attempt in self.claimed:
                 return
             self._take_out(attempt)
             self.abandoned.add(attempt)
@@ -4044,8 +4060,10 @@ class Core:
         FROM bgjobs_jobs WHERE id = :id"""
 
     def outcome(self, job_id: int) -> Any:
-        """Return a row with status, created_at, name, attempt, result and error, or None."""
-        return next(iter(self.store.read(self._OUTCOME, {"id": job_id})), None)
+        """Return a dict with status, created_at, name, attempt, result and error, or None."""
+        for row in self.store.read(self._OUTCOME, {"id": job_id}):
+            return {**row}                                # other processes get it as JSON
+        return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
         """Return the ids of the jobs that pass the filters, newest first."""
@@ -4270,7 +4288,7 @@ class Lifecycle:
         """Take back the jobs of runners whose process died, and of those without a row."""
         now = self._core.clock()
         for runner, seen in self._store.read(self._OTHERS, {"id": self._core.id}):
-            if seen is None or self.presence.is_dead(runner, now - seen):
+            if self.presence.is_dead(runner, math.inf if seen is None else now - seen):
                 taken = self._store.write(lambda tx: recover(tx, runner))
                 self.presence.remove(runner)
                 if taken:
@@ -4578,8 +4596,12 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        for job in jobs:
-            job.cancel()
+        def cancel() -> None:
+            for job in jobs:
+                job.cancel()
+        if jobs:                           # the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):       # the interpreter ends
+                start_thread("bgjobs-cancel", cancel)
 
 
 # What the options of a Runner must be: name -> (test, in words).
@@ -4810,6 +4832,7 @@ class Service:
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
@@ -4885,7 +4908,10 @@ class Service:
         """
         dispatch = self._core.dispatch
         jobs = {job.id: job for job in owned(tx, self._core.id)}
-        for job_id in jobs.keys() - dispatch.attempts.keys():
+        # A worker queues an outcome before it takes the attempt out of the pool.
+        here = {attempt.id for attempt in list(dispatch.attempts.values())
+                if dispatch.pool.has(attempt) or attempt in dispatch.ended}
+        for job_id in jobs.keys() - here:
             if self._core.life.started:                   # in drain(), it is about to execute
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
@@ -5737,7 +5763,7 @@ options = _submitter.options
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
     """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return method(default_runner(), *args, **kwargs)
+        return getattr(default_runner(), method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Of a bound method, so that help() shows the signature without `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
@@ -6701,7 +6727,7 @@ class RunnerProxy:
         return job_failed(job_id, row)
 
     @library_code
-    def watch(self, handle: Job[Any], hold: bool) -> None:
+    def watch(self, handle: Job[Any]) -> None:
         """Complete a handle when its job is over. Returns at once: other handles may be locked."""
         self._watched.setdefault(handle.id, []).append(handle)
         self._send(0, "watch", handle.id)
@@ -7092,6 +7118,7 @@ const WHY = {              // what a phase, or else a status, means for someone 
   "limit reached": "As many jobs of this name are running as its max_running allows.",
   "unknown function": "No running process knows this function: import its module in the app, or name it in "
     + "start(modules=[\u2026]).",
+  "waiting for the executor": "The executor that it belongs to takes nothing for now.",
   "waiting for children": "Its function has returned; it is over when all its children are.",
   "pending": "It starts when a worker is free and its turn has come.",
   "stopping": "It was asked to stop and will at its next checkpoint.",

@@ -4262,7 +4262,7 @@ class TestHandle:
         runner.submit(nap, 0.01).add_done_callback(lambda job: gate("slow callback").wait(20))
         assert [runner.submit(add, i).result(5) for i in range(5)] == list(range(5))
         gate("slow callback").set()
-        wait_for(lambda: callbacks_left(runner) == 0)
+        wait_for(lambda: handles_of(runner)._caller is None)
         assert "a callback of job" in caplog.text
 
     def test_each_waiter_gets_the_very_exception(self, runner):
@@ -5112,21 +5112,6 @@ class TestRunner:
 
 # ---- 17 Clock, processes and exit ------------------------------------------------------------------------------
 
-def interrupt_once(monkeypatch, holder, name):
-    """Have the next call of a method in the main thread raise KeyboardInterrupt, as Ctrl-C does."""
-    *path, name = name.split(".")
-    for step in path:
-        holder = getattr(holder, step)
-    method = getattr(holder, name)
-
-    def call(*args, **options):
-        if threading.current_thread() is threading.main_thread():
-            monkeypatch.setattr(holder, name, method)
-            raise KeyboardInterrupt
-        return method(*args, **options)
-    monkeypatch.setattr(holder, name, call)
-
-
 def kill_me(effects, count):
     """Write down that an attempt began; work a little, in children if so asked."""
     job = bgjobs.current_job()
@@ -5208,16 +5193,15 @@ class TestCrashes:
         jobs, again, _ = map(int, out.split())
         assert jobs > 100 and again > 20
 
-    def test_a_runner_whose_row_is_deleted_by_hand_lives_on_and_a_dead_one_is_recovered_without_it(self, make, path, monkeypatch):
-        monkeypatch.setattr(bgjobs, "HEARTBEAT_SECONDS", 1)
+    def test_whoever_has_its_lock_lives_though_its_row_was_deleted_by_hand(self, make, path):
         process = holder(path, "dead")
         runner = make(max_workers=1)
         living = runner.submit(hold, "living")
         wait_for(lambda: living.status == "running")
         execute(runner, "DELETE FROM bgjobs_runners")
-        wait_for(lambda: rows(runner, "SELECT id, pid FROM bgjobs_runners") == [(runner_id(runner), os.getpid())], 5)
         look_for_the_dead(runner)
-        assert runner.get(1).attempt == living.attempt == 1      # both live: their locks say so
+        assert runner.get(1).attempt == living.attempt == 1
+        assert runner.get(1).status == living.status == "running"
         kill(process)
         gate("living").set()
         wait_for(lambda: runner.get(1).attempt == 2, 5)
@@ -5292,21 +5276,6 @@ class TestCrashes:
         assert job.result(5) == "outlived JobFailed" and job.children["failed"] == 1
         consistent(runner_of(job))
 
-    def test_who_died_beside_a_killer_is_acquitted_when_it_is_found_out(self, idle):
-        beside, killer, other = idle.submit(add, 1), idle.submit(add, 2), idle.submit(add, 3)
-        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[7, 8]' WHERE id IN (?, ?)", beside.id, killer.id)
-        execute(idle, "UPDATE bgjobs_jobs SET deaths = 2, died_with = '[8, 5]' WHERE id = ?", other.id)
-        attempt, = claimed(idle, 3)
-        assert attempt.id == beside.id and killer.phase == "interrupted"            # the others are suspects beside a suspect
-        attempt.outcome = bgjobs.RELEASED
-        written(idle, lambda tx: (tx.finish([attempt]), tx.operate("stop", beside.id, None)))
-        attempt, = claimed(idle, 3)
-        assert attempt.id == killer.id
-        take_back(idle)
-        assert killer.status == "failed" and "died under it 3 times" in killer.error
-        assert rows(idle, "SELECT id, deaths, died_with FROM bgjobs_jobs WHERE id <> ?", killer.id) == [(beside.id, 0, "[]"), (other.id, 1, "[5]")]
-        assert [attempt.id for attempt in claimed(idle, 3)] == [other.id]
-
     def test_the_time_between_a_crash_and_the_next_start_is_no_running_time(self, make, path):
         clock = Clock()
         crashed = make(start=False, clock=clock)
@@ -5319,27 +5288,33 @@ class TestCrashes:
         assert (job.status, job.duration) == ("pending", 30 + bgjobs.HEARTBEAT_SECONDS)
         assert rows(crashed, "SELECT vtime FROM bgjobs_jobs") == [(45_000_000,)]
 
-    @pytest.mark.parametrize("busy", [False, True])
-    def test_a_lock_file_that_is_deleted_or_copied_by_the_app_makes_nobody_dead(self, make, path, tmp_path, monkeypatch, busy):
+    def test_a_lock_file_that_is_copied_or_deleted_makes_nobody_dead(self, make, path, tmp_path):
         runner = make(max_workers=1)
         job = runner.submit(hold, "lock file")
         wait_for(lambda: job.status == "running")
+        lock = f"{path}-bgjobs-{runner_id(runner)}.lock"
         others = """
             import bgjobs, sys
             bgjobs.Runner(sys.argv[1]).close()                   # it looks for dead ones at its start
         """
-        shutil.copy(f"{path}-bgjobs-lock", tmp_path / "copy")
+        shutil.copy(lock, tmp_path / "copy")                     # which opens and closes it
         assert finish(python(others, path)) == (0, "", "")
-        if busy:                                                 # too busy to notice what follows
-            monkeypatch.setattr(bgjobs._Presence, "reassert", lambda self: False)
-        os.remove(f"{path}-bgjobs-lock")
-        if not busy:
-            wait_for(lambda: os.path.exists(f"{path}-bgjobs-lock"), 3)
-            execute(runner, "UPDATE bgjobs_runners SET lock_file = NULL")     # the lock alone decides
-        assert finish(python(others, path)) == (0, "", "")
+        os.remove(lock)
+        assert finish(python(others, path)) == (0, "", "")       # its heartbeat is young
         assert (job.status, job.attempt) == ("running", 1)
         gate("lock file").set()
         job.result(5)
+
+    def test_a_dead_process_whose_lock_file_was_deleted_is_told_by_its_heartbeat(self, make, path):
+        kill(holder(path, "silent"))
+        os.remove(f"{path}-bgjobs-1.lock")
+        runner = make(start=False)
+        look_for_the_dead(runner)
+        assert runner.get(1).status == "running"
+        execute(runner, "UPDATE bgjobs_runners SET heartbeat_at = heartbeat_at - 3 * ? WHERE id = 1",
+                bgjobs.HEARTBEAT_SECONDS)
+        look_for_the_dead(runner)
+        assert runner.get(1).status == "pending"
 
     def test_a_runner_on_a_deleted_file_shares_no_lock_with_one_on_the_new_file(self, make, path):
         old = make(max_workers=1)
@@ -5348,13 +5323,10 @@ class TestCrashes:
             os.remove(path + end)
         new = make(max_workers=1)
         assert runner_id(new) > old_id
-        assert printed(python("""
-            import bgjobs, sys, test_bgjobs
-            with bgjobs.Runner(sys.argv[1], start=False) as runner:
-                print(test_bgjobs.runner_id(runner), bgjobs._presence(runner.path).is_dead(int(sys.argv[2])))
-            """, path, runner_id(new))) == f"{runner_id(new) + 1} False\n"
+        presence = new.core.life.presence
+        assert [presence.is_dead(runner_id(each), 0.0) for each in (old, new)] == [False, False]
         old.close()
-        assert bgjobs._presence(path).is_dead(runner_id(new)) is False
+        assert not presence.is_dead(runner_id(new), 0.0)
 
     def test_recover_false_fails_instead_of_running_again(self, path):
         code = """
@@ -5401,24 +5373,23 @@ class TestCrashes:
         assert (parent.status, child.result()) == ("failed", 2) and "died under it 3 times" in parent.error
         consistent(idle)
 
-    def test_what_ctrl_c_leaves_to_be_recorded_again_is_not_taken_for_another_runners_attempt(self, make, monkeypatch):
+    def test_an_outcome_that_comes_twice_is_not_taken_for_that_of_another_runners_attempt(
+            self, make):
         one, two = make(start=False), make(start=False)
         job = one.submit(add, 1, 2)
-        interrupt_once(monkeypatch, one, "_committed")
-        with pytest.raises(KeyboardInterrupt):
-            one._give_back(claimed(one, 1))
-        assert job.status == "pending" and job.attempt == 0 and len(one._ended) == 1
+        given_back, = claimed(one, 1)
+        ended(one, given_back)
+        assert job.status == "pending" and job.attempt == 0
         taken, = claimed(two, 1)                         # its number is that of the attempt given back
-        one._store.kick()
-        assert job.status == "running" and job.attempt == 1 and not one._ended
-        two._execute(taken)
-        two._settle(taken)
-        two._store.kick()
-        assert job.result(10) == 3
+        ended(one, given_back)
+        assert job.status == "running" and job.attempt == 1
+        taken.outcome = bgjobs.RETURNED
+        ended(two, taken)
+        assert job.status == "finished"
         consistent(one)
 
     def test_a_crash_between_commit_and_hand_over_loses_no_claim(self, make):
-        """What Ctrl-C in the leading thread can do: claims are committed, but never reach the pool."""
+        """Its claims are committed, but never reach the pool."""
         runner = make(start=False)
         job = runner.submit(add, 1, 2)
         claimed(runner, 1)
@@ -5483,6 +5454,74 @@ class TestFork:
             test_bgjobs.consistent(runner)
             print("whole")
             """, path, PYTHONWARNINGS="ignore"), 60) == "whole\n"
+
+    def test_a_fork_that_python_did_not_make_is_noticed_at_the_first_call(self, path):
+        assert printed(python("""
+            import bgjobs, ctypes, os, sys, test_bgjobs
+            runner = bgjobs.Runner(sys.argv[1], start=False)
+            runner.submit(pow, 2, 3)
+            def write():
+                try:
+                    runner.submit(pow, 1, 2)
+                except bgjobs.StoreError as error:
+                    assert "belongs to the process that this one was forked from" in str(error)
+                    assert runner.start().submit(pow, 3, 2).result(10) == 9
+                    runner.close()
+                    os._exit(7)
+            def read():
+                assert runner.get(1).status in ("pending", "finished") and runner.core.store.forked
+                os._exit(7)
+            for act in (write, read):
+                child = ctypes.PyDLL(None).fork()                        # no hook runs
+                if child == 0:
+                    try:
+                        act()
+                    finally:
+                        os._exit(1)
+                assert os.waitpid(child, 0)[1] >> 8 == 7
+            runner.submit(pow, 4, 2)
+            runner.close()
+            test_bgjobs.consistent(runner)
+            print("whole")
+            """, path), 60) == "whole\n"
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    @pytest.mark.parametrize("how", ["fork", "pool"])
+    def test_kill_9_of_an_app_whose_forked_child_lives_on_is_noticed_all_the_same(
+            self, make, path, how):
+        process = python("""
+            import bgjobs, multiprocessing, os, sys, test_bgjobs, time
+            path, how = sys.argv[1:]
+            runner = bgjobs.Runner(path, max_workers=1)
+            runner.submit(test_bgjobs.hold, "forked")
+            test_bgjobs.wait_for(lambda: test_bgjobs.seen)
+            def detach():                                # from the pipes of the test
+                nothing = os.open(os.devnull, os.O_RDWR)
+                for descriptor in range(3):
+                    os.dup2(nothing, descriptor)
+                return os.getpid()
+            if how == "pool":
+                pool = multiprocessing.get_context("fork").Pool(1)
+                child = pool.apply(detach)
+            elif (child := os.fork()) == 0:
+                detach()
+                time.sleep(60)
+                os._exit(0)
+            print(child, flush=True)
+            sys.stdin.readline()
+            """, path, how, PYTHONWARNINGS="ignore")
+        child = int(process.stdout.readline() or finish(process)[2])
+        try:
+            runner = make(max_workers=1)
+            look_for_the_dead(runner)
+            assert runner.get(1).attempt == 1
+            kill(process)
+            wait_for(lambda: runner.get(1).attempt == 2, 2)
+            os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+        gate("forked").set()
+        runner.get(1).result(5)
 
     def test_a_child_that_a_job_forks_ends_with_the_jobs_function(self, path):
         assert printed(python("""
@@ -5574,20 +5613,6 @@ class TestExit:
         assert len(concurrent.futures.wait(jobs, 10).done) == len(list(concurrent.futures.as_completed(jobs))) == 20
         assert not watched(runner)
 
-    def test_the_service_thread_opens_the_lock_file_of_a_closed_runner_no_more(self, path, monkeypatch):
-        runner = bgjobs.Runner(path)
-        at_it, reassert = threading.Event(), runner._presence.reassert
-
-        def reassert_late():
-            at_it.set()
-            wait_for(lambda: store_of(runner).closed)
-            time.sleep(0.05)
-            return reassert()
-        monkeypatch.setattr(runner._presence, "reassert", reassert_late)
-        assert at_it.wait(10)
-        runner.close()
-        assert not runner._service.alive and runner._presence._opened is None
-
     def test_a_read_that_ends_while_the_store_closes_leaves_no_connection_open(self, path):
         store = store_of(bgjobs.Runner(path, start=False))
         store.close()
@@ -5614,82 +5639,6 @@ class TestExit:
         wait_for(lambda: not [t for t in threading.enumerate() if t.name.startswith("bgjobs")])
         gc.collect()
         assert descriptors() <= before + 1
-
-    @pytest.mark.parametrize("where", ["_committed", "_announce", "_pool.put", "_pool._start_thread", "_pool.room"])
-    def test_a_ctrl_c_in_the_leading_thread_loses_no_claim_and_no_end(self, make, monkeypatch, where):
-        runner = make(max_workers=1)
-        job = runner.submit(hold, "interrupted")
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            waiting = thread.submit(job.result, 20)
-            interrupt_once(monkeypatch, runner._store if where == "_announce" else runner, where.replace("_announce", "announce"))
-            gate("interrupted").set()
-            with pytest.raises(KeyboardInterrupt):
-                for _ in range(1000):
-                    runner.submit(add, 1, 2)
-                    if "_start" in where:                # a thread is needed for it: the other one is abandoned
-                        held = runner.submit(hold, "held")
-                        wait_for(held.running)
-                        held.stop(), held.force_stop()
-            gate("held").set()
-            assert waiting.result(20) is None
-        wait_for(lambda: not rows(runner, "SELECT 1 FROM bgjobs_jobs WHERE status IN ('pending', 'running')"))
-        assert runner.submit(add, 2, 3).result(10) == 5
-        consistent(runner)
-
-    def test_ctrl_c_at_any_moment_leaves_the_runner_whole(self, path):
-        assert printed(python("""
-            import bgjobs, os, random, signal, sys, threading, time, test_bgjobs
-            runner = bgjobs.start(sys.argv[1], max_workers=3)
-            aim, over = threading.Event(), threading.Event()
-            def shoot():
-                while not over.is_set():
-                    aim.wait()
-                    aim.clear()                                  # one shot for each aim: none hits outside of the try below
-                    time.sleep(random.uniform(0.0005, 0.004))
-                    os.kill(os.getpid(), signal.SIGINT)
-            def submit_beside():
-                while not over.is_set():
-                    assert bgjobs.submit(test_bgjobs.add, 1).result() == 1
-            def use(n):
-                job = bgjobs.submit(test_bgjobs.count_up, 3)
-                n % 3 or job.result()
-                n % 5 or bgjobs.submit_many(test_bgjobs.add, [(1,)] * 20)
-                try:
-                    job.stop().resume()
-                except bgjobs.InvalidOperation:
-                    pass
-            beside = threading.Thread(target=submit_beside)
-            beside.start()
-            threading.Thread(target=shoot, daemon=True).start()
-            def use_until_hit():
-                aim.set()
-                begun, n = time.monotonic(), 0
-                while time.monotonic() - begun < 2:              # Python 3.13.0 loses one that comes in the middle of a ROLLBACK
-                    use(n := n + 1)
-            for _ in range(300):
-                try:
-                    use_until_hit()
-                except KeyboardInterrupt:
-                    pass
-            over.set()
-            beside.join(20)
-            assert not beside.is_alive()
-            runner.shutdown()
-            test_bgjobs.consistent(runner)
-            print("whole")
-        """, path), 60) == "whole\n"
-
-    def test_ctrl_c_finds_no_gap_where_a_lock_is_taken_or_left(self, runner):
-        job = runner.submit(add, 1)
-        for condition in (runner._pool._lock, runner._service._event._cond, job._condition):
-            for step in (condition.__enter__, condition.__exit__):
-                assert isinstance(step, types.BuiltinMethodType)          # in C: one step
-        job.result(10)
-        bgjobs._fork_gate.__enter__()                                    # and Ctrl-C
-        bgjobs._fork_gate.shut()
-        bgjobs._fork_gate.open()
-        runner.jobs()
-        assert threading.get_ident() not in bgjobs._fork_gate._inside
 
 
 # ---- 18 Elsewhere ----------------------------------------------------------------------------------------------
@@ -7356,7 +7305,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("arguments,text", [
         (["run", "tasks"], "write module:function"), (["run", "nowhere:f"], "cannot find nowhere:f"), (["run", "os:nothing"], "cannot find"),
         (["demo", "/nowhere"], "is not a folder"), (["demo", ".", "--workers", "0"], "max_workers must be greater than 0"),
-        (["run", "os:getpid", "--db", "/nowhere/x.db"], "does not exist; create it first"), ([], "COMMAND"), (["fly"], "invalid choice")])
+        (["run", "os:getpid", "--db", "/nowhere/x.db"], "in a folder that exists"), ([], "COMMAND"), (["fly"], "invalid choice")])
     def test_misuse_is_one_clear_line_and_exit_code_2(self, tmp_path, arguments, text):
         done = bgjobs_command(*arguments, cwd=tmp_path)
         assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr
