@@ -920,51 +920,51 @@ class Pace:
 # descendants it touched.
 
 TABLES = (
-    "CREATE TABLE bgjobs_schema (version INT NOT NULL)",
+    "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
     # returned: 1 once the function has returned, 2 once it has raised and is not called again.
     # charge: microseconds that the running attempt has added to its root's vtime. since: active
     # since then, else NULL. duration: seconds active before that. ends_at: when the attempt is
     # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INT DEFAULT 0, parent_id INT, root_id INT, queue INT, lane INT,
-        vtime INT DEFAULT 0, charge INT DEFAULT 0, owner INT, submitter INT,
-        returned INT DEFAULT 0, deaths INT DEFAULT 0, own_errors INT DEFAULT 0,
-        open INT DEFAULT 0, total INT DEFAULT 0, done INT DEFAULT 0, failed INT DEFAULT 0,
-        running INT DEFAULT 0, low_priority INT DEFAULT 0, system INT DEFAULT 0,
+        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER,
+        vtime INTEGER DEFAULT 0, charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
+        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0,
+        open INTEGER DEFAULT 0, total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
+        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
         since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
-        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INT, label TEXT,
+        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER, label TEXT,
         run_by TEXT, key TEXT, options TEXT, message TEXT, args TEXT, kwargs TEXT, state TEXT,
         positions TEXT, result TEXT, error TEXT)""",
-    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INT NOT NULL,
-        at REAL NOT NULL, level INT NOT NULL, message TEXT NOT NULL)""",
+    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
+        at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
     # For people: attempts other than the one that ended the job, which the job's row tells.
     """CREATE TABLE bgjobs_attempts (
-        job_id INT NOT NULL, number INT NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+        job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
     # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
     # again. counted_id: creations up to it are in the statistics. token: of the status page.
-    """CREATE TABLE bgjobs_clock (vtime INT DEFAULT 0, last_id INT DEFAULT 0,
-        counted_id INT DEFAULT 0, token TEXT)""",
+    """CREATE TABLE bgjobs_clock (vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
+        counted_id INTEGER DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INT NOT NULL, host TEXT NOT NULL,
-        workers INT NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INT DEFAULT 0)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
+        abandoned INTEGER DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL) WITHOUT ROWID",
     """CREATE TABLE bgjobs_schedules (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
-        low_priority INT NOT NULL, system INT NOT NULL, max_running INT,
-        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INT,
-        runs INT DEFAULT 0, skipped INT DEFAULT 0, paused INT DEFAULT 0)""",
+        low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
+        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
+        runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0, paused INTEGER DEFAULT 0)""",
     # Which living runners' code has which schedules.
-    """CREATE TABLE bgjobs_registered (schedule_id INT NOT NULL, runner_id INT NOT NULL,
+    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
     # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
-    """CREATE TABLE bgjobs_stats (minute INT NOT NULL, name TEXT NOT NULL,
-        created INT NOT NULL, started INT NOT NULL, finished INT NOT NULL, failed INT NOT NULL,
-        waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL,
+        created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL,
+        failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL,
         PRIMARY KEY (minute, name)) WITHOUT ROWID""",
 )
@@ -1831,6 +1831,7 @@ OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 _LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
 _COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
+_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
@@ -1852,9 +1853,9 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died, and forget it; return how many.
+    """Take back the jobs of a runner whose process died; return how many.
 
-    The death is not held against a job if it is the third of a descendant, which it may wait for.
+    The death does not count for a job if it is the third of a descendant, which it may wait for.
     """
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
