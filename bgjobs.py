@@ -2134,6 +2134,11 @@ class _Write:
         self.done = False  # committed, or failed
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
 
+    def sleep(self) -> None:
+        """Sleep until the write is done, or its thread can lead."""
+        with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
+            self.wake.get(timeout=1.0)
+
 
 class Store:
     """One SQLite file, with a connection for the leader, which writes, and others for readers."""
@@ -2170,19 +2175,19 @@ class Store:
         `run` may be called again after a rollback, so it has no effect but on the transaction.
         Raises what `run` raises; nothing of it is stored then.
         """
-        self._check_open()
+        if self.closed or os.getpid() != self.pid:
+            self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
                                "signal handler or a finalizer; let that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
+            if self.leader:  # it takes the write along, or wakes this thread
+                write.sleep()
             while not write.done:
-                if self.leader or not self._lead(flushing=False):
-                    # The leader takes the write along, or wakes this thread. Ctrl-C may hit it
-                    # before it does: hence the timeout.
-                    with contextlib.suppress(queue.Empty):
-                        write.wake.get(timeout=1.0)
+                if not self._lead(flushing=False) and not write.done:
+                    write.sleep()
         except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
@@ -2245,7 +2250,8 @@ class Store:
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
         """Run a batch in one transaction; nothing rides along if flushing is None."""
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
