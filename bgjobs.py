@@ -119,7 +119,7 @@ Function = Callable[..., Any]  # a job's, in most cases
 Fields = dict[str, Any]  # a JSON object, options, or parameters of a statement
 
 
-def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
+def start_thread(name: str, run: Function, *args: Any) -> threading.Thread:
     """Start a daemon thread that belongs to no job."""
     thread = threading.Thread(target=contextvars.Context().run, args=(run, *args), name=name,
                               daemon=True)
@@ -221,20 +221,20 @@ class JobStopped(BaseException):
 def allowed_operations(status: str, options: Fields, system: bool = False,
                        active_below: bool = False) -> list[str]:
     """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
-    allowed = {name for name, operation in OPERATIONS.items()
-               if status in operation.moves and not objection(name, options, system)}
+    allowed = {name for name in OPERATIONS if status in OPERATIONS[name].moves}
     if status in (STOPPING, STOPPED):
         allowed.discard("stop")  # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
         if status == STOPPED:
             allowed.add("force_stop")  # of the descendants
-    return sorted(allowed, key=[*OPERATIONS].index)
+    return [name for name in OPERATIONS
+            if name in allowed and not objection(name, options, system)]
 
 
 def objection(operation: str, options: Fields, system: bool) -> str:
     """Return why a job refuses an operation in any status, or ""."""
-    if operation == "stop" and system and not options.get("stoppable", False):
+    if operation == "stop" and system and not options.get("stoppable"):
         return "it is a system job"
     if operation == "restart" and not options.get("restartable", True):
         return "it was declared restartable=False"
@@ -284,13 +284,13 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def text_of(value: Any, limit: int = TEXT_LIMIT, form: Callable[[Any], str] = str) -> str:
+def text_of(value: Any, limit: int = TEXT_LIMIT, form: Function = str) -> str:
     """Return str(value), or another form of it, as SQLite can hold it. Never raises.
 
     It is cut to `limit` characters, and lone surrogates are escaped.
     """
     try:
-        text = form(value)
+        text: str = form(value)
     except Exception:
         text = f"<{type(value).__qualname__} that cannot be printed>"
     if len(text) > limit:
@@ -304,7 +304,7 @@ def short(value: Any) -> str:
 
 
 dump = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
-_PLAIN = frozenset((str, int, float, bool, type(None)))
+_PLAIN = {str, int, float, bool, type(None)}
 
 
 def _set_to_json(value: set[Any]) -> list[Any]:
@@ -327,16 +327,15 @@ def _clock_to_json(value: Any) -> list[Any]:
 
 
 def _clock_from_json(kind: Any, stored: list[Any]) -> Any:
-    import datetime
     text, fold, zone = stored
     value = kind.fromisoformat(text).replace(fold=fold)
-    if zone is None:
-        return value
     if isinstance(zone, str):
         return value.replace(tzinfo=zone_of(zone))
-    # 1.0.0 stored a fixed offset as seconds, or as [seconds, name].
-    seconds = zone[0] if isinstance(zone, list) else zone
-    return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
+    if zone is not None:  # 1.0.0 stored a fixed offset as seconds, or as [seconds, name]
+        import datetime
+        seconds = zone[0] if isinstance(zone, list) else zone
+        return value.replace(tzinfo=datetime.timezone(datetime.timedelta(seconds=seconds)))
+    return value
 
 
 def _construct(kind: Any, stored: Any) -> Any:
@@ -345,7 +344,7 @@ def _construct(kind: Any, stored: Any) -> Any:
 
 # How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
 # and (type, JSON) -> value.
-_TAGGED: dict[str, tuple[str, str, Function, Function]] = {
+_TAGGED: Fields = {
     "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
                lambda kind, stored: base64.b64decode(stored)),
     "$set": ("builtins", "set", _set_to_json, _construct),
@@ -417,22 +416,20 @@ def decode(text: str | None) -> Any:
 
 # ---- 3 Functions and options --------------------------------------------------------------------
 
-def module_name(module: str) -> str:
-    """Return the stable name of a module in job names: for __main__, the script's."""
-    if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
-        return module.removesuffix(".__main__")
+def import_name(module: str) -> str:
+    """Return the name by which another process imports a module: for __main__, the script's."""
     main: Any = sys.modules["__main__"]
-    if main.__spec__ is not None:  # python -m
-        return str(main.__spec__.name).removesuffix(".__main__")
+    if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
+        return module
+    if getattr(main, "__spec__", None) is not None:  # python -m
+        return str(main.__spec__.name)
     file = getattr(main, "__file__", None) or "<stdin>"
     return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
 
 
-def import_name(module: str) -> str:
-    """Return the name by which another process imports a module: package.__main__ for -m."""
-    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
-    is_main = module in ("__main__", "__mp_main__") and spec is not None
-    return str(spec.name) if is_main else module_name(module)
+def module_name(module: str) -> str:
+    """Return the stable name of a module in job names: that of a package without .__main__."""
+    return import_name(module).removesuffix(".__main__")
 
 
 def import_path(function: Function) -> str:
@@ -458,19 +455,16 @@ def import_path(function: Function) -> str:
 # before there is a runner, so they are global.
 functions: dict[str, Function] = {}
 declared: dict[Function, Fields] = {}
-_names: dict[Function, str] = {}
 
 
+@functools.cache
 def name_of(function: Function) -> str:
     """Return the function's stable name, and remember the function by it.
 
     Raises TypeError if it cannot be a job.
     """
-    try:
-        return _names[function]
-    except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
-        path = import_path(function)
-    name = _names[function] = declared.get(function, {}).get("name") or path
+    path = import_path(function)
+    name: str = declared.get(function, {}).get("name") or path
     functions[name] = function
     return name
 
@@ -483,17 +477,17 @@ def function_of(name: str) -> Function | None:
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
-    main = module_name("__main__")
-    modules = (path for path in (main, *sys.modules) if name.startswith(f"{path}."))
-    path = max(modules, key=len, default=main)
-    attributes = name[len(path) + 1:].split(".")
-    with contextlib.suppress(TypeError):
-        found: Any = vars(sys.modules["__main__" if path == main else path]).get(attributes[0])
-        for attribute in attributes[1:]:
-            found = getattr(found, attribute, None) if isinstance(found, type) else None
-        if import_path(found) == name:
-            functions[name] = found
-    return functions.get(name)
+    for path, module in [*sys.modules.items()]:
+        prefix = f"{module_name(path)}."
+        if name.startswith(prefix):
+            first, *others = name.removeprefix(prefix).split(".")
+            with contextlib.suppress(TypeError):  # import_path's
+                found: Any = vars(module).get(first)
+                for attribute in others:
+                    found = getattr(found, attribute, None) if isinstance(found, type) else None
+                if import_path(found) == name:
+                    return functions.setdefault(name, found)
+    return None
 
 
 def are_seconds(values: Iterable[Any]) -> bool:
@@ -512,12 +506,9 @@ def zone_of(tz: Any) -> Any:
 
     Raises ValueError if it is unknown.
     """
-    import datetime
     import zoneinfo
-    if tz is None:
-        return None
     try:
-        return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
+        return None if tz is None else zoneinfo.ZoneInfo(str(tz))
     except Exception:  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
@@ -531,7 +522,7 @@ _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
 # Each option: a test of its value, and what the value must be. None is the default of each.
 # `options` says what they mean.
-OPTIONS: dict[str, tuple[Function, str]] = {
+OPTIONS: Fields = {
     "name": _A_NAME,
     "label": _A_TEXT,
     "run_by": _A_TEXT,
@@ -560,7 +551,7 @@ OPTIONS: dict[str, tuple[Function, str]] = {
 }
 
 
-def check_values(given: Fields, tests: dict[str, tuple[Function, str]]) -> None:
+def check_values(given: Fields, tests: Fields) -> None:
     """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
     for name, value in given.items():
         test, must_be = tests[name]
@@ -640,14 +631,13 @@ def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]
     """
     import inspect
     parameters = inspect.signature(function).parameters
-    unknown = {*secret} - {name for name, each in parameters.items() if str(each)[0] != "*"}
-    if any(str(each)[:2] == "**" for each in parameters.values()):
-        unknown &= {*parameters}  # it takes any other name
-    if unknown:
-        raise ValueError(f"secret names {unknown.pop()!r}, but {function.__qualname__} has no such "
-                         "argument; of *arguments and **keywords, name the keywords, or pass a "
-                         "list or a dict instead")
-    return [*secret, *(place for place, name in enumerate(parameters) if name in secret)]
+    stars = {name: str(each).count("*", 0, 2) for name, each in parameters.items()}
+    for name in secret:
+        if stars.get(name, 2 not in stars.values()):  # with **keywords, other names fit, too
+            raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
+                             "argument; of *arguments and **keywords, name the keywords, or pass "
+                             "a list or a dict instead")
+    return [*secret, *(place for place, name in enumerate(stars) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
@@ -671,7 +661,7 @@ def pause_before_retry(options: Fields, failures: int) -> float:
     """
     pauses = options.get("backoff")
     if pauses:
-        return float(pauses[min(failures, len(pauses)) - 1])
+        return float(pauses[:failures][-1])
     return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
@@ -702,15 +692,10 @@ def period_text(seconds: float) -> str:
     return f"{seconds / _UNITS[unit]:.12g}{unit}"
 
 
-class Every:
-    """A schedule with a period, a text like "15m"."""
+class Every(NamedTuple):
+    """A schedule with a period."""
 
-    def __init__(self, schedule: str) -> None:
-        seconds = seconds_of(schedule)
-        if seconds is None or not 0.01 <= seconds < 1e9:
-            raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
-                             f"fields, got {schedule!r}")
-        self.seconds = seconds
+    seconds: float
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after `now`, in Unix seconds.
@@ -760,14 +745,14 @@ class Cron:
     """
 
     def __init__(self, fields: str, zone: Any = None) -> None:
-        texts = _CRON_WORDS.get(fields.strip().lower(), fields).lower().split()
+        texts = fields.lower().split()
         if len(texts) != 5:
             raise ValueError("a cron schedule has five fields (minute hour day month weekday), "
                              f"got {fields!r}")
         self._zone = zone
         self._minutes, self._hours, self._days, self._months, weekdays = (
             _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
-        self._weekdays = {day % 7 for day in weekdays}
+        self._weekdays = {day or 7 for day in weekdays}
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)  # of an hour that comes twice
@@ -786,7 +771,7 @@ class Cron:
         hour = hour.replace(minute=0, second=0, microsecond=0)
         last = hour + datetime.timedelta(days=_CRON_DAYS)
         while hour < last:
-            day_fits = hour.day in self._days, hour.isoweekday() % 7 in self._weekdays
+            day_fits = hour.day in self._days, hour.isoweekday() in self._weekdays
             if hour.month not in self._months or not self._combined(day_fits):
                 hour = hour.replace(hour=0) + datetime.timedelta(days=1)
                 continue
@@ -805,9 +790,14 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 
     Raises ValueError if it is neither.
     """
-    if len(schedule.split()) > 1 or schedule.startswith("@"):
-        return Cron(schedule, zone_of(zone))
-    return Every(schedule)
+    fields = _CRON_WORDS.get(schedule, schedule)
+    if len(fields.split()) > 1:
+        return Cron(fields, zone_of(zone))
+    seconds = seconds_of(schedule)
+    if seconds is None or not 0.01 <= seconds < 1e9:
+        raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
+                         f"fields, got {schedule!r}")
+    return Every(seconds)
 
 
 # ---- 5 Fair shares ------------------------------------------------------------------------------
@@ -920,51 +910,51 @@ class Pace:
 # descendants it touched.
 
 TABLES = (
-    "CREATE TABLE bgjobs_schema (version INT NOT NULL)",
+    "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
     # returned: 1 once the function has returned, 2 once it has raised and is not called again.
     # charge: microseconds that the running attempt has added to its root's vtime. since: active
     # since then, else NULL. duration: seconds active before that. ends_at: when the attempt is
     # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INT DEFAULT 0, parent_id INT, root_id INT, queue INT, lane INT,
-        vtime INT DEFAULT 0, charge INT DEFAULT 0, owner INT, submitter INT,
-        returned INT DEFAULT 0, deaths INT DEFAULT 0, own_errors INT DEFAULT 0,
-        open INT DEFAULT 0, total INT DEFAULT 0, done INT DEFAULT 0, failed INT DEFAULT 0,
-        running INT DEFAULT 0, low_priority INT DEFAULT 0, system INT DEFAULT 0,
+        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER,
+        vtime INTEGER DEFAULT 0, charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
+        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0,
+        open INTEGER DEFAULT 0, total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
+        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
         since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
-        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INT, label TEXT,
+        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER, label TEXT,
         run_by TEXT, key TEXT, options TEXT, message TEXT, args TEXT, kwargs TEXT, state TEXT,
         positions TEXT, result TEXT, error TEXT)""",
-    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INT NOT NULL,
-        at REAL NOT NULL, level INT NOT NULL, message TEXT NOT NULL)""",
+    """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
+        at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
     # For people: attempts other than the one that ended the job, which the job's row tells.
     """CREATE TABLE bgjobs_attempts (
-        job_id INT NOT NULL, number INT NOT NULL, started_at REAL, ended_at REAL NOT NULL,
+        job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
     # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
     # again. counted_id: creations up to it are in the statistics. token: of the status page.
-    """CREATE TABLE bgjobs_clock (vtime INT DEFAULT 0, last_id INT DEFAULT 0,
-        counted_id INT DEFAULT 0, token TEXT)""",
+    """CREATE TABLE bgjobs_clock (vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
+        counted_id INTEGER DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INT NOT NULL, host TEXT NOT NULL,
-        workers INT NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INT DEFAULT 0)""",
+        id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
+        workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
+        abandoned INTEGER DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL) WITHOUT ROWID",
     """CREATE TABLE bgjobs_schedules (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
-        low_priority INT NOT NULL, system INT NOT NULL, max_running INT,
-        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INT,
-        runs INT DEFAULT 0, skipped INT DEFAULT 0, paused INT DEFAULT 0)""",
+        low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
+        created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
+        runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0, paused INTEGER DEFAULT 0)""",
     # Which living runners' code has which schedules.
-    """CREATE TABLE bgjobs_registered (schedule_id INT NOT NULL, runner_id INT NOT NULL,
+    """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
     # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
-    """CREATE TABLE bgjobs_stats (minute INT NOT NULL, name TEXT NOT NULL,
-        created INT NOT NULL, started INT NOT NULL, finished INT NOT NULL, failed INT NOT NULL,
-        waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL,
+        created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL,
+        failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL,
         PRIMARY KEY (minute, name)) WITHOUT ROWID""",
 )
@@ -1831,6 +1821,7 @@ OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 _LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
 _COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
+_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
@@ -1852,9 +1843,9 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died, and forget it; return how many.
+    """Take back the jobs of a runner whose process died; return how many.
 
-    The death is not held against a job if it is the third of a descendant, which it may wait for.
+    The death does not count for a job if it is the third of a descendant, which it may wait for.
     """
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
@@ -2133,6 +2124,11 @@ class _Write:
         self.done = False  # committed, or failed
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
 
+    def sleep(self) -> None:
+        """Sleep until the write is done, or its thread can lead."""
+        with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
+            self.wake.get(timeout=1.0)
+
 
 class Store:
     """One SQLite file, with a connection for the leader, which writes, and others for readers."""
@@ -2169,19 +2165,19 @@ class Store:
         `run` may be called again after a rollback, so it has no effect but on the transaction.
         Raises what `run` raises; nothing of it is stored then.
         """
-        self._check_open()
+        if self.closed or os.getpid() != self.pid:
+            self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
                                "signal handler or a finalizer; let that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
+            if self.leader:  # it takes the write along, or wakes this thread
+                write.sleep()
             while not write.done:
-                if self.leader or not self._lead(flushing=False):
-                    # The leader takes the write along, or wakes this thread. Ctrl-C may hit it
-                    # before it does: hence the timeout.
-                    with contextlib.suppress(queue.Empty):
-                        write.wake.get(timeout=1.0)
+                if not self._lead(flushing=False) and not write.done:
+                    write.sleep()
         except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
@@ -2244,7 +2240,8 @@ class Store:
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
         """Run a batch in one transaction; nothing rides along if flushing is None."""
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -4964,8 +4961,10 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: never later than if it began now, for the clock may
-    have been set back. Its `next_at` if only other processes have the data of its zone."""
+    """Return when a schedule is due next: its `next_at` if only others have the data of its zone.
+
+    It is never later than if it began now, for the clock may have been set back.
+    """
     due: float = row["next_at"]
     try:
         times = schedule_of(row["schedule"], row["zone"])
@@ -4980,8 +4979,7 @@ TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
 
 
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Submit a schedule's job, unless its last one is not over, and note when it is due next.
-    Return the job's id, or None."""
+    """Note when it is due next, and submit its job; return None if its last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         job = tx.submit(Submission(**{name: row[name] for name in _JOB_COLUMNS}))
@@ -5001,7 +4999,7 @@ def clock_was_set_back(tx: Transaction) -> None:
     """Let no schedule wait until the clock shows the time again at which it would have been due."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
-        tx.execute(SET_NEXT, {"id": row["id"], "paused": row["paused"], "next_at": next_at})
+        tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
@@ -5112,24 +5110,24 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
                             for given in (args, kwargs))
     if not isinstance(schedule, str):
-        schedule = period_text(schedule) if are_seconds([schedule]) else text_of(schedule)
+        schedule = period_text(schedule) if are_seconds([schedule]) else str(schedule)
     tz = options.get("tz", declared.get(fn, {}).get("tz"))
     zone = getattr(zone_of(tz), "key", None)
     now, key = core.clock(), new.key
-    first = schedule_of(schedule, zone).next(now, now)
     if key is None:  # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
-        if len(arguments) > 400 or '"secret"' in (new.options or ""):
+        if len(arguments) > 400 or '"secret"' in f"{new.options}":
             import hashlib
             arguments = hashlib.sha256(arguments.encode()).hexdigest()
         key = f"{new.name}({arguments})"
+    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
+              "schedule": schedule, "runner": core.id, "now": now,
+              "first": schedule_of(schedule, zone).next(now, now)}
     asked = schedule, zone, new.name, new.args, new.kwargs
     known = core.schedules.setdefault(key, asked)
     if known != asked:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
-    values = {**{name: getattr(new, name) for name in _JOB_COLUMNS}, "key": key, "zone": zone,
-              "schedule": schedule, "runner": core.id, "now": now, "first": first}
 
     def save(tx: Transaction) -> int:
         tx.execute(SAVE_SCHEDULE, values)
@@ -5224,9 +5222,8 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j
     OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
 
 
-def _remove_some(tx: Transaction, which: dict[str, float]) -> int:
-    """Remove expired jobs for PRUNE_SECONDS and return how many; a job may have thousands of log
-    lines."""
+def _remove_some(tx: Transaction, which: Fields) -> int:
+    """Remove expired jobs, which may have thousands of log lines, for PRUNE_SECONDS; count them."""
     until, count = time.perf_counter() + PRUNE_SECONDS, 0
     for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
@@ -5243,7 +5240,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
         raise ValueError("finished and failed are seconds, 0 or more, "
                          f"got {short((finished, failed))}")
     now, removed = core.clock(), 0
-    highest = core.store.read(HIGHEST_ID)[0][0]
+    (highest,), = core.store.read(HIGHEST_ID)
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
         which = {"after": after, "until": after + PRUNE_IDS,
                  "finished": now - finished, "failed": now - failed}
@@ -5262,11 +5259,10 @@ def housekeeping(finished: float, failed: float) -> int:
 
 
 def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
-    """Schedule the housekeeping; each runner that starts does so, and one process at a time works.
-    """
+    """Schedule the housekeeping, as each runner that starts does; one process at a time works."""
     if retention is not None:
-        label = "Housekeeping: remove what is over for long"
-        runner.options(key="bgjobs.housekeeping", system=True, label=label).every(
+        runner.options(key="bgjobs.housekeeping", system=True,
+                       label="Housekeeping: remove what is over for long").every(
             "1h", housekeeping, **retention)
 
 
@@ -5568,28 +5564,22 @@ def _is_shut(runner: Runner) -> bool:
     return runner.core.store.closed and not runner.core.store.forked
 
 
-def default_runner() -> Runner:
-    """Return the runner whose job this is called in, else the default one, started if need be.
+def _backend() -> Core:
+    """Return what the module's functions ask: in a job, what its attempt asks.
 
-    Raises RuntimeError if it is closed: a new one might be on another file, where nobody looks.
+    Raises RuntimeError if the default runner is closed: a new one might be on another file.
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        return attempt.backend.face  # type: ignore[no-any-return]
+        return attempt.backend
     if runner is None:
-        return start()
+        return start().core
     if _is_shut(runner):
         raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
-    return runner
+    return runner.core
 
 
-def _default_core() -> Core:
-    """Return what the module's functions ask: in a job, whatever its attempt asks."""
-    attempt = current_attempt()
-    return default_runner().core if attempt is None else attempt.backend
-
-
-_submitter = Submitter(_default_core, {})
+_submitter = Submitter(_backend, {})
 submit = _submitter.submit
 submit_many = _submitter.submit_many
 every = _submitter.every
@@ -5599,7 +5589,7 @@ options = _submitter.options
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
     """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return getattr(default_runner(), method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
+        return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Of a bound method, so that help() shows the signature without `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__

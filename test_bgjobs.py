@@ -848,7 +848,7 @@ class TestTimesOfSchedules:
     @pytest.mark.parametrize("line", CRON_TABLE.strip().splitlines(), ids=lambda line: line.split("|")[0].strip())
     def test_cron_fields_mean_what_crontab_says(self, line):
         spec, now, expected = (part.strip() for part in line.split("|"))
-        cron, year, zone = bgjobs.Cron(spec, UTC), now[:4], UTC
+        cron, year, zone = bgjobs.schedule_of(spec, "UTC"), now[:4], UTC
         at = cron.next(0, minutes(now, zone))
         for text in expected.split(", "):
             year = text[:4] if text[4] == "-" else year
@@ -907,18 +907,18 @@ class TestTimesOfSchedules:
             assert len(distinct) == 1_000 // (2 if "," in spec else 1) and (distinct[-1] - distinct[0]).days == len(distinct) - 1
 
     def test_a_period_keeps_step_and_what_was_missed_comes_once(self):
-        every = bgjobs.Every("15m")
+        every = bgjobs.schedule_of("15m", None)
         assert every.next(1_000.0, 1_000.0) == 1_900.0 and every.next(1_900.0, 1_000.0) == 1_900.0
         assert every.next(1_900.0, 1_900.2) == 2_800.0
         assert every.next(1_900.0, 1_900.0 + 86_400) == 1_900.0 + 86_400 + 900
-        assert [bgjobs.Every(text).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5 h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
+        assert [bgjobs.schedule_of(text, None).seconds for text in ("0.05s", "90s", "2h", "1d", "1.5h", "1w")] == [0.05, 90, 7_200, 86_400, 5_400, 604_800]
 
     @pytest.mark.parametrize("schedule,reason", [
         ("15", "five cron fields"), ("m", "five cron fields"), ("-5m", "five cron fields"), ("nans", "five cron fields"), ("0s", "at least 0.01"),
         ("", "five cron fields"), ("* * * *", "has five fields"), ("* * * * * *", "has five fields"), ("60 * * * *", "minute of a cron schedule is 0 to 59"),
         ("* 24 * * *", "hour .* is 0 to 23"), ("* * 0 * *", "day of month .* is 1 to 31"), ("* * * 13 *", "month .* is 1 to 12"),
         ("* * * foo *", "got 'foo'"), ("* * * * 8", "day of week .* is 0 to 7"), ("*/0 * * * *", "a step of 1 or more"),
-        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range that goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five fields")])
+        ("*/x * * * *", "a step"), ("5-1 * * * *", "a range that goes up"), ("0 0 30 2 *", "is never due"), ("@never x", "five fields"), ("@reboot", "five cron fields")])
     def test_a_bad_schedule_is_refused_with_the_reason(self, idle, schedule, reason):
         with pytest.raises(ValueError, match=reason):
             idle.every(schedule, add, 1)
