@@ -453,7 +453,7 @@ def function_of(name: str) -> Function | None:
     """Return the function of this name, or None if this process does not know it.
 
     A name is data: nothing is imported. The function was declared or submitted, or a loaded module
-    defines it, which is none of the standard library's.
+    outside the standard library defines it.
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
@@ -644,7 +644,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def seconds_of(text: str) -> float | None:
-    """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is none."""
+    """Return the seconds of a text like "15m" (s, m, h, d, w), or None for another text."""
     try:
         return float(text[:-1]) * _UNITS[text[-1:]]
     except (KeyError, ValueError):
@@ -746,8 +746,8 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     fields = _CRON_WORDS.get(schedule, schedule)
     if len(fields.split()) > 1:
         return Cron(fields, zone_of(zone))
-    seconds = seconds_of(schedule)
-    if seconds is None or not 0.01 <= seconds < 1e9:
+    seconds = seconds_of(schedule) or 0.0
+    if not 0.01 <= seconds < 1e9:
         raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
                          f"fields, got {schedule!r}")
     return Every(seconds)
