@@ -18,31 +18,29 @@ Words. A *job* is one persisted unit of work: a function by its import path, and
 job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
 its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
 thread. A *runner* owns the workers of one process. The *store* is the only code that touches
-SQLite. A *checkpoint* is a point where the function may be stopped and may save its *state*, from
-which the next attempt goes on.
+SQLite. At a *checkpoint* the function may be stopped and may save its *state*, from which the next
+attempt goes on.
 
 Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
 all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
-``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
-OPERATIONS below is the table.
+``stopped`` at its next checkpoint; ``resume`` makes it pending again; ``cancelled`` is for good.
+OPERATIONS is the table.
 
-Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
-a kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry
-was due. Each attempt's outcome is recorded at most once: every write carries its attempt's number,
-and one that has been superseded is refused. Execution time is shared fairly between roots, over all
-processes on the file.
+Guarantees. What submit, checkpoint and the operations have returned for survives a kill -9. A job
+runs at least once: again only because its process died, somebody asked, or a retry was due. Each
+attempt's outcome is recorded at most once: every write carries the attempt's number, and one that
+has been superseded is refused. Roots share execution time fairly, over all processes on the file.
 
-How it hangs together: the walk of a job, and where to read about it.
+The walk of a job, and where to read about it:
 
     submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
              Transaction.submit (7).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what
-             all of them queued, records the outcomes of ended attempts, claims jobs for free
-             workers, and commits. So batches grow with the load, and a caller alone pays no
-             hand-over.
+    write    One of the threads that wait for the store leads: in one transaction it runs what all
+             of them queued, records the outcomes of ended attempts and claims jobs for free
+             workers. So batches grow with the load, and a caller alone pays no hand-over.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
     run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
-             or hands it to an executor, whose process calls back over a connection of its own (18).
+             or hands it to an executor, whose process calls back over a connection (18).
     finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
              records it. After the commit the handles (11) of the jobs that are over are completed.
 
@@ -105,17 +103,18 @@ from typing import (
     NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
-__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
-           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs",
-           "options", "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
+__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped",
+           "Runner", "Schedule", "StoreError", "Submitter", "backup", "close", "current_job",
+           "drain", "every", "get", "job", "jobs", "options", "prune", "schedules", "serve",
+           "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers. The parameters of a function and what it returns; the items of an iterable.
+# For type checkers: the parameters of a function, its result; the items of an iterable.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
-Function = Callable[..., Any]  # a job's, in most cases
+Function = Callable[..., Any]
 Fields = dict[str, Any]  # a JSON object, options, or parameters of a statement
 
 
@@ -128,20 +127,20 @@ def start_thread(name: str, run: Function, *args: Any) -> threading.Thread:
 
 
 def say(level: int, text: str) -> None:
-    """Log one of bgjobs' own messages from a separate thread: the app's handlers may block."""
+    """Log a message of bgjobs from a thread of its own: the app's handlers may block."""
     with contextlib.suppress(RuntimeError):  # the interpreter ends
         start_thread("bgjobs-log", _log.log, level, "%s", text)
 
 
 # ---- 1 Words and rules --------------------------------------------------------------------------
 
-PENDING = "pending"  # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"  # executes, or has returned and waits for children. A crash: pending.
-STOPPING = "stopping"  # asked to stop, no checkpoint reached yet. A crash: stopped.
-STOPPED = "stopped"  # halted; can be resumed or cancelled.
-FINISHED = "finished"  # the function returned and all descendants are over.
-FAILED = "failed"  # the function raised.
-CANCELLED = "cancelled"  # discarded for good.
+PENDING = "pending"  # waits for a worker, or for its time
+RUNNING = "running"  # executes, or has returned and waits for children; after a crash pending
+STOPPING = "stopping"  # asked to stop, no checkpoint reached yet; after a crash stopped
+STOPPED = "stopped"  # halted; can be resumed or cancelled
+FINISHED = "finished"  # the function returned and all descendants are over
+FAILED = "failed"  # the function raised
+CANCELLED = "cancelled"  # discarded for good
 
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
@@ -150,7 +149,7 @@ STATUSES = _NOT_OVER + OVER
 
 
 class Operation(NamedTuple):
-    """What people may do to a job. Transaction has a method for each that carries it out."""
+    """What people may do to a job."""
 
     moves: dict[str, str]  # each status that allows it -> the status that follows
     done: str  # the past tense, for refusals
@@ -177,13 +176,13 @@ OPERATIONS = {
                                      "taken off low priority", "Run jobs as others."),
 }
 
-# The outcome of an attempt: what its function did, or, if the attempt is given back: whether its
+# The outcome of an attempt: what its function did; or, if the attempt is given back, that the
 # function had begun, had not, or is unknown in this process.
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
-NO_EXECUTOR = "no executor"  # given back, since its executor takes nothing
+NO_EXECUTOR = "no executor"  # given back, too: its executor takes nothing
 WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job then
-TIMED_OUT = "timed out"  # the reason to stop an attempt, which then ends as RAISED
+TIMED_OUT = "timed out"  # why an attempt is stopped, which then ends as RAISED
 
 # The words for outcomes in an attempt's history, and for jobs that are pending again.
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
@@ -192,7 +191,7 @@ PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown functio
 
 
 class BgjobsError(Exception):
-    """The base class of this module's errors, except for plain misuse (TypeError, ValueError)."""
+    """The base class of this module's errors, but for misuse (TypeError, ValueError)."""
 
 
 class InvalidOperation(BgjobsError):
@@ -220,7 +219,7 @@ class JobStopped(BaseException):
 
 def allowed_operations(status: str, options: Fields, system: bool = False,
                        active_below: bool = False) -> list[str]:
-    """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
+    """Return the operations that a job allows. active_below: a descendant runs or is stopping."""
     allowed = {name for name in OPERATIONS if status in OPERATIONS[name].moves}
     if status in (STOPPING, STOPPED):
         allowed.discard("stop")  # it repeats silently; there is no use in offering it
@@ -257,7 +256,7 @@ _entrances: dict[str, Function] = {}
 
 
 def open_door(name: str, function: Function) -> None:
-    """Have `door(name)` lead to a function of a later layer."""
+    """Enter a function of a later layer."""
     _entrances[name] = function
 
 
@@ -271,24 +270,21 @@ def door(name: str) -> Function:
 
 # ---- 2 Values -----------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object
-# with one key, which names the type: {"$date": "2026-01-31"}. A dict with a key of its own that
-# begins with "$" is stored as a list of pairs: {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of a type that JSON lacks is an object with one
+# key, which names the type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is
+# stored as {"$dict": [[key, value], ...]}.
 
-VALUE_LIMIT = 256 * 1024  # characters of JSON for arguments, a state or a result
-TEXT_LIMIT = 8 * 1024  # characters of a log line, a label, a message
+VALUE_LIMIT = 256 * 1024  # characters of arguments, a state or a result
+TEXT_LIMIT = 8 * 1024  # characters of a log line or a message
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or float that a float can hold: not NaN, inf or 10**400."""
+    """Return whether `value` is an int or float, but no bool, NaN, inf or 10**400."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def text_of(value: Any, limit: int = TEXT_LIMIT, form: Function = str) -> str:
-    """Return str(value), or another form of it, as SQLite can hold it. Never raises.
-
-    It is cut to `limit` characters, and lone surrogates are escaped.
-    """
+    """Return str(value), or another form, cut, with lone surrogates escaped. Never raises."""
     try:
         text: str = form(value)
     except Exception:
@@ -299,7 +295,7 @@ def text_of(value: Any, limit: int = TEXT_LIMIT, form: Function = str) -> str:
 
 
 def short(value: Any) -> str:
-    """Return a value as error messages show it: its repr, cut to 80 characters. Never raises."""
+    """Return a value as error messages show it. Never raises."""
     return text_of(value, 80, repr)
 
 
@@ -314,10 +310,7 @@ def _set_to_json(value: set[Any]) -> list[Any]:
 
 
 def _clock_to_json(value: Any) -> list[Any]:
-    """Return a datetime or time as [ISO text, fold, key of its ZoneInfo].
-
-    A fixed offset is in the ISO text.
-    """
+    """Return a datetime or time as [ISO text, with a fixed offset; fold; key of its ZoneInfo]."""
     import datetime
     zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
     if key is None and not isinstance(zone, (datetime.timezone, type(None))):
@@ -342,8 +335,7 @@ def _construct(kind: Any, stored: Any) -> Any:
     return kind(stored)
 
 
-# How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
-# and (type, JSON) -> value.
+# By tag: the module and name of the type, value -> JSON, and (type, JSON) -> value.
 _TAGGED: Fields = {
     "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
                lambda kind, stored: base64.b64decode(stored)),
@@ -373,7 +365,7 @@ def _jsonable(value: Any) -> Any:
         plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
-        # Nothing is imported: the value's type is there, so its module is loaded.
+        # Nothing is imported: the module of a value's type is loaded.
         if kind is getattr(sys.modules.get(module), name, None):
             return {tag: to_json(value)}
     raise TypeError(f"{short(value)} is of type {kind.__qualname__}; pass JSON values, dates, "
@@ -381,18 +373,14 @@ def _jsonable(value: Any) -> Any:
 
 
 def encode(value: Any, what: str = "the value") -> str:
-    """Return `value` as JSON text.
-
-    Raises TypeError if it cannot be stored; the text names `what` and the remedy.
-    """
+    """Return `value` as JSON. Raises TypeError, with the remedy, if it cannot be stored."""
     try:
         text = dump(_jsonable(value))
-    except Exception as error:  # ours, or raised by the value's own methods
+    except Exception as error:  # the value's own methods may raise any
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
         raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than "
-                        f"the {VALUE_LIMIT:,} allowed; keep it in a file or a table and pass its "
-                        "name")
+                        f"the {VALUE_LIMIT:,} allowed; keep it in a file and pass its name")
     return text
 
 
@@ -408,7 +396,7 @@ def _untagged(found: Fields) -> Any:
 
 
 def decode(text: str | None) -> Any:
-    """Return the value that `encode` made `text` from; None for None."""
+    """Return the value of a text from `encode`; None for None."""
     if text is None:
         return None
     return json.loads(text, object_hook=_untagged if '{"$' in text else None)
@@ -428,41 +416,33 @@ def import_name(module: str) -> str:
 
 
 def module_name(module: str) -> str:
-    """Return the stable name of a module in job names: that of a package without .__main__."""
+    """Return the name of a module in job names: a package's is without .__main__."""
     return import_name(module).removesuffix(".__main__")
 
 
 def import_path(function: Function) -> str:
-    """Return "package.module.function".
-
-    Raises TypeError, with the remedy, if the function cannot be imported by that again.
-    """
+    """Return "package.module.function". Raises TypeError if it does not lead to the function."""
     module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
     for attribute in str(qualname).split("."):
         found = getattr(found, attribute, None)
     if found is None or found != function:
         raise TypeError(
-            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it. A "
-            "lambda, a partial, a bound method or a function inside a function cannot be imported "
-            "again; submit one that is defined with def at the top level of a module, and pass it "
-            "its arguments")
+            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it, "
+            "as with a lambda, a partial, a bound method or a function inside a function; submit "
+            "one that is defined with def at the top level of a module, and pass it its arguments")
     return f"{module_name(module)}.{qualname}"
 
 
-# The functions that this process knows, those declared with @job or submitted: by job name; their
-# default options; and the names of those submitted. They are filled while modules are imported,
-# before there is a runner, so they are global.
+# The functions that were declared with @job, submitted or found, by name; and the options of those
+# declared. They are filled while modules are imported, before there is a runner: so, global.
 functions: dict[str, Function] = {}
 declared: dict[Function, Fields] = {}
 
 
 @functools.cache
 def name_of(function: Function) -> str:
-    """Return the function's stable name, and remember the function by it.
-
-    Raises TypeError if it cannot be a job.
-    """
+    """Return the function's name and remember the function. Raises TypeError as import_path."""
     path = import_path(function)
     name: str = declared.get(function, {}).get("name") or path
     functions[name] = function
@@ -472,8 +452,8 @@ def name_of(function: Function) -> str:
 def function_of(name: str) -> Function | None:
     """Return the function of this name, or None if this process does not know it.
 
-    A name is data: nothing is imported. It is a function that was declared or submitted, or one
-    that a loaded module defines itself, but for the standard library's.
+    A name is data: nothing is imported. The function was declared or submitted, or a loaded module
+    outside the standard library defines it.
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
@@ -495,17 +475,14 @@ def are_seconds(values: Iterable[Any]) -> bool:
 
 
 def unix_seconds(value: Any) -> float | None:
-    """Return Unix seconds, or an aware datetime, as Unix seconds, or None if it is neither."""
+    """Return Unix seconds or an aware datetime as Unix seconds, or None if it is neither."""
     if hasattr(value, "timestamp") and value.utcoffset() is not None:
         value = value.timestamp()
     return float(value) if is_number(value) else None
 
 
 def zone_of(tz: Any) -> Any:
-    """Return a ZoneInfo, or None, the machine's own zone, for None.
-
-    Raises ValueError if it is unknown.
-    """
+    """Return a ZoneInfo; None, the machine's own zone, for None. Raises ValueError."""
     import zoneinfo
     try:
         return None if tz is None else zoneinfo.ZoneInfo(str(tz))
@@ -514,14 +491,13 @@ def zone_of(tz: Any) -> Any:
                          "None for the machine's own") from None
 
 
-# Stored as it is, uncut and unescaped, so that no two names become one.
+# It is stored uncut and unescaped, so that no two names become one.
 _A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
            "a text of 1 to 500 characters, without lone surrogates")
 _A_TEXT = (lambda v: isinstance(v, str)), "a text"
 _A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
 
-# Each option: a test of its value, and what the value must be. None is the default of each.
-# `options` says what they mean.
+# Each option: a test of its value, and what the value must be. `options` says what they mean.
 OPTIONS: Fields = {
     "name": _A_NAME,
     "label": _A_TEXT,
@@ -552,7 +528,7 @@ OPTIONS: Fields = {
 
 
 def check_values(given: Fields, tests: Fields) -> None:
-    """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
+    """Raise ValueError if a value is not None and fails its test."""
     for name, value in given.items():
         test, must_be = tests[name]
         try:
@@ -564,10 +540,7 @@ def check_values(given: Fields, tests: Fields) -> None:
 
 
 def check_options(given: Fields) -> Fields:
-    """Return `given`.
-
-    Raises TypeError for an unknown option, ValueError for a value that does not fit.
-    """
+    """Return `given`. Raises TypeError for an unknown option, ValueError for a bad value."""
     for name in given.keys() - OPTIONS:
         raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
@@ -583,11 +556,10 @@ def job(**options: Any) -> Callable[[_T], _T]:
         def export(table): ...
 
     The options are those of `bgjobs.options`, except parent and connection, and one more:
-    executor: where the function executes, a concurrent.futures.Executor or what makes one; None: in
-    the app's threads, whatever the runner's is.
+    executor: a concurrent.futures.Executor, or what makes one, where the function executes; None:
+    in the app's threads, whatever the runner's is.
 
-    Raises TypeError for an unknown option, ValueError for a value that does not fit or a name that
-    is taken.
+    Raises TypeError for an unknown option, ValueError for a bad value or a name that is taken.
     """
     check_options(options)
     for name in options.keys() & {"parent", "connection"}:
@@ -600,22 +572,19 @@ def job(**options: Any) -> Callable[[_T], _T]:
             taken_by = f"{known.__module__}.{known.__qualname__}"
             if taken_by != f"{function.__module__}.{function.__qualname__}":
                 raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            functions[name] = function  # also if a reloaded module has a newer one
+            functions[name] = function  # perhaps that of a reloaded module
         declared[function] = options
         return function
     return declare
 
 
-# These options have no column of their own: a job keeps them as JSON.
+# These options have no column of their own.
 _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate",
          "backoff")
 
 
 def options_to_keep(function: Function, given: Fields) -> Fields:
-    """Return the options to keep with a job of this function, as JSON.
-
-    Raises ValueError if `secret` or `backoff` does not fit the function.
-    """
+    """Return the options to store as JSON. Raises ValueError if `secret` or `backoff` is bad."""
     kept = {name: given[name] for name in _KEPT if given.get(name) is not None}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -625,10 +594,7 @@ def options_to_keep(function: Function, given: Fields) -> Fields:
 
 
 def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret`, and the positions at which they may be passed.
-
-    Raises ValueError if the function has no such argument.
-    """
+    """Return the names, and the positions at which they may be passed. Raises ValueError."""
     import inspect
     parameters = inspect.signature(function).parameters
     stars = {name: str(each).count("*", 0, 2) for name, each in parameters.items()}
@@ -641,7 +607,7 @@ def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; the last pause repeats.
+    """Return the seconds before the first, second ... retry; the last one repeats.
 
     A function is called now, for it cannot be stored. Raises ValueError for anything but seconds.
     """
@@ -654,7 +620,7 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
 
 
 def pause_before_retry(options: Fields, failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options.
+    """Return the seconds to wait after so many failures, by the option `backoff`.
 
     By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
     so that jobs that failed together are not retried together.
@@ -667,19 +633,18 @@ def pause_before_retry(options: Fields, failures: int) -> float:
 
 # ---- 4 Times of schedules -----------------------------------------------------------------------
 #
-# A schedule is due once in a period, or at the times that five cron fields give. As crontab in
-# POSIX says, a day fits if its month does and, if day of month and day of week are both restricted,
-# if either of them does.
+# A schedule is due once in a period, or at the times of five cron fields. As in POSIX's crontab, if
+# day of month and day of week are both restricted, a day fits if either does.
 #
 # Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
-# runs once, the first time. But where every hour is given ("*"), it runs in each hour that passes,
-# whatever the clocks show: the wildcard rule of vixie-cron.
+# runs the first time. But if every hour is given ("*"), it runs in each hour that passes, whatever
+# the clocks show: the wildcard rule of vixie-cron.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def seconds_of(text: str) -> float | None:
-    """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
+    """Return the seconds of a text like "15m" (s, m, h, d, w), or None for another text."""
     try:
         return float(text[:-1]) * _UNITS[text[-1:]]
     except (KeyError, ValueError):
@@ -698,10 +663,7 @@ class Every(NamedTuple):
     seconds: float
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after `now`, in Unix seconds.
-
-        In step with `due`, a time when it was due or will be.
-        """
+        """Return when it is due after `now`, in step with `due`, a time when it was or will be."""
         periods = math.floor((now - due) / self.seconds) + 1
         return due + self.seconds * max(0, periods)
 
@@ -711,12 +673,12 @@ _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
-_CRON_DAYS = 366 * 41  # how far to look: 29 February is a certain weekday in 40 years
-_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
+_CRON_DAYS = 366 * 41  # how far to look: a 29 February may be a certain weekday in 40 years
+_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back at once
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
-    """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
+    """Return the values of a field: *, numbers, names and ranges, perhaps with steps."""
     for number, word in enumerate(words.split(), least):
         text = text.replace(word, str(number))
     values: set[int] = set()
@@ -739,10 +701,7 @@ def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set
 
 
 class Cron:
-    """A schedule of five fields: minute, hour, day of month, month, day of week.
-
-    zone: None for the machine's time zone.
-    """
+    """A schedule of five cron fields, in a zone; None: the machine's own."""
 
     def __init__(self, fields: str, zone: Any = None) -> None:
         texts = fields.lower().split()
@@ -753,19 +712,16 @@ class Cron:
         self._minutes, self._hours, self._days, self._months, weekdays = (
             _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day or 7 for day in weekdays}
-        # The two day fields. As in cron, one that begins with * is not restricted.
+        # A day field that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)  # of an hour that comes twice
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after both `now` and `due`, in Unix seconds.
-
-        Raises ValueError if it is never due.
-        """
+        """Return when it is due after `now` and `due`. Raises ValueError if it never is."""
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
-        """Return the first time after that, in the first or second pass of hours that repeat."""
+        """Return the first time after that, in the first or second pass of repeated hours."""
         import datetime
         hour = datetime.datetime.fromtimestamp(after - _CLOCK_CHANGE_SECONDS, self._zone)
         hour = hour.replace(minute=0, second=0, microsecond=0)
@@ -786,15 +742,12 @@ class Cron:
 
 @functools.lru_cache(1_000)
 def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
-    """Return the schedule that a text like "15m", or five cron fields, describe.
-
-    Raises ValueError if it is neither.
-    """
+    """Return the schedule of a text like "15m" or five cron fields. Raises ValueError."""
     fields = _CRON_WORDS.get(schedule, schedule)
     if len(fields.split()) > 1:
         return Cron(fields, zone_of(zone))
-    seconds = seconds_of(schedule)
-    if seconds is None or not 0.01 <= seconds < 1e9:
+    seconds = seconds_of(schedule) or 0.0
+    if not 0.01 <= seconds < 1e9:
         raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
                          f"fields, got {schedule!r}")
     return Every(seconds)
@@ -4934,11 +4887,10 @@ def leave_to_parent() -> None:
 
 # ---- 14 Schedules -------------------------------------------------------------------------------
 #
-# A schedule is a row: a function, its arguments and options, and the times at which to make a
-# job of them. Code registers it at each start. Once no living process has it in its code, it
-# makes no more jobs, and the row stays for people to see. The transaction that submits a job also
-# moves `next_at` past the present. So each time makes one job, whichever process looks first, and
-# all times that were missed make one, too.
+# A schedule is a row: a function, its arguments and options, and when to make a job of them. Code
+# registers it at each start; one that no living process has in its code makes no more jobs, and
+# stays for people to see. The transaction that submits a job also moves `next_at` past the present.
+# So each time makes one job, whichever process looks first, and all that were missed make one, too.
 
 _JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system",
                 "max_running")
@@ -4954,14 +4906,14 @@ SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHE
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
-    """Return the rows of a query within a transaction, their columns by name."""
+    """Return the rows of a query, their columns by name."""
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: its `next_at` if only others have the data of its zone.
+    """Return when a schedule is due next: its `next_at` if its zone is unknown here.
 
     It is never later than if it began now, for the clock may have been set back.
     """
@@ -4979,7 +4931,7 @@ TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
 
 
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Note when it is due next, and submit its job; return None if its last one is not over."""
+    """Note when it is due next and submit its job; return None if its last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         job = tx.submit(Submission(**{name: row[name] for name in _JOB_COLUMNS}))
@@ -4996,14 +4948,14 @@ def run_schedules(tx: Transaction) -> None:
 
 
 def clock_was_set_back(tx: Transaction) -> None:
-    """Let no schedule wait until the clock shows the time again at which it would have been due."""
+    """Let no schedule wait until the clock shows its former time again."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
-    """Return the `info` of a schedule: a dict of the JSON interface."""
+    """Return the `info` of a schedule, for the JSON interface, too."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
     info["tz"] = info.pop("zone")
@@ -5026,10 +4978,10 @@ class Schedule:
         self._core, self.id = core, schedule_id
 
     def info(self) -> Fields:
-        """Return all that is known of it, as JSON values. Times are Unix seconds.
+        """Return all that is known of it, as JSON values; times in Unix seconds.
 
         registered: a living process has it in its code, else it makes no more jobs. skipped: how
-        often its last job was not over when it was due.
+        often it was due while its last job was not over.
         """
         return describe_schedule(self._found(
             self._core.store.read(ONE_SCHEDULE, {"id": self.id})))
@@ -5039,12 +4991,11 @@ class Schedule:
         return self._set_paused(True)
 
     def resume(self) -> Schedule:
-        """Go on with the next time; times that passed in the pause are not made up for."""
+        """Go on with the next time; those in the pause are not made up for."""
         return self._set_paused(False)
 
     def run_now(self) -> Job[Any]:
-        """Submit its job now; its times stay. Raises InvalidOperation if its last job is not
-        over."""
+        """Submit its job now; its times stay. Raises InvalidOperation if its last is not over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
             if job is None:
@@ -5082,8 +5033,7 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
-# If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
-# was set back.
+# With other times, a schedule is due as if new. Else next_at stays, unless the clock was set back.
 SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
         name, args, kwargs, options, label, run_by, low_priority, system, max_running)
     VALUES (:key, :schedule, :zone, :now, :first,
@@ -5101,7 +5051,7 @@ REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :r
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
              options: Fields) -> Schedule:
-    """Store a schedule that the code of this runner has; see Submitter.every."""
+    """Store a schedule; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
     if serves_attempts():  # the app has registered it
@@ -5142,7 +5092,7 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 # outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
 # by the parts of the next longer window, and removes the trees that have been over for long.
 
-# How many parts a window has, and of how many minutes. FOLD and its next one follow them.
+# How many parts a window has, and of how many minutes. FOLD follows them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
 # {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
@@ -5163,7 +5113,7 @@ STATS = """WITH RECURSIVE part (at) AS
 
 
 def count_created(core: Core) -> None:
-    """Bring the statistics up to date with the jobs that were created and begun by now."""
+    """Count the jobs that were created and begun by now."""
     if core.lines or core.store.read(Transaction.UNCOUNTED):
         core.store.write(Transaction.count_created)
 
@@ -5186,8 +5136,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
             "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-# The minute under which a row is kept: the first of the part, in the next longer window, of those
-# that it has left.
+# The minute under which a row is kept: the first of its part of the shortest window it is in.
 FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
     WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
     WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
@@ -5199,8 +5148,7 @@ FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
-    """Sum up the rows that have left each window by the parts of the next longer window, and
-    after the longest for good."""
+    """Sum up rows that have left a window by the parts of the next longer, or for good."""
     def fold(tx: Transaction) -> None:
         now = {"now": int(tx.now // 60)}
         sums = tx.execute(FOLDED, now).fetchall()
@@ -5209,12 +5157,12 @@ def fold_statistics(core: Core) -> None:
     core.store.write(fold)
 
 
-PRUNE_IDS = 2_000  # ids that a prune looks at together
+PRUNE_IDS = 2_000  # that a prune looks at together
 PRUNE_SECONDS = 0.02  # how long one of its transactions removes jobs, while all writers wait
 
 # A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to
-# do: a child that was resumed below a root that is over still runs. Jobs that an interrupted prune
-# left behind have no root any more.
+# do: a child may have been resumed below a root that is over. Jobs that an interrupted prune left
+# behind have no root.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j
     LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
     WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
@@ -5223,7 +5171,7 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j
 
 
 def _remove_some(tx: Transaction, which: Fields) -> int:
-    """Remove expired jobs, which may have thousands of log lines, for PRUNE_SECONDS; count them."""
+    """Remove expired jobs, perhaps with many log lines, for PRUNE_SECONDS; return how many."""
     until, count = time.perf_counter() + PRUNE_SECONDS, 0
     for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
@@ -5234,8 +5182,7 @@ def _remove_some(tx: Transaction, which: Fields) -> int:
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
-    """Remove whole trees that are over for so many seconds, and return the number of their jobs;
-    see Runner.prune."""
+    """Remove trees that are over for so many seconds and count their jobs; see Runner.prune."""
     if not are_seconds([finished, failed]):
         raise ValueError("finished and failed are seconds, 0 or more, "
                          f"got {short((finished, failed))}")
@@ -5252,7 +5199,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
 
 @job(name="bgjobs.housekeeping")
 def housekeeping(finished: float, failed: float) -> int:
-    """Fold the statistics and prune the file of the runner whose job this is."""
+    """Fold the statistics and prune the file of this job's runner."""
     core = current_attempt().backend  # type: ignore[union-attr]
     fold_statistics(core)
     return remove_expired(core, finished, failed)
@@ -5545,7 +5492,7 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
     path and options are those of Runner. Raises RuntimeError if there is a default runner already
-    and options are given, or another path.
+    and options, or another path, are given.
     """
     global _default
     with _default_lock:
@@ -5560,7 +5507,7 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner is closed for good; one that a fork has closed can start again."""
+    """Return whether a runner is closed; one that a fork has closed can start again."""
     return runner.core.store.closed and not runner.core.store.forked
 
 
@@ -5587,7 +5534,7 @@ options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
-    """Return a method of Runner as a function that calls it on the default runner."""
+    """Return a function that calls a method of the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Of a bound method, so that help() shows the signature without `self`.
