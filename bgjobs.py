@@ -3869,6 +3869,7 @@ class Core:
         self.run_times = RunTimes(dict(map(tuple, store.read(
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
+        self.call_back = self.handles.completed
         self.dispatch = Dispatch(self)
         # By job and attempt, the oldest first.
         self._exceptions: dict[tuple[int, int], BaseException] = {}
@@ -4015,10 +4016,6 @@ class Core:
         if self.dispatch.ended and not self.store.closed:
             self.store.flush()  # its outcome may wait for company
         self.handles.complete([handle.id])  # it may have ended before it was watched
-
-    def call_back(self, handle: Job[Any]) -> None:
-        """Have the callbacks of a complete handle called."""
-        self.handles.completed(handle)
 
     def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
                     timeout: float | None) -> bool:
@@ -5094,9 +5091,7 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     """Store a schedule that the code of this runner has; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
-    new = new_submission(core, fn, {**options, "parent": None})
-    new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
-                            for given in (args, kwargs))
+    new = new_submission(core, fn, {**options, "parent": None}, args, kwargs)
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else str(schedule)
     tz = options.get("tz", declared.get(fn, {}).get("tz"))
