@@ -3541,16 +3541,15 @@ class Handles:
 
 # ---- 12 Runner ----------------------------------------------------------------------------------
 #
-# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, the log
-# lines that wait to be written, the handles that wait for ends, and `Dispatch`, which takes jobs
-# from the file to the workers and their outcomes back. `Lifecycle` starts all that and takes it
-# down.
+# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, log lines
+# that wait to be written, handles that wait for ends, and `Dispatch`, which takes jobs from the
+# file to the workers and their outcomes back. `Lifecycle` starts all that and takes it down.
 
-SETTLE_SECONDS = 0.002  # how long an outcome that is not awaited may wait for company
+SETTLE_SECONDS = 0.002  # that an outcome which is not awaited may wait for company
 GRACE_SECONDS = 5.0  # that running jobs get to reach a checkpoint when the app goes down
-STANDING_CLOCK_SECONDS = 5.0  # then a job that waits, in drain(), for another time is an error
-LINES_A_JOB = 10_000  # log lines that are kept of a job, the newest, and up to a tenth more
-LINES_A_WRITE = 2_000  # log lines that a transaction takes along, if it has no outcomes
+STANDING_CLOCK_SECONDS = 5.0  # then it is an error to wait, in drain(), for another time
+LINES_A_JOB = 10_000  # log lines kept of a job, the newest, and up to a tenth more
+LINES_A_WRITE = 2_000  # log lines that a transaction without outcomes takes along
 LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 # Seconds that trees are kept once they are over, cancelled ones as finished.
@@ -3559,7 +3558,7 @@ HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 
 
 class LogLines:
-    """Log lines, and first starts for the statistics, until a transaction has taken them along.
+    """Log lines, and first starts for the statistics, that wait for a transaction.
 
     Any thread adds; only the leader writes and removes. If a transaction fails, its lines stay.
     """
@@ -3573,15 +3572,15 @@ class LogLines:
         return len(self._waiting)
 
     def add(self, attempt: Attempt, at: float, level: int, message: str | None) -> None:
-        """Take in a line of an attempt's log, or a start."""
+        """Add a line of an attempt's log, or a start."""
         if message is None or len(self._waiting) < LOG_BUFFER:
             self._waiting.append((attempt, at, level, message))
         else:
             self.dropped += 1
 
     # One statement for all: a thread that computes holds each one up by the interpreter lock.
-    # :lines is a JSON array of [job, at, level, message, attempt]. The lines of an attempt that has
-    # been superseded, or has ended, are refused.
+    # :lines is a JSON array of [job, at, level, message, attempt]. Lines of an attempt that has
+    # been superseded are refused.
     _INSERT = """INSERT INTO bgjobs_logs (job_id, at, level, message)
         SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
         json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines)
@@ -3591,7 +3590,7 @@ class LogLines:
         WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
 
     def write(self, tx: Transaction, owner: int, most: int) -> None:
-        """Write at most so many of the entries that wait."""
+        """Write at most so many entries."""
         entries = self._waiting[:most]
         if not entries:
             return
@@ -3617,8 +3616,8 @@ class LogLines:
 class Dispatch:
     """Takes jobs from the file to the workers, and their outcomes back.
 
-    It rides along with transactions: log lines at their begin, so that they come before the
-    operations in it, outcomes and claims at their end. After the commit the claims go to the pool.
+    It rides along with transactions: log lines at their begin, so that they come before what
+    operations log, outcomes and claims at their end.
     """
 
     def __init__(self, core: Core) -> None:
@@ -3635,7 +3634,7 @@ class Dispatch:
     # between the file and the pool, in the leader's thread
 
     def begin(self, tx: Transaction) -> None:
-        """Write log lines: all of them if outcomes ride along, since these come after them."""
+        """Write log lines: all of them if outcomes, which come after them, ride along."""
         self._riding = list(self.ended)
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
@@ -3652,7 +3651,7 @@ class Dispatch:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
-        """Claim jobs for the free slots, and some ahead while they are known to be short."""
+        """Claim jobs for the free slots, and some short ones ahead."""
         room = self.pool.room(self.run_times)
         enough_waits = (room.ahead < AHEAD_LIMIT // 2
                         or room.planned > AHEAD_SECONDS * room.workers / 2)
@@ -3666,7 +3665,7 @@ class Dispatch:
         return [Attempt(self._core, job, charge) for job, charge in claims.jobs]
 
     def _hand_over(self, ended: list[Attempt], claimed: list[Attempt]) -> None:
-        """After the commit, forget the attempts that ended, and give the claims to the pool."""
+        """After the commit, forget ended attempts, and give the claims to the pool."""
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
@@ -3714,7 +3713,7 @@ class Dispatch:
                 self.execute_here(attempt, function)
             else:
                 self._core.elsewhere.drive(attempt, function, executor)
-        except BaseException as error:  # raised by methods of the job's own exception, say
+        except BaseException as error:  # of a method of the job's own exception, say
             attempt.fail(error)
 
     def execute_here(self, attempt: Attempt, function: Function) -> None:
@@ -3724,20 +3723,20 @@ class Dispatch:
         self.run_times.record(attempt.name, attempt.worked)
 
     def note_start(self, attempt: Attempt) -> None:
-        """Count the first start of a job for the statistics, which leave out system jobs."""
+        """Count the first start of a job for the statistics."""
         job = attempt.job
         if job.started_at is None and not job.system:
             waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
             self._core.lines.add(attempt, max(0.0, waited), 0, None)
 
     def executor_of(self, function: Any) -> Any:
-        """Return the executor that a function's attempts go to, or None for the workers."""
+        """Return the executor for a function's attempts, or None for the workers."""
         return declared.get(function, {}).get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
-        """Queue the outcome of an attempt. Return whether the caller should commit it now.
+        """Queue an outcome. Return whether the caller is to commit it now.
 
-        Otherwise it is committed with others within SETTLE_SECONDS.
+        Else it is committed with others within SETTLE_SECONDS.
         """
         if attempt.exception is not None and not attempt.ticket.void:
             self._core.remember_exception(attempt)
@@ -3766,13 +3765,13 @@ class Dispatch:
     # what is rare
 
     def give_back(self, claims: list[Attempt]) -> None:
-        """Return claims that have not begun: as outcomes like others, that count as no attempt."""
+        """Return claims that have not begun: as outcomes that count as no attempt."""
         if claims:
             self.ended.extend(claims)
             self._store.flush()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Give up an attempt that the file has superseded, and give its slot to another."""
+        """Give up an attempt that the file has superseded, and free its slot."""
         self._forget(attempt)
         attempt.supersede()
         self.pool.abandon(attempt)
@@ -3781,13 +3780,13 @@ class Dispatch:
         """Carry out on the attempts here what operations, in any process, did to their jobs.
 
         Finds claims that were lost, too. While this thread leads, no claim and no outcome is under
-        way, and none of these jobs is claimed again before its old attempt is abandoned.
+        way; and no job is claimed again before its old attempt is abandoned.
         """
         jobs = {job.id: job for job in owned(tx, self._core.id)}
         # A worker queues an outcome before it takes the attempt out of the pool.
         here = {attempt.id for attempt in list(self.attempts.values())
                 if self.pool.has(attempt) or attempt in self.ended}
-        if self.claims:  # in drain(), a job that has been claimed is about to execute
+        if self.claims:  # else drain() is about to execute one
             for job_id in jobs.keys() - here:
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
@@ -3807,7 +3806,7 @@ class Dispatch:
 
 
 def job_failed(job_id: int, row: Any) -> JobFailed:
-    """Return the error for a failed job that another process ran, by its `Core.outcome`."""
+    """Return the error of a failed job that another process ran, from its `Core.outcome`."""
     error = json.loads(row["error"] or '{"type": "", "text": "", "traceback": ""}')
     return JobFailed(f"job {job_id} ({row['name']})", **error)
 
@@ -3815,7 +3814,7 @@ def job_failed(job_id: int, row: Any) -> JobFailed:
 class Core:
     """What a runner is made of, and what handles, submitters and attempts ask of it.
 
-    In an executor's process a proxy has the methods that they need, from `submit` to `keep_line`.
+    In an executor's process a proxy answers them, from `submit` to `keep_line`.
     """
 
     def __init__(self, face: Runner, store: Store, max_workers: int, executor: Any,
@@ -3825,8 +3824,9 @@ class Core:
         self.run_times = RunTimes(dict(map(tuple, store.read(
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
+        self.call_back = self.handles.completed
         self.dispatch = Dispatch(self)
-        # What functions raised, by job and attempt, the oldest first.
+        # By job and attempt, the oldest first.
         self._exceptions: dict[tuple[int, int], BaseException] = {}
         self.schedules: dict[str, tuple[Any, ...]] = {}  # of this code, by key: what was asked
         self.id = 0  # this runner's, once it is registered
@@ -3852,7 +3852,7 @@ class Core:
         return executor is not None and bool(self.elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, with neither threads nor attempts."""
+        """Begin anew in a forked child, without threads and attempts."""
         self.handles.leave_to_parent()
         self.dispatch.attempts = {}
         self._service_lock, self.service = threading.Lock(), None
@@ -3878,7 +3878,7 @@ class Core:
         return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
     def _write_for(self, new: Submission, connection: Any) -> Function:
-        """Return what writes a submission: in a transaction of ours, or on the app's connection.
+        """Return what writes a submission: into a transaction of ours, or of the app's.
 
         Raises RuntimeError if the runner is shut down.
         """
@@ -3902,13 +3902,13 @@ class Core:
         return str(row["status"])
 
     def info(self, job_id: int) -> Fields:
-        """Return what `Job.info` does. Raises KeyError if there is no such job."""
+        """Return what `Job.info` does; raises as `status`."""
         for info in describe_jobs(self.store, [job_id]):
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def logs(self, job_id: int, filters: Fields) -> list[Fields]:
-        """Return what `Job.logs` does, with all that has been logged by now."""
+        """Return what `Job.logs` does, with all lines logged by now."""
         if not self.store.closed:
             self.write_lines()
         return read_logs(self.store, job_id, filters)
@@ -3936,7 +3936,7 @@ class Core:
             del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
-        """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
+        """Return a failed job's own exception if this process ran it, else JobFailed."""
         own = self._exceptions.get((job_id, row["attempt"]))
         return job_failed(job_id, row) if own is None else own
 
@@ -3965,20 +3965,16 @@ class Core:
 
     @library_code
     def watch(self, handle: Job[Any]) -> None:
-        """Complete a handle when its job is over, whichever process runs it."""
+        """Complete a handle when its job is over, in whichever process."""
         self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
             self.store.flush()  # its outcome may wait for company
         self.handles.complete([handle.id])  # it may have ended before it was watched
 
-    def call_back(self, handle: Job[Any]) -> None:
-        """Have the callbacks of a complete handle called."""
-        self.handles.completed(handle)
-
     def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
                     timeout: float | None) -> bool:
-        """Return wait(timeout), called inside a job, whose slot is given away meanwhile."""
+        """Return wait(timeout); give the slot of the attempt away meanwhile."""
         if self.inline is not None:
             return self.inline.wait(attempt, wait, timeout)
         with self.dispatch.pool.away(attempt):
@@ -4000,7 +3996,7 @@ class Core:
     def flush_reports(self) -> None:
         """Write progress, log lines, and what long attempts cost beyond their charge.
 
-        So the root of an attempt that runs longer than estimated does not look idle.
+        Else the root of an attempt that runs longer than estimated would look idle.
         """
         now, reports = time.monotonic(), []
         for attempt in list(self.dispatch.attempts.values()):
@@ -4031,7 +4027,7 @@ class Drain:
         self._core = core
 
     def run_one(self) -> bool:
-        """Run one ready job; return whether there was one."""
+        """Run one job; return whether there was a ready one."""
         core, dispatch = self._core, self._core.dispatch
 
         def claim_one(tx: Transaction) -> Claims:
@@ -4051,7 +4047,7 @@ class Drain:
 
     def wait(self, attempt: Attempt, wait: Callable[[float | None], bool],
              timeout: float | None) -> bool:
-        """Run other jobs until an attempt need not wait any more."""
+        """Run other jobs until wait(0) is true."""
         begun = idle_since = time.monotonic()
         until = math.inf if timeout is None else begun + timeout
         clock = self._core.clock()
@@ -4096,10 +4092,7 @@ class Lifecycle:
         VALUES (:pid, :host, :workers, :now, :now)"""
 
     def _register(self, tx: Transaction) -> int:
-        """Enter this runner in the file and return its id.
-
-        Its lock is held before any other process can see the row.
-        """
+        """Enter this runner in the file, with its lock held; return its id."""
         import socket
         while True:
             runner: int = tx.execute(self._INSERT, {
@@ -4124,7 +4117,7 @@ class Lifecycle:
         if core.shut:
             raise RuntimeError(f"the runner on {core.path} is shut down; make a new one")
         if core.callback is not None:
-            core.elsewhere.listen()  # now, since an error would be heard by nobody later
+            core.elsewhere.listen()  # now: later nobody would hear an error
         capture_log_records()
         self.recover_dead()
         self.started = core.dispatch.claims = True
@@ -4137,7 +4130,7 @@ class Lifecycle:
         AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
 
     def recover_dead(self) -> None:
-        """Take back the jobs of runners whose process died, and of those without a row."""
+        """Take back the jobs of runners that died, and of those without a row."""
         now = self._core.clock()
         for runner, seen in self._store.read(self._OTHERS, {"id": self._core.id}):
             if self.presence.is_dead(runner, math.inf if seen is None else now - seen):
@@ -4166,14 +4159,14 @@ class Lifecycle:
             self.close(time.monotonic() + GRACE_SECONDS)
 
     def close(self, until: float) -> None:
-        """Go down in order; running jobs get until then (monotonic) to reach a checkpoint."""
+        """Go down; running jobs get until then (monotonic) to reach a checkpoint."""
         self._store.close_by = min(self._store.close_by, until)
         with self._closing:
             if not self._store.closed:
                 self._close()
 
     def pause(self) -> None:
-        """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
+        """Claim nothing more; ask the running jobs to pause at a checkpoint."""
         self._core.shut = self._core.goes_down = True
         self._core.dispatch.claims = False
         for attempt in list(self._core.dispatch.attempts.values()):
@@ -4215,7 +4208,7 @@ class Lifecycle:
         self.presence.release()  # if that write has failed
         dispatch.pool.close(0.2)
         core.handles.held.clear()  # else their callbacks are waited for
-        # Those attempts were given back: other processes may execute their jobs now.
+        # They were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
 
@@ -4228,7 +4221,7 @@ class Lifecycle:
 
 
 class Submitter:
-    """Submits with the options it was made with: what `options()` returns. A runner is one, too."""
+    """Submits with options: what `options()` returns. A runner is one, too."""
 
     def __init__(self, core: Callable[[], Core], options: Fields) -> None:
         self._find_core, self._options = core, check_options(options)
@@ -4283,9 +4276,9 @@ class Submitter:
             chunksize: int = 1, buffersize: int | None = None) -> Iterator[_T]:
         """Submit `fn(*arguments)` for each tuple of zip(*iterables); yield the results, in order.
 
-        timeout: seconds from now until which all results must be there, else TimeoutError.
-        chunksize is ignored. buffersize: submit only so many now, and another one for each result
-        that is taken. Jobs that have not begun are cancelled when the iterator raises or is closed.
+        timeout: seconds from now to the last result, else TimeoutError. chunksize is ignored.
+        buffersize: submit only so many now, and another one for each result taken. Pending jobs are
+        cancelled when the iterator raises or is closed.
         """
         check_values({"buffersize": buffersize}, _ARGUMENTS)
         submissions = (self.submit(fn, *arguments) for arguments in zip(*iterables))
@@ -4298,10 +4291,10 @@ class Submitter:
 
         schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone
         of the option tz. It is known by the option key, else by function and arguments: to register
-        it at each start changes nothing, or its times if other ones are given. Times missed while
-        no process ran are made up once; while its last job is not over, a time is skipped. Raises
-        ValueError for a bad schedule, or for the same one at other times (give each a key), and
-        TypeError as submit.
+        it at each start changes nothing but its times, if they differ. Times missed while no
+        process ran are made up once; while its last job is not over, a time is skipped. Raises
+        ValueError for a bad schedule, or for one that this code has at other times (give each a
+        key), and TypeError as submit.
         """
         return register(self._find_core(), schedule, fn, args, kwargs, self._options)
 
@@ -4311,38 +4304,37 @@ class Submitter:
         name: stable identity of the function; by default its import path.
         label: a title for people.
         run_by: who asked for it; by default as the parent.
-        low_priority: True: run in periods of low load; by default as the parent.
-        system: True: housekeeping, hidden by default.
+        low_priority: run in periods of low load; by default as the parent.
+        system: housekeeping, hidden by default.
         key: at the root: while a job with this key is not over, submit returns that job; in a
             child: unique within the parent for good.
         delay: seconds to wait.
         run_at: or when to run, in Unix seconds or an aware datetime.
         retries: how many more attempts after an exception; by default 0.
         backoff: the pause before each of them: seconds, a list of them (the last one repeats), or a
-            function of the attempt, called at submit; by default 1 s, twice as long each time, up
-            to 10 min, and up to half as long again by chance.
-        timeout: seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
-            failed with a TimeoutError.
-        max_running: at most so many attempts of this name at once, over all processes; the job's
-            ancestors, which may wait for it, do not count.
+            function of the attempt, called at submit; by default 1 s, doubled each time up to
+            10 min, and up to half as long again by chance.
+        timeout: seconds of one attempt; then it is stopped, after 5 s more by force, and has failed
+            with a TimeoutError.
+        max_running: at most so many attempts of this name at once, over all processes; ancestors of
+            the job, which may wait for it, do not count.
         stoppable: False: stays stopping until it ends.
         restartable: False: refuses restart.
         recover: False: an attempt cut off by a crash fails instead of running again (at most once).
-        isolate: True: each attempt in a process of its own, which force stop and timeout kill.
+        isolate: each attempt in a process of its own, which force stop and timeout kill.
         tz: the time zone of `every`; by default the machine's.
         secret: names of arguments that people do not get to see.
         parent: a Job to become its child; None: a root, also from inside a job.
         connection: the app's open sqlite3.Connection to the same file: the job exists if and only
             if its transaction commits; before that, ask the handle for nothing but its id.
 
-        Raises TypeError for an unknown option, ValueError for a value that does not fit. For
-        `executor` see `job`.
+        Raises TypeError for an unknown option, ValueError for a bad value. executor: see `job`.
         """
         return Submitter(self._find_core, {**self._options, **options})
 
 
 def author_in(backend: Core) -> tuple[int, int] | None:
-    """Return the job and the attempt that this is called in, if they are of this runner."""
+    """Return the job and the attempt that this is called in, if of this runner."""
     attempt = current_attempt()
     if attempt is None or attempt.backend is not backend:
         return None
@@ -4358,7 +4350,7 @@ _COLUMNS: dict[str, Function] = {
 
 def new_submission(backend: Core, fn: Function, options: Fields,
                    args: Any = (), kwargs: Any = None) -> Submission:
-    """Return the row for a job that calls this function. Raises what `Submitter.submit` does."""
+    """Return the row of a new job; raises as `Submitter.submit`."""
     attempt = current_attempt()
     if attempt is None and serves_attempts():
         raise RuntimeError(
@@ -4378,7 +4370,7 @@ def new_submission(backend: Core, fn: Function, options: Fields,
 
 
 def encode_arguments(new: Submission, given: Any) -> str | None:
-    """Return the arguments of a job, or its keyword arguments, as JSON; None if there are none."""
+    """Return positional or keyword arguments as JSON, or None if there are none."""
     return encode(given, f"the arguments of {new.name}") if given else None
 
 
@@ -4440,7 +4432,7 @@ _ARGUMENTS: dict[str, tuple[Function, str]] = {
 
 
 class RunnerFace(Submitter):
-    """What a runner offers in its own process, and in that of an attempt elsewhere."""
+    """What a runner offers in every process, also in that of an attempt elsewhere."""
 
     def get(self, job_id: int) -> Job[Any]:
         """Return the handle of a job. Raises KeyError if there is none with this id."""
@@ -4455,8 +4447,7 @@ class RunnerFace(Submitter):
         """Return the jobs that pass the filters, newest first; all of them with limit=None.
 
         Filters: status= name= run_by= errors= low_priority= q= parent= system= created_from=
-        created_to= (see `conditions`); before: only ids below that. Raises ValueError for a bad
-        value.
+        created_to= (see `conditions`). before: only ids below. Raises ValueError for a bad value.
         """
         backend = self._find_core()
         return [Job(backend, job_id) for job_id in backend.find(filters, limit, before)]
@@ -4527,9 +4518,8 @@ class Runner(RunnerFace, Executor):
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Return the runner.
 
-        In a forked child it opens the file anew first. In the process of an isolated attempt,
-        whose modules may call it, it does nothing. Raises OSError if the address given as callback=
-        cannot be used.
+        In a forked child it opens the file anew first. It does nothing in the process of an
+        isolated attempt. Raises OSError if the callback address cannot be used.
         """
         if not serves_attempts():
             if self.core.store.forked:
@@ -4542,7 +4532,7 @@ class Runner(RunnerFace, Executor):
     def schedules(self, system: bool = False) -> list[Schedule]:
         """Return the schedules in the file, also those that no code has any more.
 
-        system=True adds those of the library.
+        system: those of the library, too.
         """
         rows = self.core.store.read(SCHEDULES, {"system": system})
         return [Schedule(self.core, row["id"]) for row in rows]
@@ -4582,15 +4572,14 @@ class Runner(RunnerFace, Executor):
               failed: float = RETENTION["failed"]) -> int:
         """Remove whole trees that have been over for so many seconds; return how many jobs.
 
-        Cancelled ones count as finished. In many short transactions, each followed by a checkpoint.
+        Cancelled ones count as finished. In short transactions, with checkpoints between them.
         """
         return remove_expired(self.core, finished, failed)
 
     def backup(self, path: str | os.PathLike[str]) -> str:
         """Copy the job file as it is at this moment, while it is in use; return the path.
 
-        A plain copy would miss what is in the -wal file, or tear a transaction. Raises ValueError
-        if the path exists.
+        A plain copy would miss what is in the -wal file. Raises ValueError if the path exists.
         """
         path = os.path.abspath(path)
         self.core.store.file.backup(path)
@@ -4599,7 +4588,7 @@ class Runner(RunnerFace, Executor):
     def serve(self, /, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        read_only: True: without operations.
+        read_only: without operations.
         password: asked for by the browser (HTTP Basic; use TLS on a network).
         authorize: a function of the request, its WSGI environ, that returns the user's name, or
             None to refuse. The job log's `by` has that name, or the one given with the password.
@@ -4613,16 +4602,16 @@ class Runner(RunnerFace, Executor):
     def wsgi(self, /, **options: Any) -> Any:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
-        The options are those of `serve`. Without password and authorize, who may see it is up to
-        the app; then hosts names what it answers to besides loopback (["example.org"]).
+        The options are those of `serve`. Without password and authorize, the app decides who may
+        see it, and hosts names what it answers to besides loopback (["example.org"]).
         """
         return door("wsgi")(self.core, **options)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs. With wait=True, return when none of this runner's is left, then close.
 
-        It waits until no job submitted through this runner, nor a descendant of one, is ready or
-        running. cancel_futures: cancel those that are pending.
+        That is: no job submitted through it, nor a descendant of one, is ready or running.
+        cancel_futures: cancel those that are pending.
         """
         self.core.life.shutdown(wait, cancel_futures)
 
@@ -4630,8 +4619,8 @@ class Runner(RunnerFace, Executor):
     def close(self, timeout: float = GRACE_SECONDS) -> None:
         """Go down: running jobs pause at their next checkpoint and go back to pending.
 
-        They continue from their state at the next start. timeout: seconds until those that reached
-        no checkpoint are given back, too; what they still do then changes nothing in the file.
+        They continue from their state at the next start. timeout: seconds until those without a
+        checkpoint are given back, too; what they still do then changes nothing in the file.
         """
         self.core.life.close(time.monotonic() + timeout)
 
@@ -5056,9 +5045,7 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
         raise TypeError(f"{name} is no option of a schedule")
     if serves_attempts():  # the app has registered it
         return Schedule(core, 0)
-    new = new_submission(core, fn, {**options, "parent": None})
-    new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
-                            for given in (args, kwargs))
+    new = new_submission(core, fn, {**options, "parent": None}, args, kwargs)
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else str(schedule)
     tz = options.get("tz", declared.get(fn, {}).get("tz"))
