@@ -102,7 +102,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
-    NamedTuple, NoReturn, ParamSpec, Sequence, Sized, TextIO, TypeVar, overload)
+    NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
 __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
@@ -115,8 +115,8 @@ _log = logging.getLogger("bgjobs")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
-Function = Callable[..., Any]          # a job's, in most cases
-Fields = dict[str, Any]                # a JSON object, options, or parameters of a statement
+Function = Callable[..., Any]  # a job's, in most cases
+Fields = dict[str, Any]  # a JSON object, options, or parameters of a statement
 
 
 def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading.Thread:
@@ -129,19 +129,19 @@ def start_thread(name: str, run: Callable[..., object], *args: Any) -> threading
 
 def say(level: int, text: str) -> None:
     """Log one of bgjobs' own messages from a separate thread: the app's handlers may block."""
-    with contextlib.suppress(RuntimeError):               # the interpreter ends
+    with contextlib.suppress(RuntimeError):  # the interpreter ends
         start_thread("bgjobs-log", _log.log, level, "%s", text)
 
 
 # ---- 1 Words and rules --------------------------------------------------------------------------
 
-PENDING = "pending"        # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"        # executes, or has returned and waits for children. A crash: pending.
-STOPPING = "stopping"      # asked to stop, no checkpoint reached yet. A crash: stopped.
-STOPPED = "stopped"        # halted; can be resumed or cancelled.
-FINISHED = "finished"      # the function returned and all descendants are over.
-FAILED = "failed"          # the function raised.
-CANCELLED = "cancelled"    # discarded for good.
+PENDING = "pending"  # waits for a worker, or for its time. A crash changes nothing.
+RUNNING = "running"  # executes, or has returned and waits for children. A crash: pending.
+STOPPING = "stopping"  # asked to stop, no checkpoint reached yet. A crash: stopped.
+STOPPED = "stopped"  # halted; can be resumed or cancelled.
+FINISHED = "finished"  # the function returned and all descendants are over.
+FAILED = "failed"  # the function raised.
+CANCELLED = "cancelled"  # discarded for good.
 
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
@@ -152,10 +152,10 @@ STATUSES = _NOT_OVER + OVER
 class Operation(NamedTuple):
     """What people may do to a job. Transaction has a method for each that carries it out."""
 
-    moves: dict[str, str]              # each status that allows it -> the status that follows
-    done: str                          # the past tense, for refusals
-    does: str                          # for the help of the command line
-    once_returned: dict[str, str] = {}           # moves that differ once the function has returned
+    moves: dict[str, str]  # each status that allows it -> the status that follows
+    done: str  # the past tense, for refusals
+    does: str  # for the help of the command line
+    once_returned: dict[str, str] = {}  # moves that differ once the function has returned
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -181,9 +181,9 @@ OPERATIONS = {
 # function had begun, had not, or is unknown in this process.
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
-NO_EXECUTOR = "no executor"        # given back, since its executor takes nothing
-WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}      # what blocks the job then
-TIMED_OUT = "timed out"            # the reason to stop an attempt, which then ends as RAISED
+NO_EXECUTOR = "no executor"  # given back, since its executor takes nothing
+WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job then
+TIMED_OUT = "timed out"  # the reason to stop an attempt, which then ends as RAISED
 
 # The words for outcomes in an attempt's history, and for jobs that are pending again.
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
@@ -224,7 +224,7 @@ def allowed_operations(status: str, options: Fields, system: bool = False,
     allowed = {name for name, operation in OPERATIONS.items()
                if status in operation.moves and not objection(name, options, system)}
     if status in (STOPPING, STOPPED):
-        allowed.discard("stop")        # it repeats silently; there is no use in offering it
+        allowed.discard("stop")  # it repeats silently; there is no use in offering it
     if active_below:
         allowed -= {"cancel", "restart"}
         if status == STOPPED:
@@ -275,8 +275,8 @@ def door(name: str) -> Function:
 # with one key, which names the type: {"$date": "2026-01-31"}. A dict with a key of its own that
 # begins with "$" is stored as a list of pairs: {"$dict": [[key, value], ...]}.
 
-VALUE_LIMIT = 256 * 1024           # characters of JSON for arguments, a state or a result
-TEXT_LIMIT = 8 * 1024              # characters of a log line, a label, a message
+VALUE_LIMIT = 256 * 1024  # characters of JSON for arguments, a state or a result
+TEXT_LIMIT = 8 * 1024  # characters of a log line, a label, a message
 
 
 def is_number(value: Any) -> bool:
@@ -388,7 +388,7 @@ def encode(value: Any, what: str = "the value") -> str:
     """
     try:
         text = dump(_jsonable(value))
-    except Exception as error:         # ours, or raised by the value's own methods
+    except Exception as error:  # ours, or raised by the value's own methods
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
         raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than "
@@ -419,10 +419,10 @@ def decode(text: str | None) -> Any:
 
 def module_name(module: str) -> str:
     """Return the stable name of a module in job names: for __main__, the script's."""
-    if module not in ("__main__", "__mp_main__"):         # multiprocessing's name for it
+    if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
         return module.removesuffix(".__main__")
     main: Any = sys.modules["__main__"]
-    if main.__spec__ is not None:      # python -m
+    if main.__spec__ is not None:  # python -m
         return str(main.__spec__.name).removesuffix(".__main__")
     file = getattr(main, "__file__", None) or "<stdin>"
     return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
@@ -468,7 +468,7 @@ def name_of(function: Function) -> str:
     """
     try:
         return _names[function]
-    except (KeyError, TypeError):      # TypeError: it has no hash, so it is no function
+    except (KeyError, TypeError):  # TypeError: it has no hash, so it is no function
         path = import_path(function)
     name = _names[function] = declared.get(function, {}).get("name") or path
     functions[name] = function
@@ -518,7 +518,7 @@ def zone_of(tz: Any) -> Any:
         return None
     try:
         return zoneinfo.ZoneInfo("UTC" if tz is datetime.timezone.utc else getattr(tz, "key", tz))
-    except Exception:                  # KeyError, ValueError, OSError: their texts say too little
+    except Exception:  # KeyError, ValueError, OSError: their texts say too little
         raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
                          "None for the machine's own") from None
 
@@ -566,7 +566,7 @@ def check_values(given: Fields, tests: dict[str, tuple[Function, str]]) -> None:
         test, must_be = tests[name]
         try:
             fits = value is None or test(value)
-        except Exception:              # of the value's own methods, or an unknown time zone
+        except Exception:  # of the value's own methods, or an unknown time zone
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
@@ -609,7 +609,7 @@ def job(**options: Any) -> Callable[[_T], _T]:
             taken_by = f"{known.__module__}.{known.__qualname__}"
             if taken_by != f"{function.__module__}.{function.__qualname__}":
                 raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            functions[name] = function             # also if a reloaded module has a newer one
+            functions[name] = function  # also if a reloaded module has a newer one
         declared[function] = options
         return function
     return declare
@@ -642,7 +642,7 @@ def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]
     parameters = inspect.signature(function).parameters
     unknown = {*secret} - {name for name, each in parameters.items() if str(each)[0] != "*"}
     if any(str(each)[:2] == "**" for each in parameters.values()):
-        unknown &= {*parameters}       # it takes any other name
+        unknown &= {*parameters}  # it takes any other name
     if unknown:
         raise ValueError(f"secret names {unknown.pop()!r}, but {function.__qualname__} has no such "
                          "argument; of *arguments and **keywords, name the keywords, or pass a "
@@ -726,7 +726,7 @@ _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
-_CRON_DAYS = 366 * 41              # how far to look: 29 February is a certain weekday in 40 years
+_CRON_DAYS = 366 * 41  # how far to look: 29 February is a certain weekday in 40 years
 _CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 
@@ -770,7 +770,7 @@ class Cron:
         self._weekdays = {day % 7 for day in weekdays}
         # The two day fields. As in cron, one that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
-        self._folds = (0, 1) if len(self._hours) == 24 else (0,)     # of an hour that comes twice
+        self._folds = (0, 1) if len(self._hours) == 24 else (0,)  # of an hour that comes twice
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after both `now` and `due`, in Unix seconds.
@@ -795,7 +795,7 @@ class Cron:
                 later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
                 if later:
                     return min(later)
-            hour += datetime.timedelta(hours=1)            # on the clock's face
+            hour += datetime.timedelta(hours=1)  # on the clock's face
         raise ValueError("the cron schedule is never due: no such day comes")
 
 
@@ -813,41 +813,40 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time:
-# the microseconds that its tree has run. The next slot goes to the ready root with the least
-# virtual time, which is the start tag of that claim. The virtual time of the queue itself is the
-# start tag of the newest claim. A root that becomes ready starts at the queue's virtual time, or
-# at its own if that is later, so idling earns no credit. A claim charges its root an estimate at
-# once, because a root with running attempts is not idle; the end of the attempt corrects it.
+# the microseconds that its tree has run. The next slot goes to the ready root with the least, the
+# start tag of that claim; the newest start tag is the virtual time of the queue. A root that
+# becomes ready starts at the queue's virtual time if that is later than its own, so idling earns no
+# credit. A claim charges its root an estimate at once, because a root with running attempts is not
+# idle; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which slots are to be given.
 
     `roots` has (virtual time, root id, iterator over its ready jobs, oldest first). `charge(job)`
-    returns microseconds, or None to pass the job over. Taking the next one from the iterator means
-    that the last one was claimed.
+    returns microseconds, or None to pass the job over.
     """
-    fresh = sorted(((tag, root, head, waiting) for tag, root, waiting in roots
-                    for head in itertools.islice(waiting, 1)), reverse=True)
-    again: list[tuple[int, int, Any, Iterator[Any]]] = []        # a heap: roots with more jobs
-    while fresh or again:
-        is_fresh = not again or fresh and fresh[-1] < again[0]
-        tag, root, head, waiting = fresh.pop() if is_fresh else heapq.heappop(again)
-        cost = charge(head)
+    heads = [(tag, root, job, waiting) for tag, root, waiting in roots
+             for job in itertools.islice(waiting, 1)]
+    heapq.heapify(heads)
+    while heads:
+        tag, root, job, waiting = heapq.heappop(heads)
+        cost = charge(job)
         if cost is not None:
-            yield root, head, tag, cost
-        for following in itertools.islice(waiting, 1):
-            heapq.heappush(again, (tag + (cost or 0), root, following, waiting))
+            yield root, job, tag, cost
+        job = next(waiting, None)
+        if job is not None:
+            heapq.heappush(heads, (tag + (cost or 0), root, job, waiting))
 
 
-UNKNOWN_COST = 0.010       # seconds charged for the first run of a function
-AHEAD_SECONDS = 0.010      # short jobs are claimed ahead of free workers: so much work for each
-AHEAD_LIMIT = 256          # and so many jobs in a process
-_OVERHEAD = 50e-6          # seconds that a job costs besides its function
+UNKNOWN_COST = 0.010  # seconds charged for the first run of a function
+AHEAD_SECONDS = 0.010  # short jobs are claimed ahead of free workers: so much work for each
+AHEAD_LIMIT = 256  # and so many jobs in a process
+_OVERHEAD = 50e-6  # seconds that a job costs besides its function
 
 
 class RunTimes:
-    """The recent mean run time of each function in seconds: exponential averages."""
+    """The mean run time of each function in seconds: exponential averages."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
@@ -860,7 +859,7 @@ class RunTimes:
         self._changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float]]:
-        """Return (name, mean) of the functions whose means have changed since the last call."""
+        """Return (name, mean) of what has changed since the last call."""
         changed, self._changed = self._changed, set()
         return [(name, self.means[name]) for name in changed]
 
@@ -876,53 +875,49 @@ class RunTimes:
 class Pace:
     """How fast an attempt goes, by its progress reports; recent ones weigh more.
 
-    The rate is `gained` units in `seconds`, both fading over about three quarters of the time that
-    the attempt has run. So an early hiccup is forgotten, and one late report changes little.
+    The rate is `gained` units in `seconds`, both fading over three quarters of the time that the
+    attempt has run. So an early hiccup is forgotten, and one late report changes little.
     """
 
     def __init__(self, resumed: bool) -> None:
-        # What is done at the first report of a resumed attempt took no time of this one.
-        self._counts_first = not resumed
-        self._done: float | None = None
-        self._at = 0.0
-        self._gained = self._seconds = 0.0
+        # Whatever a resumed attempt reports first is fewer: earlier attempts did it.
+        self._done = math.inf if resumed else 0.0
+        self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
-        """Take in a report, `at` seconds after the attempt began; return the seconds it has left.
+        """Take in a report, `at` seconds after the begin; return the seconds left.
 
         None if no rate is known yet. Fewer units than before begin anew.
         """
-        if self._done is None or done < self._done:
-            counts = self._counts_first and at >= 0.1      # else done before the attempt began
-            self._gained, self._seconds = (done, at) if counts else (0.0, 0.0)
-            self._done, self._at, self._counts_first = done, at, False
+        if done < self._done or at < 0.1:  # in no time: it was done before the attempt began
+            self._done, self._at, self._gained, self._seconds = done, at, 0.0, 0.0
         elif done > self._done and at > self._at:
             elapsed = at - self._at
             kept = math.exp(-elapsed / max(at * 0.75, 1.0))
             self._gained = self._gained * kept + done - self._done
             self._seconds = self._seconds * kept + elapsed
             self._done, self._at = done, at
-        if self._gained <= 0 or self._seconds <= 0:
+        if self._gained <= 0:
             return None
-        behind = at - self._at                             # since the last report of more units
+        behind = at - self._at  # since the last report of more units
         return max(0.0, (total - done) * self._seconds / self._gained - behind)
 
 
 # ---- 6 Tables -----------------------------------------------------------------------------------
 #
-# A job that is `pending` is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low
-# priority. Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it
-# waits for: a process that knows its function ("function NAME"), the end of another job of its name
-# ("limit NAME"), or the end of a job that is suspected, like this one, of taking its process down
-# ("suspect").
+# A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
+# Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
+# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"),
+# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
+# process down ("suspect").
 #
 # `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
 # finds the next root, and (root_id, queue, id) its oldest ready child. `owner` is the runner that
 # executes the job, NULL once its function has returned.
 #
-# Each job carries counts over its descendants (total, done, failed, running; `open` counts only its
-# direct children that are not over). A transaction adds up what it changes and writes each ancestor
-# once, however many of its descendants it touched.
+# Each job carries counts over its descendants (total, done, failed, running); `open` counts its
+# direct children that are not over. A transaction writes each ancestor once, however many of its
+# descendants it touched.
 
 TABLES = (
     "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
@@ -932,53 +927,44 @@ TABLES = (
     # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INTEGER NOT NULL DEFAULT 0, parent_id INTEGER, root_id INTEGER,
-        queue INTEGER, lane INTEGER, vtime INTEGER NOT NULL DEFAULT 0,
-        charge INTEGER NOT NULL DEFAULT 0, owner INTEGER, submitter INTEGER,
-        returned INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0,
-        own_errors INTEGER NOT NULL DEFAULT 0, open INTEGER NOT NULL DEFAULT 0,
-        total INTEGER NOT NULL DEFAULT 0, done INTEGER NOT NULL DEFAULT 0,
-        failed INTEGER NOT NULL DEFAULT 0, running INTEGER NOT NULL DEFAULT 0,
-        low_priority INTEGER NOT NULL DEFAULT 0, system INTEGER NOT NULL DEFAULT 0,
+        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER,
+        vtime INTEGER DEFAULT 0, charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
+        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0,
+        open INTEGER DEFAULT 0, total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
+        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
-        since REAL, duration REAL NOT NULL DEFAULT 0, progress REAL, ends_at REAL,
-        tree_progress REAL NOT NULL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER,
-        label TEXT, run_by TEXT, key TEXT, options TEXT, message TEXT,
-        args TEXT, kwargs TEXT, state TEXT, positions TEXT, result TEXT, error TEXT)""",
+        since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
+        tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER, label TEXT,
+        run_by TEXT, key TEXT, options TEXT, message TEXT, args TEXT, kwargs TEXT, state TEXT,
+        positions TEXT, result TEXT, error TEXT)""",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
         at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # Attempts, for people: those alone that their job's row does not tell, so others than the one
-    # that ended it.
+    # For people: attempts other than the one that ended the job, which the job's row tells.
     """CREATE TABLE bgjobs_attempts (
         job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, which is not
-    # given out again. counted_id: the job up to which creations are in the statistics. token: of
-    # the status page, whichever process serves it.
-    """CREATE TABLE bgjobs_clock (
-        vtime INTEGER NOT NULL DEFAULT 0, last_id INTEGER NOT NULL DEFAULT 0,
-        counted_id INTEGER NOT NULL DEFAULT 0, token TEXT)""",
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
+    # again. counted_id: creations up to it are in the statistics. token: of the status page.
+    """CREATE TABLE bgjobs_clock (vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
+        counted_id INTEGER DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
         id INTEGER PRIMARY KEY AUTOINCREMENT, pid INTEGER NOT NULL, host TEXT NOT NULL,
         workers INTEGER NOT NULL, started_at REAL NOT NULL, heartbeat_at REAL NOT NULL,
-        abandoned INTEGER NOT NULL DEFAULT 0)""",
+        abandoned INTEGER DEFAULT 0)""",
     "CREATE TABLE bgjobs_functions (name TEXT PRIMARY KEY, seconds REAL) WITHOUT ROWID",
     """CREATE TABLE bgjobs_schedules (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, schedule TEXT NOT NULL, zone TEXT,
         name TEXT NOT NULL, args TEXT, kwargs TEXT, options TEXT, label TEXT, run_by TEXT,
         low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
         created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
-        runs INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0,
-        paused INTEGER NOT NULL DEFAULT 0)""",
+        runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0, paused INTEGER DEFAULT 0)""",
     # Which living runners' code has which schedules.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-    # minute: of Unix time, the first of the hour where hours are summed up, 0 for what is older
-    # than the windows.
-    """CREATE TABLE bgjobs_stats (
-        minute INTEGER NOT NULL, name TEXT NOT NULL, created INTEGER NOT NULL,
-        started INTEGER NOT NULL, finished INTEGER NOT NULL, failed INTEGER NOT NULL,
-        waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
+    # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
+    """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL,
+        created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL,
+        failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
         running REAL NOT NULL, running_min REAL, running_max REAL,
         PRIMARY KEY (minute, name)) WITHOUT ROWID""",
 )
@@ -987,7 +973,7 @@ INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
         WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
-    # system and parent_id are there for lists, which this index counts and has in order by itself.
+    # system and parent_id are there for lists, counted and ordered by this index alone.
     """CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id)
         WHERE status <> 'pending'""",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
@@ -1004,15 +990,14 @@ INDEXES = (
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# What makes a file of this version from a new file, and from one of an older version: statements,
-# by the version that they start from. A change of the schema is made above and appended here.
-# Columns that an older file has and this version does not use stay there.
+# The statements that make a file of this version from a new one (0), or from an older version. A
+# change of the schema is made above and appended here. Columns that are not used any more stay.
 SCHEMA_VERSION = 3
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     0: (*TABLES, *INDEXES, f"INSERT INTO bgjobs_schema VALUES ({SCHEMA_VERSION})",
         "INSERT INTO bgjobs_clock DEFAULT VALUES"),
-    # 1.0.0. Its runners are gone: `Store` has looked. The jobs that they left are taken back as
-    # those of a runner without a row. A job that was resumed while it was stopping runs on.
+    # 1.0.0. Its runners are gone: `JobFile` has looked. Their jobs are taken back as those of a
+    # runner without a row. A job that was resumed while it was stopping runs on.
     2: ("ALTER TABLE bgjobs_jobs ADD COLUMN ends_at REAL",
         "UPDATE bgjobs_jobs SET status = 'running' WHERE status = 'stopping' AND goes_on = 1",
         "DELETE FROM bgjobs_runners", "DELETE FROM bgjobs_registered"),
@@ -1020,46 +1005,46 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 
 
 class JobRow(NamedTuple):
-    """A job as transactions see it: columns of bgjobs_jobs."""
+    """A job as transactions see it: columns of bgjobs_jobs, as told there."""
 
     id: int
     parent_id: int | None
-    root_id: int | None                        # None for a root
+    root_id: int | None  # None for a root
     name: str
     status: str
-    attempt: int                               # number of the newest
-    options: str | None                        # JSON
+    attempt: int  # number of the newest
+    options: str | None
     key: str | None
     system: int
     low_priority: int
     max_running: int | None
     deaths: int
     queue: int | None
-    vtime: int                                 # microseconds; of a root
+    vtime: int  # microseconds
     created_at: float
     run_at: float | None
-    started_at: float | None                   # the first attempt, since creation or restart
+    started_at: float | None  # the first attempt, since creation or restart
     duration: float
-    progress: float | None                     # its own
+    progress: float | None  # its own
     total: int
-    # What the function needs: read by claims alone, since it may be large.
-    args: str | None                           # JSON
-    kwargs: str | None                         # JSON
-    state: str | None                          # JSON
-    positions: str | None                      # JSON
+    # What the function needs, as JSON: read by claims alone, since it may be large.
+    args: str | None
+    kwargs: str | None
+    state: str | None
+    positions: str | None
     run_by: str | None
     # Claims do not read on.
-    owner: int | None                          # the runner that executes it
-    returned: int                              # 1: its function has; 2: it raised for good
+    owner: int | None
+    returned: int
     parked: str | None
-    charge: int                                # microseconds
+    charge: int
     since: float | None
     own_errors: int
     open: int
     done: int
     failed: int
     running: int
-    tree_progress: float                       # the sum of its descendants' progress
+    tree_progress: float  # the sum of its descendants' progress
 
     @property
     def root(self) -> int:
@@ -1068,59 +1053,57 @@ class JobRow(NamedTuple):
 
     @property
     def executes(self) -> bool:
-        """Whether an attempt of it executes."""
+        """Whether an attempt executes."""
         return self.status in ACTIVE and not self.returned
 
     @property
-    def is_limited(self) -> bool:
-        """Whether others may keep it from starting."""
-        return self.max_running is not None or self.deaths >= SUSPECT
+    def limits(self) -> dict[str, int]:
+        """The limits that it counts for: {what it is blocked by: how many may run}."""
+        limits = {} if self.max_running is None else {f"limit {self.name}": self.max_running}
+        return limits if self.deaths < SUSPECT else {**limits, "suspect": 1}
+
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
-to_job = functools.partial(tuple.__new__, JobRow)       # quicker than JobRow._make; a row may be short
+to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make, and takes short rows
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
-# Only an attempt that still executes may write: one that has been superseded is refused.
-_OF_ATTEMPT = """WHERE id = :id AND attempt = :attempt AND returned = 0
-    AND status IN ('running', 'stopping')"""
 
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# What writes do to jobs. All of it happens in a Transaction, in the same order everywhere: change
-# the jobs themselves, and add up what that means for their ancestors and roots; `apply` writes
-# those, and closes the parents whose last child is over. Code that decides by counts, lanes or
-# virtual times calls `apply` first.
+# What writes do to jobs, in the same order everywhere: change the jobs themselves, and add up what
+# that means for their ancestors and roots; `apply` writes that, and closes the parents whose last
+# child is over. Code that decides by counts, lanes or virtual times calls `apply` first.
 #
 # A row that was read in a transaction cannot change before its end, since BEGIN IMMEDIATE keeps
-# all other writers out. So a status that was checked here needs no second check in the UPDATE.
+# other writers out. So a status that was checked needs no second check in the UPDATE.
 
-SUSPECT = 2                # crashes of its process after which a job runs beside no other such job
-DEATHS = 3                 # crashes after which it is failed
-HEARTBEAT_SECONDS = 15     # for people to see; `Presence` tells the dead from the living
-PARKED_A_CLAIM = 200       # jobs that one claim may block; then others get their turn to write
-ATTEMPTS_A_JOB = 100       # that are kept, for people to see
+SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
+DEATHS = 3  # crashes after which it is failed
+HEARTBEAT_SECONDS = 15  # for people to see; `Presence` tells the dead from the living
+PARKED_A_CLAIM = 200  # jobs that one claim may block; then others get their turn to write
+ATTEMPTS_A_JOB = 100  # that are kept, for people to see
 
 
 class Submission:
     """A job that is to be stored: its columns, and the attempt that submits it."""
 
-    args: str | None = None                               # JSON, as the next two
+    args: str | None = None
     kwargs: str | None = None
     options: str | None = None
     label: str | None = None
-    run_by: str | None = None                             # None: the parent's
-    low_priority: int | None = None                       # None: the parent's
+    run_by: str | None = None  # None: the parent's, as the next one
+    low_priority: int | None = None
     system = 0
     key: str | None = None
     run_at: float | None = None
     max_running: int | None = None
-    submitter: int | None = None                          # the runner
+    submitter: int | None = None  # the runner
     parent_id: int | None = None
-    author: tuple[int, int] | None = None                 # job and attempt, if a job submits it
-    created_at: float | None = None                       # once it is stored
+    author: tuple[int, int] | None = None  # job and attempt, if a job submits it
+    created_at: float | None = None  # once it is stored
 
     def __init__(self, name: str, **columns: Any) -> None:
         self.name = name
@@ -1128,75 +1111,74 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return the options that a job's row keeps."""
+    """Return the options in a job's row."""
     options: Fields = json.loads(text) if text else {}
     return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
-    """Return the `error` column: what a function raised."""
+    """Return what a function raised, for the `error` column."""
     return json.dumps({"type": text_of(type), "text": text_of(text),
                        "traceback": text_of(trace, 64 * 1024)})
 
 
-def status_after(job: JobRow, outcome: str, ends: bool, was_asked: bool) -> str:
-    """Return the status of a job whose attempt has ended so.
+def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
+    """Return the status of a job whose attempt ends.
 
-    ends: the function is not called again. was_asked: the attempt was asked to stop; if the job is
-    running all the same, a resume has taken that back.
+    returned: as in the table, None if the function is called again. halts: by itself.
     """
-    if ends and job.open == 0:
-        return FINISHED if outcome == RETURNED else FAILED
-    if job.status == STOPPING or outcome == HALTED and not was_asked:
+    if returned and job.open == 0:
+        return FINISHED if returned == 1 else FAILED
+    if job.status == STOPPING or halts:
         return STOPPED
-    return RUNNING if ends else PENDING
+    return RUNNING if returned else PENDING
 
 
 def contribution(status: str, progress: float | None) -> Fields:
-    """Return what a job in `status` adds to the counts and the progress of its ancestors."""
+    """Return what a job in this status adds to the counts of its ancestors."""
     over = status in OVER
-    return {"done": over, "failed": status == FAILED, "running": status in ACTIVE,
+    return {"open": not over, "done": over, "failed": status == FAILED, "running": status in ACTIVE,
             "progress": 1.0 if over else progress or 0.0}
 
 
-TALLIES = ("created", "started", "finished", "failed", "waiting", "waiting_min", "waiting_max",
-           "running", "running_min", "running_max")
-SAVE_TALLIES = f"""INSERT INTO bgjobs_stats (minute, name, {", ".join(TALLIES)})
-    VALUES ({", ".join("?" * 12)}) ON CONFLICT (minute, name) DO UPDATE SET """ + ", ".join(
-    f"{name} = {name[-3:]}(ifnull({name}, excluded.{name}), ifnull(excluded.{name}, {name}))"
-    if name.endswith(("_min", "_max")) else f"{name} = {name} + excluded.{name}"
-    for name in TALLIES)
+_TALLY = """INSERT INTO bgjobs_stats VALUES ({}) ON CONFLICT (minute, name) DO UPDATE SET
+    created = created + excluded.created, started = started + excluded.started,
+    finished = finished + excluded.finished, failed = failed + excluded.failed,
+    waiting = waiting + excluded.waiting, running = running + excluded.running""" + "".join(
+    f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
+    for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
+SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
+# "started" comes with seconds of waiting, the ends with seconds of running.
+_SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
+    :n * (:event = 'finished'), :n * (:event = 'failed'),
+    :sum * (:event = 'started'), :min * nullif(:event = 'started', 0),
+    :max * nullif(:event = 'started', 0), :sum * (:event <> 'started'),
+    :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
 
 
-# What a transaction adds up for a job that has descendants, or for a root.
+# What a transaction adds up for a parent or a root.
 _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
               "charge": 0}
 
 
-# A new root starts at the queue's virtual time. INSERT_MANY takes a JSON array of the encoded
-# arguments: five times as quick as a statement for each job.
-_SUBMITTED = """id, lane, vtime, parent_id, root_id, name, status, queue, created_at, run_at,
-    submitter, low_priority, system, label, run_by, options, max_running, key, args,
-    kwargs"""
-_AS_ROOT = "?, (SELECT vtime FROM bgjobs_clock), NULL, NULL"
-_AS_CHILD = "NULL, 0, ?, ?"
-_VALUES = "?, 'pending'" + ", ?" * 10
-INSERT_JOB = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {{}}, {_VALUES}, ?, ?, ?)"
+# A new root starts at the queue's virtual time. INSERT_MANY takes the arguments as a JSON array,
+# which is five times as quick as a statement for each job.
+_SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
+    submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
+_VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+INSERT = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {_VALUES}, ?, ?, ?)"
 INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
-    SELECT ? + key, {{}}, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
-INSERT_ROOT, INSERT_CHILD = INSERT_JOB.format(_AS_ROOT), INSERT_JOB.format(_AS_CHILD)
-INSERT_ROOTS, INSERT_CHILDREN = INSERT_MANY.format(_AS_ROOT), INSERT_MANY.format(_AS_CHILD)
+    SELECT ? + key, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL
     AND parent_id IS NULL AND status IN ('pending', 'running', 'stopping', 'stopped')"""
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
     AND key IS NOT NULL AND parent_id IS NOT NULL"""
 
-# The outcome of the first attempt of a job that returned and has no children; others need more.
+# The outcome of a first attempt that returned and has no children; others need more.
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?,
     duration = duration + ?, result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-# A root is in the best lane of its ready jobs. If it becomes ready, it starts at the queue's
-# virtual time, or at its own if that is later.
+# The lane of a root, and its virtual time if it becomes ready, as in section 5.
 _BEST_LANE = """(SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :id UNION ALL
     SELECT min(queue) FROM bgjobs_jobs
     WHERE root_id = :id AND parent_id IS NOT NULL AND queue IS NOT NULL))"""
@@ -1211,62 +1193,47 @@ CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-def limits_of(job: JobRow) -> dict[str, int]:
-    """Return the limits that a job counts for: {what it is blocked by: how many may run}."""
-    limits = {} if job.max_running is None else {f"limit {job.name}": job.max_running}
-    return limits if job.deaths < SUSPECT else {**limits, "suspect": 1}
-
-
-# Whether a child of :parent may start: below a running member, or if fewer outermost members run.
+# Whether a child of :parent may start: below a member, or if fewer outermost members run.
 HAS_ROOM = {kind: f"""WITH RECURSIVE
-    member(id, parent_id) AS (SELECT id, parent_id FROM bgjobs_jobs
-        WHERE owner IS NOT NULL AND {which}),
-    above(member, id) AS (SELECT id, parent_id FROM member WHERE parent_id IS NOT NULL UNION ALL
-        SELECT member, j.parent_id FROM above JOIN bgjobs_jobs j USING (id)
-        WHERE j.parent_id IS NOT NULL),
-    line(id) AS (SELECT :parent UNION ALL SELECT j.parent_id FROM line JOIN bgjobs_jobs j USING (id)
-        WHERE j.parent_id IS NOT NULL)
+    member(id, up) AS (SELECT id, parent_id FROM bgjobs_jobs WHERE owner IS NOT NULL AND {which}),
+    above(member, id) AS (SELECT id, up FROM member WHERE up IS NOT NULL UNION ALL
+        SELECT member, parent_id FROM above JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0),
+    line(id) AS (SELECT :parent UNION ALL
+        SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)
     SELECT (SELECT count(*) FROM member) < :limit + (SELECT count(DISTINCT above.member) FROM above
-        WHERE above.id IN (SELECT id FROM member))
+        WHERE id IN (SELECT id FROM member))
     OR EXISTS (SELECT 1 FROM line WHERE id IN (SELECT id FROM member))""" for kind, which in (
         ("limit", "name = :name AND max_running IS NOT NULL"),
         ("suspect", "deaths >= 2 AND deaths > 0"))}
-OLDEST_BLOCKED = f"""SELECT * FROM (SELECT * FROM (SELECT {_JOB} FROM bgjobs_jobs
-    WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1) UNION ALL
-    SELECT * FROM (SELECT {_JOB} FROM bgjobs_jobs
-    WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
+OLDEST_BLOCKED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (
+    (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1),
+    (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
     ORDER BY ifnull(root_id, id), id LIMIT 1"""
 
 
 class Transaction:
-    """What a write may do, between one BEGIN IMMEDIATE and its COMMIT. The store makes it."""
+    """What a write may do between BEGIN IMMEDIATE and COMMIT. The store makes it."""
 
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
-        self._lineages = lineages                         # parent -> it and its ancestors
-        self._trees: Trees | None = None                  # most transactions touch none
-        self.freed: set[str] = set()                      # limits whose members have ended
-        # What is counted: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        self._lineages = lineages  # parent -> it and its ancestors
+        self._trees: Trees | None = None
+        self.freed: set[str] = set()  # limits whose members have ended
+        # For statistics: (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        self.over: list[int] = []                         # jobs that became over, or are gone
+        self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
     @property
     def trees(self) -> Trees:
-        """What is added up for ancestors and roots."""
+        """What is added up; most transactions need none."""
         if self._trees is None:
             self._trees = Trees(self)
         return self._trees
 
-    @property
-    def limits(self) -> Limits:
-        """What blocks and unblocks jobs."""
-        return Limits(self)
-
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value that a query finds, or None."""
-        row = self.execute(sql, parameters).fetchone()
-        return None if row is None else row[0]
+        return next(self.execute(sql, parameters), (None,))[0]
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
         """Return the jobs that a query for columns of JobRow finds."""
@@ -1275,19 +1242,19 @@ class Transaction:
     def executing(self, attempt: Attempt) -> JobRow | None:
         """Return the job of an attempt, or None if the attempt has been superseded or has ended.
 
-        The owner counts, too: the number of a claim that was given back is given out again,
-        perhaps to another runner.
+        The owner counts, too: the number of a claim that was given back is given out again.
         """
         for job in self.jobs(TREE_ROW, id=attempt.id):
             if job.executes and (job.attempt, job.owner) == (attempt.number, attempt.owner):
                 return job
         return None
 
-    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL SELECT j.parent_id FROM line
-        JOIN bgjobs_jobs j USING (id) WHERE j.parent_id IS NOT NULL) SELECT id FROM line"""
+    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL
+        SELECT parent_id FROM line JOIN bgjobs_jobs USING (id) WHERE parent_id > 0)
+        SELECT id FROM line"""
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
-        """Return the ids from a job's parent up to its root; they never change."""
+        """Return the ids from a parent up to its root; they never change."""
         if parent_id is None:
             return ()
         if parent_id not in self._lineages:
@@ -1300,73 +1267,57 @@ class Transaction:
     # submit
 
     def submit(self, new: Submission) -> int:
-        """Store one job and return its id; with a key, that of the job which has it already."""
-        is_root = new.parent_id is None
-        values = self._values(new)
+        """Store one job and return its id, or that of the job which has its key already."""
+        values = self._admit(new)
         if new.key is not None:
-            sql = ROOT_WITH_KEY if is_root else CHILD_WITH_KEY
+            sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
             holder = self.value(sql, key=new.key, parent=new.parent_id)
             if holder is not None:
                 return int(holder)
-        inserted = self.execute(INSERT_ROOT if is_root else INSERT_CHILD,
-                                (*values, new.key, new.args, new.kwargs))
+        inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
-        if not is_root:
-            self._count_new(new, 1)
+        if new.parent_id is not None:
+            self.trees.count(new.parent_id, open=1, total=1)
         job_id: int = inserted.lastrowid
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store one job for each of the encoded argument lists and return their ids."""
-        values = self._values(new)
+        """Store a job for each of the encoded arguments and return their ids."""
+        values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
-        self.execute(INSERT_ROOTS if new.parent_id is None else INSERT_CHILDREN,
-                     (first, *values, json.dumps(arguments)))
-        if new.parent_id is not None:
-            self._count_new(new, len(arguments))
-        return range(first, first + len(arguments))
+        self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
+        self.trees.count(new.parent_id, open=count, total=count)
+        return range(first, first + count)
 
-    def _values(self, new: Submission) -> tuple[Any, ...]:
-        """Return the parameters of the INSERT of a new job. Raises what `_admit` does."""
-        root_id, low, run_by = self._admit(new)
-        queue = None if (new.run_at or 0.0) > self.now else low
-        place = (queue,) if root_id is None else (new.parent_id, root_id)
-        return (*place, new.name, queue, self.now, new.run_at, new.submitter, low,
-                new.system, new.label, run_by, new.options, new.max_running)
+    _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
+        ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
-    def _count_new(self, new: Submission, count: int) -> None:
-        """Count new children for their ancestors, and wake their root."""
-        self.trees.count(new.parent_id, total=count)
-        self.trees.change(new.parent_id or 0, "open", count)
+    def _admit(self, new: Submission) -> tuple[Any, ...]:
+        """Return what _VALUES takes for a new job.
 
-    _PARENT = """SELECT status, ifnull(root_id, id), ifnull(:low, low_priority),
-        ifnull(:run_by, run_by), options FROM bgjobs_jobs WHERE id = :id"""
-
-    def _admit(self, new: Submission) -> tuple[int | None, int, str | None]:
-        """Return the id of the root (None for a root), low_priority and run_by of a new job.
-
-        Raises JobStopped or InvalidOperation if its author, or its parent, may have no children.
+        Raises JobStopped or InvalidOperation if its author or its parent may have no children.
         """
         if new.author is not None:
             self.check_author(new.author)
-        parent = new.parent_id
-        if parent is None:
-            return None, new.low_priority or 0, new.run_by
-        row = self.execute(self._PARENT, {
-            "id": parent, "low": new.low_priority, "run_by": new.run_by}).fetchone()
-        status, root_id, low, run_by, options = row or ("removed", None, None, None, None)
-        by_itself = new.author is not None and new.author[0] == parent
-        if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
-            raise JobStopped(f"job {parent} was asked to stop")
-        if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
-            raise InvalidOperation(f"job {parent} is {status}; it takes no children")
-        return root_id, low, run_by
+        parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
+        if parent is not None:
+            status, root_id, low, run_by, options = self.execute(self._PARENT, {
+                "id": parent, "low": new.low_priority, "run_by": run_by}).fetchone()
+            by_itself = new.author is not None and new.author[0] == parent
+            if by_itself and status == STOPPING and kept_options(options).get("stoppable", True):
+                raise JobStopped(f"job {parent} was asked to stop")
+            if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
+                raise InvalidOperation(f"job {parent} is {status}; it takes no children")
+        queue = None if (new.run_at or 0.0) > self.now else low
+        return (queue if parent is None else None, parent, root_id, new.name, queue, self.now,
+                new.run_at, new.submitter, low, new.system, new.label, run_by, new.options,
+                new.max_running)
 
     _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
         AND status IN ('running', 'stopping')"""
 
     def check_author(self, author: tuple[int, int]) -> None:
-        """Refuse a request of an attempt that has been superseded. Raises JobStopped."""
+        """Raise JobStopped if this attempt has been superseded."""
         if self.value(self._IS_AUTHOR, id=author[0], attempt=author[1]) is None:
             raise JobStopped(f"attempt {author[1]} of job {author[0]} has been superseded")
 
@@ -1377,35 +1328,31 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()                                # children submitted just now count
+        self.trees.apply()  # children submitted just now count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
         # Some may have been superseded, or got a child from outside.
-        if plain and self.executemany(FINISH, rows).rowcount < len(plain):
+        if self.executemany(FINISH, rows).rowcount < len(plain):
             plain = [a for a in plain
                      if self.value(self._HAS_FINISHED, id=a.id, attempt=a.number, now=self.now)]
         for attempt in plain:
-            self._count_finished(attempt)
+            job = attempt.job
+            self.over.append(job.id)
+            self.freed.update(job.limits)
+            if not job.system:
+                self.events[job.name, FINISHED].append(job.duration + attempt.ran)
+            if job.parent_id is not None:
+                self.trees.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
+                self.trees.change(job.root, "charge", attempt.correction)
         recorded = set(plain)
         for attempt in attempts:
             if attempt not in recorded:
                 self.end(attempt)
 
-    def _count_finished(self, attempt: Attempt) -> None:
-        """Count an attempt that FINISH has written."""
-        self.over.append(attempt.id)
-        if not attempt.job.system:
-            self.events[attempt.name, FINISHED].append(attempt.job.duration + attempt.ran)
-        self.limits.free(attempt.job)
-        if attempt.parent_id is not None:
-            self.trees.count(attempt.parent_id, done=1, running=-1, progress=1.0)
-            self.trees.change(attempt.parent_id, "open", -1)
-            self.trees.change(attempt.root_id, "charge", attempt.correction)
-
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()                                # counts must be true before they decide
+        self.trees.apply()  # counts must be true before they decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1414,102 +1361,96 @@ class Transaction:
         outcome = attempt.outcome
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
-        ends = outcome in (RETURNED, RAISED) and not retries
-        status = status_after(job, outcome, ends, attempt.was_asked_to_stop)
-        unspent = outcome in (UNSPENT, UNKNOWN, NO_EXECUTOR)
-        if not unspent and (attempt.number > 1 or not ends):
-            timed_out = outcome == RAISED and attempt.reason == TIMED_OUT
+        returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
+        # It runs on if it was asked to stop and a resume has taken that back.
+        halts = outcome == HALTED and not attempt.was_asked_to_stop
+        status = status_after(job, returned, halts)
+        unspent = outcome in (UNSPENT, *WAITS_FOR)
+        if not unspent and (attempt.number > 1 or not returned):
+            timed_out = error is not None and attempt.reason == TIMED_OUT
             self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
         self.end_attempt(
             job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
             parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
-            returned={RETURNED: 1, RAISED: 2}[outcome] if ends else None,
-            result=attempt.result, error=error, positions=attempt.unsaved_positions(),
-            unspent=unspent)
+            returned=returned, result=attempt.result, error=error,
+            positions=attempt.unsaved_positions(), unspent=unspent)
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Return when the next attempt is due, and tell the job's log."""
+        """Return when the next attempt is due, and log it."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
                  f"of {attempt.options['retries']} {when}")
         return self.now + pause
 
-    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts
-        VALUES (:id, :number, :since, :now, :outcome,
-        substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'), 1, 500))"""
-    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = :id AND number <= :number - :most"
+    _KEEP_ATTEMPT = """INSERT OR IGNORE INTO bgjobs_attempts SELECT id, attempt, since, :now,
+        :outcome, substr(json_extract(:error, '$.type') || ': ' || json_extract(:error, '$.text'),
+        1, 500) FROM bgjobs_jobs WHERE id = :id"""
+    _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
     def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep, for people, what became of an attempt; `error` is one of `dump_error`."""
-        kept = {"id": job.id, "number": job.attempt, "since": job.since, "now": self.now,
-                "outcome": outcome, "error": error, "most": ATTEMPTS_A_JOB}
-        self.execute(self._KEEP_ATTEMPT, kept)
-        self.execute(self._TRIM_ATTEMPTS, kept)
+        """Keep, for people, what became of a job's newest attempt."""
+        self.execute(self._KEEP_ATTEMPT, {
+            "id": job.id, "now": self.now, "outcome": outcome, "error": error})
+        self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
 
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """End the attempt that executes: correct its charge, free its limits, move the job."""
+        """Correct the charge of the attempt that executes, free its limits, move its job."""
         self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
-        self.limits.free(job)
+        self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
     _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
-        phase = :phase, run_at = ifnull(:run_at, run_at), finished_at = :finished_at,
+        phase = :phase, run_at = ifnull(:run_at, run_at),
+        finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
-        since = :since, duration = duration + :ran, attempt = attempt - :unspent,
+        since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
+        duration = duration + :ran, attempt = attempt - ifnull(:unspent, 0),
         charge = CASE WHEN :executes THEN charge ELSE 0 END,
         owner = CASE WHEN :executes THEN owner END, returned = ifnull(:returned, returned),
         result = ifnull(:result, result), error = ifnull(:error, error),
         own_errors = own_errors + (:error IS NOT NULL), positions = ifnull(:positions, positions)
         WHERE id = :id"""
-    _LEFT = {"returned": None, "result": None, "error": None, "positions": None, "unspent": False}
-    _WAITS = {"run_at": None, "parked": None, "phase": None}
 
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: the seconds that it was active, if that is not the time since it became so. left: what
-        its attempt leaves, `returned`, `result`, `error` and `positions` as in the table, and
-        `unspent` if the attempt does not count; and what a job that becomes pending waits for,
-        `run_at` or `parked`, with the `phase` for people.
+        ran: seconds that it was active, None: those since it became so. left: the columns
+        `returned`, `result`, `error` and `positions`, if its attempt leaves any; `unspent` if the
+        attempt does not count; `run_at`, `parked` and `phase` of a job that becomes pending.
         """
-        left = {**self._LEFT, **self._WAITS, **left}
-        # A stop, or the resume that takes it back: the attempt runs on.
-        executes = job.executes and status in ACTIVE and not left["returned"]
+        given: defaultdict[str, Any] = defaultdict(lambda: None, left)
         if status != PENDING:
-            left.update(self._WAITS)
+            given.update(run_at=None, parked=None, phase=None)
+        # A stop, or the resume that takes it back: the attempt runs on.
+        executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
-        is_early = job.run_at is not None and job.run_at > self.now and job.started_at is None
-        waits = left["run_at"] or left["parked"] or is_early
-        queue = job.low_priority if status == PENDING and not waits else None
-        since = self.now if status == RUNNING else None
-        self.execute(self._MOVE, {
-            **left, "id": job.id, "status": status, "queue": queue, "executes": executes,
-            "since": job.since if executes else since, "ran": ran,
-            "finished_at": self.now if status in OVER else None})
-        if status in OVER and job.status not in OVER:
+        is_early = (job.run_at or 0.0) > self.now and job.started_at is None
+        waits = status != PENDING or given["run_at"] or given["parked"] or is_early
+        queue = None if waits else job.low_priority
+        given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
+                     over=status in OVER, now=self.now)
+        self.execute(self._MOVE, given)
+        if status in OVER:
             self.over.append(job.id)
         if status in (FINISHED, FAILED) and not job.system:
             self.events[job.name, status].append(job.duration + ran)
-        if job.parent_id is not None:
-            before, after = (contribution(each, job.progress) for each in (job.status, status))
-            changed = {name: after[name] - before[name] for name in after}
-            self.trees.count(job.parent_id, **changed)
-            self.trees.change(job.parent_id, "open", -changed["done"])
+        before, after = (contribution(each, job.progress) for each in (job.status, status))
+        self.trees.count(job.parent_id, **{name: after[name] - before[name] for name in after})
         if job.queue is not None or queue is not None:
             self.trees.change(job.root)
-        if (job.returned or left["returned"]) and status not in OVER:
-            self.trees.change(job.id)                     # its last child may be over already
+        if (job.returned or given["returned"]) and status not in OVER:
+            self.trees.change(job.id)  # its last child may be over already
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
 
     def make_ready(self, jobs: list[JobRow]) -> bool:
-        """Make pending jobs ready, and return whether there were any."""
+        """Make pending jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
             self.trees.change(job.root)
@@ -1517,8 +1458,8 @@ class Transaction:
 
     # statistics
 
-    # Creations are counted by id range, when statistics are read and before rows are deleted: so
-    # a submit pays nothing for them.
+    # Creations are counted by id, when statistics are read and before rows are deleted: so a
+    # submit pays nothing for them.
     UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0,
         0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
         WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
@@ -1526,7 +1467,7 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Bring the statistics up to date with the jobs that were created."""
+        """Take the jobs created since the last time into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
@@ -1534,15 +1475,11 @@ class Transaction:
         """Write what is added up; the last thing in a transaction."""
         if self._trees is not None or self.freed:
             self.trees.apply()
-        if not self.events:
-            return
-        minute, rows, nothing = int(self.now // 60), [], (0.0, None, None)
-        for (name, event), seconds in self.events.items():
-            counts = {"started": 0, FINISHED: 0, FAILED: 0, event: len(seconds)}
-            measured = nothing, (sum(seconds), min(seconds), max(seconds))
-            waited, ran = measured[::-1] if event == "started" else measured
-            rows.append((minute, name, 0, *counts.values(), *waited, *ran))
-        self.executemany(SAVE_TALLIES, rows)
+        if self.events:
+            self.executemany(_SAVE_EVENTS, [
+                {"minute": self.now // 60, "name": name, "event": event, "n": len(seconds),
+                 "sum": sum(seconds), "min": min(seconds), "max": max(seconds)}
+                for (name, event), seconds in self.events.items()])
 
     # reports of attempts
 
@@ -1552,8 +1489,9 @@ class Transaction:
         """Add one line to a job's log."""
         self.execute(self._INSERT_LOG, (job_id, self.now, level, text_of(message)))
 
-    _SAVE_STATE = f"""UPDATE bgjobs_jobs SET state = ifnull(:state, state),
-        positions = ifnull(:positions, positions) {_OF_ATTEMPT}"""
+    _SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state),
+        positions = ifnull(:positions, positions) WHERE id = :id AND attempt = :attempt
+        AND returned = 0 AND status IN ('running', 'stopping')"""
 
     def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
@@ -1566,10 +1504,10 @@ class Transaction:
         message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
     def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
-        """Store an attempt's progress, and what it costs if it runs longer than estimated.
+        """Store an attempt's progress and charge.
 
-        report: progress (0 to 1), seconds left and message, each perhaps None; None if there is
-        nothing new. charge: the microseconds that it has run by now.
+        report: progress (0 to 1), seconds left and message, each perhaps None; or None. charge:
+        microseconds, if it has run longer than estimated.
         """
         job = self.executing(attempt)
         if job is None:
@@ -1593,26 +1531,28 @@ class Trees:
         self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
 
     def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of one job; by default only look at its lane, and whether it is over."""
+        """Add to a column of one job; by default have its lane and its end looked at."""
         self._changes[job_id][name] += value
 
-    def count(self, parent_id: int | None, **changes: float) -> None:
-        """Add to the counts of a job's ancestors, from its parent up."""
+    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
+        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
         for ancestor in self._tx.lineage(parent_id):
             change = self._changes[ancestor]
+            if ancestor == parent_id:
+                change["open"] += open
             for name, value in changes.items():
                 change[name] += value
 
     def apply(self) -> None:
-        """Write what is added up, and start jobs for which limits have become free.
+        """Write what is added up, unblock jobs, and close parents whose last child is over.
 
-        A parent whose last child is over is closed, which may mean the same for its own parent.
+        That may mean the same for others, so it is repeated.
         """
         tx = self._tx
         while self._changes or tx.freed:
             freed, tx.freed = tx.freed, set()
             for key in freed:
-                tx.limits.unblock(key)
+                unblock(tx, key)
             changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
             for job_id, change in changes.items():
                 tx.execute(ADD_CHANGE, {**change, "id": job_id})
@@ -1620,55 +1560,26 @@ class Trees:
                 tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
-class Limits:
-    """Blocks and unblocks jobs by max_running of a name, and one suspect at a time.
+# Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
+# executes. Descendants of a member neither count nor wait: it may be waiting for them. Other jobs
+# that have to wait are blocked; when a member ends, the oldest of them become ready.
 
-    A job counts for a limit while its attempt executes. Descendants of a running member neither
-    count nor wait: the member may be waiting for them. Other jobs that have to wait are blocked;
-    when a member ends, the oldest of them become ready.
-    """
+def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
+    """Return the limit that keeps a job from starting beside so many others, or ""."""
+    for key, limit in job.limits.items():
+        sql = HAS_ROOM[key.partition(" ")[0]]
+        if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
+            return key
+    return ""
 
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
 
-    def blocking(self, job: JobRow, others: int = 0) -> str:
-        """Return the limit that keeps a job from starting now, or "".
-
-        others: jobs that start besides and do not run yet.
-        """
-        for key, limit in limits_of(job).items():
-            sql = HAS_ROOM[key.partition(" ")[0]]
-            if not self._tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
-                return key
-        return ""
-
-    _BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
-
-    def block(self, job: JobRow, key: str) -> None:
-        """Put a ready job out of the way until `key` has room."""
-        phase = "interrupted" if key == "suspect" else "limit reached"
-        self._tx.execute(self._BLOCK, {"id": job.id, "key": key, "phase": phase})
-        self._tx.trees.change(job.root)
-
-    def free(self, job: JobRow) -> None:
-        """Note that an attempt has ended."""
-        if job.is_limited:
-            self._tx.freed.update(limits_of(job))
-
-    def unblock(self, key: str) -> None:
-        """Make as many blocked jobs ready as a limit has room for, the oldest trees first."""
-        for others in itertools.count():
-            jobs = self._tx.jobs(OLDEST_BLOCKED, key=key)
-            if not jobs or self.blocking(jobs[0], others):
-                return
-            self._tx.make_ready(jobs)
-
-    _BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
-
-    def unblock_below(self, job: JobRow) -> None:
-        """Make jobs ready for which a member that starts may wait: its blocked descendants."""
-        for key in limits_of(job) if job.total else ():
-            self._tx.make_ready(self._tx.jobs(self._BLOCKED_IN_TREE, key=key, root=job.root))
+def unblock(tx: Transaction, key: str) -> None:
+    """Make as many blocked jobs ready as a limit has room for, the oldest first."""
+    for others in itertools.count():
+        jobs = tx.jobs(OLDEST_BLOCKED, key=key)
+        if not jobs or limit_without_room(tx, jobs[0], others):
+            return
+        tx.make_ready(jobs)
 
 
 # Claims.
@@ -1676,67 +1587,68 @@ class Limits:
 class Room(NamedTuple):
     """What a runner has room for."""
 
-    free: int                                             # slots
-    low_free: int                                         # of them, for jobs of low priority
-    ahead: int = 0                                        # short jobs beyond, to wait for workers
-    planned: float = 0.0                                  # seconds of work that wait already
-    workers: int = 1                                      # that will be free soon
+    free: int  # slots
+    low_free: int  # of them, for jobs of low priority
+    ahead: int = 0  # short jobs beyond, to wait for workers
+    planned: float = 0.0  # seconds of work that wait already
+    workers: int = 1  # that will be free soon
 
 
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
-# One statement for all jobs that are charged alike; :ids is a JSON array. A root without children
-# is its own tree, so its virtual time and its lane are written at once.
+# One statement for all jobs that are charged alike; :ids is a JSON array. The virtual time and the
+# lane of a root without children are written at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
     phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
     started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
     THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
     WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
+_BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
+BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
 class Claims:
-    """The jobs that one runner claims in one transaction, in fair order."""
+    """The jobs that a runner claims in one transaction, in fair order."""
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []          # with the microseconds charged
-        self.more_ready = False                           # other jobs are ready, too
-        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)    # not written yet
-        self._blocked: list[tuple[JobRow, str]] = []      # of this round
-        self.blocked = 0                                  # of all rounds
+        self.jobs: list[tuple[JobRow, int]] = []  # with the microseconds charged
+        self.more_ready = False  # other jobs are ready, too
+        self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # to be written
+        self._blocked = 0  # jobs
 
     @property
     def cut_short(self) -> bool:
-        """Whether so many jobs were blocked that the others have to wait for the next claim."""
-        return self.blocked >= PARKED_A_CLAIM
+        """Whether so many jobs were blocked that others wait for the next claim."""
+        return self._blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
-        """Claim what there is room for; return whether to look behind jobs that were blocked."""
-        free, blocked = self._room.free, self.blocked
-        self._tx.trees.apply()                            # what was submitted, or blocked, counts
+        """Claim jobs; return whether to look behind those that were blocked."""
+        free, blocked = self._room.free, self._blocked
+        self._tx.trees.apply()  # what was submitted, or blocked, counts
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
         self._claim_lane(1, min(self._room.low_free - low, free - len(self.jobs)), 0)
-        return len(self.jobs) < free and blocked < self.blocked and not self.cut_short
+        return len(self.jobs) < free and blocked < self._blocked and not self.cut_short
 
     def _claim_lane(self, lane: int, free: int, ahead: int) -> None:
         """Claim `free` jobs of one lane, and perhaps some ahead."""
-        limit = max(0, free) + ahead
-        roots = self._tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
+        tx, run_times, limit = self._tx, self._run_times, max(0, free) + ahead
+        roots = tx.jobs(READY_ROOTS, lane=lane, limit=limit) if limit else []
         self.more_ready |= 0 < len(roots) == limit
         trees = [(root.vtime, root.id,
                   self._ready_jobs(root, lane) if root.total else iter((root,)))
                  for root in roots]
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
-        taken, tag = 0, 0
+        taken = tag = 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
-            if taken >= free:                             # ahead of a free worker: short jobs only
-                planned += self._run_times.occupies(job.name)
+            if taken >= free:  # ahead of a free worker: short jobs only
+                planned += run_times.occupies(job.name)
                 recovers = not job.options or kept_options(job.options).get("recover", True)
                 if taken >= limit or planned > budget or not recovers:
                     self.more_ready = True
@@ -1746,18 +1658,10 @@ class Claims:
             is_single = job.parent_id is None and job.total == 0
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
-                self._tx.trees.count(job.parent_id, running=1)
-                self._tx.trees.change(root_id, "charge", charge)
-            if job.is_limited:                            # the next one is to see it run
-                self._write()
-                self._tx.limits.unblock_below(job)
+                tx.trees.count(job.parent_id, running=1)
+                tx.trees.change(root_id, "charge", charge)
         self._write()
-        if tag:
-            self._tx.execute(_ADVANCE_CLOCK, {"tag": tag})
-        for job, key in self._blocked:
-            self._tx.limits.block(job, key)
-        self.blocked += len(self._blocked)
-        self._blocked.clear()
+        tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
         """Write the claims that are not in the file yet."""
@@ -1767,26 +1671,38 @@ class Claims:
         self._ids.clear()
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return what a claim of this job costs, or None if a limit blocks it."""
-        if job.is_limited:
-            key = self._tx.limits.blocking(job)
-            if key:
-                self._blocked.append((job, key))
-                return None
+        """Return the charge for a job, or block it and return None."""
+        if job.limits and not self._has_room(job):
+            return None
         return self._run_times.charge(job.name)
 
+    def _has_room(self, job: JobRow) -> bool:
+        """Return whether limits let a job start; else block it."""
+        tx = self._tx
+        self._write()  # limits are to see the jobs that start before it
+        key = limit_without_room(tx, job)
+        if key:
+            phase = "interrupted" if key == "suspect" else "limit reached"
+            tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
+            tx.trees.change(job.root)
+            self._blocked += 1
+            return False
+        for limit in job.limits if job.total else ():  # its descendants: it may wait for them
+            tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
+        return True
+
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first, as they are asked for."""
+        """Yield the ready jobs of a tree in one lane, oldest first."""
         if root.queue == lane:
             yield root
         for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
-            if len(self._blocked) >= PARKED_A_CLAIM:
+            if self.cut_short:
                 return
             yield to_job(row)
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
-    """Claim jobs for the free slots of a runner; low priority gets what normal jobs leave."""
+    """Claim jobs for a runner; low priority gets what normal jobs leave."""
     claims = Claims(tx, owner, room, run_times)
     while claims.round():
         pass
@@ -1796,21 +1712,24 @@ def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claim
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
     JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
-_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id AND deaths > 0"
-_REOPEN = "UPDATE bgjobs_jobs SET returned = 0, error = NULL WHERE id = :id"
+# A person has looked at it, so its deaths are forgotten. :again if the function is called again.
+_RESUME = """UPDATE bgjobs_jobs SET deaths = 0,
+    error = CASE WHEN :again AND returned > 0 THEN NULL ELSE error END,
+    returned = CASE WHEN :again THEN 0 ELSE returned END WHERE id = :id"""
 _RESET = """UPDATE bgjobs_jobs SET state = NULL, positions = NULL, message = NULL, result = NULL,
     error = NULL, progress = NULL, ends_at = NULL, own_errors = 0, returned = 0, deaths = 0,
     started_at = NULL, finished_at = NULL, duration = 0, open = 0, total = 0, done = 0, failed = 0,
     running = 0, tree_progress = 0 WHERE id = :id"""
+_BEFORE = {"resume": _RESUME, "restart": _RESET}
 _SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
     queue = CASE WHEN queue IS NOT NULL THEN :low END WHERE id = :id"""
 
 
 def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
             author: tuple[int, int] | None = None) -> list[int]:
-    """Apply an operation to a job and to those descendants that allow it; return their ids.
+    """Apply an operation to a job and to descendants that allow it; return their ids.
 
-    Raises KeyError if there is no such job, InvalidOperation if its status does not allow it.
+    Raises KeyError if there is no such job, InvalidOperation if it does not allow the operation.
     """
     if author is not None:
         tx.check_author(author)
@@ -1818,10 +1737,12 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     tree = tx.jobs(_SUBTREE, id=job_id)
     if not tree:
         raise KeyError(job_id)
-    top = tree[0]
-    _check_operation(tx, operation, top, tree[1:])
+    top, *below = tree
+    _check_operation(tx, operation, top, below)
     if operation == "restart":
-        _forget_descendants(tx, top, [job.id for job in tree[1:]])
+        remove(tx, [job.id for job in below])
+        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
+                       running=-top.running, progress=-top.tree_progress)
         tree = [top]
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
     if moved:
@@ -1834,85 +1755,64 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
 
 def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[JobRow]) -> None:
     """Raise InvalidOperation if a job does not allow an operation."""
-    options, fits = kept_options(top.options), top.status in OPERATIONS[operation].moves
+    options, is_system = kept_options(top.options), bool(top.system)
     active = [job.id for job in below if job.status in ACTIVE]
-    can = allowed_operations(top.status, options, bool(top.system), bool(active))
-    why, allowed = objection(operation, options, bool(top.system)), []
+    allowed = allowed_operations(top.status, options, is_system, bool(active))
+    fits = top.status in OPERATIONS[operation].moves
     if operation == "force_stop" and top.status == STOPPED:
         fits = any(job.status == STOPPING for job in below)
-    if why or not fits:
-        allowed = [name for name in can if name != operation]
-        why = why if fits else ""
-        fits = False
-    elif operation in ("cancel", "restart") and active:
-        fits, why = False, f"its descendant job {active[0]} is still running; stop it first"
-    elif top.key and top.status in OVER and top.parent_id is None:
-        holder = tx.value(ROOT_WITH_KEY, key=top.key)
-        fits, why = holder is None, f"job {holder} has its key {top.key!r} now"
-    if not fits:
-        raise refusal(f"job {top.id}", top.status, operation, allowed, why)
+    why = objection(operation, options, is_system) if fits else ""
+    if fits and not why:
+        allowed = []
+        if active and operation in ("cancel", "restart"):
+            why = f"its descendant job {active[0]} is still running; stop it first"
+        elif top.key and top.status in OVER and top.parent_id is None:
+            holder = tx.value(ROOT_WITH_KEY, key=top.key)
+            why = f"job {holder} has its key {top.key!r} now" if holder else ""
+        if not why:
+            return
+    others = [name for name in allowed if name != operation]
+    raise refusal(f"job {top.id}", top.status, operation, others, why)
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
-    """Apply an operation that was asked for `top` to it or a descendant, if that allows it.
-
-    Return whether it did.
-    """
-    if job is not top and objection(operation, kept_options(job.options), bool(job.system)):
-        return False
+    """Apply an operation on `top` to it or a descendant; return whether that allows it."""
+    rules = OPERATIONS[operation]
+    moves = {**rules.moves, **rules.once_returned} if job.returned else rules.moves
+    follows = moves.get(job.status)
     if operation == "resume" and job.status == STOPPING:
-        tx.move(job, RUNNING)                             # its stop is taken back
-        return True
+        follows = RUNNING  # its stop is taken back
     of_others = operation == "resume" and job.status == FAILED != top.status
-    if job.status not in OPERATIONS[operation].moves or of_others:
+    objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
+    if not follows or of_others or objects:
         return False
-    if operation == "stop" and job.status in (STOPPING, STOPPED):
-        return job is top                                 # it repeats silently
-    moves = OPERATIONS[operation].moves
-    if job.returned:
-        moves = {**moves, **OPERATIONS[operation].once_returned}
-    follows = moves[job.status]
-    if operation == "resume":
-        tx.execute(_FORGET_DEATHS, {"id": job.id})        # a person has looked at it
-        if job.returned and follows == PENDING:
-            tx.execute(_REOPEN, {"id": job.id})
-            job = job._replace(returned=0)
-    elif operation == "restart":
-        tx.execute(_RESET, {"id": job.id})
-        job = job._replace(progress=None, returned=0, started_at=None, duration=0.0)
+    if operation.endswith("low_priority"):
+        low = operation == "set_low_priority"
+        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
+        tx.trees.change(job.root)
+    elif follows == job.status:
+        return job is top  # a stop repeats silently
     elif operation == "force_stop":
         ran = max(0.0, tx.now - (job.since or tx.now))
         tx.keep_attempt(job, "force-stopped")
         tx.end_attempt(job, follows, ran, ran)
-        return True
-    elif operation.endswith("low_priority"):
-        low = int(operation == "set_low_priority")
-        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
-        tx.trees.change(job.root)
-        return True
-    tx.move(job, follows)
+    else:
+        if operation in _BEFORE:
+            tx.execute(_BEFORE[operation], {"id": job.id, "again": follows == PENDING})
+            job, = tx.jobs(TREE_ROW, id=job.id)
+        tx.move(job, follows)
     return True
 
 
-def _forget_descendants(tx: Transaction, top: JobRow, descendants: list[int]) -> None:
-    """Delete a job's descendants and take them out of its ancestors' counts."""
-    if descendants:
-        remove(tx, descendants)
-        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
-                 running=-top.running, progress=-top.tree_progress)
-        tx.trees.change(top.root)
-
-
-_REMOVE = tuple(f"DELETE FROM bgjobs_{table} WHERE {column} = ?" for table, column in
-                (("jobs", "id"), ("logs", "job_id"), ("attempts", "job_id")))
+_REMOVE = ("DELETE FROM bgjobs_jobs WHERE id = ?", "DELETE FROM bgjobs_logs WHERE job_id = ?",
+           "DELETE FROM bgjobs_attempts WHERE job_id = ?")
 _NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 
 def remove(tx: Transaction, ids: list[int]) -> None:
-    """Delete jobs, with their logs and attempts.
+    """Delete jobs, with their logs and attempts, and tell their handles.
 
-    The statistics keep them, and their ids are not given out again. Handles learn that they are
-    gone.
+    The statistics keep them, and their ids are not given out again.
     """
     tx.count_created()
     tx.over += ids
@@ -1931,6 +1831,7 @@ OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
     WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
 _LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
 _COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
+_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
@@ -1947,14 +1848,14 @@ def unpark(tx: Transaction, key: str) -> bool:
 
 
 def owned(tx: Transaction, owner: int) -> list[JobRow]:
-    """Return the jobs that a runner executes, newest first: so children before their parents."""
+    """Return the jobs that a runner executes, children before their parents."""
     return sorted(tx.jobs(OWNED, owner=owner), reverse=True)
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died, and forget it; return how many.
+    """Take back the jobs of a runner whose process died; return how many.
 
-    The death is not held against a job if it is the third of a descendant, which it may wait for.
+    The death does not count for a job if it is the third of a descendant, which it may wait for.
     """
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
@@ -1969,7 +1870,7 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner, and the schedules that its code had registered."""
+    """Forget a runner, and which schedules its code has."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
@@ -1977,8 +1878,8 @@ def remove_runner(tx: Transaction, runner: int) -> None:
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
     """Supersede the attempt of a job, which ran until then.
 
-    Running becomes pending, stopping becomes stopped. A job that may not run again (recover=False,
-    or the third process died under it) ends as if it had raised.
+    Running becomes pending, stopping becomes stopped; a job that may not run again ends as if it
+    had raised.
     """
     tx.trees.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
@@ -1987,41 +1888,39 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
         error = f"{why} while it ran, and it was declared recover=False"
     elif died and job.deaths >= DEATHS:
         error = f"its process died under it {job.deaths} times; resume gives it another try"
-    ends = bool(error)
-    status = status_after(job, RAISED if ends else RELEASED, ends, True)
+    returned = 2 if error else None
+    status = status_after(job, returned)
     ran = max(0.0, until - (job.since or until))
     tx.keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=2 if ends else None,
-                   error=dump_error("Interrupted", error, "") if ends else None)
+    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=returned,
+                   error=dump_error("Interrupted", error, "") if error else None)
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# How a write gets into the file: group commit by a leader and followers. A thread that wants to
-# write puts a function of the transaction into a queue and tries to lead. One thread leads at a
-# time: it opens a transaction, runs all writes in the queue, adds what rides along (log lines,
-# outcomes, claims), and commits. The followers sleep until their writes are done or they are woken
-# to lead. So a caller alone pays no hand-over, and batches grow with the load. If a batch fails,
-# each of its writes runs again alone, so that only the bad one fails.
+# Group commit by a leader: a thread that wants to write puts a function of the transaction into a
+# queue and tries to lead. The one leader opens a transaction, runs all writes in the queue, adds
+# what rides along (log lines, outcomes, claims), and commits. The others sleep until their writes
+# are done or they are woken to lead. So a caller alone pays no hand-over, and batches grow with the
+# load. If a batch fails, each of its writes runs again alone, so that only the bad one fails.
 #
-# A fork waits at a gate until no thread is inside SQLite. A child that is forked inside a
-# transaction gets "database is locked" for good, even on a new connection, since it has a copy of
-# SQLite's table of the locks that its process holds.
+# A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
+# transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
 
-WAL_LIMIT = 64 * 1024 * 1024       # bytes
-LOCK_SECONDS = 30                  # how long a write waits while another program holds the lock
-LOCK_STEP_SECONDS = 0.05           # SQLite waits so long at a time, so that close() can cut it short
-SQLITE_DONE = 101                  # in sqlite3 since Python 3.11
+WAL_LIMIT = 64 * 1024 * 1024  # bytes
+LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
+LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
+Change = Callable[[Transaction], Any]  # what a write does
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread of ours is inside SQLite."""
+    """Keeps a fork out of the moments when a thread is inside SQLite."""
 
     def __init__(self) -> None:
-        self.door = threading.RLock()                     # held during a fork; finalizers may read
-        self._inside: set[int] = set()                    # threads
+        self.door = threading.RLock()  # held during a fork; finalizers may read
+        self._inside: set[int] = set()  # threads
 
     def __enter__(self) -> None:
         with self.door:
@@ -2031,7 +1930,7 @@ class _ForkGate:
         self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Let no other thread in, and wait until those inside are out, for a second at most."""
+        """Let no thread in, and wait until none is inside, for a second at most."""
         self.door.acquire()
         deadline = time.monotonic() + 1.0
         while self._inside and time.monotonic() < deadline:
@@ -2041,19 +1940,18 @@ class _ForkGate:
 fork_gate = _ForkGate()
 
 
-# A force stop raises an exception in the thread of a job, and must not strike while that thread is
-# in here. So functions that a job may call are decorated with `library_code`, which takes the
-# attempt's ticket meanwhile (section 10 tells why and how).
-
 class _Here(threading.local):
-    ticket: Ticket | None = None           # of the attempt that this thread executes
+    ticket: Ticket | None = None  # of the attempt that this thread executes
 
 
 _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that a force stop of the job which calls it must not interrupt."""
+    """Decorate a function that jobs may call, so that no force stop interrupts it.
+
+    It takes the attempt's ticket meanwhile (section 10 tells why).
+    """
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -2079,10 +1977,7 @@ _REMEDIES = {
 
 
 def store_error(doing: str, error: BaseException) -> BaseException:
-    """Return an error of SQLite as ours: what could not be done, and what to do about it.
-
-    Other errors are returned as they are.
-    """
+    """Return an error of SQLite as a StoreError that says what to do; other errors as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
     remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
@@ -2092,13 +1987,13 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
-    """The SQLite file of a store: its path, its schema, and whether it is still there."""
+    """The SQLite file of a store, its schema, and whether it is still there."""
 
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to, and it is there while it is open.
+        # SQLite puts the WAL beside the file that a link leads to.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> Any:
@@ -2107,9 +2002,9 @@ class JobFile:
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             self._prepare(db, now)
-            db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA wal_autocheckpoint = 4000; "
-                             f"PRAGMA journal_size_limit = {WAL_LIMIT}")
-            self._version_in(db)                          # the first read makes the WAL
+            db.executescript(f"""PRAGMA synchronous = {synchronous};
+                PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
+            self._version_in(db)  # the first read makes the WAL
         except BaseException as error:
             if db is not None:
                 db.close()
@@ -2118,7 +2013,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate the schema and switch to WAL; processes that do so at once try again."""
+        """Migrate the schema and set the journal mode, again if another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2131,36 +2026,35 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(
-                f"cannot use {self.path} as a job file: the journal mode stays {mode!r} instead of "
-                f"{self._journal!r}; put the file on a local disk, and have all processes use the "
-                "same mode")
+            raise StoreError(f"the journal mode of {self.path} stays {mode!r} instead of "
+                             f"{self._journal!r}; put the file on a local disk, and let all "
+                             "processes use the same mode")
 
     _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version, in one transaction: a kill leaves the file as it was."""
+        """Bring the tables to this version, in one transaction."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        version = self._version_in(db)                    # another process may have been quicker
+        version = self._version_in(db)  # another process may have been quicker
         # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
         alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
-            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; "
-                             f"stop it before this bgjobs {__version__} opens the file")
+            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
+                             f"it before bgjobs {__version__} opens the file")
         while version != SCHEMA_VERSION:
             if version not in MIGRATIONS:
-                raise StoreError(f"{self.path} has schema version {version}, and this bgjobs "
-                                 f"{__version__} knows up to {SCHEMA_VERSION}; copy a newer "
-                                 "bgjobs.py into the app")
+                raise StoreError(
+                    f"{self.path} has schema version {version}, and this bgjobs {__version__} "
+                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
             for statement in MIGRATIONS[version]:
                 db.execute(statement)
             version = version + 1 if version else SCHEMA_VERSION
         db.execute("UPDATE bgjobs_schema SET version = ?", [version])
         db.execute("COMMIT")
 
-    # JSON functions were an option of builds before 3.38.
+    # Builds before 3.38 may lack the JSON functions.
     _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
 
     def _version_in(self, db: sqlite3.Connection) -> Any:
@@ -2170,52 +2064,50 @@ class JobFile:
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, with its WAL, from an empty one and from others."""
+        """Return what tells the file, with its WAL, from another one and from an empty one."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
-        return object()                                   # equal to nothing seen before
+        return object()  # equal to nothing seen before
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError unless the path still names the open file; SQLite would not notice.
+        """Raise StoreError if the path no longer names the open file: SQLite would not notice.
 
-        max_age: seconds for which the last look is good enough.
+        A look within the last `max_age` seconds is good enough.
         """
         if time.monotonic() - self._checked_at < max_age:
             return
-        self._checked_at = -math.inf                      # if this fails, the next write looks, too
         if self._look() != self._identity:
-            raise StoreError(f"{self.path}, or its -wal, was deleted, emptied or replaced while it "
-                             "was in use; nothing is written any more: put it back, or close() "
-                             "this runner, put the right file there, without a -wal beside it, "
-                             "and make a new runner")
+            raise StoreError(
+                f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
+                "nothing is written any more: put it back, or close() this runner, put the right "
+                "file there without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
-    def connect(self) -> Any:
-        """Return a new connection for reading, never a new file. The caller closes it.
+    def connect(self) -> sqlite3.Connection:
+        """Return a new connection for reading; it never makes a file. The caller closes it.
 
-        Handles of a closed runner read on, when the WAL may be gone.
+        It does not `check`: handles of a closed runner read on, when the WAL may be gone.
         """
-        if not os.path.exists(self.path):
-            self.check()                                  # raises
-        db = sqlite3.connect(self.path, **_CONNECT)
+        import pathlib
+        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
+        db = sqlite3.connect(uri, uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
     def shorten_wal(self) -> None:
-        """Truncate the WAL if it has grown large. Raises StoreError if a reader prevents that."""
+        """Truncate a WAL that has grown large. Raises StoreError if a reader prevents that."""
         size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                raise StoreError(
-                    f"the WAL of {self.path} has {size >> 20} MB and grows: another program keeps "
-                    "an old read transaction open on it; end that")
+                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB and grows: another "
+                                 "program keeps an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file as it is at one moment, while it is in use, to a new file."""
+        """Copy the file, which may be in use, to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2223,11 +2115,11 @@ class JobFile:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
                     db.backup(copy)
-                    # So what the copy shows as running is taken back.
+                    # So running jobs are taken back when the copy is used.
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
-                with contextlib.suppress(OSError):        # there is none
+                with contextlib.suppress(OSError):
                     os.remove(rest)
             raise store_error(f"back {self.path} up to {path}", error)
 
@@ -2235,72 +2127,63 @@ class JobFile:
 class _Write:
     """A write that waits for its transaction."""
 
-    def __init__(self, run: Callable[[Transaction], Any]) -> None:
+    def __init__(self, run: Change) -> None:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
-        self.done = False                                 # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()   # where its thread sleeps
-
-    def sleep(self) -> None:
-        """Sleep until the thread is woken: the write is done then, or the thread can lead."""
-        with contextlib.suppress(queue.Empty):            # Ctrl-C may have hit who would wake it
-            self.wake.get(timeout=1.0)
+        self.done = False  # committed, or failed
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
 
 
 class Store:
-    """One SQLite file: a connection that writes, used by the leader, and connections that read.
+    """One SQLite file, with a connection for the leader, which writes, and others for readers."""
 
-    Readers never wait for writers (WAL).
-    """
-
-    passenger: Dispatch                                   # what rides along with each transaction
+    passenger: Dispatch  # what rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
-            raise StoreError(
-                f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31 or newer")
+            raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31")
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
-        # `_leading` is held by the leader; whoever releases it wakes the first thread that waits.
+        # The leader holds `_leading`, and wakes the first thread that waits when it releases it.
         self._leading = threading.Lock()
-        self.leader = 0                                   # the ident of its thread, 0 if none leads
-        self._waiting: deque[_Write] = deque()            # until they are done
-        self._again = False                               # more rides along than the last one took
+        self.leader = 0  # the ident of its thread, 0 if none leads
+        self._waiting: deque[_Write] = deque()  # until they are done
+        self._again = False  # more rides along than the last one took
         self.closed = self.forked = False
-        self.close_by = math.inf                          # when a runner that goes down gives up
+        self.close_by = math.inf  # when a runner that goes down gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
-        self._say_once: Any = functools.lru_cache(20)(lambda text, at: say(logging.ERROR, text))
-        # EXTRA is FULL, and syncs the folder in which a rollback journal is deleted: the commit there.
+        self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
+        # EXTRA is FULL, and syncs the folder when a rollback journal is deleted, its commit.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
-        self._version_lock = threading.Lock()             # guards _version_db
+        self._version_lock = threading.Lock()  # guards _version_db
         self._version_db = self.file.connect()
 
     # writing
 
     @library_code
-    def write(self, run: Callable[[Transaction], Any]) -> Any:
+    def write(self, run: Change) -> Any:
         """Call `run(transaction)` in the next transaction and return its value after the commit.
 
-        `run` may be called again when a transaction had to be rolled back, so it has no effect but
-        on the transaction. What it raises is raised here, and nothing of it is stored.
+        `run` may be called again after a rollback, so it has no effect but on the transaction.
+        Raises what `run` raises; nothing of it is stored then.
         """
-        if self.closed or os.getpid() != self.pid:
-            self._check_open()
+        self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
-                               "signal handler or a finalizer; have that start a thread")
+                               "signal handler or a finalizer; let that start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.leader:                               # it takes the write along, or wakes us
-                write.sleep()
             while not write.done:
-                if not self._lead(flushing=False) and not write.done:
-                    write.sleep()
-        except BaseException:                             # Ctrl-C
+                if self.leader or not self._lead(flushing=False):
+                    # The leader takes the write along, or wakes this thread. Ctrl-C may hit it
+                    # before it does: hence the timeout.
+                    with contextlib.suppress(queue.Empty):
+                        write.wake.get(timeout=1.0)
+        except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
             raise
@@ -2310,7 +2193,7 @@ class Store:
 
     @library_code
     def flush(self) -> None:
-        """Lead transactions until nothing more is to ride along, unless another thread leads."""
+        """Lead transactions until nothing more rides along, unless another thread leads."""
         self._again = True
         if self.leader != threading.get_ident():
             while self._again and self._lead(flushing=True) and not self._waiting:
@@ -2330,8 +2213,8 @@ class Store:
             self.leader = 0
             self._leading.release()
             try:
-                self._waiting[0].wake.put(None)           # its thread leads next
-            except IndexError:                            # none waits
+                self._waiting[0].wake.put(None)  # its thread leads next
+            except IndexError:
                 if self._again and not (flushing and worked):
                     self.passenger.left_behind()
         return worked
@@ -2339,17 +2222,16 @@ class Store:
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
         """Run a batch in one transaction; if that fails, each write again alone.
 
-        Return False if it failed. Then the next leader takes along what was to ride along; if no
-        other thread leads, that is the service thread.
+        Return False if it failed: the next leader takes along what was to ride along.
         """
         try:
             self._transact(batch, flushing)
             return True
-        except (Exception, JobStopped) as error:          # JobStopped: a superseded one submits
+        except (Exception, JobStopped) as error:  # JobStopped: a superseded one submits
             trouble = error
         for write in batch:
             try:
-                if isinstance(trouble, StoreError):       # the file's trouble hits all alike
+                if isinstance(trouble, StoreError):  # the file's trouble hits all alike
                     raise copy.copy(trouble) from trouble.__cause__
                 self._transact([write], None)
             except (Exception, JobStopped) as error:
@@ -2362,12 +2244,8 @@ class Store:
         return False
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
-        """Run a batch in one transaction, then what follows a commit.
-
-        flushing is None if nothing is to ride along.
-        """
-        if self.closed:
-            self._check_open()
+        """Run a batch in one transaction; nothing rides along if flushing is None."""
+        self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -2390,9 +2268,8 @@ class Store:
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
-            except Exception as error:                    # it is committed: it has not failed
-                say(logging.ERROR, f"bgjobs on {self.path}: trouble after a commit\n"
-                                   f"{traceback_of(error)}")
+            except Exception as error:  # it is committed: it has not failed
+                say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
         self._notice_fork()
@@ -2403,7 +2280,7 @@ class Store:
             raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent in a child that was forked in C, where no hook runs."""
+        """Leave all to the parent in a child that was forked in C: no hook has run."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
@@ -2423,22 +2300,20 @@ class Store:
         """Log an error, the same one every ten seconds at most."""
         self._say_once(text, int(time.monotonic() / 10))
 
-    def write_through(self, connection: sqlite3.Connection,
-                      run: Callable[[Transaction], Any]) -> Any:
-        """Run a write in the transaction that is open on a connection of the app's to this file.
+    def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
+        """Run a write in the open transaction of a connection of the app's, which commits it.
 
-        The app commits it, or rolls it back. If none is open, one is begun, and committed here if
-        the connection commits each statement by itself. Raises ValueError if the connection is to
-        another file.
+        If none is open, one is begun; it is committed here if the connection commits by itself.
+        Raises ValueError if the connection is to another file.
         """
         self._check_open()
         commits = connection.isolation_level is None
-        commits |= getattr(connection, "autocommit", None) is True        # since Python 3.12
+        commits |= getattr(connection, "autocommit", None) is True  # since Python 3.12
         begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
         if connection.in_transaction:
             begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
         try:
-            db = sqlite3.Cursor(connection)               # has no row factory
+            db = sqlite3.Cursor(connection)  # has no row factory
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
@@ -2463,8 +2338,8 @@ class Store:
     # reading
 
     @library_code
-    def read(self, sql: str, parameters: Fields | None = None) -> list[sqlite3.Row]:
-        """Return all rows of a query, read on a connection of its own."""
+    def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
+        """Return all rows of a query; it never waits for a write."""
         self._notice_fork()
         with fork_gate:
             try:
@@ -2472,7 +2347,7 @@ class Store:
             except IndexError:
                 db = self.file.connect()
             try:
-                return self._fetch(db, sql, parameters or {})
+                return self._fetch(db, sql, parameters)
             finally:
                 self._readers.append(db)
                 if self.closed or len(self._readers) > 8:
@@ -2485,15 +2360,12 @@ class Store:
             raise store_error(f"read {self.path}", error)
 
     def _close_readers(self) -> None:
-        with contextlib.suppress(IndexError):             # another thread does so, too
+        with contextlib.suppress(IndexError):
             while True:
                 self._readers.pop().close()
 
     def version(self) -> int:
-        """Return a number that changes with each commit, of any process.
-
-        Raises StoreError if the file is gone.
-        """
+        """Return a number that changes with each commit of any process."""
         self._check_open()
         self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
@@ -2502,13 +2374,13 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if one is given, and close the connections: no write comes after it."""
+        """Run a last write, if one is given, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             if last is not None:
-                with contextlib.suppress(StoreError):     # the disk is full, the file is gone ...
+                with contextlib.suppress(StoreError):  # the disk is full, the file is gone ...
                     self.write(run)
             self.closed = True
             with self._version_lock:
@@ -2517,8 +2389,8 @@ class Store:
             self._close_readers()
 
     def leave_to_parent(self) -> None:
-        """Leave the parent's connections alone in a forked child: never use them, nor close them."""
-        with contextlib.suppress(ImportError, AttributeError):    # CPython closes what it frees
+        """Never use the parent's connections in a forked child, nor close them."""
+        with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2527,47 +2399,46 @@ class Store:
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
 
-ABANDONED_A_PLACE = 2      # threads of superseded attempts for each slot; then nothing is claimed
-HAND_SECONDS = 0.001       # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001     # how long a worker without a job stays up, to claim more at a time
+ABANDONED_A_PLACE = 2  # threads of superseded attempts for each slot; then nothing is claimed
+HAND_SECONDS = 0.001  # the work that is worth waking another thread for
+LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim more at a time
 
 
 class Pool:
     """`size` slots in which attempts execute, and threads for them, made when needed and reused.
 
-    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. One that
-    waits for another job is *away*, and its slot is given to others; when it goes on it is
-    *returning* until it is placed again. So waiting never deadlocks, and no more than `size`
-    attempts execute. Returning attempts come first: they are what the claimed ones would wait for.
-    A force stop makes an attempt *abandoned*: it has no slot any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. While it
+    waits for another job it is *away*, and its slot is given to others; then it is *returning* until
+    it is placed again. So waiting never deadlocks, and no more than `size` attempts execute.
+    Returning attempts come first: the claimed ones may wait for them. A force stop makes an attempt
+    *abandoned*: it has no slot any more, and its thread ends with it.
 
-    Low priority never takes the last of several slots. If all that executes has become low priority
-    meanwhile, it goes on, and one slot more is given out.
+    Low priority never takes the last of several slots. If all attempts that execute have become low
+    priority meanwhile, they go on, and one slot more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
-        self._low_size = max(1, size - 1)                 # slots that low priority may take
+        self._low_size = max(1, size - 1)  # slots that low priority may take
         self._execute = execute
-        self._settle, self._claim = settle, claim         # settle returns whether to claim at once
-        # `_lock` guards the changes of what is below; no user code and no SQL runs under it.
-        # Reading without it gives a hint.
+        self._settle, self._claim = settle, claim  # settle returns whether to claim at once
+        # `_lock` guards changes of all below; no user code and no SQL runs under it.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
-        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()    # normal, low priority
+        self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
         self._away: set[Attempt] = set()
-        self._returning: dict[Attempt, threading.Event] = {}     # in order; set with the slot
+        self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
-        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()   # None ends a thread
-        self._needed = 0                                  # threads that execute, or are about to
+        self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
+        self._needed = 0  # threads that execute, or are about to
         self._threads: set[threading.Thread] = set()
-        self.lingers = False                              # a worker claims in a moment
-        self._pid = os.getpid()                           # a fork has no threads of the pool
+        self.lingers = False  # a worker claims in a moment
+        self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
-        """Whether so many superseded attempts still execute that nothing should be claimed."""
+        """Whether so many abandoned attempts still execute that nothing is to be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     def has(self, attempt: Attempt) -> bool:
@@ -2578,7 +2449,7 @@ class Pool:
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return what the free slots, and those of attempts that are short, have room for."""
+        """Return what the free slots, and those of short attempts, have room for."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2596,20 +2467,19 @@ class Pool:
         return self.size - normal - min(low, self._low_size), self._low_size - low
 
     def put(self, attempts: Iterable[Attempt] = (), work: float = math.inf) -> None:
-        """Execute claimed attempts, in this order; they are known to be `work` seconds of work.
+        """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread calls this without attempts, and gives the other free slots out.
+        The service thread gives the other free slots out: it calls this without attempts.
         """
         with self._lock:
             self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
-        """Give free slots out, and wake at most so many threads.
+        """Give free slots out, and wake at most so many threads; needs the lock.
 
-        takes: the calling thread executes a claimed attempt itself, which is returned. Called under
-        the lock, after anything that may have freed a slot.
+        takes: the calling thread executes the next claimed attempt, which is returned.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2627,12 +2497,12 @@ class Pool:
         try:
             while len(self._threads) < self._needed:
                 self._threads.add(start_thread("bgjobs-worker", self._work))
-        except RuntimeError as error:                     # too many; the next put() tries again
+        except RuntimeError as error:  # too many; the next put() tries again
             say(logging.ERROR, f"bgjobs: {error}")
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt that gets the next slot, or None if there is no slot for any."""
+        """Return the attempt that gets the next slot, if there is one."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2643,15 +2513,15 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute an attempt, have its outcome recorded, go on with the next one in its slot."""
+        """Execute an attempt, settle it, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if os.getpid() != self._pid:                  # a child that the function has forked
+            if os.getpid() != self._pid:  # a child that the function has forked
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned      # its force stop may have left anything
+                retires = attempt in self.abandoned  # its force stop may have broken anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2666,21 +2536,14 @@ class Pool:
             attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
-                    self._linger()
+                    # In a stream of jobs this saves a claim and a wake-up per job: tiny jobs that
+                    # arrive one by one take 1.5 times the CPU without it.
+                    self.lingers = True
+                    time.sleep(LINGER_SECONDS)
+                    self.lingers = False
+                    self._claim()
                 attempt = self._handed.get()
-        self._handed.put(None)                            # for the next thread
-
-    def _linger(self) -> None:
-        """Claim in a moment: in a stream of jobs this saves one claim and one wake-up per job.
-
-        Measured: without it, tiny jobs that arrive one by one take 1.5 times the CPU.
-        """
-        self.lingers = True
-        time.sleep(LINGER_SECONDS)
-        self.lingers = False
-        self._claim()
-
-    # ends
+        self._handed.put(None)  # for the next thread
 
     def _take_out(self, attempt: Attempt) -> None:
         """Forget an attempt that executed."""
@@ -2688,11 +2551,11 @@ class Pool:
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:                          # it goes on without a slot
+        if returned is not None:  # it was abandoned: it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the slot of a superseded attempt away, whose thread lives on."""
+        """Take the slot of a superseded attempt away; its thread lives on."""
         with self._lock:
             if not self.has(attempt) or attempt in self.claimed:
                 return
@@ -2706,20 +2569,20 @@ class Pool:
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Count an attempt as one of low priority, or not."""
+        """Count an executing attempt as one of low priority, or not."""
         with self._lock:
             if attempt in self._placed[not low]:
                 self._placed[not low].remove(attempt)
                 self._placed[low].add(attempt)
             attempt.low_priority = low
-            self._give()                                  # a returning one may take the last slot
-        self._claim()                                     # and it may have left one to another
+            self._give()
+        self._claim()
 
     # waiting for other jobs
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of a waiting attempt away, and wait for one at the end."""
+        """Give the slot of an attempt away within the block, and wait for one at its end."""
         self.leave(attempt)
         try:
             yield
@@ -2727,7 +2590,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away as one of its threads begins to wait for a job."""
+        """Give the slot of an attempt away: one of its threads begins to wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2740,7 +2603,7 @@ class Pool:
         self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
-        """Block until there is a slot again, unless another thread of the attempt waits still."""
+        """Block until there is a slot again, unless another thread of the attempt still waits."""
         returned = threading.Event()
         with self._lock:
             attempt.waits -= 1
@@ -2751,7 +2614,7 @@ class Pool:
             self._give()
         returned.wait()
 
-    # giving claims back, and going down
+    # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
         """Take out the claimed attempts that have waited for so many seconds."""
@@ -2762,7 +2625,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """Let the threads end as they become idle; wait some seconds for that."""
+        """End idle threads, and the others later; wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -2772,36 +2635,34 @@ class Pool:
 # ---- 10 Inside a job ----------------------------------------------------------------------------
 #
 # A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's
-# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the job's
-# function that is wanted. In the library's code it would leave a lock or a transaction open, and
-# after the function has ended it would hit the next job of that thread. So the promise is: it is
-# raised at most once, in the function or what that calls, never in the library, and never after
-# the function.
+# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library
+# it would leave a lock or a transaction open, and after the function it would hit the thread's next
+# job. So the promise is: it is raised at most once, in the function or what that calls, never in
+# the library, and never after the function.
 #
-# For that, each attempt has a ticket: free while the function runs, taken while the library runs.
-# Where the function calls the library, the thread takes the ticket, and puts it back when it
-# returns (`library_code`); once the function has ended, the thread keeps it. A force stop takes the
-# ticket, too, raises the exception, and never puts the ticket back. There are two cases:
+# For that, each attempt has a ticket: free while the function runs, taken while the library runs
+# (`library_code`) and once the function has ended. A force stop takes the ticket, too, and never
+# puts it back. There are two cases:
 # - The thread has the ticket. Then the force stop only leaves a note (`void`), and the thread
 #   raises the exception itself on its way back from the library.
 # - The force stop has the ticket. Then the exception may come at any moment, so a thread that
 #   wants to enter the library waits until it has been sent. If it has not been raised by then, or
 #   was raised before and caught, the thread takes it back and raises one itself.
 
-FLUSH_SECONDS = 0.25       # how often progress is written if no other write takes it along
+FLUSH_SECONDS = 0.25  # how often progress is written if no other write takes it along
 
 
 class Ticket:
     """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
 
-    _depth = 1                             # of library code that calls library code
-    _raised = False                        # by a force stop, from outside
-    _spent = False                         # nothing will be raised from outside any more
-    void = False                           # the attempt has been superseded: library calls raise
-    thread = 0                             # the ident of the attempt's thread
+    _depth = 1  # of library code that calls library code
+    _raised = False  # from outside
+    _spent = False  # nothing will be raised from outside any more
+    void = False  # the attempt has been superseded: library calls raise
+    thread = 0  # the ident of the attempt's thread
 
     def __init__(self) -> None:
-        self._taken = threading.Lock()     # at first by the attempt's thread
+        self._taken = threading.Lock()  # at first by the attempt's thread
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
@@ -2820,12 +2681,6 @@ class Ticket:
             if self.void:
                 self.take()
 
-    def keep(self) -> None:
-        """Take the ticket for good. JobStopped may be raised in here for the last time."""
-        if self._depth == 0:
-            self._take()
-        self._depth = 1
-
     def _take(self) -> None:
         if not self._spent and not self._taken.acquire(False):
             while not self._raised:
@@ -2843,10 +2698,7 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise JobStopped once the thread holds no lock of `logging`, which all threads need.
-
-        (A record that the thread logs meanwhile is a library call, which waits for us.)
-        """
+        """Raise JobStopped once the thread holds no lock of `logging`, which all threads need."""
         while _is_logging(self.thread):
             time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
@@ -2854,7 +2706,10 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is in a call of `logging`, unless it waits there for our exception."""
+    """Return whether a thread is inside `logging`, unless it waits there for our exception.
+
+    It does if it logs a record, which is a library call.
+    """
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
@@ -2863,8 +2718,8 @@ def _is_logging(thread: int) -> bool:
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Have `error` raised in a thread at its next bytecode; without one, take the last back."""
-    with contextlib.suppress(ImportError, AttributeError):       # not CPython: checkpoints stop it
+    """Have `error` raised at a thread's next bytecode; without one, take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):  # not CPython: checkpoints stop it
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
@@ -2873,15 +2728,16 @@ _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar(
     "bgjobs_current", default=None)
 current_attempt = _current.get
-enter = _current.set                                      # in a context of its own
+enter = _current.set  # in a context of its own
+_job_log = logging.getLogger("bgjobs.job")
 
 
 class JobContext:
     """The job that this code runs in: what `current_job()` returns.
 
-    id, name, run_by: the job's. attempt: the number of this attempt, from 1. Outside of a job these
-    are None and 0, and the methods do nothing. Any thread that has the job's context
-    (`asyncio.to_thread` passes it on) may use all of this, but `each` is for one thread at a time.
+    attempt: the number of this attempt, from 1. Outside of a job it is 0, id, name and run_by are
+    None, and the methods do nothing. Any thread that has the job's context (`asyncio.to_thread`)
+    may use this; `each` is for one thread at a time.
     """
 
     id: int | None = None
@@ -2897,7 +2753,7 @@ class JobContext:
 
     @property
     def state(self) -> Any:
-        """What the last checkpoint saved, or None; a copy: only checkpoint(state=) changes it."""
+        """A copy of what the last checkpoint saved, or None."""
         return None if self._attempt is None else decode(self._attempt.state)
 
     @property
@@ -2907,16 +2763,15 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A logger of the standard library. Inside a job its records also go to the job's log."""
+        """A standard logger. Inside a job its records also go to the job's log."""
         return _log if self._attempt is None else self._attempt.logger()
 
     def checkpoint(self, state: Any = _UNSET) -> None:
         """Stop here if that was asked for. Save `state` first, if one is given.
 
-        state: any value that arguments may have; the next attempt finds it as
-        `current_job().state`. With it the call blocks until the commit. Without it the call costs
-        next to nothing: make it in every turn of a loop. Raises JobStopped if the job is to stop,
-        TypeError if the state cannot be stored.
+        state: any value that arguments may have; the next attempt finds it. With it the call blocks
+        until the commit; without it the call costs next to nothing. Raises JobStopped if the job is
+        to stop, TypeError if the state cannot be stored.
         """
         attempt = self._attempt
         if attempt is not None:
@@ -2928,8 +2783,7 @@ class JobContext:
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Report that `done` of `total` units are done, with a line for people.
 
-        Returns at once, and is no checkpoint; shown within a second. total: None if unknown; then
-        no share is shown.
+        Returns at once; no checkpoint; shown within a second. total: None if unknown.
         """
         if self._attempt is not None:
             self._attempt.report(done, total, message)
@@ -2938,8 +2792,8 @@ class JobContext:
         """Yield the items, with a checkpoint before each and at the end; report the progress.
 
         A resumed attempt goes on after the last item whose turn was completed, so the iterable
-        must give the same items in the same order then. total: how many items there are, if the
-        iterable has no length. Raises JobStopped.
+        must give the same items in the same order. total: their number, if the iterable has no
+        length. Raises JobStopped.
         """
         return iter(iterable) if self._attempt is None else self._attempt.each(iterable, total)
 
@@ -2960,31 +2814,31 @@ class Attempt:
     """One execution of a job's function."""
 
     # An attempt is made for each job, so defaults that most attempts never change stand here.
-    thread: int | None = None                             # its ident while it executes; 0: elsewhere
-    begun = left_at = 0.0                                 # monotonic; left_at: when it went away
-    ran = waited = 0.0                                    # seconds: in all; waiting for jobs
-    waits = 0                                             # threads of it that wait at present
-    lines = 0                                             # of its log, written
+    thread: int | None = None  # its ident while it executes; 0: elsewhere
+    begun = left_at = 0.0  # monotonic; left_at: when it went away
+    ran = waited = 0.0  # seconds: in all; waiting for jobs
+    waits = 0  # its threads that wait
+    lines = 0  # of its log, written
 
-    outcome, reason = UNSPENT, HALTED                     # how it ended; how it ends when it stops
-    result: str | None = None                             # JSON, as the next one
-    error: str | None = None
+    outcome, reason = UNSPENT, HALTED  # how it ended; how it ends when it stops
+    result: str | None = None  # JSON
+    error: str | None = None  # JSON
     exception: BaseException | None = None
-    unsaved_progress: Any = None                          # see report_to_save
-    has_reported = False                                  # progress, or a later charge, is stored
+    unsaved_progress: Any = None  # see report_to_save
+    has_reported = False  # progress, or a later charge, is stored
 
-    loops = 0                                             # the number of the next loop of each()
-    loop_positions: Sequence[int] = ()                    # completed turns of each()'s loops
-    stop_requested = was_asked_to_stop = False            # now; at any time
-    attention = False                                     # a checkpoint has more to do than a look
-    operation: Any = None                                 # the Event that a checkpoint waits for
-    saved_at = 0.0                                        # monotonic
-    newest: Any = None                                    # see report
+    loops = 0  # the number of the next loop of each()
+    loop_positions: Any = ()  # completed turns of each()'s loops
+    stop_requested = was_asked_to_stop = False  # now; at any time
+    attention = False  # a checkpoint has more to do than a look
+    operation: Any = None  # the Event that a checkpoint waits for
+    saved_at = 0.0  # monotonic
+    newest: Any = None  # see report
     pace: Any = None
     job_logger: Any = None
-    # Hooks of whatever executes it elsewhere. on_stop is called from any thread and must not block.
-    on_stop: Any = None
-    away: Any = contextlib.nullcontext                    # entered while it waits for jobs
+    # Hooks of what executes it elsewhere.
+    on_stop: Any = None  # called from any thread; must not block
+    away: Any = contextlib.nullcontext  # entered while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2995,12 +2849,12 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []                        # (done, total) of the loops under way
-        self.waits_on: list[Any] = []                     # conditions; a stop wakes its threads
+        self.turns: list[Any] = []  # (done, total) of the loops under way
+        self.waits_on: list[Any] = []  # conditions; a stop wakes its threads
 
     @property
     def is_plain(self) -> bool:
-        """Whether FINISH can record it: the first attempt, without children or reports."""
+        """Whether FINISH can record it."""
         is_simple = self.number == 1 and not self.has_children and not self.has_reported
         return is_simple and self.outcome == RETURNED
 
@@ -3011,16 +2865,16 @@ class Attempt:
 
     @property
     def correction(self) -> int:
-        """The microseconds by which the claim charged too little."""
+        """Microseconds that the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
 
     @property
     def superseded(self) -> JobStopped:
-        """What is raised in an attempt that the store refuses."""
+        """Raised in an attempt that the store refuses."""
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the outcome. Never raises, whatever the error's own methods do."""
+        """Make this error the outcome, whatever the error's own methods raise."""
         self.outcome, self.exception, self.result = RAISED, None, None
         kind = type(error).__qualname__
         try:
@@ -3030,16 +2884,16 @@ class Attempt:
             self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
-        """Make the timeout the outcome."""
-        timeout = f"its timeout of {self.options['timeout']:,g} s"
-        self.fail(TimeoutError(f"attempt {self.number} took longer than {timeout}"))
+        """Fail by the timeout."""
+        self.fail(TimeoutError(f"attempt {self.number} took longer than its timeout of "
+                               f"{self.options['timeout']:,g} s"))
 
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
         """Have JobStopped raised at the next checkpoint. From any thread.
 
-        reason: the outcome then. force: also if the job is declared with stoppable=False.
+        reason: the outcome then. force: even if stoppable=False.
         """
         if not force and not self.options.get("stoppable", True):
             return
@@ -3053,37 +2907,33 @@ class Attempt:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
-        """Go on after all: the job has been resumed before it reached a checkpoint."""
+        """Go on after all, as the job has been resumed before a checkpoint."""
         if self.reason == HALTED:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
         """Have the next checkpoint wait for an operation that is on its way.
 
-        Else a loop that only computes would hold the operation up by the interpreter lock, 5 ms
-        for each of its statements.
+        Else a loop that only computes would hold it up, 5 ms of the interpreter lock a statement.
         """
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
-        """Have JobStopped raised wherever the function is. From any thread.
-
-        The store refuses this attempt by now.
-        """
+        """Have JobStopped raised wherever the function is; the store refuses the attempt by now."""
         self.ticket.use()
-        self.request_stop(force=True)                     # last: a thread that wakes looks at it
+        self.request_stop(force=True)  # last: a thread that wakes looks at the ticket
 
     def raise_if_stopped(self) -> None:
-        """Be a checkpoint. Raises JobStopped."""
+        """Raise JobStopped if a stop is requested."""
         if self.stop_requested:
             raise JobStopped(f"job {self.id} was asked to stop")
 
     @library_code
     def attend(self) -> None:
-        """Do what a checkpoint has to do: let an operation pass, then stop. Raises JobStopped."""
+        """Let an operation pass, then raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
-        self.attention = False             # first: a stop that comes from here on sets it again
+        self.attention = False  # first: a stop that comes from here on sets it again
         if operation is not None:
             operation.wait(1.0)
         if self.stop_requested:
@@ -3092,21 +2942,18 @@ class Attempt:
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        """Sleep, keeping the place, until a stop is requested at most. Raises JobStopped."""
+        """Sleep, and keep the place; a stop ends it. Raises JobStopped."""
         self.wait_on(threading.Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
         """Wait as `wait_on` does; the place is given away meanwhile."""
         with self.away():
-            wait = functools.partial(self.wait_on, condition, over)
-            self.backend.wait_in_job(self, wait, timeout)
+            self.backend.wait_in_job(
+                self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()` is true and return whether it is.
-
-        It is asked when the condition is notified or a stop is requested.
-        """
+        """Wait until `over()`, asked at each notification and stop. Return whether it is true."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -3117,7 +2964,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state, JSON, or None to save only how far each() is. Blocks until the commit."""
+        """Save a state, JSON, or only how far each() is if None. Blocks until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -3126,21 +2973,18 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return how far each loop of each() is, as JSON, or None if there is no loop."""
+        """Return how far the loops of each() are, as JSON, or None if there is none."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # Loops of each() may follow each other, or run inside another's turns. They are numbered as they
-    # begin, and a list has the completed turns of each. When a turn is completed, the loops inside it
-    # leave the list, and those of the next turn get their numbers again. So a resumed attempt, whose
-    # loops begin in the same order, finds its own.
+    # Loops of each() may follow each other, or run inside another's turns. They are numbered as
+    # they begin, and a list has the completed turns of each. When a turn is completed, the loops
+    # inside it leave the list, and those of the next turn get their numbers again. So a resumed
+    # attempt, whose loops begin in the same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield the items from the saved position on.
-
-        The position is saved ten times a second at most, and with the outcome.
-        """
-        saved: list[int] = json.loads(self.job.positions or "[]")
-        positions = self.loop_positions = self.loop_positions or saved
+        """Yield the items from the saved position on; save it ten times a second at most."""
+        positions = self.loop_positions or json.loads(self.job.positions or "[]")
+        self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
         self.loops += 1
         if loop == len(positions):
@@ -3167,7 +3011,7 @@ class Attempt:
     # progress
 
     def _report_turn(self, depth: int, done: int, total: int | None) -> None:
-        """Report the progress of a loop; one inside another's turn refines the outer one's."""
+        """Report the progress of a loop; an inner loop refines the share of the outer one."""
         self.turns[depth:] = [(done, total)]
         units = share = 0.0
         for done, total in reversed(self.turns):
@@ -3176,17 +3020,14 @@ class Attempt:
         self.report(units, total)
 
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Note how far the function is; the service thread writes the newest report."""
+        """Note how far the function is, for the service thread to write."""
         if message is not None:
-            message = text_of(message, 500)               # here: its __str__ is the app's
+            message = text_of(message, 500)  # here, as its __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
-        """Return (share from 0 to 1, seconds left, message) of the newest report; each may be None.
-
-        None if there is nothing new.
-        """
-        newest, self.newest = self.newest, None           # two threads may ask: one gets it
+        """Return (share from 0 to 1, seconds left, message or Nones), or None if nothing is new."""
+        newest, self.newest = self.newest, None  # two threads may ask: one gets it
         if newest is None:
             return None
         done, total, message, at = newest
@@ -3200,24 +3041,16 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger, made when it is first asked for.
-
-        The app's handlers get its records as those of "bgjobs.job".
-        """
+        """Return the job's own logger; the app's handlers get its records as "bgjobs.job"."""
         if self.job_logger is None:
-            app_logger = logging.getLogger("bgjobs.job")
-
-            def keep(record: logging.LogRecord) -> bool:
-                self.keep_record(record)
-                return app_logger.isEnabledFor(record.levelno)
-            self.job_logger = logging.Logger("bgjobs.job", logging.DEBUG)
-            self.job_logger.parent = app_logger
-            self.job_logger.addFilter(keep)
+            self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
+            self.job_logger.parent = _job_log
+            self.job_logger.addFilter(self.keep_record)
         return self.job_logger
 
     @library_code
-    def keep_record(self, record: logging.LogRecord) -> None:
-        """Take a log record into the job's log: written with the next transaction."""
+    def keep_record(self, record: logging.LogRecord) -> bool:
+        """Take a record into the job's log. Return whether the app's handlers want it, too."""
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1]:
@@ -3226,14 +3059,14 @@ class Attempt:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
         message = text_of(message).replace("\0", "\\0")
         self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
+        return _job_log.isEnabledFor(record.levelno)
 
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have the records that any logger emits inside a job land in the job's log, too.
+    """Have the records of any logger inside a job land in the job's log, too.
 
-    By a record factory: a handler on the root logger would disable logging.basicConfig and the
-    last-resort handler.
+    A handler on the root logger would disable logging.basicConfig and the last-resort handler.
     """
     make_record = logging.getLogRecordFactory()
 
@@ -3241,16 +3074,16 @@ def capture_log_records() -> None:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
         # makeLogRecord makes one with the name None, and emits nothing.
-        if attempt is not None and record.name not in ("bgjobs.job", None):
+        if attempt is not None and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
     logging.setLogRecordFactory(make_and_keep)
 
 
-# The execution of a function, in the process and the thread where that happens.
+# The execution of a function, in the process and the thread where that happens
 
 def perform(attempt: Attempt, function: Function) -> None:
-    """Call an attempt's function in this thread, and note the outcome."""
+    """Call an attempt's function in this thread; note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3258,7 +3091,7 @@ def perform(attempt: Attempt, function: Function) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.keep()                         # from here no force stop raises
+            attempt.ticket.take(quietly=True)  # for good: after it no force stop raises
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -3275,8 +3108,8 @@ def perform(attempt: Attempt, function: Function) -> None:
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
-    """Call the function: the one place where that is done."""
-    _current.set(attempt)
+    """Call the function. A job's stack, as the page shows it, begins below this frame."""
+    enter(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
     value = function(*args, **kwargs)
@@ -3287,9 +3120,9 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Tell whether an exception is JobStopped, or a group of nothing else (asyncio.TaskGroup)."""
-    kind = type(error)                                    # isinstance asks error.__class__, too
-    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):     # since Python 3.11
+    """Return whether an exception is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
+    kind = type(error)  # isinstance asks error.__class__, too
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # since Python 3.11
         return all(map(_is_stop, error.exceptions))
     return issubclass(kind, JobStopped)
 
@@ -3304,30 +3137,29 @@ def traceback_of(error: BaseException) -> str:
 
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
-# `wait` and `as_completed` of the standard library know nothing of jobs. They append a waiter to
-# the handle's list of waiters and then wait on the waiter's event. So both depend on private parts
-# of concurrent.futures, the same in Python 3.10 to 3.14: Future._waiters, Future._condition, the
-# `event` of a waiter, and Event._cond.
+# `wait` and `as_completed` of the standard library append a waiter to a handle's list of waiters,
+# and wait on the waiter's event. They work with jobs by private parts of the standard library, the
+# same in Python 3.10 to 3.14: Future._waiters, Future._condition, the `event` of a waiter, and
+# Event._cond.
 
 class HandleCondition(threading.Condition):
-    """The condition of a handle's Future part.
+    """The condition of a handle. A thread that locks it inside a job takes its ticket, too.
 
-    Inside a job the standard library's `wait` and `as_completed` lock it. A force stop must not
-    strike meanwhile, so whoever locks it takes the ticket, too.
+    `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        del self.acquire, self.release                    # Condition sets these to the lock's own
+        del self.acquire, self.release  # Condition sets these to the lock's own
 
-    def acquire(self) -> bool:                            # type: ignore[override]
-        """Lock it. Quietly: also a generator of the standard library's cleans up with it."""
+    def acquire(self) -> bool:  # type: ignore[override]
+        """Lock it. Quietly, as a generator of the standard library cleans up with it."""
         if _here.ticket is not None:
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        """Unlock it."""
+        """Unlock it, and leave the library."""
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
@@ -3336,8 +3168,7 @@ class HandleCondition(threading.Condition):
 
 
 class _Waiters(list[Any]):
-    """A handle's list of waiters. A waiter that comes has the handle watched; inside a job its
-    event gives the worker's place away."""
+    """A handle's waiters. The handle is watched for them; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3349,7 +3180,7 @@ class _Waiters(list[Any]):
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
         if handle is not None:
-            handle._watch()                               # after it: the job may be over already
+            handle._watch()  # after it: the job may be over already
 
 
 class _PlaceGivingEvent(threading.Event):
@@ -3362,9 +3193,8 @@ class _PlaceGivingEvent(threading.Event):
         """Wait until the event is set. A force stop raises JobStopped at once; a stop does not."""
         attempt = self._attempt
         if not self.is_set():
-            def over() -> bool:
-                return self.is_set() or attempt.ticket.void
-            attempt.wait_for(self._cond, over, timeout)   # type: ignore[attr-defined]
+            attempt.wait_for(self._cond,  # type: ignore[attr-defined]
+                             lambda: self.is_set() or attempt.ticket.void, timeout)
             if attempt.ticket.void:
                 raise attempt.superseded
         return self.is_set()
@@ -3376,35 +3206,32 @@ class Job(Future[_T]):
     """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
 
     `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
-    complete handle returns a new one, and attributes stay true on both. `await job` works, too; a
+    complete handle returns a new one; attributes stay true on both. `await job` works, too, and a
     caller that gives up awaiting does not cancel the job. Any thread may use a handle.
 
-    Attributes are read from the file at each access, and wait for no writer; KeyError if the job
-    has been removed:
+    Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
+    are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
 
-    name, label            the stable name of the function; a title for people, or None
-    status, phase          one of the seven statuses; what refines it for people, or ""
-    created_at             Unix seconds, as the next two
-    started_at             of the first attempt since creation or restart, or None
-    finished_at            or None
-    waiting                seconds from creation, or its due time, to the start, or until now
-    duration               seconds that its attempts have been running, together
-    attempt                the number of the newest attempt, 0 before the first
-    errors                 how many attempts failed, with those of its descendants
-    low_priority           whether it runs in periods of low load only
-    run_by                 the name of the person that asked for it, or None
-    progress, eta          0 to 1, and seconds left; None if unknown
-    children               {"total", "done", "failed", "running"}, counts over all descendants
-    parent_id, root_id     ids; a root has no parent, None
-    args, kwargs           a list and a dict of its arguments, secret ones masked
-    state                  what its last checkpoint saved, or None
-    error                  the traceback of the newest failure, a text, or None
-    operations             the operations that its status allows now
+    name, label: the stable name of the function; a title for people, or None.
+    status, phase: one of the seven statuses; what refines it for people, or "".
+    started_at: of the first attempt since creation or restart.
+    waiting: from creation, or its due time, to the start, or until now.
+    duration: how long its attempts ran, together.
+    attempt: the number of the newest, 0 before the first.
+    errors: failed attempts, and failed descendants.
+    low_priority: whether it runs in periods of low load only.
+    run_by: the name of the person that asked for it, or None.
+    progress, eta: 0 to 1, and the time left; None if unknown.
+    children: {"total", "done", "failed", "running"}, over all descendants.
+    parent_id, root_id: the parent of a root is None.
+    args, kwargs: a list and a dict, secret arguments masked.
+    state: what its last checkpoint saved, or None.
+    error: the traceback of the newest failure, or None.
+    operations: those that its status allows now.
 
-    Operations block until their commit, not until the job has followed. They take `by=`, the name
-    of the person that asked, for the job's log. They raise InvalidOperation if the job's status
-    does not allow it (the text says what it allows), KeyError, and StoreError if the file cannot be
-    written.
+    Operations block until their commit, not until the job has followed. by= is the name of the
+    person that asks. They raise InvalidOperation if the status does not allow them, KeyError, and
+    StoreError if the file cannot be written.
     """
 
     name: str
@@ -3436,16 +3263,16 @@ class Job(Future[_T]):
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
-        self._created_at = created_at                     # until the submit is committed
+        self._created_at = created_at  # until the submit is committed
         # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name in _MADE_LATE:                            # few handles are waited on
+        if name in _MADE_LATE:  # few handles are waited on
             return vars(self).setdefault(name, _MADE_LATE[name](self))
         if name not in Job.__annotations__:
             raise AttributeError(f"a Job has no attribute {name!r}")
-        return decode(dump(self.info()[name]))            # dates in a state are dates again
+        return decode(dump(self.info()[name]))  # dates in a state are dates again
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *Job.__annotations__]
@@ -3453,7 +3280,7 @@ class Job(Future[_T]):
     def _row(self) -> Any:
         """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
 
-        An app's transaction that is rolled back leaves its ids to other jobs.
+        Other jobs get the ids of an app's transaction that is rolled back.
         """
         row = self._backend.outcome(self.id)
         if row is None:
@@ -3470,30 +3297,26 @@ class Job(Future[_T]):
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as one dict of JSON values: the JSON interface's."""
+        """Return all attributes as a dict of JSON values, the JSON interface's."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
-        level= the least, as a name or number. text= contained, in any case. regex= found in it, as
-        `re.search` does. since= until= Unix seconds. after= a line's id. limit= how many at most;
-        without `after` the newest ones. tree=True: also the lines of all descendants. Raises
-        ValueError for a bad value.
+        level= the least, a name or number. text= contained, in any case. regex= found. since=
+        until= Unix seconds. after= a line's id. limit= how many at most; without `after` the
+        newest. tree=True: those of all descendants, too. Raises ValueError for a bad value.
         """
         return self._backend.logs(self._stored(), filters)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job[_T]:
-        """Stop the job and its descendants at their next checkpoint. Returns before that."""
+        """Stop the job and its descendants at their next checkpoint; return before that."""
         return self._operate("stop", by)
 
     def resume(self, *, by: str | None = None) -> Job[_T]:
-        """Let a stopped or failed job go on from its saved state.
-
-        Returns a new handle if this one was completed.
-        """
+        """Let a stopped or failed job go on from its saved state."""
         return self._operate("resume", by)
 
     def force_stop(self, *, by: str | None = None) -> Job[_T]:
@@ -3501,10 +3324,7 @@ class Job(Future[_T]):
         return self._operate("force_stop", by)
 
     def restart(self, *, by: str | None = None) -> Job[_T]:
-        """Run a finished or failed job again from scratch, without its former descendants.
-
-        Returns a new handle.
-        """
+        """Run a finished or failed job again from scratch, without its former descendants."""
         return self._operate("restart", by)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
@@ -3512,20 +3332,20 @@ class Job(Future[_T]):
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
-        """Discard a pending or stopped job for good.
+        """Discard a pending or stopped job for good. Return whether it is cancelled.
 
-        Returns whether it is cancelled; never raises InvalidOperation.
+        Never raises InvalidOperation.
         """
         if self._state == "PENDING":
-            with contextlib.suppress(InvalidOperation, StoreError):      # StoreError: shut down
+            with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
                 return True
         return self.cancelled()
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out; return this handle, or a new one if this one is complete."""
-        self.done()                                       # if the job is over, that is its outcome
+        """Carry an operation out. Return this handle, or a new one if this one is complete."""
+        self.done()  # if the job is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3556,30 +3376,23 @@ class Job(Future[_T]):
     def result(self, timeout: float | None = None) -> _T:
         """Return what the function returned, once the job and all its descendants are over.
 
-        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and the worker's
-        place is given away meanwhile. Raises what the function raised (JobFailed if another process
+        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and gives the
+        worker's place away meanwhile. Raises what the function raised (JobFailed if another process
         ran it), TimeoutError, CancelledError; inside a job also JobStopped.
         """
         error = self.exception(timeout)
-        if error is None:                                 # Future.result would ask for its truth value
-            value: Any = self._result
-            return value
-        try:
+        if error is not None:  # Future.result would ask for its truth value
             raise error
-        finally:
-            del self, error                               # its traceback keeps this frame
+        value: Any = self._result
+        return value
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the function raised, or None, once the job is over.
-
-        Waits and raises as `result` does.
-        """
+        """Return what the function raised, or None. Waits, and raises the rest, as `result`."""
         self._wait_for_end(timeout)
         return super().exception(0)
 
-    def _wait_for_end(self, timeout: float | None,
-                      given_up: Function = bool) -> None:
+    def _wait_for_end(self, timeout: float | None, given_up: Function = bool) -> None:
         """Wait until the job is over, or `given_up()` is true when the condition is notified."""
         if self.done():
             return
@@ -3600,21 +3413,21 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop. A callback completes it, inside a job a thread that waits.
+        """Await a future of the loop, completed by a callback, inside a job by a thread.
 
-        That thread gives the worker's place away. It is no executor's: the interpreter would wait
-        for that at exit. Not asyncio.wrap_future, which would cancel the job when it is cancelled.
+        The thread gives the worker's place away. It is no executor's, for which the interpreter
+        waits at exit. asyncio.wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
         over = loop.create_future()
 
         def tell(job: Any) -> None:
-            with contextlib.suppress(RuntimeError):       # the loop is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
 
         def wait() -> None:
-            with contextlib.suppress(BaseException):      # result() below raises it again
+            with contextlib.suppress(BaseException):  # result() below raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
         if current_attempt() is None:
@@ -3627,29 +3440,25 @@ class Job(Future[_T]):
             if tell in self._done_callbacks:
                 self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()              # the thread looks whether it is given up
+                self._condition.notify_all()  # the thread looks whether it is given up
         return self.result()
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
-        self._stored()                                    # first: raises
-        super().add_done_callback(fn)                     # type: ignore[arg-type]
+        super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
     def _watch(self) -> None:
-        """Have this handle completed when its job is over; it is now if the job is over already."""
+        """Have this handle completed when its job is over, now if it is already."""
         if self._state == "PENDING":
             self._stored()
             self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over. Wakes the threads that wait.
-
-        row: what `_row` returns, if it has been read.
-        """
-        if row is None:
+        """Take the outcome over, once, if the job is over, and wake the threads that wait."""
+        if row is None:  # else an attempt elsewhere has been told, in the thread that reads
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
         if status not in OVER:
@@ -3665,11 +3474,11 @@ class Job(Future[_T]):
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
-            except Exception as error:                    # else its handles would wait for good
+            except Exception as error:  # else its handles would wait for good
                 text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
                 self._exception = BgjobsError(text)
             self._end = status
-            self._state, tell = _FUTURE_STATES[status]    # last: it is read without the lock
+            self._state, tell = _FUTURE_STATES[status]  # last: it is read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
@@ -3698,28 +3507,28 @@ def path_of(handle: Job[Any]) -> str:
 class Handles:
     """The handles that wait for the ends of their jobs.
 
-    The thread that commits an end completes them; a thread of its own calls their callbacks, and
-    lives as long as there are any to call.
+    The thread that commits an end completes them; another calls their callbacks, while there are
+    any to call.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.ends_missed = False                          # look() is due
-        self._lock = threading.Lock()                     # guards the four below
-        self.watched: dict[int, Any] = {}                 # by job, a WeakSet
-        self.held: set[Any] = set()                       # with callbacks: live until these ran
+        self.ends_missed = False  # look() is due
+        self._lock = threading.Lock()  # guards the four below
+        self.watched: dict[int, Any] = {}  # by job, a WeakSet
+        self.held: set[Any] = set()  # with callbacks: live until these ran
         self._to_call_back: deque[Any] = deque()
         self._caller: threading.Thread | None = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if the app keeps it or gave it callbacks."""
+        """Complete this handle when its job is over, if the app keeps it or it has callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the ids of the watched jobs, after forgetting those whose handles are gone."""
+        """Return the ids of the watched jobs whose handles are still there."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
@@ -3730,7 +3539,7 @@ class Handles:
             for handle in list(self.watched.get(job_id, ())):
                 try:
                     handle._complete()
-                except Exception as error:                # the service thread looks again
+                except Exception as error:  # the service thread looks again
                     self.ends_missed = True
                     self._store.complain(text_of(error))
 
@@ -3738,7 +3547,7 @@ class Handles:
         WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
-        """Complete the handles of jobs that ended unnoticed, above all in another process."""
+        """Complete the handles of jobs that ended unnoticed, as in another process."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
@@ -3746,7 +3555,7 @@ class Handles:
             self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called outside transactions and jobs."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -3756,7 +3565,7 @@ class Handles:
             if handle._done_callbacks:
                 self._to_call_back.append(handle)
             if self._to_call_back and self._caller is None:
-                with contextlib.suppress(RuntimeError):   # too many; the next end tries again
+                with contextlib.suppress(RuntimeError):  # too many; the next end tries again
                     self._caller = start_thread("bgjobs-callbacks", self._call_back)
 
     def _call_back(self) -> None:
@@ -3770,31 +3579,30 @@ class Handles:
                 handle._invoke_callbacks()
             except BaseException:
                 _log.exception("a callback of job %d failed", handle.id)
-            del handle
 
     def wait_for_callbacks(self) -> None:
-        """Block until the callbacks of complete handles have returned; not inside one of them."""
+        """Block until the callbacks of complete handles have returned, unless inside one."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, where the thread is not and the lock may be held."""
+        """Begin anew in a forked child, where the thread is missing and the lock may be held."""
         self._lock, self._caller = threading.Lock(), None
 
 
 # ---- 12 Runner ----------------------------------------------------------------------------------
 #
-# `Runner` is the face that an app uses. Behind it, `Core` connects the parts: the store, the log
+# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, the log
 # lines that wait to be written, the handles that wait for ends, and `Dispatch`, which takes jobs
 # from the file to the workers and their outcomes back. `Lifecycle` starts all that and takes it
-# down again.
+# down.
 
-SETTLE_SECONDS = 0.002     # how long an outcome that is not awaited may wait for company
-GRACE_SECONDS = 5.0        # what running jobs get to reach a checkpoint when the app goes down
-STANDING_CLOCK_SECONDS = 5.0   # then a job that waits, in drain, for another time is an error
-LINES_A_JOB = 10_000       # log lines that are kept of a job, the newest, and up to a tenth more
-LINES_A_WRITE = 2_000      # log lines that a transaction takes along, if it has no outcomes
-LOG_BUFFER = 20_000        # log lines that may wait to be written; more are counted, not kept
+SETTLE_SECONDS = 0.002  # how long an outcome that is not awaited may wait for company
+GRACE_SECONDS = 5.0  # that running jobs get to reach a checkpoint when the app goes down
+STANDING_CLOCK_SECONDS = 5.0  # then a job that waits, in drain(), for another time is an error
+LINES_A_JOB = 10_000  # log lines that are kept of a job, the newest, and up to a tenth more
+LINES_A_WRITE = 2_000  # log lines that a transaction takes along, if it has no outcomes
+LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 # Seconds that trees are kept once they are over, cancelled ones as finished.
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
@@ -3810,7 +3618,7 @@ class LogLines:
     def __init__(self) -> None:
         # (attempt, time or seconds waited, level, message; None for a start)
         self._waiting: list[tuple[Attempt, float, int, str | None]] = []
-        self.dropped = 0                                  # lines, since that was last reported
+        self.dropped = 0  # lines, since that was last reported
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -3845,7 +3653,7 @@ class LogLines:
                 continue
             lines.append((attempt.id, at, level, message, attempt.number))
             attempt.lines += 1
-            if attempt.lines % (LINES_A_JOB // 10) == 0:
+            if not attempt.lines % (LINES_A_JOB // 10):
                 long_logs.add(attempt.id)
         if lines:
             tx.execute(self._INSERT, {"owner": owner, "lines": dump(lines)})
@@ -3868,12 +3676,12 @@ class Dispatch:
         self._core, self._store = core, core.store
         self._store.passenger, self.run_times = self, core.run_times
         self.pool = Pool(core.max_workers, self.execute, self.settle, core.store.flush)
-        self.attempts: dict[int, Attempt] = {}            # claimed here, by job; the leader's
-        self.ended: deque[Attempt] = deque()              # until recorded; only the leader removes
-        self._riding: list[Attempt] = []                  # ended, and to be recorded now
-        self._ended_at = 0.0                              # monotonic; when the first of them came
-        self._backlog = True                              # more may be ready, says the last claim
-        self.claims = False                               # jobs are claimed
+        self.attempts: dict[int, Attempt] = {}  # claimed here, by job; only the leader changes it
+        self.ended: deque[Attempt] = deque()  # until recorded; only the leader removes
+        self._riding: list[Attempt] = []  # ended, and to be recorded now
+        self._ended_at = 0.0  # monotonic; when the first of `ended` came
+        self._backlog = True  # more jobs may be ready, says the last claim
+        self.claims = False  # jobs are claimed
 
     # between the file and the pool, in the leader's thread
 
@@ -3886,7 +3694,7 @@ class Dispatch:
     def end(self, tx: Transaction, flushing: bool) -> None:
         """Record the outcomes of ended attempts, and claim jobs for free slots."""
         if self.pool.lingers and not flushing:
-            return                                        # a worker flushes in a moment
+            return  # a worker flushes in a moment
         ended = self._riding
         if ended:
             tx.finish(ended)
@@ -3897,12 +3705,12 @@ class Dispatch:
     def _claim(self, tx: Transaction) -> list[Attempt]:
         """Claim jobs for the free slots, and some ahead while they are known to be short."""
         room = self.pool.room(self.run_times)
-        if room.free <= 0 and room.ahead < AHEAD_LIMIT // 2:      # enough waits; claims are batched
+        if room.free <= 0 and room.ahead < AHEAD_LIMIT // 2:  # enough waits; claims are batched
             self._backlog = True
             return []
-        claims = claim(tx, self._core.id, room._replace(free=max(0, room.free)), self.run_times)
+        claims = claim(tx, self._core.id, room, self.run_times)
         self._backlog = claims.more_ready or room.low_free <= 0
-        if claims.cut_short:                              # the jobs behind get the next transaction
+        if claims.cut_short:  # the jobs behind get the next transaction
             tx.after_commit.append(self._store.flush)
         return [Attempt(self._core, job, charge) for job, charge in claims.jobs]
 
@@ -3911,11 +3719,11 @@ class Dispatch:
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
-        self._ended_at = time.monotonic()                 # of those that came meanwhile
+        self._ended_at = time.monotonic()  # of those that came meanwhile
         for attempt in claimed:
             superseded = self.attempts.get(attempt.id)
             self.attempts[attempt.id] = attempt
-            if superseded is not None:                    # by another process, and resumed
+            if superseded is not None:  # by another process, and resumed
                 self.abandon(superseded)
         if claimed:
             self.pool.put(claimed, sum(self.run_times.occupies(each.name) for each in claimed))
@@ -3930,33 +3738,33 @@ class Dispatch:
             self._core.handles.complete(tx.over)
 
     def left_behind(self) -> None:
-        """Have the service thread lead."""
-        self._core.nudge()
+        """Have the service thread lead a transaction soon."""
+        if self._core.service is not None:
+            self._core.service.nudge()
 
     # in a worker's thread
 
     def execute(self, attempt: Attempt) -> None:
-        """Run one attempt. Never raises: its thread must live on to record the outcome."""
-        try:
-            self._execute(attempt)
-        except BaseException as error:                    # by what methods of its exception do, say
-            attempt.fail(error)
+        """Run one attempt, unless it is to stop already.
 
-    def _execute(self, attempt: Attempt) -> None:
-        """Run one attempt, unless it is to stop already."""
+        Never raises: the thread must live on to record the outcome.
+        """
         if attempt.stop_requested:
             return
-        function = function_of(attempt.name)
-        if function is None:
-            attempt.outcome = UNKNOWN
-            return
-        executor = None if attempt.job.system else self.executor_of(function)
-        if attempt.options and attempt.options.get("isolate"):
-            executor = ISOLATED
-        if executor is None:
-            self.execute_here(attempt, function)
-        else:
-            self._core.elsewhere.drive(attempt, function, executor)
+        try:
+            function = function_of(attempt.name)
+            if function is None:
+                attempt.outcome = UNKNOWN
+                return
+            executor = None if attempt.job.system else self.executor_of(function)
+            if attempt.options.get("isolate"):
+                executor = ISOLATED
+            if executor is None:
+                self.execute_here(attempt, function)
+            else:
+                self._core.elsewhere.drive(attempt, function, executor)
+        except BaseException as error:  # raised by methods of the job's own exception, say
+            attempt.fail(error)
 
     def execute_here(self, attempt: Attempt, function: Function) -> None:
         """Run one attempt in this thread."""
@@ -3965,7 +3773,7 @@ class Dispatch:
         self.run_times.record(attempt.name, attempt.worked)
 
     def note_start(self, attempt: Attempt) -> None:
-        """Count a job for the statistics that begins for the first time, unless it is of ours."""
+        """Count the first start of a job for the statistics, which leave out system jobs."""
         job = attempt.job
         if job.started_at is None and not job.system:
             waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
@@ -3989,7 +3797,7 @@ class Dispatch:
         self.ended.append(attempt)
         if self._is_awaited(attempt):
             return True
-        self._core.nudge()
+        self.left_behind()
         return False
 
     def _is_awaited(self, attempt: Attempt) -> bool:
@@ -4018,20 +3826,33 @@ class Dispatch:
         attempt.supersede()
         self.pool.abandon(attempt)
 
-    def tell(self, operation: str, job_ids: Iterable[int]) -> None:
-        """Carry a committed operation out on the attempts of this process.
+    def compare(self, tx: Transaction) -> None:
+        """Carry out on the attempts here what operations, in any process, did to their jobs.
 
-        Runs in the leader's thread, before any of these jobs can be claimed again.
+        Finds claims that were lost, too. While this thread leads, no claim and no outcome is under
+        way, and none of these jobs is claimed again before its old attempt is abandoned.
         """
-        for attempt in filter(None, map(self.attempts.get, job_ids)):
-            if operation == "stop":
-                attempt.request_stop()
-            elif operation == "resume":
-                attempt.withdraw_stop()
-            elif operation == "force_stop":
-                self.abandon(attempt)
-            elif operation.endswith("low_priority"):
-                self.pool.set_low_priority(attempt, int(operation == "set_low_priority"))
+        jobs = {job.id: job for job in owned(tx, self._core.id)}
+        # A worker queues an outcome before it takes the attempt out of the pool.
+        here = {attempt.id for attempt in list(self.attempts.values())
+                if self.pool.has(attempt) or attempt in self.ended}
+        if self.claims:  # in drain(), a job that has been claimed is about to execute
+            for job_id in jobs.keys() - here:
+                take_back(tx, job_id, "its claim was lost", tx.now)
+
+        def carry_out() -> None:
+            for attempt in list(self.attempts.values()):
+                job = jobs.get(attempt.id)
+                if job is None or job.attempt != attempt.number:
+                    self.abandon(attempt)
+                    continue
+                if job.status == STOPPING:
+                    attempt.request_stop()
+                else:
+                    attempt.withdraw_stop()
+                if job.low_priority != attempt.low_priority:
+                    self.pool.set_low_priority(attempt, job.low_priority)
+        tx.after_commit.append(carry_out)
 
 
 def job_failed(job_id: int, row: Any) -> JobFailed:
@@ -4049,57 +3870,43 @@ class Core:
     def __init__(self, face: Runner, store: Store, max_workers: int, executor: Any,
                  callback: str | None) -> None:
         self.face, self.store, self.path, self.clock = face, store, store.path, store.clock
-        self.max_workers, self.executor, self._callback = max_workers, executor, callback
+        self.max_workers, self.executor, self.callback = max_workers, executor, callback
         self.run_times = RunTimes(dict(map(tuple, store.read(
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
         self.dispatch = Dispatch(self)
-        self._exceptions: dict[int, tuple[int, BaseException]] = {}       # by job, the oldest first
-        self.schedules: dict[str, tuple[Any, ...]] = {}   # of this code, by key: what was asked
-        self.id = 0                                       # this runner's, once it is registered
-        self.inline: Drain | None = None                  # while it runs jobs in drain()
-        self.shut = self.goes_down = False                # takes no jobs; and ends
-        self._service_lock = threading.Lock()             # guards the two below
+        # What functions raised, by job and attempt, the oldest first.
+        self._exceptions: dict[tuple[int, int], BaseException] = {}
+        self.schedules: dict[str, tuple[Any, ...]] = {}  # of this code, by key: what was asked
+        self.id = 0  # this runner's, once it is registered
+        self.inline: Drain | None = None  # while it runs jobs in drain()
+        self.shut = self.goes_down = False  # takes no jobs; and ends
+        self._service_lock = threading.Lock()  # guards the making of the two below
         self.service: Service | None = None
-        self._elsewhere: Any = None
-        self.servers: list[Any] = []                      # of the status page
-        self.life = Lifecycle(self)                       # last: it enters the runner in the file
+        self.elsewhere_if_made: Any = None
+        self.servers: list[Any] = []  # of the status page
+        self.life = Lifecycle(self)  # last: it enters the runner in the file
 
     @property
     def elsewhere(self) -> Any:
         """What executes attempts in other processes; made when first needed."""
         with self._service_lock:
-            if self._elsewhere is None:
-                self._elsewhere = door("executor")(self, self._callback)
-            return self._elsewhere
-
-    def listen(self) -> None:
-        """Open the port for executors on other machines now, since later nobody would hear."""
-        if self._callback is not None:
-            self.elsewhere.listen()
-
-    def close_elsewhere(self) -> None:
-        """End what executes attempts in other processes, if there is any."""
-        if self._elsewhere is not None:
-            self._elsewhere.close()
+            if self.elsewhere_if_made is None:
+                self.elsewhere_if_made = door("executor")(self, self.callback)
+            return self.elsewhere_if_made
 
     def is_broken(self, name: str) -> bool:
         """Whether the executor of a function took nothing lately."""
         executor = self.dispatch.executor_of(function_of(name))
-        return self._elsewhere is not None and bool(self._elsewhere.is_broken(executor))
+        return executor is not None and bool(self.elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
         """Begin anew in a forked child, with neither threads nor attempts."""
         self.handles.leave_to_parent()
-        self.dispatch.claims, self.dispatch.attempts, self.servers = False, {}, []
+        self.dispatch.attempts = {}
         self._service_lock, self.service = threading.Lock(), None
-        if self._elsewhere is not None:
-            self._elsewhere.leave_to_parent()
-
-    def nudge(self) -> None:
-        """Have the service thread lead a transaction soon."""
-        if self.service is not None:
-            self.service.nudge()
+        if self.elsewhere_if_made is not None:
+            self.elsewhere_if_made.leave_to_parent()
 
     def ensure_service(self) -> None:
         """Have the service thread running."""
@@ -4109,18 +3916,18 @@ class Core:
 
     # submitting
 
-    def submit(self, new: Submission, connection: sqlite3.Connection | None = None) -> Job[Any]:
+    def submit(self, new: Submission, connection: Any = None) -> Job[Any]:
         """Store a job and return its handle."""
         job_id = self._write_for(new, connection)(lambda tx: tx.submit(new))
         return Job(self, job_id, None if connection is None else new.created_at)
 
     def submit_many(self, new: Submission, arguments: list[str | None],
-                    connection: sqlite3.Connection | None = None) -> list[int]:
+                    connection: Any = None) -> list[int]:
         """Store a job for each of the encoded arguments, in one transaction."""
         return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
     def _write_for(self, new: Submission, connection: Any) -> Function:
-        """Return what writes a submission: in a transaction of the app's on this connection, or not.
+        """Return what writes a submission: in a transaction of ours, or on the app's connection.
 
         Raises RuntimeError if the runner is shut down.
         """
@@ -4150,7 +3957,7 @@ class Core:
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def logs(self, job_id: int, filters: Fields) -> list[Fields]:
-        """Return what `Job.logs` does; what was logged by now is among it."""
+        """Return what `Job.logs` does, with all that has been logged by now."""
         if not self.store.closed:
             self.write_lines()
         return read_logs(self.store, job_id, filters)
@@ -4160,8 +3967,9 @@ class Core:
 
     def outcome(self, job_id: int) -> Any:
         """Return a dict with status, created_at, name, attempt, result and error, or None."""
-        for row in self.store.read(self._OUTCOME, {"id": job_id}):
-            return {**row}                                # other processes get it as JSON
+        if 0 < job_id < 1 << 63:
+            for row in self.store.read(self._OUTCOME, {"id": job_id}):
+                return {**row}  # other processes get it as JSON
         return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
@@ -4171,18 +3979,15 @@ class Core:
     def remember_exception(self, attempt: Attempt) -> None:
         """Keep what a function raised for the handles of this process."""
         error: Any = attempt.exception
-        with contextlib.suppress(Exception):              # of an attribute of its own
-            traceback.clear_frames(error.__traceback__)   # keeps the lines, not what they held
-        self._exceptions[attempt.id] = attempt.number, error
+        traceback.clear_frames(error.__traceback__)  # keeps the lines, not what they held
+        self._exceptions[attempt.id, attempt.number] = error
         if len(self._exceptions) > MEMORY_OF_EXCEPTIONS:
             del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
         """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
-        number, own = self._exceptions.get(job_id, (0, None))
-        if own is not None and number == row["attempt"]:
-            return own
-        return job_failed(job_id, row)
+        own = self._exceptions.get((job_id, row["attempt"]))
+        return job_failed(job_id, row) if own is None else own
 
     # operating
 
@@ -4196,8 +4001,8 @@ class Core:
             running.let_pass(passed)
 
         def run(tx: Transaction) -> None:
-            moved = operate(tx, operation, job_id, by, author)
-            tx.after_commit.append(lambda: self.dispatch.tell(operation, moved))
+            operate(tx, operation, job_id, by, author)
+            self.dispatch.compare(tx)
         try:
             self.store.write(run)
         except (KeyError, OverflowError):
@@ -4213,8 +4018,8 @@ class Core:
         self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
-            self.store.flush()                            # its outcome may wait for company
-        self.handles.complete([handle.id])                # it may have ended before it was watched
+            self.store.flush()  # its outcome may wait for company
+        self.handles.complete([handle.id])  # it may have ended before it was watched
 
     def call_back(self, handle: Job[Any]) -> None:
         """Have the callbacks of a complete handle called."""
@@ -4232,14 +4037,13 @@ class Core:
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
-        saved: bool = self.store.write(lambda tx: tx.save_state(attempt, state, positions))
-        return saved
+        return bool(self.store.write(lambda tx: tx.save_state(attempt, state, positions)))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
-        """Take a line into a job's log; written with the next transaction, within a second."""
-        if self.dispatch.attempts.get(attempt.id) is attempt:      # not superseded
+        """Take a line into a job's log; it is in the file within a second."""
+        if self.dispatch.attempts.get(attempt.id) is attempt:  # not superseded
             if self.inline is not None and len(self.lines) >= LINES_A_WRITE:
-                self.store.flush()                        # in drain() no other thread writes them
+                self.store.flush()  # in drain() no other thread writes them
             self.lines.add(attempt, at, level, message)
 
     def flush_reports(self) -> None:
@@ -4247,19 +4051,16 @@ class Core:
 
         So the root of an attempt that runs longer than estimated does not look idle.
         """
-        now, running = time.monotonic(), []
+        now, reports = time.monotonic(), []
         for attempt in list(self.dispatch.attempts.values()):
             if attempt.thread is not None:
                 worked = int((now - attempt.begun - attempt.waited) * 1e6)
                 charge = worked if worked > attempt.charge + 1_000_000 else None
-                running.append((attempt, attempt.report_to_save(), charge))
-
-        def save(tx: Transaction) -> None:
-            for attempt, report, charge in running:
+                report = attempt.report_to_save()
                 if report or charge:
-                    tx.report(attempt, report, charge)
-        if any(report or charge for _, report, charge in running):
-            self.store.write(save)
+                    reports.append((attempt, report, charge))
+        if reports:
+            self.store.write(lambda tx: [tx.report(*each) for each in reports])
         self.write_lines()
         dropped, self.lines.dropped = self.lines.dropped, 0
         if dropped:
@@ -4289,7 +4090,7 @@ class Drain:
         for job, charge in core.store.write(claim_one).jobs:
             attempt = dispatch.attempts[job.id] = Attempt(core, job, charge)
             if attempt.options.get("timeout"):
-                core.ensure_service()                     # it watches the time
+                core.ensure_service()  # it watches the time
             dispatch.execute(attempt)
             dispatch.settle(attempt)
             core.store.flush()
@@ -4318,6 +4119,7 @@ class Drain:
         return True
 
 
+
 _MINE = """(submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
 _MY_PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
@@ -4336,7 +4138,7 @@ class Lifecycle:
         self._core, self._store = core, core.store
         self.presence = Presence(core.path)
         self.started = False
-        self._closing = threading.Lock()                  # only one thread closes
+        self._closing = threading.Lock()  # only one thread closes
         core.id = self._store.write(self._register)
 
     _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
@@ -4354,7 +4156,7 @@ class Lifecycle:
                 "workers": self._core.max_workers}).lastrowid
             if self.presence.appear(runner):
                 return runner
-            remove_runner(tx, runner)                     # of a deleted file; the next id is higher
+            remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
     _BEAT = """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
         WHERE id = :id"""
@@ -4370,13 +4172,13 @@ class Lifecycle:
         core = self._core
         if core.shut:
             raise RuntimeError(f"the runner on {core.path} is shut down; make a new one")
-        if not self.started:
-            core.listen()
-            capture_log_records()
-            self.recover_dead()
-            self.started = core.dispatch.claims = True
-            core.ensure_service()
-            self._store.flush()
+        if core.callback is not None:
+            core.elsewhere.listen()  # now, since an error would be heard by nobody later
+        capture_log_records()
+        self.recover_dead()
+        self.started = core.dispatch.claims = True
+        core.ensure_service()
+        self._store.flush()
 
     _OTHERS = """SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> :id UNION ALL
         SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
@@ -4397,29 +4199,20 @@ class Lifecycle:
 
     def shutdown(self, wait: bool, cancel_futures: bool) -> None:
         """Take no more jobs; see `Runner.shutdown`."""
-        core = self._core
+        core, mine = self._core, {"submitter": self._core.id}
+        core.shut = True
         with contextlib.suppress(StoreError):
-            core.shut = True
-            if cancel_futures:
-                self._cancel_pending()
-            if self.started and not wait:
-                threading.Thread(target=self.shutdown, args=(True, False), name="bgjobs-shutdown",
-                                 daemon=True).start()
-                return
+            for row in self._store.read(_MY_PENDING, mine) if cancel_futures else ():
+                with contextlib.suppress(InvalidOperation, KeyError):
+                    core.operate("cancel", row["id"], None)
             if self.started:
-                while self._mine(_MY_UNFINISHED):
+                if not wait:
+                    start_thread("bgjobs-shutdown", self.shutdown, True, False)
+                    return
+                while self._store.read(_MY_UNFINISHED, mine):
                     time.sleep(0.01)
                 core.handles.wait_for_callbacks()
             self.close(time.monotonic() + GRACE_SECONDS)
-
-    def _mine(self, sql: str) -> list[sqlite3.Row]:
-        """Return the rows of a query about the jobs that were submitted through this runner."""
-        return self._store.read(sql, {"submitter": self._core.id})
-
-    def _cancel_pending(self) -> None:
-        for row in self._mine(_MY_PENDING):
-            with contextlib.suppress(InvalidOperation, KeyError):
-                self._core.operate("cancel", row["id"], None)
 
     def close(self, until: float) -> None:
         """Go down in order; running jobs get until then (monotonic) to reach a checkpoint."""
@@ -4447,9 +4240,8 @@ class Lifecycle:
         core, dispatch = self._core, self._core.dispatch
         self.pause()
         with contextlib.suppress(StoreError):
-            self._store.write(lambda tx: None)            # the leader may be claiming still
-        self.pause()                                      # what was claimed meanwhile
-        with contextlib.suppress(StoreError):
+            self._store.write(lambda tx: None)  # the leader may be claiming still
+            self.pause()  # what was claimed meanwhile
             dispatch.give_back(dispatch.pool.take_back())
             while dispatch.attempts and time.monotonic() < self._store.close_by:
                 time.sleep(0.005)
@@ -4462,22 +4254,19 @@ class Lifecycle:
             remove_runner(tx, core.id)
             tx.after_commit += [self.presence.release, lambda: self.presence.remove(core.id)]
         self._store.close(leave)
-        core.close_elsewhere()
+        if core.elsewhere_if_made is not None:
+            core.elsewhere_if_made.close()
         for server in core.servers:
             server.shutdown()
             server.server_close()
         if core.service is not None:
-            core.service.end(self._left(0.8, 1.0))
-        self.presence.release()                           # if that write has failed
-        dispatch.pool.close(self._left(0.8, 0.2))
-        core.handles.held.clear()                         # else their callbacks are waited for
+            core.service.end(0.8)
+        self.presence.release()  # if that write has failed
+        dispatch.pool.close(0.2)
+        core.handles.held.clear()  # else their callbacks are waited for
         # Those attempts were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
-
-    def _left(self, extra: float, most: float) -> float:
-        """Return the seconds until `extra` seconds after close_by, at most `most`."""
-        return max(0.0, min(most, self._store.close_by + extra - time.monotonic()))
 
     def leave_to_parent(self) -> None:
         """Leave threads, locks and connections to the parent, in a forked child."""
@@ -4496,7 +4285,7 @@ class Submitter:
             raise TypeError("executor is an option of a function, @job(executor=...), or of "
                             "start(); it cannot be stored with a job")
 
-    @overload                                             # a coroutine is run to its value
+    @overload  # a coroutine is run to its value
     def submit(self, fn: Callable[_P, Coroutine[Any, Any, _T]], /,
                *args: _P.args, **kwargs: _P.kwargs) -> Job[_T]: ...
     @overload
@@ -4510,11 +4299,7 @@ class Submitter:
         submits is to stop.
         """
         backend = self._find_core()
-        new = new_submission(backend, fn, self._options)
-        if args:
-            new.args = encode(args, f"the arguments of {new.name}")
-        if kwargs:
-            new.kwargs = encode(kwargs, f"the arguments of {new.name}")
+        new = new_submission(backend, fn, self._options, args, kwargs)
         return backend.submit(new, self._options.get("connection"))
 
     def submit_many(self, fn: Function,
@@ -4527,11 +4312,16 @@ class Submitter:
         new = new_submission(backend, fn, self._options)
         if new.key is not None:
             raise ValueError("a key names one job; it cannot be an option of submit_many")
-        what, tuples = f"the arguments of {new.name}", iter(argument_tuples)
         ids: list[int] = []
+
+        def encode_tuple(args: Any) -> str | None:
+            if not isinstance(args, tuple):
+                raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
+                                "(value,) for a single argument")
+            return encode_arguments(new, args)
+        encoded = map(encode_tuple, argument_tuples)
         try:
-            while batch := [None if args == () else encode(_checked_tuple(args), what)
-                            for args in itertools.islice(tuples, 10_000)]:
+            while batch := list(itertools.islice(encoded, 10_000)):
                 ids += backend.submit_many(new, batch, self._options.get("connection"))
             return ids
         except Exception as error:
@@ -4546,8 +4336,7 @@ class Submitter:
         chunksize is ignored. buffersize: submit only so many now, and another one for each result
         that is taken. Jobs that have not begun are cancelled when the iterator raises or is closed.
         """
-        if buffersize is not None and (type(buffersize) is not int or buffersize < 1):
-            raise ValueError(f"buffersize must be None or greater than 0, got {short(buffersize)}")
+        check_values({"buffersize": buffersize}, _ARGUMENTS)
         submissions = (self.submit(fn, *arguments) for arguments in zip(*iterables))
         jobs = deque(itertools.islice(submissions, buffersize))
         return _results(jobs, submissions, None if timeout is None else time.monotonic() + timeout)
@@ -4557,43 +4346,43 @@ class Submitter:
         """Submit `fn(*args, **kwargs)` again and again, once each time over all processes.
 
         schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone
-        of the option tz. It is known by the option key, else by function and arguments:
-        registering it at each start changes nothing, or its times, if those given have changed.
-        Times that were missed while no process ran are made up once; while its last job is not
-        over, a time is skipped. Raises ValueError for a bad schedule, or the same one at other
-        times: give each a key then; TypeError as submit.
+        of the option tz. It is known by the option key, else by function and arguments: to register
+        it at each start changes nothing, or its times if other ones are given. Times missed while
+        no process ran are made up once; while its last job is not over, a time is skipped. Raises
+        ValueError for a bad schedule, or for the same one at other times (give each a key), and
+        TypeError as submit.
         """
         return register(self._find_core(), schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
-        """Return a Submitter with these options added: `options(label="Nightly").submit(export, "users")`.
+        """Return a Submitter with more options: `options(label="Nightly").submit(export, "users")`.
 
-        name           stable identity of the function; by default its import path
-        label          a title for people
-        run_by         who asked for it; by default as the parent
-        low_priority   True: run in periods of low load; by default as the parent
-        system         True: housekeeping, hidden by default
-        key            at the root: while a job with this key is not over, submit returns that job;
-                       in a child: unique within the parent for good
-        delay          seconds to wait
-        run_at         or when to run, in Unix seconds or an aware datetime
-        retries        how many more attempts after an exception; by default 0
-        backoff        the pause before each of them: seconds, a list of them (the last one repeats), or a
-                       function of the attempt, called at submit; by default 1 s, twice as long each time,
-                       up to 10 min, and up to half as long again by chance
-        timeout        seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
-                       failed with a TimeoutError
-        max_running    at most so many attempts of this name at once, over all processes; the job's
-                       ancestors, which may wait for it, do not count
-        stoppable      False: stays stopping until it ends
-        restartable    False: refuses restart
-        recover        False: an attempt cut off by a crash fails instead of running again (at most once)
-        isolate        True: each attempt in a process of its own, which force stop and timeout kill
-        tz             the time zone of `every`; by default the machine's
-        secret         names of arguments that people do not get to see
-        parent         a Job to become its child; None: a root, also from inside a job
-        connection     the app's open sqlite3.Connection to the same file: the job exists if and only if
-                       its transaction commits; before that, ask the handle for nothing but its id
+        name: stable identity of the function; by default its import path.
+        label: a title for people.
+        run_by: who asked for it; by default as the parent.
+        low_priority: True: run in periods of low load; by default as the parent.
+        system: True: housekeeping, hidden by default.
+        key: at the root: while a job with this key is not over, submit returns that job; in a
+            child: unique within the parent for good.
+        delay: seconds to wait.
+        run_at: or when to run, in Unix seconds or an aware datetime.
+        retries: how many more attempts after an exception; by default 0.
+        backoff: the pause before each of them: seconds, a list of them (the last one repeats), or a
+            function of the attempt, called at submit; by default 1 s, twice as long each time, up
+            to 10 min, and up to half as long again by chance.
+        timeout: seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
+            failed with a TimeoutError.
+        max_running: at most so many attempts of this name at once, over all processes; the job's
+            ancestors, which may wait for it, do not count.
+        stoppable: False: stays stopping until it ends.
+        restartable: False: refuses restart.
+        recover: False: an attempt cut off by a crash fails instead of running again (at most once).
+        isolate: True: each attempt in a process of its own, which force stop and timeout kill.
+        tz: the time zone of `every`; by default the machine's.
+        secret: names of arguments that people do not get to see.
+        parent: a Job to become its child; None: a root, also from inside a job.
+        connection: the app's open sqlite3.Connection to the same file: the job exists if and only
+            if its transaction commits; before that, ask the handle for nothing but its id.
 
         Raises TypeError for an unknown option, ValueError for a value that does not fit. For
         `executor` see `job`.
@@ -4609,9 +4398,16 @@ def author_in(backend: Core) -> tuple[int, int] | None:
     return attempt.id, attempt.number
 
 
-def new_submission(backend: Core, fn: Function,
-                   options: Fields) -> Submission:
-    """Return the row for a job of this function, but for its arguments."""
+# Option of a job -> what is stored of it, in the column of this name.
+_text = functools.partial(text_of, limit=500)
+_COLUMNS: dict[str, Function] = {
+    "name": _text, "label": _text, "run_by": _text, "key": _text, "run_at": unix_seconds,
+    "low_priority": int, "system": int, "max_running": int}
+
+
+def new_submission(backend: Core, fn: Function, options: Fields,
+                   args: Any = (), kwargs: Any = None) -> Submission:
+    """Return the row for a job that calls this function. Raises what `Submitter.submit` does."""
     attempt = current_attempt()
     if attempt is None and serves_attempts():
         raise RuntimeError(
@@ -4626,37 +4422,16 @@ def new_submission(backend: Core, fn: Function,
         attempt.raise_if_stopped()
         if "parent" not in given:
             new.parent_id = attempt.id
-            attempt.has_children = True
+    new.args, new.kwargs = encode_arguments(new, args), encode_arguments(new, kwargs)
     return new
 
 
-ISOLATED = "isolated"      # stands for the executor of attempts with isolate=True
-_isolated_process = False
+def encode_arguments(new: Submission, given: Any) -> str | None:
+    """Return the arguments of a job, or its keyword arguments, as JSON; None if there are none."""
+    return encode(given, f"the arguments of {new.name}") if given else None
 
 
-def serve_one_attempt() -> None:
-    """Note that this process executes one isolated attempt.
-
-    Then it runs no jobs of its own, whatever the app's modules start as they are imported.
-    """
-    global _isolated_process
-    _isolated_process = True
-
-
-def serves_attempts() -> bool:
-    """Return whether this process executes one isolated attempt."""
-    return _isolated_process
-
-
-# Option of a job -> what is stored of it, in the column of this name.
-_COLUMNS: dict[str, Callable[[Any], Any]] = {
-    "name": str.__str__, "label": lambda v: text_of(v, 500), "run_by": lambda v: text_of(v, 500),
-    "low_priority": int, "system": int, "key": str.__str__, "run_at": unix_seconds,
-    "max_running": int}
-
-
-def _apply_options(backend: Core, new: Submission, fn: Function,
-                   given: Fields) -> None:
+def _apply_options(backend: Core, new: Submission, fn: Function, given: Fields) -> None:
     for name, stored in _COLUMNS.items():
         if given.get(name) is not None:
             setattr(new, name, stored(given[name]))
@@ -4668,20 +4443,13 @@ def _apply_options(backend: Core, new: Submission, fn: Function,
         new.run_at = backend.clock() + given["delay"]
     kept = options_to_keep(fn, given)
     if kept:
-        new.options = json.dumps(kept, separators=(",", ":"))
+        new.options = dump(kept)
     parent = given.get("parent")
     if parent is not None:
         path = path_of(parent)
         if os.path.realpath(path) != os.path.realpath(backend.path):
             raise ValueError(f"{parent!r} is in {path}; it takes no children from {backend.path}")
         new.parent_id = parent.id
-
-
-def _checked_tuple(args: Any) -> tuple[Any, ...]:
-    if not isinstance(args, tuple):
-        raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
-                        "(value,) for a single argument")
-    return args
 
 
 def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
@@ -4695,19 +4463,24 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
             yield result
             del result
     finally:
-        def cancel() -> None:
-            for job in jobs:
-                job.cancel()
-        if jobs:                           # the garbage collector may come here under any lock
-            with contextlib.suppress(RuntimeError):       # the interpreter ends
-                start_thread("bgjobs-cancel", cancel)
+        if jobs:  # in a thread: the garbage collector may come here under any lock
+            with contextlib.suppress(RuntimeError):  # the interpreter ends
+                start_thread("bgjobs-cancel", lambda: [job.cancel() for job in jobs])
 
 
-# What the options of a Runner must be: name -> (test, in words).
-_RUNNER_OPTIONS: dict[str, tuple[Function, str]] = {
+ISOLATED = "isolated"  # stands for the executor of attempts with isolate=True
+# Set in the process of an isolated attempt. Then it runs no jobs of its own, whatever the app's
+# modules start as they are imported.
+_serves_attempts = threading.Event()
+serve_one_attempt, serves_attempts = _serves_attempts.set, _serves_attempts.is_set
+
+
+# What arguments of Runner and `map` must be: name -> (test, in words).
+_ARGUMENTS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
     "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
+    "buffersize": (lambda v: type(v) is int and v > 0, "None or greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
     "journal": (("wal", "delete").__contains__, '"wal" or "delete"'),
     "retention": (lambda v: set(v) <= set(RETENTION) and are_seconds(v.values()),
@@ -4720,12 +4493,11 @@ class RunnerFace(Submitter):
 
     def get(self, job_id: int) -> Job[Any]:
         """Return the handle of a job. Raises KeyError if there is none with this id."""
-        if isinstance(job_id, bool) or not isinstance(job_id, int):
+        if type(job_id) is not int:
             raise TypeError(f"a job id is an int, got {short(job_id)}")
-        if not 0 < job_id < 1 << 63:
-            raise KeyError(f"there is no job {job_id} in {self._find_core().path}")
-        self._find_core().status(job_id)
-        return Job(self._find_core(), job_id)
+        backend = self._find_core()
+        backend.status(job_id)
+        return Job(backend, job_id)
 
     def jobs(self, /, *, limit: int | None = 100, before: int | None = None,
              **filters: Any) -> list[Job[Any]]:
@@ -4735,24 +4507,28 @@ class RunnerFace(Submitter):
         created_to= (see `conditions`); before: only ids below that. Raises ValueError for a bad
         value.
         """
-        return [Job(self._find_core(), job_id) for job_id in self._find_core().find(filters, limit, before)]
+        backend = self._find_core()
+        return [Job(backend, job_id) for job_id in backend.find(filters, limit, before)]
 
 
 class Runner(RunnerFace, Executor):
     """Runs the jobs of one file on threads of this process; a complete futures Executor.
 
-    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own. max_workers:
-    attempts that execute at once (cores + 4, at most 32). start=False: submits, reads and operates,
-    but runs nothing until start(). durability: "process" survives the death of the process, "power"
-    a power cut, too. journal: "wal", or "delete", slower, for SQLite's rollback journal. retention:
-    seconds that whole trees are kept once they are over, {"finished": 7 days, "failed": 30 days} by
-    default, where finished stands for cancelled, too; None keeps everything. modules: names of
-    modules to import, whose functions jobs may name. executor: where functions execute instead, a
-    concurrent.futures.Executor, or a class or function that makes one: then a broken one is
-    replaced; max_workers is by default the executor's. callback: "host:port" of this machine, by
-    which an executor's workers on other machines reach it. clock: returns Unix seconds. Raises
-    ValueError for a bad value, StoreError for a file that cannot be used, OSError for a callback
-    address that cannot be used.
+    path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own.
+    max_workers: attempts that execute at once (cores + 4, at most 32, or the executor's).
+    start: False: submits, reads and operates, but runs nothing until start().
+    durability: "process" survives the death of the process, "power" a power cut, too.
+    journal: "wal", or "delete", slower, for SQLite's rollback journal.
+    retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed":
+        30 days} by default, where finished stands for cancelled, too; None keeps everything.
+    modules: names of modules to import, whose functions jobs may name.
+    executor: where functions execute instead, a concurrent.futures.Executor, or a class or function
+        that makes one: then a broken one is replaced.
+    callback: "host:port" of this machine, by which an executor's workers on others reach it.
+    clock: returns Unix seconds.
+
+    Raises ValueError for a bad value, StoreError for a file that cannot be used, OSError for a
+    callback address that cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *,
@@ -4765,7 +4541,7 @@ class Runner(RunnerFace, Executor):
             max_workers = getattr(executor, "_max_workers", min(32, (cores or 1) + 4))
         check_values({"executor": executor, "callback": callback, "max_workers": max_workers,
                       "durability": durability, "journal": journal, "retention": retention},
-                     _RUNNER_OPTIONS)
+                     _ARGUMENTS)
         if executor is not None:
             door("executor")
         for module in modules:
@@ -4830,8 +4606,8 @@ class Runner(RunnerFace, Executor):
             raise RuntimeError("drain() is for a runner that was made with start=False; this one "
                                "runs its jobs itself")
         capture_log_records()
-        self.core.life.recover_dead()
-        core.store.write(clock_was_set_back)              # a clock for tests may have been
+        core.life.recover_dead()
+        core.store.write(clock_was_set_back)  # a clock for tests may have been
         core.inline, ran = Drain(core), 0
         try:
             while core.inline.run_one():
@@ -4865,18 +4641,21 @@ class Runner(RunnerFace, Executor):
         A plain copy would miss what is in the -wal file, or tear a transaction. Raises ValueError
         if the path exists.
         """
-        self.core.store.file.backup(os.path.abspath(path))
-        return os.path.abspath(path)
+        path = os.path.abspath(path)
+        self.core.store.file.backup(path)
+        return path
 
     def serve(self, /, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        read_only=True: without operations. password: asked for by the browser (HTTP Basic; use TLS
-        on a network). authorize: a function of the request, its WSGI environ, that returns the
-        user's name, or None to refuse; the job log's `by` has that name, or the one given with the
-        password. hosts: the names by which it is reached, besides the machine's own and its
-        addresses. Raises ValueError for a host other than loopback without password or authorize.
-        If the port is taken, a warning is logged and "" returned: jobs go on.
+        read_only: True: without operations.
+        password: asked for by the browser (HTTP Basic; use TLS on a network).
+        authorize: a function of the request, its WSGI environ, that returns the user's name, or
+            None to refuse. The job log's `by` has that name, or the one given with the password.
+        hosts: the names by which it is reached, besides the machine's own and its addresses.
+
+        Raises ValueError for a host other than loopback without password or authorize. If the port
+        is taken, a warning is logged and "" returned: jobs go on.
         """
         return "" if serves_attempts() else door("serve")(self.wsgi(**options), host, port)
 
@@ -4908,7 +4687,7 @@ class Runner(RunnerFace, Executor):
 
 # ---- 13 Clock, processes and exit ---------------------------------------------------------------
 
-POLL_SECONDS = 0.05        # how often the service thread looks for what other processes wrote
+POLL_SECONDS = 0.05  # how often the service thread looks for what other processes wrote
 
 
 class Service:
@@ -4916,26 +4695,25 @@ class Service:
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()                   # there is something to do before a poll
-        self._soon = False                                # to lead, in SETTLE_SECONDS
-        self._version = -1                                # of the file, at the last poll
-        self._others_version = -1                         # the same without our own commits
-        self._clock_at = core.clock()                     # what the clock showed at the last poll
-        self._due_at = math.inf                           # of the next job or schedule
-        self._shown: Any = None                           # what the last heartbeat has told
+        self._event = threading.Event()  # ends the sleep before the next poll
+        self._soon = False  # to lead, in SETTLE_SECONDS
+        self._version = -1  # of the file, at the last poll
+        self._others_version = -1  # the same without our own commits
+        self._clock_at = core.clock()  # at the last poll
+        self._due_at = math.inf  # of the next job or schedule
+        self._shown: Any = None  # what the last heartbeat has told
         dispatch, life = core.dispatch, core.life
-        # What a runner that has been started does every so many seconds, and when it did so last.
+        # The duties of a started runner, each with its seconds, and when each was last done.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
-            # Claimed jobs may wait behind attempts that turned out long.
+            # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
-            (1.0, self._unpark), (1.0, lambda: core.store.write(self._compare)),
+            (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
             (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
-        self.thread = threading.Thread(target=self._run, name="bgjobs-service", daemon=True)
-        self.thread.start()
+        self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
         """Wait some seconds for the thread to end, unless it goes on watching handles."""
@@ -4966,77 +4744,49 @@ class Service:
                     else:
                         self._poll()
                     left = self._due_at - self._core.clock()
-                    if left > 0:
-                        next_poll = min(next_poll, time.monotonic() + left)
+                    if 0 < left < POLL_SECONDS:
+                        next_poll = time.monotonic() + left
             except Exception as error:
                 if not store.closed:
                     store.complain(f"{error}; trying again")
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Take note of what others have written, then do what is due."""
+        """Note what other processes have written, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
-            next_due = f"SELECT ({NEXT_DUE}) AS at UNION ALL SELECT ({NEXT_SCHEDULE})"
-            next_due = f"SELECT min(at) FROM ({next_due})"
-            self._due_at = self._store.read(next_due)[0][0] or math.inf
+            self._due_at = self._store.read(
+                f"""SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at
+                UNION ALL SELECT ({NEXT_SCHEDULE}))""")[0][0] or math.inf
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
         self._time_out()
         if self._core.life.started:
-            for duty, done_at in self._done_at.items():
-                seconds, do = duty
+            for (seconds, do), done_at in self._done_at.items():
                 if time.monotonic() - done_at >= seconds:
-                    self._done_at[duty] = time.monotonic()
+                    self._done_at[seconds, do] = time.monotonic()
                     do()
 
     # its duties
 
     def _see_others(self, tx: Transaction) -> None:
-        others = tx.value("PRAGMA data_version")          # our own commits do not change it here
+        others = tx.value("PRAGMA data_version")  # our own commits do not change it here
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
-            self._compare(tx)
-
-    def _compare(self, tx: Transaction) -> None:
-        """Find what other processes did to the jobs that run here, and claims that were lost.
-
-        While this thread leads, no claim and no outcome is under way.
-        """
-        dispatch = self._core.dispatch
-        jobs = {job.id: job for job in owned(tx, self._core.id)}
-        # A worker queues an outcome before it takes the attempt out of the pool.
-        here = {attempt.id for attempt in list(dispatch.attempts.values())
-                if dispatch.pool.has(attempt) or attempt in dispatch.ended}
-        for job_id in jobs.keys() - here:
-            if self._core.life.started:                   # in drain(), it is about to execute
-                take_back(tx, job_id, "its claim was lost", tx.now)
-
-        def carry_out() -> None:
-            for attempt in list(dispatch.attempts.values()):
-                job = jobs.get(attempt.id)
-                if job is None or job.attempt != attempt.number:
-                    dispatch.abandon(attempt)
-                    continue
-                if job.status == STOPPING:
-                    attempt.request_stop()
-                else:
-                    attempt.withdraw_stop()
-                if job.low_priority != attempt.low_priority:
-                    dispatch.pool.set_low_priority(attempt, job.low_priority)
-        tx.after_commit.append(carry_out)
+            self._core.dispatch.compare(tx)
 
     def _time_out(self) -> None:
         """Stop the attempts that take longer than their timeout.
 
-        One that reaches no checkpoint within the grace has failed then, and goes on without a job.
+        One that reaches no checkpoint within the grace has failed, and is abandoned.
         """
         for attempt in list(self._core.dispatch.attempts.values()):
-            if attempt.thread is None or not attempt.options.get("timeout"):
+            timeout = attempt.options.get("timeout")
+            if attempt.thread is None or timeout is None:
                 continue
-            late = time.monotonic() - attempt.begun - attempt.options["timeout"]
+            late = time.monotonic() - attempt.begun - timeout
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
             elif late > 0 and attempt.reason == HALTED:
@@ -5052,20 +4802,17 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make ready what is due."""
+        """Make jobs ready that are due, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
         if self._due_at <= self._clock_at:
-            self._store.write(self._make_due_ready)
-
-    def _make_due_ready(self, tx: Transaction) -> None:
-        if not self._core.shut:
-            run_schedules(tx)
-        wake_due(tx)
+            if not self._core.shut:
+                self._store.write(run_schedules)
+            self._store.write(wake_due)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and how many abandoned threads it has."""
+        """Show that the runner lives, and at once how many abandoned threads it has."""
         beats = int(time.monotonic() / HEARTBEAT_SECONDS)
         shown = beats, len(self._core.dispatch.pool.abandoned)
         if shown != self._shown:
@@ -5082,7 +4829,7 @@ class Service:
         for (key,) in self._store.read(self.BLOCKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
-                self._store.write(lambda tx: tx.limits.unblock(key))
+                self._store.write(lambda tx: unblock(tx, key))
             elif function_of(name) is not None and not self._core.is_broken(name):
                 while self._store.write(lambda tx: unpark(tx, key)):
                     pass
@@ -5091,34 +4838,33 @@ class Service:
 class Presence:
     """Tells which runners on a file live, by an operating-system lock that dies with its process.
 
-    Runner N locks the whole of a small file, PATH-bgjobs-N.lock. Its age says nothing: a process
-    that is stopped or swapped out holds its lock. Probing the own lock finds it held, too, so two
-    copies of this module in one process do no harm. What a forked child inherits would keep the
-    lock: the child closes it.
+    Runner N locks a small file, PATH-bgjobs-N.lock, as long as it lives, even if it is suspended.
+    Probing the own lock finds it held, too, so two copies of this module in one process do no harm.
+    A forked child would keep the lock: it closes what it inherits.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)               # of the job file
-        self._lock: int | None = None                     # the descriptor of this runner's
+        self._path = os.path.realpath(path)  # of the job file
+        self._lock: int | None = None  # the descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a new runner of this process; return False if another process has it."""
+        """Take the lock of a new runner; return False if another process has it."""
         try:
             self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {self._file(runner)}, which tells that this process "
-                             f"lives: {error}; put the job file on a local disk") from error
+            raise StoreError(f"cannot lock {self._file(runner)}: {error}; put the job file on a "
+                             "local disk") from error
         return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
-        """Return whether the process of a runner is gone; `silent`: seconds since its heartbeat.
+        """Return whether the process of a runner is gone.
 
-        If somebody has deleted the lock's file, only the heartbeat tells.
+        silent: seconds since its heartbeat, which tells if the lock's file was deleted.
         """
-        with fork_gate:                                   # a child would inherit the lock
+        with fork_gate:  # a child would inherit the lock
             try:
                 lock = _lock_file(self._file(runner), os.O_RDONLY)
             except FileNotFoundError:
@@ -5133,7 +4879,7 @@ class Presence:
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner; in a forked child, leave it to the parent."""
+        """Release the lock of this runner; a forked child leaves it to the parent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -5145,7 +4891,7 @@ def _lock_file(path: str, flags: int) -> int | None:
     try:
         if os.name == "nt":
             import msvcrt
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)      # type: ignore[attr-defined]
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5168,20 +4914,20 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    until = time.monotonic() + GRACE_SECONDS              # one for all
+    until = time.monotonic() + GRACE_SECONDS  # one for all
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:                                # again, if Ctrl-C has cut it short
+    for life in lives * 3:  # again, if Ctrl-C has cut it short: then it waits no longer
         try:
             life.close(until)
-        except KeyboardInterrupt:                         # wait no longer
+        except KeyboardInterrupt:
             until = 0.0
 
 
 def leave_to_parent() -> None:
     """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
-    fork_gate.__init__()                                  # type: ignore[misc]
+    fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
         if runner.core.store.pid != os.getpid():
@@ -5368,7 +5114,7 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     zone = getattr(zone_of(tz), "key", None)
     now, key = core.clock(), new.key
     first = schedule_of(schedule, zone).next(now, now)
-    if key is None:                    # function and arguments, hashed if they are secret or long
+    if key is None:  # function and arguments, hashed if they are secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in (new.options or ""):
             import hashlib
@@ -5462,8 +5208,8 @@ def fold_statistics(core: Core) -> None:
     core.store.write(fold)
 
 
-PRUNE_IDS = 2_000          # ids that a prune looks at together
-PRUNE_SECONDS = 0.02       # how long one of its transactions removes jobs, while all writers wait
+PRUNE_IDS = 2_000  # ids that a prune looks at together
+PRUNE_SECONDS = 0.02  # how long one of its transactions removes jobs, while all writers wait
 
 # A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to
 # do: a child that was resumed below a root that is over still runs. Jobs that an interrupted prune
@@ -5507,7 +5253,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
 @job(name="bgjobs.housekeeping")
 def housekeeping(finished: float, failed: float) -> int:
     """Fold the statistics and prune the file of the runner whose job this is."""
-    core = current_attempt().backend                      # type: ignore[union-attr]
+    core = current_attempt().backend  # type: ignore[union-attr]
     fold_statistics(core)
     return remove_expired(core, finished, failed)
 
@@ -5523,23 +5269,23 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 
 # ---- 16 What people see -------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its attempts, its log. A list takes milliseconds with a million
-# jobs, too, and without an index for every filter, which each submit would pay for. If no index has
-# the jobs in order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list
-# then says where to go on, a count that it is "at least".
+# Lists and counts, a job's `info`, its log. A list takes milliseconds with a million jobs, too, and
+# without an index for every filter, which each submit would pay for. If no index has the jobs in
+# order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says
+# where to go on, a count that it is "at least".
 
-COUNT_LIMIT = 10_001       # where counting for people ends
-SEARCH_LIMIT = 60_000      # jobs that one search looks at; a sixth of that if it looks into texts
-FEW = 10_000               # if a status has fewer jobs than that, all of them are looked at
-MAX_ID = (1 << 63) - 2     # SQLite holds one more
+COUNT_LIMIT = 10_001  # where counting for people ends
+SEARCH_LIMIT = 60_000  # jobs that one search looks at; a sixth of that if it looks into texts
+FEW = 10_000  # jobs of a status; all of fewer are looked at
+MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, from a Python value or a text of a URL. It
-# raises any error if the value is not what its second part says.
+# Filters. A reader is a function that reads a parameter, a Python value or a text of a URL, and a
+# text: what the value must be. If it is not, the function raises any error.
 
-A_TRUTH = ({"true": True, "1": True, "false": False, "0": False}.__getitem__, "true or false")
-A_TEXT = (lambda value: str.encode(value).decode(), "a text")         # one in UTF-8
-A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")     # no NaN
+A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # one in UTF-8
+A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")  # no NaN
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
@@ -5547,7 +5293,7 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
     """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
-        return read(str(value).lower() if reader is A_TRUTH else value)
+        return read(value)
     except Exception:
         raise ValueError(f"{name} must be {must_be}, got {short(value)}") from None
 
@@ -5555,8 +5301,8 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
 def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of some filters, and their values by name.
 
-    known: by name, a reader and a condition. A filter that is None, but for parent, lets everything
-    pass. Raises TypeError if there is no such filter, ValueError if a value is bad.
+    known: by name, a reader and a condition. A filter that is None is none, but for parent. Raises
+    TypeError if there is no such filter, ValueError if a value is bad.
     """
     for name in given:
         if name not in known:
@@ -5578,8 +5324,8 @@ FILTERS: Fields = {
     "low_priority": (A_TRUTH, "low_priority = :low_priority"),
     "parent": ((lambda value: None if value in (None, "none")
                 else A_NUMBER[0](getattr(value, "id", value)), "the id of a job, or none"),
-               _CHILDREN),                                # _ROOTS if it is None
-    "system": (A_TRUTH, _NO_SYSTEM),                      # no condition if it is true
+               _CHILDREN),  # _ROOTS if it is None
+    "system": (A_TRUTH, _NO_SYSTEM),  # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
     # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
@@ -5593,10 +5339,9 @@ FILTERS: Fields = {
 def conditions(filters: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of all filters but the status, and all their values by name.
 
-    status: one, or a list of them. name, run_by: the whole text. errors, low_priority: True or
-    False. q: an id, or a part of the name, label, arguments, message or run_by. parent: an id or a
-    Job, None for roots only. system: True adds the system jobs. created_from, created_to: Unix
-    seconds. Raises as `read_filters` does.
+    status: one or several. name, run_by: the whole text. errors, low_priority: True or False. q: an
+    id, or a part of the name, label, arguments, message or run_by. parent: an id or a Job, None for
+    roots only. system: True adds the system jobs. created_from, created_to: Unix seconds.
     """
     where, values = read_filters({"system": False, **filters}, FILTERS)
     values.setdefault("status", list(STATUSES))
@@ -5612,36 +5357,33 @@ def conditions(filters: Fields) -> tuple[list[str], Fields]:
 
 def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
               most: Any = None) -> tuple[list[int], int | None]:
-    """Return the ids of jobs that pass the filters, the highest first, and the id below which to
-    go on, or None.
+    """Return the ids of jobs that pass, the highest first, and that below which to go on, or None.
 
-    before: only ids below that. limit: how many at most. most: how many jobs to look at; then
-    there may be fewer than `limit` among them, even none, and more further down.
+    before: only ids below that. limit: how many at most. most: how many jobs to look at: there may
+    be fewer than `limit` among them, and more further down.
     """
     where, values = conditions(filters)
     limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
     values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
     values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    # Indexes have the jobs of these statuses in order, or they have so few that all can be sorted.
+    # Indexes have the jobs of a status in order, or it has so few that all can be sorted.
     unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
     indexed = [condition for condition in where if condition in _INDEXED]
-    at_hand = _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
-        count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted)
-    if at_hand:
+    if _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
+            count_at_most(store, status, indexed, {}, FEW) < FEW for status in unsorted):
         queries = [f"({_of_status(status, where)}) WHERE id < :before" for status in statuses]
     else:
         values["statuses"] = json.dumps(statuses)
-        of_status = "status IN (SELECT value FROM json_each(:statuses))"
-        newest, bottom = newest_jobs(store, [of_status, *where], values, most)
+        where.insert(0, "status IN (SELECT value FROM json_each(:statuses))")
+        newest, bottom = newest_jobs(store, where, values, most)
         queries = [newest]
     ids = sorted((row[0] for query in queries for row in store.read(
         f"SELECT id FROM {query} ORDER BY id DESC LIMIT :limit", values)), reverse=True)
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-# The pending jobs by the indexes that have them, each job once. These are named, else SQLite walks
-# through all children.
+# The pending jobs, each once, by indexes; these are named, else SQLite walks through all children.
 _PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
         AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
     UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
@@ -5658,17 +5400,16 @@ def _of_status(status: str, where: list[str]) -> str:
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
-    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"    # bgjobs_begun
+    return f"SELECT id FROM bgjobs_jobs WHERE {fulfilled} AND status <> 'pending'"  # bgjobs_begun
 
 
-def count_at_most(store: Store, status: str, where: list[str], values: Fields,
-                  most: int) -> int:
-    """Return how many jobs of a status fulfil conditions, but stop to count at `most`."""
+def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
+    """Return how many jobs of a status fulfil conditions, or `most` if they are more."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
-    return int(store.read(query, values)[0][0])
+    return store.read(query, values)[0][0]
 
 
-# The first id that was given out at a time or later: a binary search for the last one before.
+# The first id since a time: a binary search for the last one before.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
     UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
         WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
@@ -5678,7 +5419,7 @@ _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
 def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
     """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
 
-    values: its :before limits the search, and :lowest is set.
+    values: gets :lowest, and :before if there is none.
     """
     source = f"WHERE {_CHILDREN}" if _CHILDREN in where else "NOT INDEXED WHERE 1"
     jobs, bottom = f"bgjobs_jobs {source} AND id < :before AND id >= :lowest", None
@@ -5686,9 +5427,9 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
     values["lowest"] = 0
     if most is not None:
         # Ids go up with time, give or take an hour if the clock was set.
-        bounds = [store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
-            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600)]
-        values["lowest"], values["before"] = bounds[0], min(values["before"], bounds[1])
+        values["lowest"], end = (store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
+            values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600))
+        values["before"] = min(values["before"], end)
         last = (most // 6 if "q" in values else most) - 1
         for row in store.read(f"SELECT id FROM {jobs} ORDER BY id DESC LIMIT 1 OFFSET {last}",
                               values):
@@ -5699,8 +5440,8 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-# The eta is the longer of the attempt's own estimate and that of its tree, whose rate is its mean;
-# if there is neither, it follows from the mean run time of the function.
+# The eta is the longer of the attempt's own estimate and that of its tree by its mean rate, else
+# from the mean run time of the function.
 _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
         status IN ('running', 'stopping') AS active FROM bgjobs_jobs
@@ -5736,10 +5477,7 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of the jobs that are still there, the highest id first.
-
-    It is the dict of the JSON interface: times in Unix seconds, durations in seconds.
-    """
+    """Return the `info` of the jobs that are still there, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5752,9 +5490,9 @@ def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
 
 
 def shown_arguments(row: Any, options: Fields) -> Fields:
-    """Return args and kwargs as JSON values, with the secret ones masked."""
+    """Return args and kwargs as JSON values, the secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
-    for place in options.get("secret", ()):               # a name, or a position
+    for place in options.get("secret", ()):  # a name, or a position
         if place in kwargs:
             kwargs[place] = MASK
         elif place in range(len(args)):
@@ -5781,11 +5519,7 @@ _LOG_FILTERS: Fields = {
 
 
 def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
-    """Return log lines of a job, or of its tree, oldest first: the newest `limit` lines, or those
-    that follow the line `after`.
-
-    The filters are those of Job.logs. Raises as `read_filters` does.
-    """
+    """Return what `Job.logs` does: the newest `limit` lines, or those that follow `after`."""
     where, values = read_filters(filters, _LOG_FILTERS)
     patterns = [values.pop(name) for name in ("text", "regex") if name in values]
     where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
@@ -5804,7 +5538,7 @@ def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
 # The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
-_default_lock = threading.Lock()       # guards the making of _default
+_default_lock = threading.Lock()  # guards the making of _default
 
 
 @library_code
@@ -5838,7 +5572,7 @@ def default_runner() -> Runner:
     """
     attempt, runner = current_attempt(), _default
     if attempt is not None:
-        return attempt.backend.face    # type: ignore[no-any-return]
+        return attempt.backend.face  # type: ignore[no-any-return]
     if runner is None:
         return start()
     if _is_shut(runner):
