@@ -95,8 +95,8 @@ import time
 import traceback
 import types
 import weakref
-from collections import Counter, defaultdict, deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
+from collections import defaultdict, deque
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
