@@ -1889,24 +1889,23 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# Group commit by a leader: a thread that wants to write puts a function of the transaction into a
-# queue and tries to lead. The one leader opens a transaction, runs all writes in the queue, adds
-# what rides along (log lines, outcomes, claims), and commits. The others sleep until their writes
-# are done or they are woken to lead. So a caller alone pays no hand-over, and batches grow with the
-# load. If a batch fails, each of its writes runs again alone, so that only the bad one fails.
+# Group commit by a leader: a thread queues its write and tries to lead. The one leader runs all
+# queued writes in one transaction, adds what rides along (log lines, outcomes, claims), and
+# commits. The others sleep until their writes are done or they are woken to lead. So a caller alone
+# pays no hand-over, and batches grow with the load. If a batch fails, each write runs again alone.
 #
-# A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
-# transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
+# A fork waits until no thread is inside SQLite: a child forked inside a transaction inherits
+# SQLite's table of held locks, and gets "database is locked" for good.
 
 WAL_LIMIT = 64 * 1024 * 1024  # bytes
-LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
-LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
-Change = Callable[[Transaction], Any]  # what a write does
+LOCK_SECONDS = 30  # how long a write waits for another program's lock
+LOCK_STEP_SECONDS = 0.05  # of one wait inside SQLite, which close() cannot cut short
+Change = Callable[[Transaction], Any]
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread is inside SQLite."""
+    """Makes a fork wait while a thread is inside SQLite."""
 
     def __init__(self) -> None:
         self.door = threading.RLock()  # held during a fork; finalizers may read
@@ -1920,7 +1919,7 @@ class _ForkGate:
         self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Let no thread in, and wait until none is inside, for a second at most."""
+        """Let no thread in, and wait a second at most until none is inside."""
         self.door.acquire()
         deadline = time.monotonic() + 1.0
         while self._inside and time.monotonic() < deadline:
@@ -1931,17 +1930,14 @@ fork_gate = _ForkGate()
 
 
 class _Here(threading.local):
-    ticket: Ticket | None = None  # of the attempt that this thread executes
+    ticket: Ticket | None = None  # of this thread's attempt
 
 
 _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that jobs may call, so that no force stop interrupts it.
-
-    It takes the attempt's ticket meanwhile (section 10 tells why).
-    """
+    """Decorate a function that no force stop may interrupt: it takes the ticket (section 10)."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -1955,19 +1951,18 @@ def library_code(function: Any) -> Any:
     return call
 
 
-# What to do about an error of SQLite, by a part of its text.
-_REMEDIES = {
+_REMEDIES = {  # by a part of SQLite's error text
     "locked": "another program holds its lock: end it, or wait",
     "readonly": "make the file and its folder writable",
     "not a database": "give the path of a new file, or of a job file",
     "malformed": "restore it from a backup",
-    "disk": "make room on the disk; if there is some, see the system's log for disk trouble",
+    "disk": "make room on the disk, or see the system's log for disk trouble",
     "unable to open": "give the path of a file in a folder that exists and is writable",
     "json": "use a build of SQLite with its JSON functions"}
 
 
 def store_error(doing: str, error: BaseException) -> BaseException:
-    """Return an error of SQLite as a StoreError that says what to do; other errors as they are."""
+    """Return a StoreError with a remedy for an error of SQLite; other errors as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
     remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
@@ -1977,7 +1972,7 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
-    """The SQLite file of a store, its schema, and whether it is still there."""
+    """The SQLite file of a store."""
 
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
@@ -1987,7 +1982,7 @@ class JobFile:
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> Any:
-        """Return the connection that writes, after bringing the file up to date."""
+        """Migrate the file and return the connection that writes."""
         db = None
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
@@ -2003,7 +1998,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate the schema and set the journal mode, again if another process does so, too."""
+        """Migrate and set the journal mode, again while another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2016,20 +2011,18 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(f"the journal mode of {self.path} stays {mode!r} instead of "
-                             f"{self._journal!r}; put the file on a local disk, and let all "
-                             "processes use the same mode")
-
-    _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
+            raise StoreError(f"the journal mode of {self.path} stays {mode!r}, not "
+                             f"{self._journal!r}; use a local disk, and one mode in all processes")
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version, in one transaction."""
+        """Bring the tables to this version."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
         version = self._version_in(db)  # another process may have been quicker
-        # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
-        alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
+        # 1.0.0 has other presence locks: it would take our jobs, and we its.
+        alive = db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
+            ORDER BY heartbeat_at DESC""", [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
             raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
                              f"it before bgjobs {__version__} opens the file")
@@ -2044,49 +2037,47 @@ class JobFile:
         db.execute("UPDATE bgjobs_schema SET version = ?", [version])
         db.execute("COMMIT")
 
-    # Builds before 3.38 may lack the JSON functions.
-    _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
-
     def _version_in(self, db: sqlite3.Connection) -> Any:
-        """Return the version of the schema in the file, 0 if there is none."""
-        if db.execute(self._HAS_SCHEMA).fetchone() is None:
+        """Return the schema version of the file, 0 if it has none."""
+        # Builds before 3.38 may lack the JSON functions.
+        if db.execute("""SELECT json_array() FROM sqlite_master
+                      WHERE name = 'bgjobs_schema'""").fetchone() is None:
             return 0
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, with its WAL, from another one and from an empty one."""
+        """Return what identifies the file and its WAL."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
-        return object()  # equal to nothing seen before
+        return object()  # equal to nothing else
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError if the path no longer names the open file: SQLite would not notice.
+        """Raise StoreError if the path names another file now: SQLite would not notice.
 
-        A look within the last `max_age` seconds is good enough.
+        A look within the last `max_age` seconds counts.
         """
         if time.monotonic() - self._checked_at < max_age:
             return
         if self._look() != self._identity:
             raise StoreError(
-                f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
-                "nothing is written any more: put it back, or close() this runner, put the right "
-                "file there without a -wal, and make a new runner")
+                f"{self.path}, or its -wal, was deleted, emptied or replaced while in use; nothing "
+                "more is written: put it back, or close() this runner, put the right file there "
+                "without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading; it never makes a file. The caller closes it.
+        """Return a connection for reading, which the caller closes. It never makes a file.
 
-        It does not `check`: handles of a closed runner read on, when the WAL may be gone.
+        No `check`: handles of a closed runner read on, when the WAL may be gone.
         """
         import pathlib
-        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
-        db = sqlite3.connect(uri, uri=True, **_CONNECT)
+        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
     def shorten_wal(self) -> None:
-        """Truncate a WAL that has grown large. Raises StoreError if a reader prevents that."""
+        """Truncate a large WAL. Raises StoreError if a reader prevents that."""
         size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
@@ -2097,7 +2088,7 @@ class JobFile:
                                  "program keeps an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file, which may be in use, to a new file."""
+        """Copy the file to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2105,7 +2096,7 @@ class JobFile:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
                     db.backup(copy)
-                    # So running jobs are taken back when the copy is used.
+                    # So a runner on the copy takes back its running jobs.
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
@@ -2115,14 +2106,12 @@ class JobFile:
 
 
 class _Write:
-    """A write that waits for its transaction."""
-
     def __init__(self, run: Change) -> None:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
         self.done = False  # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def sleep(self) -> None:
         """Sleep until the write is done, or its thread can lead."""
@@ -2131,9 +2120,9 @@ class _Write:
 
 
 class Store:
-    """One SQLite file, with a connection for the leader, which writes, and others for readers."""
+    """One SQLite file, with a connection for the leader and others for readers."""
 
-    passenger: Dispatch  # what rides along with each transaction
+    passenger: Dispatch  # rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
@@ -2141,17 +2130,16 @@ class Store:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31")
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
-        # The leader holds `_leading`, and wakes the first thread that waits when it releases it.
-        self._leading = threading.Lock()
+        self._leading = threading.Lock()  # held by the leader
         self.leader = 0  # the ident of its thread, 0 if none leads
-        self._waiting: deque[_Write] = deque()  # until they are done
-        self._again = False  # more rides along than the last one took
+        self._waiting: deque[_Write] = deque()
+        self._again = False  # more is to ride along
         self.closed = self.forked = False
-        self.close_by = math.inf  # when a runner that goes down gives up
+        self.close_by = math.inf  # when a closing runner gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
-        # EXTRA is FULL, and syncs the folder when a rollback journal is deleted, its commit.
+        # EXTRA also syncs the folder after the commit, which deletes a rollback journal.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
         self._version_lock = threading.Lock()  # guards _version_db
         self._version_db = self.file.connect()
@@ -2160,16 +2148,16 @@ class Store:
 
     @library_code
     def write(self, run: Change) -> Any:
-        """Call `run(transaction)` in the next transaction and return its value after the commit.
+        """Call `run(transaction)` and return its value after the commit.
 
-        `run` may be called again after a rollback, so it has no effect but on the transaction.
-        Raises what `run` raises; nothing of it is stored then.
+        It may be called again after a rollback, so it changes nothing but the transaction. If it
+        raises, nothing of it is stored, and the error is raised here.
         """
         if self.closed or os.getpid() != self.pid:
             self._check_open()
         if self.leader == threading.get_ident():
-            raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
-                               "signal handler or a finalizer; let that start a thread")
+            raise RuntimeError("a signal handler or finalizer called bgjobs inside a write of its "
+                               "thread; let it start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
@@ -2195,7 +2183,7 @@ class Store:
                 pass
 
     def _lead(self, flushing: bool) -> bool:
-        """Run all waiting writes. Return False if another thread leads, or the commit failed."""
+        """Run all waiting writes. Return False if another thread leads or the commit failed."""
         if not self._leading.acquire(blocking=False):
             return False
         worked = False
@@ -2215,10 +2203,7 @@ class Store:
         return worked
 
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
-        """Run a batch in one transaction; if that fails, each write again alone.
-
-        Return False if it failed: the next leader takes along what was to ride along.
-        """
+        """Run a batch in one transaction; if that fails, return False after running each alone."""
         try:
             self._transact(batch, flushing)
             return True
@@ -2226,7 +2211,7 @@ class Store:
             trouble = error
         for write in batch:
             try:
-                if isinstance(trouble, StoreError):  # the file's trouble hits all alike
+                if isinstance(trouble, StoreError):  # it hits all alike
                     raise copy.copy(trouble) from trouble.__cause__
                 self._transact([write], None)
             except (Exception, JobStopped) as error:
@@ -2264,7 +2249,7 @@ class Store:
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
-            except Exception as error:  # it is committed: it has not failed
+            except Exception as error:  # the writes are committed all the same
                 say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
@@ -2276,30 +2261,30 @@ class Store:
             raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent in a child that was forked in C: no hook has run."""
+        """Leave all to the parent if C code has forked, without hooks."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
-        """Execute a BEGIN IMMEDIATE or COMMIT. Raises StoreError if the lock is held for long."""
+        """Execute a statement that needs the file's lock. Raises StoreError if it waits long."""
         give_up = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._writer.execute(statement)
                 return
             except sqlite3.OperationalError as error:
-                is_late = time.monotonic() > min(give_up, self.close_by + 0.4)
-                if is_late or "locked" not in str(error):
+                if (time.monotonic() > min(give_up, self.close_by + 0.4)
+                        or "locked" not in str(error)):
                     raise store_error(f"write to {self.path}", error)
 
     def complain(self, text: str) -> None:
-        """Log an error, the same one every ten seconds at most."""
+        """Log an error, the same one once in ten seconds."""
         self._say_once(text, int(time.monotonic() / 10))
 
     def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
-        """Run a write in the open transaction of a connection of the app's, which commits it.
+        """Run a write in the transaction of an app's connection, which the app commits.
 
-        If none is open, one is begun; it is committed here if the connection commits by itself.
+        If none is open, one is begun, and committed if the connection commits by itself.
         Raises ValueError if the connection is to another file.
         """
         self._check_open()
@@ -2313,10 +2298,10 @@ class Store:
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
-                                 f"{self.path} can be part of a transaction of that file alone")
+                                 f"{self.path} need one to that file")
             db.execute(begin)
             try:
-                # SQLite waits for the lock only before anything has been read.
+                # Takes the lock: SQLite waits for it only before the first read.
                 db.execute("UPDATE bgjobs_clock SET vtime = vtime WHERE 0")
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
@@ -2328,14 +2313,14 @@ class Store:
                     db.execute(undo)
                 raise
         except sqlite3.Error as error:
-            raise store_error(f"write to {self.path} through the app's connection (if its "
-                              "transaction has read before, begin it with BEGIN IMMEDIATE)", error)
+            raise store_error(f"write to {self.path} through the app's connection (if it reads "
+                              "first, use BEGIN IMMEDIATE)", error)
 
     # reading
 
     @library_code
     def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
-        """Return all rows of a query; it never waits for a write."""
+        """Return all rows of a query, without waiting for writes."""
         self._notice_fork()
         with fork_gate:
             try:
@@ -2370,7 +2355,7 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if one is given, and close the connections."""
+        """Run a last write, if any, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
@@ -2385,7 +2370,7 @@ class Store:
             self._close_readers()
 
     def leave_to_parent(self) -> None:
-        """Never use the parent's connections in a forked child, nor close them."""
+        """In a forked child, neither use nor close the parent's connections."""
         with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
