@@ -2380,22 +2380,22 @@ class Store:
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
 
-ABANDONED_A_PLACE = 2  # threads of superseded attempts for each slot; then nothing is claimed
-HAND_SECONDS = 0.001  # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim more at a time
+ABANDONED_A_PLACE = 2  # abandoned attempts for each slot; then nothing is claimed
+HAND_SECONDS = 0.001  # the work worth waking a thread for
+LINGER_SECONDS = 0.001  # how long an idle worker waits, to claim more at a time
 
 
 class Pool:
-    """`size` slots in which attempts execute, and threads for them, made when needed and reused.
+    """`size` slots in which attempts execute, and threads for them, which are reused.
 
-    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. While it
-    waits for another job it is *away*, and its slot is given to others; then it is *returning* until
-    it is placed again. So waiting never deadlocks, and no more than `size` attempts execute.
-    Returning attempts come first: the claimed ones may wait for them. A force stop makes an attempt
-    *abandoned*: it has no slot any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* once there is a slot. While it waits for
+    another job it is *away*, its slot is given to others, and then it is *returning* until it is
+    placed again. So waiting never deadlocks, and no more than `size` attempts execute. Returning
+    attempts come first: the claimed ones may wait for them. A force stop makes an attempt
+    *abandoned*: it has no slot, and its thread ends with it.
 
-    Low priority never takes the last of several slots. If all attempts that execute have become low
-    priority meanwhile, they go on, and one slot more is given out.
+    Low priority never takes the last of several slots. If all placed attempts have become low
+    priority, one slot more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None],
@@ -2404,7 +2404,7 @@ class Pool:
         self._low_size = max(1, size - 1)  # slots that low priority may take
         self._execute = execute
         self._settle, self._claim = settle, claim  # settle returns whether to claim at once
-        # `_lock` guards changes of all below; no user code and no SQL runs under it.
+        # `_lock` guards changes of all below; no user code or SQL runs under it.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
@@ -2412,25 +2412,25 @@ class Pool:
         self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
-        self._needed = 0  # threads that execute, or are about to
+        self._needed = 0  # threads that execute or are about to
         self._threads: set[threading.Thread] = set()
         self.lingers = False  # a worker claims in a moment
         self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
-        """Whether so many abandoned attempts still execute that nothing is to be claimed."""
+        """Whether too many abandoned attempts execute to claim more."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     def has(self, attempt: Attempt) -> bool:
-        """Return whether an attempt waits here, or executes and has not been abandoned."""
+        """Return whether an attempt is here and not abandoned."""
         places = (*self._placed, self._away, self._returning, self.claimed)
         return any(attempt in each for each in places)
 
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return what the free slots, and those of short attempts, have room for."""
+        """Return the room in the free slots, and behind short attempts."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2442,7 +2442,7 @@ class Pool:
             return Room(free, low_free, ahead, planned, self.size - long)
 
     def _left(self, *others: Attempt) -> tuple[int, int]:
-        """Return the free slots, and those for low priority, once these others are placed."""
+        """Return the free slots, and those for low priority, once the others are placed."""
         low = len(self._placed[1]) + sum(each.low_priority for each in others)
         normal = len(self._placed[0]) + len(self._placed[1]) + len(others) - low
         return self.size - normal - min(low, self._low_size), self._low_size - low
@@ -2451,16 +2451,16 @@ class Pool:
         """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread gives the other free slots out: it calls this without attempts.
+        The service thread fills the other slots: it calls this without attempts.
         """
         with self._lock:
             self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
-        """Give free slots out, and wake at most so many threads; needs the lock.
+        """Give free slots out and wake at most `hands` threads, under the lock.
 
-        takes: the calling thread executes the next claimed attempt, which is returned.
+        takes: return the next claimed attempt, for the calling thread.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2483,7 +2483,7 @@ class Pool:
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt that gets the next slot, if there is one."""
+        """Return the attempt for the next free slot."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2494,15 +2494,15 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute an attempt, settle it, go on with the next one in its slot."""
+        """Execute and settle an attempt, then the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if os.getpid() != self._pid:  # a child that the function has forked
+            if os.getpid() != self._pid:  # the function has forked
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned  # its force stop may have broken anything
+                retires = attempt in self.abandoned  # a force stop may break anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2517,8 +2517,7 @@ class Pool:
             attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
-                    # In a stream of jobs this saves a claim and a wake-up per job: tiny jobs that
-                    # arrive one by one take 1.5 times the CPU without it.
+                    # Without this, tiny jobs that arrive one by one take 1.5 times the CPU.
                     self.lingers = True
                     time.sleep(LINGER_SECONDS)
                     self.lingers = False
@@ -2527,16 +2526,15 @@ class Pool:
         self._handed.put(None)  # for the next thread
 
     def _take_out(self, attempt: Attempt) -> None:
-        """Forget an attempt that executed."""
         self._placed[attempt.low_priority].discard(attempt)
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:  # it was abandoned: it goes on without a slot
+        if returned is not None:  # abandoned: it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the slot of a superseded attempt away; its thread lives on."""
+        """Take away the slot of a superseded attempt, not its thread."""
         with self._lock:
             if not self.has(attempt) or attempt in self.claimed:
                 return
@@ -2546,11 +2544,10 @@ class Pool:
             clogged = self.is_clogged
         if clogged:
             say(logging.ERROR, "so many superseded attempts still run in threads of this process "
-                               "that no more jobs are claimed until some of them end")
+                               "that no more jobs are claimed until some end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Count an executing attempt as one of low priority, or not."""
         with self._lock:
             if attempt in self._placed[not low]:
                 self._placed[not low].remove(attempt)
@@ -2563,7 +2560,7 @@ class Pool:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of an attempt away within the block, and wait for one at its end."""
+        """Give the slot of an attempt away within the block."""
         self.leave(attempt)
         try:
             yield
@@ -2571,7 +2568,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away: one of its threads begins to wait for a job."""
+        """Give the slot of an attempt away: one of its threads will wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2584,7 +2581,7 @@ class Pool:
         self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
-        """Block until there is a slot again, unless another thread of the attempt still waits."""
+        """Wait for a slot, unless another thread of the attempt still waits for a job."""
         returned = threading.Event()
         with self._lock:
             attempt.waits -= 1
@@ -2598,7 +2595,7 @@ class Pool:
     # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
-        """Take out the claimed attempts that have waited for so many seconds."""
+        """Take out the claimed attempts that have waited so many seconds."""
         until, attempts = time.monotonic() - waited, []
         with self._lock:
             while self.claimed and self.claimed[0].claimed_at <= until:
@@ -2606,7 +2603,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """End idle threads, and the others later; wait some seconds for that."""
+        """End the threads, the busy ones later; wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -4672,32 +4669,32 @@ POLL_SECONDS = 0.05  # how often the service thread looks for what other process
 
 
 class Service:
-    """The background thread: due times, other processes' changes, reports, recovery."""
+    """The background thread."""
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()  # ends the sleep before the next poll
+        self._event = threading.Event()  # ends the sleep
         self._soon = False  # to lead, in SETTLE_SECONDS
         self._version = -1  # of the file, at the last poll
-        self._others_version = -1  # the same without our own commits
+        self._others_version = -1  # without our own commits
         self._clock_at = core.clock()  # at the last poll
         self._due_at = math.inf  # of the next job or schedule
-        self._shown: Any = None  # what the last heartbeat has told
+        self._shown: Any = None  # by the last heartbeat
         dispatch, life = core.dispatch, core.life
-        # The duties of a started runner, each with its seconds, and when each was last done.
+        # When the duties of a started runner were last done, each with its period in seconds.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
             # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
-            (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
+            (10.0, core.handles.look),  # if Ctrl-C has hit the thread that tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
-        """Wait some seconds for the thread to end, unless it goes on watching handles."""
+        """Wait some seconds for the thread's end, unless it still watches handles."""
         self._event.set()
         if self.thread is not threading.current_thread() and not self._core.handles.ids():
             self.thread.join(seconds)
@@ -4733,7 +4730,7 @@ class Service:
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Note what other processes have written, then do what is due."""
+        """Note what other processes wrote, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
@@ -4753,16 +4750,13 @@ class Service:
     # its duties
 
     def _see_others(self, tx: Transaction) -> None:
-        others = tx.value("PRAGMA data_version")  # our own commits do not change it here
+        others = tx.value("PRAGMA data_version")  # here our own commits do not change it
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
             self._core.dispatch.compare(tx)
 
     def _time_out(self) -> None:
-        """Stop the attempts that take longer than their timeout.
-
-        One that reaches no checkpoint within the grace has failed, and is abandoned.
-        """
+        """Stop the attempts past their timeout; abandon those that go on after the grace."""
         for attempt in list(self._core.dispatch.attempts.values()):
             timeout = attempt.options.get("timeout")
             if attempt.thread is None or timeout is None:
@@ -4774,7 +4768,6 @@ class Service:
                 attempt.request_stop(TIMED_OUT, force=True)
 
     def _fail_late(self, attempt: Attempt, tx: Transaction) -> None:
-        """Record the failure of an attempt that still executes."""
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
         lost.time_out()
@@ -4783,7 +4776,7 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make jobs ready that are due, and notice if the clock was set back."""
+        """Make due jobs ready, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
@@ -4793,9 +4786,9 @@ class Service:
             self._store.write(wake_due)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and at once how many abandoned threads it has."""
-        beats = int(time.monotonic() / HEARTBEAT_SECONDS)
-        shown = beats, len(self._core.dispatch.pool.abandoned)
+        """Show that the runner lives, and at once if its abandoned threads change in number."""
+        shown = (int(time.monotonic() / HEARTBEAT_SECONDS),
+                 len(self._core.dispatch.pool.abandoned))
         if shown != self._shown:
             self._core.life.beat()
             self._shown = shown
@@ -4806,7 +4799,7 @@ class Service:
         WHERE found IS NOT NULL) SELECT found FROM keys WHERE found IS NOT NULL"""
 
     def _unpark(self) -> None:
-        """Make ready the jobs whose function this process knows, or whose limit has room."""
+        """Unblock the jobs whose function is known here, or whose limit has room."""
         for (key,) in self._store.read(self.BLOCKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
@@ -4817,33 +4810,33 @@ class Service:
 
 
 class Presence:
-    """Tells which runners on a file live, by an operating-system lock that dies with its process.
+    """Tells which runners on a file live, by a lock of the system that dies with the process.
 
-    Runner N locks a small file, PATH-bgjobs-N.lock, as long as it lives, even if it is suspended.
-    Probing the own lock finds it held, too, so two copies of this module in one process do no harm.
-    A forked child would keep the lock: it closes what it inherits.
+    Runner N locks the file PATH-bgjobs-N.lock as long as it lives, even if suspended. A probe of
+    the own lock finds it held, too, so two copies of this module in one process do no harm. A
+    forked child closes the lock that it inherits.
     """
 
     def __init__(self, path: str) -> None:
         self._path = os.path.realpath(path)  # of the job file
-        self._lock: int | None = None  # the descriptor
+        self._lock: int | None = None  # descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a new runner; return False if another process has it."""
+        """Take the lock of a new runner; return False if it is taken."""
         try:
             self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {self._file(runner)}: {error}; put the job file on a "
-                             "local disk") from error
+            raise StoreError(f"cannot lock {self._file(runner)}: {error}; use a local "
+                             "disk") from error
         return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
         """Return whether the process of a runner is gone.
 
-        silent: seconds since its heartbeat, which tells if the lock's file was deleted.
+        silent: seconds since its heartbeat, which decide if the lock file was deleted.
         """
         with fork_gate:  # a child would inherit the lock
             try:
@@ -4855,19 +4848,19 @@ class Presence:
             return lock is not None
 
     def remove(self, runner: int) -> None:
-        """Delete the lock's file of a runner that is gone."""
+        """Delete the lock file of a dead runner."""
         with contextlib.suppress(OSError):
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner; a forked child leaves it to the parent."""
+        """Release the lock of this runner."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def _lock_file(path: str, flags: int) -> int | None:
-    """Open a file and lock it until it is closed; return None if it is locked already."""
+    """Open and lock a file until it is closed; return None if it is locked."""
     descriptor = os.open(path, flags, 0o644)
     try:
         if os.name == "nt":
@@ -4887,7 +4880,7 @@ living: weakref.WeakSet[Runner] = weakref.WeakSet()
 
 @functools.cache
 def register_hooks() -> None:
-    """Close the living runners at interpreter exit, and leave them to the parent at a fork."""
+    """Close the living runners at exit, and leave them to the parent at a fork."""
     atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=fork_gate.shut, after_in_parent=lambda: fork_gate.door.release(),
@@ -4895,11 +4888,11 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    until = time.monotonic() + GRACE_SECONDS  # one for all
+    until = time.monotonic() + GRACE_SECONDS
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:  # again, if Ctrl-C has cut it short: then it waits no longer
+    for life in lives * 3:  # again if Ctrl-C cuts it short, then without waiting
         try:
             life.close(until)
         except KeyboardInterrupt:
@@ -4907,7 +4900,7 @@ def _close_all() -> None:
 
 
 def leave_to_parent() -> None:
-    """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
+    """Leave the runners to the parent of a fork."""
     fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
@@ -4917,11 +4910,10 @@ def leave_to_parent() -> None:
 
 # ---- 14 Schedules -------------------------------------------------------------------------------
 #
-# A schedule is a row: a function, its arguments and options, and the times at which to make a
-# job of them. Code registers it at each start. Once no living process has it in its code, it
-# makes no more jobs, and the row stays for people to see. The transaction that submits a job also
-# moves `next_at` past the present. So each time makes one job, whichever process looks first, and
-# all times that were missed make one, too.
+# A schedule is a row: a call, and the times at which to make a job of it. Code registers it at each
+# start. Once no living process has it in its code, it makes no more jobs, and the row stays for
+# people to see. The transaction that submits a job also moves `next_at` past the present. So each
+# time makes one job, whichever process looks first, and all missed times make one together.
 
 _JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system",
                 "max_running")
@@ -4930,23 +4922,22 @@ SCHEDULE = """SELECT s.*,
     (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
 SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
 ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
-DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
 SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
-    """Return the rows of a query within a transaction, their columns by name."""
+    """Return the rows of a query, with columns by name."""
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: its `next_at` if only others have the data of its zone.
+    """Return when a schedule is due next: `next_at` if the data of its zone is not here.
 
-    It is never later than if it began now, for the clock may have been set back.
+    It is no later than if it began now, for the clock may have been set back.
     """
     due: float = row["next_at"]
     try:
@@ -4956,37 +4947,36 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
     return min(times.next(due, now), times.next(now, now))
 
 
-TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
-    job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
-    skipped = skipped + (:job IS NULL) WHERE id = :id"""
-
-
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Note when it is due next, and submit its job; return None if its last one is not over."""
+    """Set when it is due next and submit its job; return None if its last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         job = tx.submit(Submission(**{name: row[name] for name in _JOB_COLUMNS}))
-    tx.execute(TICK, {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
+    tx.execute("""UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
+        job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
+        skipped = skipped + (:job IS NULL) WHERE id = :id""",
+               {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
     return job
 
 
 def run_schedules(tx: Transaction) -> None:
-    """Make a job for each schedule that is due, unless its last one is not over."""
-    for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
+    """Make a job of each due schedule whose last one is over."""
+    for row in _rows(tx, SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered",
+                     now=tx.now):
         next_at = _next_time(row, tx.now)
         if next_at > tx.now:
             _make_job(tx, row, next_at)
 
 
 def clock_was_set_back(tx: Transaction) -> None:
-    """Let no schedule wait until the clock shows the time again at which it would have been due."""
+    """Let no schedule wait until the clock has caught up."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
-    """Return the `info` of a schedule: a dict of the JSON interface."""
+    """Return the `info` of a schedule."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
     info["tz"] = info.pop("zone")
@@ -4997,13 +4987,8 @@ def describe_schedule(row: sqlite3.Row) -> Fields:
     return info
 
 
-REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
-    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id AND runner_id <> :runner)"""
-UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
-
-
 class Schedule:
-    """A schedule in the file, as `every` returns it. If it was removed, methods raise KeyError."""
+    """A schedule in the file, as `every` returns it. Methods raise KeyError once it is removed."""
 
     def __init__(self, core: Core, schedule_id: int) -> None:
         self._core, self.id = core, schedule_id
@@ -5011,23 +4996,22 @@ class Schedule:
     def info(self) -> Fields:
         """Return all that is known of it, as JSON values. Times are Unix seconds.
 
-        registered: a living process has it in its code, else it makes no more jobs. skipped: how
-        often its last job was not over when it was due.
+        registered: a living process has it in its code, else it makes no jobs. skipped: how often
+        its last job was not over when it was due.
         """
         return describe_schedule(self._found(
             self._core.store.read(ONE_SCHEDULE, {"id": self.id})))
 
     def pause(self) -> Schedule:
-        """Make no more jobs, in any process, until it is resumed."""
+        """Make no jobs, in any process, until it is resumed."""
         return self._set_paused(True)
 
     def resume(self) -> Schedule:
-        """Go on with the next time; times that passed in the pause are not made up for."""
+        """Go on with the next time; those in the pause are not made up for."""
         return self._set_paused(False)
 
     def run_now(self) -> Job[Any]:
-        """Submit its job now; its times stay. Raises InvalidOperation if its last job is not
-        over."""
+        """Submit its job now; its times stay. Raises InvalidOperation if the last is not over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
             if job is None:
@@ -5039,11 +5023,13 @@ class Schedule:
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
         def remove(tx: Transaction, row: sqlite3.Row) -> None:
-            deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._core.id})
-            if not deleted.rowcount:
+            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
+                    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id
+                    AND runner_id <> :runner)""",
+                              {"id": self.id, "runner": self._core.id}).rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
-                                       "another process that runs; remove it there")
-            tx.execute(UNREGISTER_ALL, {"id": self.id})
+                                       "another process; remove it there")
+            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ?", [self.id])
             self._core.schedules.pop(row["key"], None)
         self._change(remove)
 
@@ -5065,8 +5051,7 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
-# If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
-# was set back.
+# With new times, a schedule is due as if new. Else next_at stays, unless the clock was set back.
 SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
         name, args, kwargs, options, label, run_by, low_priority, system, max_running)
     VALUES (:key, :schedule, :zone, :now, :first,
@@ -5084,7 +5069,7 @@ REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :r
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
              options: Fields) -> Schedule:
-    """Store a schedule that the code of this runner has; see Submitter.every."""
+    """Store a schedule; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
     new = new_submission(core, fn, {**options, "parent": None})
@@ -5092,10 +5077,9 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
                             for given in (args, kwargs))
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else str(schedule)
-    tz = options.get("tz", declared.get(fn, {}).get("tz"))
-    zone = getattr(zone_of(tz), "key", None)
+    zone = getattr(zone_of(options.get("tz", declared.get(fn, {}).get("tz"))), "key", None)
     now, key = core.clock(), new.key
-    if key is None:  # function and arguments, hashed if they are secret or long
+    if key is None:  # function and arguments, hashed if secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in f"{new.options}":
             import hashlib
