@@ -1889,10 +1889,10 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# Group commit by a leader: a thread queues its write and tries to lead. The one leader runs all
-# queued writes in one transaction, adds what rides along (log lines, outcomes, claims), and
-# commits. The others sleep until their writes are done or they are woken to lead. So a caller alone
-# pays no hand-over, and batches grow with the load. If a batch fails, each write runs again alone.
+# Group commit: a thread queues its write and tries to lead. The one leader runs all queued writes
+# in one transaction, with what rides along (log lines, outcomes, claims). The others sleep until
+# their writes are done or they are woken to lead. So a caller alone pays no hand-over, and batches
+# grow with the load. If a batch fails, each write runs again alone.
 #
 # A fork waits until no thread is inside SQLite: a child forked inside a transaction inherits
 # SQLite's table of held locks, and gets "database is locked" for good.
@@ -1919,7 +1919,7 @@ class _ForkGate:
         self._inside.discard(threading.get_ident())
 
     def shut(self) -> None:
-        """Let no thread in, and wait a second at most until none is inside."""
+        """Let no thread in, and wait until none is inside, for a second at most."""
         self.door.acquire()
         deadline = time.monotonic() + 1.0
         while self._inside and time.monotonic() < deadline:
@@ -1937,7 +1937,7 @@ _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that no force stop may interrupt: it takes the ticket (section 10)."""
+    """Decorate a function that no force stop may interrupt: it takes the ticket (10)."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -1972,8 +1972,6 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
-    """The SQLite file of a store."""
-
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
@@ -1998,7 +1996,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate and set the journal mode, again while another process does so, too."""
+        """Migrate and set the journal mode, again if another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2015,11 +2013,10 @@ class JobFile:
                              f"{self._journal!r}; use a local disk, and one mode in all processes")
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        version = self._version_in(db)  # another process may have been quicker
+        version = self._version_in(db)  # another process may be quicker
         # 1.0.0 has other presence locks: it would take our jobs, and we its.
         alive = db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
             ORDER BY heartbeat_at DESC""", [now - 20]).fetchone() if version == 2 else None
@@ -2030,7 +2027,7 @@ class JobFile:
             if version not in MIGRATIONS:
                 raise StoreError(
                     f"{self.path} has schema version {version}, and this bgjobs {__version__} "
-                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
+                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py")
             for statement in MIGRATIONS[version]:
                 db.execute(statement)
             version = version + 1 if version else SCHEMA_VERSION
@@ -2038,7 +2035,6 @@ class JobFile:
         db.execute("COMMIT")
 
     def _version_in(self, db: sqlite3.Connection) -> Any:
-        """Return the schema version of the file, 0 if it has none."""
         # Builds before 3.38 may lack the JSON functions.
         if db.execute("""SELECT json_array() FROM sqlite_master
                       WHERE name = 'bgjobs_schema'""").fetchone() is None:
@@ -2046,7 +2042,6 @@ class JobFile:
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what identifies the file and its WAL."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
@@ -2088,7 +2083,6 @@ class JobFile:
                                  "program keeps an old read transaction open on it; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2256,7 +2250,7 @@ class Store:
         self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
-                             "forked from; call its start() here, or make a new Runner")
+                             "forked from; call its start(), or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
@@ -2346,7 +2340,6 @@ class Store:
                 self._readers.pop().close()
 
     def version(self) -> int:
-        """Return a number that changes with each commit of any process."""
         self._check_open()
         self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
@@ -2355,13 +2348,12 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if any, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             if last is not None:
-                with contextlib.suppress(StoreError):  # the disk is full, the file is gone ...
+                with contextlib.suppress(StoreError):  # the disk may be full
                     self.write(run)
             self.closed = True
             with self._version_lock:
@@ -2371,7 +2363,7 @@ class Store:
 
     def leave_to_parent(self) -> None:
         """In a forked child, neither use nor close the parent's connections."""
-        with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
+        with contextlib.suppress(ImportError, AttributeError):  # a freed one would be closed
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2419,18 +2411,15 @@ class Pool:
 
     @property
     def is_clogged(self) -> bool:
-        """Whether too many abandoned attempts execute to claim more."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     def has(self, attempt: Attempt) -> bool:
-        """Return whether an attempt is here and not abandoned."""
         places = (*self._placed, self._away, self._returning, self.claimed)
         return any(attempt in each for each in places)
 
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return the room in the free slots, and behind short attempts."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2483,7 +2472,6 @@ class Pool:
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt for the next free slot."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2494,7 +2482,6 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute and settle an attempt, then the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
@@ -2534,7 +2521,6 @@ class Pool:
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take away the slot of a superseded attempt, not its thread."""
         with self._lock:
             if not self.has(attempt) or attempt in self.claimed:
                 return
@@ -2560,7 +2546,6 @@ class Pool:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of an attempt away within the block."""
         self.leave(attempt)
         try:
             yield
@@ -4669,13 +4654,11 @@ POLL_SECONDS = 0.05  # how often the service thread looks for what other process
 
 
 class Service:
-    """The background thread."""
-
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
         self._event = threading.Event()  # ends the sleep
-        self._soon = False  # to lead, in SETTLE_SECONDS
-        self._version = -1  # of the file, at the last poll
+        self._soon = False  # it leads soon
+        self._version = -1  # of the file, when last polled
         self._others_version = -1  # without our own commits
         self._clock_at = core.clock()  # at the last poll
         self._due_at = math.inf  # of the next job or schedule
@@ -4700,7 +4683,7 @@ class Service:
             self.thread.join(seconds)
 
     def nudge(self) -> None:
-        """Have the thread lead a transaction in SETTLE_SECONDS."""
+        """Lead a transaction in SETTLE_SECONDS."""
         if not self._soon:
             self._soon = True
             self._event.set()
@@ -4730,7 +4713,6 @@ class Service:
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Note what other processes wrote, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
@@ -4776,7 +4758,6 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make due jobs ready, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
@@ -4848,12 +4829,10 @@ class Presence:
             return lock is not None
 
     def remove(self, runner: int) -> None:
-        """Delete the lock file of a dead runner."""
         with contextlib.suppress(OSError):
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -4900,7 +4879,6 @@ def _close_all() -> None:
 
 
 def leave_to_parent() -> None:
-    """Leave the runners to the parent of a fork."""
     fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
@@ -4928,7 +4906,6 @@ SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHE
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
-    """Return the rows of a query, with columns by name."""
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
@@ -4960,7 +4937,6 @@ def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
 
 
 def run_schedules(tx: Transaction) -> None:
-    """Make a job of each due schedule whose last one is over."""
     for row in _rows(tx, SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered",
                      now=tx.now):
         next_at = _next_time(row, tx.now)
@@ -4976,7 +4952,6 @@ def clock_was_set_back(tx: Transaction) -> None:
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
-    """Return the `info` of a schedule."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
     info["tz"] = info.pop("zone")
@@ -5069,7 +5044,6 @@ REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :r
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
              options: Fields) -> Schedule:
-    """Store a schedule; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
     new = new_submission(core, fn, {**options, "parent": None})
