@@ -1930,7 +1930,7 @@ fork_gate = _ForkGate()
 
 
 class _Here(threading.local):
-    ticket: Ticket | None = None  # of this thread's attempt
+    ticket: Ticket | None = None
 
 
 _here = _Here()
@@ -1976,7 +1976,7 @@ class JobFile:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to.
+        # SQLite puts the WAL beside a link's target.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> Any:
@@ -1987,7 +1987,7 @@ class JobFile:
             self._prepare(db, now)
             db.executescript(f"""PRAGMA synchronous = {synchronous};
                 PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
-            self._version_in(db)  # the first read makes the WAL
+            self._version_in(db)  # makes the WAL
         except BaseException as error:
             if db is not None:
                 db.close()
@@ -2048,7 +2048,7 @@ class JobFile:
         return object()  # equal to nothing else
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError if the path names another file now: SQLite would not notice.
+        """Raise StoreError if the path names another file now, which SQLite would not notice.
 
         A look within the last `max_age` seconds counts.
         """
@@ -2056,13 +2056,13 @@ class JobFile:
             return
         if self._look() != self._identity:
             raise StoreError(
-                f"{self.path}, or its -wal, was deleted, emptied or replaced while in use; nothing "
-                "more is written: put it back, or close() this runner, put the right file there "
-                "without a -wal, and make a new runner")
+                f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
+                "nothing more is written: put it back, or close() this runner, put the right file "
+                "there without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a connection for reading, which the caller closes. It never makes a file.
+        """Return a connection for reading; the caller closes it.
 
         No `check`: handles of a closed runner read on, when the WAL may be gone.
         """
@@ -2079,8 +2079,8 @@ class JobFile:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB and grows: another "
-                                 "program keeps an old read transaction open on it; end that")
+                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB: another program "
+                                 "keeps an old read transaction open; end that")
 
     def backup(self, path: str) -> None:
         self.check()
@@ -2114,8 +2114,6 @@ class _Write:
 
 
 class Store:
-    """One SQLite file, with a connection for the leader and others for readers."""
-
     passenger: Dispatch  # rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
@@ -2135,7 +2133,7 @@ class Store:
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
         # EXTRA also syncs the folder after the commit, which deletes a rollback journal.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
-        self._version_lock = threading.Lock()  # guards _version_db
+        self._version_lock = threading.Lock()
         self._version_db = self.file.connect()
 
     # writing
@@ -2255,7 +2253,7 @@ class Store:
             raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent if C code has forked, without hooks."""
+        """Leave all to the parent after a fork in C, without hooks."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
@@ -2279,7 +2277,6 @@ class Store:
         """Run a write in the transaction of an app's connection, which the app commits.
 
         If none is open, one is begun, and committed if the connection commits by itself.
-        Raises ValueError if the connection is to another file.
         """
         self._check_open()
         commits = connection.isolation_level is None
@@ -2393,7 +2390,7 @@ class Pool:
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
-        self._low_size = max(1, size - 1)  # slots that low priority may take
+        self._low_size = max(1, size - 1)  # slots for low priority
         self._execute = execute
         self._settle, self._claim = settle, claim  # settle returns whether to claim at once
         # `_lock` guards changes of all below; no user code or SQL runs under it.
@@ -2431,7 +2428,7 @@ class Pool:
             return Room(free, low_free, ahead, planned, self.size - long)
 
     def _left(self, *others: Attempt) -> tuple[int, int]:
-        """Return the free slots, and those for low priority, once the others are placed."""
+        """Return the free slots, and those for low priority, once `others` are placed."""
         low = len(self._placed[1]) + sum(each.low_priority for each in others)
         normal = len(self._placed[0]) + len(self._placed[1]) + len(others) - low
         return self.size - normal - min(low, self._low_size), self._low_size - low
@@ -2440,7 +2437,7 @@ class Pool:
         """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread fills the other slots: it calls this without attempts.
+        The service thread fills the other slots.
         """
         with self._lock:
             self.claimed.extend(attempts)
@@ -2553,7 +2550,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away: one of its threads will wait for a job."""
+        """Give an attempt's slot away: one of its threads will wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2588,7 +2585,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """End the threads, the busy ones later; wait some seconds for that."""
+        """End the threads, and wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -4660,7 +4657,7 @@ class Service:
         self._soon = False  # it leads soon
         self._version = -1  # of the file, when last polled
         self._others_version = -1  # without our own commits
-        self._clock_at = core.clock()  # at the last poll
+        self._clock_at = core.clock()  # likewise
         self._due_at = math.inf  # of the next job or schedule
         self._shown: Any = None  # by the last heartbeat
         dispatch, life = core.dispatch, core.life
@@ -4677,7 +4674,7 @@ class Service:
         self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
-        """Wait some seconds for the thread's end, unless it still watches handles."""
+        """Wait for the thread's end, unless it still watches handles."""
         self._event.set()
         if self.thread is not threading.current_thread() and not self._core.handles.ids():
             self.thread.join(seconds)
@@ -4717,8 +4714,8 @@ class Service:
         if version != self._version:
             self._store.write(self._see_others)
             self._due_at = self._store.read(
-                f"""SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at
-                UNION ALL SELECT ({NEXT_SCHEDULE}))""")[0][0] or math.inf
+                f"SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at UNION ALL "
+                f"SELECT ({NEXT_SCHEDULE}))")[0][0] or math.inf
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
@@ -4767,7 +4764,7 @@ class Service:
             self._store.write(wake_due)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and at once if its abandoned threads change in number."""
+        """Show that the runner lives, at once if the number of abandoned threads changes."""
         shown = (int(time.monotonic() / HEARTBEAT_SECONDS),
                  len(self._core.dispatch.pool.abandoned))
         if shown != self._shown:
@@ -4793,13 +4790,13 @@ class Service:
 class Presence:
     """Tells which runners on a file live, by a lock of the system that dies with the process.
 
-    Runner N locks the file PATH-bgjobs-N.lock as long as it lives, even if suspended. A probe of
-    the own lock finds it held, too, so two copies of this module in one process do no harm. A
-    forked child closes the lock that it inherits.
+    Runner N locks PATH-bgjobs-N.lock as long as it lives, even if suspended. A probe of the own
+    lock finds it held, so two copies of this module in one process do no harm. A forked child
+    closes the lock that it inherits.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)  # of the job file
+        self._path = os.path.realpath(path)
         self._lock: int | None = None  # descriptor
 
     def _file(self, runner: int) -> str:
@@ -4889,9 +4886,9 @@ def leave_to_parent() -> None:
 # ---- 14 Schedules -------------------------------------------------------------------------------
 #
 # A schedule is a row: a call, and the times at which to make a job of it. Code registers it at each
-# start. Once no living process has it in its code, it makes no more jobs, and the row stays for
-# people to see. The transaction that submits a job also moves `next_at` past the present. So each
-# time makes one job, whichever process looks first, and all missed times make one together.
+# start. Once no living process has it, it makes no more jobs, but people still see it. The
+# transaction that submits a job moves `next_at` past the present. So each time makes one job,
+# whichever process looks first, and all missed times make one together.
 
 _JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system",
                 "max_running")
@@ -4912,9 +4909,9 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: `next_at` if the data of its zone is not here.
+    """Return when a schedule is due next, no later than if it began now: a clock may be set back.
 
-    It is no later than if it began now, for the clock may have been set back.
+    It is `next_at` if the data of its zone is not here.
     """
     due: float = row["next_at"]
     try:
@@ -4925,7 +4922,7 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
 
 
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Set when it is due next and submit its job; return None if its last one is not over."""
+    """Set `next_at` and submit a job; return None if the last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         job = tx.submit(Submission(**{name: row[name] for name in _JOB_COLUMNS}))
@@ -5026,7 +5023,7 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
-# With new times, a schedule is due as if new. Else next_at stays, unless the clock was set back.
+# With new times, a schedule is due as if new; else next_at stays, unless the clock was set back.
 SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
         name, args, kwargs, options, label, run_by, low_priority, system, max_running)
     VALUES (:key, :schedule, :zone, :now, :first,
