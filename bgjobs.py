@@ -1842,24 +1842,23 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# Group commit by a leader: a thread that wants to write puts a function of the transaction into a
-# queue and tries to lead. The one leader opens a transaction, runs all writes in the queue, adds
-# what rides along (log lines, outcomes, claims), and commits. The others sleep until their writes
-# are done or they are woken to lead. So a caller alone pays no hand-over, and batches grow with the
-# load. If a batch fails, each of its writes runs again alone, so that only the bad one fails.
+# Group commit: a thread queues its write and tries to lead. The one leader runs all queued writes
+# in one transaction, with what rides along (log lines, outcomes, claims). The others sleep until
+# their writes are done or they are woken to lead. So a caller alone pays no hand-over, and batches
+# grow with the load. If a batch fails, each write runs again alone.
 #
-# A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
-# transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
+# A fork waits until no thread is inside SQLite: a child forked inside a transaction inherits
+# SQLite's table of held locks, and gets "database is locked" for good.
 
 WAL_LIMIT = 64 * 1024 * 1024  # bytes
-LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
-LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
-Change = Callable[[Transaction], Any]  # what a write does
+LOCK_SECONDS = 30  # how long a write waits for another program's lock
+LOCK_STEP_SECONDS = 0.05  # of one wait inside SQLite, which close() cannot cut short
+Change = Callable[[Transaction], Any]
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread is inside SQLite."""
+    """Makes a fork wait while a thread is inside SQLite."""
 
     def __init__(self) -> None:
         self.door = threading.RLock()  # held during a fork; finalizers may read
@@ -1884,17 +1883,14 @@ fork_gate = _ForkGate()
 
 
 class _Here(threading.local):
-    ticket: Ticket | None = None  # of the attempt that this thread executes
+    ticket: Ticket | None = None
 
 
 _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that jobs may call, so that no force stop interrupts it.
-
-    It takes the attempt's ticket meanwhile (section 10 tells why).
-    """
+    """Decorate a function that no force stop may interrupt: it takes the ticket (10)."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -1908,19 +1904,18 @@ def library_code(function: Any) -> Any:
     return call
 
 
-# What to do about an error of SQLite, by a part of its text.
-_REMEDIES = {
+_REMEDIES = {  # by a part of SQLite's error text
     "locked": "another program holds its lock: end it, or wait",
     "readonly": "make the file and its folder writable",
     "not a database": "give the path of a new file, or of a job file",
     "malformed": "restore it from a backup",
-    "disk": "make room on the disk; if there is some, see the system's log for disk trouble",
+    "disk": "make room on the disk, or see the system's log for disk trouble",
     "unable to open": "give the path of a file in a folder that exists and is writable",
     "json": "use a build of SQLite with its JSON functions"}
 
 
 def store_error(doing: str, error: BaseException) -> BaseException:
-    """Return an error of SQLite as a StoreError that says what to do; other errors as they are."""
+    """Return a StoreError with a remedy for an error of SQLite; other errors as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
     remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
@@ -1930,24 +1925,22 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
-    """The SQLite file of a store, its schema, and whether it is still there."""
-
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to.
+        # SQLite puts the WAL beside a link's target.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> Any:
-        """Return the connection that writes, after bringing the file up to date."""
+        """Migrate the file and return the connection that writes."""
         db = None
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             self._prepare(db, now)
             db.executescript(f"""PRAGMA synchronous = {synchronous};
                 PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
-            self._version_in(db)  # the first read makes the WAL
+            self._version_in(db)  # makes the WAL
         except BaseException as error:
             if db is not None:
                 db.close()
@@ -1956,7 +1949,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate the schema and set the journal mode, again if another process does so, too."""
+        """Migrate and set the journal mode, again if another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -1969,20 +1962,17 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(f"the journal mode of {self.path} stays {mode!r} instead of "
-                             f"{self._journal!r}; put the file on a local disk, and let all "
-                             "processes use the same mode")
-
-    _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
+            raise StoreError(f"the journal mode of {self.path} stays {mode!r}, not "
+                             f"{self._journal!r}; use a local disk, and one mode in all processes")
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version, in one transaction."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        version = self._version_in(db)  # another process may have been quicker
-        # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
-        alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
+        version = self._version_in(db)  # another process may be quicker
+        # 1.0.0 has other presence locks: it would take our jobs, and we its.
+        alive = db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
+            ORDER BY heartbeat_at DESC""", [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
             raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
                              f"it before bgjobs {__version__} opens the file")
@@ -1990,67 +1980,62 @@ class JobFile:
             if version not in MIGRATIONS:
                 raise StoreError(
                     f"{self.path} has schema version {version}, and this bgjobs {__version__} "
-                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
+                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py")
             for statement in MIGRATIONS[version]:
                 db.execute(statement)
             version = version + 1 if version else SCHEMA_VERSION
         db.execute("UPDATE bgjobs_schema SET version = ?", [version])
         db.execute("COMMIT")
 
-    # Builds before 3.38 may lack the JSON functions.
-    _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
-
     def _version_in(self, db: sqlite3.Connection) -> Any:
-        """Return the version of the schema in the file, 0 if there is none."""
-        if db.execute(self._HAS_SCHEMA).fetchone() is None:
+        # Builds before 3.38 may lack the JSON functions.
+        if db.execute("""SELECT json_array() FROM sqlite_master
+                      WHERE name = 'bgjobs_schema'""").fetchone() is None:
             return 0
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, with its WAL, from another one and from an empty one."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
-        return object()  # equal to nothing seen before
+        return object()  # equal to nothing else
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError if the path no longer names the open file: SQLite would not notice.
+        """Raise StoreError if the path names another file now, which SQLite would not notice.
 
-        A look within the last `max_age` seconds is good enough.
+        A look within the last `max_age` seconds counts.
         """
         if time.monotonic() - self._checked_at < max_age:
             return
         if self._look() != self._identity:
             raise StoreError(
                 f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
-                "nothing is written any more: put it back, or close() this runner, put the right "
-                "file there without a -wal, and make a new runner")
+                "nothing more is written: put it back, or close() this runner, put the right file "
+                "there without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading; it never makes a file. The caller closes it.
+        """Return a connection for reading; the caller closes it.
 
-        It does not `check`: handles of a closed runner read on, when the WAL may be gone.
+        No `check`: handles of a closed runner read on, when the WAL may be gone.
         """
         import pathlib
-        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
-        db = sqlite3.connect(uri, uri=True, **_CONNECT)
+        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
     def shorten_wal(self) -> None:
-        """Truncate a WAL that has grown large. Raises StoreError if a reader prevents that."""
+        """Truncate a large WAL. Raises StoreError if a reader prevents that."""
         size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB and grows: another "
-                                 "program keeps an old read transaction open on it; end that")
+                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB: another program "
+                                 "keeps an old read transaction open; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file, which may be in use, to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2058,7 +2043,7 @@ class JobFile:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
                     db.backup(copy)
-                    # So running jobs are taken back when the copy is used.
+                    # So a runner on the copy takes back its running jobs.
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
@@ -2068,14 +2053,12 @@ class JobFile:
 
 
 class _Write:
-    """A write that waits for its transaction."""
-
     def __init__(self, run: Change) -> None:
         self.run = run
         self.value: Any = None
         self.error: BaseException | None = None
         self.done = False  # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def sleep(self) -> None:
         """Sleep until the write is done, or its thread can lead."""
@@ -2084,9 +2067,7 @@ class _Write:
 
 
 class Store:
-    """One SQLite file, with a connection for the leader, which writes, and others for readers."""
-
-    passenger: Dispatch  # what rides along with each transaction
+    passenger: Dispatch  # rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
@@ -2094,35 +2075,34 @@ class Store:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31")
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
-        # The leader holds `_leading`, and wakes the first thread that waits when it releases it.
-        self._leading = threading.Lock()
+        self._leading = threading.Lock()  # held by the leader
         self.leader = 0  # the ident of its thread, 0 if none leads
-        self._waiting: deque[_Write] = deque()  # until they are done
-        self._again = False  # more rides along than the last one took
+        self._waiting: deque[_Write] = deque()
+        self._again = False  # more is to ride along
         self.closed = self.forked = False
-        self.close_by = math.inf  # when a runner that goes down gives up
+        self.close_by = math.inf  # when a closing runner gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
-        # EXTRA is FULL, and syncs the folder when a rollback journal is deleted, its commit.
+        # EXTRA also syncs the folder after the commit, which deletes a rollback journal.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
-        self._version_lock = threading.Lock()  # guards _version_db
+        self._version_lock = threading.Lock()
         self._version_db = self.file.connect()
 
     # writing
 
     @library_code
     def write(self, run: Change) -> Any:
-        """Call `run(transaction)` in the next transaction and return its value after the commit.
+        """Call `run(transaction)` and return its value after the commit.
 
-        `run` may be called again after a rollback, so it has no effect but on the transaction.
-        Raises what `run` raises; nothing of it is stored then.
+        It may be called again after a rollback, so it changes nothing but the transaction. If it
+        raises, nothing of it is stored, and the error is raised here.
         """
         if self.closed or os.getpid() != self.pid:
             self._check_open()
         if self.leader == threading.get_ident():
-            raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
-                               "signal handler or a finalizer; let that start a thread")
+            raise RuntimeError("a signal handler or finalizer called bgjobs inside a write of its "
+                               "thread; let it start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
@@ -2148,7 +2128,7 @@ class Store:
                 pass
 
     def _lead(self, flushing: bool) -> bool:
-        """Run all waiting writes. Return False if another thread leads, or the commit failed."""
+        """Run all waiting writes. Return False if another thread leads or the commit failed."""
         if not self._leading.acquire(blocking=False):
             return False
         worked = False
@@ -2168,10 +2148,7 @@ class Store:
         return worked
 
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
-        """Run a batch in one transaction; if that fails, each write again alone.
-
-        Return False if it failed: the next leader takes along what was to ride along.
-        """
+        """Run a batch in one transaction; if that fails, return False after running each alone."""
         try:
             self._transact(batch, flushing)
             return True
@@ -2179,7 +2156,7 @@ class Store:
             trouble = error
         for write in batch:
             try:
-                if isinstance(trouble, StoreError):  # the file's trouble hits all alike
+                if isinstance(trouble, StoreError):  # it hits all alike
                     raise copy.copy(trouble) from trouble.__cause__
                 self._transact([write], None)
             except (Exception, JobStopped) as error:
@@ -2217,43 +2194,42 @@ class Store:
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
-            except Exception as error:  # it is committed: it has not failed
+            except Exception as error:  # the writes are committed all the same
                 say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
         self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
-                             "forked from; call its start() here, or make a new Runner")
+                             "forked from; call its start(), or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent in a child that was forked in C: no hook has run."""
+        """Leave all to the parent after a fork in C, without hooks."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
-        """Execute a BEGIN IMMEDIATE or COMMIT. Raises StoreError if the lock is held for long."""
+        """Execute a statement that needs the file's lock. Raises StoreError if it waits long."""
         give_up = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._writer.execute(statement)
                 return
             except sqlite3.OperationalError as error:
-                is_late = time.monotonic() > min(give_up, self.close_by + 0.4)
-                if is_late or "locked" not in str(error):
+                if (time.monotonic() > min(give_up, self.close_by + 0.4)
+                        or "locked" not in str(error)):
                     raise store_error(f"write to {self.path}", error)
 
     def complain(self, text: str) -> None:
-        """Log an error, the same one every ten seconds at most."""
+        """Log an error, the same one once in ten seconds."""
         self._say_once(text, int(time.monotonic() / 10))
 
     def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
-        """Run a write in the open transaction of a connection of the app's, which commits it.
+        """Run a write in the transaction of an app's connection, which the app commits.
 
-        If none is open, one is begun; it is committed here if the connection commits by itself.
-        Raises ValueError if the connection is to another file.
+        If none is open, one is begun, and committed if the connection commits by itself.
         """
         self._check_open()
         commits = connection.isolation_level is None
@@ -2266,10 +2242,10 @@ class Store:
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
-                                 f"{self.path} can be part of a transaction of that file alone")
+                                 f"{self.path} need one to that file")
             db.execute(begin)
             try:
-                # SQLite waits for the lock only before anything has been read.
+                # Takes the lock: SQLite waits for it only before the first read.
                 db.execute("UPDATE bgjobs_clock SET vtime = vtime WHERE 0")
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
@@ -2281,14 +2257,14 @@ class Store:
                     db.execute(undo)
                 raise
         except sqlite3.Error as error:
-            raise store_error(f"write to {self.path} through the app's connection (if its "
-                              "transaction has read before, begin it with BEGIN IMMEDIATE)", error)
+            raise store_error(f"write to {self.path} through the app's connection (if it reads "
+                              "first, use BEGIN IMMEDIATE)", error)
 
     # reading
 
     @library_code
     def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
-        """Return all rows of a query; it never waits for a write."""
+        """Return all rows of a query, without waiting for writes."""
         self._notice_fork()
         with fork_gate:
             try:
@@ -2314,7 +2290,6 @@ class Store:
                 self._readers.pop().close()
 
     def version(self) -> int:
-        """Return a number that changes with each commit of any process."""
         self._check_open()
         self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
@@ -2323,13 +2298,12 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if one is given, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             if last is not None:
-                with contextlib.suppress(StoreError):  # the disk is full, the file is gone ...
+                with contextlib.suppress(StoreError):  # the disk may be full
                     self.write(run)
             self.closed = True
             with self._version_lock:
@@ -2338,8 +2312,8 @@ class Store:
             self._close_readers()
 
     def leave_to_parent(self) -> None:
-        """Never use the parent's connections in a forked child, nor close them."""
-        with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
+        """In a forked child, neither use nor close the parent's connections."""
+        with contextlib.suppress(ImportError, AttributeError):  # a freed one would be closed
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2348,31 +2322,31 @@ class Store:
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
 
-ABANDONED_A_PLACE = 2  # threads of superseded attempts for each slot; then nothing is claimed
-HAND_SECONDS = 0.001  # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim more at a time
+ABANDONED_A_PLACE = 2  # abandoned attempts for each slot; then nothing is claimed
+HAND_SECONDS = 0.001  # the work worth waking a thread for
+LINGER_SECONDS = 0.001  # how long an idle worker waits, to claim more at a time
 
 
 class Pool:
-    """`size` slots in which attempts execute, and threads for them, made when needed and reused.
+    """`size` slots in which attempts execute, and threads for them, which are reused.
 
-    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. While it
-    waits for another job it is *away*, and its slot is given to others; then it is *returning* until
-    it is placed again. So waiting never deadlocks, and no more than `size` attempts execute.
-    Returning attempts come first: the claimed ones may wait for them. A force stop makes an attempt
-    *abandoned*: it has no slot any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* once there is a slot. While it waits for
+    another job it is *away*, its slot is given to others, and then it is *returning* until it is
+    placed again. So waiting never deadlocks, and no more than `size` attempts execute. Returning
+    attempts come first: the claimed ones may wait for them. A force stop makes an attempt
+    *abandoned*: it has no slot, and its thread ends with it.
 
-    Low priority never takes the last of several slots. If all attempts that execute have become low
-    priority meanwhile, they go on, and one slot more is given out.
+    Low priority never takes the last of several slots. If all placed attempts have become low
+    priority, one slot more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
-        self._low_size = max(1, size - 1)  # slots that low priority may take
+        self._low_size = max(1, size - 1)  # slots for low priority
         self._execute = execute
         self._settle, self._claim = settle, claim  # settle returns whether to claim at once
-        # `_lock` guards changes of all below; no user code and no SQL runs under it.
+        # `_lock` guards changes of all below; no user code or SQL runs under it.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
@@ -2380,25 +2354,22 @@ class Pool:
         self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
-        self._needed = 0  # threads that execute, or are about to
+        self._needed = 0  # threads that execute or are about to
         self._threads: set[threading.Thread] = set()
         self.lingers = False  # a worker claims in a moment
         self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
-        """Whether so many abandoned attempts still execute that nothing is to be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     def has(self, attempt: Attempt) -> bool:
-        """Return whether an attempt waits here, or executes and has not been abandoned."""
         places = (*self._placed, self._away, self._returning, self.claimed)
         return any(attempt in each for each in places)
 
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return what the free slots, and those of short attempts, have room for."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2410,7 +2381,7 @@ class Pool:
             return Room(free, low_free, ahead, planned, self.size - long)
 
     def _left(self, *others: Attempt) -> tuple[int, int]:
-        """Return the free slots, and those for low priority, once these others are placed."""
+        """Return the free slots, and those for low priority, once `others` are placed."""
         low = len(self._placed[1]) + sum(each.low_priority for each in others)
         normal = len(self._placed[0]) + len(self._placed[1]) + len(others) - low
         return self.size - normal - min(low, self._low_size), self._low_size - low
@@ -2419,16 +2390,16 @@ class Pool:
         """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread gives the other free slots out: it calls this without attempts.
+        The service thread fills the other slots.
         """
         with self._lock:
             self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
-        """Give free slots out, and wake at most so many threads; needs the lock.
+        """Give free slots out and wake at most `hands` threads, under the lock.
 
-        takes: the calling thread executes the next claimed attempt, which is returned.
+        takes: return the next claimed attempt, for the calling thread.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2451,7 +2422,6 @@ class Pool:
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt that gets the next slot, if there is one."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2462,15 +2432,14 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute an attempt, settle it, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if os.getpid() != self._pid:  # a child that the function has forked
+            if os.getpid() != self._pid:  # the function has forked
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned  # its force stop may have broken anything
+                retires = attempt in self.abandoned  # a force stop may break anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2485,8 +2454,7 @@ class Pool:
             attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
-                    # In a stream of jobs this saves a claim and a wake-up per job: tiny jobs that
-                    # arrive one by one take 1.5 times the CPU without it.
+                    # Without this, tiny jobs that arrive one by one take 1.5 times the CPU.
                     self.lingers = True
                     time.sleep(LINGER_SECONDS)
                     self.lingers = False
@@ -2495,16 +2463,14 @@ class Pool:
         self._handed.put(None)  # for the next thread
 
     def _take_out(self, attempt: Attempt) -> None:
-        """Forget an attempt that executed."""
         self._placed[attempt.low_priority].discard(attempt)
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:  # it was abandoned: it goes on without a slot
+        if returned is not None:  # abandoned: it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the slot of a superseded attempt away; its thread lives on."""
         with self._lock:
             if not self.has(attempt) or attempt in self.claimed:
                 return
@@ -2514,11 +2480,10 @@ class Pool:
             clogged = self.is_clogged
         if clogged:
             say(logging.ERROR, "so many superseded attempts still run in threads of this process "
-                               "that no more jobs are claimed until some of them end")
+                               "that no more jobs are claimed until some end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Count an executing attempt as one of low priority, or not."""
         with self._lock:
             if attempt in self._placed[not low]:
                 self._placed[not low].remove(attempt)
@@ -2531,7 +2496,6 @@ class Pool:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of an attempt away within the block, and wait for one at its end."""
         self.leave(attempt)
         try:
             yield
@@ -2539,7 +2503,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away: one of its threads begins to wait for a job."""
+        """Give an attempt's slot away: one of its threads will wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2552,7 +2516,7 @@ class Pool:
         self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
-        """Block until there is a slot again, unless another thread of the attempt still waits."""
+        """Wait for a slot, unless another thread of the attempt still waits for a job."""
         returned = threading.Event()
         with self._lock:
             attempt.waits -= 1
@@ -2566,7 +2530,7 @@ class Pool:
     # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
-        """Take out the claimed attempts that have waited for so many seconds."""
+        """Take out the claimed attempts that have waited so many seconds."""
         until, attempts = time.monotonic() - waited, []
         with self._lock:
             while self.claimed and self.claimed[0].claimed_at <= until:
@@ -2574,7 +2538,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """End idle threads, and the others later; wait some seconds for that."""
+        """End the threads, and wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -4631,38 +4595,36 @@ POLL_SECONDS = 0.05  # how often the service thread looks for what other process
 
 
 class Service:
-    """The background thread: due times, other processes' changes, reports, recovery."""
-
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()  # ends the sleep before the next poll
-        self._soon = False  # to lead, in SETTLE_SECONDS
-        self._version = -1  # of the file, at the last poll
-        self._others_version = -1  # the same without our own commits
-        self._clock_at = core.clock()  # at the last poll
+        self._event = threading.Event()  # ends the sleep
+        self._soon = False  # it leads soon
+        self._version = -1  # of the file, when last polled
+        self._others_version = -1  # without our own commits
+        self._clock_at = core.clock()  # likewise
         self._due_at = math.inf  # of the next job or schedule
-        self._shown: Any = None  # what the last heartbeat has told
+        self._shown: Any = None  # by the last heartbeat
         dispatch, life = core.dispatch, core.life
-        # The duties of a started runner, each with its seconds, and when each was last done.
+        # When the duties of a started runner were last done, each with its period in seconds.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
             # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
-            (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
+            (10.0, core.handles.look),  # if Ctrl-C has hit the thread that tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
-        """Wait some seconds for the thread to end, unless it goes on watching handles."""
+        """Wait for the thread's end, unless it still watches handles."""
         self._event.set()
         if self.thread is not threading.current_thread() and not self._core.handles.ids():
             self.thread.join(seconds)
 
     def nudge(self) -> None:
-        """Have the thread lead a transaction in SETTLE_SECONDS."""
+        """Lead a transaction in SETTLE_SECONDS."""
         if not self._soon:
             self._soon = True
             self._event.set()
@@ -4692,13 +4654,12 @@ class Service:
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Note what other processes have written, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
             self._due_at = self._store.read(
-                f"""SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at
-                UNION ALL SELECT ({NEXT_SCHEDULE}))""")[0][0] or math.inf
+                f"SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at UNION ALL "
+                f"SELECT ({NEXT_SCHEDULE}))")[0][0] or math.inf
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
@@ -4712,16 +4673,13 @@ class Service:
     # its duties
 
     def _see_others(self, tx: Transaction) -> None:
-        others = tx.value("PRAGMA data_version")  # our own commits do not change it here
+        others = tx.value("PRAGMA data_version")  # here our own commits do not change it
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
             self._core.dispatch.compare(tx)
 
     def _time_out(self) -> None:
-        """Stop the attempts that take longer than their timeout.
-
-        One that reaches no checkpoint within the grace has failed, and is abandoned.
-        """
+        """Stop the attempts past their timeout; abandon those that go on after the grace."""
         for attempt in list(self._core.dispatch.attempts.values()):
             timeout = attempt.options.get("timeout")
             if attempt.thread is None or timeout is None:
@@ -4733,7 +4691,6 @@ class Service:
                 attempt.request_stop(TIMED_OUT, force=True)
 
     def _fail_late(self, attempt: Attempt, tx: Transaction) -> None:
-        """Record the failure of an attempt that still executes."""
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
         lost.time_out()
@@ -4742,7 +4699,6 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make jobs ready that are due, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
@@ -4752,9 +4708,9 @@ class Service:
             self._store.write(wake_due)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and at once how many abandoned threads it has."""
-        beats = int(time.monotonic() / HEARTBEAT_SECONDS)
-        shown = beats, len(self._core.dispatch.pool.abandoned)
+        """Show that the runner lives, at once if the number of abandoned threads changes."""
+        shown = (int(time.monotonic() / HEARTBEAT_SECONDS),
+                 len(self._core.dispatch.pool.abandoned))
         if shown != self._shown:
             self._core.life.beat()
             self._shown = shown
@@ -4765,7 +4721,7 @@ class Service:
         WHERE found IS NOT NULL) SELECT found FROM keys WHERE found IS NOT NULL"""
 
     def _unpark(self) -> None:
-        """Make ready the jobs whose function this process knows, or whose limit has room."""
+        """Unblock the jobs whose function is known here, or whose limit has room."""
         for (key,) in self._store.read(self.BLOCKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
@@ -4776,33 +4732,33 @@ class Service:
 
 
 class Presence:
-    """Tells which runners on a file live, by an operating-system lock that dies with its process.
+    """Tells which runners on a file live, by a lock of the system that dies with the process.
 
-    Runner N locks a small file, PATH-bgjobs-N.lock, as long as it lives, even if it is suspended.
-    Probing the own lock finds it held, too, so two copies of this module in one process do no harm.
-    A forked child would keep the lock: it closes what it inherits.
+    Runner N locks PATH-bgjobs-N.lock as long as it lives, even if suspended. A probe of the own
+    lock finds it held, so two copies of this module in one process do no harm. A forked child
+    closes the lock that it inherits.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)  # of the job file
-        self._lock: int | None = None  # the descriptor
+        self._path = os.path.realpath(path)
+        self._lock: int | None = None  # descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a new runner; return False if another process has it."""
+        """Take the lock of a new runner; return False if it is taken."""
         try:
             self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {self._file(runner)}: {error}; put the job file on a "
-                             "local disk") from error
+            raise StoreError(f"cannot lock {self._file(runner)}: {error}; use a local "
+                             "disk") from error
         return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
         """Return whether the process of a runner is gone.
 
-        silent: seconds since its heartbeat, which tells if the lock's file was deleted.
+        silent: seconds since its heartbeat, which decide if the lock file was deleted.
         """
         with fork_gate:  # a child would inherit the lock
             try:
@@ -4814,19 +4770,17 @@ class Presence:
             return lock is not None
 
     def remove(self, runner: int) -> None:
-        """Delete the lock's file of a runner that is gone."""
         with contextlib.suppress(OSError):
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner; a forked child leaves it to the parent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def _lock_file(path: str, flags: int) -> int | None:
-    """Open a file and lock it until it is closed; return None if it is locked already."""
+    """Open and lock a file until it is closed; return None if it is locked."""
     descriptor = os.open(path, flags, 0o644)
     try:
         if os.name == "nt":
@@ -4846,7 +4800,7 @@ living: weakref.WeakSet[Runner] = weakref.WeakSet()
 
 @functools.cache
 def register_hooks() -> None:
-    """Close the living runners at interpreter exit, and leave them to the parent at a fork."""
+    """Close the living runners at exit, and leave them to the parent at a fork."""
     atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=fork_gate.shut, after_in_parent=lambda: fork_gate.door.release(),
@@ -4854,11 +4808,11 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    until = time.monotonic() + GRACE_SECONDS  # one for all
+    until = time.monotonic() + GRACE_SECONDS
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:  # again, if Ctrl-C has cut it short: then it waits no longer
+    for life in lives * 3:  # again if Ctrl-C cuts it short, then without waiting
         try:
             life.close(until)
         except KeyboardInterrupt:
@@ -4866,7 +4820,6 @@ def _close_all() -> None:
 
 
 def leave_to_parent() -> None:
-    """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
     fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
@@ -4876,10 +4829,10 @@ def leave_to_parent() -> None:
 
 # ---- 14 Schedules -------------------------------------------------------------------------------
 #
-# A schedule is a row: a function, its arguments and options, and when to make a job of them. Code
-# registers it at each start; one that no living process has in its code makes no more jobs, and
-# stays for people to see. The transaction that submits a job also moves `next_at` past the present.
-# So each time makes one job, whichever process looks first, and all that were missed make one, too.
+# A schedule is a row: a call, and the times at which to make a job of it. Code registers it at each
+# start. Once no living process has it, it makes no more jobs, but people still see it. The
+# transaction that submits a job moves `next_at` past the present. So each time makes one job,
+# whichever process looks first, and all missed times make one together.
 
 _JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system",
                 "max_running")
@@ -4888,14 +4841,12 @@ SCHEDULE = """SELECT s.*,
     (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
 SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
 ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
-DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
 SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
-    """Return the rows of a query, their columns by name."""
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
@@ -4904,7 +4855,7 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 def _next_time(row: sqlite3.Row, now: float) -> float:
     """Return when a schedule is due next: its `next_at` if its zone is unknown here.
 
-    It is never later than if it began now, for the clock may have been set back.
+    It is `next_at` if the data of its zone is not here.
     """
     due: float = row["next_at"]
     try:
@@ -4914,37 +4865,34 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
     return min(times.next(due, now), times.next(now, now))
 
 
-TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
-    job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
-    skipped = skipped + (:job IS NULL) WHERE id = :id"""
-
-
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Note when it is due next and submit its job; return None if its last one is not over."""
+    """Set `next_at` and submit a job; return None if the last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         job = tx.submit(Submission(**{name: row[name] for name in _JOB_COLUMNS}))
-    tx.execute(TICK, {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
+    tx.execute("""UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
+        job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
+        skipped = skipped + (:job IS NULL) WHERE id = :id""",
+               {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
     return job
 
 
 def run_schedules(tx: Transaction) -> None:
-    """Make a job for each schedule that is due, unless its last one is not over."""
-    for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
+    for row in _rows(tx, SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered",
+                     now=tx.now):
         next_at = _next_time(row, tx.now)
         if next_at > tx.now:
             _make_job(tx, row, next_at)
 
 
 def clock_was_set_back(tx: Transaction) -> None:
-    """Let no schedule wait until the clock shows its former time again."""
+    """Let no schedule wait until the clock has caught up."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
-    """Return the `info` of a schedule, for the JSON interface, too."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
     info["tz"] = info.pop("zone")
@@ -4955,13 +4903,8 @@ def describe_schedule(row: sqlite3.Row) -> Fields:
     return info
 
 
-REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
-    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id AND runner_id <> :runner)"""
-UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
-
-
 class Schedule:
-    """A schedule in the file, as `every` returns it. If it was removed, methods raise KeyError."""
+    """A schedule in the file, as `every` returns it. Methods raise KeyError once it is removed."""
 
     def __init__(self, core: Core, schedule_id: int) -> None:
         self._core, self.id = core, schedule_id
@@ -4969,14 +4912,14 @@ class Schedule:
     def info(self) -> Fields:
         """Return all that is known of it, as JSON values; times in Unix seconds.
 
-        registered: a living process has it in its code, else it makes no more jobs. skipped: how
-        often it was due while its last job was not over.
+        registered: a living process has it in its code, else it makes no jobs. skipped: how often
+        its last job was not over when it was due.
         """
         return describe_schedule(self._found(
             self._core.store.read(ONE_SCHEDULE, {"id": self.id})))
 
     def pause(self) -> Schedule:
-        """Make no more jobs, in any process, until it is resumed."""
+        """Make no jobs, in any process, until it is resumed."""
         return self._set_paused(True)
 
     def resume(self) -> Schedule:
@@ -4984,7 +4927,7 @@ class Schedule:
         return self._set_paused(False)
 
     def run_now(self) -> Job[Any]:
-        """Submit its job now; its times stay. Raises InvalidOperation if its last is not over."""
+        """Submit its job now; its times stay. Raises InvalidOperation if the last is not over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
             if job is None:
@@ -4996,11 +4939,13 @@ class Schedule:
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
         def remove(tx: Transaction, row: sqlite3.Row) -> None:
-            deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._core.id})
-            if not deleted.rowcount:
+            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
+                    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id
+                    AND runner_id <> :runner)""",
+                              {"id": self.id, "runner": self._core.id}).rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
-                                       "another process that runs; remove it there")
-            tx.execute(UNREGISTER_ALL, {"id": self.id})
+                                       "another process; remove it there")
+            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ?", [self.id])
             self._core.schedules.pop(row["key"], None)
         self._change(remove)
 
@@ -5022,7 +4967,7 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
-# With other times, a schedule is due as if new. Else next_at stays, unless the clock was set back.
+# With new times, a schedule is due as if new; else next_at stays, unless the clock was set back.
 SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
         name, args, kwargs, options, label, run_by, low_priority, system, max_running)
     VALUES (:key, :schedule, :zone, :now, :first,
@@ -5040,7 +4985,6 @@ REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :r
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
              options: Fields) -> Schedule:
-    """Store a schedule; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
     if serves_attempts():  # the app has registered it
@@ -5048,10 +4992,9 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     new = new_submission(core, fn, {**options, "parent": None}, args, kwargs)
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else str(schedule)
-    tz = options.get("tz", declared.get(fn, {}).get("tz"))
-    zone = getattr(zone_of(tz), "key", None)
+    zone = getattr(zone_of(options.get("tz", declared.get(fn, {}).get("tz"))), "key", None)
     now, key = core.clock(), new.key
-    if key is None:  # function and arguments, hashed if they are secret or long
+    if key is None:  # function and arguments, hashed if secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in f"{new.options}":
             import hashlib
