@@ -1925,6 +1925,8 @@ def store_error(doing: str, error: BaseException) -> BaseException:
 
 
 class JobFile:
+    """The SQLite file of a store, its schema, and whether it is still there."""
+
     def __init__(self, path: str | os.PathLike[str], journal: str) -> None:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
@@ -2053,6 +2055,8 @@ class JobFile:
 
 
 class _Write:
+    """A write that waits for its transaction."""
+
     def __init__(self, run: Change) -> None:
         self.run = run
         self.value: Any = None
@@ -2067,6 +2071,8 @@ class _Write:
 
 
 class Store:
+    """One SQLite file: a connection for the leader, which writes, and others for readers."""
+
     passenger: Dispatch  # rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
@@ -4595,6 +4601,8 @@ POLL_SECONDS = 0.05  # how often the service thread looks for what other process
 
 
 class Service:
+    """The background thread: due times, other processes' changes, reports, recovery."""
+
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
         self._event = threading.Event()  # ends the sleep
