@@ -5676,6 +5676,7 @@ class TestFork:
             if how == "pool":
                 pool = multiprocessing.get_context("fork").Pool(1)
                 child = pool.apply(detach)
+                pool.apply_async(time.sleep, [60])       # an idle worker would see that the app is gone
             elif (child := os.fork()) == 0:
                 detach()
                 time.sleep(60)
