@@ -755,19 +755,18 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
-# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time:
-# the microseconds that its tree has run. The next slot goes to the ready root with the least, the
-# start tag of that claim; the newest start tag is the virtual time of the queue. A root that
-# becomes ready starts at the queue's virtual time if that is later than its own, so idling earns no
-# credit. A claim charges its root an estimate at once, because a root with running attempts is not
-# idle; the end of the attempt corrects it.
+# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. The virtual time of a root: the
+# microseconds that its tree has run. The next slot goes to the ready root with the least, the start
+# tag of that claim; the queue's virtual time is the newest start tag. A root that becomes ready
+# starts at the queue's virtual time if its own is earlier: idling earns no credit. A claim charges
+# its root an estimate at once; the end of the attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
-    """Yield (root, job, start tag, charge) in the order in which slots are to be given.
+    """Yield (root, job, start tag, charge) in the order in which jobs get slots.
 
-    `roots` has (virtual time, root id, iterator over its ready jobs, oldest first). `charge(job)`
-    returns microseconds, or None to pass the job over.
+    `roots` has (virtual time, root id, its ready jobs, oldest first). `charge(job)` returns
+    microseconds, or None to pass the job over.
     """
     heads = [(tag, root, job, waiting) for tag, root, waiting in roots
              for job in itertools.islice(waiting, 1)]
@@ -782,57 +781,57 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
             heapq.heappush(heads, (tag + (cost or 0), root, job, waiting))
 
 
-UNKNOWN_COST = 0.010  # seconds charged for the first run of a function
-AHEAD_SECONDS = 0.010  # short jobs are claimed ahead of free workers: so much work for each
-AHEAD_LIMIT = 256  # and so many jobs in a process
+UNKNOWN_COST = 0.010  # seconds, for the first run of a function
+AHEAD_SECONDS = 0.010  # of short jobs for each worker are claimed before it is free
+AHEAD_LIMIT = 256  # jobs claimed so in a process
 _OVERHEAD = 50e-6  # seconds that a job costs besides its function
 
 
 class RunTimes:
-    """The mean run time of each function in seconds: exponential averages."""
+    """The mean run time of each function in seconds, an exponential average."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
         self._changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
-        """Take in the run time of one attempt."""
+        """Take in one run time."""
         mean = self.means.get(name, seconds)
         self.means[name] = mean + (seconds - mean) / 5
         self._changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float]]:
-        """Return (name, mean) of what has changed since the last call."""
+        """Return each (name, mean) that has changed since the last call."""
         changed, self._changed = self._changed, set()
         return [(name, self.means[name]) for name in changed]
 
     def charge(self, name: str) -> int:
-        """Return the microseconds to charge for a claim of this function."""
+        """Return the microseconds to charge for a claim."""
         return max(1, int(self.means.get(name, UNKNOWN_COST) * 1e6))
 
     def occupies(self, name: str) -> float:
-        """Return the seconds for which an attempt will keep a worker, infinite if unknown."""
+        """Return the seconds that an attempt keeps a worker, infinite if unknown."""
         return self.means.get(name, math.inf) + _OVERHEAD
 
 
 class Pace:
-    """How fast an attempt goes, by its progress reports; recent ones weigh more.
+    """How fast an attempt goes, by its progress reports.
 
     The rate is `gained` units in `seconds`, both fading over three quarters of the time that the
-    attempt has run. So an early hiccup is forgotten, and one late report changes little.
+    attempt has run: an early hiccup is forgotten, one late report changes little.
     """
 
     def __init__(self, resumed: bool) -> None:
-        # Whatever a resumed attempt reports first is fewer: earlier attempts did it.
+        # The first report of a resumed attempt is fewer: it counts work of earlier attempts.
         self._done = math.inf if resumed else 0.0
         self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
-        """Take in a report, `at` seconds after the begin; return the seconds left.
+        """Take in a report, `at` seconds after the begin; return the seconds left, None if unknown.
 
-        None if no rate is known yet. Fewer units than before begin anew.
+        Fewer units than before begin anew.
         """
-        if done < self._done or at < 0.1:  # in no time: it was done before the attempt began
+        if done < self._done or at < 0.1:  # too early: done before the attempt
             self._done, self._at, self._gained, self._seconds = done, at, 0.0, 0.0
         elif done > self._done and at > self._at:
             elapsed = at - self._at
@@ -848,33 +847,31 @@ class Pace:
 
 # ---- 6 Tables -----------------------------------------------------------------------------------
 #
-# A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
-# Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
-# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"),
-# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
-# process down ("suspect").
+# A `pending` job is ready: `queue` is its lane, 0 normal or 1 low priority. Or it waits for its time:
+# `run_at` is set, and no queue. Or it is blocked: `parked` names what it waits for: a process that
+# knows its function ("function NAME"), an executor ("executor NAME"), the end of another job of its
+# name ("limit NAME"), or of another job that may take its process down ("suspect").
 #
-# `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
-# finds the next root, and (root_id, queue, id) its oldest ready child. `owner` is the runner that
-# executes the job, NULL once its function has returned.
+# `lane` of a root is the best queue in its tree, NULL if nothing is ready there: (lane, vtime) finds
+# the next root, (root_id, queue, id) its oldest ready child. `owner` is the runner that executes the
+# job, NULL once its function has returned.
 #
-# Each job carries counts over its descendants (total, done, failed, running); `open` counts its
-# direct children that are not over. A transaction writes each ancestor once, however many of its
-# descendants it touched.
+# Each job has counts over its descendants (total, done, failed, running); `open` counts its direct
+# children that are not over. A transaction writes each ancestor once.
 
 TABLES = (
     "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
-    # returned: 1 once the function has returned, 2 once it has raised and is not called again.
-    # charge: microseconds that the running attempt has added to its root's vtime. since: active
-    # since then, else NULL. duration: seconds active before that. ends_at: when the attempt is
-    # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
+    # returned: 1 once the function has returned, 2 once it has raised for good. charge:
+    # microseconds that the running attempt has added to its root's vtime. since: start of its
+    # activity, else NULL. duration: seconds active before. ends_at: expected end of the attempt.
+    # own_errors: failed attempts. deaths: of processes that executed the job.
     """CREATE TABLE bgjobs_jobs (
-        id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER,
-        vtime INTEGER DEFAULT 0, charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
-        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0,
-        open INTEGER DEFAULT 0, total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
-        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER DEFAULT 0,
+        parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER DEFAULT 0,
+        charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER DEFAULT 0,
+        deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0, open INTEGER DEFAULT 0,
+        total INTEGER DEFAULT 0, done INTEGER DEFAULT 0, failed INTEGER DEFAULT 0,
+        running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
         since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
         tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER, label TEXT,
@@ -882,12 +879,12 @@ TABLES = (
         positions TEXT, result TEXT, error TEXT)""",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
         at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # For people: attempts other than the one that ended the job, which the job's row tells.
+    # For people: all attempts but the one that ended the job.
     """CREATE TABLE bgjobs_attempts (
         job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
-    # again. counted_id: creations up to it are in the statistics. token: of the status page.
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed. counted_id:
+    # creations up to it are in the statistics. token: of the status page.
     """CREATE TABLE bgjobs_clock (vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
         counted_id INTEGER DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
@@ -901,10 +898,10 @@ TABLES = (
         low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
         created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
         runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0, paused INTEGER DEFAULT 0)""",
-    # Which living runners' code has which schedules.
+    # The schedules in the code of each living runner.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-    # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
+    # minute: of Unix time; the first of an hour that is summed up; 0 for all older ones.
     """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL,
         created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL,
         failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
@@ -916,7 +913,7 @@ INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
         WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
-    # system and parent_id are there for lists, counted and ordered by this index alone.
+    # system and parent_id: lists are counted and ordered by this index alone.
     """CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id)
         WHERE status <> 'pending'""",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
@@ -933,14 +930,14 @@ INDEXES = (
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# The statements that make a file of this version from a new one (0), or from an older version. A
-# change of the schema is made above and appended here. Columns that are not used any more stay.
+# What makes a file of this version from a new one (0), or from an older version. A change of the
+# schema is made above and appended here. Unused columns stay.
 SCHEMA_VERSION = 3
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     0: (*TABLES, *INDEXES, f"INSERT INTO bgjobs_schema VALUES ({SCHEMA_VERSION})",
         "INSERT INTO bgjobs_clock DEFAULT VALUES"),
-    # 1.0.0. Its runners are gone: `JobFile` has looked. Their jobs are taken back as those of a
-    # runner without a row. A job that was resumed while it was stopping runs on.
+    # 1.0.0. `JobFile` has seen that its runners are gone; jobs of a runner without a row are taken
+    # back. A job that was resumed while it was stopping runs on.
     2: ("ALTER TABLE bgjobs_jobs ADD COLUMN ends_at REAL",
         "UPDATE bgjobs_jobs SET status = 'running' WHERE status = 'stopping' AND goes_on = 1",
         "DELETE FROM bgjobs_runners", "DELETE FROM bgjobs_registered"),
@@ -948,7 +945,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 
 
 class JobRow(NamedTuple):
-    """A job as transactions see it: columns of bgjobs_jobs, as told there."""
+    """A job as transactions see it: columns of bgjobs_jobs."""
 
     id: int
     parent_id: int | None
@@ -966,11 +963,11 @@ class JobRow(NamedTuple):
     vtime: int  # microseconds
     created_at: float
     run_at: float | None
-    started_at: float | None  # the first attempt, since creation or restart
+    started_at: float | None  # the first attempt since creation or restart
     duration: float
     progress: float | None  # its own
     total: int
-    # What the function needs, as JSON: read by claims alone, since it may be large.
+    # What the function needs, as JSON, perhaps large: read by claims alone.
     args: str | None
     kwargs: str | None
     state: str | None
@@ -987,7 +984,7 @@ class JobRow(NamedTuple):
     done: int
     failed: int
     running: int
-    tree_progress: float  # the sum of its descendants' progress
+    tree_progress: float  # the sum over its descendants
 
     @property
     def root(self) -> int:
@@ -1001,14 +998,14 @@ class JobRow(NamedTuple):
 
     @property
     def limits(self) -> dict[str, int]:
-        """The limits that it counts for: {what it is blocked by: how many may run}."""
+        """The limits that it counts for: {as in `parked`: how many may run}."""
         limits = {} if self.max_running is None else {f"limit {self.name}": self.max_running}
         return limits if self.deaths < SUSPECT else {**limits, "suspect": 1}
 
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
-to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make, and takes short rows
+to_job = functools.partial(tuple.__new__, JobRow)  # as JobRow._make, but quick; takes short rows
 TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
@@ -1016,28 +1013,28 @@ NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# What writes do to jobs, in the same order everywhere: change the jobs themselves, and add up what
-# that means for their ancestors and roots; `apply` writes that, and closes the parents whose last
-# child is over. Code that decides by counts, lanes or virtual times calls `apply` first.
+# Writes change the jobs themselves and add up what that means for ancestors and roots; `apply`
+# writes that, and closes the parents whose last child is over. Code that decides by counts, lanes
+# or virtual times calls `apply` first.
 #
-# A row that was read in a transaction cannot change before its end, since BEGIN IMMEDIATE keeps
-# other writers out. So a status that was checked needs no second check in the UPDATE.
+# BEGIN IMMEDIATE keeps other writers out, so a row that was read cannot change before the end of
+# the transaction: a status that was checked needs no second check in the UPDATE.
 
-SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
+SUSPECT = 2  # crashes of its process after which a job runs beside no other suspect
 DEATHS = 3  # crashes after which it is failed
-HEARTBEAT_SECONDS = 15  # for people to see; `Presence` tells the dead from the living
-PARKED_A_CLAIM = 200  # jobs that one claim may block; then others get their turn to write
-ATTEMPTS_A_JOB = 100  # that are kept, for people to see
+HEARTBEAT_SECONDS = 15  # for people; `Presence` tells the dead from the living
+PARKED_A_CLAIM = 200  # jobs that one claim may block; then others may write
+ATTEMPTS_A_JOB = 100  # kept for people
 
 
 class Submission:
-    """A job that is to be stored: its columns, and the attempt that submits it."""
+    """The columns of a new job, and the attempt that submits it."""
 
     args: str | None = None
     kwargs: str | None = None
     options: str | None = None
     label: str | None = None
-    run_by: str | None = None  # None: the parent's, as the next one
+    run_by: str | None = None  # None: the parent's; so the next one
     low_priority: int | None = None
     system = 0
     key: str | None = None
@@ -1045,7 +1042,7 @@ class Submission:
     max_running: int | None = None
     submitter: int | None = None  # the runner
     parent_id: int | None = None
-    author: tuple[int, int] | None = None  # job and attempt, if a job submits it
+    author: tuple[int, int] | None = None  # job and attempt that submit it
     created_at: float | None = None  # once it is stored
 
     def __init__(self, name: str, **columns: Any) -> None:
@@ -1068,7 +1065,7 @@ def dump_error(type: str, text: str, trace: str) -> str:
 def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
     """Return the status of a job whose attempt ends.
 
-    returned: as in the table, None if the function is called again. halts: by itself.
+    returned: as in the table, None if the function is called again.
     """
     if returned and job.open == 0:
         return FINISHED if returned == 1 else FAILED
@@ -1078,7 +1075,7 @@ def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
 
 
 def contribution(status: str, progress: float | None) -> Fields:
-    """Return what a job in this status adds to the counts of its ancestors."""
+    """Return what a job adds to the counts of its ancestors."""
     over = status in OVER
     return {"open": not over, "done": over, "failed": status == FAILED, "running": status in ACTIVE,
             "progress": 1.0 if over else progress or 0.0}
@@ -1099,13 +1096,12 @@ _SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
     :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
 
 
-# What a transaction adds up for a parent or a root.
 _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
               "charge": 0}
 
 
-# A new root starts at the queue's virtual time. INSERT_MANY takes the arguments as a JSON array,
-# which is five times as quick as a statement for each job.
+# A new root starts at the queue's virtual time. The JSON array of INSERT_MANY is five times as
+# quick as a statement for each job.
 _SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
     submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
 _VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
@@ -1117,11 +1113,11 @@ ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NU
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
     AND key IS NOT NULL AND parent_id IS NOT NULL"""
 
-# The outcome of a first attempt that returned and has no children; others need more.
+# The end of a first attempt that returned and has no children.
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?,
     duration = duration + ?, result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-# The lane of a root, and its virtual time if it becomes ready, as in section 5.
+# The lane of a root; also its virtual time if it becomes ready (section 5).
 _BEST_LANE = """(SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :id UNION ALL
     SELECT min(queue) FROM bgjobs_jobs
     WHERE root_id = :id AND parent_id IS NOT NULL AND queue IS NOT NULL))"""
@@ -1136,7 +1132,7 @@ CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_
     AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-# Whether a child of :parent may start: below a member, or if fewer outermost members run.
+# Whether a child of :parent may start: it is below a member, or fewer outermost members run.
 HAS_ROOM = {kind: f"""WITH RECURSIVE
     member(id, up) AS (SELECT id, parent_id FROM bgjobs_jobs WHERE owner IS NOT NULL AND {which}),
     above(member, id) AS (SELECT id, up FROM member WHERE up IS NOT NULL UNION ALL
@@ -1155,37 +1151,37 @@ OLDEST_BLOCKED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (
 
 
 class Transaction:
-    """What a write may do between BEGIN IMMEDIATE and COMMIT. The store makes it."""
+    """What a write may do between BEGIN IMMEDIATE and COMMIT."""
 
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages  # parent -> it and its ancestors
         self._trees: Trees | None = None
         self.freed: set[str] = set()  # limits whose members have ended
-        # For statistics: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        # (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
     @property
     def trees(self) -> Trees:
-        """What is added up; most transactions need none."""
+        """What is added up, if anything."""
         if self._trees is None:
             self._trees = Trees(self)
         return self._trees
 
     def value(self, sql: str, **parameters: Any) -> Any:
-        """Return the first value that a query finds, or None."""
+        """Return the first value of a query, or None."""
         return next(self.execute(sql, parameters), (None,))[0]
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
-        """Return the jobs that a query for columns of JobRow finds."""
+        """Return the jobs that a query finds."""
         return list(map(to_job, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
-        """Return the job of an attempt, or None if the attempt has been superseded or has ended.
+        """Return the job of an attempt, None if that has ended or has been superseded.
 
-        The owner counts, too: the number of a claim that was given back is given out again.
+        The owner counts, too: the number of a claim that was given back is used again.
         """
         for job in self.jobs(TREE_ROW, id=attempt.id):
             if job.executes and (job.attempt, job.owner) == (attempt.number, attempt.owner):
@@ -1197,7 +1193,7 @@ class Transaction:
         SELECT id FROM line"""
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
-        """Return the ids from a parent up to its root; they never change."""
+        """Return the ids from a parent up to its root."""
         if parent_id is None:
             return ()
         if parent_id not in self._lineages:
@@ -1210,7 +1206,7 @@ class Transaction:
     # submit
 
     def submit(self, new: Submission) -> int:
-        """Store one job and return its id, or that of the job which has its key already."""
+        """Store one job and return its id, or that of the job which has its key."""
         values = self._admit(new)
         if new.key is not None:
             sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
@@ -1225,7 +1221,7 @@ class Transaction:
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store a job for each of the encoded arguments and return their ids."""
+        """Store a job for each encoded arguments and return their ids."""
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
@@ -1236,9 +1232,9 @@ class Transaction:
         ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
     def _admit(self, new: Submission) -> tuple[Any, ...]:
-        """Return what _VALUES takes for a new job.
+        """Return what _VALUES takes.
 
-        Raises JobStopped or InvalidOperation if its author or its parent may have no children.
+        Raises JobStopped or InvalidOperation if the author or the parent may have no children.
         """
         if new.author is not None:
             self.check_author(new.author)
@@ -1270,8 +1266,8 @@ class Transaction:
         AND status = 'finished' AND finished_at = :now"""
 
     def finish(self, attempts: list[Attempt]) -> None:
-        """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()  # children submitted just now count
+        """Record the outcomes of attempts that have not been superseded."""
+        self.trees.apply()  # new children count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
@@ -1294,8 +1290,8 @@ class Transaction:
                 self.end(attempt)
 
     def end(self, attempt: Attempt) -> bool:
-        """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()  # counts must be true before they decide
+        """Record any outcome. Return False if superseded."""
+        self.trees.apply()  # counts decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1305,7 +1301,7 @@ class Transaction:
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
         returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
-        # It runs on if it was asked to stop and a resume has taken that back.
+        # If a resume has taken back the stop that it was asked for, it runs on.
         halts = outcome == HALTED and not attempt.was_asked_to_stop
         status = status_after(job, returned, halts)
         unspent = outcome in (UNSPENT, *WAITS_FOR)
@@ -1334,14 +1330,14 @@ class Transaction:
     _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
     def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep, for people, what became of a job's newest attempt."""
+        """Keep the outcome of a job's newest attempt for people."""
         self.execute(self._KEEP_ATTEMPT, {
             "id": job.id, "now": self.now, "outcome": outcome, "error": error})
         self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
 
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """Correct the charge of the attempt that executes, free its limits, move its job."""
+        """Correct the charge of an attempt, free its limits, move its job."""
         self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
@@ -1361,14 +1357,14 @@ class Transaction:
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: seconds that it was active, None: those since it became so. left: the columns
-        `returned`, `result`, `error` and `positions`, if its attempt leaves any; `unspent` if the
-        attempt does not count; `run_at`, `parked` and `phase` of a job that becomes pending.
+        ran: seconds that it was active, None: until now. left: columns that its attempt leaves
+        (`returned`, `result`, `error`, `positions`); `unspent` if the attempt does not count;
+        `run_at`, `parked` and `phase` of a job that becomes pending.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
         if status != PENDING:
             given.update(run_at=None, parked=None, phase=None)
-        # A stop, or the resume that takes it back: the attempt runs on.
+        # The attempt runs on: a stop, or a resume that takes it back.
         executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
@@ -1387,13 +1383,13 @@ class Transaction:
         if job.queue is not None or queue is not None:
             self.trees.change(job.root)
         if (job.returned or given["returned"]) and status not in OVER:
-            self.trees.change(job.id)  # its last child may be over already
+            self.trees.change(job.id)  # its last child may be over
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
 
     def make_ready(self, jobs: list[JobRow]) -> bool:
-        """Make pending jobs ready; return whether there were any."""
+        """Make jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
             self.trees.change(job.root)
@@ -1401,8 +1397,7 @@ class Transaction:
 
     # statistics
 
-    # Creations are counted by id, when statistics are read and before rows are deleted: so a
-    # submit pays nothing for them.
+    # When statistics are read and before rows are deleted, so that a submit pays nothing.
     UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0,
         0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
         WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
@@ -1410,12 +1405,12 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Take the jobs created since the last time into the statistics."""
+        """Count the jobs created since the last call in the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
     def end_all(self) -> None:
-        """Write what is added up; the last thing in a transaction."""
+        """Write what is added up, last in a transaction."""
         if self._trees is not None or self.freed:
             self.trees.apply()
         if self.events:
@@ -1449,7 +1444,7 @@ class Transaction:
     def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
         """Store an attempt's progress and charge.
 
-        report: progress (0 to 1), seconds left and message, each perhaps None; or None. charge:
+        report: progress (0 to 1), seconds left and message, each or all None. charge:
         microseconds, if it has run longer than estimated.
         """
         job = self.executing(attempt)
@@ -1467,14 +1462,14 @@ class Transaction:
 
 
 class Trees:
-    """What a transaction adds up for ancestors and roots, until `apply` writes it."""
+    """What a transaction adds up for ancestors and roots."""
 
     def __init__(self, tx: Transaction) -> None:
         self._tx = tx
         self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
 
     def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of one job; by default have its lane and its end looked at."""
+        """Add to a column of a job; without one, look at its lane and its end."""
         self._changes[job_id][name] += value
 
     def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
@@ -1487,10 +1482,7 @@ class Trees:
                 change[name] += value
 
     def apply(self) -> None:
-        """Write what is added up, unblock jobs, and close parents whose last child is over.
-
-        That may mean the same for others, so it is repeated.
-        """
+        """Write what is added up, unblock jobs, close parents whose last child is over; repeat."""
         tx = self._tx
         while self._changes or tx.freed:
             freed, tx.freed = tx.freed, set()
@@ -1504,11 +1496,11 @@ class Trees:
 
 
 # Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
-# executes. Descendants of a member neither count nor wait: it may be waiting for them. Other jobs
-# that have to wait are blocked; when a member ends, the oldest of them become ready.
+# executes. Descendants of a member neither count nor wait: it may wait for them. When a member
+# ends, the oldest blocked jobs become ready.
 
 def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
-    """Return the limit that keeps a job from starting beside so many others, or ""."""
+    """Return the limit that keeps a job from starting beside `others` more, or ""."""
     for key, limit in job.limits.items():
         sql = HAS_ROOM[key.partition(" ")[0]]
         if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
@@ -1517,7 +1509,7 @@ def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
 
 
 def unblock(tx: Transaction, key: str) -> None:
-    """Make as many blocked jobs ready as a limit has room for, the oldest first."""
+    """Make blocked jobs ready while a limit has room, the oldest first."""
     for others in itertools.count():
         jobs = tx.jobs(OLDEST_BLOCKED, key=key)
         if not jobs or limit_without_room(tx, jobs[0], others):
@@ -1531,18 +1523,18 @@ class Room(NamedTuple):
     """What a runner has room for."""
 
     free: int  # slots
-    low_free: int  # of them, for jobs of low priority
-    ahead: int = 0  # short jobs beyond, to wait for workers
+    low_free: int  # of them, for low priority
+    ahead: int = 0  # short jobs beyond
     planned: float = 0.0  # seconds of work that wait already
-    workers: int = 1  # that will be free soon
+    workers: int = 1  # free soon
 
 
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
-# One statement for all jobs that are charged alike; :ids is a JSON array. The virtual time and the
-# lane of a root without children are written at once.
+# One statement for all jobs that are charged alike. A root without children gets its virtual time
+# and lane at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
     phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
     started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
@@ -1559,20 +1551,20 @@ class Claims:
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []  # with the microseconds charged
-        self.more_ready = False  # other jobs are ready, too
+        self.jobs: list[tuple[JobRow, int]] = []  # microseconds charged
+        self.more_ready = False  # others are ready
         self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # to be written
-        self._blocked = 0  # jobs
+        self._blocked = 0
 
     @property
     def cut_short(self) -> bool:
-        """Whether so many jobs were blocked that others wait for the next claim."""
+        """Whether the other jobs wait for the next claim."""
         return self._blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
-        """Claim jobs; return whether to look behind those that were blocked."""
+        """Claim jobs; return whether to look behind blocked ones."""
         free, blocked = self._room.free, self._blocked
-        self._tx.trees.apply()  # what was submitted, or blocked, counts
+        self._tx.trees.apply()  # new and blocked jobs count
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
@@ -1590,7 +1582,7 @@ class Claims:
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
         taken = tag = 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
-            if taken >= free:  # ahead of a free worker: short jobs only
+            if taken >= free:  # ahead: short jobs only
                 planned += run_times.occupies(job.name)
                 recovers = not job.options or kept_options(job.options).get("recover", True)
                 if taken >= limit or planned > budget or not recovers:
@@ -1607,14 +1599,14 @@ class Claims:
         tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
-        """Write the claims that are not in the file yet."""
+        """Write the new claims."""
         for (sql, charge), ids in self._ids.items():
             self._tx.execute(sql, {"charge": charge, "owner": self._owner, "now": self._tx.now,
                                    "ids": json.dumps(ids)})
         self._ids.clear()
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return the charge for a job, or block it and return None."""
+        """Return the charge for a job, None if it is blocked."""
         if job.limits and not self._has_room(job):
             return None
         return self._run_times.charge(job.name)
@@ -1622,7 +1614,7 @@ class Claims:
     def _has_room(self, job: JobRow) -> bool:
         """Return whether limits let a job start; else block it."""
         tx = self._tx
-        self._write()  # limits are to see the jobs that start before it
+        self._write()  # limits count them
         key = limit_without_room(tx, job)
         if key:
             phase = "interrupted" if key == "suspect" else "limit reached"
@@ -1630,12 +1622,12 @@ class Claims:
             tx.trees.change(job.root)
             self._blocked += 1
             return False
-        for limit in job.limits if job.total else ():  # its descendants: it may wait for them
+        for limit in job.limits if job.total else ():  # it may wait for descendants
             tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
         return True
 
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first."""
+        """Yield the ready jobs of a tree in a lane, oldest first."""
         if root.queue == lane:
             yield root
         for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
@@ -1645,7 +1637,7 @@ class Claims:
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
-    """Claim jobs for a runner; low priority gets what normal jobs leave."""
+    """Claim jobs for a runner; low priority gets the slots that normal jobs leave."""
     claims = Claims(tx, owner, room, run_times)
     while claims.round():
         pass
@@ -1655,7 +1647,7 @@ def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claim
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
     JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
-# A person has looked at it, so its deaths are forgotten. :again if the function is called again.
+# A person has looked at it: its deaths are forgotten. :again: the function is called again.
 _RESUME = """UPDATE bgjobs_jobs SET deaths = 0,
     error = CASE WHEN :again AND returned > 0 THEN NULL ELSE error END,
     returned = CASE WHEN :again THEN 0 ELSE returned END WHERE id = :id"""
@@ -1672,7 +1664,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
             author: tuple[int, int] | None = None) -> list[int]:
     """Apply an operation to a job and to descendants that allow it; return their ids.
 
-    Raises KeyError if there is no such job, InvalidOperation if it does not allow the operation.
+    Raises KeyError if there is no such job, InvalidOperation if the job does not allow it.
     """
     if author is not None:
         tx.check_author(author)
@@ -1719,12 +1711,12 @@ def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[J
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
-    """Apply an operation on `top` to it or a descendant; return whether that allows it."""
+    """Apply an operation on `top` to a job of its tree; return whether that allows it."""
     rules = OPERATIONS[operation]
     moves = {**rules.moves, **rules.once_returned} if job.returned else rules.moves
     follows = moves.get(job.status)
     if operation == "resume" and job.status == STOPPING:
-        follows = RUNNING  # its stop is taken back
+        follows = RUNNING  # takes its stop back
     of_others = operation == "resume" and job.status == FAILED != top.status
     objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
     if not follows or of_others or objects:
@@ -1753,10 +1745,7 @@ _NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 
 def remove(tx: Transaction, ids: list[int]) -> None:
-    """Delete jobs, with their logs and attempts, and tell their handles.
-
-    The statistics keep them, and their ids are not given out again.
-    """
+    """Delete jobs, with logs and attempts, and tell handles. Statistics keep them."""
     tx.count_created()
     tx.over += ids
     for sql in _REMOVE:
@@ -1778,7 +1767,7 @@ _FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
-    """Make the jobs ready whose time has come."""
+    """Make jobs ready that are due."""
     return tx.make_ready(tx.jobs(DUE, now=tx.now))
 
 
@@ -1786,7 +1775,7 @@ BLOCKED = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
 
 
 def unpark(tx: Transaction, key: str) -> bool:
-    """Make the jobs ready that were blocked with this key."""
+    """Make jobs ready that are blocked with this key."""
     return tx.make_ready(tx.jobs(BLOCKED, key=key))
 
 
@@ -1798,7 +1787,7 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 def recover(tx: Transaction, owner: int) -> int:
     """Take back the jobs of a runner whose process died; return how many.
 
-    The death does not count for a job if it is the third of a descendant, which it may wait for.
+    If a descendant, which it may wait for, is to blame (third death), a job's are forgotten.
     """
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
@@ -1813,7 +1802,7 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner, and which schedules its code has."""
+    """Forget a runner and its schedules."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
@@ -1821,8 +1810,7 @@ def remove_runner(tx: Transaction, runner: int) -> None:
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
     """Supersede the attempt of a job, which ran until then.
 
-    Running becomes pending, stopping becomes stopped; a job that may not run again ends as if it
-    had raised.
+    Running becomes pending, stopping stopped; a job that may not run again has raised.
     """
     tx.trees.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
