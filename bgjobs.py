@@ -3,46 +3,44 @@
 
     import bgjobs
 
-    def export(table):                            # any importable function is a job
-        job = bgjobs.current_job()                # works, as a no-op, outside a job too
-        for row in job.each(read(table)):         # progress, ETA, stop checkpoint, resume: one line
+    def export(table):  # any importable function is a job
+        job = bgjobs.current_job()  # works, as a no-op, outside a job too
+        for row in job.each(read(table)):  # progress, ETA, stop checkpoint, resume: one line
             write(row)
         job.log.info("exported %s", table)
 
-    bgjobs.start("app.db", max_workers=4)         # picks up what the last run left behind
-    bgjobs.serve()                                # http://127.0.0.1:8765/
+    bgjobs.start("app.db", max_workers=4)  # picks up what the last run left behind
+    bgjobs.serve()  # http://127.0.0.1:8765/
     job = bgjobs.submit(export, "users")
-    print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
+    print(job.result(timeout=60))  # job.stop(), job.resume(), job.cancel() ...: also on the page
 
 Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
-job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
-its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
-thread. A *runner* owns the workers of one process. The *store* is the only code that touches
-SQLite. At a *checkpoint* the function may be stopped and may save its *state*, from which the next
-attempt goes on.
+job submitted inside another is its *child*; one without a parent is a *root*; a root and all its
+descendants are a *tree*. An *attempt* is one execution of a job's function by a *worker*, a thread.
+A *runner* owns the workers of one process. Only the *store* touches SQLite. At a *checkpoint* the
+function may be stopped and may save its *state*, from which the next attempt goes on.
 
 Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
 all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
-``stopped`` at its next checkpoint; ``resume`` makes it pending again; ``cancelled`` is for good.
-OPERATIONS is the table.
+``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
 
-Guarantees. What submit, checkpoint and the operations have returned for survives a kill -9. A job
-runs at least once: again only because its process died, somebody asked, or a retry was due. Each
-attempt's outcome is recorded at most once: every write carries the attempt's number, and one that
-has been superseded is refused. Roots share execution time fairly, over all processes on the file.
+Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
+a kill -9. A job runs at least once: again only if its process died, somebody asked, or a retry was
+due. Each attempt's outcome is recorded at most once: every write carries its attempt's number, and
+a superseded one is refused. All processes on the file share execution time fairly between roots.
 
-The walk of a job, and where to read about it:
+The walk of a job, and the sections to read:
 
     submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
              Transaction.submit (7).
-    write    One of the threads that wait for the store leads: in one transaction it runs what all
+    write    One of the threads that wait for the store leads. In one transaction it runs what all
              of them queued, records the outcomes of ended attempts and claims jobs for free
              workers. So batches grow with the load, and a caller alone pays no hand-over.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
-    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
-             or hands it to an executor, whose process calls back over a connection (18).
-    finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
-             records it. After the commit the handles (11) of the jobs that are over are completed.
+    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool
+             (9), or hands it to an executor, whose process calls back over a connection (18).
+    finish   The outcome waits in Dispatch until Transaction.finish (7) records it in the next
+             transaction. After the commit the handles (11) of jobs that are over are completed.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
@@ -110,12 +108,12 @@ __all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", 
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers: the parameters of a function, its result; the items of an iterable.
+# For type checkers: a function's parameters, its result; an iterable's items.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
 Function = Callable[..., Any]
-Fields = dict[str, Any]  # a JSON object, options, or parameters of a statement
+Fields = dict[str, Any]  # a JSON object, options, or SQL parameters
 
 
 def start_thread(name: str, run: Function, *args: Any) -> threading.Thread:
@@ -134,13 +132,13 @@ def say(level: int, text: str) -> None:
 
 # ---- 1 Words and rules --------------------------------------------------------------------------
 
-PENDING = "pending"  # waits for a worker, or for its time
-RUNNING = "running"  # executes, or has returned and waits for children; after a crash pending
-STOPPING = "stopping"  # asked to stop, no checkpoint reached yet; after a crash stopped
-STOPPED = "stopped"  # halted; can be resumed or cancelled
-FINISHED = "finished"  # the function returned and all descendants are over
-FAILED = "failed"  # the function raised
-CANCELLED = "cancelled"  # discarded for good
+PENDING = "pending"  # for a worker, or for its time
+RUNNING = "running"  # or waiting for children; after a crash pending
+STOPPING = "stopping"  # after a crash stopped
+STOPPED = "stopped"
+FINISHED = "finished"
+FAILED = "failed"
+CANCELLED = "cancelled"
 
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
@@ -151,10 +149,10 @@ STATUSES = _NOT_OVER + OVER
 class Operation(NamedTuple):
     """What people may do to a job."""
 
-    moves: dict[str, str]  # each status that allows it -> the status that follows
+    moves: dict[str, str]  # a status that allows it -> the status that follows
     done: str  # the past tense, for refusals
     does: str  # for the help of the command line
-    once_returned: dict[str, str] = {}  # moves that differ once the function has returned
+    once_returned: dict[str, str] = {}  # moves that differ then
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -177,25 +175,25 @@ OPERATIONS = {
 }
 
 # The outcome of an attempt: what its function did; or, if the attempt is given back, that the
-# function had begun, had not, or is unknown in this process.
+# function had begun, had not, or is unknown here.
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
-NO_EXECUTOR = "no executor"  # given back, too: its executor takes nothing
-WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job then
-TIMED_OUT = "timed out"  # why an attempt is stopped, which then ends as RAISED
+NO_EXECUTOR = "no executor"  # given back: its executor takes nothing
+WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job
+TIMED_OUT = "timed out"  # why an attempt is stopped; it ends as RAISED
 
-# The words for outcomes in an attempt's history, and for jobs that are pending again.
+# Outcomes in an attempt's history; phases of jobs that are pending again.
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
 PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function",
           NO_EXECUTOR: "waiting for the executor"}
 
 
 class BgjobsError(Exception):
-    """The base class of this module's errors, but for misuse (TypeError, ValueError)."""
+    """The base class of bgjobs' errors, except for misuse (TypeError, ValueError)."""
 
 
 class InvalidOperation(BgjobsError):
-    """The job's status does not allow the operation; the text says which ones it allows."""
+    """The job's status does not allow the operation; the text says which it allows."""
 
 
 class StoreError(BgjobsError):
@@ -205,7 +203,7 @@ class StoreError(BgjobsError):
 class JobFailed(BgjobsError):
     """A job failed in another process, or long ago.
 
-    `type`, `text` and `traceback` are those of the exception that its function raised.
+    `type`, `text` and `traceback` are those of its function's exception.
     """
 
     def __init__(self, job: str, type: str, text: str, traceback: str) -> None:
@@ -214,15 +212,15 @@ class JobFailed(BgjobsError):
 
 
 class JobStopped(BaseException):
-    """Raised in a job at a checkpoint if it is to stop. `except Exception` does not swallow it."""
+    """Raised at a checkpoint of a job that is to stop. `except Exception` does not catch it."""
 
 
-def allowed_operations(status: str, options: Fields, system: bool = False,
-                       active_below: bool = False) -> list[str]:
-    """Return the operations that a job allows. active_below: a descendant runs or is stopping."""
+def allowed_operations(status: str, options: Fields, system: bool,
+                       active_below: bool) -> list[str]:
+    """Return what a job allows. active_below: a descendant runs or is stopping."""
     allowed = {name for name in OPERATIONS if status in OPERATIONS[name].moves}
     if status in (STOPPING, STOPPED):
-        allowed.discard("stop")  # it repeats silently; there is no use in offering it
+        allowed.discard("stop")  # it would change nothing
     if active_below:
         allowed -= {"cancel", "restart"}
         if status == STOPPED:
@@ -241,8 +239,8 @@ def objection(operation: str, options: Fields, system: bool) -> str:
 
 
 def refusal(job: str, status: str, operation: str, allowed: list[str],
-            why: str = "") -> InvalidOperation:
-    """Return the error for an operation that a job's status does not allow."""
+            why: str) -> InvalidOperation:
+    """Return the error for an operation that a job does not allow."""
     done = OPERATIONS[operation].done
     can = " or ".join(OPERATIONS[name].done for name in allowed if "priority" not in name)
     text = f"it can be {can}, not {done}" if can else f"it cannot be {done}"
@@ -250,7 +248,7 @@ def refusal(job: str, status: str, operation: str, allowed: list[str],
     return InvalidOperation(f"{job} is {status}; {text}{reason}")
 
 
-# The functions that the core calls and a later layer of this file has, by the layer's name.
+# The functions of later layers that the core calls -> their layer.
 DOORS = {"serve": "page", "wsgi": "page", "isolate": "elsewhere", "executor": "elsewhere"}
 _entrances: dict[str, Function] = {}
 
@@ -261,18 +259,17 @@ def open_door(name: str, function: Function) -> None:
 
 
 def door(name: str) -> Function:
-    """Return the function of a later layer. Raises BgjobsError if that layer was cut off."""
+    """Return a function of a later layer. Raises BgjobsError if that was cut off."""
     if name not in _entrances:
-        raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}, which this copy of bgjobs.py "
-                          "lacks; copy the whole file")
+        raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}; copy the whole bgjobs.py")
     return _entrances[name]
 
 
 # ---- 2 Values -----------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of a type that JSON lacks is an object with one
-# key, which names the type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is
-# stored as {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of another type is an object whose one key names the
+# type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is {"$dict": [[key, value],
+# ...]}.
 
 VALUE_LIMIT = 256 * 1024  # characters of arguments, a state or a result
 TEXT_LIMIT = 8 * 1024  # characters of a log line or a message
@@ -314,8 +311,8 @@ def _clock_to_json(value: Any) -> list[Any]:
     import datetime
     zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
     if key is None and not isinstance(zone, (datetime.timezone, type(None))):
-        raise TypeError(f"the time zone {short(zone)} is not of datetime or zoneinfo; convert it "
-                        "with astimezone()")
+        raise TypeError(f"the time zone {short(zone)} is not of datetime or zoneinfo; use "
+                        "astimezone()")
     return [value.isoformat(), value.fold, key]
 
 
@@ -365,7 +362,7 @@ def _jsonable(value: Any) -> Any:
         plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
-        # Nothing is imported: the module of a value's type is loaded.
+        # The module of a value's type is loaded.
         if kind is getattr(sys.modules.get(module), name, None):
             return {tag: to_json(value)}
     raise TypeError(f"{short(value)} is of type {kind.__qualname__}; pass JSON values, dates, "
@@ -376,7 +373,7 @@ def encode(value: Any, what: str = "the value") -> str:
     """Return `value` as JSON. Raises TypeError, with the remedy, if it cannot be stored."""
     try:
         text = dump(_jsonable(value))
-    except Exception as error:  # the value's own methods may raise any
+    except Exception as error:  # of the value's own methods, too
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
         raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than "
@@ -405,18 +402,18 @@ def decode(text: str | None) -> Any:
 # ---- 3 Functions and options --------------------------------------------------------------------
 
 def import_name(module: str) -> str:
-    """Return the name by which another process imports a module: for __main__, the script's."""
+    """Return the name by which another process imports a module, for __main__ the script's."""
     main: Any = sys.modules["__main__"]
     if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
         return module
-    if getattr(main, "__spec__", None) is not None:  # python -m
+    if getattr(main, "__spec__", None):  # python -m
         return str(main.__spec__.name)
     file = getattr(main, "__file__", None) or "<stdin>"
     return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
 
 
 def module_name(module: str) -> str:
-    """Return the name of a module in job names: a package's is without .__main__."""
+    """Return a module's name in job names: a package's is without .__main__."""
     return import_name(module).removesuffix(".__main__")
 
 
@@ -428,14 +425,13 @@ def import_path(function: Function) -> str:
         found = getattr(found, attribute, None)
     if found is None or found != function:
         raise TypeError(
-            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it, "
-            "as with a lambda, a partial, a bound method or a function inside a function; submit "
-            "one that is defined with def at the top level of a module, and pass it its arguments")
+            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it; "
+            "submit one that is defined with def at the top level of a module, and pass arguments")
     return f"{module_name(module)}.{qualname}"
 
 
-# The functions that were declared with @job, submitted or found, by name; and the options of those
-# declared. They are filled while modules are imported, before there is a runner: so, global.
+# The functions declared with @job, submitted or found, by name; the options of those declared.
+# Global, since imports fill them before there is a runner.
 functions: dict[str, Function] = {}
 declared: dict[Function, Fields] = {}
 
@@ -452,8 +448,8 @@ def name_of(function: Function) -> str:
 def function_of(name: str) -> Function | None:
     """Return the function of this name, or None if this process does not know it.
 
-    A name is data: nothing is imported. The function was declared or submitted, or a loaded module
-    outside the standard library defines it.
+    A name is data: nothing is imported. The function was declared or submitted, or is defined in a
+    loaded module outside the standard library.
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
@@ -475,7 +471,7 @@ def are_seconds(values: Iterable[Any]) -> bool:
 
 
 def unix_seconds(value: Any) -> float | None:
-    """Return Unix seconds or an aware datetime as Unix seconds, or None if it is neither."""
+    """Return Unix seconds or an aware datetime as Unix seconds, or None if neither."""
     if hasattr(value, "timestamp") and value.utcoffset() is not None:
         value = value.timestamp()
     return float(value) if is_number(value) else None
@@ -486,18 +482,17 @@ def zone_of(tz: Any) -> Any:
     import zoneinfo
     try:
         return None if tz is None else zoneinfo.ZoneInfo(str(tz))
-    except Exception:  # KeyError, ValueError, OSError: their texts say too little
-        raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
-                         "None for the machine's own") from None
+    except Exception:  # KeyError, ValueError, OSError
+        raise ValueError(f'unknown time zone {short(tz)}; use one like "Europe/Berlin"') from None
 
 
-# It is stored uncut and unescaped, so that no two names become one.
-_A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
+# Neither cut nor escaped, so that no two names become one.
+_A_NAME = (lambda v: v != "" and text_of(v, 500) == v,
            "a text of 1 to 500 characters, without lone surrogates")
-_A_TEXT = (lambda v: isinstance(v, str)), "a text"
-_A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
+_A_TEXT = (lambda v: isinstance(v, str), "a text")
+_A_BOOL = (lambda v: isinstance(v, bool), "True or False")
 
-# Each option: a test of its value, and what the value must be. `options` says what they mean.
+# For each option, a test and what a value must be. `options` explains them.
 OPTIONS: Fields = {
     "name": _A_NAME,
     "label": _A_TEXT,
@@ -521,7 +516,7 @@ OPTIONS: Fields = {
     "isolate": _A_BOOL,
     "executor": (lambda v: callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "tz": (zone_of, "the name of a time zone, a ZoneInfo or None"),
     "parent": (lambda v: isinstance(v, Job), "a Job or None"),
     "connection": (lambda v: isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
@@ -533,7 +528,7 @@ def check_values(given: Fields, tests: Fields) -> None:
         test, must_be = tests[name]
         try:
             fits = value is None or test(value)
-        except Exception:  # of the value's own methods, or an unknown time zone
+        except Exception:  # of the value's own methods, or of zone_of
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
@@ -555,9 +550,9 @@ def job(**options: Any) -> Callable[[_T], _T]:
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
 
-    The options are those of `bgjobs.options`, except parent and connection, and one more:
-    executor: a concurrent.futures.Executor, or what makes one, where the function executes; None:
-    in the app's threads, whatever the runner's is.
+    The options are those of `bgjobs.options`, except parent and connection, and
+    executor: a concurrent.futures.Executor for the function, or what makes one; None: the app's
+    threads, whatever the runner's is.
 
     Raises TypeError for an unknown option, ValueError for a bad value or a name that is taken.
     """
@@ -596,20 +591,20 @@ def options_to_keep(function: Function, given: Fields) -> Fields:
 def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
     """Return the names, and the positions at which they may be passed. Raises ValueError."""
     import inspect
-    parameters = inspect.signature(function).parameters
-    stars = {name: str(each).count("*", 0, 2) for name, each in parameters.items()}
+    stars = {name: str(each).count("*", 0, 2)
+             for name, each in inspect.signature(function).parameters.items()}
     for name in secret:
-        if stars.get(name, 2 not in stars.values()):  # with **keywords, other names fit, too
+        if stars.get(name, 2 not in stars.values()):  # **keywords take any name
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
                              "argument; of *arguments and **keywords, name the keywords, or pass "
-                             "a list or a dict instead")
+                             "a list or dict")
     return [*secret, *(place for place, name in enumerate(stars) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
     """Return the seconds before the first, second ... retry; the last one repeats.
 
-    A function is called now, for it cannot be stored. Raises ValueError for anything but seconds.
+    A function is called now, for it cannot be stored. Raises ValueError.
     """
     if callable(backoff):
         backoff = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
@@ -622,8 +617,8 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
 def pause_before_retry(options: Fields, failures: int) -> float:
     """Return the seconds to wait after so many failures, by the option `backoff`.
 
-    By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
-    so that jobs that failed together are not retried together.
+    By default 1 s, doubled each time, up to 10 min; and by chance up to half as long again, so that
+    jobs that failed together are not retried together.
     """
     pauses = options.get("backoff")
     if pauses:
@@ -633,12 +628,12 @@ def pause_before_retry(options: Fields, failures: int) -> float:
 
 # ---- 4 Times of schedules -----------------------------------------------------------------------
 #
-# A schedule is due once in a period, or at the times of five cron fields. As in POSIX's crontab, if
-# day of month and day of week are both restricted, a day fits if either does.
+# A schedule has a period or five cron fields. As in POSIX, if day of month and day of week are both
+# restricted, a day fits if either does.
 #
 # Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
-# runs the first time. But if every hour is given ("*"), it runs in each hour that passes, whatever
-# the clocks show: the wildcard rule of vixie-cron.
+# runs the first time. But with every hour ("*"), it runs in each hour that passes, whatever the
+# clocks show: the wildcard rule of vixie-cron.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
@@ -646,13 +641,13 @@ _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 def seconds_of(text: str) -> float | None:
     """Return the seconds of a text like "15m" (s, m, h, d, w), or None for another text."""
     try:
-        return float(text[:-1]) * _UNITS[text[-1:]]
+        return float(text[:-1]) * _UNITS[text[-1]]
     except (KeyError, ValueError):
         return None
 
 
 def period_text(seconds: float) -> str:
-    """Return a period as people write it: 900 as "15m"."""
+    """Return a period as a text: 900 as "15m"."""
     unit = next((unit for unit in "wdhm" if seconds and seconds % _UNITS[unit] == 0), "s")
     return f"{seconds / _UNITS[unit]:.12g}{unit}"
 
@@ -664,8 +659,7 @@ class Every(NamedTuple):
 
     def next(self, due: float, now: float) -> float:
         """Return when it is due after `now`, in step with `due`, a time when it was or will be."""
-        periods = math.floor((now - due) / self.seconds) + 1
-        return due + self.seconds * max(0, periods)
+        return due + self.seconds * max(0, math.floor((now - due) / self.seconds) + 1)
 
 
 _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
@@ -673,8 +667,6 @@ _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
-_CRON_DAYS = 366 * 41  # how far to look: a 29 February may be a certain weekday in 40 years
-_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back at once
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
@@ -695,9 +687,9 @@ def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set
             values.update(range(first, last + 1)[::int(step) if slash else 1])
         return values
     except ValueError:
-        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that goes "
-                         "up, or a list of these, perhaps with a step of 1 or more, like */5; got "
-                         f"{text!r}") from None
+        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that "
+                         f"goes up, or a list of these, perhaps with a step (*/5); got {text!r}"
+                         ) from None
 
 
 class Cron:
@@ -723,21 +715,23 @@ class Cron:
     def _next(self, after: float, fold: int) -> float:
         """Return the first time after that, in the first or second pass of repeated hours."""
         import datetime
-        hour = datetime.datetime.fromtimestamp(after - _CLOCK_CHANGE_SECONDS, self._zone)
+        # No clock goes back further than 3 hours at once.
+        hour = datetime.datetime.fromtimestamp(after - 3 * 3_600, self._zone)
         hour = hour.replace(minute=0, second=0, microsecond=0)
-        last = hour + datetime.timedelta(days=_CRON_DAYS)
+        last = hour + datetime.timedelta(days=366 * 41)  # 29 February, a Monday: in 40 years
         while hour < last:
             day_fits = hour.day in self._days, hour.isoweekday() in self._weekdays
             if hour.month not in self._months or not self._combined(day_fits):
                 hour = hour.replace(hour=0) + datetime.timedelta(days=1)
                 continue
             if hour.hour in self._hours:
-                times = (hour.replace(minute=minute, fold=fold) for minute in self._minutes)
-                later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
+                times = (hour.replace(minute=minute, fold=fold).timestamp()
+                         for minute in self._minutes)
+                later = [at for at in times if at > after]
                 if later:
                     return min(later)
             hour += datetime.timedelta(hours=1)  # on the clock's face
-        raise ValueError("the cron schedule is never due: no such day comes")
+        raise ValueError("the cron schedule is never due")
 
 
 @functools.lru_cache(1_000)
