@@ -749,18 +749,17 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
-# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. The virtual time of a root: the
+# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. A root's virtual time: the
 # microseconds that its tree has run. The next slot goes to the ready root with the least, the start
-# tag of that claim; the queue's virtual time is the newest start tag. A root that becomes ready
-# starts at the queue's virtual time if its own is earlier: idling earns no credit. A claim charges
-# its root an estimate at once; the end of the attempt corrects it.
+# tag of the claim; the queue's virtual time is the newest start tag. A root that becomes ready has
+# at least that: idling earns no credit. A claim charges its root an estimate; the end of the
+# attempt corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
     """Yield (root, job, start tag, charge) in the order in which jobs get slots.
 
-    `roots` has (virtual time, root id, its ready jobs, oldest first). `charge(job)` returns
-    microseconds, or None to pass the job over.
+    roots: (virtual time, root id, its ready jobs). charge: microseconds, None passes a job over.
     """
     heads = [(tag, root, job, waiting) for tag, root, waiting in roots
              for job in itertools.islice(waiting, 1)]
@@ -778,7 +777,7 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
 UNKNOWN_COST = 0.010  # seconds, for the first run of a function
 AHEAD_SECONDS = 0.010  # of short jobs for each worker are claimed before it is free
 AHEAD_LIMIT = 256  # jobs claimed so in a process
-_OVERHEAD = 50e-6  # seconds that a job costs besides its function
+_OVERHEAD = 50e-6  # seconds of a job besides its function
 
 
 class RunTimes:
@@ -809,10 +808,10 @@ class RunTimes:
 
 
 class Pace:
-    """How fast an attempt goes, by its progress reports.
+    """How fast an attempt goes: `gained` units in `seconds`.
 
-    The rate is `gained` units in `seconds`, both fading over three quarters of the time that the
-    attempt has run: an early hiccup is forgotten, one late report changes little.
+    Both fade over three quarters of its run time: an early hiccup is forgotten, one late report
+    changes little.
     """
 
     def __init__(self, resumed: bool) -> None:
@@ -821,10 +820,7 @@ class Pace:
         self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
-        """Take in a report, `at` seconds after the begin; return the seconds left, None if unknown.
-
-        Fewer units than before begin anew.
-        """
+        """Take in a report, `at` seconds after the begin; return the seconds left, if known."""
         if done < self._done or at < 0.1:  # too early: done before the attempt
             self._done, self._at, self._gained, self._seconds = done, at, 0.0, 0.0
         elif done > self._done and at > self._at:
@@ -841,24 +837,22 @@ class Pace:
 
 # ---- 6 Tables -----------------------------------------------------------------------------------
 #
-# A `pending` job is ready: `queue` is its lane, 0 normal or 1 low priority. Or it waits for its time:
-# `run_at` is set, and no queue. Or it is blocked: `parked` names what it waits for: a process that
-# knows its function ("function NAME"), an executor ("executor NAME"), the end of another job of its
-# name ("limit NAME"), or of another job that may take its process down ("suspect").
+# A `pending` job is ready (`queue` is its lane, 0 normal or 1 low priority), or it waits for its
+# time (`run_at`), or it is blocked. Then `parked` names what it waits for: a process that knows its
+# function ("function NAME"), an executor ("executor NAME"), the end of another job of its name
+# ("limit NAME"), or of another job that may take its process down ("suspect").
 #
-# `lane` of a root is the best queue in its tree, NULL if nothing is ready there: (lane, vtime) finds
-# the next root, (root_id, queue, id) its oldest ready child. `owner` is the runner that executes the
-# job, NULL once its function has returned.
-#
-# Each job has counts over its descendants (total, done, failed, running); `open` counts its direct
-# children that are not over. A transaction writes each ancestor once.
+# `lane` of a root is the best queue in its tree, NULL if nothing there is ready: (lane, vtime)
+# finds the next root, (root_id, queue, id) its oldest ready child. `owner` is the runner that
+# executes the job, NULL once its function has returned. total, done, failed and running count
+# descendants; `open` counts direct children that are not over.
 
 TABLES = (
     "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
     # returned: 1 once the function has returned, 2 once it has raised for good. charge:
-    # microseconds that the running attempt has added to its root's vtime. since: start of its
-    # activity, else NULL. duration: seconds active before. ends_at: expected end of the attempt.
-    # own_errors: failed attempts. deaths: of processes that executed the job.
+    # microseconds that the attempt has added to its root's vtime. since: active since then.
+    # duration: seconds active before. ends_at: expected. own_errors: failed attempts. deaths: of
+    # processes that executed it.
     """CREATE TABLE bgjobs_jobs (
         id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER DEFAULT 0,
         parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER DEFAULT 0,
@@ -924,14 +918,13 @@ INDEXES = (
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# What makes a file of this version from a new one (0), or from an older version. A change of the
-# schema is made above and appended here. Unused columns stay.
+# What makes a file of this version from a new one (0) or an older version. A change of the schema
+# is made above and appended here. Unused columns stay.
 SCHEMA_VERSION = 3
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     0: (*TABLES, *INDEXES, f"INSERT INTO bgjobs_schema VALUES ({SCHEMA_VERSION})",
         "INSERT INTO bgjobs_clock DEFAULT VALUES"),
-    # 1.0.0. `JobFile` has seen that its runners are gone; jobs of a runner without a row are taken
-    # back. A job that was resumed while it was stopping runs on.
+    # 1.0.0. Its runners are gone (see `JobFile`); jobs of a runner without a row are taken back.
     2: ("ALTER TABLE bgjobs_jobs ADD COLUMN ends_at REAL",
         "UPDATE bgjobs_jobs SET status = 'running' WHERE status = 'stopping' AND goes_on = 1",
         "DELETE FROM bgjobs_runners", "DELETE FROM bgjobs_registered"),
@@ -1000,21 +993,20 @@ class JobRow(NamedTuple):
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
 to_job = functools.partial(tuple.__new__, JobRow)  # as JobRow._make, but quick; takes short rows
-TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
+_FIND = f"SELECT {_JOB} FROM bgjobs_jobs WHERE"
+TREE_ROW = f"{_FIND} id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
 
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# Writes change the jobs themselves and add up what that means for ancestors and roots; `apply`
-# writes that, and closes the parents whose last child is over. Code that decides by counts, lanes
-# or virtual times calls `apply` first.
-#
-# BEGIN IMMEDIATE keeps other writers out, so a row that was read cannot change before the end of
-# the transaction: a status that was checked needs no second check in the UPDATE.
+# Writes change jobs and add up what that means for ancestors and roots; `apply` writes that, and
+# closes parents whose last child is over. Code that decides by counts, lanes or virtual times calls
+# `apply` first. BEGIN IMMEDIATE keeps other writers out: a status that was checked needs no second
+# check in the UPDATE.
 
-SUSPECT = 2  # crashes of its process after which a job runs beside no other suspect
+SUSPECT = 2  # crashes after which a job runs beside no other suspect
 DEATHS = 3  # crashes after which it is failed
 HEARTBEAT_SECONDS = 15  # for people; `Presence` tells the dead from the living
 PARKED_A_CLAIM = 200  # jobs that one claim may block; then others may write
@@ -1045,22 +1037,19 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return the options in a job's row."""
+    """Return a job's options."""
     options: Fields = json.loads(text) if text else {}
     return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
-    """Return what a function raised, for the `error` column."""
+    """Return the `error` column."""
     return json.dumps({"type": text_of(type), "text": text_of(text),
                        "traceback": text_of(trace, 64 * 1024)})
 
 
 def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
-    """Return the status of a job whose attempt ends.
-
-    returned: as in the table, None if the function is called again.
-    """
+    """Return the status after an attempt; returned: None if the function is called again."""
     if returned and job.open == 0:
         return FINISHED if returned == 1 else FAILED
     if job.status == STOPPING or halts:
@@ -1075,20 +1064,13 @@ def contribution(status: str, progress: float | None) -> Fields:
             "progress": 1.0 if over else progress or 0.0}
 
 
-_TALLY = """INSERT INTO bgjobs_stats VALUES ({}) ON CONFLICT (minute, name) DO UPDATE SET
+SAVE_TALLIES = """INSERT INTO bgjobs_stats VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (minute, name) DO UPDATE SET
     created = created + excluded.created, started = started + excluded.started,
     finished = finished + excluded.finished, failed = failed + excluded.failed,
     waiting = waiting + excluded.waiting, running = running + excluded.running""" + "".join(
     f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
     for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
-SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
-# "started" comes with seconds of waiting, the ends with seconds of running.
-_SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
-    :n * (:event = 'finished'), :n * (:event = 'failed'),
-    :sum * (:event = 'started'), :min * nullif(:event = 'started', 0),
-    :max * nullif(:event = 'started', 0), :sum * (:event <> 'started'),
-    :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
-
 
 _NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
               "charge": 0}
@@ -1122,23 +1104,24 @@ ADD_CHANGE = f"""UPDATE bgjobs_jobs SET open = open + :open, total = total + :to
     vtime = CASE WHEN parent_id IS NULL AND lane IS NULL AND {_BEST_LANE} IS NOT NULL
         THEN max(vtime + :charge, (SELECT vtime FROM bgjobs_clock)) ELSE vtime + :charge END
     WHERE id = :id"""
-CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
-    AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
+CLOSED = f"""{_FIND} id IN (SELECT value FROM json_each(:ids)) AND open = 0
+    AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
-# Whether a child of :parent may start: it is below a member, or fewer outermost members run.
+_LINE = """line(id) AS (SELECT :parent UNION ALL
+    SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)"""
+# Whether a child of :parent may start: below a member, or if fewer outermost members run.
 HAS_ROOM = {kind: f"""WITH RECURSIVE
     member(id, up) AS (SELECT id, parent_id FROM bgjobs_jobs WHERE owner IS NOT NULL AND {which}),
     above(member, id) AS (SELECT id, up FROM member WHERE up IS NOT NULL UNION ALL
         SELECT member, parent_id FROM above JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0),
-    line(id) AS (SELECT :parent UNION ALL
-        SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)
+    {_LINE}
     SELECT (SELECT count(*) FROM member) < :limit + (SELECT count(DISTINCT above.member) FROM above
         WHERE id IN (SELECT id FROM member))
     OR EXISTS (SELECT 1 FROM line WHERE id IN (SELECT id FROM member))""" for kind, which in (
         ("limit", "name = :name AND max_running IS NOT NULL"),
         ("suspect", "deaths >= 2 AND deaths > 0"))}
-OLDEST_BLOCKED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (
+OLDEST_BLOCKED = f"""{_FIND} id IN (
     (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1),
     (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
     ORDER BY ifnull(root_id, id), id LIMIT 1"""
@@ -1173,18 +1156,14 @@ class Transaction:
         return list(map(to_job, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
-        """Return the job of an attempt, None if that has ended or has been superseded.
-
-        The owner counts, too: the number of a claim that was given back is used again.
-        """
+        """Return the job of an attempt, None if that has ended or has been superseded."""
+        # The owner counts, too: the number of a claim that was given back is used again.
         for job in self.jobs(TREE_ROW, id=attempt.id):
             if job.executes and (job.attempt, job.owner) == (attempt.number, attempt.owner):
                 return job
         return None
 
-    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL
-        SELECT parent_id FROM line JOIN bgjobs_jobs USING (id) WHERE parent_id > 0)
-        SELECT id FROM line"""
+    _LINEAGE = f"WITH RECURSIVE {_LINE} SELECT id FROM line"
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
         """Return the ids from a parent up to its root."""
@@ -1193,14 +1172,14 @@ class Transaction:
         if parent_id not in self._lineages:
             if len(self._lineages) > 10_000:
                 self._lineages.clear()
-            rows = self.execute(self._LINEAGE, {"id": parent_id}).fetchall()
+            rows = self.execute(self._LINEAGE, {"parent": parent_id})
             self._lineages[parent_id] = tuple(job_id for job_id, in rows)
         return self._lineages[parent_id]
 
     # submit
 
     def submit(self, new: Submission) -> int:
-        """Store one job and return its id, or that of the job which has its key."""
+        """Store a job; return its id, or that of the job which has its key."""
         values = self._admit(new)
         if new.key is not None:
             sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
@@ -1215,7 +1194,7 @@ class Transaction:
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store a job for each encoded arguments and return their ids."""
+        """Store a job for each of the arguments."""
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
@@ -1226,10 +1205,7 @@ class Transaction:
         ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
     def _admit(self, new: Submission) -> tuple[Any, ...]:
-        """Return what _VALUES takes.
-
-        Raises JobStopped or InvalidOperation if the author or the parent may have no children.
-        """
+        """Return what _VALUES takes; raise if the author or the parent may have no children."""
         if new.author is not None:
             self.check_author(new.author)
         parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
@@ -1311,7 +1287,7 @@ class Transaction:
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Return when the next attempt is due, and log it."""
+        """Log and return when the next attempt is due."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
@@ -1351,9 +1327,8 @@ class Transaction:
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: seconds that it was active, None: until now. left: columns that its attempt leaves
-        (`returned`, `result`, `error`, `positions`); `unspent` if the attempt does not count;
-        `run_at`, `parked` and `phase` of a job that becomes pending.
+        ran: seconds active, None: until now. left: `returned`, `result`, `error`, `positions`;
+        `unspent` if the attempt does not count; `run_at`, `parked`, `phase` of a pending job.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
         if status != PENDING:
@@ -1391,7 +1366,7 @@ class Transaction:
 
     # statistics
 
-    # When statistics are read and before rows are deleted, so that a submit pays nothing.
+    # For statistics and before rows are deleted: a submit pays nothing.
     UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0,
         0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
         WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
@@ -1399,7 +1374,7 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Count the jobs created since the last call in the statistics."""
+        """Take new jobs into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
@@ -1407,11 +1382,12 @@ class Transaction:
         """Write what is added up, last in a transaction."""
         if self._trees is not None or self.freed:
             self.trees.apply()
-        if self.events:
-            self.executemany(_SAVE_EVENTS, [
-                {"minute": self.now // 60, "name": name, "event": event, "n": len(seconds),
-                 "sum": sum(seconds), "min": min(seconds), "max": max(seconds)}
-                for (name, event), seconds in self.events.items()])
+        for (name, event), seconds in self.events.items():
+            counts = [len(seconds) * (event == each) for each in ("started", FINISHED, FAILED)]
+            times = [sum(seconds), min(seconds), max(seconds), 0.0, None, None]
+            if event != "started":
+                times = times[3:] + times[:3]
+            self.execute(SAVE_TALLIES, (self.now // 60, name, 0, *counts, *times))
 
     # reports of attempts
 
@@ -1427,19 +1403,19 @@ class Transaction:
 
     def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
-        saved = self.execute(self._SAVE_STATE, {
-            "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
-        return bool(saved.rowcount == 1)
+        return bool(self.execute(self._SAVE_STATE, {
+            "id": attempt.id, "attempt": attempt.number, "state": state,
+            "positions": positions}).rowcount == 1)
 
     _REPORT = """UPDATE bgjobs_jobs SET charge = :charge, progress = :progress,
         ends_at = CASE WHEN :reported THEN :now + :left ELSE ends_at END,
         message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
     def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
-        """Store an attempt's progress and charge.
+        """Store progress and charge.
 
-        report: progress (0 to 1), seconds left and message, each or all None. charge:
-        microseconds, if it has run longer than estimated.
+        report: progress, seconds left and message, each or all None. charge: microseconds, if the
+        attempt has run longer than estimated.
         """
         job = self.executing(attempt)
         if job is None:
@@ -1476,7 +1452,7 @@ class Trees:
                 change[name] += value
 
     def apply(self) -> None:
-        """Write what is added up, unblock jobs, close parents whose last child is over; repeat."""
+        """Write what is added up, unblock jobs, close parents, until nothing changes."""
         tx = self._tx
         while self._changes or tx.freed:
             freed, tx.freed = tx.freed, set()
@@ -1490,14 +1466,14 @@ class Trees:
 
 
 # Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
-# executes. Descendants of a member neither count nor wait: it may wait for them. When a member
-# ends, the oldest blocked jobs become ready.
+# executes. Its descendants neither count nor wait: it may wait for them. When a member ends, the
+# oldest blocked jobs become ready.
 
 def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
     """Return the limit that keeps a job from starting beside `others` more, or ""."""
     for key, limit in job.limits.items():
-        sql = HAS_ROOM[key.partition(" ")[0]]
-        if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
+        if not tx.value(HAS_ROOM[key.partition(" ")[0]], name=job.name, parent=job.parent_id,
+                        limit=limit - others):
             return key
     return ""
 
@@ -1527,16 +1503,16 @@ READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
-# One statement for all jobs that are charged alike. A root without children gets its virtual time
-# and lane at once.
+# For all jobs that are charged alike. A root without children gets its virtual time at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
     phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
     started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
     THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
     WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
-_BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
-BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
+_BLOCK = """UPDATE bgjobs_jobs SET queue = NULL, parked = :key,
+    phase = CASE :key WHEN 'suspect' THEN 'interrupted' ELSE 'limit reached' END WHERE id = :id"""
+BLOCKED_IN_TREE = f"{_FIND} parked = :key AND root_id = :root"
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
@@ -1611,8 +1587,7 @@ class Claims:
         self._write()  # limits count them
         key = limit_without_room(tx, job)
         if key:
-            phase = "interrupted" if key == "suspect" else "limit reached"
-            tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
+            tx.execute(_BLOCK, {"id": job.id, "key": key})
             tx.trees.change(job.root)
             self._blocked += 1
             return False
@@ -1656,10 +1631,7 @@ _SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
 
 def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
             author: tuple[int, int] | None = None) -> list[int]:
-    """Apply an operation to a job and to descendants that allow it; return their ids.
-
-    Raises KeyError if there is no such job, InvalidOperation if the job does not allow it.
-    """
+    """Apply an operation to a job and to descendants that allow it; return their ids."""
     if author is not None:
         tx.check_author(author)
     tx.trees.apply()
@@ -1676,8 +1648,9 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
     if moved:
         text = f"{operation.replace('_', ' ')}{f' by {by}' if by else ''}"
-        many = f" ({len(moved):,} jobs of the tree)" if len(moved) > 1 else ""
-        tx.log(job_id, logging.INFO, text + many)
+        if len(moved) > 1:
+            text += f" ({len(moved):,} jobs of the tree)"
+        tx.log(job_id, logging.INFO, text)
     tx.trees.apply()
     return moved
 
@@ -1700,8 +1673,8 @@ def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[J
             why = f"job {holder} has its key {top.key!r} now" if holder else ""
         if not why:
             return
-    others = [name for name in allowed if name != operation]
-    raise refusal(f"job {top.id}", top.status, operation, others, why)
+    raise refusal(f"job {top.id}", top.status, operation,
+                  [name for name in allowed if name != operation], why)
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
@@ -1716,8 +1689,7 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
     if not follows or of_others or objects:
         return False
     if operation.endswith("low_priority"):
-        low = operation == "set_low_priority"
-        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
+        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": operation == "set_low_priority"})
         tx.trees.change(job.root)
     elif follows == job.status:
         return job is top  # a stop repeats silently
@@ -1749,23 +1721,19 @@ def remove(tx: Transaction, ids: list[int]) -> None:
 
 # By the clock, and after a crash.
 
-NEXT_DUE = """SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL
-    AND status = 'pending' AND parked IS NULL"""
-DUE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
-    AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
-OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
-    WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
+_WAITS = "run_at IS NOT NULL AND queue IS NULL AND status = 'pending' AND parked IS NULL"
+NEXT_DUE = f"SELECT min(run_at) FROM bgjobs_jobs WHERE {_WAITS}"
+DUE = f"{_FIND} run_at <= :now AND {_WAITS} LIMIT 1000"
+BLOCKED = f"{_FIND} parked = :key LIMIT 1000"
+OWNED = f"""{_FIND} status IN ('running', 'stopping') AND status <> 'pending'
+    AND owner = :owner"""
 _LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
-_COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
-_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
+_SET_DEATHS = "UPDATE bgjobs_jobs SET deaths = :deaths WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
     """Make jobs ready that are due."""
     return tx.make_ready(tx.jobs(DUE, now=tx.now))
-
-
-BLOCKED = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
 
 
 def unpark(tx: Transaction, key: str) -> bool:
@@ -1779,16 +1747,14 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died; return how many.
-
-    If a descendant, which it may wait for, is to blame (third death), a job's are forgotten.
-    """
+    """Take back the jobs of a runner whose process died; return how many."""
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
     cleared: set[int] = set()
     for job in jobs:
-        tx.execute(_FORGET_DEATHS if job.id in cleared else _COUNT_DEATH, {"id": job.id})
-        if job.deaths + 1 >= DEATHS:
+        deaths = 0 if job.id in cleared else job.deaths + 1
+        tx.execute(_SET_DEATHS, {"id": job.id, "deaths": deaths})
+        if deaths >= DEATHS:  # it is to blame, not the ancestors that wait for it
             cleared.update(tx.lineage(job.parent_id))
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
@@ -1802,10 +1768,7 @@ def remove_runner(tx: Transaction, runner: int) -> None:
 
 
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
-    """Supersede the attempt of a job, which ran until then.
-
-    Running becomes pending, stopping stopped; a job that may not run again has raised.
-    """
+    """Supersede the attempt of a job, which ran until then; it may have to fail."""
     tx.trees.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
     error = ""
