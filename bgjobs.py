@@ -14,7 +14,7 @@
     job = bgjobs.submit(export, "users")
     print(job.result(timeout=60))  # job.stop(), job.resume(), job.cancel() ...: also on the page
 
-Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
+Words. A *job* is a persisted unit of work: a function by its import path, and JSON arguments. A
 job submitted inside another is its *child*; one without a parent is a *root*; a root and all its
 descendants are a *tree*. An *attempt* is one execution of a job's function by a *worker*, a thread.
 A *runner* owns the workers of one process. Only the *store* touches SQLite. At a *checkpoint* the
@@ -132,8 +132,8 @@ def say(level: int, text: str) -> None:
 
 # ---- 1 Words and rules --------------------------------------------------------------------------
 
-PENDING = "pending"  # for a worker, or for its time
-RUNNING = "running"  # or waiting for children; after a crash pending
+PENDING = "pending"  # waits for a worker, or for its time
+RUNNING = "running"  # executes, or waits for children; after a crash pending
 STOPPING = "stopping"  # after a crash stopped
 STOPPED = "stopped"
 FINISHED = "finished"
@@ -180,7 +180,7 @@ RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
 NO_EXECUTOR = "no executor"  # given back: its executor takes nothing
 WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job
-TIMED_OUT = "timed out"  # why an attempt is stopped; it ends as RAISED
+TIMED_OUT = "timed out"  # why an attempt is stopped, and ends as RAISED
 
 # Outcomes in an attempt's history; phases of jobs that are pending again.
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
@@ -267,9 +267,9 @@ def door(name: str) -> Function:
 
 # ---- 2 Values -----------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of another type is an object whose one key names the
-# type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is {"$dict": [[key, value],
-# ...]}.
+# Arguments, state and results are JSON. A value of another type is an object whose one key names
+# the type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is
+# {"$dict": [[key, value], ...]}.
 
 VALUE_LIMIT = 256 * 1024  # characters of arguments, a state or a result
 TEXT_LIMIT = 8 * 1024  # characters of a log line or a message
