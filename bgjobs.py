@@ -2513,24 +2513,24 @@ class Pool:
 #   wants to enter the library waits until it has been sent. If it has not been raised by then, or
 #   was raised before and caught, the thread takes it back and raises one itself.
 
-FLUSH_SECONDS = 0.25  # how often progress is written if no other write takes it along
+FLUSH_SECONDS = 0.25  # how often progress is written without another write
 
 
 class Ticket:
-    """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
+    """The right to raise JobStopped in an attempt's thread; other threads only call `use`."""
 
     _depth = 1  # of library code that calls library code
     _raised = False  # from outside
-    _spent = False  # nothing will be raised from outside any more
-    void = False  # the attempt has been superseded: library calls raise
-    thread = 0  # the ident of the attempt's thread
+    _spent = False  # nothing comes from outside any more
+    void = False  # superseded: library calls raise
+    thread = 0  # the attempt's ident
 
     def __init__(self) -> None:
-        self._taken = threading.Lock()  # at first by the attempt's thread
+        self._taken = threading.Lock()  # by the attempt's thread
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
-        """Enter library code. Raises JobStopped if the attempt is superseded, unless quietly."""
+        """Enter library code. Raises JobStopped if superseded, unless quietly."""
         if self._depth == 0:
             self._take()
             if self._spent and not quietly:
@@ -2538,7 +2538,7 @@ class Ticket:
         self._depth += 1
 
     def put_back(self) -> None:
-        """Leave library code. Raises JobStopped, once, if the attempt was superseded meanwhile."""
+        """Leave library code. Raises JobStopped, once, if superseded meanwhile."""
         self._depth -= 1
         if self._depth == 0 and not self._spent:
             self._taken.release()
@@ -2553,7 +2553,7 @@ class Ticket:
         self._spent |= self.void
 
     def use(self) -> None:
-        """Raise JobStopped in the attempt's thread: now, or when it returns from the library."""
+        """Raise JobStopped in the thread: now, or when it leaves the library."""
         self.void = True
         if self._taken.acquire(False):
             if _is_logging(self.thread):
@@ -2562,7 +2562,7 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise JobStopped once the thread holds no lock of `logging`, which all threads need."""
+        """Raise JobStopped once the thread holds no lock of `logging`."""
         while _is_logging(self.thread):
             time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
@@ -2570,10 +2570,7 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is inside `logging`, unless it waits there for our exception.
-
-    It does if it logs a record, which is a library call.
-    """
+    """Return whether a thread is inside `logging`, but not waiting in `_take` for the exception."""
     frame = sys._current_frames().get(thread)
     if frame is None or frame.f_code is Ticket._take.__code__:
         return False
@@ -2582,8 +2579,8 @@ def _is_logging(thread: int) -> bool:
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Have `error` raised at a thread's next bytecode; without one, take the last back."""
-    with contextlib.suppress(ImportError, AttributeError):  # not CPython: checkpoints stop it
+    """Raise `error` at a thread's next bytecode; without one, take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):  # not CPython
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
@@ -2592,16 +2589,16 @@ _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar(
     "bgjobs_current", default=None)
 current_attempt = _current.get
-enter = _current.set  # in a context of its own
+enter = _current.set
 _job_log = logging.getLogger("bgjobs.job")
 
 
 class JobContext:
-    """The job that this code runs in: what `current_job()` returns.
+    """The job that this code runs in.
 
-    attempt: the number of this attempt, from 1. Outside of a job it is 0, id, name and run_by are
-    None, and the methods do nothing. Any thread that has the job's context (`asyncio.to_thread`)
-    may use this; `each` is for one thread at a time.
+    attempt: its number, from 1. Outside of a job it is 0, id, name and run_by are None, and methods
+    do nothing. Threads with the job's context (`asyncio.to_thread`) may use this; `each` is for one
+    thread at a time.
     """
 
     id: int | None = None
@@ -2617,7 +2614,7 @@ class JobContext:
 
     @property
     def state(self) -> Any:
-        """A copy of what the last checkpoint saved, or None."""
+        """A copy of the state saved last, or None."""
         return None if self._attempt is None else decode(self._attempt.state)
 
     @property
@@ -2627,15 +2624,14 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A standard logger. Inside a job its records also go to the job's log."""
+        """A standard logger; its records also go to the job's log."""
         return _log if self._attempt is None else self._attempt.logger()
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Stop here if that was asked for. Save `state` first, if one is given.
+        """Save `state`, if given, for the next attempt. Stop here if that was asked for.
 
-        state: any value that arguments may have; the next attempt finds it. With it the call blocks
-        until the commit; without it the call costs next to nothing. Raises JobStopped if the job is
-        to stop, TypeError if the state cannot be stored.
+        state: any value that arguments may have; blocks until its commit. Raises JobStopped if the
+        job is to stop, TypeError if the state cannot be stored.
         """
         attempt = self._attempt
         if attempt is not None:
@@ -2645,9 +2641,9 @@ class JobContext:
                 attempt.attend()
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Report that `done` of `total` units are done, with a line for people.
+        """Report that `done` of `total` units (None: unknown) are done, with a line for people.
 
-        Returns at once; no checkpoint; shown within a second. total: None if unknown.
+        Returns at once; no checkpoint; shown within a second.
         """
         if self._attempt is not None:
             self._attempt.report(done, total, message)
@@ -2655,14 +2651,13 @@ class JobContext:
     def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         """Yield the items, with a checkpoint before each and at the end; report the progress.
 
-        A resumed attempt goes on after the last item whose turn was completed, so the iterable
-        must give the same items in the same order. total: their number, if the iterable has no
-        length. Raises JobStopped.
+        A resumed attempt goes on after the last completed item, so the items must be the same, in
+        the same order. total: their number, if the iterable has no length. Raises JobStopped.
         """
         return iter(iterable) if self._attempt is None else self._attempt.each(iterable, total)
 
     def sleep(self, seconds: float) -> None:
-        """Sleep; wake up at once if the job is to stop. Raises JobStopped."""
+        """Sleep. Raises JobStopped at once if the job is to stop."""
         if self._attempt is None:
             time.sleep(seconds)
         else:
@@ -2670,38 +2665,38 @@ class JobContext:
 
 
 def current_job() -> JobContext:
-    """Return the context of the job that this code runs in, or one that does nothing."""
+    """Return the context of the job this code runs in, or one that does nothing."""
     return JobContext(current_attempt())
 
 
 class Attempt:
     """One execution of a job's function."""
 
-    # An attempt is made for each job, so defaults that most attempts never change stand here.
+    # Defaults that most attempts never change.
     thread: int | None = None  # its ident while it executes; 0: elsewhere
     begun = left_at = 0.0  # monotonic; left_at: when it went away
     ran = waited = 0.0  # seconds: in all; waiting for jobs
     waits = 0  # its threads that wait
     lines = 0  # of its log, written
 
-    outcome, reason = UNSPENT, HALTED  # how it ended; how it ends when it stops
+    outcome, reason = UNSPENT, HALTED  # how it ended; how a stop ends it
     result: str | None = None  # JSON
     error: str | None = None  # JSON
     exception: BaseException | None = None
     unsaved_progress: Any = None  # see report_to_save
-    has_reported = False  # progress, or a later charge, is stored
+    has_reported = False  # its progress or a later charge is stored
 
     loops = 0  # the number of the next loop of each()
-    loop_positions: Any = ()  # completed turns of each()'s loops
-    stop_requested = was_asked_to_stop = False  # now; at any time
-    attention = False  # a checkpoint has more to do than a look
-    operation: Any = None  # the Event that a checkpoint waits for
+    loop_positions: Any = ()  # their completed turns
+    stop_requested = was_asked_to_stop = False  # now; ever
+    attention = False  # a checkpoint has something to do
+    operation: Any = None  # the Event that it waits for
     saved_at = 0.0  # monotonic
     newest: Any = None  # see report
     pace: Any = None
     job_logger: Any = None
-    # Hooks of what executes it elsewhere.
-    on_stop: Any = None  # called from any thread; must not block
+    # Hooks for elsewhere.
+    on_stop: Any = None  # in any thread; must not block
     away: Any = contextlib.nullcontext  # entered while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
@@ -2713,8 +2708,8 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []  # (done, total) of the loops under way
-        self.waits_on: list[Any] = []  # conditions; a stop wakes its threads
+        self.turns: list[Any] = []  # (done, total) of each() loops under way
+        self.waits_on: list[Any] = []  # conditions that a stop notifies
 
     @property
     def is_plain(self) -> bool:
@@ -2724,21 +2719,21 @@ class Attempt:
 
     @property
     def worked(self) -> float:
-        """Seconds that it was at work, once it has ended."""
+        """Seconds at work, once it has ended."""
         return max(0.0, self.ran - self.waited)
 
     @property
     def correction(self) -> int:
-        """Microseconds that the claim charged too little."""
+        """Microseconds the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
 
     @property
     def superseded(self) -> JobStopped:
-        """Raised in an attempt that the store refuses."""
+        """The error of an attempt that the store refuses."""
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the outcome, whatever the error's own methods raise."""
+        """Make this error the outcome, whatever its own methods raise."""
         self.outcome, self.exception, self.result = RAISED, None, None
         kind = type(error).__qualname__
         try:
@@ -2755,14 +2750,13 @@ class Attempt:
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
-        """Have JobStopped raised at the next checkpoint. From any thread.
+        """Have the next checkpoint raise JobStopped, with this outcome. From any thread.
 
-        reason: the outcome then. force: even if stoppable=False.
+        force: even if stoppable=False.
         """
         if not force and not self.options.get("stoppable", True):
             return
-        # In this order: a checkpoint that sees `attention` finds the reason.
-        self.reason = reason
+        self.reason = reason  # first: a checkpoint that sees `attention` needs it
         self.was_asked_to_stop = self.stop_requested = self.attention = True
         for condition in list(self.waits_on):
             with condition:
@@ -2771,20 +2765,20 @@ class Attempt:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
-        """Go on after all, as the job has been resumed before a checkpoint."""
+        """Go on: the job was resumed before a checkpoint."""
         if self.reason == HALTED:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
-        """Have the next checkpoint wait for an operation that is on its way.
+        """Have the next checkpoint wait for an operation under way.
 
-        Else a loop that only computes would hold it up, 5 ms of the interpreter lock a statement.
+        Else a loop that only computes holds it up, 5 ms of the interpreter lock a statement.
         """
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
-        """Have JobStopped raised wherever the function is; the store refuses the attempt by now."""
+        """Raise JobStopped wherever the function is; the store already refuses the attempt."""
         self.ticket.use()
         self.request_stop(force=True)  # last: a thread that wakes looks at the ticket
 
@@ -2797,7 +2791,7 @@ class Attempt:
     def attend(self) -> None:
         """Let an operation pass, then raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
-        self.attention = False  # first: a stop that comes from here on sets it again
+        self.attention = False  # first: a stop from here on sets it again
         if operation is not None:
             operation.wait(1.0)
         if self.stop_requested:
@@ -2806,18 +2800,18 @@ class Attempt:
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        """Sleep, and keep the place; a stop ends it. Raises JobStopped."""
+        """Sleep, and keep the place. A stop raises JobStopped."""
         self.wait_on(threading.Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
-        """Wait as `wait_on` does; the place is given away meanwhile."""
+        """Wait as `wait_on` does, without the place."""
         with self.away():
             self.backend.wait_in_job(
                 self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()`, asked at each notification and stop. Return whether it is true."""
+        """Wait until `over()`, asked at each notification and stop; return it."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -2828,7 +2822,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state, JSON, or only how far each() is if None. Blocks until the commit."""
+        """Save a state (JSON), if any, and how far each() is. Blocks until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -2837,16 +2831,16 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return how far the loops of each() are, as JSON, or None if there is none."""
+        """Return how far the loops of each() are, as JSON or None."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
     # Loops of each() may follow each other, or run inside another's turns. They are numbered as
-    # they begin, and a list has the completed turns of each. When a turn is completed, the loops
-    # inside it leave the list, and those of the next turn get their numbers again. So a resumed
-    # attempt, whose loops begin in the same order, finds its own.
+    # they begin; a list has their completed turns. After a turn, the loops inside it leave the
+    # list, and the next turn's get their numbers. So a resumed attempt, whose loops begin in the
+    # same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield the items from the saved position on; save it ten times a second at most."""
+        """Yield the items from the saved position on; save it at most ten times a second."""
         positions = self.loop_positions or json.loads(self.job.positions or "[]")
         self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
@@ -2875,7 +2869,7 @@ class Attempt:
     # progress
 
     def _report_turn(self, depth: int, done: int, total: int | None) -> None:
-        """Report the progress of a loop; an inner loop refines the share of the outer one."""
+        """Report a loop's progress; an inner loop refines the outer one's share."""
         self.turns[depth:] = [(done, total)]
         units = share = 0.0
         for done, total in reversed(self.turns):
@@ -2884,14 +2878,14 @@ class Attempt:
         self.report(units, total)
 
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Note how far the function is, for the service thread to write."""
+        """Note the progress for the service thread to write."""
         if message is not None:
             message = text_of(message, 500)  # here, as its __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
-        """Return (share from 0 to 1, seconds left, message or Nones), or None if nothing is new."""
-        newest, self.newest = self.newest, None  # two threads may ask: one gets it
+        """Return (share from 0 to 1, seconds left, message), or None if nothing is new."""
+        newest, self.newest = self.newest, None  # one of two threads gets it
         if newest is None:
             return None
         done, total, message, at = newest
@@ -2905,7 +2899,7 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger; the app's handlers get its records as "bgjobs.job"."""
+        """Return the job's logger; the app's handlers get its records as "bgjobs.job"."""
         if self.job_logger is None:
             self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
             self.job_logger.parent = _job_log
@@ -2914,7 +2908,7 @@ class Attempt:
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> bool:
-        """Take a record into the job's log. Return whether the app's handlers want it, too."""
+        """Take a record into the job's log; return whether the app wants it, too."""
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1]:
@@ -2928,26 +2922,26 @@ class Attempt:
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have the records of any logger inside a job land in the job's log, too.
+    """Have the records of all loggers inside a job land in its log, too.
 
-    A handler on the root logger would disable logging.basicConfig and the last-resort handler.
+    A root handler would disable logging.basicConfig and the last-resort handler.
     """
     make_record = logging.getLogRecordFactory()
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
-        # makeLogRecord makes one with the name None, and emits nothing.
+        # The name is None in makeLogRecord, which emits nothing.
         if attempt is not None and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
     logging.setLogRecordFactory(make_and_keep)
 
 
-# The execution of a function, in the process and the thread where that happens
+# The execution of a function, in its process and thread
 
 def perform(attempt: Attempt, function: Function) -> None:
-    """Call an attempt's function in this thread; note the outcome."""
+    """Call an attempt's function here; note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -2955,7 +2949,7 @@ def perform(attempt: Attempt, function: Function) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.take(quietly=True)  # for good: after it no force stop raises
+            attempt.ticket.take(quietly=True)  # for good
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -2972,7 +2966,7 @@ def perform(attempt: Attempt, function: Function) -> None:
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
-    """Call the function. A job's stack, as the page shows it, begins below this frame."""
+    """Call the function. The stack that the page shows begins below this frame."""
     enter(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
@@ -2984,15 +2978,15 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Return whether an exception is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
-    kind = type(error)  # isinstance asks error.__class__, too
-    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # since Python 3.11
+    """Return whether an error is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
+    kind = type(error)  # isinstance also asks __class__
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # Python 3.11
         return all(map(_is_stop, error.exceptions))
     return issubclass(kind, JobStopped)
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, without our own frames."""
+    """Return the traceback as text, without our frames."""
     frames = error.__traceback__
     while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
@@ -3001,29 +2995,28 @@ def traceback_of(error: BaseException) -> str:
 
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
-# `wait` and `as_completed` of the standard library append a waiter to a handle's list of waiters,
-# and wait on the waiter's event. They work with jobs by private parts of the standard library, the
-# same in Python 3.10 to 3.14: Future._waiters, Future._condition, the `event` of a waiter, and
-# Event._cond.
+# `wait` and `as_completed` of the standard library append a waiter to a handle's waiters, and wait
+# on its event. They work with jobs by private parts that are the same in Python 3.10 to 3.14:
+# Future._waiters, Future._condition, a waiter's `event`, and Event._cond.
 
 class HandleCondition(threading.Condition):
-    """The condition of a handle. A thread that locks it inside a job takes its ticket, too.
+    """A handle's condition. Locked inside a job, it takes the ticket, too.
 
     `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        del self.acquire, self.release  # Condition sets these to the lock's own
+        del self.acquire, self.release  # the lock's own
 
     def acquire(self) -> bool:  # type: ignore[override]
-        """Lock it. Quietly, as a generator of the standard library cleans up with it."""
+        """Lock it. Quietly: a generator of the standard library cleans up with it."""
         if _here.ticket is not None:
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        """Unlock it, and leave the library."""
+        """Unlock it."""
         self._lock.release()
         if _here.ticket is not None:
             _here.ticket.put_back()
@@ -3032,7 +3025,7 @@ class HandleCondition(threading.Condition):
 
 
 class _Waiters(list[Any]):
-    """A handle's waiters. The handle is watched for them; inside a job they give the place away."""
+    """A handle's waiters, for which it is watched; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3044,7 +3037,7 @@ class _Waiters(list[Any]):
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
         if handle is not None:
-            handle._watch()  # after it: the job may be over already
+            handle._watch()  # last: the job may be over
 
 
 class _PlaceGivingEvent(threading.Event):
@@ -3054,7 +3047,7 @@ class _PlaceGivingEvent(threading.Event):
 
     @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the event is set. A force stop raises JobStopped at once; a stop does not."""
+        """Wait until it is set. A force stop raises JobStopped at once; a stop does not."""
         attempt = self._attempt
         if not self.is_set():
             attempt.wait_for(self._cond,  # type: ignore[attr-defined]
@@ -3067,35 +3060,34 @@ class _PlaceGivingEvent(threading.Event):
 
 
 class Job(Future[_T]):
-    """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
+    """The handle of a job: a concurrent.futures.Future with the job's attributes. For any thread.
 
     `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
-    complete handle returns a new one; attributes stay true on both. `await job` works, too, and a
-    caller that gives up awaiting does not cancel the job. Any thread may use a handle.
+    complete handle returns a new one. `await job` works, too; giving it up does not cancel the job.
 
     Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
     are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
 
-    name, label: the stable name of the function; a title for people, or None.
-    status, phase: one of the seven statuses; what refines it for people, or "".
+    name, label: the function's stable name; a title for people, or None.
+    status, phase: one of the seven; what refines it for people, or "".
     started_at: of the first attempt since creation or restart.
     waiting: from creation, or its due time, to the start, or until now.
-    duration: how long its attempts ran, together.
-    attempt: the number of the newest, 0 before the first.
-    errors: failed attempts, and failed descendants.
+    duration: of its attempts, together.
+    attempt: the newest's number, 0 before the first.
+    errors: failed attempts and descendants.
     low_priority: whether it runs in periods of low load only.
     run_by: the name of the person that asked for it, or None.
     progress, eta: 0 to 1, and the time left; None if unknown.
     children: {"total", "done", "failed", "running"}, over all descendants.
-    parent_id, root_id: the parent of a root is None.
+    parent_id: None for a root.
     args, kwargs: a list and a dict, secret arguments masked.
     state: what its last checkpoint saved, or None.
-    error: the traceback of the newest failure, or None.
-    operations: those that its status allows now.
+    error: the newest failure's traceback, or None.
+    operations: those that its status allows.
 
-    Operations block until their commit, not until the job has followed. by= is the name of the
-    person that asks. They raise InvalidOperation if the status does not allow them, KeyError, and
-    StoreError if the file cannot be written.
+    Operations block until their commit. by= is the name of the person that asks. They raise
+    InvalidOperation if the status does not allow them, KeyError, and StoreError if the file cannot
+    be written.
     """
 
     name: str
@@ -3128,7 +3120,7 @@ class Job(Future[_T]):
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
         self._created_at = created_at  # until the submit is committed
-        # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
+        # With `_condition`, `_waiters` and the three above, what Future.__init__ sets.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -3136,15 +3128,15 @@ class Job(Future[_T]):
             return vars(self).setdefault(name, _MADE_LATE[name](self))
         if name not in Job.__annotations__:
             raise AttributeError(f"a Job has no attribute {name!r}")
-        return decode(dump(self.info()[name]))  # dates in a state are dates again
+        return decode(dump(self.info()[name]))  # with the dates in a state
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *Job.__annotations__]
 
     def _row(self) -> Any:
-        """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
+        """Return the `Core.outcome`, {} if the job is gone, None if it is not committed yet.
 
-        Other jobs get the ids of an app's transaction that is rolled back.
+        Other jobs get the ids of a transaction that is rolled back.
         """
         row = self._backend.outcome(self.id)
         if row is None:
@@ -3155,28 +3147,28 @@ class Job(Future[_T]):
         return row
 
     def _stored(self) -> int:
-        """Return the id. Raises KeyError if the transaction that submitted it was rolled back."""
+        """Return the id. Raises KeyError if its transaction was rolled back."""
         if self._created_at is not None and self._row() == {}:
             raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as a dict of JSON values, the JSON interface's."""
+        """Return all attributes as JSON values, as the JSON interface does."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
         level= the least, a name or number. text= contained, in any case. regex= found. since=
-        until= Unix seconds. after= a line's id. limit= how many at most; without `after` the
-        newest. tree=True: those of all descendants, too. Raises ValueError for a bad value.
+        until= Unix seconds. after= a line's id. limit= at most, without `after` the newest.
+        tree=True: all descendants', too. Raises ValueError for a bad value.
         """
         return self._backend.logs(self._stored(), filters)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job[_T]:
-        """Stop the job and its descendants at their next checkpoint; return before that."""
+        """Have the job and its descendants stop at their next checkpoint."""
         return self._operate("stop", by)
 
     def resume(self, *, by: str | None = None) -> Job[_T]:
@@ -3184,11 +3176,11 @@ class Job(Future[_T]):
         return self._operate("resume", by)
 
     def force_stop(self, *, by: str | None = None) -> Job[_T]:
-        """Make a stopping job stopped now. What its attempt still does is not stored."""
+        """Make a stopping job stopped now. Its attempt can store nothing more."""
         return self._operate("force_stop", by)
 
     def restart(self, *, by: str | None = None) -> Job[_T]:
-        """Run a finished or failed job again from scratch, without its former descendants."""
+        """Run a finished or failed job from scratch, without its descendants."""
         return self._operate("restart", by)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
@@ -3196,10 +3188,7 @@ class Job(Future[_T]):
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
-        """Discard a pending or stopped job for good. Return whether it is cancelled.
-
-        Never raises InvalidOperation.
-        """
+        """Discard a pending or stopped job for good. Return whether it is cancelled; no error."""
         if self._state == "PENDING":
             with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
@@ -3208,8 +3197,8 @@ class Job(Future[_T]):
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out. Return this handle, or a new one if this one is complete."""
-        self.done()  # if the job is over, that is its outcome
+        """Carry an operation out. Return this handle, or a new one if complete."""
+        self.done()  # if it is over, that is its outcome
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3241,23 +3230,23 @@ class Job(Future[_T]):
         """Return what the function returned, once the job and all its descendants are over.
 
         timeout: seconds; None waits for good. Inside a job this is a checkpoint, and gives the
-        worker's place away meanwhile. Raises what the function raised (JobFailed if another process
-        ran it), TimeoutError, CancelledError; inside a job also JobStopped.
+        worker's place away. Raises what the function raised (JobFailed if in another process),
+        TimeoutError, CancelledError; inside a job also JobStopped.
         """
         error = self.exception(timeout)
-        if error is not None:  # Future.result would ask for its truth value
+        if error is not None:  # it may be false
             raise error
         value: Any = self._result
         return value
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the function raised, or None. Waits, and raises the rest, as `result`."""
+        """Return what the function raised, or None. Waits and raises as `result` does."""
         self._wait_for_end(timeout)
         return super().exception(0)
 
     def _wait_for_end(self, timeout: float | None, given_up: Function = bool) -> None:
-        """Wait until the job is over, or `given_up()` is true when the condition is notified."""
+        """Wait until the job is over, or `given_up()` at a notification."""
         if self.done():
             return
         self._watch()
@@ -3279,8 +3268,8 @@ class Job(Future[_T]):
     async def _await(self) -> _T:
         """Await a future of the loop, completed by a callback, inside a job by a thread.
 
-        The thread gives the worker's place away. It is no executor's, for which the interpreter
-        waits at exit. asyncio.wrap_future would cancel the job.
+        The thread gives the place away. The interpreter would wait for an executor's at exit.
+        asyncio.wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3291,7 +3280,7 @@ class Job(Future[_T]):
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
 
         def wait() -> None:
-            with contextlib.suppress(BaseException):  # result() below raises it again
+            with contextlib.suppress(BaseException):  # result() raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
         if current_attempt() is None:
@@ -3304,25 +3293,25 @@ class Job(Future[_T]):
             if tell in self._done_callbacks:
                 self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()  # the thread looks whether it is given up
+                self._condition.notify_all()  # the thread may be given up
         return self.result()
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
-        """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
+        """Call `fn(job)` once the job is over, in a thread for callbacks; or at once."""
         super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
     def _watch(self) -> None:
-        """Have this handle completed when its job is over, now if it is already."""
+        """Have this handle completed when its job is over."""
         if self._state == "PENDING":
             self._stored()
             self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over, and wake the threads that wait."""
-        if row is None:  # else an attempt elsewhere has been told, in the thread that reads
+        """Take the outcome over, once, if the job is over; wake threads that wait."""
+        if row is None:  # {} from elsewhere: the thread that reads must not wait for itself
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
         if status not in OVER:
@@ -3338,11 +3327,11 @@ class Job(Future[_T]):
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
-            except Exception as error:  # else its handles would wait for good
+            except Exception as error:  # else threads wait for good
                 text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
                 self._exception = BgjobsError(text)
             self._end = status
-            self._state, tell = _FUTURE_STATES[status]  # last: it is read without the lock
+            self._state, tell = _FUTURE_STATES[status]  # last: read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
@@ -3355,24 +3344,23 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
-# Parts of a handle that are made when they are first asked for.
+# Parts of a handle made at first use.
 _MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
-# The status of a job that is over: the state of its Future, and the method that tells a waiter.
+# By status: the state of the Future, and the method that tells a waiter.
 _FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
                   FAILED: (FUTURE_FINISHED, "add_exception"),
                   CANCELLED: (CANCELLED_AND_NOTIFIED, "add_cancelled")}
 
 
 def path_of(handle: Job[Any]) -> str:
-    """Return the path of the file that a handle's job is in."""
+    """Return the path of a handle's file."""
     return handle._backend.path
 
 
 class Handles:
     """The handles that wait for the ends of their jobs.
 
-    The thread that commits an end completes them; another calls their callbacks, while there are
-    any to call.
+    The thread that commits an end completes them; another calls their callbacks.
     """
 
     def __init__(self, store: Store) -> None:
@@ -3385,20 +3373,20 @@ class Handles:
         self._caller: threading.Thread | None = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if the app keeps it or it has callbacks."""
+        """Complete this handle when its job is over, if it is kept or has callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the ids of the watched jobs whose handles are still there."""
+        """Return the watched jobs whose handles are still there."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
 
     def complete(self, job_ids: Iterable[int]) -> None:
-        """Complete the handles of jobs that are over; one that was resumed stays watched."""
+        """Complete the handles of those jobs that are over."""
         for job_id in job_ids:
             for handle in list(self.watched.get(job_id, ())):
                 try:
@@ -3419,7 +3407,7 @@ class Handles:
             self.complete(row["value"] for row in ended)
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -3445,12 +3433,12 @@ class Handles:
                 _log.exception("a callback of job %d failed", handle.id)
 
     def wait_for_callbacks(self) -> None:
-        """Block until the callbacks of complete handles have returned, unless inside one."""
+        """Block until all callbacks have returned, unless inside one."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, where the thread is missing and the lock may be held."""
+        """Begin anew in a forked child: the thread is missing, the lock may be held."""
         self._lock, self._caller = threading.Lock(), None
 
 
@@ -4971,15 +4959,14 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
 #
-# Transactions count in bgjobs_stats what happens to jobs, by minute and function, so that it
-# outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
-# by the parts of the next longer window, and removes the trees that have been over for long.
+# Transactions count in bgjobs_stats, by minute and function, what happens to jobs; it outlives
+# them. Every hour a system job sums up the rows that have left a window of `stats` by the parts of
+# the next longer one, and removes trees that have been over for long.
 
-# How many parts a window has, and of how many minutes. FOLD follows them.
+# A window's number of parts, and their minutes; FOLD follows them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
-# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
-# all digits of a number.
+# {by}: `at` (a part's first minute), `name`, or NULL for all. quote() gives all digits.
 STATS = """WITH RECURSIVE part (at) AS
         (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
     SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
@@ -4996,7 +4983,7 @@ STATS = """WITH RECURSIVE part (at) AS
 
 
 def count_created(core: Core) -> None:
-    """Count the jobs that were created and begun by now."""
+    """Count the jobs created and begun by now."""
     if core.lines or core.store.read(Transaction.UNCOUNTED):
         core.store.write(Transaction.count_created)
 
@@ -5019,7 +5006,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
             "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-# The minute under which a row is kept: the first of its part of the shortest window it is in.
+# The minute a row is kept under: the first of its part of the shortest window it is in.
 FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
     WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
     WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
@@ -5031,7 +5018,7 @@ FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
-    """Sum up rows that have left a window by the parts of the next longer, or for good."""
+    """Sum up rows that have left a window."""
     def fold(tx: Transaction) -> None:
         now = {"now": int(tx.now // 60)}
         sums = tx.execute(FOLDED, now).fetchall()
@@ -5041,11 +5028,10 @@ def fold_statistics(core: Core) -> None:
 
 
 PRUNE_IDS = 2_000  # that a prune looks at together
-PRUNE_SECONDS = 0.02  # how long one of its transactions removes jobs, while all writers wait
+PRUNE_SECONDS = 0.02  # of a transaction, while all writers wait
 
-# A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to
-# do: a child may have been resumed below a root that is over. Jobs that an interrupted prune left
-# behind have no root.
+# A job goes with its root, which has the tree's lowest id, once nothing in the tree is left to do
+# (a child may be resumed below a root that is over). An interrupted prune leaves jobs without root.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j
     LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
     WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
@@ -5054,7 +5040,7 @@ EXPIRED = """SELECT j.id FROM bgjobs_jobs j
 
 
 def _remove_some(tx: Transaction, which: Fields) -> int:
-    """Remove expired jobs, perhaps with many log lines, for PRUNE_SECONDS; return how many."""
+    """Remove expired jobs for PRUNE_SECONDS; return how many."""
     until, count = time.perf_counter() + PRUNE_SECONDS, 0
     for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
@@ -5065,7 +5051,7 @@ def _remove_some(tx: Transaction, which: Fields) -> int:
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
-    """Remove trees that are over for so many seconds and count their jobs; see Runner.prune."""
+    """Remove trees that are over for so long, and count their jobs; see Runner.prune."""
     if not are_seconds([finished, failed]):
         raise ValueError("finished and failed are seconds, 0 or more, "
                          f"got {short((finished, failed))}")
@@ -5082,14 +5068,14 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
 
 @job(name="bgjobs.housekeeping")
 def housekeeping(finished: float, failed: float) -> int:
-    """Fold the statistics and prune the file of this job's runner."""
+    """Fold the statistics and prune the file."""
     core = current_attempt().backend  # type: ignore[union-attr]
     fold_statistics(core)
     return remove_expired(core, finished, failed)
 
 
 def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
-    """Schedule the housekeeping, as each runner that starts does; one process at a time works."""
+    """Schedule the housekeeping, as each runner does that starts."""
     if retention is not None:
         runner.options(key="bgjobs.housekeeping", system=True,
                        label="Housekeeping: remove what is over for long").every(
@@ -5098,28 +5084,27 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 
 # ---- 16 What people see -------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its log. A list takes milliseconds with a million jobs, too, and
-# without an index for every filter, which each submit would pay for. If no index has the jobs in
-# order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says
-# where to go on, a count that it is "at least".
+# A list takes milliseconds with a million jobs, too, without an index for every filter, which each
+# submit would pay for. If no index has the jobs in order, the search goes from the newest down,
+# SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is "at least".
 
 COUNT_LIMIT = 10_001  # where counting for people ends
-SEARCH_LIMIT = 60_000  # jobs that one search looks at; a sixth of that if it looks into texts
-FEW = 10_000  # jobs of a status; all of fewer are looked at
+SEARCH_LIMIT = 60_000  # jobs that a search looks at; a sixth of that if into texts
+FEW = 10_000  # of fewer jobs of a status, all are looked at
 MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, a Python value or a text of a URL, and a
-# text: what the value must be. If it is not, the function raises any error.
+# Filters. A reader is a function that reads a parameter, from Python or a URL, or raises any error,
+# and a text: what the value must be.
 
 A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
-A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # one in UTF-8
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # in UTF-8
 A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")  # no NaN
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
 def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
-    """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    """Return what a reader makes of a value. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
         return read(value)
@@ -5128,10 +5113,10 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
 
 
 def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
-    """Return the SQL conditions of some filters, and their values by name.
+    """Return the SQL conditions of filters, and their values by name.
 
-    known: by name, a reader and a condition. A filter that is None is none, but for parent. Raises
-    TypeError if there is no such filter, ValueError if a value is bad.
+    known: by name, a reader and a condition. None is no filter, but for parent. Raises TypeError
+    for an unknown filter, ValueError for a bad value.
     """
     for name in given:
         if name not in known:
@@ -5142,7 +5127,7 @@ def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
 
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
-# With both, bgjobs_begun has the jobs of a status in the order of their ids.
+# With both, bgjobs_begun has a status's jobs in the order of their ids.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
 FILTERS: Fields = {
     "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
@@ -5157,7 +5142,7 @@ FILTERS: Fields = {
     "system": (A_TRUTH, _NO_SYSTEM),  # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
-    # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
+    # The slowest is the last. Arguments are searched for :json, as their JSON is ASCII.
     "q": ((text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
         || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q))
         OR instr(ifnull(options, ''), '"secret"') = 0
@@ -5166,11 +5151,11 @@ FILTERS: Fields = {
 
 
 def conditions(filters: Fields) -> tuple[list[str], Fields]:
-    """Return the SQL conditions of all filters but the status, and all their values by name.
+    """Return the SQL conditions of all filters but the status, and all values by name.
 
     status: one or several. name, run_by: the whole text. errors, low_priority: True or False. q: an
     id, or a part of the name, label, arguments, message or run_by. parent: an id or a Job, None for
-    roots only. system: True adds the system jobs. created_from, created_to: Unix seconds.
+    roots. system: True adds system jobs. created_from, created_to: Unix seconds.
     """
     where, values = read_filters({"system": False, **filters}, FILTERS)
     values.setdefault("status", list(STATUSES))
@@ -5188,15 +5173,14 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
               most: Any = None) -> tuple[list[int], int | None]:
     """Return the ids of jobs that pass, the highest first, and that below which to go on, or None.
 
-    before: only ids below that. limit: how many at most. most: how many jobs to look at: there may
-    be fewer than `limit` among them, and more further down.
+    before: only ids below it. limit: how many at most. most: how many jobs to look at.
     """
     where, values = conditions(filters)
     limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
     values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
     values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    # Indexes have the jobs of a status in order, or it has so few that all can be sorted.
+    # An index has a status's jobs in order, or they are few enough to sort.
     unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
     indexed = [condition for condition in where if condition in _INDEXED]
     if _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
@@ -5212,7 +5196,7 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-# The pending jobs, each once, by indexes; these are named, else SQLite walks through all children.
+# The pending jobs, each once, by indexes, which are named, else SQLite reads all children.
 _PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
         AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
     UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
@@ -5225,7 +5209,7 @@ _PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions."""
+    """Return the query for the ids of a status's jobs that fulfil conditions."""
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
@@ -5233,12 +5217,12 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
-    """Return how many jobs of a status fulfil conditions, or `most` if they are more."""
+    """Return how many jobs of a status fulfil conditions, at most `most`."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
     return store.read(query, values)[0][0]
 
 
-# The first id since a time: a binary search for the last one before.
+# The first id since a time, by binary search.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
     UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
         WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
@@ -5246,7 +5230,7 @@ _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
 
 
 def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
-    """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
+    """Return what to search the `most` newest jobs FROM, and the id below which to go on, or None.
 
     values: gets :lowest, and :before if there is none.
     """
@@ -5255,7 +5239,7 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
     values.setdefault("before", MAX_ID)
     values["lowest"] = 0
     if most is not None:
-        # Ids go up with time, give or take an hour if the clock was set.
+        # Ids go up with time; an hour's grace if the clock was set.
         values["lowest"], end = (store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
             values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600))
         values["before"] = min(values["before"], end)
@@ -5269,8 +5253,8 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-# The eta is the longer of the attempt's own estimate and that of its tree by its mean rate, else
-# from the mean run time of the function.
+# The eta is the longer of the attempt's estimate and the tree's by its mean rate, else by the
+# function's mean run time.
 _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
         duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
         status IN ('running', 'stopping') AS active FROM bgjobs_jobs
@@ -5306,7 +5290,7 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of the jobs that are still there, the highest id first."""
+    """Return the `info` of jobs that are still there, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5348,7 +5332,7 @@ _LOG_FILTERS: Fields = {
 
 
 def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
-    """Return what `Job.logs` does: the newest `limit` lines, or those that follow `after`."""
+    """Return what `Job.logs` does."""
     where, values = read_filters(filters, _LOG_FILTERS)
     patterns = [values.pop(name) for name in ("text", "regex") if name in values]
     where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
@@ -5363,8 +5347,6 @@ def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
 
 
 # ---- 17 The default runner ----------------------------------------------------------------------
-#
-# The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
 _default_lock = threading.Lock()  # guards the making of _default
@@ -5374,8 +5356,8 @@ _default_lock = threading.Lock()  # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options are those of Runner. Raises RuntimeError if there is a default runner already
-    and options, or another path, are given.
+    path and options: as for Runner. Raises RuntimeError if one is there, and options or another
+    path are given.
     """
     global _default
     with _default_lock:
@@ -5390,12 +5372,12 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner is closed; one that a fork has closed can start again."""
+    """Return whether a runner is closed, but not by a fork, after which it can start."""
     return runner.core.store.closed and not runner.core.store.forked
 
 
 def _backend() -> Core:
-    """Return what the module's functions ask: in a job, what its attempt asks.
+    """Return what the module's functions ask; in a job, its attempt's.
 
     Raises RuntimeError if the default runner is closed: a new one might be on another file.
     """
@@ -5417,10 +5399,10 @@ options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
-    """Return a function that calls a method of the default runner."""
+    """Return a function that calls the default runner's method."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
-    # Of a bound method, so that help() shows the signature without `self`.
+    # Bound, so that help() shows no `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
     return call
