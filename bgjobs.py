@@ -40,7 +40,7 @@ The walk of a job, and the sections to read:
     run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool
              (9), or hands it to an executor, whose process calls back over a connection (18).
     finish   The outcome waits in Dispatch until Transaction.finish (7) records it in the next
-             transaction. After the commit the handles (11) of jobs that are over are completed.
+             transaction. After the commit the handles (11) of jobs that are over complete.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
@@ -125,7 +125,7 @@ def start_thread(name: str, run: Function, *args: Any) -> threading.Thread:
 
 
 def say(level: int, text: str) -> None:
-    """Log a message of bgjobs from a thread of its own: the app's handlers may block."""
+    """Log a message from a thread of its own: the app's handlers may block."""
     with contextlib.suppress(RuntimeError):  # the interpreter ends
         start_thread("bgjobs-log", _log.log, level, "%s", text)
 
@@ -307,12 +307,11 @@ def _set_to_json(value: set[Any]) -> list[Any]:
 
 
 def _clock_to_json(value: Any) -> list[Any]:
-    """Return a datetime or time as [ISO text, with a fixed offset; fold; key of its ZoneInfo]."""
+    """Return [ISO text, with a fixed offset; fold; key of the ZoneInfo]."""
     import datetime
     zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
     if key is None and not isinstance(zone, (datetime.timezone, type(None))):
-        raise TypeError(f"the time zone {short(zone)} is not of datetime or zoneinfo; use "
-                        "astimezone()")
+        raise TypeError(f"the time zone {short(zone)} is not of datetime or zoneinfo")
     return [value.isoformat(), value.fold, key]
 
 
@@ -402,7 +401,7 @@ def decode(text: str | None) -> Any:
 # ---- 3 Functions and options --------------------------------------------------------------------
 
 def import_name(module: str) -> str:
-    """Return the name by which another process imports a module, for __main__ the script's."""
+    """Return the name by which another process imports a module."""
     main: Any = sys.modules["__main__"]
     if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
         return module
@@ -566,7 +565,7 @@ def job(**options: Any) -> Callable[[_T], _T]:
             known = functions.get(name, function)
             taken_by = f"{known.__module__}.{known.__qualname__}"
             if taken_by != f"{function.__module__}.{function.__qualname__}":
-                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}")
             functions[name] = function  # perhaps that of a reloaded module
         declared[function] = options
         return function
@@ -589,7 +588,7 @@ def options_to_keep(function: Function, given: Fields) -> Fields:
 
 
 def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
-    """Return the names, and the positions at which they may be passed. Raises ValueError."""
+    """Return the names, and their positions. Raises ValueError."""
     import inspect
     stars = {name: str(each).count("*", 0, 2)
              for name, each in inspect.signature(function).parameters.items()}
@@ -602,11 +601,8 @@ def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; the last one repeats.
-
-    A function is called now, for it cannot be stored. Raises ValueError.
-    """
-    if callable(backoff):
+    """Return the seconds before each retry; the last one repeats. Raises ValueError."""
+    if callable(backoff):  # called now, for it cannot be stored
         backoff = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
     pauses = list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
     if not are_seconds(pauses):
@@ -658,7 +654,7 @@ class Every(NamedTuple):
     seconds: float
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after `now`, in step with `due`, a time when it was or will be."""
+        """Return when it is due after `now`, in step with `due`."""
         return due + self.seconds * max(0, math.floor((now - due) / self.seconds) + 1)
 
 
@@ -670,7 +666,7 @@ _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
-    """Return the values of a field: *, numbers, names and ranges, perhaps with steps."""
+    """Return the values of a field."""
     for number, word in enumerate(words.split(), least):
         text = text.replace(word, str(number))
     values: set[int] = set()
@@ -688,8 +684,8 @@ def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set
         return values
     except ValueError:
         raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that "
-                         f"goes up, or a list of these, perhaps with a step (*/5); got {text!r}"
-                         ) from None
+                         "goes up, or a list of these, perhaps with a step of 1 or more; got "
+                         f"{text!r}") from None
 
 
 class Cron:
@@ -713,7 +709,7 @@ class Cron:
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
-        """Return the first time after that, in the first or second pass of repeated hours."""
+        """Return the first time, in the first or second pass (fold) of repeated hours."""
         import datetime
         # No clock goes back further than 3 hours at once.
         hour = datetime.datetime.fromtimestamp(after - 3 * 3_600, self._zone)
