@@ -35,7 +35,7 @@ The walk of a job, and the sections to read:
              Transaction.submit (7).
     write    One of the threads that wait for the store leads. In one transaction it runs what all
              of them queued, records the outcomes of ended attempts and claims jobs for free
-             workers. So batches grow with the load, and a caller alone pays no hand-over.
+             workers.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
     run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool
              (9), or hands it to an executor, whose process calls back over a connection (18).
@@ -369,7 +369,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def encode(value: Any, what: str = "the value") -> str:
-    """Return `value` as JSON. Raises TypeError, with the remedy, if it cannot be stored."""
+    """Return `value` as JSON. Raises TypeError, with the remedy."""
     try:
         text = dump(_jsonable(value))
     except Exception as error:  # of the value's own methods, too
@@ -412,12 +412,12 @@ def import_name(module: str) -> str:
 
 
 def module_name(module: str) -> str:
-    """Return a module's name in job names: a package's is without .__main__."""
+    """Return a module's name in job names: without .__main__."""
     return import_name(module).removesuffix(".__main__")
 
 
 def import_path(function: Function) -> str:
-    """Return "package.module.function". Raises TypeError if it does not lead to the function."""
+    """Return "package.module.function". Raises TypeError if that leads elsewhere."""
     module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
     for attribute in str(qualname).split("."):
@@ -437,7 +437,7 @@ declared: dict[Function, Fields] = {}
 
 @functools.cache
 def name_of(function: Function) -> str:
-    """Return the function's name and remember the function. Raises TypeError as import_path."""
+    """Return the function's name and remember it. Raises TypeError as import_path."""
     path = import_path(function)
     name: str = declared.get(function, {}).get("name") or path
     functions[name] = function
@@ -534,7 +534,7 @@ def check_values(given: Fields, tests: Fields) -> None:
 
 
 def check_options(given: Fields) -> Fields:
-    """Return `given`. Raises TypeError for an unknown option, ValueError for a bad value."""
+    """Return `given`. Raises TypeError: an unknown option; ValueError: a bad value."""
     for name in given.keys() - OPTIONS:
         raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
@@ -611,7 +611,7 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
 
 
 def pause_before_retry(options: Fields, failures: int) -> float:
-    """Return the seconds to wait after so many failures, by the option `backoff`.
+    """Return the seconds to wait after so many failures.
 
     By default 1 s, doubled each time, up to 10 min; and by chance up to half as long again, so that
     jobs that failed together are not retried together.
