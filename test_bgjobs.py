@@ -5078,7 +5078,7 @@ class TestExecutor:
     def test_a_write_from_inside_a_write_is_refused_not_hung(self, idle):
         def nested_write(tx):
             idle.submit(add, 1)
-        with pytest.raises(RuntimeError, match="inside a write of the same thread"):
+        with pytest.raises(RuntimeError, match="inside a write of its thread"):
             written(idle, nested_write)
         assert idle.submit(add, 1).id == 1
 
