@@ -4161,7 +4161,7 @@ class Submitter:
             if not isinstance(args, tuple):
                 raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
                                 "(value,) for a single argument")
-            return encode_arguments(new, args)
+            return encode(args, f"the arguments of {new.name}") if args else None
         encoded = map(encode_tuple, argument_tuples)
         try:
             while batch := list(itertools.islice(encoded, 10_000)):
@@ -4264,13 +4264,11 @@ def new_submission(backend: Core, fn: Function, options: Fields,
         attempt.raise_if_stopped()
         if "parent" not in given:
             new.parent_id = attempt.id
-    new.args, new.kwargs = encode_arguments(new, args), encode_arguments(new, kwargs)
+    if args:
+        new.args = encode(args, f"the arguments of {new.name}")
+    if kwargs:
+        new.kwargs = encode(kwargs, f"the arguments of {new.name}")
     return new
-
-
-def encode_arguments(new: Submission, given: Any) -> str | None:
-    """Return positional or keyword arguments as JSON, or None if there are none."""
-    return encode(given, f"the arguments of {new.name}") if given else None
 
 
 def _apply_options(backend: Core, new: Submission, fn: Function, given: Fields) -> None:
