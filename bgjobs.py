@@ -2583,20 +2583,17 @@ class Pool:
 
 # ---- 10 Inside a job ----------------------------------------------------------------------------
 #
-# A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's
-# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library
-# it would leave a lock or a transaction open, and after the function it would hit the thread's next
-# job. So the promise is: it is raised at most once, in the function or what that calls, never in
-# the library, and never after the function.
+# A force stop raises JobStopped in the thread of an attempt that the file already refuses, with
+# PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library it would
+# leave a lock or a transaction open; after the function it would hit the thread's next job. So it
+# is raised at most once, and only in the function or what that calls.
 #
 # For that, each attempt has a ticket: free while the function runs, taken while the library runs
-# (`library_code`) and once the function has ended. A force stop takes the ticket, too, and never
-# puts it back. There are two cases:
-# - The thread has the ticket. Then the force stop only leaves a note (`void`), and the thread
-#   raises the exception itself on its way back from the library.
-# - The force stop has the ticket. Then the exception may come at any moment, so a thread that
-#   wants to enter the library waits until it has been sent. If it has not been raised by then, or
-#   was raised before and caught, the thread takes it back and raises one itself.
+# (`library_code`) and once the function has ended. A force stop takes it for good:
+# - If the thread has the ticket, the force stop leaves a note (`void`), and the thread raises the
+#   exception itself on its way back from the library.
+# - If the force stop has it, the exception may come at any moment. A thread that wants to enter the
+#   library waits until it has been sent, takes it back if it is not raised yet, and raises its own.
 
 FLUSH_SECONDS = 0.25  # how often progress is written without another write
 
@@ -2693,14 +2690,14 @@ class JobContext:
 
     def __init__(self, attempt: Attempt | None) -> None:
         self._attempt = attempt
-        if attempt is not None:
+        if attempt:
             self.id, self.name, self.run_by = attempt.id, attempt.name, attempt.job.run_by
             self.attempt = attempt.number
 
     @property
     def state(self) -> Any:
         """A copy of the state saved last, or None."""
-        return None if self._attempt is None else decode(self._attempt.state)
+        return decode(self._attempt.state) if self._attempt else None
 
     @property
     def stop_requested(self) -> bool:
@@ -2710,7 +2707,7 @@ class JobContext:
     @property
     def log(self) -> logging.Logger:
         """A standard logger; its records also go to the job's log."""
-        return _log if self._attempt is None else self._attempt.logger()
+        return self._attempt.logger() if self._attempt else _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
         """Save `state`, if given, for the next attempt. Stop here if that was asked for.
@@ -2719,7 +2716,7 @@ class JobContext:
         job is to stop, TypeError if the state cannot be stored.
         """
         attempt = self._attempt
-        if attempt is not None:
+        if attempt:
             if state is not _UNSET:
                 attempt.save(encode(state, f"the state of job {attempt.id}"))
             if attempt.attention:
@@ -2730,7 +2727,7 @@ class JobContext:
 
         Returns at once; no checkpoint; shown within a second.
         """
-        if self._attempt is not None:
+        if self._attempt:
             self._attempt.report(done, total, message)
 
     def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
@@ -2739,14 +2736,11 @@ class JobContext:
         A resumed attempt goes on after the last completed item, so the items must be the same, in
         the same order. total: their number, if the iterable has no length. Raises JobStopped.
         """
-        return iter(iterable) if self._attempt is None else self._attempt.each(iterable, total)
+        return self._attempt.each(iterable, total) if self._attempt else iter(iterable)
 
     def sleep(self, seconds: float) -> None:
         """Sleep. Raises JobStopped at once if the job is to stop."""
-        if self._attempt is None:
-            time.sleep(seconds)
-        else:
-            self._attempt.sleep(seconds)
+        (self._attempt or time).sleep(seconds)
 
 
 def current_job() -> JobContext:
@@ -2846,7 +2840,7 @@ class Attempt:
         for condition in list(self.waits_on):
             with condition:
                 condition.notify_all()
-        if self.on_stop is not None:
+        if self.on_stop:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
@@ -2877,7 +2871,7 @@ class Attempt:
         """Let an operation pass, then raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
         self.attention = False  # first: a stop from here on sets it again
-        if operation is not None:
+        if operation:
             operation.wait(1.0)
         if self.stop_requested:
             self.attention = True
@@ -3096,14 +3090,14 @@ class HandleCondition(threading.Condition):
 
     def acquire(self) -> bool:  # type: ignore[override]
         """Lock it. Quietly: a generator of the standard library cleans up with it."""
-        if _here.ticket is not None:
+        if _here.ticket:
             _here.ticket.take(quietly=True)
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
         """Unlock it."""
         self._lock.release()
-        if _here.ticket is not None:
+        if _here.ticket:
             _here.ticket.put_back()
 
     __enter__, __exit__ = acquire, release
@@ -3118,10 +3112,10 @@ class _Waiters(list[Any]):
 
     def append(self, waiter: Any) -> None:
         attempt, handle = current_attempt(), self._handle()
-        if attempt is not None and type(waiter.event) is threading.Event:
+        if attempt and type(waiter.event) is threading.Event:
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
-        if handle is not None:
+        if handle:
             handle._watch()  # last: the job may be over
 
 
@@ -3340,7 +3334,7 @@ class Job(Future[_T]):
         def over() -> bool:
             stops = attempt is not None and attempt.stop_requested
             return stops or self._state != "PENDING" or given_up()
-        if attempt is not None:
+        if attempt:
             attempt.wait_for(condition, over, timeout)
             attempt.raise_if_stopped()
         else:
@@ -3368,10 +3362,10 @@ class Job(Future[_T]):
             with contextlib.suppress(BaseException):  # result() raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
-        if current_attempt() is None:
-            self.add_done_callback(tell)
-        else:
+        if current_attempt():
             start_thread("bgjobs-await", contextvars.copy_context().run, wait)
+        else:
+            self.add_done_callback(tell)
         try:
             await over
         finally:
@@ -3406,15 +3400,14 @@ class Job(Future[_T]):
                 return
             try:
                 if not row:
-                    text = f"job {self.id} has been removed from {self._backend.path}"
-                    self._exception = BgjobsError(text)
+                    self._exception = BgjobsError(f"job {self.id} has been removed")
                 elif status == FAILED:
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
             except Exception as error:  # else threads wait for good
-                text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
-                self._exception = BgjobsError(text)
+                self._exception = BgjobsError(
+                    f"job {self.id} is {status}, but its outcome cannot be read: {error}")
             self._end = status
             self._state, tell = _FUTURE_STATES[status]  # last: read without the lock
             for waiter in self._waiters:
@@ -5478,7 +5471,7 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """
     global _default
     with _default_lock:
-        runner, anew = _default, path is not None or bool(options)
+        runner, anew = _default, path is not None or options
         if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
@@ -5499,7 +5492,7 @@ def _backend() -> Core:
     Raises RuntimeError if the default runner is closed: a new one might be on another file.
     """
     attempt, runner = current_attempt(), _default
-    if attempt is not None:
+    if attempt:
         return attempt.backend
     if runner is None:
         return start().core
@@ -5538,13 +5531,13 @@ wsgi = _of_default_runner(Runner.wsgi)
 
 def close(timeout: float = GRACE_SECONDS) -> None:
     """Runner.close on the default runner, if there is one."""
-    if _default is not None:
+    if _default:
         _default.close(timeout)
 
 
 def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
     """Runner.shutdown on the default runner, if there is one."""
-    if _default is not None:
+    if _default:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
