@@ -2595,15 +2595,15 @@ class Pool:
 # - If the force stop has it, the exception may come at any moment. A thread that wants to enter the
 #   library waits until it has been sent, takes it back if it is not raised yet, and raises its own.
 
-FLUSH_SECONDS = 0.25  # how often progress is written without another write
+FLUSH_SECONDS = 0.25  # between writes of progress alone
 
 
 class Ticket:
-    """The right to raise JobStopped in an attempt's thread; other threads only call `use`."""
+    """The right to raise JobStopped in a thread; others only call `use`."""
 
-    _depth = 1  # of library code that calls library code
+    _depth = 1  # of calls in the library
     _raised = False  # from outside
-    _spent = False  # nothing comes from outside any more
+    _spent = False  # nothing more comes from outside
     void = False  # superseded: library calls raise
     thread = 0  # the attempt's ident
 
@@ -2635,7 +2635,7 @@ class Ticket:
         self._spent |= self.void
 
     def use(self) -> None:
-        """Raise JobStopped in the thread: now, or when it leaves the library."""
+        """Raise JobStopped in the thread, now or on its way from the library."""
         self.void = True
         if self._taken.acquire(False):
             if _is_logging(self.thread):
@@ -2644,7 +2644,7 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise JobStopped once the thread holds no lock of `logging`."""
+        """Raise it once the thread holds no lock of `logging`."""
         while _is_logging(self.thread):
             time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
@@ -2652,16 +2652,16 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is inside `logging`, but not waiting in `_take` for the exception."""
+    """Return whether a thread is inside `logging`, and not in `_take`."""
     frame = sys._current_frames().get(thread)
-    if frame is None or frame.f_code is Ticket._take.__code__:
+    if not frame or frame.f_code is Ticket._take.__code__:
         return False
     return any(each.f_globals.get("__name__", "").split(".")[0] == "logging"
                for each, _ in traceback.walk_stack(frame))
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Raise `error` at a thread's next bytecode; without one, take the last back."""
+    """Raise `error` at a thread's next bytecode, or take the last back."""
     with contextlib.suppress(ImportError, AttributeError):  # not CPython
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
@@ -2679,8 +2679,7 @@ class JobContext:
     """The job that this code runs in.
 
     attempt: its number, from 1. Outside of a job it is 0, id, name and run_by are None, and methods
-    do nothing. Threads with the job's context (`asyncio.to_thread`) may use this; `each` is for one
-    thread at a time.
+    do nothing. Threads with the job's context (`asyncio.to_thread`) may use all but `each`.
     """
 
     id: int | None = None
@@ -2706,7 +2705,7 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A standard logger; its records also go to the job's log."""
+        """A logger whose records also go to the job's log."""
         return self._attempt.logger() if self._attempt else _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
@@ -2744,28 +2743,27 @@ class JobContext:
 
 
 def current_job() -> JobContext:
-    """Return the context of the job this code runs in, or one that does nothing."""
+    """Return the context of this job, or one that does nothing."""
     return JobContext(current_attempt())
 
 
 class Attempt:
     """One execution of a job's function."""
 
-    # Defaults that most attempts never change.
-    thread: int | None = None  # its ident while it executes; 0: elsewhere
-    begun = left_at = 0.0  # monotonic; left_at: when it went away
-    ran = waited = 0.0  # seconds: in all; waiting for jobs
-    waits = 0  # its threads that wait
-    lines = 0  # of its log, written
+    thread: int | None = None  # while it executes; 0: elsewhere
+    begun = left_at = 0.0  # monotonic; left_at: went away
+    ran = waited = 0.0  # seconds: in all; for jobs
+    waits = 0  # threads that wait
+    lines = 0  # of the log, written
 
     outcome, reason = UNSPENT, HALTED  # how it ended; how a stop ends it
     result: str | None = None  # JSON
     error: str | None = None  # JSON
     exception: BaseException | None = None
     unsaved_progress: Any = None  # see report_to_save
-    has_reported = False  # its progress or a later charge is stored
+    has_reported = False  # progress or a later charge is stored
 
-    loops = 0  # the number of the next loop of each()
+    loops = 0  # each() loops begun
     loop_positions: Any = ()  # their completed turns
     stop_requested = was_asked_to_stop = False  # now; ever
     attention = False  # a checkpoint has something to do
@@ -2787,7 +2785,7 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []  # (done, total) of each() loops under way
+        self.turns: list[Any] = []  # (done, total) of loops under way
         self.waits_on: list[Any] = []  # conditions that a stop notifies
 
     @property
@@ -2822,17 +2820,13 @@ class Attempt:
             self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
-        """Fail by the timeout."""
         self.fail(TimeoutError(f"attempt {self.number} took longer than its timeout of "
                                f"{self.options['timeout']:,g} s"))
 
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
-        """Have the next checkpoint raise JobStopped, with this outcome. From any thread.
-
-        force: even if stoppable=False.
-        """
+        """Have the next checkpoint raise JobStopped; force: even if stoppable=False."""
         if not force and not self.options.get("stoppable", True):
             return
         self.reason = reason  # first: a checkpoint that sees `attention` needs it
@@ -2849,26 +2843,22 @@ class Attempt:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
-        """Have the next checkpoint wait for an operation under way.
-
-        Else a loop that only computes holds it up, 5 ms of the interpreter lock a statement.
-        """
+        """Have the next checkpoint wait for an operation, which a busy loop holds up (the GIL)."""
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
         """Raise JobStopped wherever the function is; the store already refuses the attempt."""
         self.ticket.use()
-        self.request_stop(force=True)  # last: a thread that wakes looks at the ticket
+        self.request_stop(force=True)  # last: who wakes looks at the ticket
 
     def raise_if_stopped(self) -> None:
-        """Raise JobStopped if a stop is requested."""
         if self.stop_requested:
             raise JobStopped(f"job {self.id} was asked to stop")
 
     @library_code
     def attend(self) -> None:
-        """Let an operation pass, then raise JobStopped if a stop is requested."""
+        """Let an operation pass; raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
         self.attention = False  # first: a stop from here on sets it again
         if operation:
@@ -2901,7 +2891,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state (JSON), if any, and how far each() is. Blocks until the commit."""
+        """Save a state (JSON), if any, and how far each() is; block until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -2910,7 +2900,7 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return how far the loops of each() are, as JSON or None."""
+        """Return each()'s positions as JSON, or None."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
     # Loops of each() may follow each other, or run inside another's turns. They are numbered as
@@ -2919,7 +2909,7 @@ class Attempt:
     # same order, finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield the items from the saved position on; save it at most ten times a second."""
+        """Yield items from the saved position on; save it at most ten times a second."""
         positions = self.loop_positions or json.loads(self.job.positions or "[]")
         self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
@@ -2957,15 +2947,15 @@ class Attempt:
         self.report(units, total)
 
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Note the progress for the service thread to write."""
+        """Note the progress for the service thread."""
         if message is not None:
-            message = text_of(message, 500)  # here, as its __str__ is the app's
+            message = text_of(message, 500)  # here: __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
         """Return (share from 0 to 1, seconds left, message), or None if nothing is new."""
         newest, self.newest = self.newest, None  # one of two threads gets it
-        if newest is None:
+        if not newest:
             return None
         done, total, message, at = newest
         if not (total and 0 < total < math.inf and math.isfinite(done)):
@@ -2978,7 +2968,7 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's logger; the app's handlers get its records as "bgjobs.job"."""
+        """Return the job's logger; the app sees it as "bgjobs.job"."""
         if self.job_logger is None:
             self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
             self.job_logger.parent = _job_log
@@ -2987,37 +2977,34 @@ class Attempt:
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> bool:
-        """Take a record into the job's log; return whether the app wants it, too."""
+        """Take a record into the log; return whether the app wants it, too."""
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1]:
                 message += "\n" + traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
-        message = text_of(message).replace("\0", "\\0")
-        self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
+        self.backend.keep_line(self, self.backend.clock(), record.levelno,
+                               text_of(message).replace("\0", "\\0"))
         return _job_log.isEnabledFor(record.levelno)
 
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have the records of all loggers inside a job land in its log, too.
-
-    A root handler would disable logging.basicConfig and the last-resort handler.
-    """
+    """Have all records inside a job land in its log (a root handler would disable basicConfig)."""
     make_record = logging.getLogRecordFactory()
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
-        # The name is None in makeLogRecord, which emits nothing.
-        if attempt is not None and record.name not in (_job_log.name, None):
+        # The name None is makeLogRecord's, which emits nothing.
+        if attempt and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
     logging.setLogRecordFactory(make_and_keep)
 
 
-# The execution of a function, in its process and thread
+# The execution of a function
 
 def perform(attempt: Attempt, function: Function) -> None:
     """Call an attempt's function here; note the outcome."""
@@ -3057,7 +3044,7 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Return whether an error is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
+    """Return whether an error is JobStopped, or a group of it alone (TaskGroup)."""
     kind = type(error)  # isinstance also asks __class__
     if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # Python 3.11
         return all(map(_is_stop, error.exceptions))
@@ -3079,19 +3066,16 @@ def traceback_of(error: BaseException) -> str:
 # Future._waiters, Future._condition, a waiter's `event`, and Event._cond.
 
 class HandleCondition(threading.Condition):
-    """A handle's condition. Locked inside a job, it takes the ticket, too.
-
-    `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
-    """
+    """A handle's condition, which `wait` locks: no force stop may strike meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release  # the lock's own
 
     def acquire(self) -> bool:  # type: ignore[override]
-        """Lock it. Quietly: a generator of the standard library cleans up with it."""
+        """Lock it."""
         if _here.ticket:
-            _here.ticket.take(quietly=True)
+            _here.ticket.take(quietly=True)  # a generator of the library cleans up with it
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
@@ -3104,7 +3088,7 @@ class HandleCondition(threading.Condition):
 
 
 class _Waiters(list[Any]):
-    """A handle's waiters, for which it is watched; inside a job they give the place away."""
+    """A handle's waiters; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3126,7 +3110,7 @@ class _PlaceGivingEvent(threading.Event):
 
     @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set. A force stop raises JobStopped at once; a stop does not."""
+        """Wait until it is set. Only a force stop raises JobStopped."""
         attempt = self._attempt
         if not self.is_set():
             attempt.wait_for(self._cond,  # type: ignore[attr-defined]
@@ -3154,8 +3138,8 @@ class Job(Future[_T]):
     duration: of its attempts, together.
     attempt: the newest's number, 0 before the first.
     errors: failed attempts and descendants.
-    low_priority: whether it runs in periods of low load only.
-    run_by: the name of the person that asked for it, or None.
+    low_priority: whether it waits for low load.
+    run_by: who asked for it, or None.
     progress, eta: 0 to 1, and the time left; None if unknown.
     children: {"total", "done", "failed", "running"}, over all descendants.
     parent_id: None for a root.
@@ -3164,9 +3148,8 @@ class Job(Future[_T]):
     error: the newest failure's traceback, or None.
     operations: those that its status allows.
 
-    Operations block until their commit. by= is the name of the person that asks. They raise
-    InvalidOperation if the status does not allow them, KeyError, and StoreError if the file cannot
-    be written.
+    Operations block until their commit. by= names the person that asks. They raise KeyError,
+    InvalidOperation if the status does not allow them, StoreError if the file cannot be written.
     """
 
     name: str
@@ -3213,7 +3196,7 @@ class Job(Future[_T]):
         return [*super().__dir__(), *Job.__annotations__]
 
     def _row(self) -> Any:
-        """Return the `Core.outcome`, {} if the job is gone, None if it is not committed yet.
+        """Return the outcome, {} if the job is gone, None if it is not committed yet.
 
         Other jobs get the ids of a transaction that is rolled back.
         """
@@ -3232,7 +3215,7 @@ class Job(Future[_T]):
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as JSON values, as the JSON interface does."""
+        """Return all attributes as JSON values."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
@@ -3263,7 +3246,7 @@ class Job(Future[_T]):
         return self._operate("restart", by)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
-        """Set whether the job and its descendants run in periods of low load only."""
+        """Set whether the job and its descendants wait for low load."""
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
@@ -3277,7 +3260,7 @@ class Job(Future[_T]):
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
         """Carry an operation out. Return this handle, or a new one if complete."""
-        self.done()  # if it is over, that is its outcome
+        self.done()  # takes the outcome of a job that is over
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3345,10 +3328,9 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop, completed by a callback, inside a job by a thread.
+        """Await a future of the loop; inside a job, a thread waits and gives the place away.
 
-        The thread gives the place away. The interpreter would wait for an executor's at exit.
-        asyncio.wrap_future would cancel the job.
+        The interpreter would wait for an executor's at exit. wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3377,7 +3359,7 @@ class Job(Future[_T]):
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
-        """Call `fn(job)` once the job is over, in a thread for callbacks; or at once."""
+        """Call `fn(job)` once the job is over, in another thread, or at once."""
         super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
@@ -3389,7 +3371,7 @@ class Job(Future[_T]):
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over; wake threads that wait."""
+        """Take the outcome over, once, if the job is over; wake waiting threads."""
         if row is None:  # {} from elsewhere: the thread that reads must not wait for itself
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
@@ -3448,23 +3430,23 @@ class Handles:
         self.watched: dict[int, Any] = {}  # by job, a WeakSet
         self.held: set[Any] = set()  # with callbacks: live until these ran
         self._to_call_back: deque[Any] = deque()
-        self._caller: threading.Thread | None = None
+        self._caller: Any = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if it is kept or has callbacks."""
+        """Complete this handle when its job is over, if kept or with callbacks."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the watched jobs whose handles are still there."""
+        """Return the watched jobs whose handles live."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
 
     def complete(self, job_ids: Iterable[int]) -> None:
-        """Complete the handles of those jobs that are over."""
+        """Complete the handles of jobs that are over."""
         for job_id in job_ids:
             for handle in list(self.watched.get(job_id, ())):
                 try:
@@ -3477,15 +3459,15 @@ class Handles:
         WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
-        """Complete the handles of jobs that ended unnoticed, as in another process."""
+        """Complete the handles of jobs that ended unnoticed."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
-            ended = self._store.read(self._ENDED, {"ids": json.dumps(ids)})
-            self.complete(row["value"] for row in ended)
+            self.complete(row["value"] for row in self._store.read(
+                self._ENDED, {"ids": json.dumps(ids)}))
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called in their thread."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -3516,7 +3498,7 @@ class Handles:
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child: the thread is missing, the lock may be held."""
+        """Begin anew in a forked child."""
         self._lock, self._caller = threading.Lock(), None
 
 
@@ -5069,9 +5051,9 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
 #
-# Transactions count in bgjobs_stats, by minute and function, what happens to jobs; it outlives
-# them. Every hour a system job sums up the rows that have left a window of `stats` by the parts of
-# the next longer one, and removes trees that have been over for long.
+# bgjobs_stats counts by minute and function what happens to jobs, and outlives them. Every hour a
+# system job sums up rows that have left a window by the parts of the next longer one, and removes
+# trees that have been over for long.
 
 # A window's number of parts, and their minutes; FOLD follows them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
@@ -5093,7 +5075,7 @@ STATS = """WITH RECURSIVE part (at) AS
 
 
 def count_created(core: Core) -> None:
-    """Count the jobs created and begun by now."""
+    """Count new and begun jobs."""
     if core.lines or core.store.read(Transaction.UNCOUNTED):
         core.store.write(Transaction.count_created)
 
@@ -5107,7 +5089,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     last = int(core.clock() // 60)
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> list[tuple[Any, Fields]]:
+    def sums(by: str) -> list[Any]:
         return [(key, json.loads(counted))
                 for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
@@ -5116,7 +5098,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
             "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-# The minute a row is kept under: the first of its part of the shortest window it is in.
+# A row's minute: the first of its part of the shortest window it is in.
 FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
     WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
     WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
@@ -5161,7 +5143,7 @@ def _remove_some(tx: Transaction, which: Fields) -> int:
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
-    """Remove trees that are over for so long, and count their jobs; see Runner.prune."""
+    """Remove trees that are over for so long; see Runner.prune."""
     if not are_seconds([finished, failed]):
         raise ValueError("finished and failed are seconds, 0 or more, "
                          f"got {short((finished, failed))}")
@@ -5185,8 +5167,8 @@ def housekeeping(finished: float, failed: float) -> int:
 
 
 def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
-    """Schedule the housekeeping, as each runner does that starts."""
-    if retention is not None:
+    """Schedule the housekeeping."""
+    if retention:
         runner.options(key="bgjobs.housekeeping", system=True,
                        label="Housekeeping: remove what is over for long").every(
             "1h", housekeeping, **retention)
@@ -5199,8 +5181,8 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 # SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is "at least".
 
 COUNT_LIMIT = 10_001  # where counting for people ends
-SEARCH_LIMIT = 60_000  # jobs that a search looks at; a sixth of that if into texts
-FEW = 10_000  # of fewer jobs of a status, all are looked at
+SEARCH_LIMIT = 60_000  # jobs a search looks at; for texts a sixth
+FEW = 10_000  # a status with fewer jobs is searched in full
 MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
@@ -5214,7 +5196,7 @@ A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 
 
 
 def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
-    """Return what a reader makes of a value. Raises ValueError if it is bad."""
+    """Return a parameter's value. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
         return read(value)
@@ -5290,7 +5272,7 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
     values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
     values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    # An index has a status's jobs in order, or they are few enough to sort.
+    # An index has them in order, or they are few enough to sort.
     unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
     indexed = [condition for condition in where if condition in _INDEXED]
     if _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
@@ -5319,7 +5301,7 @@ _PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of a status's jobs that fulfil conditions."""
+    """Return the query for a status's jobs that fulfil conditions."""
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
@@ -5327,7 +5309,7 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
-    """Return how many jobs of a status fulfil conditions, at most `most`."""
+    """Return how many jobs fulfil conditions, at most `most`."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
     return store.read(query, values)[0][0]
 
@@ -5400,7 +5382,7 @@ _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of jobs that are still there, the highest id first."""
+    """Return the `info` of those jobs that exist, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5413,7 +5395,7 @@ def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
 
 
 def shown_arguments(row: Any, options: Fields) -> Fields:
-    """Return args and kwargs as JSON values, the secret ones masked."""
+    """Return args and kwargs, secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
     for place in options.get("secret", ()):  # a name, or a position
         if place in kwargs:
@@ -5472,7 +5454,7 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     global _default
     with _default_lock:
         runner, anew = _default, path is not None or options
-        if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
+        if not runner or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
         if options or os.path.abspath(path or runner.path) != runner.path:
@@ -5482,19 +5464,16 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner is closed, but not by a fork, after which it can start."""
+    """Return whether a runner is closed for good, not by a fork."""
     return runner.core.store.closed and not runner.core.store.forked
 
 
 def _backend() -> Core:
-    """Return what the module's functions ask; in a job, its attempt's.
-
-    Raises RuntimeError if the default runner is closed: a new one might be on another file.
-    """
+    """Return the core to ask. Raises RuntimeError if closed: a new one's file might be another."""
     attempt, runner = current_attempt(), _default
     if attempt:
         return attempt.backend
-    if runner is None:
+    if not runner:
         return start().core
     if _is_shut(runner):
         raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
@@ -5509,7 +5488,7 @@ options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
-    """Return a function that calls the default runner's method."""
+    """Return a method of the default runner as a function."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Bound, so that help() shows no `self`.
