@@ -2585,15 +2585,15 @@ class Pool:
 #
 # A force stop raises JobStopped in the thread of an attempt that the file already refuses, with
 # PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library it would
-# leave a lock or a transaction open; after the function it would hit the thread's next job. So it
-# is raised at most once, and only in the function or what that calls.
+# leave a lock or a transaction open; later it would hit the thread's next job. So it is raised at
+# most once, and only in the function or what that calls.
 #
-# For that, each attempt has a ticket: free while the function runs, taken while the library runs
-# (`library_code`) and once the function has ended. A force stop takes it for good:
-# - If the thread has the ticket, the force stop leaves a note (`void`), and the thread raises the
-#   exception itself on its way back from the library.
-# - If the force stop has it, the exception may come at any moment. A thread that wants to enter the
-#   library waits until it has been sent, takes it back if it is not raised yet, and raises its own.
+# Each attempt has a ticket: free while the function runs, taken in the library (`library_code`) and
+# once the function has ended. A force stop takes it for good:
+# - If the thread has it, the force stop leaves a note (`void`), and the thread raises the exception
+#   itself on its way back from the library.
+# - Else the exception may come at any moment. A thread that wants to enter the library waits until
+#   it has been sent, takes it back if it is not raised yet, and raises its own.
 
 FLUSH_SECONDS = 0.25  # between writes of progress alone
 
@@ -2612,7 +2612,7 @@ class Ticket:
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
-        """Enter library code. Raises JobStopped if superseded, unless quietly."""
+        """Enter the library. Raises JobStopped if superseded, unless quietly."""
         if self._depth == 0:
             self._take()
             if self._spent and not quietly:
@@ -2620,7 +2620,7 @@ class Ticket:
         self._depth += 1
 
     def put_back(self) -> None:
-        """Leave library code. Raises JobStopped, once, if superseded meanwhile."""
+        """Leave the library. Raises JobStopped, once, if superseded meanwhile."""
         self._depth -= 1
         if self._depth == 0 and not self._spent:
             self._taken.release()
@@ -2652,7 +2652,7 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is inside `logging`, and not in `_take`."""
+    """Return whether a thread is in `logging`, and not in `_take`."""
     frame = sys._current_frames().get(thread)
     if not frame or frame.f_code is Ticket._take.__code__:
         return False
@@ -2679,7 +2679,7 @@ class JobContext:
     """The job that this code runs in.
 
     attempt: its number, from 1. Outside of a job it is 0, id, name and run_by are None, and methods
-    do nothing. Threads with the job's context (`asyncio.to_thread`) may use all but `each`.
+    do nothing. For any thread with the job's context (`asyncio.to_thread`), `each` for one only.
     """
 
     id: int | None = None
@@ -2709,10 +2709,9 @@ class JobContext:
         return self._attempt.logger() if self._attempt else _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Save `state`, if given, for the next attempt. Stop here if that was asked for.
+        """Save `state`, if given, for the next attempt; then stop here if that was asked for.
 
-        state: any value that arguments may have; blocks until its commit. Raises JobStopped if the
-        job is to stop, TypeError if the state cannot be stored.
+        state: as arguments; blocks until its commit. Raises JobStopped, TypeError for a bad state.
         """
         attempt = self._attempt
         if attempt:
@@ -2722,9 +2721,9 @@ class JobContext:
                 attempt.attend()
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Report that `done` of `total` units (None: unknown) are done, with a line for people.
+        """Report that `done` of `total` units are done, with a line for people.
 
-        Returns at once; no checkpoint; shown within a second.
+        total: None if unknown. Never blocks; no checkpoint.
         """
         if self._attempt:
             self._attempt.report(done, total, message)
@@ -2732,8 +2731,8 @@ class JobContext:
     def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         """Yield the items, with a checkpoint before each and at the end; report the progress.
 
-        A resumed attempt goes on after the last completed item, so the items must be the same, in
-        the same order. total: their number, if the iterable has no length. Raises JobStopped.
+        A resumed attempt goes on after the last completed item, so their order must be the same.
+        total: their number, if the iterable has no length. Raises JobStopped.
         """
         return self._attempt.each(iterable, total) if self._attempt else iter(iterable)
 
@@ -2760,7 +2759,7 @@ class Attempt:
     result: str | None = None  # JSON
     error: str | None = None  # JSON
     exception: BaseException | None = None
-    unsaved_progress: Any = None  # see report_to_save
+    unsaved_progress: Any = None
     has_reported = False  # progress or a later charge is stored
 
     loops = 0  # each() loops begun
@@ -2769,12 +2768,11 @@ class Attempt:
     attention = False  # a checkpoint has something to do
     operation: Any = None  # the Event that it waits for
     saved_at = 0.0  # monotonic
-    newest: Any = None  # see report
+    newest: Any = None
     pace: Any = None
     job_logger: Any = None
-    # Hooks for elsewhere.
-    on_stop: Any = None  # in any thread; must not block
-    away: Any = contextlib.nullcontext  # entered while it waits for jobs
+    on_stop: Any = None  # elsewhere: called from any thread, must not block
+    away: Any = contextlib.nullcontext  # elsewhere: while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2810,7 +2808,7 @@ class Attempt:
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the outcome, whatever its own methods raise."""
+        """Make an error the outcome, whatever its methods raise."""
         self.outcome, self.exception, self.result = RAISED, None, None
         kind = type(error).__qualname__
         try:
@@ -2843,14 +2841,14 @@ class Attempt:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
-        """Have the next checkpoint wait for an operation, which a busy loop holds up (the GIL)."""
+        """Have the next checkpoint wait for an operation, which a busy loop holds up."""
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
-        """Raise JobStopped wherever the function is; the store already refuses the attempt."""
+        """Raise JobStopped wherever the function is, for the store refuses the attempt."""
         self.ticket.use()
-        self.request_stop(force=True)  # last: who wakes looks at the ticket
+        self.request_stop(force=True)  # last: threads that wake look at the ticket
 
     def raise_if_stopped(self) -> None:
         if self.stop_requested:
@@ -2874,13 +2872,13 @@ class Attempt:
         self.raise_if_stopped()
 
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
-        """Wait as `wait_on` does, without the place."""
+        """Wait, without the place."""
         with self.away():
             self.backend.wait_in_job(
                 self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()`, asked at each notification and stop; return it."""
+        """Wait until `over()`, asked at notifications and stops; return it."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -2891,7 +2889,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state (JSON), if any, and how far each() is; block until the commit."""
+        """Save a state (JSON), if any, and each()'s positions; block until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -2900,16 +2898,14 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return each()'s positions as JSON, or None."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # Loops of each() may follow each other, or run inside another's turns. They are numbered as
-    # they begin; a list has their completed turns. After a turn, the loops inside it leave the
-    # list, and the next turn's get their numbers. So a resumed attempt, whose loops begin in the
-    # same order, finds its own.
+    # Loops of each() follow each other or nest. They are numbered as they begin; a list has their
+    # completed turns. After a turn the loops inside it leave the list, and the next turn's get
+    # their numbers. So a resumed attempt finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield items from the saved position on; save it at most ten times a second."""
+        """Yield from the saved position on; save it at most ten times a second."""
         positions = self.loop_positions or json.loads(self.job.positions or "[]")
         self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
@@ -2938,7 +2934,7 @@ class Attempt:
     # progress
 
     def _report_turn(self, depth: int, done: int, total: int | None) -> None:
-        """Report a loop's progress; an inner loop refines the outer one's share."""
+        """Report a loop's progress; inner loops refine the outer's share."""
         self.turns[depth:] = [(done, total)]
         units = share = 0.0
         for done, total in reversed(self.turns):
@@ -2953,7 +2949,7 @@ class Attempt:
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
-        """Return (share from 0 to 1, seconds left, message), or None if nothing is new."""
+        """Return (share, 0 to 1, seconds left, message), or None if nothing is new."""
         newest, self.newest = self.newest, None  # one of two threads gets it
         if not newest:
             return None
@@ -2968,7 +2964,7 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's logger; the app sees it as "bgjobs.job"."""
+        """Return the job's logger, "bgjobs.job" for the app."""
         if self.job_logger is None:
             self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
             self.job_logger.parent = _job_log
@@ -2991,13 +2987,13 @@ class Attempt:
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have all records inside a job land in its log (a root handler would disable basicConfig)."""
+    """Keep all records inside a job in its log. (A root handler would disable basicConfig.)"""
     make_record = logging.getLogRecordFactory()
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
-        # The name None is makeLogRecord's, which emits nothing.
+        # None: makeLogRecord's, not emitted.
         if attempt and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
@@ -3032,7 +3028,7 @@ def perform(attempt: Attempt, function: Function) -> None:
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
-    """Call the function. The stack that the page shows begins below this frame."""
+    """Call the function. The stack on the page begins below this frame."""
     enter(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
@@ -3044,7 +3040,7 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Return whether an error is JobStopped, or a group of it alone (TaskGroup)."""
+    """Return whether it is JobStopped, or a group of it alone (TaskGroup)."""
     kind = type(error)  # isinstance also asks __class__
     if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # Python 3.11
         return all(map(_is_stop, error.exceptions))
@@ -3052,7 +3048,7 @@ def _is_stop(error: Any) -> bool:
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, without our frames."""
+    """Return the traceback without our frames."""
     frames = error.__traceback__
     while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
@@ -3062,8 +3058,8 @@ def traceback_of(error: BaseException) -> str:
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
 # `wait` and `as_completed` of the standard library append a waiter to a handle's waiters, and wait
-# on its event. They work with jobs by private parts that are the same in Python 3.10 to 3.14:
-# Future._waiters, Future._condition, a waiter's `event`, and Event._cond.
+# on its event. For that this uses private parts, the same in Python 3.10 to 3.14: Future._waiters,
+# Future._condition, a waiter's `event`, and Event._cond.
 
 class HandleCondition(threading.Condition):
     """A handle's condition, which `wait` locks: no force stop may strike meanwhile."""
@@ -3073,13 +3069,11 @@ class HandleCondition(threading.Condition):
         del self.acquire, self.release  # the lock's own
 
     def acquire(self) -> bool:  # type: ignore[override]
-        """Lock it."""
         if _here.ticket:
-            _here.ticket.take(quietly=True)  # a generator of the library cleans up with it
+            _here.ticket.take(quietly=True)  # as_completed cleans up with it
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        """Unlock it."""
         self._lock.release()
         if _here.ticket:
             _here.ticket.put_back()
@@ -3125,11 +3119,11 @@ class _PlaceGivingEvent(threading.Event):
 class Job(Future[_T]):
     """The handle of a job: a concurrent.futures.Future with the job's attributes. For any thread.
 
-    `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
-    complete handle returns a new one. `await job` works, too; giving it up does not cancel the job.
+    `stopped` is not done: `result()` waits on. It completes once: an operation on a complete handle
+    returns a new one. `await job` works, too; giving it up does not cancel the job.
 
     Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
-    are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
+    are Unix seconds or None; `waiting`, `duration` and `eta` are seconds.
 
     name, label: the function's stable name; a title for people, or None.
     status, phase: one of the seven; what refines it for people, or "".
@@ -3138,8 +3132,7 @@ class Job(Future[_T]):
     duration: of its attempts, together.
     attempt: the newest's number, 0 before the first.
     errors: failed attempts and descendants.
-    low_priority: whether it waits for low load.
-    run_by: who asked for it, or None.
+    run_by: the person that asked for it, or None.
     progress, eta: 0 to 1, and the time left; None if unknown.
     children: {"total", "done", "failed", "running"}, over all descendants.
     parent_id: None for a root.
@@ -3182,7 +3175,7 @@ class Job(Future[_T]):
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
         self._created_at = created_at  # until the submit is committed
-        # With `_condition`, `_waiters` and the three above, what Future.__init__ sets.
+        # Future.__init__ sets this, the three above, `_condition` and `_waiters`.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -3196,14 +3189,11 @@ class Job(Future[_T]):
         return [*super().__dir__(), *Job.__annotations__]
 
     def _row(self) -> Any:
-        """Return the outcome, {} if the job is gone, None if it is not committed yet.
-
-        Other jobs get the ids of a transaction that is rolled back.
-        """
+        """Return the outcome, {} if the job is gone, None if it is not committed yet."""
         row = self._backend.outcome(self.id)
         if row is None:
             return {} if self._created_at is None else None
-        if self._created_at not in (None, row["created_at"]):
+        if self._created_at not in (None, row["created_at"]):  # a rolled back job's id, reused
             return {}
         self._created_at = None
         return row
@@ -3223,7 +3213,7 @@ class Job(Future[_T]):
 
         level= the least, a name or number. text= contained, in any case. regex= found. since=
         until= Unix seconds. after= a line's id. limit= at most, without `after` the newest.
-        tree=True: all descendants', too. Raises ValueError for a bad value.
+        tree=True: all descendants', too. Raises ValueError.
         """
         return self._backend.logs(self._stored(), filters)
 
@@ -3250,7 +3240,7 @@ class Job(Future[_T]):
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
-        """Discard a pending or stopped job for good. Return whether it is cancelled; no error."""
+        """Discard a pending or stopped job. Return whether it is cancelled; no InvalidOperation."""
         if self._state == "PENDING":
             with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
@@ -3291,12 +3281,12 @@ class Job(Future[_T]):
     def result(self, timeout: float | None = None) -> _T:
         """Return what the function returned, once the job and all its descendants are over.
 
-        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and gives the
-        worker's place away. Raises what the function raised (JobFailed if in another process),
-        TimeoutError, CancelledError; inside a job also JobStopped.
+        timeout: seconds. Inside a job this is a checkpoint, and gives the worker's place away.
+        Raises what the function raised (JobFailed if in another process), TimeoutError,
+        CancelledError, inside a job JobStopped.
         """
         error = self.exception(timeout)
-        if error is not None:  # it may be false
+        if error is not None:  # an error may be false
             raise error
         value: Any = self._result
         return value
@@ -3372,7 +3362,7 @@ class Job(Future[_T]):
     @library_code
     def _complete(self, row: Any = None) -> None:
         """Take the outcome over, once, if the job is over; wake waiting threads."""
-        if row is None:  # {} from elsewhere: the thread that reads must not wait for itself
+        if row is None:  # {} elsewhere: the thread that reads must not wait for itself
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
         if status not in OVER:
@@ -3404,7 +3394,6 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
-# Parts of a handle made at first use.
 _MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
 # By status: the state of the Future, and the method that tells a waiter.
 _FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
@@ -3413,7 +3402,6 @@ _FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
 
 
 def path_of(handle: Job[Any]) -> str:
-    """Return the path of a handle's file."""
     return handle._backend.path
 
 
@@ -3446,7 +3434,6 @@ class Handles:
             return list(self.watched)
 
     def complete(self, job_ids: Iterable[int]) -> None:
-        """Complete the handles of jobs that are over."""
         for job_id in job_ids:
             for handle in list(self.watched.get(job_id, ())):
                 try:
@@ -5051,31 +5038,29 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
 #
-# bgjobs_stats counts by minute and function what happens to jobs, and outlives them. Every hour a
-# system job sums up rows that have left a window by the parts of the next longer one, and removes
-# trees that have been over for long.
+# bgjobs_stats counts by minute and function, and outlives the jobs. Every hour a system job sums up
+# rows that have left a window by the parts of the next longer one, and removes old trees.
 
 # A window's number of parts, and their minutes; FOLD follows them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
 # {by}: `at` (a part's first minute), `name`, or NULL for all. quote() gives all digits.
 STATS = """WITH RECURSIVE part (at) AS
-        (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
-        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
-        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
-            'avg', json(quote(sum(waiting) / sum(started))),
-            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
-        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
-            'avg', json(quote(sum(running) / sum(finished + failed))),
-            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
-    FROM part LEFT JOIN bgjobs_stats
-        ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
-    GROUP BY {by} ORDER BY {by}"""
+    (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
+  SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+    'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+    'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+      'avg', json(quote(sum(waiting) / sum(started))),
+      'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+    'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+      'avg', json(quote(sum(running) / sum(finished + failed))),
+      'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
+  FROM part LEFT JOIN bgjobs_stats
+    ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
+  GROUP BY {by} ORDER BY {by}"""
 
 
 def count_created(core: Core) -> None:
-    """Count new and begun jobs."""
     if core.lines or core.store.read(Transaction.UNCOUNTED):
         core.store.write(Transaction.count_created)
 
@@ -5100,17 +5085,16 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
 
 # A row's minute: the first of its part of the shortest window it is in.
 FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
-    WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
-    WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
+  WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
+  WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
 FOLDED = f"""SELECT {FOLD} AS part, name, sum(created), sum(started), sum(finished), sum(failed),
-    sum(waiting), min(waiting_min), max(waiting_max),
-    sum(running), min(running_min), max(running_max)
-    FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
+  sum(waiting), min(waiting_min), max(waiting_max),
+  sum(running), min(running_min), max(running_max)
+  FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
 FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
-    """Sum up rows that have left a window."""
     def fold(tx: Transaction) -> None:
         now = {"now": int(tx.now // 60)}
         sums = tx.execute(FOLDED, now).fetchall()
@@ -5122,13 +5106,13 @@ def fold_statistics(core: Core) -> None:
 PRUNE_IDS = 2_000  # that a prune looks at together
 PRUNE_SECONDS = 0.02  # of a transaction, while all writers wait
 
-# A job goes with its root, which has the tree's lowest id, once nothing in the tree is left to do
-# (a child may be resumed below a root that is over). An interrupted prune leaves jobs without root.
+# A job goes with its root, which has the tree's lowest id, once the tree has nothing left to do. An
+# interrupted prune leaves jobs without root.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j
-    LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
-    AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
-    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
+  LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
+  WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
+  AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
+  OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
 
 
 def _remove_some(tx: Transaction, which: Fields) -> int:
@@ -5145,8 +5129,7 @@ def _remove_some(tx: Transaction, which: Fields) -> int:
 def remove_expired(core: Core, finished: float, failed: float) -> int:
     """Remove trees that are over for so long; see Runner.prune."""
     if not are_seconds([finished, failed]):
-        raise ValueError("finished and failed are seconds, 0 or more, "
-                         f"got {short((finished, failed))}")
+        raise ValueError(f"finished and failed are seconds, got {short((finished, failed))}")
     now, removed = core.clock(), 0
     (highest,), = core.store.read(HIGHEST_ID)
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
@@ -5167,7 +5150,6 @@ def housekeeping(finished: float, failed: float) -> int:
 
 
 def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
-    """Schedule the housekeeping."""
     if retention:
         runner.options(key="bgjobs.housekeeping", system=True,
                        label="Housekeeping: remove what is over for long").every(
@@ -5176,9 +5158,9 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 
 # ---- 16 What people see -------------------------------------------------------------------------
 #
-# A list takes milliseconds with a million jobs, too, without an index for every filter, which each
-# submit would pay for. If no index has the jobs in order, the search goes from the newest down,
-# SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is "at least".
+# An index for every filter would slow each submit down. If none has the jobs in order, the search
+# goes from the newest down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count
+# that it is "at least".
 
 COUNT_LIMIT = 10_001  # where counting for people ends
 SEARCH_LIMIT = 60_000  # jobs a search looks at; for texts a sixth
@@ -5186,8 +5168,8 @@ FEW = 10_000  # a status with fewer jobs is searched in full
 MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, from Python or a URL, or raises any error,
-# and a text: what the value must be.
+# Filters. A reader is a function that reads a value, from Python or a URL, or raises any error, and
+# what the value must be.
 
 A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # in UTF-8
@@ -5207,8 +5189,8 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
 def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of filters, and their values by name.
 
-    known: by name, a reader and a condition. None is no filter, but for parent. Raises TypeError
-    for an unknown filter, ValueError for a bad value.
+    known: by name, a reader and a condition. None is no filter, but for parent. Raises TypeError,
+    ValueError.
     """
     for name in given:
         if name not in known:
@@ -5219,7 +5201,7 @@ def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
 
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
-# With both, bgjobs_begun has a status's jobs in the order of their ids.
+# With both, bgjobs_begun has a status's jobs in order.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
 FILTERS: Fields = {
     "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
@@ -5243,7 +5225,7 @@ FILTERS: Fields = {
 
 
 def conditions(filters: Fields) -> tuple[list[str], Fields]:
-    """Return the SQL conditions of all filters but the status, and all values by name.
+    """Return the SQL conditions of all filters but status, and all values by name.
 
     status: one or several. name, run_by: the whole text. errors, low_priority: True or False. q: an
     id, or a part of the name, label, arguments, message or run_by. parent: an id or a Job, None for
@@ -5288,13 +5270,13 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-# The pending jobs, each once, by indexes, which are named, else SQLite reads all children.
+# Each job once. Indexes are named, else SQLite reads all children.
 _PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
-        AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
-    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
-        AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
-    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
-        AND parked IS NOT NULL AND root_id IS NULL"""
+    AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
+  UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
+    AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
+  UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
+    AND parked IS NOT NULL AND root_id IS NULL"""
 _PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
     UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_children WHERE {where}
         AND parent_id IS NOT NULL AND queue IS NOT NULL""")
@@ -5316,9 +5298,9 @@ def count_at_most(store: Store, status: str, where: list[str], values: Fields, m
 
 # The first id since a time, by binary search.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
-    UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
-        WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
-    FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
+  UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
+    WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
+  FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
 def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
@@ -5345,44 +5327,44 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-# The eta is the longer of the attempt's estimate and the tree's by its mean rate, else by the
-# function's mean run time.
+# The eta is the longer of the attempt's estimate and the tree's mean rate's, else by the mean run
+# time of the function.
 _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
-        duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
-        status IN ('running', 'stopping') AS active FROM bgjobs_jobs
-        WHERE id IN (SELECT value FROM json_each(:ids))),
-    estimate AS (SELECT *,
-        CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
-        CASE WHEN active AND total AND tree_progress > 0
-            THEN ran * (total - tree_progress) / tree_progress END AS tree,
-        CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
-            END AS usual FROM job)
-    SELECT id, name, label, status, created_at, run_at, started_at, finished_at, run_by, parent_id,
-    attempt, message,
-    CASE WHEN status = 'running' AND returned THEN 'waiting for children'
-        WHEN status <> 'pending' THEN '' WHEN phase IS NOT NULL THEN phase
-        WHEN queue IS NULL AND parked IS NULL THEN 'scheduled'
-        WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
-    CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
-        ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
-    ran AS duration, own_errors + failed AS errors,
-    CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
-    CASE WHEN system THEN 'true' ELSE 'false' END AS system,
-    CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
-        WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
-        ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
-            / (total + 1))) END AS progress,
-    CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
-        ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
-    json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
-    ifnull(root_id, id) AS root_id, args, kwargs, state, result,
-    ifnull(nullif(json_extract(error, '$.traceback'), ''),
-        json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
-    options FROM estimate ORDER BY id DESC"""
+    duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
+    status IN ('running', 'stopping') AS active FROM bgjobs_jobs
+    WHERE id IN (SELECT value FROM json_each(:ids))),
+  estimate AS (SELECT *,
+    CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
+    CASE WHEN active AND total AND tree_progress > 0
+      THEN ran * (total - tree_progress) / tree_progress END AS tree,
+    CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
+      END AS usual FROM job)
+  SELECT id, name, label, status, created_at, run_at, started_at, finished_at, run_by, parent_id,
+  attempt, message,
+  CASE WHEN status = 'running' AND returned THEN 'waiting for children'
+    WHEN status <> 'pending' THEN '' WHEN phase IS NOT NULL THEN phase
+    WHEN queue IS NULL AND parked IS NULL THEN 'scheduled'
+    WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
+  CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
+    ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
+  ran AS duration, own_errors + failed AS errors,
+  CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
+  CASE WHEN system THEN 'true' ELSE 'false' END AS system,
+  CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
+    WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
+    ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
+      / (total + 1))) END AS progress,
+  CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
+    ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
+  json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
+  ifnull(root_id, id) AS root_id, args, kwargs, state, result,
+  ifnull(nullif(json_extract(error, '$.traceback'), ''),
+    json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
+  options FROM estimate ORDER BY id DESC"""
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of those jobs that exist, the highest id first."""
+    """Return the `info` of jobs that exist, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5448,8 +5430,7 @@ _default_lock = threading.Lock()  # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options: as for Runner. Raises RuntimeError if one is there, and options or another
-    path are given.
+    path and options: as for Runner. Raises RuntimeError if there is one and they ask for another.
     """
     global _default
     with _default_lock:
@@ -5458,8 +5439,7 @@ def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
             _default = Runner(path, **options)
             return _default
         if options or os.path.abspath(path or runner.path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already, and has its "
-                               "options; close() it first, or make a Runner of your own")
+            raise RuntimeError(f"the default runner is on {runner.path}; close() it first")
         return runner.start()
 
 
@@ -5469,7 +5449,7 @@ def _is_shut(runner: Runner) -> bool:
 
 
 def _backend() -> Core:
-    """Return the core to ask. Raises RuntimeError if closed: a new one's file might be another."""
+    """Return the core. Raises RuntimeError if closed: a new runner might be on another file."""
     attempt, runner = current_attempt(), _default
     if attempt:
         return attempt.backend
