@@ -2824,7 +2824,7 @@ class Attempt:
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
-        """Have the next checkpoint raise JobStopped; force: even if stoppable=False."""
+        """Have the next checkpoint raise JobStopped. force: despite stoppable=False."""
         if not force and not self.options.get("stoppable", True):
             return
         self.reason = reason  # first: a checkpoint that sees `attention` needs it
@@ -3421,14 +3421,13 @@ class Handles:
         self._caller: Any = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if kept or with callbacks."""
+        """Complete a handle, if kept or with callbacks, when its job is over."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the watched jobs whose handles live."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
@@ -5291,7 +5290,6 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
-    """Return how many jobs fulfil conditions, at most `most`."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
     return store.read(query, values)[0][0]
 
@@ -5468,7 +5466,6 @@ options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
-    """Return a method of the default runner as a function."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Bound, so that help() shows no `self`.
