@@ -2494,30 +2494,27 @@ class Pool:
 
 # ---- 10 Inside a job ----------------------------------------------------------------------------
 #
-# A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's
-# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library
-# it would leave a lock or a transaction open, and after the function it would hit the thread's next
-# job. So the promise is: it is raised at most once, in the function or what that calls, never in
-# the library, and never after the function.
+# A force stop raises JobStopped in the thread of an attempt that the file already refuses, with
+# PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library it would
+# leave a lock or a transaction open; later it would hit the thread's next job. So it is raised at
+# most once, and only in the function or what that calls.
 #
-# For that, each attempt has a ticket: free while the function runs, taken while the library runs
-# (`library_code`) and once the function has ended. A force stop takes the ticket, too, and never
-# puts it back. There are two cases:
-# - The thread has the ticket. Then the force stop only leaves a note (`void`), and the thread
-#   raises the exception itself on its way back from the library.
-# - The force stop has the ticket. Then the exception may come at any moment, so a thread that
-#   wants to enter the library waits until it has been sent. If it has not been raised by then, or
-#   was raised before and caught, the thread takes it back and raises one itself.
+# Each attempt has a ticket: free while the function runs, taken in the library (`library_code`) and
+# once the function has ended. A force stop takes it for good:
+# - If the thread has it, the force stop leaves a note (`void`), and the thread raises the exception
+#   itself on its way back from the library.
+# - Else the exception may come at any moment. A thread that wants to enter the library waits until
+#   it has been sent, takes it back if it is not raised yet, and raises its own.
 
-FLUSH_SECONDS = 0.25  # how often progress is written without another write
+FLUSH_SECONDS = 0.25  # between writes of progress alone
 
 
 class Ticket:
-    """The right to raise JobStopped in an attempt's thread; other threads only call `use`."""
+    """The right to raise JobStopped in a thread; others only call `use`."""
 
-    _depth = 1  # of library code that calls library code
+    _depth = 1  # of calls in the library
     _raised = False  # from outside
-    _spent = False  # nothing comes from outside any more
+    _spent = False  # nothing more comes from outside
     void = False  # superseded: library calls raise
     thread = 0  # the attempt's ident
 
@@ -2526,7 +2523,7 @@ class Ticket:
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
-        """Enter library code. Raises JobStopped if superseded, unless quietly."""
+        """Enter the library. Raises JobStopped if superseded, unless quietly."""
         if self._depth == 0:
             self._take()
             if self._spent and not quietly:
@@ -2534,7 +2531,7 @@ class Ticket:
         self._depth += 1
 
     def put_back(self) -> None:
-        """Leave library code. Raises JobStopped, once, if superseded meanwhile."""
+        """Leave the library. Raises JobStopped, once, if superseded meanwhile."""
         self._depth -= 1
         if self._depth == 0 and not self._spent:
             self._taken.release()
@@ -2549,7 +2546,7 @@ class Ticket:
         self._spent |= self.void
 
     def use(self) -> None:
-        """Raise JobStopped in the thread: now, or when it leaves the library."""
+        """Raise JobStopped in the thread, now or on its way from the library."""
         self.void = True
         if self._taken.acquire(False):
             if _is_logging(self.thread):
@@ -2558,7 +2555,7 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise JobStopped once the thread holds no lock of `logging`."""
+        """Raise it once the thread holds no lock of `logging`."""
         while _is_logging(self.thread):
             time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
@@ -2566,16 +2563,16 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is inside `logging`, but not waiting in `_take` for the exception."""
+    """Return whether a thread is in `logging`, and not in `_take`."""
     frame = sys._current_frames().get(thread)
-    if frame is None or frame.f_code is Ticket._take.__code__:
+    if not frame or frame.f_code is Ticket._take.__code__:
         return False
     return any(each.f_globals.get("__name__", "").split(".")[0] == "logging"
                for each, _ in traceback.walk_stack(frame))
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Raise `error` at a thread's next bytecode; without one, take the last back."""
+    """Raise `error` at a thread's next bytecode, or take the last back."""
     with contextlib.suppress(ImportError, AttributeError):  # not CPython
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
@@ -2593,8 +2590,7 @@ class JobContext:
     """The job that this code runs in.
 
     attempt: its number, from 1. Outside of a job it is 0, id, name and run_by are None, and methods
-    do nothing. Threads with the job's context (`asyncio.to_thread`) may use this; `each` is for one
-    thread at a time.
+    do nothing. For any thread with the job's context (`asyncio.to_thread`), `each` for one only.
     """
 
     id: int | None = None
@@ -2604,14 +2600,14 @@ class JobContext:
 
     def __init__(self, attempt: Attempt | None) -> None:
         self._attempt = attempt
-        if attempt is not None:
+        if attempt:
             self.id, self.name, self.run_by = attempt.id, attempt.name, attempt.job.run_by
             self.attempt = attempt.number
 
     @property
     def state(self) -> Any:
         """A copy of the state saved last, or None."""
-        return None if self._attempt is None else decode(self._attempt.state)
+        return decode(self._attempt.state) if self._attempt else None
 
     @property
     def stop_requested(self) -> bool:
@@ -2620,80 +2616,74 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A standard logger; its records also go to the job's log."""
-        return _log if self._attempt is None else self._attempt.logger()
+        """A logger whose records also go to the job's log."""
+        return self._attempt.logger() if self._attempt else _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Save `state`, if given, for the next attempt. Stop here if that was asked for.
+        """Save `state`, if given, for the next attempt; then stop here if that was asked for.
 
-        state: any value that arguments may have; blocks until its commit. Raises JobStopped if the
-        job is to stop, TypeError if the state cannot be stored.
+        state: as arguments; blocks until its commit. Raises JobStopped, TypeError for a bad state.
         """
         attempt = self._attempt
-        if attempt is not None:
+        if attempt:
             if state is not _UNSET:
                 attempt.save(encode(state, f"the state of job {attempt.id}"))
             if attempt.attention:
                 attempt.attend()
 
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
-        """Report that `done` of `total` units (None: unknown) are done, with a line for people.
+        """Report that `done` of `total` units are done, with a line for people.
 
-        Returns at once; no checkpoint; shown within a second.
+        total: None if unknown. Never blocks; no checkpoint.
         """
-        if self._attempt is not None:
+        if self._attempt:
             self._attempt.report(done, total, message)
 
     def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         """Yield the items, with a checkpoint before each and at the end; report the progress.
 
-        A resumed attempt goes on after the last completed item, so the items must be the same, in
-        the same order. total: their number, if the iterable has no length. Raises JobStopped.
+        A resumed attempt goes on after the last completed item, so their order must be the same.
+        total: their number, if the iterable has no length. Raises JobStopped.
         """
-        return iter(iterable) if self._attempt is None else self._attempt.each(iterable, total)
+        return self._attempt.each(iterable, total) if self._attempt else iter(iterable)
 
     def sleep(self, seconds: float) -> None:
         """Sleep. Raises JobStopped at once if the job is to stop."""
-        if self._attempt is None:
-            time.sleep(seconds)
-        else:
-            self._attempt.sleep(seconds)
+        (self._attempt or time).sleep(seconds)
 
 
 def current_job() -> JobContext:
-    """Return the context of the job this code runs in, or one that does nothing."""
+    """Return the context of this job, or one that does nothing."""
     return JobContext(current_attempt())
 
 
 class Attempt:
     """One execution of a job's function."""
 
-    # Defaults that most attempts never change.
-    thread: int | None = None  # its ident while it executes; 0: elsewhere
-    begun = left_at = 0.0  # monotonic; left_at: when it went away
-    ran = waited = 0.0  # seconds: in all; waiting for jobs
-    waits = 0  # its threads that wait
-    lines = 0  # of its log, written
+    thread: int | None = None  # while it executes; 0: elsewhere
+    begun = left_at = 0.0  # monotonic; left_at: went away
+    ran = waited = 0.0  # seconds: in all; for jobs
+    waits = 0  # threads that wait
+    lines = 0  # of the log, written
 
     outcome, reason = UNSPENT, HALTED  # how it ended; how a stop ends it
     result: str | None = None  # JSON
     error: str | None = None  # JSON
     exception: BaseException | None = None
-    unsaved_progress: Any = None  # see report_to_save
-    has_reported = False  # its progress or a later charge is stored
+    unsaved_progress: Any = None
+    has_reported = False  # progress or a later charge is stored
 
-    loops = 0  # the number of the next loop of each()
+    loops = 0  # each() loops begun
     loop_positions: Any = ()  # their completed turns
     stop_requested = was_asked_to_stop = False  # now; ever
     attention = False  # a checkpoint has something to do
     operation: Any = None  # the Event that it waits for
     saved_at = 0.0  # monotonic
-    newest: Any = None  # see report
+    newest: Any = None
     pace: Any = None
     job_logger: Any = None
-    # Hooks for elsewhere.
-    on_stop: Any = None  # in any thread; must not block
-    away: Any = contextlib.nullcontext  # entered while it waits for jobs
+    on_stop: Any = None  # elsewhere: called from any thread, must not block
+    away: Any = contextlib.nullcontext  # elsewhere: while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2704,7 +2694,7 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []  # (done, total) of each() loops under way
+        self.turns: list[Any] = []  # (done, total) of loops under way
         self.waits_on: list[Any] = []  # conditions that a stop notifies
 
     @property
@@ -2729,7 +2719,7 @@ class Attempt:
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the outcome, whatever its own methods raise."""
+        """Make an error the outcome, whatever its methods raise."""
         self.outcome, self.exception, self.result = RAISED, None, None
         kind = type(error).__qualname__
         try:
@@ -2739,17 +2729,13 @@ class Attempt:
             self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
-        """Fail by the timeout."""
         self.fail(TimeoutError(f"attempt {self.number} took longer than its timeout of "
                                f"{self.options['timeout']:,g} s"))
 
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
-        """Have the next checkpoint raise JobStopped, with this outcome. From any thread.
-
-        force: even if stoppable=False.
-        """
+        """Have the next checkpoint raise JobStopped. force: despite stoppable=False."""
         if not force and not self.options.get("stoppable", True):
             return
         self.reason = reason  # first: a checkpoint that sees `attention` needs it
@@ -2757,7 +2743,7 @@ class Attempt:
         for condition in list(self.waits_on):
             with condition:
                 condition.notify_all()
-        if self.on_stop is not None:
+        if self.on_stop:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
@@ -2766,29 +2752,25 @@ class Attempt:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
-        """Have the next checkpoint wait for an operation under way.
-
-        Else a loop that only computes holds it up, 5 ms of the interpreter lock a statement.
-        """
+        """Have the next checkpoint wait for an operation, which a busy loop holds up."""
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
-        """Raise JobStopped wherever the function is; the store already refuses the attempt."""
+        """Raise JobStopped wherever the function is, for the store refuses the attempt."""
         self.ticket.use()
-        self.request_stop(force=True)  # last: a thread that wakes looks at the ticket
+        self.request_stop(force=True)  # last: threads that wake look at the ticket
 
     def raise_if_stopped(self) -> None:
-        """Raise JobStopped if a stop is requested."""
         if self.stop_requested:
             raise JobStopped(f"job {self.id} was asked to stop")
 
     @library_code
     def attend(self) -> None:
-        """Let an operation pass, then raise JobStopped if a stop is requested."""
+        """Let an operation pass; raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
         self.attention = False  # first: a stop from here on sets it again
-        if operation is not None:
+        if operation:
             operation.wait(1.0)
         if self.stop_requested:
             self.attention = True
@@ -2801,13 +2783,13 @@ class Attempt:
         self.raise_if_stopped()
 
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
-        """Wait as `wait_on` does, without the place."""
+        """Wait, without the place."""
         with self.away():
             self.backend.wait_in_job(
                 self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()`, asked at each notification and stop; return it."""
+        """Wait until `over()`, asked at notifications and stops; return it."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -2818,7 +2800,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state (JSON), if any, and how far each() is. Blocks until the commit."""
+        """Save a state (JSON), if any, and each()'s positions; block until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -2827,16 +2809,14 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return how far the loops of each() are, as JSON or None."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # Loops of each() may follow each other, or run inside another's turns. They are numbered as
-    # they begin; a list has their completed turns. After a turn, the loops inside it leave the
-    # list, and the next turn's get their numbers. So a resumed attempt, whose loops begin in the
-    # same order, finds its own.
+    # Loops of each() follow each other or nest. They are numbered as they begin; a list has their
+    # completed turns. After a turn the loops inside it leave the list, and the next turn's get
+    # their numbers. So a resumed attempt finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield the items from the saved position on; save it at most ten times a second."""
+        """Yield from the saved position on; save it at most ten times a second."""
         positions = self.loop_positions or json.loads(self.job.positions or "[]")
         self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
@@ -2865,7 +2845,7 @@ class Attempt:
     # progress
 
     def _report_turn(self, depth: int, done: int, total: int | None) -> None:
-        """Report a loop's progress; an inner loop refines the outer one's share."""
+        """Report a loop's progress; inner loops refine the outer's share."""
         self.turns[depth:] = [(done, total)]
         units = share = 0.0
         for done, total in reversed(self.turns):
@@ -2874,15 +2854,15 @@ class Attempt:
         self.report(units, total)
 
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Note the progress for the service thread to write."""
+        """Note the progress for the service thread."""
         if message is not None:
-            message = text_of(message, 500)  # here, as its __str__ is the app's
+            message = text_of(message, 500)  # here: __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
-        """Return (share from 0 to 1, seconds left, message), or None if nothing is new."""
+        """Return (share, 0 to 1, seconds left, message), or None if nothing is new."""
         newest, self.newest = self.newest, None  # one of two threads gets it
-        if newest is None:
+        if not newest:
             return None
         done, total, message, at = newest
         if not (total and 0 < total < math.inf and math.isfinite(done)):
@@ -2895,7 +2875,7 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's logger; the app's handlers get its records as "bgjobs.job"."""
+        """Return the job's logger, "bgjobs.job" for the app."""
         if self.job_logger is None:
             self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
             self.job_logger.parent = _job_log
@@ -2904,37 +2884,34 @@ class Attempt:
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> bool:
-        """Take a record into the job's log; return whether the app wants it, too."""
+        """Take a record into the log; return whether the app wants it, too."""
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1]:
                 message += "\n" + traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
-        message = text_of(message).replace("\0", "\\0")
-        self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
+        self.backend.keep_line(self, self.backend.clock(), record.levelno,
+                               text_of(message).replace("\0", "\\0"))
         return _job_log.isEnabledFor(record.levelno)
 
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have the records of all loggers inside a job land in its log, too.
-
-    A root handler would disable logging.basicConfig and the last-resort handler.
-    """
+    """Keep all records inside a job in its log. (A root handler would disable basicConfig.)"""
     make_record = logging.getLogRecordFactory()
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
-        # The name is None in makeLogRecord, which emits nothing.
-        if attempt is not None and record.name not in (_job_log.name, None):
+        # None: makeLogRecord's, not emitted.
+        if attempt and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
     logging.setLogRecordFactory(make_and_keep)
 
 
-# The execution of a function, in its process and thread
+# The execution of a function
 
 def perform(attempt: Attempt, function: Function) -> None:
     """Call an attempt's function here; note the outcome."""
@@ -2962,7 +2939,7 @@ def perform(attempt: Attempt, function: Function) -> None:
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
-    """Call the function. The stack that the page shows begins below this frame."""
+    """Call the function. The stack on the page begins below this frame."""
     enter(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
@@ -2974,7 +2951,7 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Return whether an error is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
+    """Return whether it is JobStopped, or a group of it alone (TaskGroup)."""
     kind = type(error)  # isinstance also asks __class__
     if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # Python 3.11
         return all(map(_is_stop, error.exceptions))
@@ -2982,7 +2959,7 @@ def _is_stop(error: Any) -> bool:
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, without our frames."""
+    """Return the traceback without our frames."""
     frames = error.__traceback__
     while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
@@ -2992,36 +2969,31 @@ def traceback_of(error: BaseException) -> str:
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
 # `wait` and `as_completed` of the standard library append a waiter to a handle's waiters, and wait
-# on its event. They work with jobs by private parts that are the same in Python 3.10 to 3.14:
-# Future._waiters, Future._condition, a waiter's `event`, and Event._cond.
+# on its event. For that this uses private parts, the same in Python 3.10 to 3.14: Future._waiters,
+# Future._condition, a waiter's `event`, and Event._cond.
 
 class HandleCondition(threading.Condition):
-    """A handle's condition. Locked inside a job, it takes the ticket, too.
-
-    `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
-    """
+    """A handle's condition, which `wait` locks: no force stop may strike meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release  # the lock's own
 
     def acquire(self) -> bool:  # type: ignore[override]
-        """Lock it. Quietly: a generator of the standard library cleans up with it."""
-        if _here.ticket is not None:
-            _here.ticket.take(quietly=True)
+        if _here.ticket:
+            _here.ticket.take(quietly=True)  # as_completed cleans up with it
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        """Unlock it."""
         self._lock.release()
-        if _here.ticket is not None:
+        if _here.ticket:
             _here.ticket.put_back()
 
     __enter__, __exit__ = acquire, release
 
 
 class _Waiters(list[Any]):
-    """A handle's waiters, for which it is watched; inside a job they give the place away."""
+    """A handle's waiters; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3029,10 +3001,10 @@ class _Waiters(list[Any]):
 
     def append(self, waiter: Any) -> None:
         attempt, handle = current_attempt(), self._handle()
-        if attempt is not None and type(waiter.event) is threading.Event:
+        if attempt and type(waiter.event) is threading.Event:
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
-        if handle is not None:
+        if handle:
             handle._watch()  # last: the job may be over
 
 
@@ -3043,7 +3015,7 @@ class _PlaceGivingEvent(threading.Event):
 
     @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set. A force stop raises JobStopped at once; a stop does not."""
+        """Wait until it is set. Only a force stop raises JobStopped."""
         attempt = self._attempt
         if not self.is_set():
             attempt.wait_for(self._cond,  # type: ignore[attr-defined]
@@ -3058,11 +3030,11 @@ class _PlaceGivingEvent(threading.Event):
 class Job(Future[_T]):
     """The handle of a job: a concurrent.futures.Future with the job's attributes. For any thread.
 
-    `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
-    complete handle returns a new one. `await job` works, too; giving it up does not cancel the job.
+    `stopped` is not done: `result()` waits on. It completes once: an operation on a complete handle
+    returns a new one. `await job` works, too; giving it up does not cancel the job.
 
     Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
-    are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
+    are Unix seconds or None; `waiting`, `duration` and `eta` are seconds.
 
     name, label: the function's stable name; a title for people, or None.
     status, phase: one of the seven; what refines it for people, or "".
@@ -3071,8 +3043,7 @@ class Job(Future[_T]):
     duration: of its attempts, together.
     attempt: the newest's number, 0 before the first.
     errors: failed attempts and descendants.
-    low_priority: whether it runs in periods of low load only.
-    run_by: the name of the person that asked for it, or None.
+    run_by: the person that asked for it, or None.
     progress, eta: 0 to 1, and the time left; None if unknown.
     children: {"total", "done", "failed", "running"}, over all descendants.
     parent_id: None for a root.
@@ -3081,9 +3052,8 @@ class Job(Future[_T]):
     error: the newest failure's traceback, or None.
     operations: those that its status allows.
 
-    Operations block until their commit. by= is the name of the person that asks. They raise
-    InvalidOperation if the status does not allow them, KeyError, and StoreError if the file cannot
-    be written.
+    Operations block until their commit. by= names the person that asks. They raise KeyError,
+    InvalidOperation if the status does not allow them, StoreError if the file cannot be written.
     """
 
     name: str
@@ -3116,7 +3086,7 @@ class Job(Future[_T]):
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
         self._created_at = created_at  # until the submit is committed
-        # With `_condition`, `_waiters` and the three above, what Future.__init__ sets.
+        # Future.__init__ sets this, the three above, `_condition` and `_waiters`.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -3130,14 +3100,11 @@ class Job(Future[_T]):
         return [*super().__dir__(), *Job.__annotations__]
 
     def _row(self) -> Any:
-        """Return the `Core.outcome`, {} if the job is gone, None if it is not committed yet.
-
-        Other jobs get the ids of a transaction that is rolled back.
-        """
+        """Return the outcome, {} if the job is gone, None if it is not committed yet."""
         row = self._backend.outcome(self.id)
         if row is None:
             return {} if self._created_at is None else None
-        if self._created_at not in (None, row["created_at"]):
+        if self._created_at not in (None, row["created_at"]):  # a rolled back job's id, reused
             return {}
         self._created_at = None
         return row
@@ -3149,7 +3116,7 @@ class Job(Future[_T]):
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as JSON values, as the JSON interface does."""
+        """Return all attributes as JSON values."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
@@ -3157,7 +3124,7 @@ class Job(Future[_T]):
 
         level= the least, a name or number. text= contained, in any case. regex= found. since=
         until= Unix seconds. after= a line's id. limit= at most, without `after` the newest.
-        tree=True: all descendants', too. Raises ValueError for a bad value.
+        tree=True: all descendants', too. Raises ValueError.
         """
         return self._backend.logs(self._stored(), filters)
 
@@ -3180,11 +3147,11 @@ class Job(Future[_T]):
         return self._operate("restart", by)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
-        """Set whether the job and its descendants run in periods of low load only."""
+        """Set whether the job and its descendants wait for low load."""
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
-        """Discard a pending or stopped job for good. Return whether it is cancelled; no error."""
+        """Discard a pending or stopped job. Return whether it is cancelled; no InvalidOperation."""
         if self._state == "PENDING":
             with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
@@ -3194,7 +3161,7 @@ class Job(Future[_T]):
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
         """Carry an operation out. Return this handle, or a new one if complete."""
-        self.done()  # if it is over, that is its outcome
+        self.done()  # takes the outcome of a job that is over
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3225,12 +3192,12 @@ class Job(Future[_T]):
     def result(self, timeout: float | None = None) -> _T:
         """Return what the function returned, once the job and all its descendants are over.
 
-        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and gives the
-        worker's place away. Raises what the function raised (JobFailed if in another process),
-        TimeoutError, CancelledError; inside a job also JobStopped.
+        timeout: seconds. Inside a job this is a checkpoint, and gives the worker's place away.
+        Raises what the function raised (JobFailed if in another process), TimeoutError,
+        CancelledError, inside a job JobStopped.
         """
         error = self.exception(timeout)
-        if error is not None:  # it may be false
+        if error is not None:  # an error may be false
             raise error
         value: Any = self._result
         return value
@@ -3251,7 +3218,7 @@ class Job(Future[_T]):
         def over() -> bool:
             stops = attempt is not None and attempt.stop_requested
             return stops or self._state != "PENDING" or given_up()
-        if attempt is not None:
+        if attempt:
             attempt.wait_for(condition, over, timeout)
             attempt.raise_if_stopped()
         else:
@@ -3262,10 +3229,9 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop, completed by a callback, inside a job by a thread.
+        """Await a future of the loop; inside a job, a thread waits and gives the place away.
 
-        The thread gives the place away. The interpreter would wait for an executor's at exit.
-        asyncio.wrap_future would cancel the job.
+        The interpreter would wait for an executor's at exit. wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3279,10 +3245,10 @@ class Job(Future[_T]):
             with contextlib.suppress(BaseException):  # result() raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
-        if current_attempt() is None:
-            self.add_done_callback(tell)
-        else:
+        if current_attempt():
             start_thread("bgjobs-await", contextvars.copy_context().run, wait)
+        else:
+            self.add_done_callback(tell)
         try:
             await over
         finally:
@@ -3294,7 +3260,7 @@ class Job(Future[_T]):
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
-        """Call `fn(job)` once the job is over, in a thread for callbacks; or at once."""
+        """Call `fn(job)` once the job is over, in another thread, or at once."""
         super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
@@ -3306,8 +3272,8 @@ class Job(Future[_T]):
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over; wake threads that wait."""
-        if row is None:  # {} from elsewhere: the thread that reads must not wait for itself
+        """Take the outcome over, once, if the job is over; wake waiting threads."""
+        if row is None:  # {} elsewhere: the thread that reads must not wait for itself
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
         if status not in OVER:
@@ -3317,15 +3283,14 @@ class Job(Future[_T]):
                 return
             try:
                 if not row:
-                    text = f"job {self.id} has been removed from {self._backend.path}"
-                    self._exception = BgjobsError(text)
+                    self._exception = BgjobsError(f"job {self.id} has been removed")
                 elif status == FAILED:
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
             except Exception as error:  # else threads wait for good
-                text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
-                self._exception = BgjobsError(text)
+                self._exception = BgjobsError(
+                    f"job {self.id} is {status}, but its outcome cannot be read: {error}")
             self._end = status
             self._state, tell = _FUTURE_STATES[status]  # last: read without the lock
             for waiter in self._waiters:
@@ -3340,7 +3305,6 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
-# Parts of a handle made at first use.
 _MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
 # By status: the state of the Future, and the method that tells a waiter.
 _FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
@@ -3349,7 +3313,6 @@ _FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
 
 
 def path_of(handle: Job[Any]) -> str:
-    """Return the path of a handle's file."""
     return handle._backend.path
 
 
@@ -3366,23 +3329,21 @@ class Handles:
         self.watched: dict[int, Any] = {}  # by job, a WeakSet
         self.held: set[Any] = set()  # with callbacks: live until these ran
         self._to_call_back: deque[Any] = deque()
-        self._caller: threading.Thread | None = None
+        self._caller: Any = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if it is kept or has callbacks."""
+        """Complete a handle, if kept or with callbacks, when its job is over."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the watched jobs whose handles are still there."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
 
     def complete(self, job_ids: Iterable[int]) -> None:
-        """Complete the handles of those jobs that are over."""
         for job_id in job_ids:
             for handle in list(self.watched.get(job_id, ())):
                 try:
@@ -3395,15 +3356,15 @@ class Handles:
         WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
-        """Complete the handles of jobs that ended unnoticed, as in another process."""
+        """Complete the handles of jobs that ended unnoticed."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
-            ended = self._store.read(self._ENDED, {"ids": json.dumps(ids)})
-            self.complete(row["value"] for row in ended)
+            self.complete(row["value"] for row in self._store.read(
+                self._ENDED, {"ids": json.dumps(ids)}))
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called, outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called in their thread."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -3434,7 +3395,7 @@ class Handles:
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child: the thread is missing, the lock may be held."""
+        """Begin anew in a forked child."""
         self._lock, self._caller = threading.Lock(), None
 
 
@@ -4953,31 +4914,29 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
 #
-# Transactions count in bgjobs_stats, by minute and function, what happens to jobs; it outlives
-# them. Every hour a system job sums up the rows that have left a window of `stats` by the parts of
-# the next longer one, and removes trees that have been over for long.
+# bgjobs_stats counts by minute and function, and outlives the jobs. Every hour a system job sums up
+# rows that have left a window by the parts of the next longer one, and removes old trees.
 
 # A window's number of parts, and their minutes; FOLD follows them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
 # {by}: `at` (a part's first minute), `name`, or NULL for all. quote() gives all digits.
 STATS = """WITH RECURSIVE part (at) AS
-        (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
-        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
-        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
-            'avg', json(quote(sum(waiting) / sum(started))),
-            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
-        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
-            'avg', json(quote(sum(running) / sum(finished + failed))),
-            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
-    FROM part LEFT JOIN bgjobs_stats
-        ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
-    GROUP BY {by} ORDER BY {by}"""
+    (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
+  SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+    'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+    'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+      'avg', json(quote(sum(waiting) / sum(started))),
+      'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+    'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+      'avg', json(quote(sum(running) / sum(finished + failed))),
+      'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
+  FROM part LEFT JOIN bgjobs_stats
+    ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
+  GROUP BY {by} ORDER BY {by}"""
 
 
 def count_created(core: Core) -> None:
-    """Count the jobs created and begun by now."""
     if core.lines or core.store.read(Transaction.UNCOUNTED):
         core.store.write(Transaction.count_created)
 
@@ -4991,7 +4950,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     last = int(core.clock() // 60)
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> list[tuple[Any, Fields]]:
+    def sums(by: str) -> list[Any]:
         return [(key, json.loads(counted))
                 for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
@@ -5000,19 +4959,18 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
             "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-# The minute a row is kept under: the first of its part of the shortest window it is in.
+# A row's minute: the first of its part of the shortest window it is in.
 FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
-    WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
-    WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
+  WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
+  WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
 FOLDED = f"""SELECT {FOLD} AS part, name, sum(created), sum(started), sum(finished), sum(failed),
-    sum(waiting), min(waiting_min), max(waiting_max),
-    sum(running), min(running_min), max(running_max)
-    FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
+  sum(waiting), min(waiting_min), max(waiting_max),
+  sum(running), min(running_min), max(running_max)
+  FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
 FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
-    """Sum up rows that have left a window."""
     def fold(tx: Transaction) -> None:
         now = {"now": int(tx.now // 60)}
         sums = tx.execute(FOLDED, now).fetchall()
@@ -5024,13 +4982,13 @@ def fold_statistics(core: Core) -> None:
 PRUNE_IDS = 2_000  # that a prune looks at together
 PRUNE_SECONDS = 0.02  # of a transaction, while all writers wait
 
-# A job goes with its root, which has the tree's lowest id, once nothing in the tree is left to do
-# (a child may be resumed below a root that is over). An interrupted prune leaves jobs without root.
+# A job goes with its root, which has the tree's lowest id, once the tree has nothing left to do. An
+# interrupted prune leaves jobs without root.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j
-    LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
-    AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
-    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
+  LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
+  WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
+  AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
+  OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
 
 
 def _remove_some(tx: Transaction, which: Fields) -> int:
@@ -5045,10 +5003,9 @@ def _remove_some(tx: Transaction, which: Fields) -> int:
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
-    """Remove trees that are over for so long, and count their jobs; see Runner.prune."""
+    """Remove trees that are over for so long; see Runner.prune."""
     if not are_seconds([finished, failed]):
-        raise ValueError("finished and failed are seconds, 0 or more, "
-                         f"got {short((finished, failed))}")
+        raise ValueError(f"finished and failed are seconds, got {short((finished, failed))}")
     now, removed = core.clock(), 0
     (highest,), = core.store.read(HIGHEST_ID)
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
@@ -5069,8 +5026,7 @@ def housekeeping(finished: float, failed: float) -> int:
 
 
 def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
-    """Schedule the housekeeping, as each runner does that starts."""
-    if retention is not None:
+    if retention:
         runner.options(key="bgjobs.housekeeping", system=True,
                        label="Housekeeping: remove what is over for long").every(
             "1h", housekeeping, **retention)
@@ -5078,18 +5034,18 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 
 # ---- 16 What people see -------------------------------------------------------------------------
 #
-# A list takes milliseconds with a million jobs, too, without an index for every filter, which each
-# submit would pay for. If no index has the jobs in order, the search goes from the newest down,
-# SEARCH_LIMIT jobs at a time: a list then says where to go on, a count that it is "at least".
+# An index for every filter would slow each submit down. If none has the jobs in order, the search
+# goes from the newest down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count
+# that it is "at least".
 
 COUNT_LIMIT = 10_001  # where counting for people ends
-SEARCH_LIMIT = 60_000  # jobs that a search looks at; a sixth of that if into texts
-FEW = 10_000  # of fewer jobs of a status, all are looked at
+SEARCH_LIMIT = 60_000  # jobs a search looks at; for texts a sixth
+FEW = 10_000  # a status with fewer jobs is searched in full
 MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, from Python or a URL, or raises any error,
-# and a text: what the value must be.
+# Filters. A reader is a function that reads a value, from Python or a URL, or raises any error, and
+# what the value must be.
 
 A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
 A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # in UTF-8
@@ -5098,7 +5054,7 @@ A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 
 
 
 def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
-    """Return what a reader makes of a value. Raises ValueError if it is bad."""
+    """Return a parameter's value. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
         return read(value)
@@ -5109,8 +5065,8 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
 def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
     """Return the SQL conditions of filters, and their values by name.
 
-    known: by name, a reader and a condition. None is no filter, but for parent. Raises TypeError
-    for an unknown filter, ValueError for a bad value.
+    known: by name, a reader and a condition. None is no filter, but for parent. Raises TypeError,
+    ValueError.
     """
     for name in given:
         if name not in known:
@@ -5121,7 +5077,7 @@ def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
 
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
-# With both, bgjobs_begun has a status's jobs in the order of their ids.
+# With both, bgjobs_begun has a status's jobs in order.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
 FILTERS: Fields = {
     "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
@@ -5145,7 +5101,7 @@ FILTERS: Fields = {
 
 
 def conditions(filters: Fields) -> tuple[list[str], Fields]:
-    """Return the SQL conditions of all filters but the status, and all values by name.
+    """Return the SQL conditions of all filters but status, and all values by name.
 
     status: one or several. name, run_by: the whole text. errors, low_priority: True or False. q: an
     id, or a part of the name, label, arguments, message or run_by. parent: an id or a Job, None for
@@ -5174,7 +5130,7 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
     values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
     values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    # An index has a status's jobs in order, or they are few enough to sort.
+    # An index has them in order, or they are few enough to sort.
     unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
     indexed = [condition for condition in where if condition in _INDEXED]
     if _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
@@ -5190,20 +5146,20 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-# The pending jobs, each once, by indexes, which are named, else SQLite reads all children.
+# Each job once. Indexes are named, else SQLite reads all children.
 _PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
-        AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
-    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
-        AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
-    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
-        AND parked IS NOT NULL AND root_id IS NULL"""
+    AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
+  UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
+    AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
+  UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
+    AND parked IS NOT NULL AND root_id IS NULL"""
 _PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
     UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_children WHERE {where}
         AND parent_id IS NOT NULL AND queue IS NOT NULL""")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of a status's jobs that fulfil conditions."""
+    """Return the query for a status's jobs that fulfil conditions."""
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
@@ -5211,16 +5167,15 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
-    """Return how many jobs of a status fulfil conditions, at most `most`."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
     return store.read(query, values)[0][0]
 
 
 # The first id since a time, by binary search.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
-    UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
-        WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
-    FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
+  UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
+    WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
+  FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
 def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
@@ -5247,44 +5202,44 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-# The eta is the longer of the attempt's estimate and the tree's by its mean rate, else by the
-# function's mean run time.
+# The eta is the longer of the attempt's estimate and the tree's mean rate's, else by the mean run
+# time of the function.
 _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
-        duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
-        status IN ('running', 'stopping') AS active FROM bgjobs_jobs
-        WHERE id IN (SELECT value FROM json_each(:ids))),
-    estimate AS (SELECT *,
-        CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
-        CASE WHEN active AND total AND tree_progress > 0
-            THEN ran * (total - tree_progress) / tree_progress END AS tree,
-        CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
-            END AS usual FROM job)
-    SELECT id, name, label, status, created_at, run_at, started_at, finished_at, run_by, parent_id,
-    attempt, message,
-    CASE WHEN status = 'running' AND returned THEN 'waiting for children'
-        WHEN status <> 'pending' THEN '' WHEN phase IS NOT NULL THEN phase
-        WHEN queue IS NULL AND parked IS NULL THEN 'scheduled'
-        WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
-    CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
-        ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
-    ran AS duration, own_errors + failed AS errors,
-    CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
-    CASE WHEN system THEN 'true' ELSE 'false' END AS system,
-    CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
-        WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
-        ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
-            / (total + 1))) END AS progress,
-    CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
-        ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
-    json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
-    ifnull(root_id, id) AS root_id, args, kwargs, state, result,
-    ifnull(nullif(json_extract(error, '$.traceback'), ''),
-        json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
-    options FROM estimate ORDER BY id DESC"""
+    duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
+    status IN ('running', 'stopping') AS active FROM bgjobs_jobs
+    WHERE id IN (SELECT value FROM json_each(:ids))),
+  estimate AS (SELECT *,
+    CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
+    CASE WHEN active AND total AND tree_progress > 0
+      THEN ran * (total - tree_progress) / tree_progress END AS tree,
+    CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
+      END AS usual FROM job)
+  SELECT id, name, label, status, created_at, run_at, started_at, finished_at, run_by, parent_id,
+  attempt, message,
+  CASE WHEN status = 'running' AND returned THEN 'waiting for children'
+    WHEN status <> 'pending' THEN '' WHEN phase IS NOT NULL THEN phase
+    WHEN queue IS NULL AND parked IS NULL THEN 'scheduled'
+    WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
+  CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
+    ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
+  ran AS duration, own_errors + failed AS errors,
+  CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
+  CASE WHEN system THEN 'true' ELSE 'false' END AS system,
+  CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
+    WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
+    ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
+      / (total + 1))) END AS progress,
+  CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
+    ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
+  json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
+  ifnull(root_id, id) AS root_id, args, kwargs, state, result,
+  ifnull(nullif(json_extract(error, '$.traceback'), ''),
+    json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
+  options FROM estimate ORDER BY id DESC"""
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of jobs that are still there, the highest id first."""
+    """Return the `info` of jobs that exist, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5297,7 +5252,7 @@ def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
 
 
 def shown_arguments(row: Any, options: Fields) -> Fields:
-    """Return args and kwargs as JSON values, the secret ones masked."""
+    """Return args and kwargs, secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
     for place in options.get("secret", ()):  # a name, or a position
         if place in kwargs:
@@ -5350,35 +5305,30 @@ _default_lock = threading.Lock()  # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options: as for Runner. Raises RuntimeError if one is there, and options or another
-    path are given.
+    path and options: as for Runner. Raises RuntimeError if there is one and they ask for another.
     """
     global _default
     with _default_lock:
-        runner, anew = _default, path is not None or bool(options)
-        if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
+        runner, anew = _default, path is not None or options
+        if not runner or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
         if options or os.path.abspath(path or runner.path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already, and has its "
-                               "options; close() it first, or make a Runner of your own")
+            raise RuntimeError(f"the default runner is on {runner.path}; close() it first")
         return runner.start()
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner is closed, but not by a fork, after which it can start."""
+    """Return whether a runner is closed for good, not by a fork."""
     return runner.core.store.closed and not runner.core.store.forked
 
 
 def _backend() -> Core:
-    """Return what the module's functions ask; in a job, its attempt's.
-
-    Raises RuntimeError if the default runner is closed: a new one might be on another file.
-    """
+    """Return the core. Raises RuntimeError if closed: a new runner might be on another file."""
     attempt, runner = current_attempt(), _default
-    if attempt is not None:
+    if attempt:
         return attempt.backend
-    if runner is None:
+    if not runner:
         return start().core
     if _is_shut(runner):
         raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
@@ -5393,7 +5343,6 @@ options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
-    """Return a function that calls the default runner's method."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
     # Bound, so that help() shows no `self`.
@@ -5415,13 +5364,13 @@ wsgi = _of_default_runner(Runner.wsgi)
 
 def close(timeout: float = GRACE_SECONDS) -> None:
     """Runner.close on the default runner, if there is one."""
-    if _default is not None:
+    if _default:
         _default.close(timeout)
 
 
 def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
     """Runner.shutdown on the default runner, if there is one."""
-    if _default is not None:
+    if _default:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
