@@ -1129,19 +1129,12 @@ class Transaction:
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages  # parent -> it and its ancestors
-        self._trees: Trees | None = None
+        self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
         self.freed: set[str] = set()  # limits whose members have ended
         # (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
-
-    @property
-    def trees(self) -> Trees:
-        """What is added up, if anything."""
-        if self._trees is None:
-            self._trees = Trees(self)
-        return self._trees
 
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value of a query, or None."""
@@ -1172,6 +1165,33 @@ class Transaction:
             self._lineages[parent_id] = tuple(job_id for job_id, in rows)
         return self._lineages[parent_id]
 
+    # ancestors and roots
+
+    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
+        """Add to a column of a job; without one, look at its lane and its end."""
+        self._changes[job_id][name] += value
+
+    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
+        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
+        for ancestor in self.lineage(parent_id):
+            change = self._changes[ancestor]
+            if ancestor == parent_id:
+                change["open"] += open
+            for name, value in changes.items():
+                change[name] += value
+
+    def apply(self) -> None:
+        """Write what is added up, unblock jobs, close parents, until nothing changes."""
+        while self._changes or self.freed:
+            freed, self.freed = self.freed, set()
+            for key in freed:
+                unblock(self, key)
+            changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
+            for job_id, change in changes.items():
+                self.execute(ADD_CHANGE, {**change, "id": job_id})
+            for job in self.jobs(CLOSED, ids=json.dumps([*changes])):
+                self.move(job, FINISHED if job.returned == 1 else FAILED)
+
     # submit
 
     def submit(self, new: Submission) -> int:
@@ -1185,7 +1205,7 @@ class Transaction:
         inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
         if new.parent_id is not None:
-            self.trees.count(new.parent_id, open=1, total=1)
+            self.count(new.parent_id, open=1, total=1)
         job_id: int = inserted.lastrowid
         return job_id
 
@@ -1194,7 +1214,7 @@ class Transaction:
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
-        self.trees.count(new.parent_id, open=count, total=count)
+        self.count(new.parent_id, open=count, total=count)
         return range(first, first + count)
 
     _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
@@ -1233,7 +1253,7 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts that have not been superseded."""
-        self.trees.apply()  # new children count
+        self.apply()  # new children count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
@@ -1248,8 +1268,8 @@ class Transaction:
             if not job.system:
                 self.events[job.name, FINISHED].append(job.duration + attempt.ran)
             if job.parent_id is not None:
-                self.trees.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
-                self.trees.change(job.root, "charge", attempt.correction)
+                self.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
+                self.change(job.root, "charge", attempt.correction)
         recorded = set(plain)
         for attempt in attempts:
             if attempt not in recorded:
@@ -1257,7 +1277,7 @@ class Transaction:
 
     def end(self, attempt: Attempt) -> bool:
         """Record any outcome. Return False if superseded."""
-        self.trees.apply()  # counts decide
+        self.apply()  # counts decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1304,7 +1324,7 @@ class Transaction:
     def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
                     **left: Any) -> None:
         """Correct the charge of an attempt, free its limits, move its job."""
-        self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
+        self.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
@@ -1344,11 +1364,11 @@ class Transaction:
         if status in (FINISHED, FAILED) and not job.system:
             self.events[job.name, status].append(job.duration + ran)
         before, after = (contribution(each, job.progress) for each in (job.status, status))
-        self.trees.count(job.parent_id, **{name: after[name] - before[name] for name in after})
+        self.count(job.parent_id, **{name: after[name] - before[name] for name in after})
         if job.queue is not None or queue is not None:
-            self.trees.change(job.root)
+            self.change(job.root)
         if (job.returned or given["returned"]) and status not in OVER:
-            self.trees.change(job.id)  # its last child may be over
+            self.change(job.id)  # its last child may be over
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
@@ -1357,7 +1377,7 @@ class Transaction:
         """Make jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
-            self.trees.change(job.root)
+            self.change(job.root)
         return bool(jobs)
 
     # statistics
@@ -1376,8 +1396,7 @@ class Transaction:
 
     def end_all(self) -> None:
         """Write what is added up, last in a transaction."""
-        if self._trees is not None or self.freed:
-            self.trees.apply()
+        self.apply()
         for (name, event), seconds in self.events.items():
             counts = [len(seconds) * (event == each) for each in ("started", FINISHED, FAILED)]
             times = [sum(seconds), min(seconds), max(seconds), 0.0, None, None]
@@ -1421,44 +1440,10 @@ class Transaction:
         self.execute(self._REPORT, {
             "id": job.id, "charge": charged, "progress": progress, "now": self.now, "left": left,
             "message": message, "reported": report is not None})
-        self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
-        self.trees.change(job.root, "charge", charged - job.charge)
+        self.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
+        self.change(job.root, "charge", charged - job.charge)
         attempt.has_reported = True
         self.after_commit.append(lambda: setattr(attempt, "charge", charged))
-
-
-class Trees:
-    """What a transaction adds up for ancestors and roots."""
-
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
-        self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
-
-    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of a job; without one, look at its lane and its end."""
-        self._changes[job_id][name] += value
-
-    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
-        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
-        for ancestor in self._tx.lineage(parent_id):
-            change = self._changes[ancestor]
-            if ancestor == parent_id:
-                change["open"] += open
-            for name, value in changes.items():
-                change[name] += value
-
-    def apply(self) -> None:
-        """Write what is added up, unblock jobs, close parents, until nothing changes."""
-        tx = self._tx
-        while self._changes or tx.freed:
-            freed, tx.freed = tx.freed, set()
-            for key in freed:
-                unblock(tx, key)
-            changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
-            for job_id, change in changes.items():
-                tx.execute(ADD_CHANGE, {**change, "id": job_id})
-            for job in tx.jobs(CLOSED, ids=json.dumps([*changes])):
-                tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
 # Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
@@ -1530,7 +1515,7 @@ class Claims:
     def round(self) -> bool:
         """Claim jobs; return whether to look behind blocked ones."""
         free, blocked = self._room.free, self._blocked
-        self._tx.trees.apply()  # new and blocked jobs count
+        self._tx.apply()  # new and blocked jobs count
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
@@ -1559,8 +1544,8 @@ class Claims:
             is_single = job.parent_id is None and job.total == 0
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
-                tx.trees.count(job.parent_id, running=1)
-                tx.trees.change(root_id, "charge", charge)
+                tx.count(job.parent_id, running=1)
+                tx.change(root_id, "charge", charge)
         self._write()
         tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
@@ -1584,7 +1569,7 @@ class Claims:
         key = limit_without_room(tx, job)
         if key:
             tx.execute(_BLOCK, {"id": job.id, "key": key})
-            tx.trees.change(job.root)
+            tx.change(job.root)
             self._blocked += 1
             return False
         for limit in job.limits if job.total else ():  # it may wait for descendants
@@ -1630,7 +1615,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     """Apply an operation to a job and to descendants that allow it; return their ids."""
     if author is not None:
         tx.check_author(author)
-    tx.trees.apply()
+    tx.apply()
     tree = tx.jobs(_SUBTREE, id=job_id)
     if not tree:
         raise KeyError(job_id)
@@ -1638,7 +1623,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     _check_operation(tx, operation, top, below)
     if operation == "restart":
         remove(tx, [job.id for job in below])
-        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
+        tx.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
                        running=-top.running, progress=-top.tree_progress)
         tree = [top]
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
@@ -1647,7 +1632,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
         if len(moved) > 1:
             text += f" ({len(moved):,} jobs of the tree)"
         tx.log(job_id, logging.INFO, text)
-    tx.trees.apply()
+    tx.apply()
     return moved
 
 
@@ -1686,7 +1671,7 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
         return False
     if operation.endswith("low_priority"):
         tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": operation == "set_low_priority"})
-        tx.trees.change(job.root)
+        tx.change(job.root)
     elif follows == job.status:
         return job is top  # a stop repeats silently
     elif operation == "force_stop":
@@ -1765,7 +1750,7 @@ def remove_runner(tx: Transaction, runner: int) -> None:
 
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
     """Supersede the attempt of a job, which ran until then; it may have to fail."""
-    tx.trees.apply()
+    tx.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
     error = ""
     if job.status == RUNNING and not kept_options(job.options).get("recover", True):
