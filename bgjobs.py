@@ -1291,11 +1291,12 @@ class Transaction:
         halts = outcome == HALTED and not attempt.was_asked_to_stop
         status = status_after(job, returned, halts)
         unspent = outcome in (UNSPENT, *WAITS_FOR)
+        shown = ""
         if not unspent and (attempt.number > 1 or not returned):
             timed_out = error is not None and attempt.reason == TIMED_OUT
-            self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
+            shown = TIMED_OUT if timed_out else OUTCOMES[outcome]
         self.end_attempt(
-            job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
+            job, status, shown, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
             parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
             returned=returned, result=attempt.result, error=error,
@@ -1315,15 +1316,16 @@ class Transaction:
         1, 500) FROM bgjobs_jobs WHERE id = :id"""
     _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
-    def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep the outcome of a job's newest attempt for people."""
-        self.execute(self._KEEP_ATTEMPT, {
-            "id": job.id, "now": self.now, "outcome": outcome, "error": error})
-        self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
-
-    def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
+    def end_attempt(self, job: JobRow, status: str, outcome: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """Correct the charge of an attempt, free its limits, move its job."""
+        """Correct the charge of an attempt, free its limits, move its job.
+
+        outcome: kept for people, if not empty.
+        """
+        if outcome:
+            self.execute(self._KEEP_ATTEMPT, {
+                "id": job.id, "now": self.now, "outcome": outcome, "error": left.get("error")})
+            self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
         self.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
@@ -1676,8 +1678,7 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
         return job is top  # a stop repeats silently
     elif operation == "force_stop":
         ran = max(0.0, tx.now - (job.since or tx.now))
-        tx.keep_attempt(job, "force-stopped")
-        tx.end_attempt(job, follows, ran, ran)
+        tx.end_attempt(job, follows, "force-stopped", ran, ran)
     else:
         if operation in _BEFORE:
             tx.execute(_BEFORE[operation], {"id": job.id, "again": follows == PENDING})
@@ -1760,8 +1761,8 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
     returned = 2 if error else None
     status = status_after(job, returned)
     ran = max(0.0, until - (job.since or until))
-    tx.keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=returned,
+    tx.end_attempt(job, status, "interrupted" if died else OUTCOMES[RELEASED], ran, ran,
+                   phase=PHASES[RELEASED], returned=returned,
                    error=dump_error("Interrupted", error, "") if error else None)
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
