@@ -1330,8 +1330,11 @@ class Transaction:
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
-    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
-        phase = :phase, run_at = ifnull(:run_at, run_at),
+    _MOVE = """UPDATE bgjobs_jobs SET status = :status,
+        queue = CASE WHEN :ready THEN low_priority END,
+        parked = CASE WHEN :status = 'pending' THEN :parked END,
+        phase = CASE WHEN :status = 'pending' THEN :phase END,
+        run_at = CASE WHEN :status = 'pending' THEN ifnull(:run_at, run_at) ELSE run_at END,
         finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
         since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
@@ -1349,16 +1352,13 @@ class Transaction:
         `unspent` if the attempt does not count; `run_at`, `parked`, `phase` of a pending job.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
-        if status != PENDING:
-            given.update(run_at=None, parked=None, phase=None)
         # The attempt runs on: a stop, or a resume that takes it back.
         executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
         is_early = (job.run_at or 0.0) > self.now and job.started_at is None
-        waits = status != PENDING or given["run_at"] or given["parked"] or is_early
-        queue = None if waits else job.low_priority
-        given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
+        ready = status == PENDING and not (given["run_at"] or given["parked"] or is_early)
+        given.update(id=job.id, status=status, ready=ready, executes=executes, ran=ran,
                      over=status in OVER, now=self.now)
         self.execute(self._MOVE, given)
         if status in OVER:
@@ -1367,7 +1367,7 @@ class Transaction:
             self.events[job.name, status].append(job.duration + ran)
         before, after = (contribution(each, job.progress) for each in (job.status, status))
         self.count(job.parent_id, **{name: after[name] - before[name] for name in after})
-        if job.queue is not None or queue is not None:
+        if ready or job.queue is not None:
             self.change(job.root)
         if (job.returned or given["returned"]) and status not in OVER:
             self.change(job.id)  # its last child may be over
@@ -1422,7 +1422,7 @@ class Transaction:
         """Store an attempt's state. Return False if the attempt has been superseded."""
         return bool(self.execute(self._SAVE_STATE, {
             "id": attempt.id, "attempt": attempt.number, "state": state,
-            "positions": positions}).rowcount == 1)
+            "positions": positions}).rowcount)
 
     _REPORT = """UPDATE bgjobs_jobs SET charge = :charge, progress = :progress,
         ends_at = CASE WHEN :reported THEN :now + :left ELSE ends_at END,
@@ -1559,24 +1559,20 @@ class Claims:
         self._ids.clear()
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return the charge for a job, None if it is blocked."""
-        if job.limits and not self._has_room(job):
-            return None
+        """Return the charge for a job, None if a limit blocks it."""
+        limits = job.limits
+        if limits:
+            tx = self._tx
+            self._write()  # limits count them
+            key = limit_without_room(tx, job)
+            if key:
+                tx.execute(_BLOCK, {"id": job.id, "key": key})
+                tx.change(job.root)
+                self._blocked += 1
+                return None
+            for limit in limits if job.total else ():  # it may wait for descendants
+                tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
         return self._run_times.charge(job.name)
-
-    def _has_room(self, job: JobRow) -> bool:
-        """Return whether limits let a job start; else block it."""
-        tx = self._tx
-        self._write()  # limits count them
-        key = limit_without_room(tx, job)
-        if key:
-            tx.execute(_BLOCK, {"id": job.id, "key": key})
-            tx.change(job.root)
-            self._blocked += 1
-            return False
-        for limit in job.limits if job.total else ():  # it may wait for descendants
-            tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
-        return True
 
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
         """Yield the ready jobs of a tree in a lane, oldest first."""
@@ -1634,7 +1630,6 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
         if len(moved) > 1:
             text += f" ({len(moved):,} jobs of the tree)"
         tx.log(job_id, logging.INFO, text)
-    tx.apply()
     return moved
 
 
@@ -1668,8 +1663,8 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
     if operation == "resume" and job.status == STOPPING:
         follows = RUNNING  # takes its stop back
     of_others = operation == "resume" and job.status == FAILED != top.status
-    objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
-    if not follows or of_others or objects:
+    options, is_system = kept_options(job.options), bool(job.system)
+    if not follows or of_others or objection(operation, options, is_system):
         return False
     if operation.endswith("low_priority"):
         tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": operation == "set_low_priority"})
@@ -1697,7 +1692,7 @@ def remove(tx: Transaction, ids: list[int]) -> None:
     tx.count_created()
     tx.over += ids
     for sql in _REMOVE:
-        tx.executemany(sql, [(job_id,) for job_id in ids])
+        tx.executemany(sql, zip(ids))
     tx.execute(_NOTE_REMOVED, {"id": max(ids, default=0)})
 
 
