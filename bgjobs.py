@@ -746,10 +746,9 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. A root's virtual time: the
-# microseconds that its tree has run. The next slot goes to the ready root with the least, the start
-# tag of the claim; the queue's virtual time is the newest start tag. A root that becomes ready has
-# at least that: idling earns no credit. A claim charges its root an estimate; the end of the
-# attempt corrects it.
+# microseconds that its tree has run. The next slot goes to the ready root with the least, which is
+# the start tag of the claim and the queue's virtual time. A root that becomes ready has at least
+# that: idling earns no credit. A claim charges an estimate; the attempt's end corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
@@ -784,7 +783,6 @@ class RunTimes:
         self._changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
-        """Take in one run time."""
         mean = self.means.get(name, seconds)
         self.means[name] = mean + (seconds - mean) / 5
         self._changed.add(name)
@@ -806,8 +804,7 @@ class RunTimes:
 class Pace:
     """How fast an attempt goes: `gained` units in `seconds`.
 
-    Both fade over three quarters of its run time: an early hiccup is forgotten, one late report
-    changes little.
+    Both fade over three quarters of its run time, so that an early hiccup is forgotten.
     """
 
     def __init__(self, resumed: bool) -> None:
@@ -971,12 +968,10 @@ class JobRow(NamedTuple):
 
     @property
     def root(self) -> int:
-        """The id of the root of its tree."""
         return self.root_id or self.id
 
     @property
     def executes(self) -> bool:
-        """Whether an attempt executes."""
         return self.status in ACTIVE and not self.returned
 
     @property
@@ -997,10 +992,9 @@ NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# Writes change jobs and add up what that means for ancestors and roots; `apply` writes that, and
-# closes parents whose last child is over. Code that decides by counts, lanes or virtual times calls
-# `apply` first. BEGIN IMMEDIATE keeps other writers out: a status that was checked needs no second
-# check in the UPDATE.
+# Writes change jobs and add up what that means for ancestors and roots. Code that decides by
+# counts, lanes or virtual times calls `apply` first. BEGIN IMMEDIATE keeps other writers out: a
+# status that was checked needs no second check in the UPDATE.
 
 SUSPECT = 2  # crashes after which a job runs beside no other suspect
 DEATHS = 3  # crashes after which it is failed
@@ -1033,7 +1027,6 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return a job's options."""
     options: Fields = json.loads(text) if text else {}
     return options
 
@@ -1068,8 +1061,8 @@ SAVE_TALLIES = """INSERT INTO bgjobs_stats VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
     f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
     for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
 
-_NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
-              "charge": 0}
+_NO_CHANGE: dict[str, float] = dict.fromkeys(
+    ("open", "total", "done", "failed", "running", "progress", "charge"), 0)
 
 
 # A new root starts at the queue's virtual time. The JSON array of INSERT_MANY is five times as
@@ -1210,7 +1203,6 @@ class Transaction:
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store a job for each of the arguments."""
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
@@ -1276,7 +1268,7 @@ class Transaction:
                 self.end(attempt)
 
     def end(self, attempt: Attempt) -> bool:
-        """Record any outcome. Return False if superseded."""
+        """Record any outcome; return False if superseded."""
         self.apply()  # counts decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
@@ -1304,7 +1296,6 @@ class Transaction:
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Log and return when the next attempt is due."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
@@ -1318,10 +1309,7 @@ class Transaction:
 
     def end_attempt(self, job: JobRow, status: str, outcome: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """Correct the charge of an attempt, free its limits, move its job.
-
-        outcome: kept for people, if not empty.
-        """
+        """Move the job of an attempt that ends; its outcome is kept for people, if not empty."""
         if outcome:
             self.execute(self._KEEP_ATTEMPT, {
                 "id": job.id, "now": self.now, "outcome": outcome, "error": left.get("error")})
@@ -1392,7 +1380,6 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Take new jobs into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
@@ -1411,7 +1398,6 @@ class Transaction:
     _INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
 
     def log(self, job_id: int, level: int, message: str) -> None:
-        """Add one line to a job's log."""
         self.execute(self._INSERT_LOG, (job_id, self.now, level, text_of(message)))
 
     _SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state),
@@ -1552,7 +1538,6 @@ class Claims:
         tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
-        """Write the new claims."""
         for (sql, charge), ids in self._ids.items():
             self._tx.execute(sql, {"charge": charge, "owner": self._owner, "now": self._tx.now,
                                    "ids": json.dumps(ids)})
@@ -1709,12 +1694,10 @@ _SET_DEATHS = "UPDATE bgjobs_jobs SET deaths = :deaths WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
-    """Make jobs ready that are due."""
     return tx.make_ready(tx.jobs(DUE, now=tx.now))
 
 
 def unpark(tx: Transaction, key: str) -> bool:
-    """Make jobs ready that are blocked with this key."""
     return tx.make_ready(tx.jobs(BLOCKED, key=key))
 
 
@@ -1739,7 +1722,6 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner and its schedules."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
