@@ -746,10 +746,9 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. A root's virtual time: the
-# microseconds that its tree has run. The next slot goes to the ready root with the least, the start
-# tag of the claim; the queue's virtual time is the newest start tag. A root that becomes ready has
-# at least that: idling earns no credit. A claim charges its root an estimate; the end of the
-# attempt corrects it.
+# microseconds that its tree has run. The next slot goes to the ready root with the least, which is
+# the start tag of the claim and the queue's virtual time. A root that becomes ready has at least
+# that: idling earns no credit. A claim charges an estimate; the attempt's end corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
@@ -784,7 +783,6 @@ class RunTimes:
         self._changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
-        """Take in one run time."""
         mean = self.means.get(name, seconds)
         self.means[name] = mean + (seconds - mean) / 5
         self._changed.add(name)
@@ -806,8 +804,7 @@ class RunTimes:
 class Pace:
     """How fast an attempt goes: `gained` units in `seconds`.
 
-    Both fade over three quarters of its run time: an early hiccup is forgotten, one late report
-    changes little.
+    Both fade over three quarters of its run time, so that an early hiccup is forgotten.
     """
 
     def __init__(self, resumed: bool) -> None:
@@ -971,12 +968,10 @@ class JobRow(NamedTuple):
 
     @property
     def root(self) -> int:
-        """The id of the root of its tree."""
         return self.root_id or self.id
 
     @property
     def executes(self) -> bool:
-        """Whether an attempt executes."""
         return self.status in ACTIVE and not self.returned
 
     @property
@@ -997,10 +992,9 @@ NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# Writes change jobs and add up what that means for ancestors and roots; `apply` writes that, and
-# closes parents whose last child is over. Code that decides by counts, lanes or virtual times calls
-# `apply` first. BEGIN IMMEDIATE keeps other writers out: a status that was checked needs no second
-# check in the UPDATE.
+# Writes change jobs and add up what that means for ancestors and roots. Code that decides by
+# counts, lanes or virtual times calls `apply` first. BEGIN IMMEDIATE keeps other writers out: a
+# status that was checked needs no second check in the UPDATE.
 
 SUSPECT = 2  # crashes after which a job runs beside no other suspect
 DEATHS = 3  # crashes after which it is failed
@@ -1033,7 +1027,6 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return a job's options."""
     options: Fields = json.loads(text) if text else {}
     return options
 
@@ -1068,8 +1061,8 @@ SAVE_TALLIES = """INSERT INTO bgjobs_stats VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
     f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
     for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
 
-_NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
-              "charge": 0}
+_NO_CHANGE: dict[str, float] = dict.fromkeys(
+    ("open", "total", "done", "failed", "running", "progress", "charge"), 0)
 
 
 # A new root starts at the queue's virtual time. The JSON array of INSERT_MANY is five times as
@@ -1129,19 +1122,12 @@ class Transaction:
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages  # parent -> it and its ancestors
-        self._trees: Trees | None = None
+        self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
         self.freed: set[str] = set()  # limits whose members have ended
         # (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
-
-    @property
-    def trees(self) -> Trees:
-        """What is added up, if anything."""
-        if self._trees is None:
-            self._trees = Trees(self)
-        return self._trees
 
     def value(self, sql: str, **parameters: Any) -> Any:
         """Return the first value of a query, or None."""
@@ -1172,6 +1158,33 @@ class Transaction:
             self._lineages[parent_id] = tuple(job_id for job_id, in rows)
         return self._lineages[parent_id]
 
+    # ancestors and roots
+
+    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
+        """Add to a column of a job; without one, look at its lane and its end."""
+        self._changes[job_id][name] += value
+
+    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
+        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
+        for ancestor in self.lineage(parent_id):
+            change = self._changes[ancestor]
+            if ancestor == parent_id:
+                change["open"] += open
+            for name, value in changes.items():
+                change[name] += value
+
+    def apply(self) -> None:
+        """Write what is added up, unblock jobs, close parents, until nothing changes."""
+        while self._changes or self.freed:
+            freed, self.freed = self.freed, set()
+            for key in freed:
+                unblock(self, key)
+            changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
+            for job_id, change in changes.items():
+                self.execute(ADD_CHANGE, {**change, "id": job_id})
+            for job in self.jobs(CLOSED, ids=json.dumps([*changes])):
+                self.move(job, FINISHED if job.returned == 1 else FAILED)
+
     # submit
 
     def submit(self, new: Submission) -> int:
@@ -1185,16 +1198,15 @@ class Transaction:
         inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
         if new.parent_id is not None:
-            self.trees.count(new.parent_id, open=1, total=1)
+            self.count(new.parent_id, open=1, total=1)
         job_id: int = inserted.lastrowid
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store a job for each of the arguments."""
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
-        self.trees.count(new.parent_id, open=count, total=count)
+        self.count(new.parent_id, open=count, total=count)
         return range(first, first + count)
 
     _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
@@ -1233,7 +1245,7 @@ class Transaction:
 
     def finish(self, attempts: list[Attempt]) -> None:
         """Record the outcomes of attempts that have not been superseded."""
-        self.trees.apply()  # new children count
+        self.apply()  # new children count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
@@ -1248,16 +1260,16 @@ class Transaction:
             if not job.system:
                 self.events[job.name, FINISHED].append(job.duration + attempt.ran)
             if job.parent_id is not None:
-                self.trees.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
-                self.trees.change(job.root, "charge", attempt.correction)
+                self.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
+                self.change(job.root, "charge", attempt.correction)
         recorded = set(plain)
         for attempt in attempts:
             if attempt not in recorded:
                 self.end(attempt)
 
     def end(self, attempt: Attempt) -> bool:
-        """Record any outcome. Return False if superseded."""
-        self.trees.apply()  # counts decide
+        """Record any outcome; return False if superseded."""
+        self.apply()  # counts decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1271,11 +1283,12 @@ class Transaction:
         halts = outcome == HALTED and not attempt.was_asked_to_stop
         status = status_after(job, returned, halts)
         unspent = outcome in (UNSPENT, *WAITS_FOR)
+        shown = ""
         if not unspent and (attempt.number > 1 or not returned):
             timed_out = error is not None and attempt.reason == TIMED_OUT
-            self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
+            shown = TIMED_OUT if timed_out else OUTCOMES[outcome]
         self.end_attempt(
-            job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
+            job, status, shown, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
             parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
             returned=returned, result=attempt.result, error=error,
@@ -1283,7 +1296,6 @@ class Transaction:
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Log and return when the next attempt is due."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
@@ -1295,21 +1307,22 @@ class Transaction:
         1, 500) FROM bgjobs_jobs WHERE id = :id"""
     _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
-    def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep the outcome of a job's newest attempt for people."""
-        self.execute(self._KEEP_ATTEMPT, {
-            "id": job.id, "now": self.now, "outcome": outcome, "error": error})
-        self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
-
-    def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
+    def end_attempt(self, job: JobRow, status: str, outcome: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """Correct the charge of an attempt, free its limits, move its job."""
-        self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
+        """Move the job of an attempt that ends; its outcome is kept for people, if not empty."""
+        if outcome:
+            self.execute(self._KEEP_ATTEMPT, {
+                "id": job.id, "now": self.now, "outcome": outcome, "error": left.get("error")})
+            self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
+        self.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
-    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
-        phase = :phase, run_at = ifnull(:run_at, run_at),
+    _MOVE = """UPDATE bgjobs_jobs SET status = :status,
+        queue = CASE WHEN :ready THEN low_priority END,
+        parked = CASE WHEN :status = 'pending' THEN :parked END,
+        phase = CASE WHEN :status = 'pending' THEN :phase END,
+        run_at = CASE WHEN :status = 'pending' THEN ifnull(:run_at, run_at) ELSE run_at END,
         finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
         since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
@@ -1327,16 +1340,13 @@ class Transaction:
         `unspent` if the attempt does not count; `run_at`, `parked`, `phase` of a pending job.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
-        if status != PENDING:
-            given.update(run_at=None, parked=None, phase=None)
         # The attempt runs on: a stop, or a resume that takes it back.
         executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
         is_early = (job.run_at or 0.0) > self.now and job.started_at is None
-        waits = status != PENDING or given["run_at"] or given["parked"] or is_early
-        queue = None if waits else job.low_priority
-        given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
+        ready = status == PENDING and not (given["run_at"] or given["parked"] or is_early)
+        given.update(id=job.id, status=status, ready=ready, executes=executes, ran=ran,
                      over=status in OVER, now=self.now)
         self.execute(self._MOVE, given)
         if status in OVER:
@@ -1344,11 +1354,11 @@ class Transaction:
         if status in (FINISHED, FAILED) and not job.system:
             self.events[job.name, status].append(job.duration + ran)
         before, after = (contribution(each, job.progress) for each in (job.status, status))
-        self.trees.count(job.parent_id, **{name: after[name] - before[name] for name in after})
-        if job.queue is not None or queue is not None:
-            self.trees.change(job.root)
+        self.count(job.parent_id, **{name: after[name] - before[name] for name in after})
+        if ready or job.queue is not None:
+            self.change(job.root)
         if (job.returned or given["returned"]) and status not in OVER:
-            self.trees.change(job.id)  # its last child may be over
+            self.change(job.id)  # its last child may be over
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
@@ -1357,7 +1367,7 @@ class Transaction:
         """Make jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
-            self.trees.change(job.root)
+            self.change(job.root)
         return bool(jobs)
 
     # statistics
@@ -1370,14 +1380,12 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Take new jobs into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
     def end_all(self) -> None:
         """Write what is added up, last in a transaction."""
-        if self._trees is not None or self.freed:
-            self.trees.apply()
+        self.apply()
         for (name, event), seconds in self.events.items():
             counts = [len(seconds) * (event == each) for each in ("started", FINISHED, FAILED)]
             times = [sum(seconds), min(seconds), max(seconds), 0.0, None, None]
@@ -1390,7 +1398,6 @@ class Transaction:
     _INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
 
     def log(self, job_id: int, level: int, message: str) -> None:
-        """Add one line to a job's log."""
         self.execute(self._INSERT_LOG, (job_id, self.now, level, text_of(message)))
 
     _SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state),
@@ -1401,7 +1408,7 @@ class Transaction:
         """Store an attempt's state. Return False if the attempt has been superseded."""
         return bool(self.execute(self._SAVE_STATE, {
             "id": attempt.id, "attempt": attempt.number, "state": state,
-            "positions": positions}).rowcount == 1)
+            "positions": positions}).rowcount)
 
     _REPORT = """UPDATE bgjobs_jobs SET charge = :charge, progress = :progress,
         ends_at = CASE WHEN :reported THEN :now + :left ELSE ends_at END,
@@ -1421,44 +1428,10 @@ class Transaction:
         self.execute(self._REPORT, {
             "id": job.id, "charge": charged, "progress": progress, "now": self.now, "left": left,
             "message": message, "reported": report is not None})
-        self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
-        self.trees.change(job.root, "charge", charged - job.charge)
+        self.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
+        self.change(job.root, "charge", charged - job.charge)
         attempt.has_reported = True
         self.after_commit.append(lambda: setattr(attempt, "charge", charged))
-
-
-class Trees:
-    """What a transaction adds up for ancestors and roots."""
-
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
-        self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
-
-    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of a job; without one, look at its lane and its end."""
-        self._changes[job_id][name] += value
-
-    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
-        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
-        for ancestor in self._tx.lineage(parent_id):
-            change = self._changes[ancestor]
-            if ancestor == parent_id:
-                change["open"] += open
-            for name, value in changes.items():
-                change[name] += value
-
-    def apply(self) -> None:
-        """Write what is added up, unblock jobs, close parents, until nothing changes."""
-        tx = self._tx
-        while self._changes or tx.freed:
-            freed, tx.freed = tx.freed, set()
-            for key in freed:
-                unblock(tx, key)
-            changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
-            for job_id, change in changes.items():
-                tx.execute(ADD_CHANGE, {**change, "id": job_id})
-            for job in tx.jobs(CLOSED, ids=json.dumps([*changes])):
-                tx.move(job, FINISHED if job.returned == 1 else FAILED)
 
 
 # Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
@@ -1530,7 +1503,7 @@ class Claims:
     def round(self) -> bool:
         """Claim jobs; return whether to look behind blocked ones."""
         free, blocked = self._room.free, self._blocked
-        self._tx.trees.apply()  # new and blocked jobs count
+        self._tx.apply()  # new and blocked jobs count
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
@@ -1559,37 +1532,32 @@ class Claims:
             is_single = job.parent_id is None and job.total == 0
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
-                tx.trees.count(job.parent_id, running=1)
-                tx.trees.change(root_id, "charge", charge)
+                tx.count(job.parent_id, running=1)
+                tx.change(root_id, "charge", charge)
         self._write()
         tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
-        """Write the new claims."""
         for (sql, charge), ids in self._ids.items():
             self._tx.execute(sql, {"charge": charge, "owner": self._owner, "now": self._tx.now,
                                    "ids": json.dumps(ids)})
         self._ids.clear()
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return the charge for a job, None if it is blocked."""
-        if job.limits and not self._has_room(job):
-            return None
+        """Return the charge for a job, None if a limit blocks it."""
+        limits = job.limits
+        if limits:
+            tx = self._tx
+            self._write()  # limits count them
+            key = limit_without_room(tx, job)
+            if key:
+                tx.execute(_BLOCK, {"id": job.id, "key": key})
+                tx.change(job.root)
+                self._blocked += 1
+                return None
+            for limit in limits if job.total else ():  # it may wait for descendants
+                tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
         return self._run_times.charge(job.name)
-
-    def _has_room(self, job: JobRow) -> bool:
-        """Return whether limits let a job start; else block it."""
-        tx = self._tx
-        self._write()  # limits count them
-        key = limit_without_room(tx, job)
-        if key:
-            tx.execute(_BLOCK, {"id": job.id, "key": key})
-            tx.trees.change(job.root)
-            self._blocked += 1
-            return False
-        for limit in job.limits if job.total else ():  # it may wait for descendants
-            tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
-        return True
 
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
         """Yield the ready jobs of a tree in a lane, oldest first."""
@@ -1630,7 +1598,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     """Apply an operation to a job and to descendants that allow it; return their ids."""
     if author is not None:
         tx.check_author(author)
-    tx.trees.apply()
+    tx.apply()
     tree = tx.jobs(_SUBTREE, id=job_id)
     if not tree:
         raise KeyError(job_id)
@@ -1638,7 +1606,7 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     _check_operation(tx, operation, top, below)
     if operation == "restart":
         remove(tx, [job.id for job in below])
-        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
+        tx.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
                        running=-top.running, progress=-top.tree_progress)
         tree = [top]
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
@@ -1647,7 +1615,6 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
         if len(moved) > 1:
             text += f" ({len(moved):,} jobs of the tree)"
         tx.log(job_id, logging.INFO, text)
-    tx.trees.apply()
     return moved
 
 
@@ -1681,18 +1648,17 @@ def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> boo
     if operation == "resume" and job.status == STOPPING:
         follows = RUNNING  # takes its stop back
     of_others = operation == "resume" and job.status == FAILED != top.status
-    objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
-    if not follows or of_others or objects:
+    options, is_system = kept_options(job.options), bool(job.system)
+    if not follows or of_others or objection(operation, options, is_system):
         return False
     if operation.endswith("low_priority"):
         tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": operation == "set_low_priority"})
-        tx.trees.change(job.root)
+        tx.change(job.root)
     elif follows == job.status:
         return job is top  # a stop repeats silently
     elif operation == "force_stop":
         ran = max(0.0, tx.now - (job.since or tx.now))
-        tx.keep_attempt(job, "force-stopped")
-        tx.end_attempt(job, follows, ran, ran)
+        tx.end_attempt(job, follows, "force-stopped", ran, ran)
     else:
         if operation in _BEFORE:
             tx.execute(_BEFORE[operation], {"id": job.id, "again": follows == PENDING})
@@ -1711,7 +1677,7 @@ def remove(tx: Transaction, ids: list[int]) -> None:
     tx.count_created()
     tx.over += ids
     for sql in _REMOVE:
-        tx.executemany(sql, [(job_id,) for job_id in ids])
+        tx.executemany(sql, zip(ids))
     tx.execute(_NOTE_REMOVED, {"id": max(ids, default=0)})
 
 
@@ -1728,12 +1694,10 @@ _SET_DEATHS = "UPDATE bgjobs_jobs SET deaths = :deaths WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
-    """Make jobs ready that are due."""
     return tx.make_ready(tx.jobs(DUE, now=tx.now))
 
 
 def unpark(tx: Transaction, key: str) -> bool:
-    """Make jobs ready that are blocked with this key."""
     return tx.make_ready(tx.jobs(BLOCKED, key=key))
 
 
@@ -1758,14 +1722,13 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner and its schedules."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
 
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
     """Supersede the attempt of a job, which ran until then; it may have to fail."""
-    tx.trees.apply()
+    tx.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
     error = ""
     if job.status == RUNNING and not kept_options(job.options).get("recover", True):
@@ -1775,8 +1738,8 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
     returned = 2 if error else None
     status = status_after(job, returned)
     ran = max(0.0, until - (job.since or until))
-    tx.keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=returned,
+    tx.end_attempt(job, status, "interrupted" if died else OUTCOMES[RELEASED], ran, ran,
+                   phase=PHASES[RELEASED], returned=returned,
                    error=dump_error("Interrupted", error, "") if error else None)
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 

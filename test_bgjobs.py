@@ -2333,7 +2333,7 @@ class TestTrees:
         def writes(count):
             root = idle.submit(add, 1)
             idle.options(parent=root).submit_many(add, [(1,)] * count)
-            return statements(idle, lambda tx: [tx.trees.change(root.id), tx.trees.apply()])
+            return statements(idle, lambda tx: [tx.change(root.id), tx.apply()])
         assert writes(10_000) == writes(100)
 
 
