@@ -3401,14 +3401,6 @@ class LogLines:
         else:
             self.dropped += 1
 
-    # One statement for all: a thread that computes holds each one up by the interpreter lock.
-    # :lines is a JSON array of [job, at, level, message, attempt]. Lines of an attempt that has
-    # been superseded are refused.
-    _INSERT = """INSERT INTO bgjobs_logs (job_id, at, level, message)
-        SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-        json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines)
-        WHERE EXISTS (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]')
-        AND attempt = json_extract(value, '$[4]') AND owner = :owner)"""
     TRIM = """DELETE FROM bgjobs_logs WHERE job_id = :id AND id <= (SELECT id FROM bgjobs_logs
         WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
 
@@ -3427,7 +3419,14 @@ class LogLines:
             if not attempt.lines % (LINES_A_JOB // 10):
                 long_logs.add(attempt.id)
         if lines:
-            tx.execute(self._INSERT, {"owner": owner, "lines": dump(lines)})
+            # One statement for all: a thread that computes holds each one up by the interpreter
+            # lock. Lines of an attempt that has been superseded are refused.
+            tx.execute("""INSERT INTO bgjobs_logs (job_id, at, level, message)
+                SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+                json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines)
+                WHERE EXISTS (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]')
+                AND attempt = json_extract(value, '$[4]') AND owner = :owner)""",
+                       {"owner": owner, "lines": dump(lines)})
         for job_id in long_logs:
             tx.execute(self.TRIM, {"id": job_id, "keep": LINES_A_JOB})
 
@@ -3507,7 +3506,7 @@ class Dispatch:
 
     def committed(self, tx: Transaction) -> None:
         """Complete the handles of jobs that are over."""
-        if tx.over and self._core.handles.watched:
+        if self._core.handles.watched:
             self._core.handles.complete(tx.over)
 
     def left_behind(self) -> None:
@@ -3526,13 +3525,12 @@ class Dispatch:
             return
         try:
             function = function_of(attempt.name)
-            if function is None:
-                attempt.outcome = UNKNOWN
-                return
             executor = None if attempt.job.system else self.executor_of(function)
             if attempt.options.get("isolate"):
                 executor = ISOLATED
-            if executor is None:
+            if function is None:
+                attempt.outcome = UNKNOWN
+            elif executor is None:
                 self.execute_here(attempt, function)
             else:
                 self._core.elsewhere.drive(attempt, function, executor)
@@ -3568,22 +3566,20 @@ class Dispatch:
         if not self.ended:
             self._ended_at = time.monotonic()
         self.ended.append(attempt)
-        if self._is_awaited(attempt):
-            return True
-        self.left_behind()
-        return False
+        awaited = self._is_awaited(attempt)
+        if not awaited:
+            self.left_behind()
+        return awaited
 
     def _is_awaited(self, attempt: Attempt) -> bool:
         """Whether a handle waits for this outcome, or a ready job for the slot or the limit."""
         watched = self._core.handles.watched
-        if attempt.id in watched or attempt.has_children:
-            return True
-        if watched and attempt.parent_id is not None or self._backlog and not self.pool.claimed:
-            return True
-        if (attempt.job.max_running or math.inf) <= self.pool.size:
-            return True
-        has_waited = time.monotonic() - self._ended_at > SETTLE_SECONDS
-        return has_waited and not self._store.leader
+        return bool(
+            attempt.id in watched or attempt.has_children
+            or watched and attempt.parent_id is not None
+            or self._backlog and not self.pool.claimed
+            or (attempt.job.max_running or math.inf) <= self.pool.size
+            or time.monotonic() - self._ended_at > SETTLE_SECONDS and not self._store.leader)
 
     # what is rare
 
@@ -3640,10 +3636,10 @@ class Core:
     In an executor's process a proxy answers them, from `submit` to `keep_line`.
     """
 
-    def __init__(self, face: Runner, store: Store, max_workers: int, executor: Any,
+    def __init__(self, face: Runner, store: Store, executor: Any,
                  callback: str | None) -> None:
         self.face, self.store, self.path, self.clock = face, store, store.path, store.clock
-        self.max_workers, self.executor, self.callback = max_workers, executor, callback
+        self.max_workers, self.executor, self.callback = face.max_workers, executor, callback
         self.run_times = RunTimes(dict(map(tuple, store.read(
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
@@ -3653,7 +3649,7 @@ class Core:
         self._exceptions: dict[tuple[int, int], BaseException] = {}
         self.schedules: dict[str, tuple[Any, ...]] = {}  # of this code, by key: what was asked
         self.id = 0  # this runner's, once it is registered
-        self.inline: Drain | None = None  # while it runs jobs in drain()
+        self.inline = False  # it runs jobs in drain()
         self.shut = self.goes_down = False  # takes no jobs; and ends
         self._service_lock = threading.Lock()  # guards the making of the two below
         self.service: Service | None = None
@@ -3736,13 +3732,11 @@ class Core:
             self.write_lines()
         return read_logs(self.store, job_id, filters)
 
-    _OUTCOME = """SELECT status, created_at, name, attempt, result, error
-        FROM bgjobs_jobs WHERE id = :id"""
-
     def outcome(self, job_id: int) -> Any:
         """Return a dict with status, created_at, name, attempt, result and error, or None."""
         if 0 < job_id < 1 << 63:
-            for row in self.store.read(self._OUTCOME, {"id": job_id}):
+            for row in self.store.read("""SELECT status, created_at, name, attempt, result, error
+                    FROM bgjobs_jobs WHERE id = ?""", [job_id]):
                 return {**row}  # other processes get it as JSON
         return None
 
@@ -3797,11 +3791,45 @@ class Core:
 
     def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
                     timeout: float | None) -> bool:
-        """Return wait(timeout); give the slot of the attempt away meanwhile."""
-        if self.inline is not None:
-            return self.inline.wait(attempt, wait, timeout)
-        with self.dispatch.pool.away(attempt):
-            return wait(timeout)
+        """Return wait(timeout); give the slot of the attempt away meanwhile.
+
+        In drain(), run other jobs meanwhile.
+        """
+        if not self.inline:
+            with self.dispatch.pool.away(attempt):
+                return wait(timeout)
+        begun = idle_since = time.monotonic()
+        clock = self.clock()
+        while not wait(0):
+            now = time.monotonic()
+            if timeout is not None and now >= begun + timeout:
+                return False
+            if self.run_one():
+                idle_since = now
+            elif now - idle_since > STANDING_CLOCK_SECONDS and self.clock() == clock:
+                raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
+                                   "the clock of this runner stands")
+            self.handles.look()
+            wait(0.01)
+        attempt.waited += time.monotonic() - begun
+        return True
+
+    def run_one(self) -> bool:
+        """Run a ready job in this thread; return whether there was one."""
+        def claim_one(tx: Transaction) -> Claims:
+            run_schedules(tx)
+            wake_due(tx)
+            return claim(tx, self.id, Room(1, 1), self.run_times)
+        for job, charge in self.store.write(claim_one).jobs:
+            attempt = self.dispatch.attempts[job.id] = Attempt(self, job, charge)
+            if attempt.options.get("timeout"):
+                self.ensure_service()  # it watches the time
+            self.dispatch.execute(attempt)
+            self.dispatch.settle(attempt)
+            self.store.flush()
+            self.flush_reports()
+            return True
+        return False
 
     # reports of attempts
 
@@ -3812,7 +3840,7 @@ class Core:
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
         """Take a line into a job's log; it is in the file within a second."""
         if self.dispatch.attempts.get(attempt.id) is attempt:  # not superseded
-            if self.inline is not None and len(self.lines) >= LINES_A_WRITE:
+            if self.inline and len(self.lines) >= LINES_A_WRITE:
                 self.store.flush()  # in drain() no other thread writes them
             self.lines.add(attempt, at, level, message)
 
@@ -3843,62 +3871,16 @@ class Core:
             self.store.write(lambda tx: None)
 
 
-class Drain:
-    """Runs the ready jobs of a runner in the calling thread."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    def run_one(self) -> bool:
-        """Run one job; return whether there was a ready one."""
-        core, dispatch = self._core, self._core.dispatch
-
-        def claim_one(tx: Transaction) -> Claims:
-            run_schedules(tx)
-            wake_due(tx)
-            return claim(tx, core.id, Room(1, 1), core.run_times)
-        for job, charge in core.store.write(claim_one).jobs:
-            attempt = dispatch.attempts[job.id] = Attempt(core, job, charge)
-            if attempt.options.get("timeout"):
-                core.ensure_service()  # it watches the time
-            dispatch.execute(attempt)
-            dispatch.settle(attempt)
-            core.store.flush()
-            core.flush_reports()
-            return True
-        return False
-
-    def wait(self, attempt: Attempt, wait: Callable[[float | None], bool],
-             timeout: float | None) -> bool:
-        """Run other jobs until wait(0) is true."""
-        begun = idle_since = time.monotonic()
-        until = math.inf if timeout is None else begun + timeout
-        clock = self._core.clock()
-        while not wait(0):
-            now = time.monotonic()
-            if now >= until:
-                return False
-            if self.run_one():
-                idle_since = now
-            elif now - idle_since > STANDING_CLOCK_SECONDS and self._core.clock() == clock:
-                raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
-                                   "the clock of this runner stands")
-            self._core.handles.look()
-            wait(0.01)
-        attempt.waited += time.monotonic() - begun
-        return True
-
-
-
 _MINE = """(submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
 _MY_PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
 # Executing, or ready. Each part has an index of its own.
-_MY_UNFINISHED = " UNION ALL ".join(
-    f"SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE {which} AND {_MINE} LIMIT 1)" for which in (
-        "status IN ('running', 'stopping') AND status <> 'pending' AND owner IS NOT NULL",
-        "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0",
-        "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
+_MY_UNFINISHED = f"""SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status <> 'pending'
+    AND status IN ('running', 'stopping') AND owner IS NOT NULL AND {_MINE} LIMIT 1)
+    UNION ALL SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status = 'pending'
+    AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0 AND {_MINE} LIMIT 1)
+    UNION ALL SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status = 'pending'
+    AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL AND {_MINE} LIMIT 1)"""
 
 
 class Lifecycle:
@@ -3911,28 +3893,24 @@ class Lifecycle:
         self._closing = threading.Lock()  # only one thread closes
         core.id = self._store.write(self._register)
 
-    _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
-        VALUES (:pid, :host, :workers, :now, :now)"""
-
     def _register(self, tx: Transaction) -> int:
         """Enter this runner in the file, with its lock held; return its id."""
         import socket
         while True:
-            runner: int = tx.execute(self._INSERT, {
-                "pid": os.getpid(), "host": socket.gethostname(), "now": tx.now,
-                "workers": self._core.max_workers}).lastrowid
+            runner: int = tx.execute(
+                """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
+                VALUES (?, ?, ?, ?, ?)""", [os.getpid(), socket.gethostname(),
+                                            self._core.max_workers, tx.now, tx.now]).lastrowid
             if self.presence.appear(runner):
                 return runner
             remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
-    _BEAT = """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
-        WHERE id = :id"""
-
     def beat(self) -> None:
         """Show that this runner lives."""
         abandoned = len(self._core.dispatch.pool.abandoned)
-        self._store.write(lambda tx: tx.execute(self._BEAT, {
-            "id": self._core.id, "now": tx.now, "abandoned": abandoned}))
+        self._store.write(lambda tx: tx.execute(
+            "UPDATE bgjobs_runners SET heartbeat_at = ?, abandoned = ? WHERE id = ?",
+            [tx.now, abandoned, self._core.id]))
 
     def start(self) -> None:
         """Take back what dead processes left behind, and begin to claim jobs."""
@@ -3947,15 +3925,14 @@ class Lifecycle:
         core.ensure_service()
         self._store.flush()
 
-    _OTHERS = """SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> :id UNION ALL
-        SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
-        AND status IN ('running', 'stopping') AND status <> 'pending'
-        AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
-
     def recover_dead(self) -> None:
         """Take back the jobs of runners that died, and of those without a row."""
         now = self._core.clock()
-        for runner, seen in self._store.read(self._OTHERS, {"id": self._core.id}):
+        for runner, seen in self._store.read("""
+                SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> ? UNION ALL
+                SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
+                AND status IN ('running', 'stopping') AND status <> 'pending'
+                AND owner NOT IN (SELECT id FROM bgjobs_runners)""", [self._core.id]):
             if self.presence.is_dead(runner, math.inf if seen is None else now - seen):
                 taken = self._store.write(lambda tx: recover(tx, runner))
                 self.presence.remove(runner)
@@ -3995,13 +3972,12 @@ class Lifecycle:
         for attempt in list(self._core.dispatch.attempts.values()):
             attempt.request_stop(RELEASED)
 
-    _SAVE_MEAN = "INSERT OR REPLACE INTO bgjobs_functions (name, seconds) VALUES (?, ?)"
-
     def save_means(self) -> None:
         """Write the recent run times, for other processes and the next start."""
         means = self._core.run_times.take_changed()
         if means:
-            self._store.write(lambda tx: tx.executemany(self._SAVE_MEAN, means))
+            self._store.write(lambda tx: tx.executemany(
+                "INSERT OR REPLACE INTO bgjobs_functions (name, seconds) VALUES (?, ?)", means))
 
     def _close(self) -> None:
         core, dispatch = self._core, self._core.dispatch
@@ -4182,7 +4158,24 @@ def new_submission(backend: Core, fn: Function, options: Fields,
     new = Submission(name_of(fn))
     given = {**declared[fn], **options} if fn in declared else options
     if given:
-        _apply_options(backend, new, fn, given)
+        for name, stored in _COLUMNS.items():
+            if given.get(name) is not None:
+                setattr(new, name, stored(given[name]))
+        if "name" in given:
+            functions.setdefault(new.name, fn)
+        if given.get("isolate"):
+            door("isolate")
+        if new.run_at is None and given.get("delay"):
+            new.run_at = backend.clock() + given["delay"]
+        kept = options_to_keep(fn, given)
+        if kept:
+            new.options = dump(kept)
+        if given.get("parent") is not None:
+            new.parent_id = given["parent"].id
+            path = path_of(given["parent"])
+            if os.path.realpath(path) != os.path.realpath(backend.path):
+                raise ValueError(f"{given['parent']!r} is in {path}; it takes no children from "
+                                 f"{backend.path}")
     new.author = author_in(backend)
     if attempt is not None and new.author is not None:
         attempt.raise_if_stopped()
@@ -4193,27 +4186,6 @@ def new_submission(backend: Core, fn: Function, options: Fields,
     if kwargs:
         new.kwargs = encode(kwargs, f"the arguments of {new.name}")
     return new
-
-
-def _apply_options(backend: Core, new: Submission, fn: Function, given: Fields) -> None:
-    for name, stored in _COLUMNS.items():
-        if given.get(name) is not None:
-            setattr(new, name, stored(given[name]))
-    if "name" in given:
-        functions.setdefault(new.name, fn)
-    if given.get("isolate"):
-        door("isolate")
-    if new.run_at is None and given.get("delay"):
-        new.run_at = backend.clock() + given["delay"]
-    kept = options_to_keep(fn, given)
-    if kept:
-        new.options = dump(kept)
-    parent = given.get("parent")
-    if parent is not None:
-        path = path_of(parent)
-        if os.path.realpath(path) != os.path.realpath(backend.path):
-            raise ValueError(f"{parent!r} is in {path}; it takes no children from {backend.path}")
-        new.parent_id = parent.id
 
 
 def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
@@ -4312,8 +4284,9 @@ class Runner(RunnerFace, Executor):
         Submitter.__init__(self, lambda: self.core, {})
         self.max_workers = self._max_workers = max_workers
         self._retention = None if retention is None else {**RETENTION, **retention}
-        path = os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path
-        self._make_store = functools.partial(Store, path, durability, journal, clock)
+        if path is None:
+            path = os.environ.get("BGJOBS_DB", "bgjobs.db")
+        self._file = path, durability, journal, clock
         self._elsewhere = executor, callback
         self._open()
         register_hooks()
@@ -4327,9 +4300,9 @@ class Runner(RunnerFace, Executor):
 
     def _open(self) -> None:
         """Open the file, and enter this runner in it."""
-        store = self._make_store()
+        store = Store(*self._file)
         try:
-            self.core = Core(self, store, self.max_workers, *self._elsewhere)
+            self.core = Core(self, store, *self._elsewhere)
         except BaseException:
             store.close()
             raise
@@ -4355,8 +4328,8 @@ class Runner(RunnerFace, Executor):
 
         system: those of the library, too.
         """
-        rows = self.core.store.read(SCHEDULES, {"system": system})
-        return [Schedule(self.core, row["id"]) for row in rows]
+        return [Schedule(self.core, row["id"])
+                for row in self.core.store.read(SCHEDULES, {"system": system})]
 
     def drain(self) -> int:
         """Run what is ready in this thread until nothing is; return how many attempts ran.
@@ -4370,13 +4343,11 @@ class Runner(RunnerFace, Executor):
         capture_log_records()
         core.life.recover_dead()
         core.store.write(clock_was_set_back)  # a clock for tests may have been
-        core.inline, ran = Drain(core), 0
+        core.inline = True
         try:
-            while core.inline.run_one():
-                ran += 1
+            return sum(iter(core.run_one, False))
         finally:
-            core.inline = None
-        return ran
+            core.inline = False
 
     def stats(self, window: str = "24h", name: str | None = None) -> Fields:
         """Return what was counted in a window: "1h", "24h", "7d" or "30d", without system jobs.
