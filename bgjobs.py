@@ -4476,7 +4476,7 @@ serve_one_attempt, serves_attempts = _serves_attempts.set, _serves_attempts.is_s
 # What arguments of Runner and `map` must be: name -> (test, in words).
 _ARGUMENTS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
-    "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
+    "callback": (lambda v: re.fullmatch(r".+:\d+", v), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
     "buffersize": (lambda v: type(v) is int and v > 0, "None or greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
@@ -5931,6 +5931,9 @@ class Drive:
         finally:
             server.expected.pop(token, None)
             del self.attempt.on_stop
+            while not self._inbox.empty():
+                if (link := self._inbox.get()) is not None:
+                    link.close()  # it has come too late
 
     def _meet(self) -> Any:
         """Wait until the attempt has dialed; return its socket, or None if it ends unbegun."""
@@ -6025,11 +6028,13 @@ class Drive:
     def _heed(self, message: Any) -> None:
         """Carry out a call, and answer it. Raises ValueError if it is none."""
         match message:
-            case [int(number), str(call), list(arguments), *news] if call in (*_CALLS, "save"):
+            case [int(number), str(call), list(arguments), *news] if call in (*_CALLS, "save", "end"):
                 self._hear(*news)
             case _:
                 raise ValueError(f"{short(message)} is no call")
-        if call == "save":
+        if call == "end":
+            self.end(*arguments)
+        elif call == "save":
             self._elsewhere.save(self, number, *arguments)
         else:
             self.answer(number, functools.partial(_CALLS[call], self, *arguments))
@@ -6038,7 +6043,7 @@ class Drive:
         """Answer a call with what `call` returns or raises."""
         answer: tuple[Any, ...]
         try:
-            if self.attempt.ticket.void and not self._has_ended:
+            if self.attempt.ticket.void:
                 raise self.attempt.superseded
             answer = (call(),)
         except BaseException as error:  # JobStopped is one of these
@@ -6109,7 +6114,7 @@ def _of_core(name: str) -> Function:
 _CALLS: dict[str, Function] = {
     "tell": lambda drive: None,  # the news alone
     "submit": Drive.submit, "outcome": Drive.outcome, "watch": Drive.watch, "leave": Drive.leave,
-    "back": Drive.come_back, "end": Drive.end,
+    "back": Drive.come_back,
     **{name: _of_core(name) for name in ("operate", "info", "logs", "status", "find")}}
 
 
