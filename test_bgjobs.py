@@ -6370,7 +6370,7 @@ class TestElsewhere:
         job.force_stop()
         assert json.loads(line.readline()) == [0, "void"]
         assert ask(line, 5, "save", ["6", None], *NO_NEWS)[2] == "JobStopped" and job.state == 5
-        say(line, 0, "end", ["returned", "7", None, 0.1], *NO_NEWS)
+        say(line, 0, "end", ["returned", 0.1, "7", None], *NO_NEWS)
         assert refused(line) == "" and job.status == "stopped"
         wait_for(lambda: abandoned(runner) == 0)
 
