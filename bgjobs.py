@@ -4214,7 +4214,7 @@ serve_one_attempt, serves_attempts = _serves_attempts.set, _serves_attempts.is_s
 # What arguments of Runner and `map` must be: name -> (test, in words).
 _ARGUMENTS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
-    "callback": (lambda v: v[1:].rpartition(":")[2].isdecimal(), '"host:port"'),
+    "callback": (lambda v: re.fullmatch(r".+:\d+", v), '"host:port"'),
     "max_workers": (lambda v: type(v) is int and 0 < v < 1 << 31, "greater than 0"),
     "buffersize": (lambda v: type(v) is int and v > 0, "None or greater than 0"),
     "durability": (("process", "power").__contains__, '"process" or "power"'),
@@ -5620,6 +5620,9 @@ class Drive:
         finally:
             server.expected.pop(token, None)
             del self.attempt.on_stop
+            while not self._inbox.empty():
+                if (link := self._inbox.get()) is not None:
+                    link.close()  # it has come too late
 
     def _meet(self) -> Any:
         """Wait until the attempt has dialed; return its socket, or None if it ends unbegun."""
@@ -5714,20 +5717,23 @@ class Drive:
     def _heed(self, message: Any) -> None:
         """Carry out a call, and answer it. Raises ValueError if it is none."""
         match message:
-            case [int(number), str(call), list(arguments), *news] if call in (*_CALLS, "save"):
+            case [int(number), str(call), list(arguments), *news] if call in _OF_CORE + _OF_DRIVE:
                 self._hear(*news)
             case _:
                 raise ValueError(f"{short(message)} is no call")
-        if call == "save":
+        if call == "end":
+            self.end(*arguments)
+        elif call == "save":
             self._elsewhere.save(self, number, *arguments)
         else:
-            self.answer(number, functools.partial(_CALLS[call], self, *arguments))
+            asked = self.core if call in _OF_CORE else self
+            self.answer(number, lambda: getattr(asked, call)(*arguments))
 
     def answer(self, number: int, call: Callable[[], Any]) -> None:
         """Answer a call with what `call` returns or raises."""
         answer: tuple[Any, ...]
         try:
-            if self.attempt.ticket.void and not self._has_ended:
+            if self.attempt.ticket.void:
                 raise self.attempt.superseded
             answer = (call(),)
         except BaseException as error:  # JobStopped is one of these
@@ -5741,13 +5747,16 @@ class Drive:
 
     def _hear(self, lines: list[Any], report: list[Any] | None, positions: list[int]) -> None:
         """Take over log lines, progress and positions. Written with the next transaction."""
-        for at, level, message in lines:
-            self.core.keep_line(self.attempt, float(at), int(level), text_of(message))
+        for line in lines:
+            self.core.keep_line(self.attempt, *line)
         if report is not None:
             self.attempt.report(*report)
         self.attempt.loop_positions = positions
 
     # calls
+
+    def tell(self) -> None:
+        """Take the news alone."""
 
     def submit(self, columns: Fields, arguments: list[str | None] | None) -> Any:
         """Submit a job, or one for each of the arguments; return its id, or theirs."""
@@ -5780,26 +5789,18 @@ class Drive:
         self.core.dispatch.pool.come_back(self.attempt)
         self._waits.pop().__exit__(None, None, None)
 
-    def end(self, outcome: str, result: str | None, error: str | None, ran: float) -> None:
-        """Take over the outcome. ran: seconds that the function has taken."""
-        for text in (result, error):
-            if outcome not in OUTCOMES or not isinstance(text, (str, type(None))):
-                raise ValueError("there is no such outcome")
-        attempt = self.attempt
-        attempt.outcome, attempt.result, attempt.error = outcome, result, error
-        attempt.ran, self._has_ended = float(ran), True
+    def end(self, outcome: str, ran: float, *texts: str | None) -> None:
+        """Take over the outcome, the seconds the function took, and its result and error."""
+        if outcome not in OUTCOMES or not {*map(type, texts)} <= {str, type(None)}:
+            raise ValueError("there is no such outcome")
+        self.attempt.result, self.attempt.error = texts
+        self.attempt.outcome, self.attempt.ran = outcome, float(ran)
+        self._has_ended = True
 
 
-def _of_core(name: str) -> Function:
-    return lambda drive, *arguments: getattr(drive.core, name)(*arguments)
-
-
-# What an attempt may ask for.
-_CALLS: dict[str, Function] = {
-    "tell": lambda drive: None,  # the news alone
-    "submit": Drive.submit, "outcome": Drive.outcome, "watch": Drive.watch, "leave": Drive.leave,
-    "back": Drive.come_back, "end": Drive.end,
-    **{name: _of_core(name) for name in ("operate", "info", "logs", "status", "find")}}
+# What an attempt may ask its runner for, and what it may ask its drive for.
+_OF_CORE = "operate", "info", "logs", "status", "find"
+_OF_DRIVE = "tell", "save", "submit", "outcome", "watch", "leave", "come_back", "end"
 
 
 class IsolatedDrive(Drive):
@@ -5863,11 +5864,14 @@ class IsolatedDrive(Drive):
             self.post("stop", self.attempt.reason)
 
     def _kill(self) -> None:
-        """Kill the process and everything that it started."""
+        """Kill the process and everything that it started, once."""
+        import signal
         with self._lock:
-            if not self._is_dead:
-                _kill_group(self._process)
-                self._process.wait()
+            if not self._is_dead and hasattr(os, "killpg"):
+                with contextlib.suppress(OSError):  # there is none left
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()  # does nothing if it has been waited for
+            self._process.wait()
             self._is_dead = True
 
     def reason(self, why: str) -> BaseException:
@@ -5879,15 +5883,6 @@ class IsolatedDrive(Drive):
             return BgjobsError(f"the process of its own is killed: {why}")
         how = f"exit code {code}" if code >= 0 else f"signal {-code}"
         return BgjobsError(f"the process of its own died under it: {how}")
-
-
-def _kill_group(process: Any) -> None:
-    import signal
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(OSError):  # there is none left
-            os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
 
 
 class Elsewhere:
@@ -5908,18 +5903,16 @@ class Elsewhere:
 
     def engine(self, executor: Any) -> Engine:
         """Return the engine for an executor, or for what makes one."""
-        engine = self._engines.get(id(executor))
-        if engine is None:
-            new = Engine(executor, self.core.max_workers)
-            shared = new if new.is_made_here else _shared_engines.setdefault(id(executor), new)
-            engine = self._engines.setdefault(id(executor), shared)
-        return engine
+        if id(executor) not in self._engines:
+            engine = Engine(executor, self.core.max_workers)
+            if not engine.is_made_here:
+                engine = _shared_engines.setdefault(id(executor), engine)
+            self._engines.setdefault(id(executor), engine)
+        return self._engines[id(executor)]
 
     def is_broken(self, executor: Any) -> bool:
         """Return whether an executor took nothing lately."""
-        if executor is None or executor is ISOLATED:
-            return False
-        return time.monotonic() < self.engine(executor).broken_until
+        return executor is not None and time.monotonic() < self.engine(executor).broken_until
 
     def save(self, drive: Drive, number: int, state: Any, positions: Any) -> None:
         """Save a state. If many attempts are under way, one thread does it for all of them."""
@@ -6103,7 +6096,7 @@ class RunnerProxy:
         with contextlib.suppress(JobStopped):
             while len(self._lines) > LINES_A_CALL:
                 self._send(0, "tell")
-            self._send(0, "end", attempt.outcome, attempt.result, attempt.error, attempt.ran)
+            self._send(0, "end", attempt.outcome, attempt.ran, attempt.result, attempt.error)
         self._gone = f"attempt {attempt.number} of job {attempt.id} has ended"
         _link.proxies.discard(self)
         with link, contextlib.suppress(OSError):  # until the runner has read the outcome
@@ -6222,7 +6215,7 @@ class RunnerProxy:
                     wait(left / 10)
             return over
         finally:
-            self.ask("back")  # answered when it has a place
+            self.ask("come_back")  # answered when it has a place
 
     # what handles, submitters and the attempt ask
 

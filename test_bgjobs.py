@@ -5870,6 +5870,11 @@ def spawned(make, quick_processes):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def pool_of(runner):
+    """Return the executor that a runner has made."""
+    return runner.core.elsewhere.engine(runner.core.executor).executor()
+
+
 class Hand(concurrent.futures.Executor):
     """An executor that does what the test says: it keeps what it is given."""
 
@@ -5898,9 +5903,13 @@ class Hand(concurrent.futures.Executor):
 
     def dial(self, index=0):
         """Be the process that executes one of the calls; return its connection, and the job."""
-        host, port, token = self.calls[index][2]
+        host, port, token, payload = self.calls[index][2]
         line = dialed(host, port, token.encode() + b"\n")
-        return line, json.loads(line.readline())[0]
+        assert abs(json.loads(line.readline())[0] - time.time()) < 60
+        return line, json.loads(payload)
+
+
+NO_NEWS = [], None, []     # no log lines, no progress, no loop of each()
 
 
 def dialed(host, port, data):
@@ -6311,7 +6320,7 @@ class TestElsewhere:
             assert seen[-1] == 3 and len(here.calls) == len(there.calls) == 1
             there.execute().join(), here.execute().join()
         finally:
-            del bgjobs._registry.declared[echo], bgjobs._registry.declared[note]
+            del bgjobs.declared[echo], bgjobs.declared[note]
 
     def test_bad_executors_are_refused(self, make, tmp_path):
         for bad in (5, "x", object()):
@@ -6351,24 +6360,25 @@ class TestElsewhere:
         wait_for(lambda: hand.calls)
         line, given = hand.dial()
         assert given["function"] == "add" and given["path"] == runner.path
-        assert ask(line, 1, "save", ["5", None], [[[0, 20, "a line"]], [1, 4, "a message"], "[3]"]) == [1, True]
-        assert ask(line, 2, "operate", ["drop", 1, None], None)[2] == "KeyError"
-        assert ask(line, 3, "info", [99], None) == [3, None, "KeyError", f"there is no job 99 in {runner.path}"]
-        assert ask(line, 4, "save", [], None)[2] == "TypeError"
+        assert ask(line, 1, "save", ["5", None], [[0, 20, "a line"]], [1, 4, "a message"], [3]) == [1, True]
+        assert ask(line, 2, "operate", ["drop", 1, None], *NO_NEWS)[2] == "KeyError"
+        assert ask(line, 3, "info", [99], *NO_NEWS) == [3, None, "KeyError", f"there is no job 99 in {runner.path}"]
+        assert ask(line, 4, "info", [], *NO_NEWS)[2] == "TypeError"
         assert job.state == 5 and [entry["message"] for entry in job.logs()] == ["a line"]
         wait_for(lambda: job.progress == 0.25 and job.info()["message"] == "a message", 2)
         job.stop()
         assert json.loads(line.readline()) == [0, "stop", "halted"]
         job.force_stop()
         assert json.loads(line.readline()) == [0, "void"]
-        assert ask(line, 5, "save", ["6", None], None)[2] == "JobStopped" and job.state == 5
-        say(line, 0, "end", ["returned", "7", None, 0.1], None)
+        assert ask(line, 5, "save", ["6", None], *NO_NEWS)[2] == "JobStopped" and job.state == 5
+        say(line, 0, "end", ["returned", 0.1, "7", None], *NO_NEWS)
         assert refused(line) == "" and job.status == "stopped"
         wait_for(lambda: abandoned(runner) == 0)
 
     @pytest.mark.parametrize("bad", [
-        "GET / HTTP/1.0\r\n\r\n", "[]\n", "5\n", "[" * 3_000 + "\n", '[1, "nonsense", [], null]\n', '["1", "info", [1], null]\n',
-        '[1, "info", [1]]\n', '[0, "tell", [], 5]\n', '[0, "tell", [], [[["x"]], null, null]]\n', "x" * 300_000])
+        "GET / HTTP/1.0\r\n\r\n", "[]\n", "5\n", "[" * 3_000 + "\n", '[1, "nonsense", [], [], null, []]\n',
+        '["1", "info", [1], [], null, []]\n', '[1, "info", [1]]\n', '[0, "tell", [], 5, null, []]\n',
+        '[0, "save", [], [], null, []]\n', '[0, "tell", [], [["x"]], null, []]\n', "x" * 300_000])
     def test_a_message_that_is_none_ends_that_attempt_alone(self, make, monkeypatch, bad):
         monkeypatch.setattr(bgjobs, "LINE_BYTES", 200_000)
         hand = Hand()
@@ -6393,7 +6403,7 @@ class TestElsewhere:
         runner = make(executor=hand)
         job = runner.submit(add, 1)
         wait_for(lambda: hand.calls)
-        host, port, token = hand.calls[0][2]
+        host, port, token, _ = hand.calls[0][2]
         assert host == "127.0.0.1"
         for bad in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\xfe\n", b"\n", b"a" * 5_000, token[:-1].encode() + b"\n", token.upper().encode() + b"x\n"):
             assert refused(dialed(host, port, bad)) == ""
@@ -6407,14 +6417,14 @@ class TestElsewhere:
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
             runner = make(executor=executor)
             assert runner.submit(add, 1).result(10) == 1
-            server = runner.core.elsewhere._server
+            server = runner.core.elsewhere.server
             address, strangers, most = server.listen(), [], []
 
             def flood():
                 for _ in range(1_200):
                     with contextlib.suppress(OSError):
                         strangers.append(socket.create_connection(address, timeout=10))
-                    most.append(len(server._strangers))
+                    most.append(len(server.strangers))
                     if len(strangers) > 300:
                         strangers.pop(0).close()
             flooding = threading.Thread(target=flood)
@@ -6479,7 +6489,7 @@ class TestElsewhere:
                 assert not concurrent.futures.wait([started], 0.2).done
                 other.close()                                # the process before this one has gone down
                 assert started.result(5) is runner
-        assert job.result(10) == 1 and runner.core.elsewhere._server.listen()[1] == int(address[10:])
+        assert job.result(10) == 1 and runner.core.elsewhere.server.listen()[1] == int(address[10:])
         monkeypatch.setattr(bgjobs, "GRACE_SECONDS", -1)
         with pytest.raises(OSError, match=f"callback {address} cannot be listened at: ") as caught:
             make(executor=Hand(), callback=address)
@@ -6558,8 +6568,7 @@ class TestElsewhere:
     def test_sigterm_to_a_process_of_a_pool_has_its_attempt_pause(self, spawned, tmp_path, monkeypatch):
         job = spawned.submit(count_on, str(tmp_path / "go"))
         wait_for(lambda: job.state, 20)
-        busy = [pid for pid in spawned._elsewhere.engine(spawned._executor).executor()._processes]
-        for pid in busy:
+        for pid in list(pool_of(spawned)._processes):
             os.kill(pid, signal.SIGTERM)
         wait_for(lambda: job.attempt == 2 and job.status == "running", 20)
         (tmp_path / "go").touch()
@@ -6569,9 +6578,8 @@ class TestElsewhere:
     @pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
     def test_a_pool_that_broke_ends_though_a_function_reaches_no_checkpoint(self, spawned, monkeypatch):
         spinning = spawned.submit(spin_quietly)
-        engine = spawned._elsewhere_for(spawned._executor).engine(spawned._executor)
-        wait_for(lambda: spinning.status == "running" and spawned._attempts[spinning.id].begun, 20)
-        pool = engine.executor()
+        wait_for(lambda: spinning.status == "running" and attempts_of(spawned)[spinning.id].begun, 20)
+        pool = pool_of(spawned)
         dead = spawned.submit(die)
         assert dead.exception(20) is not None
         begun = time.monotonic()
