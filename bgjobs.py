@@ -3364,9 +3364,8 @@ class Handles:
 
 # ---- 12 Runner ----------------------------------------------------------------------------------
 #
-# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, log lines
-# that wait to be written, handles that wait for ends, and `Dispatch`, which takes jobs from the
-# file to the workers and their outcomes back. `Lifecycle` starts all that and takes it down.
+# `Runner` is what an app uses. `Core` connects the parts behind it: the store, log lines, handles
+# that wait for ends, and `Dispatch`. `Lifecycle` starts all that and takes it down.
 
 SETTLE_SECONDS = 0.002  # that an outcome which is not awaited may wait for company
 GRACE_SECONDS = 5.0  # that running jobs get to reach a checkpoint when the app goes down
@@ -3383,7 +3382,7 @@ HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 class LogLines:
     """Log lines, and first starts for the statistics, that wait for a transaction.
 
-    Any thread adds; only the leader writes and removes. If a transaction fails, its lines stay.
+    Any thread adds; only the leader writes. If a transaction fails, its lines stay.
     """
 
     def __init__(self) -> None:
@@ -3395,7 +3394,6 @@ class LogLines:
         return len(self._waiting)
 
     def add(self, attempt: Attempt, at: float, level: int, message: str | None) -> None:
-        """Add a line of an attempt's log, or a start."""
         if message is None or len(self._waiting) < LOG_BUFFER:
             self._waiting.append((attempt, at, level, message))
         else:
@@ -3405,7 +3403,6 @@ class LogLines:
         WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
 
     def write(self, tx: Transaction, owner: int, most: int) -> None:
-        """Write at most so many entries."""
         entries = self._waiting[:most]
         if not entries:
             return
@@ -3438,8 +3435,8 @@ class LogLines:
 class Dispatch:
     """Takes jobs from the file to the workers, and their outcomes back.
 
-    It rides along with transactions: log lines at their begin, so that they come before what
-    operations log, outcomes and claims at their end.
+    It rides along with transactions: log lines at the begin, before what operations log, outcomes
+    and claims at the end.
     """
 
     def __init__(self, core: Core) -> None:
@@ -3449,20 +3446,20 @@ class Dispatch:
         self.attempts: dict[int, Attempt] = {}  # claimed here, by job; only the leader changes it
         self.ended: deque[Attempt] = deque()  # until recorded; only the leader removes
         self._riding: list[Attempt] = []  # ended, and to be recorded now
-        self._ended_at = 0.0  # monotonic; when the first of `ended` came
+        self._ended_at = 0.0  # monotonic; of the first of `ended`
         self._backlog = True  # more jobs may be ready, says the last claim
         self.claims = False  # jobs are claimed
 
-    # between the file and the pool, in the leader's thread
+    # in the leader's thread
 
     def begin(self, tx: Transaction) -> None:
-        """Write log lines: all of them if outcomes, which come after them, ride along."""
+        """Write log lines: all if outcomes, which come after them, ride along."""
         self._riding = list(self.ended)
-        most = LOG_BUFFER if self._riding else LINES_A_WRITE
-        self._core.lines.write(tx, self._core.id, most)
+        self._core.lines.write(tx, self._core.id,
+                               LOG_BUFFER if self._riding else LINES_A_WRITE)
 
     def end(self, tx: Transaction, flushing: bool) -> None:
-        """Record the outcomes of ended attempts, and claim jobs for free slots."""
+        """Record outcomes, and claim jobs for free slots."""
         if self.pool.lingers and not flushing:
             return  # a worker flushes in a moment
         ended = self._riding
@@ -3473,7 +3470,7 @@ class Dispatch:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
-        """Claim jobs for the free slots, and some short ones ahead."""
+        """Claim jobs for free slots, and some short ones ahead."""
         room = self.pool.room(self.run_times)
         enough_waits = (room.ahead < AHEAD_LIMIT // 2
                         or room.planned > AHEAD_SECONDS * room.workers / 2)
@@ -3487,7 +3484,7 @@ class Dispatch:
         return [Attempt(self._core, job, charge) for job, charge in claims.jobs]
 
     def _hand_over(self, ended: list[Attempt], claimed: list[Attempt]) -> None:
-        """After the commit, forget ended attempts, and give the claims to the pool."""
+        """Forget ended attempts, and give the claims to the pool."""
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
@@ -3505,22 +3502,18 @@ class Dispatch:
             del self.attempts[attempt.id]
 
     def committed(self, tx: Transaction) -> None:
-        """Complete the handles of jobs that are over."""
         if self._core.handles.watched:
             self._core.handles.complete(tx.over)
 
     def left_behind(self) -> None:
-        """Have the service thread lead a transaction soon."""
+        """Have the service thread lead soon."""
         if self._core.service is not None:
             self._core.service.nudge()
 
     # in a worker's thread
 
     def execute(self, attempt: Attempt) -> None:
-        """Run one attempt, unless it is to stop already.
-
-        Never raises: the thread must live on to record the outcome.
-        """
+        """Run one attempt, unless it is to stop already. Never raises: the thread must live on."""
         if attempt.stop_requested:
             return
         try:
@@ -3538,13 +3531,12 @@ class Dispatch:
             attempt.fail(error)
 
     def execute_here(self, attempt: Attempt, function: Function) -> None:
-        """Run one attempt in this thread."""
         self.note_start(attempt)
         perform(attempt, function)
         self.run_times.record(attempt.name, attempt.worked)
 
     def note_start(self, attempt: Attempt) -> None:
-        """Count the first start of a job for the statistics."""
+        """Count a job's first start for the statistics."""
         job = attempt.job
         if job.started_at is None and not job.system:
             waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
@@ -3555,10 +3547,7 @@ class Dispatch:
         return declared.get(function, {}).get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
-        """Queue an outcome. Return whether the caller is to commit it now.
-
-        Else it is committed with others within SETTLE_SECONDS.
-        """
+        """Queue an outcome. Return whether to commit it now, not within SETTLE_SECONDS."""
         if attempt.exception is not None and not attempt.ticket.void:
             self._core.remember_exception(attempt)
         if attempt.outcome != RETURNED:
@@ -3566,31 +3555,28 @@ class Dispatch:
         if not self.ended:
             self._ended_at = time.monotonic()
         self.ended.append(attempt)
-        awaited = self._is_awaited(attempt)
-        if not awaited:
-            self.left_behind()
-        return awaited
-
-    def _is_awaited(self, attempt: Attempt) -> bool:
-        """Whether a handle waits for this outcome, or a ready job for the slot or the limit."""
+        # A handle waits for it, or a ready job for the slot or the limit; or it has waited.
         watched = self._core.handles.watched
-        return bool(
+        awaited = bool(
             attempt.id in watched or attempt.has_children
             or watched and attempt.parent_id is not None
             or self._backlog and not self.pool.claimed
             or (attempt.job.max_running or math.inf) <= self.pool.size
             or time.monotonic() - self._ended_at > SETTLE_SECONDS and not self._store.leader)
+        if not awaited:
+            self.left_behind()
+        return awaited
 
     # what is rare
 
     def give_back(self, claims: list[Attempt]) -> None:
-        """Return claims that have not begun: as outcomes that count as no attempt."""
+        """Return claims that have not begun, as outcomes that count as no attempt."""
         if claims:
             self.ended.extend(claims)
             self._store.flush()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Give up an attempt that the file has superseded, and free its slot."""
+        """Give up an attempt that the file has superseded."""
         self._forget(attempt)
         attempt.supersede()
         self.pool.abandon(attempt)
@@ -3598,11 +3584,11 @@ class Dispatch:
     def compare(self, tx: Transaction) -> None:
         """Carry out on the attempts here what operations, in any process, did to their jobs.
 
-        Finds claims that were lost, too. While this thread leads, no claim and no outcome is under
-        way; and no job is claimed again before its old attempt is abandoned.
+        Find lost claims, too. While this thread leads, no claim and no outcome is under way; and no
+        job is claimed again before its old attempt is abandoned.
         """
         jobs = {job.id: job for job in owned(tx, self._core.id)}
-        # A worker queues an outcome before it takes the attempt out of the pool.
+        # An outcome is queued before its attempt leaves the pool.
         here = {attempt.id for attempt in list(self.attempts.values())
                 if self.pool.has(attempt) or attempt in self.ended}
         if self.claims:  # else drain() is about to execute one
@@ -3625,15 +3611,15 @@ class Dispatch:
 
 
 def job_failed(job_id: int, row: Any) -> JobFailed:
-    """Return the error of a failed job that another process ran, from its `Core.outcome`."""
-    error = json.loads(row["error"] or '{"type": "", "text": "", "traceback": ""}')
-    return JobFailed(f"job {job_id} ({row['name']})", **error)
+    """Return the error of a job that failed in another process, from its `Core.outcome`."""
+    return JobFailed(f"job {job_id} ({row['name']})", **json.loads(
+        row["error"] or '{"type": "", "text": "", "traceback": ""}'))
 
 
 class Core:
     """What a runner is made of, and what handles, submitters and attempts ask of it.
 
-    In an executor's process a proxy answers them, from `submit` to `keep_line`.
+    In an executor's process a proxy answers, from `submit` to `keep_line`.
     """
 
     def __init__(self, face: Runner, store: Store, executor: Any,
@@ -3645,9 +3631,8 @@ class Core:
         self.lines, self.handles = LogLines(), Handles(store)
         self.call_back = self.handles.completed
         self.dispatch = Dispatch(self)
-        # By job and attempt, the oldest first.
-        self._exceptions: dict[tuple[int, int], BaseException] = {}
-        self.schedules: dict[str, tuple[Any, ...]] = {}  # of this code, by key: what was asked
+        self._exceptions: dict[Any, BaseException] = {}  # by job and attempt, the oldest first
+        self.schedules: dict[str, Any] = {}  # of this code, by key: what was asked
         self.id = 0  # this runner's, once it is registered
         self.inline = False  # it runs jobs in drain()
         self.shut = self.goes_down = False  # takes no jobs; and ends
@@ -3659,19 +3644,18 @@ class Core:
 
     @property
     def elsewhere(self) -> Any:
-        """What executes attempts in other processes; made when first needed."""
+        """Executes attempts in other processes; made when first needed."""
         with self._service_lock:
             if self.elsewhere_if_made is None:
                 self.elsewhere_if_made = door("executor")(self, self.callback)
             return self.elsewhere_if_made
 
     def is_broken(self, name: str) -> bool:
-        """Whether the executor of a function took nothing lately."""
+        """Whether a function's executor took nothing lately."""
         executor = self.dispatch.executor_of(function_of(name))
         return executor is not None and bool(self.elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, without threads and attempts."""
         self.handles.leave_to_parent()
         self.dispatch.attempts = {}
         self._service_lock, self.service = threading.Lock(), None
@@ -3679,7 +3663,6 @@ class Core:
             self.elsewhere_if_made.leave_to_parent()
 
     def ensure_service(self) -> None:
-        """Have the service thread running."""
         with self._service_lock:
             if self.service is None or not self.service.thread.is_alive():
                 self.service = Service(self)
@@ -3687,20 +3670,15 @@ class Core:
     # submitting
 
     def submit(self, new: Submission, connection: Any = None) -> Job[Any]:
-        """Store a job and return its handle."""
         job_id = self._write_for(new, connection)(lambda tx: tx.submit(new))
         return Job(self, job_id, None if connection is None else new.created_at)
 
     def submit_many(self, new: Submission, arguments: list[str | None],
                     connection: Any = None) -> list[int]:
-        """Store a job for each of the encoded arguments, in one transaction."""
         return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
     def _write_for(self, new: Submission, connection: Any) -> Function:
-        """Return what writes a submission: into a transaction of ours, or of the app's.
-
-        Raises RuntimeError if the runner is shut down.
-        """
+        """Return what writes a submission. Raises RuntimeError if the runner is shut down."""
         if self.shut and new.author is None:
             raise RuntimeError("cannot schedule new futures after shutdown")
         new.submitter = self.id
@@ -3714,20 +3692,18 @@ class Core:
     # reading
 
     def status(self, job_id: int) -> str:
-        """Return a job's status. Raises KeyError if there is no such job."""
+        """Raises KeyError if there is no such job."""
         row = self.outcome(job_id)
         if row is None:
             raise KeyError(f"there is no job {job_id} in {self.path}")
         return str(row["status"])
 
     def info(self, job_id: int) -> Fields:
-        """Return what `Job.info` does; raises as `status`."""
         for info in describe_jobs(self.store, [job_id]):
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def logs(self, job_id: int, filters: Fields) -> list[Fields]:
-        """Return what `Job.logs` does, with all lines logged by now."""
         if not self.store.closed:
             self.write_lines()
         return read_logs(self.store, job_id, filters)
@@ -3741,11 +3717,10 @@ class Core:
         return None
 
     def find(self, filters: Fields, limit: int | None, before: int | None) -> list[int]:
-        """Return the ids of the jobs that pass the filters, newest first."""
         return find_jobs(self.store, filters, limit, before)[0]
 
     def remember_exception(self, attempt: Attempt) -> None:
-        """Keep what a function raised for the handles of this process."""
+        """Keep what a function raised for this process's handles."""
         error: Any = attempt.exception
         traceback.clear_frames(error.__traceback__)  # keeps the lines, not what they held
         self._exceptions[attempt.id, attempt.number] = error
@@ -3753,7 +3728,7 @@ class Core:
             del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
-        """Return a failed job's own exception if this process ran it, else JobFailed."""
+        """Return a failed job's exception: its own if this process ran it, else JobFailed."""
         own = self._exceptions.get((job_id, row["attempt"]))
         return job_failed(job_id, row) if own is None else own
 
@@ -3761,7 +3736,7 @@ class Core:
 
     @library_code
     def operate(self, operation: str, job_id: int, by: str | None) -> None:
-        """Apply an operation. Raises InvalidOperation, and KeyError if there is no such job."""
+        """Apply an operation. Raises InvalidOperation, KeyError."""
         by = None if by is None else " ".join(text_of(by, 200).split())
         author = author_in(self)
         passed = threading.Event()
@@ -3782,7 +3757,6 @@ class Core:
 
     @library_code
     def watch(self, handle: Job[Any]) -> None:
-        """Complete a handle when its job is over, in whichever process."""
         self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
@@ -3791,10 +3765,7 @@ class Core:
 
     def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
                     timeout: float | None) -> bool:
-        """Return wait(timeout); give the slot of the attempt away meanwhile.
-
-        In drain(), run other jobs meanwhile.
-        """
+        """Return wait(timeout); meanwhile give the slot away, or run other jobs in drain()."""
         if not self.inline:
             with self.dispatch.pool.away(attempt):
                 return wait(timeout)
@@ -3838,7 +3809,7 @@ class Core:
         return bool(self.store.write(lambda tx: tx.save_state(attempt, state, positions)))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
-        """Take a line into a job's log; it is in the file within a second."""
+        """Log a line; it is in the file within a second."""
         if self.dispatch.attempts.get(attempt.id) is attempt:  # not superseded
             if self.inline and len(self.lines) >= LINES_A_WRITE:
                 self.store.flush()  # in drain() no other thread writes them
@@ -3847,7 +3818,7 @@ class Core:
     def flush_reports(self) -> None:
         """Write progress, log lines, and what long attempts cost beyond their charge.
 
-        Else the root of an attempt that runs longer than estimated would look idle.
+        Else their roots would look idle.
         """
         now, reports = time.monotonic(), []
         for attempt in list(self.dispatch.attempts.values()):
@@ -3866,14 +3837,13 @@ class Core:
                                  "than the disk takes them")
 
     def write_lines(self) -> None:
-        """Return when the lines logged by now are in the file."""
+        """Write the lines logged by now."""
         for _ in range(-(-len(self.lines) // LINES_A_WRITE)):
             self.store.write(lambda tx: None)
 
 
 _MINE = """(submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
-_MY_PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
 # Executing, or ready. Each part has an index of its own.
 _MY_UNFINISHED = f"""SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status <> 'pending'
     AND status IN ('running', 'stopping') AND owner IS NOT NULL AND {_MINE} LIMIT 1)
@@ -3884,7 +3854,7 @@ _MY_UNFINISHED = f"""SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status <>
 
 
 class Lifecycle:
-    """Starts a runner, registers it in the file, and takes it down."""
+    """Registers a runner in the file, starts it, and takes it down."""
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
@@ -3894,7 +3864,7 @@ class Lifecycle:
         core.id = self._store.write(self._register)
 
     def _register(self, tx: Transaction) -> int:
-        """Enter this runner in the file, with its lock held; return its id."""
+        """Enter this runner in the file, with its lock held."""
         import socket
         while True:
             runner: int = tx.execute(
@@ -3906,11 +3876,9 @@ class Lifecycle:
             remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
     def beat(self) -> None:
-        """Show that this runner lives."""
-        abandoned = len(self._core.dispatch.pool.abandoned)
         self._store.write(lambda tx: tx.execute(
             "UPDATE bgjobs_runners SET heartbeat_at = ?, abandoned = ? WHERE id = ?",
-            [tx.now, abandoned, self._core.id]))
+            [tx.now, len(self._core.dispatch.pool.abandoned), self._core.id]))
 
     def start(self) -> None:
         """Take back what dead processes left behind, and begin to claim jobs."""
@@ -3926,14 +3894,14 @@ class Lifecycle:
         self._store.flush()
 
     def recover_dead(self) -> None:
-        """Take back the jobs of runners that died, and of those without a row."""
-        now = self._core.clock()
-        for runner, seen in self._store.read("""
-                SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> ? UNION ALL
-                SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
+        """Take back the jobs of runners that died or have no row."""
+        for runner, silent in self._store.read("""
+                SELECT id, ? - heartbeat_at FROM bgjobs_runners WHERE id <> ? UNION ALL
+                SELECT DISTINCT owner, 9e999 FROM bgjobs_jobs WHERE owner IS NOT NULL
                 AND status IN ('running', 'stopping') AND status <> 'pending'
-                AND owner NOT IN (SELECT id FROM bgjobs_runners)""", [self._core.id]):
-            if self.presence.is_dead(runner, math.inf if seen is None else now - seen):
+                AND owner NOT IN (SELECT id FROM bgjobs_runners)""",
+                                             [self._core.clock(), self._core.id]):
+            if self.presence.is_dead(runner, silent):
                 taken = self._store.write(lambda tx: recover(tx, runner))
                 self.presence.remove(runner)
                 if taken:
@@ -3946,7 +3914,9 @@ class Lifecycle:
         core, mine = self._core, {"submitter": self._core.id}
         core.shut = True
         with contextlib.suppress(StoreError):
-            for row in self._store.read(_MY_PENDING, mine) if cancel_futures else ():
+            for row in self._store.read(
+                    f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} "
+                    "ORDER BY id", mine) if cancel_futures else ():
                 with contextlib.suppress(InvalidOperation, KeyError):
                     core.operate("cancel", row["id"], None)
             if self.started:
@@ -3959,21 +3929,21 @@ class Lifecycle:
             self.close(time.monotonic() + GRACE_SECONDS)
 
     def close(self, until: float) -> None:
-        """Go down; running jobs get until then (monotonic) to reach a checkpoint."""
+        """Go down; running jobs have until then (monotonic) to reach a checkpoint."""
         self._store.close_by = min(self._store.close_by, until)
         with self._closing:
             if not self._store.closed:
                 self._close()
 
     def pause(self) -> None:
-        """Claim nothing more; ask the running jobs to pause at a checkpoint."""
+        """Claim nothing more; ask running jobs to pause at a checkpoint."""
         self._core.shut = self._core.goes_down = True
         self._core.dispatch.claims = False
         for attempt in list(self._core.dispatch.attempts.values()):
             attempt.request_stop(RELEASED)
 
     def save_means(self) -> None:
-        """Write the recent run times, for other processes and the next start."""
+        """Write recent run times, for other processes and the next start."""
         means = self._core.run_times.take_changed()
         if means:
             self._store.write(lambda tx: tx.executemany(
@@ -4012,7 +3982,6 @@ class Lifecycle:
             attempt.supersede()
 
     def leave_to_parent(self) -> None:
-        """Leave threads, locks and connections to the parent, in a forked child."""
         self._store.leave_to_parent()
         self.presence.release()
         self._core.leave_to_parent()
@@ -4020,7 +3989,7 @@ class Lifecycle:
 
 
 class Submitter:
-    """Submits with options: what `options()` returns. A runner is one, too."""
+    """Submits with options, as `options()` returns it. A runner is one, too."""
 
     def __init__(self, core: Callable[[], Core], options: Fields) -> None:
         self._find_core, self._options = core, check_options(options)
@@ -4037,9 +4006,8 @@ class Submitter:
     def submit(self, fn: Function, /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Store a job that calls `fn(*args, **kwargs)`; return its handle after the commit.
 
-        Inside a job it is a child of that job. Raises TypeError if the function or the arguments
-        cannot be stored, RuntimeError if the runner is shut down, JobStopped if the job that
-        submits is to stop.
+        Inside a job it is a child of that job. Raises TypeError for a function or arguments that
+        cannot be stored, RuntimeError after shutdown, JobStopped if the job around it is to stop.
         """
         backend = self._find_core()
         new = new_submission(backend, fn, self._options, args, kwargs)
@@ -4049,7 +4017,7 @@ class Submitter:
                     argument_tuples: Iterable[tuple[Any, ...]]) -> list[int]:
         """Store a job `fn(*arguments)` for each tuple; return the ids, in order.
 
-        In transactions of at most 10,000; an error in between says how many were stored.
+        In transactions of at most 10,000; an error says how many were stored.
         """
         backend = self._find_core()
         new = new_submission(backend, fn, self._options)
@@ -4076,7 +4044,7 @@ class Submitter:
         """Submit `fn(*arguments)` for each tuple of zip(*iterables); yield the results, in order.
 
         timeout: seconds from now to the last result, else TimeoutError. chunksize is ignored.
-        buffersize: submit only so many now, and another one for each result taken. Pending jobs are
+        buffersize: submit only so many now, and one for each result taken. Pending jobs are
         cancelled when the iterator raises or is closed.
         """
         check_values({"buffersize": buffersize}, _ARGUMENTS)
@@ -4088,44 +4056,41 @@ class Submitter:
               *args: _P.args, **kwargs: _P.kwargs) -> Schedule:
         """Submit `fn(*args, **kwargs)` again and again, once each time over all processes.
 
-        schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone
-        of the option tz. It is known by the option key, else by function and arguments: to register
-        it at each start changes nothing but its times, if they differ. Times missed while no
-        process ran are made up once; while its last job is not over, a time is skipped. Raises
-        ValueError for a bad schedule, or for one that this code has at other times (give each a
-        key), and TypeError as submit.
+        schedule: seconds, "15m" (s, m, h, d, w), or five cron fields, in the time zone of the
+        option tz. Known by the option key, else by function and arguments: to register it at each
+        start changes its times alone, if they differ. Times missed while no process ran are made up
+        once; one at which its last job is not over is skipped. Raises ValueError for a bad
+        schedule, or one that this code has at other times (give each a key), TypeError as submit.
         """
         return register(self._find_core(), schedule, fn, args, kwargs, self._options)
 
     def options(self, **options: Any) -> Submitter:
         """Return a Submitter with more options: `options(label="Nightly").submit(export, "users")`.
 
-        name: stable identity of the function; by default its import path.
+        name: stable identity of the function; else its import path.
         label: a title for people.
-        run_by: who asked for it; by default as the parent.
-        low_priority: run in periods of low load; by default as the parent.
+        run_by: who asked for it; else as the parent.
+        low_priority: run in periods of low load; else as the parent.
         system: housekeeping, hidden by default.
-        key: at the root: while a job with this key is not over, submit returns that job; in a
+        key: at the root: while a job with this key is not over, submit returns that one; in a
             child: unique within the parent for good.
         delay: seconds to wait.
         run_at: or when to run, in Unix seconds or an aware datetime.
-        retries: how many more attempts after an exception; by default 0.
-        backoff: the pause before each of them: seconds, a list of them (the last one repeats), or a
-            function of the attempt, called at submit; by default 1 s, doubled each time up to
-            10 min, and up to half as long again by chance.
-        timeout: seconds of one attempt; then it is stopped, after 5 s more by force, and has failed
-            with a TimeoutError.
-        max_running: at most so many attempts of this name at once, over all processes; ancestors of
-            the job, which may wait for it, do not count.
+        retries: attempts after an exception; by default 0.
+        backoff: the pause before each: seconds, a list of them (the last one repeats), or a
+            function of the attempt, called at submit; else 1 s, doubled up to 10 min, and up to
+            half as long again by chance.
+        timeout: seconds of one attempt; then it is stopped, 5 s later by force: TimeoutError.
+        max_running: attempts of this name at once, over all processes; its ancestors do not count.
         stoppable: False: stays stopping until it ends.
         restartable: False: refuses restart.
-        recover: False: an attempt cut off by a crash fails instead of running again (at most once).
+        recover: False: an attempt cut off by a crash fails (at most once).
         isolate: each attempt in a process of its own, which force stop and timeout kill.
-        tz: the time zone of `every`; by default the machine's.
-        secret: names of arguments that people do not get to see.
+        tz: the time zone of `every`; else the machine's.
+        secret: names of arguments that people do not see.
         parent: a Job to become its child; None: a root, also from inside a job.
-        connection: the app's open sqlite3.Connection to the same file: the job exists if and only
-            if its transaction commits; before that, ask the handle for nothing but its id.
+        connection: an open sqlite3.Connection to the file: the job exists if and only if its
+            transaction commits; until then the handle tells its id alone.
 
         Raises TypeError for an unknown option, ValueError for a bad value. executor: see `job`.
         """
@@ -4133,14 +4098,14 @@ class Submitter:
 
 
 def author_in(backend: Core) -> tuple[int, int] | None:
-    """Return the job and the attempt that this is called in, if of this runner."""
+    """Return the job and attempt that this is called in, if of this runner."""
     attempt = current_attempt()
     if attempt is None or attempt.backend is not backend:
         return None
     return attempt.id, attempt.number
 
 
-# Option of a job -> what is stored of it, in the column of this name.
+# Option of a job -> what its column stores.
 _text = functools.partial(text_of, limit=500)
 _COLUMNS: dict[str, Function] = {
     "name": _text, "label": _text, "run_by": _text, "key": _text, "run_at": unix_seconds,
@@ -4149,7 +4114,7 @@ _COLUMNS: dict[str, Function] = {
 
 def new_submission(backend: Core, fn: Function, options: Fields,
                    args: Any = (), kwargs: Any = None) -> Submission:
-    """Return the row of a new job; raises as `Submitter.submit`."""
+    """Raises as `Submitter.submit`."""
     attempt = current_attempt()
     if attempt is None and serves_attempts():
         raise RuntimeError(
@@ -4205,13 +4170,12 @@ def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
 
 
 ISOLATED = "isolated"  # stands for the executor of attempts with isolate=True
-# Set in the process of an isolated attempt. Then it runs no jobs of its own, whatever the app's
-# modules start as they are imported.
+# Set in the process of an isolated attempt: it runs no jobs, whatever the app's modules start.
 _serves_attempts = threading.Event()
 serve_one_attempt, serves_attempts = _serves_attempts.set, _serves_attempts.is_set
 
 
-# What arguments of Runner and `map` must be: name -> (test, in words).
+# Argument of Runner or `map` -> test, in words.
 _ARGUMENTS: dict[str, tuple[Function, str]] = {
     "executor": OPTIONS["executor"],
     "callback": (lambda v: re.fullmatch(r".+:\d+", v), '"host:port"'),
@@ -4225,10 +4189,10 @@ _ARGUMENTS: dict[str, tuple[Function, str]] = {
 
 
 class RunnerFace(Submitter):
-    """What a runner offers in every process, also in that of an attempt elsewhere."""
+    """What a runner offers in every process, an executor's too."""
 
     def get(self, job_id: int) -> Job[Any]:
-        """Return the handle of a job. Raises KeyError if there is none with this id."""
+        """Return the handle of a job. Raises KeyError if there is none."""
         if type(job_id) is not int:
             raise TypeError(f"a job id is an int, got {short(job_id)}")
         backend = self._find_core()
@@ -4240,7 +4204,7 @@ class RunnerFace(Submitter):
         """Return the jobs that pass the filters, newest first; all of them with limit=None.
 
         Filters: status= name= run_by= errors= low_priority= q= parent= system= created_from=
-        created_to= (see `conditions`). before: only ids below. Raises ValueError for a bad value.
+        created_to= (see `conditions`). before: ids below. Raises ValueError for a bad value.
         """
         backend = self._find_core()
         return [Job(backend, job_id) for job_id in backend.find(filters, limit, before)]
@@ -4250,20 +4214,19 @@ class Runner(RunnerFace, Executor):
     """Runs the jobs of one file on threads of this process; a complete futures Executor.
 
     path: the SQLite file ($BGJOBS_DB, else "bgjobs.db"); it may be the app's own.
-    max_workers: attempts that execute at once (cores + 4, at most 32, or the executor's).
+    max_workers: attempts at once (cores + 4, at most 32, or the executor's).
     start: False: submits, reads and operates, but runs nothing until start().
     durability: "process" survives the death of the process, "power" a power cut, too.
     journal: "wal", or "delete", slower, for SQLite's rollback journal.
-    retention: seconds that whole trees are kept once they are over, {"finished": 7 days, "failed":
-        30 days} by default, where finished stands for cancelled, too; None keeps everything.
+    retention: seconds that whole trees are kept once they are over, by default {"finished": 7 days,
+        "failed": 30 days}; cancelled ones as finished; None keeps everything.
     modules: names of modules to import, whose functions jobs may name.
     executor: where functions execute instead, a concurrent.futures.Executor, or a class or function
         that makes one: then a broken one is replaced.
-    callback: "host:port" of this machine, by which an executor's workers on others reach it.
+    callback: "host:port" of this machine, where an executor's workers on others reach it.
     clock: returns Unix seconds.
 
-    Raises ValueError for a bad value, StoreError for a file that cannot be used, OSError for a
-    callback address that cannot be used.
+    Raises ValueError for a bad value, StoreError or OSError for an unusable file or callback.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *,
@@ -4299,7 +4262,6 @@ class Runner(RunnerFace, Executor):
                 raise
 
     def _open(self) -> None:
-        """Open the file, and enter this runner in it."""
         store = Store(*self._file)
         try:
             self.core = Core(self, store, *self._elsewhere)
@@ -4312,8 +4274,8 @@ class Runner(RunnerFace, Executor):
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Return the runner.
 
-        In a forked child it opens the file anew first. It does nothing in the process of an
-        isolated attempt. Raises OSError if the callback address cannot be used.
+        In a forked child it opens the file anew; in the process of an isolated attempt it does
+        nothing. Raises OSError if the callback address cannot be used.
         """
         if not serves_attempts():
             if self.core.store.forked:
@@ -4326,7 +4288,7 @@ class Runner(RunnerFace, Executor):
     def schedules(self, system: bool = False) -> list[Schedule]:
         """Return the schedules in the file, also those that no code has any more.
 
-        system: those of the library, too.
+        system: the library's, too.
         """
         return [Schedule(self.core, row["id"])
                 for row in self.core.store.read(SCHEDULES, {"system": system})]
@@ -4334,12 +4296,12 @@ class Runner(RunnerFace, Executor):
     def drain(self) -> int:
         """Run what is ready in this thread until nothing is; return how many attempts ran.
 
-        For the tests of an app. Raises RuntimeError if the runner has been started.
+        For an app's tests. Raises RuntimeError if the runner has been started.
         """
         core = self.core
         if core.life.started:
-            raise RuntimeError("drain() is for a runner that was made with start=False; this one "
-                               "runs its jobs itself")
+            raise RuntimeError("drain() is for a runner made with start=False; this one runs its "
+                               "jobs itself")
         capture_log_records()
         core.life.recover_dead()
         core.store.write(clock_was_set_back)  # a clock for tests may have been
@@ -4353,10 +4315,9 @@ class Runner(RunnerFace, Executor):
         """Return what was counted in a window: "1h", "24h", "7d" or "30d", without system jobs.
 
         name: of one function. {"window", "name", "from", "to", "parts": [{"at", "created",
-        "started", "finished", "failed", "waiting", "running"}], "total": the same over all parts,
-        "functions": [the same for each "name"]}. from, to and at are Unix seconds. waiting, from
-        creation or due time to a job's start, and running, until its end, are {"avg", "min",
-        "max"} in seconds, or None.
+        "started", "finished", "failed", "waiting", "running"}], "total": the same over all,
+        "functions": [the same for each "name"]}. from, to, at: Unix seconds. waiting, from creation
+        or due time to start, and running, until the end: {"avg", "min", "max"} in seconds, or None.
         """
         return read_statistics(self.core, window, name)
 
@@ -4364,14 +4325,14 @@ class Runner(RunnerFace, Executor):
               failed: float = RETENTION["failed"]) -> int:
         """Remove whole trees that have been over for so many seconds; return how many jobs.
 
-        Cancelled ones count as finished. In short transactions, with checkpoints between them.
+        Cancelled ones count as finished. In short transactions with checkpoints between.
         """
         return remove_expired(self.core, finished, failed)
 
     def backup(self, path: str | os.PathLike[str]) -> str:
         """Copy the job file as it is at this moment, while it is in use; return the path.
 
-        A plain copy would miss what is in the -wal file. Raises ValueError if the path exists.
+        A plain copy would miss the -wal file. Raises ValueError if the path exists.
         """
         path = os.path.abspath(path)
         self.core.store.file.backup(path)
@@ -4382,27 +4343,27 @@ class Runner(RunnerFace, Executor):
 
         read_only: without operations.
         password: asked for by the browser (HTTP Basic; use TLS on a network).
-        authorize: a function of the request, its WSGI environ, that returns the user's name, or
-            None to refuse. The job log's `by` has that name, or the one given with the password.
+        authorize: a function of the request's WSGI environ that returns the user's name, or None to
+            refuse. The job log's `by` has that name, or the one given with the password.
         hosts: the names by which it is reached, besides the machine's own and its addresses.
 
         Raises ValueError for a host other than loopback without password or authorize. If the port
-        is taken, a warning is logged and "" returned: jobs go on.
+        is taken, it logs a warning and returns "": jobs go on.
         """
         return "" if serves_attempts() else door("serve")(self.wsgi(**options), host, port)
 
     def wsgi(self, /, **options: Any) -> Any:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
-        The options are those of `serve`. Without password and authorize, the app decides who may
-        see it, and hosts names what it answers to besides loopback (["example.org"]).
+        Options as for `serve`. Without password and authorize, the app decides who may see it, and
+        hosts names what it answers to besides loopback (["example.org"]).
         """
         return door("wsgi")(self.core, **options)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more jobs. With wait=True, return when none of this runner's is left, then close.
+        """Take no more jobs, and close once none is left. wait: return after that.
 
-        That is: no job submitted through it, nor a descendant of one, is ready or running.
+        That is: no job submitted through this runner, nor a descendant of one, is ready or running.
         cancel_futures: cancel those that are pending.
         """
         self.core.life.shutdown(wait, cancel_futures)
@@ -4411,8 +4372,8 @@ class Runner(RunnerFace, Executor):
     def close(self, timeout: float = GRACE_SECONDS) -> None:
         """Go down: running jobs pause at their next checkpoint and go back to pending.
 
-        They continue from their state at the next start. timeout: seconds until those without a
-        checkpoint are given back, too; what they still do then changes nothing in the file.
+        The next start continues from their state. timeout: seconds until those without a checkpoint
+        are given back, too; what they still do changes nothing in the file.
         """
         self.core.life.close(time.monotonic() + timeout)
 
