@@ -1795,7 +1795,7 @@ WAL_LIMIT = 64 * 1024 * 1024  # bytes
 LOCK_SECONDS = 30  # how long a write waits for another program's lock
 LOCK_STEP_SECONDS = 0.05  # of one wait inside SQLite, which close() cannot cut short
 Change = Callable[[Transaction], Any]
-_CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+_CONNECT: Fields = {"isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
@@ -1879,7 +1879,7 @@ class JobFile:
         """Migrate the file and return the connection that writes."""
         db = None
         try:
-            db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
+            db = sqlite3.connect(self.path, timeout=LOCK_STEP_SECONDS, **_CONNECT)
             self._prepare(db, now)
             db.executescript(f"""PRAGMA synchronous = {synchronous};
                 PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
@@ -1913,12 +1913,11 @@ class JobFile:
             return
         db.execute("BEGIN IMMEDIATE")
         version = self._version_in(db)  # another process may be quicker
-        # 1.0.0 has other presence locks: it would take our jobs, and we its.
-        alive = db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
-            ORDER BY heartbeat_at DESC""", [now - 20]).fetchone() if version == 2 else None
-        if alive is not None:
-            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
-                             f"it before bgjobs {__version__} opens the file")
+        if version == 2:  # 1.0.0 has other presence locks: it would take our jobs, and we its
+            for pid, in db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
+                    ORDER BY heartbeat_at DESC""", [now - 20]):
+                raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {pid}; stop "
+                                 f"it before bgjobs {__version__} opens the file")
         while version != SCHEMA_VERSION:
             if version not in MIGRATIONS:
                 raise StoreError(
@@ -1963,7 +1962,8 @@ class JobFile:
         No `check`: handles of a closed runner read on, when the WAL may be gone.
         """
         import pathlib
-        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, **_CONNECT)
+        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, timeout=30,
+                             **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -1998,23 +1998,23 @@ class JobFile:
 class _Write:
     """A write that waits for its transaction."""
 
+    value: Any = None
+    error: BaseException | None = None
+    done = False  # committed, or failed
+
     def __init__(self, run: Change) -> None:
         self.run = run
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.done = False  # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def sleep(self) -> None:
-        """Sleep until the write is done, or its thread can lead."""
-        with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
-            self.wake.get(timeout=1.0)
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # it is done, or can lead
 
 
 class Store:
     """One SQLite file: a connection for the leader, which writes, and others for readers."""
 
     passenger: Dispatch  # rides along with each transaction
+    leader = 0  # the ident of its thread, 0 if none leads
+    _again = False  # more is to ride along
+    closed = forked = False
+    close_by = math.inf  # when a closing runner gives up
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
@@ -2023,11 +2023,7 @@ class Store:
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
         self._leading = threading.Lock()  # held by the leader
-        self.leader = 0  # the ident of its thread, 0 if none leads
         self._waiting: deque[_Write] = deque()
-        self._again = False  # more is to ride along
-        self.closed = self.forked = False
-        self.close_by = math.inf  # when a closing runner gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
@@ -2045,19 +2041,18 @@ class Store:
         It may be called again after a rollback, so it changes nothing but the transaction. If it
         raises, nothing of it is stored, and the error is raised here.
         """
-        if self.closed or os.getpid() != self.pid:
-            self._check_open()
+        self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("a signal handler or finalizer called bgjobs inside a write of its "
                                "thread; let it start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.leader:  # it takes the write along, or wakes this thread
-                write.sleep()
             while not write.done:
-                if not self._lead(flushing=False) and not write.done:
-                    write.sleep()
+                # A leader takes the write along, or wakes this thread.
+                if self.leader or not self._lead(flushing=False):
+                    with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
+                        write.wake.get(timeout=1.0)
         except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
@@ -2117,8 +2112,7 @@ class Store:
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
         """Run a batch in one transaction; nothing rides along if flushing is None."""
-        if self.closed:
-            self._check_open()
+        self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
@@ -2145,17 +2139,13 @@ class Store:
                 say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
-        self._notice_fork()
+        if os.getpid() != self.pid:
+            leave_to_parent()  # after a fork in C, without hooks
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
                              "forked from; call its start(), or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
-
-    def _notice_fork(self) -> None:
-        """Leave all to the parent after a fork in C, without hooks."""
-        if os.getpid() != self.pid:
-            leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
         """Execute a statement that needs the file's lock. Raises StoreError if it waits long."""
@@ -2212,7 +2202,8 @@ class Store:
     @library_code
     def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
         """Return all rows of a query, without waiting for writes."""
-        self._notice_fork()
+        if os.getpid() != self.pid:
+            leave_to_parent()
         with fork_gate:
             try:
                 db = self._readers.pop()
@@ -2248,15 +2239,14 @@ class Store:
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
-        if not self.closed:
-            if last is not None:
-                with contextlib.suppress(StoreError):  # the disk may be full
-                    self.write(run)
-            self.closed = True
-            with self._version_lock:
-                self._version_db.close()
-            self._writer.close()
-            self._close_readers()
+        if last is not None:
+            with contextlib.suppress(StoreError):  # the disk may be full
+                self.write(run)
+        self.closed = True
+        with self._version_lock:
+            self._version_db.close()
+        self._writer.close()
+        self._close_readers()
 
     def leave_to_parent(self) -> None:
         """In a forked child, neither use nor close the parent's connections."""
