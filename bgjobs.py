@@ -2277,6 +2277,9 @@ class Pool:
     priority, one slot more is given out.
     """
 
+    _needed = 0  # threads that execute or are about to
+    lingers = False  # a worker claims in a moment
+
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
@@ -2291,9 +2294,7 @@ class Pool:
         self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
-        self._needed = 0  # threads that execute or are about to
         self._threads: set[threading.Thread] = set()
-        self.lingers = False  # a worker claims in a moment
         self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
@@ -2414,8 +2415,7 @@ class Pool:
             self._take_out(attempt)
             self.abandoned.add(attempt)
             self._give()
-            clogged = self.is_clogged
-        if clogged:
+        if self.is_clogged:
             say(logging.ERROR, "so many superseded attempts still run in threads of this process "
                                "that no more jobs are claimed until some end")
         self._claim()
@@ -2430,14 +2430,6 @@ class Pool:
         self._claim()
 
     # waiting for other jobs
-
-    @contextlib.contextmanager
-    def away(self, attempt: Attempt) -> Iterator[None]:
-        self.leave(attempt)
-        try:
-            yield
-        finally:
-            self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
         """Give an attempt's slot away: one of its threads will wait for a job."""
@@ -3866,8 +3858,11 @@ class Core:
         """Return wait(timeout); give the slot of the attempt away meanwhile."""
         if self.inline is not None:
             return self.inline.wait(attempt, wait, timeout)
-        with self.dispatch.pool.away(attempt):
+        self.dispatch.pool.leave(attempt)
+        try:
             return wait(timeout)
+        finally:
+            self.dispatch.pool.come_back(attempt)
 
     # reports of attempts
 
