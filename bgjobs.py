@@ -3986,11 +3986,12 @@ class Lifecycle:
                 return runner
             remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
-    _BEAT = """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
-        WHERE id = :id"""
+    _BEAT = f"""UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
+        WHERE id = :id AND (abandoned <> :abandoned
+        OR abs(heartbeat_at - :now) >= {HEARTBEAT_SECONDS})"""
 
     def beat(self) -> None:
-        """Show that this runner lives."""
+        """Show that this runner lives, at once if the number of abandoned threads changes."""
         abandoned = len(self._core.dispatch.pool.abandoned)
         self._store.write(lambda tx: tx.execute(self._BEAT, {
             "id": self._core.id, "now": tx.now, "abandoned": abandoned}))
@@ -4088,7 +4089,7 @@ class Lifecycle:
             server.shutdown()
             server.server_close()
         if core.service is not None:
-            core.service.end(0.8)
+            core.service.end()
         self.presence.release()  # if that write has failed
         dispatch.pool.close(0.2)
         core.handles.held.clear()  # else their callbacks are waited for
@@ -4517,33 +4518,33 @@ POLL_SECONDS = 0.05  # how often the service thread looks for what other process
 class Service:
     """The background thread: due times, other processes' changes, reports, recovery."""
 
+    _soon = False  # it leads soon
+    _version = -1  # of the file, when last polled
+    _others_version = -1  # without our own commits
+    _due_at = math.inf  # of the next job or schedule
+
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
         self._event = threading.Event()  # ends the sleep
-        self._soon = False  # it leads soon
-        self._version = -1  # of the file, when last polled
-        self._others_version = -1  # without our own commits
-        self._clock_at = core.clock()  # likewise
-        self._due_at = math.inf  # of the next job or schedule
-        self._shown: Any = None  # by the last heartbeat
+        self._clock_at = core.clock()  # when last polled
         dispatch, life = core.dispatch, core.life
         # When the duties of a started runner were last done, each with its period in seconds.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
             # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
-            (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
+            (0.5, life.recover_dead), (1.0, life.beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
             (10.0, core.handles.look),  # if Ctrl-C has hit the thread that tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = start_thread("bgjobs-service", self._run)
 
-    def end(self, seconds: float) -> None:
-        """Wait for the thread's end, unless it still watches handles."""
+    def end(self) -> None:
+        """Wait a little for the thread's end, unless it still watches handles."""
         self._event.set()
         if self.thread is not threading.current_thread() and not self._core.handles.ids():
-            self.thread.join(seconds)
+            self.thread.join(0.8)
 
     def nudge(self) -> None:
         """Lead a transaction in SETTLE_SECONDS."""
@@ -4603,9 +4604,9 @@ class Service:
     def _time_out(self) -> None:
         """Stop the attempts past their timeout; abandon those that go on after the grace."""
         for attempt in list(self._core.dispatch.attempts.values()):
-            timeout = attempt.options.get("timeout")
-            if attempt.thread is None or timeout is None:
+            if attempt.thread is None:
                 continue
+            timeout = attempt.options.get("timeout", math.inf)
             late = time.monotonic() - attempt.begun - timeout
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
@@ -4628,14 +4629,6 @@ class Service:
             if not self._core.shut:
                 self._store.write(run_schedules)
             self._store.write(wake_due)
-
-    def _beat(self) -> None:
-        """Show that the runner lives, at once if the number of abandoned threads changes."""
-        shown = (int(time.monotonic() / HEARTBEAT_SECONDS),
-                 len(self._core.dispatch.pool.abandoned))
-        if shown != self._shown:
-            self._core.life.beat()
-            self._shown = shown
 
     BLOCKED_KEYS = """WITH RECURSIVE keys(found) AS
         (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
@@ -4661,9 +4654,10 @@ class Presence:
     closes the lock that it inherits.
     """
 
+    _lock: int | None = None  # descriptor
+
     def __init__(self, path: str) -> None:
         self._path = os.path.realpath(path)
-        self._lock: int | None = None  # descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
