@@ -4759,7 +4759,6 @@ SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
 ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
-SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
@@ -4769,10 +4768,7 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: its `next_at` if its zone is unknown here.
-
-    It is `next_at` if the data of its zone is not here.
-    """
+    """Return when a schedule is due next: its `next_at` if the data of its zone is not here."""
     due: float = row["next_at"]
     try:
         times = schedule_of(row["schedule"], row["zone"])
@@ -4804,8 +4800,8 @@ def run_schedules(tx: Transaction) -> None:
 def clock_was_set_back(tx: Transaction) -> None:
     """Let no schedule wait until the clock has caught up."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
-        next_at = min(row["next_at"], _next_time(row, tx.now))
-        tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
+        tx.execute("UPDATE bgjobs_schedules SET next_at = min(next_at, ?) WHERE id = ?",
+                   [_next_time(row, tx.now), row["id"]])
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
@@ -4855,19 +4851,20 @@ class Schedule:
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
         def remove(tx: Transaction, row: sqlite3.Row) -> None:
-            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
-                    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id
-                    AND runner_id <> :runner)""",
-                              {"id": self.id, "runner": self._core.id}).rowcount:
+            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ? AND runner_id = ?",
+                       [self.id, self._core.id])
+            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = ?
+                    AND id NOT IN (SELECT schedule_id FROM bgjobs_registered)""",
+                              [self.id]).rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
                                        "another process; remove it there")
-            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ?", [self.id])
             self._core.schedules.pop(row["key"], None)
         self._change(remove)
 
     def _set_paused(self, paused: bool) -> Schedule:
-        self._change(lambda tx, row: tx.execute(SET_NEXT, {
-            "id": self.id, "paused": paused, "next_at": _next_time(row, tx.now)}))
+        self._change(lambda tx, row: tx.execute(
+            "UPDATE bgjobs_schedules SET next_at = ?, paused = ? WHERE id = ?",
+            [_next_time(row, tx.now), paused, self.id]))
         return self
 
     def _change(self, change: Callable[[Transaction, sqlite3.Row], Any]) -> Any:
@@ -4895,8 +4892,8 @@ SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at
     schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
     options = :options, label = :label, run_by = :run_by, low_priority = ifnull(:low_priority, 0),
     system = :system, max_running = :max_running"""
-SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
-REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
+REGISTER = """INSERT OR IGNORE INTO bgjobs_registered
+    SELECT id, :runner FROM bgjobs_schedules WHERE key = :key"""
 
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
@@ -4925,10 +4922,10 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
 
-    def save(tx: Transaction) -> int:
+    def save(tx: Transaction) -> Any:
         tx.execute(SAVE_SCHEDULE, values)
         tx.execute(REGISTER, values)
-        return int(tx.value(SCHEDULE_ID, key=key))
+        return tx.value("SELECT id FROM bgjobs_schedules WHERE key = :key", key=key)
     return Schedule(core, core.store.write(save))
 
 
