@@ -2112,7 +2112,8 @@ class Store:
 
     def _transact(self, batch: list[_Write], flushing: bool | None) -> None:
         """Run a batch in one transaction; nothing rides along if flushing is None."""
-        self._check_open()
+        if self.closed:
+            self._check_open()
         self.file.check(max_age=0.005)
         with fork_gate:
             try:
