@@ -1758,7 +1758,7 @@ WAL_LIMIT = 64 * 1024 * 1024  # bytes
 LOCK_SECONDS = 30  # how long a write waits for another program's lock
 LOCK_STEP_SECONDS = 0.05  # of one wait inside SQLite, which close() cannot cut short
 Change = Callable[[Transaction], Any]
-_CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
+_CONNECT: Fields = {"isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
@@ -1842,7 +1842,7 @@ class JobFile:
         """Migrate the file and return the connection that writes."""
         db = None
         try:
-            db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
+            db = sqlite3.connect(self.path, timeout=LOCK_STEP_SECONDS, **_CONNECT)
             self._prepare(db, now)
             db.executescript(f"""PRAGMA synchronous = {synchronous};
                 PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
@@ -1876,12 +1876,11 @@ class JobFile:
             return
         db.execute("BEGIN IMMEDIATE")
         version = self._version_in(db)  # another process may be quicker
-        # 1.0.0 has other presence locks: it would take our jobs, and we its.
-        alive = db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
-            ORDER BY heartbeat_at DESC""", [now - 20]).fetchone() if version == 2 else None
-        if alive is not None:
-            raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
-                             f"it before bgjobs {__version__} opens the file")
+        if version == 2:  # 1.0.0 has other presence locks: it would take our jobs, and we its
+            for pid, in db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
+                    ORDER BY heartbeat_at DESC""", [now - 20]):
+                raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {pid}; stop "
+                                 f"it before bgjobs {__version__} opens the file")
         while version != SCHEMA_VERSION:
             if version not in MIGRATIONS:
                 raise StoreError(
@@ -1926,7 +1925,8 @@ class JobFile:
         No `check`: handles of a closed runner read on, when the WAL may be gone.
         """
         import pathlib
-        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, **_CONNECT)
+        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, timeout=30,
+                             **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
@@ -1961,23 +1961,23 @@ class JobFile:
 class _Write:
     """A write that waits for its transaction."""
 
+    value: Any = None
+    error: BaseException | None = None
+    done = False  # committed, or failed
+
     def __init__(self, run: Change) -> None:
         self.run = run
-        self.value: Any = None
-        self.error: BaseException | None = None
-        self.done = False  # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def sleep(self) -> None:
-        """Sleep until the write is done, or its thread can lead."""
-        with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
-            self.wake.get(timeout=1.0)
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # it is done, or can lead
 
 
 class Store:
     """One SQLite file: a connection for the leader, which writes, and others for readers."""
 
     passenger: Dispatch  # rides along with each transaction
+    leader = 0  # the ident of its thread, 0 if none leads
+    _again = False  # more is to ride along
+    closed = forked = False
+    close_by = math.inf  # when a closing runner gives up
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
@@ -1986,11 +1986,7 @@ class Store:
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
         self._leading = threading.Lock()  # held by the leader
-        self.leader = 0  # the ident of its thread, 0 if none leads
         self._waiting: deque[_Write] = deque()
-        self._again = False  # more is to ride along
-        self.closed = self.forked = False
-        self.close_by = math.inf  # when a closing runner gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
@@ -2008,19 +2004,18 @@ class Store:
         It may be called again after a rollback, so it changes nothing but the transaction. If it
         raises, nothing of it is stored, and the error is raised here.
         """
-        if self.closed or os.getpid() != self.pid:
-            self._check_open()
+        self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("a signal handler or finalizer called bgjobs inside a write of its "
                                "thread; let it start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
-            if self.leader:  # it takes the write along, or wakes this thread
-                write.sleep()
             while not write.done:
-                if not self._lead(flushing=False) and not write.done:
-                    write.sleep()
+                # A leader takes the write along, or wakes this thread.
+                if self.leader or not self._lead(flushing=False):
+                    with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
+                        write.wake.get(timeout=1.0)
         except BaseException:  # Ctrl-C
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
@@ -2108,17 +2103,13 @@ class Store:
                 say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
-        self._notice_fork()
+        if os.getpid() != self.pid:
+            leave_to_parent()  # after a fork in C, without hooks
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
                              "forked from; call its start(), or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
-
-    def _notice_fork(self) -> None:
-        """Leave all to the parent after a fork in C, without hooks."""
-        if os.getpid() != self.pid:
-            leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
         """Execute a statement that needs the file's lock. Raises StoreError if it waits long."""
@@ -2175,7 +2166,8 @@ class Store:
     @library_code
     def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
         """Return all rows of a query, without waiting for writes."""
-        self._notice_fork()
+        if os.getpid() != self.pid:
+            leave_to_parent()
         with fork_gate:
             try:
                 db = self._readers.pop()
@@ -2211,15 +2203,14 @@ class Store:
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
-        if not self.closed:
-            if last is not None:
-                with contextlib.suppress(StoreError):  # the disk may be full
-                    self.write(run)
-            self.closed = True
-            with self._version_lock:
-                self._version_db.close()
-            self._writer.close()
-            self._close_readers()
+        if last is not None:
+            with contextlib.suppress(StoreError):  # the disk may be full
+                self.write(run)
+        self.closed = True
+        with self._version_lock:
+            self._version_db.close()
+        self._writer.close()
+        self._close_readers()
 
     def leave_to_parent(self) -> None:
         """In a forked child, neither use nor close the parent's connections."""
@@ -2250,6 +2241,9 @@ class Pool:
     priority, one slot more is given out.
     """
 
+    _needed = 0  # threads that execute or are about to
+    lingers = False  # a worker claims in a moment
+
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
@@ -2264,9 +2258,7 @@ class Pool:
         self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
-        self._needed = 0  # threads that execute or are about to
         self._threads: set[threading.Thread] = set()
-        self.lingers = False  # a worker claims in a moment
         self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
@@ -2387,8 +2379,7 @@ class Pool:
             self._take_out(attempt)
             self.abandoned.add(attempt)
             self._give()
-            clogged = self.is_clogged
-        if clogged:
+        if self.is_clogged:
             say(logging.ERROR, "so many superseded attempts still run in threads of this process "
                                "that no more jobs are claimed until some end")
         self._claim()
@@ -2403,14 +2394,6 @@ class Pool:
         self._claim()
 
     # waiting for other jobs
-
-    @contextlib.contextmanager
-    def away(self, attempt: Attempt) -> Iterator[None]:
-        self.leave(attempt)
-        try:
-            yield
-        finally:
-            self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
         """Give an attempt's slot away: one of its threads will wait for a job."""
@@ -3767,8 +3750,11 @@ class Core:
                     timeout: float | None) -> bool:
         """Return wait(timeout); meanwhile give the slot away, or run other jobs in drain()."""
         if not self.inline:
-            with self.dispatch.pool.away(attempt):
+            self.dispatch.pool.leave(attempt)
+            try:
                 return wait(timeout)
+            finally:
+                self.dispatch.pool.come_back(attempt)
         begun = idle_since = time.monotonic()
         clock = self.clock()
         while not wait(0):
@@ -3876,9 +3862,12 @@ class Lifecycle:
             remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
     def beat(self) -> None:
+        """Show that this runner lives, at once if the number of abandoned threads changes."""
         self._store.write(lambda tx: tx.execute(
-            "UPDATE bgjobs_runners SET heartbeat_at = ?, abandoned = ? WHERE id = ?",
-            [tx.now, len(self._core.dispatch.pool.abandoned), self._core.id]))
+            """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned WHERE id = :id
+            AND (abandoned <> :abandoned OR abs(heartbeat_at - :now) >= :each)""",
+            {"now": tx.now, "abandoned": len(self._core.dispatch.pool.abandoned),
+             "id": self._core.id, "each": HEARTBEAT_SECONDS}))
 
     def start(self) -> None:
         """Take back what dead processes left behind, and begin to claim jobs."""
@@ -3973,7 +3962,7 @@ class Lifecycle:
             server.shutdown()
             server.server_close()
         if core.service is not None:
-            core.service.end(0.8)
+            core.service.end()
         self.presence.release()  # if that write has failed
         dispatch.pool.close(0.2)
         core.handles.held.clear()  # else their callbacks are waited for
@@ -4386,33 +4375,33 @@ POLL_SECONDS = 0.05  # how often the service thread looks for what other process
 class Service:
     """The background thread: due times, other processes' changes, reports, recovery."""
 
+    _soon = False  # it leads soon
+    _version = -1  # of the file, when last polled
+    _others_version = -1  # without our own commits
+    _due_at = math.inf  # of the next job or schedule
+
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
         self._event = threading.Event()  # ends the sleep
-        self._soon = False  # it leads soon
-        self._version = -1  # of the file, when last polled
-        self._others_version = -1  # without our own commits
-        self._clock_at = core.clock()  # likewise
-        self._due_at = math.inf  # of the next job or schedule
-        self._shown: Any = None  # by the last heartbeat
+        self._clock_at = core.clock()  # when last polled
         dispatch, life = core.dispatch, core.life
         # When the duties of a started runner were last done, each with its period in seconds.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
             # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
-            (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
+            (0.5, life.recover_dead), (1.0, life.beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
             (10.0, core.handles.look),  # if Ctrl-C has hit the thread that tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = start_thread("bgjobs-service", self._run)
 
-    def end(self, seconds: float) -> None:
-        """Wait for the thread's end, unless it still watches handles."""
+    def end(self) -> None:
+        """Wait a little for the thread's end, unless it still watches handles."""
         self._event.set()
         if self.thread is not threading.current_thread() and not self._core.handles.ids():
-            self.thread.join(seconds)
+            self.thread.join(0.8)
 
     def nudge(self) -> None:
         """Lead a transaction in SETTLE_SECONDS."""
@@ -4472,9 +4461,9 @@ class Service:
     def _time_out(self) -> None:
         """Stop the attempts past their timeout; abandon those that go on after the grace."""
         for attempt in list(self._core.dispatch.attempts.values()):
-            timeout = attempt.options.get("timeout")
-            if attempt.thread is None or timeout is None:
+            if attempt.thread is None:
                 continue
+            timeout = attempt.options.get("timeout", math.inf)
             late = time.monotonic() - attempt.begun - timeout
             if late > GRACE_SECONDS and attempt.reason == TIMED_OUT:
                 self._store.write(functools.partial(self._fail_late, attempt))
@@ -4497,14 +4486,6 @@ class Service:
             if not self._core.shut:
                 self._store.write(run_schedules)
             self._store.write(wake_due)
-
-    def _beat(self) -> None:
-        """Show that the runner lives, at once if the number of abandoned threads changes."""
-        shown = (int(time.monotonic() / HEARTBEAT_SECONDS),
-                 len(self._core.dispatch.pool.abandoned))
-        if shown != self._shown:
-            self._core.life.beat()
-            self._shown = shown
 
     BLOCKED_KEYS = """WITH RECURSIVE keys(found) AS
         (SELECT min(parked) FROM bgjobs_jobs WHERE parked IS NOT NULL UNION ALL
@@ -4530,9 +4511,10 @@ class Presence:
     closes the lock that it inherits.
     """
 
+    _lock: int | None = None  # descriptor
+
     def __init__(self, path: str) -> None:
         self._path = os.path.realpath(path)
-        self._lock: int | None = None  # descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
@@ -4634,7 +4616,6 @@ SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
 ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
-SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
@@ -4644,10 +4625,7 @@ def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: its `next_at` if its zone is unknown here.
-
-    It is `next_at` if the data of its zone is not here.
-    """
+    """Return when a schedule is due next: its `next_at` if the data of its zone is not here."""
     due: float = row["next_at"]
     try:
         times = schedule_of(row["schedule"], row["zone"])
@@ -4679,8 +4657,8 @@ def run_schedules(tx: Transaction) -> None:
 def clock_was_set_back(tx: Transaction) -> None:
     """Let no schedule wait until the clock has caught up."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
-        next_at = min(row["next_at"], _next_time(row, tx.now))
-        tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
+        tx.execute("UPDATE bgjobs_schedules SET next_at = min(next_at, ?) WHERE id = ?",
+                   [_next_time(row, tx.now), row["id"]])
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
@@ -4730,19 +4708,20 @@ class Schedule:
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
         def remove(tx: Transaction, row: sqlite3.Row) -> None:
-            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
-                    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id
-                    AND runner_id <> :runner)""",
-                              {"id": self.id, "runner": self._core.id}).rowcount:
+            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ? AND runner_id = ?",
+                       [self.id, self._core.id])
+            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = ?
+                    AND id NOT IN (SELECT schedule_id FROM bgjobs_registered)""",
+                              [self.id]).rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
                                        "another process; remove it there")
-            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ?", [self.id])
             self._core.schedules.pop(row["key"], None)
         self._change(remove)
 
     def _set_paused(self, paused: bool) -> Schedule:
-        self._change(lambda tx, row: tx.execute(SET_NEXT, {
-            "id": self.id, "paused": paused, "next_at": _next_time(row, tx.now)}))
+        self._change(lambda tx, row: tx.execute(
+            "UPDATE bgjobs_schedules SET next_at = ?, paused = ? WHERE id = ?",
+            [_next_time(row, tx.now), paused, self.id]))
         return self
 
     def _change(self, change: Callable[[Transaction, sqlite3.Row], Any]) -> Any:
@@ -4770,8 +4749,8 @@ SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at
     schedule = :schedule, zone = :zone, name = :name, args = :args, kwargs = :kwargs,
     options = :options, label = :label, run_by = :run_by, low_priority = ifnull(:low_priority, 0),
     system = :system, max_running = :max_running"""
-SCHEDULE_ID = "SELECT id FROM bgjobs_schedules WHERE key = :key"
-REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :runner)"
+REGISTER = """INSERT OR IGNORE INTO bgjobs_registered
+    SELECT id, :runner FROM bgjobs_schedules WHERE key = :key"""
 
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
@@ -4800,10 +4779,10 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
         raise ValueError(f"{key!r} is scheduled already: {known[2]}, {known[0]}; give each schedule "
                          "a key of its own")
 
-    def save(tx: Transaction) -> int:
+    def save(tx: Transaction) -> Any:
         tx.execute(SAVE_SCHEDULE, values)
         tx.execute(REGISTER, values)
-        return int(tx.value(SCHEDULE_ID, key=key))
+        return tx.value("SELECT id FROM bgjobs_schedules WHERE key = :key", key=key)
     return Schedule(core, core.store.write(save))
 
 
