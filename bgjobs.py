@@ -3,48 +3,44 @@
 
     import bgjobs
 
-    def export(table):                            # any importable function is a job
-        job = bgjobs.current_job()                # works, as a no-op, outside a job too
-        for row in job.each(read(table)):         # progress, ETA, stop checkpoint, resume: one line
+    def export(table):  # any importable function is a job
+        job = bgjobs.current_job()  # works, as a no-op, outside a job too
+        for row in job.each(read(table)):  # progress, ETA, stop checkpoint, resume: one line
             write(row)
         job.log.info("exported %s", table)
 
-    bgjobs.start("app.db", max_workers=4)         # picks up what the last run left behind
-    bgjobs.serve()                                # http://127.0.0.1:8765/
+    bgjobs.start("app.db", max_workers=4)  # picks up what the last run left behind
+    bgjobs.serve()  # http://127.0.0.1:8765/
     job = bgjobs.submit(export, "users")
-    print(job.result(timeout=60))                 # job.stop(), job.resume(), job.cancel() ...: also on the page
+    print(job.result(timeout=60))  # job.stop(), job.resume(), job.cancel() ...: also on the page
 
-Words. A *job* is one persisted unit of work: a function by its import path, and JSON arguments. A
-job submitted from inside another is its *child*; one without a parent is a *root*; a root with all
-its descendants is a *tree*. An *attempt* is one execution of a job's function, by a *worker*, a
-thread. A *runner* owns the workers of one process. The *store* is the only code that touches
-SQLite. A *checkpoint* is a point where the function may be stopped and may save its *state*, from
-which the next attempt goes on.
+Words. A *job* is a persisted unit of work: a function by its import path, and JSON arguments. A
+job submitted inside another is its *child*; one without a parent is a *root*; a root and all its
+descendants are a *tree*. An *attempt* is one execution of a job's function by a *worker*, a thread.
+A *runner* owns the workers of one process. Only the *store* touches SQLite. At a *checkpoint* the
+function may be stopped and may save its *state*, from which the next attempt goes on.
 
 Life of a job. ``pending`` until a worker is free; ``running`` until its function has returned and
 all its descendants are over; then ``finished`` or ``failed``. ``stop`` makes it ``stopping``, and
 ``stopped`` at its next checkpoint; ``resume`` makes it pending again. ``cancelled`` is for good.
-OPERATIONS below is the table.
 
 Guarantees. What submit, checkpoint and the operations have returned for is in the file and survives
-a kill -9. A job runs at least once: again only because its process died, somebody asked, or a retry
-was due. Each attempt's outcome is recorded at most once: every write carries its attempt's number,
-and one that has been superseded is refused. Execution time is shared fairly between roots, over all
-processes on the file.
+a kill -9. A job runs at least once: again only if its process died, somebody asked, or a retry was
+due. Each attempt's outcome is recorded at most once: every write carries its attempt's number, and
+a superseded one is refused. All processes on the file share execution time fairly between roots.
 
-How it hangs together: the walk of a job, and where to read about it.
+The walk of a job, and the sections to read:
 
     submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
              Transaction.submit (7).
-    write    One of the threads that wait for the store leads. It opens one transaction, runs what
-             all of them queued, records the outcomes of ended attempts, claims jobs for free
-             workers, and commits. So batches grow with the load, and a caller alone pays no
-             hand-over.
+    write    One of the threads that wait for the store leads. In one transaction it runs what all
+             of them queued, records the outcomes of ended attempts and claims jobs for free
+             workers.
     claim    claim (7) takes the oldest ready job of the root that has had the least time (5).
-    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool (9),
-             or hands it to an executor, whose process calls back over a connection of its own (18).
-    finish   The outcome waits in Dispatch for the next transaction, where Transaction.finish (7)
-             records it. After the commit the handles (11) of the jobs that are over are completed.
+    run      Dispatch.execute (12) calls the function as an Attempt (10) in a thread of the Pool
+             (9), or hands it to an executor, whose process calls back over a connection (18).
+    finish   The outcome waits in Dispatch until Transaction.finish (7) records it in the next
+             transaction. After the commit the handles (11) of jobs that are over complete.
 
 A service thread (13) looks after schedules, retries, stops by other processes, and their deaths.
 
@@ -97,26 +93,27 @@ import time
 import traceback
 import types
 import weakref
-from collections import Counter, defaultdict, deque
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, wait
+from collections import defaultdict, deque
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED as FUTURE_FINISHED
 from typing import (
     Any, Callable, Concatenate, ContextManager, Coroutine, Generator, Iterable, Iterator, Mapping,
     NamedTuple, NoReturn, ParamSpec, Sized, TextIO, TypeVar, overload)
 
 __version__ = "1.1.0"
-__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped", "Runner", "Schedule",
-           "StoreError", "Submitter", "backup", "close", "current_job", "drain", "every", "get", "job", "jobs",
-           "options", "prune", "schedules", "serve", "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
+__all__ = ["BgjobsError", "InvalidOperation", "Job", "JobContext", "JobFailed", "JobStopped",
+           "Runner", "Schedule", "StoreError", "Submitter", "backup", "close", "current_job",
+           "drain", "every", "get", "job", "jobs", "options", "prune", "schedules", "serve",
+           "shutdown", "start", "stats", "submit", "submit_many", "wsgi"]
 
 _log = logging.getLogger("bgjobs")
 
-# For type checkers. The parameters of a function and what it returns; the items of an iterable.
+# For type checkers: a function's parameters, its result; an iterable's items.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
-Function = Callable[..., Any]  # a job's, in most cases
-Fields = dict[str, Any]  # a JSON object, options, or parameters of a statement
+Function = Callable[..., Any]
+Fields = dict[str, Any]  # a JSON object, options, or SQL parameters
 
 
 def start_thread(name: str, run: Function, *args: Any) -> threading.Thread:
@@ -128,20 +125,20 @@ def start_thread(name: str, run: Function, *args: Any) -> threading.Thread:
 
 
 def say(level: int, text: str) -> None:
-    """Log one of bgjobs' own messages from a separate thread: the app's handlers may block."""
+    """Log a message from a thread of its own: the app's handlers may block."""
     with contextlib.suppress(RuntimeError):  # the interpreter ends
         start_thread("bgjobs-log", _log.log, level, "%s", text)
 
 
 # ---- 1 Words and rules --------------------------------------------------------------------------
 
-PENDING = "pending"  # waits for a worker, or for its time. A crash changes nothing.
-RUNNING = "running"  # executes, or has returned and waits for children. A crash: pending.
-STOPPING = "stopping"  # asked to stop, no checkpoint reached yet. A crash: stopped.
-STOPPED = "stopped"  # halted; can be resumed or cancelled.
-FINISHED = "finished"  # the function returned and all descendants are over.
-FAILED = "failed"  # the function raised.
-CANCELLED = "cancelled"  # discarded for good.
+PENDING = "pending"  # waits for a worker, or for its time
+RUNNING = "running"  # executes, or waits for children; after a crash pending
+STOPPING = "stopping"  # after a crash stopped
+STOPPED = "stopped"
+FINISHED = "finished"
+FAILED = "failed"
+CANCELLED = "cancelled"
 
 ACTIVE = (RUNNING, STOPPING)
 OVER = (FINISHED, FAILED, CANCELLED)
@@ -150,12 +147,12 @@ STATUSES = _NOT_OVER + OVER
 
 
 class Operation(NamedTuple):
-    """What people may do to a job. Transaction has a method for each that carries it out."""
+    """What people may do to a job."""
 
-    moves: dict[str, str]  # each status that allows it -> the status that follows
+    moves: dict[str, str]  # a status that allows it -> the status that follows
     done: str  # the past tense, for refusals
     does: str  # for the help of the command line
-    once_returned: dict[str, str] = {}  # moves that differ once the function has returned
+    once_returned: dict[str, str] = {}  # moves that differ then
 
 
 _ANY_NOT_OVER = {status: status for status in _NOT_OVER}
@@ -177,26 +174,26 @@ OPERATIONS = {
                                      "taken off low priority", "Run jobs as others."),
 }
 
-# The outcome of an attempt: what its function did, or, if the attempt is given back: whether its
-# function had begun, had not, or is unknown in this process.
+# The outcome of an attempt: what its function did; or, if the attempt is given back, that the
+# function had begun, had not, or is unknown here.
 RETURNED, RAISED, HALTED = "returned", "raised", "halted"
 RELEASED, UNSPENT, UNKNOWN = "released", "unspent", "unknown"
-NO_EXECUTOR = "no executor"  # given back, since its executor takes nothing
-WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job then
-TIMED_OUT = "timed out"  # the reason to stop an attempt, which then ends as RAISED
+NO_EXECUTOR = "no executor"  # given back: its executor takes nothing
+WAITS_FOR = {UNKNOWN: "function ", NO_EXECUTOR: "executor "}  # what blocks the job
+TIMED_OUT = "timed out"  # why an attempt is stopped, and ends as RAISED
 
-# The words for outcomes in an attempt's history, and for jobs that are pending again.
+# Outcomes in an attempt's history; phases of jobs that are pending again.
 OUTCOMES = {RETURNED: "finished", RAISED: "failed", HALTED: "stopped", RELEASED: "given back"}
 PHASES = {RAISED: "retrying", RELEASED: "interrupted", UNKNOWN: "unknown function",
           NO_EXECUTOR: "waiting for the executor"}
 
 
 class BgjobsError(Exception):
-    """The base class of this module's errors, except for plain misuse (TypeError, ValueError)."""
+    """The base class of bgjobs' errors, except for misuse (TypeError, ValueError)."""
 
 
 class InvalidOperation(BgjobsError):
-    """The job's status does not allow the operation; the text says which ones it allows."""
+    """The job's status does not allow the operation; the text says which it allows."""
 
 
 class StoreError(BgjobsError):
@@ -206,7 +203,7 @@ class StoreError(BgjobsError):
 class JobFailed(BgjobsError):
     """A job failed in another process, or long ago.
 
-    `type`, `text` and `traceback` are those of the exception that its function raised.
+    `type`, `text` and `traceback` are those of its function's exception.
     """
 
     def __init__(self, job: str, type: str, text: str, traceback: str) -> None:
@@ -215,15 +212,15 @@ class JobFailed(BgjobsError):
 
 
 class JobStopped(BaseException):
-    """Raised in a job at a checkpoint if it is to stop. `except Exception` does not swallow it."""
+    """Raised at a checkpoint of a job that is to stop. `except Exception` does not catch it."""
 
 
-def allowed_operations(status: str, options: Fields, system: bool = False,
-                       active_below: bool = False) -> list[str]:
-    """Return the operations that a job allows. `active_below`: a descendant runs or is stopping."""
+def allowed_operations(status: str, options: Fields, system: bool,
+                       active_below: bool) -> list[str]:
+    """Return what a job allows. active_below: a descendant runs or is stopping."""
     allowed = {name for name in OPERATIONS if status in OPERATIONS[name].moves}
     if status in (STOPPING, STOPPED):
-        allowed.discard("stop")  # it repeats silently; there is no use in offering it
+        allowed.discard("stop")  # it would change nothing
     if active_below:
         allowed -= {"cancel", "restart"}
         if status == STOPPED:
@@ -242,8 +239,8 @@ def objection(operation: str, options: Fields, system: bool) -> str:
 
 
 def refusal(job: str, status: str, operation: str, allowed: list[str],
-            why: str = "") -> InvalidOperation:
-    """Return the error for an operation that a job's status does not allow."""
+            why: str) -> InvalidOperation:
+    """Return the error for an operation that a job does not allow."""
     done = OPERATIONS[operation].done
     can = " or ".join(OPERATIONS[name].done for name in allowed if "priority" not in name)
     text = f"it can be {can}, not {done}" if can else f"it cannot be {done}"
@@ -251,44 +248,40 @@ def refusal(job: str, status: str, operation: str, allowed: list[str],
     return InvalidOperation(f"{job} is {status}; {text}{reason}")
 
 
-# The functions that the core calls and a later layer of this file has, by the layer's name.
+# The functions of later layers that the core calls -> their layer.
 DOORS = {"serve": "page", "wsgi": "page", "isolate": "elsewhere", "executor": "elsewhere"}
 _entrances: dict[str, Function] = {}
 
 
 def open_door(name: str, function: Function) -> None:
-    """Have `door(name)` lead to a function of a later layer."""
+    """Enter a function of a later layer."""
     _entrances[name] = function
 
 
 def door(name: str) -> Function:
-    """Return the function of a later layer. Raises BgjobsError if that layer was cut off."""
+    """Return a function of a later layer. Raises BgjobsError if that was cut off."""
     if name not in _entrances:
-        raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}, which this copy of bgjobs.py "
-                          "lacks; copy the whole file")
+        raise BgjobsError(f"{name} needs the layer {DOORS[name]!r}; copy the whole bgjobs.py")
     return _entrances[name]
 
 
 # ---- 2 Values -----------------------------------------------------------------------------------
 #
-# Arguments, state and results are JSON. A value of a type that JSON lacks is stored as an object
-# with one key, which names the type: {"$date": "2026-01-31"}. A dict with a key of its own that
-# begins with "$" is stored as a list of pairs: {"$dict": [[key, value], ...]}.
+# Arguments, state and results are JSON. A value of another type is an object whose one key names
+# the type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is
+# {"$dict": [[key, value], ...]}.
 
-VALUE_LIMIT = 256 * 1024  # characters of JSON for arguments, a state or a result
-TEXT_LIMIT = 8 * 1024  # characters of a log line, a label, a message
+VALUE_LIMIT = 256 * 1024  # characters of arguments, a state or a result
+TEXT_LIMIT = 8 * 1024  # characters of a log line or a message
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or float that a float can hold: not NaN, inf or 10**400."""
+    """Return whether `value` is an int or float, but no bool, NaN, inf or 10**400."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def text_of(value: Any, limit: int = TEXT_LIMIT, form: Function = str) -> str:
-    """Return str(value), or another form of it, as SQLite can hold it. Never raises.
-
-    It is cut to `limit` characters, and lone surrogates are escaped.
-    """
+    """Return str(value), or another form, cut, with lone surrogates escaped. Never raises."""
     try:
         text: str = form(value)
     except Exception:
@@ -299,7 +292,7 @@ def text_of(value: Any, limit: int = TEXT_LIMIT, form: Function = str) -> str:
 
 
 def short(value: Any) -> str:
-    """Return a value as error messages show it: its repr, cut to 80 characters. Never raises."""
+    """Return a value as error messages show it. Never raises."""
     return text_of(value, 80, repr)
 
 
@@ -314,15 +307,11 @@ def _set_to_json(value: set[Any]) -> list[Any]:
 
 
 def _clock_to_json(value: Any) -> list[Any]:
-    """Return a datetime or time as [ISO text, fold, key of its ZoneInfo].
-
-    A fixed offset is in the ISO text.
-    """
+    """Return [ISO text, with a fixed offset; fold; key of the ZoneInfo]."""
     import datetime
     zone, key = value.tzinfo, getattr(value.tzinfo, "key", None)
     if key is None and not isinstance(zone, (datetime.timezone, type(None))):
-        raise TypeError(f"the time zone {short(zone)} is not of datetime or zoneinfo; convert it "
-                        "with astimezone()")
+        raise TypeError(f"the time zone {short(zone)} is not of datetime or zoneinfo")
     return [value.isoformat(), value.fold, key]
 
 
@@ -342,8 +331,7 @@ def _construct(kind: Any, stored: Any) -> Any:
     return kind(stored)
 
 
-# How values of types that JSON lacks are stored: the module and name of the type, value -> JSON,
-# and (type, JSON) -> value.
+# By tag: the module and name of the type, value -> JSON, and (type, JSON) -> value.
 _TAGGED: Fields = {
     "$bytes": ("builtins", "bytes", lambda value: base64.b64encode(value).decode(),
                lambda kind, stored: base64.b64decode(stored)),
@@ -373,7 +361,7 @@ def _jsonable(value: Any) -> Any:
         plain = {key: _jsonable(item) for key, item in value.items()}
         return {"$dict": list(plain.items())} if any(key[:1] == "$" for key in plain) else plain
     for tag, (module, name, to_json, _) in _TAGGED.items():
-        # Nothing is imported: the value's type is there, so its module is loaded.
+        # The module of a value's type is loaded.
         if kind is getattr(sys.modules.get(module), name, None):
             return {tag: to_json(value)}
     raise TypeError(f"{short(value)} is of type {kind.__qualname__}; pass JSON values, dates, "
@@ -381,18 +369,14 @@ def _jsonable(value: Any) -> Any:
 
 
 def encode(value: Any, what: str = "the value") -> str:
-    """Return `value` as JSON text.
-
-    Raises TypeError if it cannot be stored; the text names `what` and the remedy.
-    """
+    """Return `value` as JSON. Raises TypeError, with the remedy."""
     try:
         text = dump(_jsonable(value))
-    except Exception as error:  # ours, or raised by the value's own methods
+    except Exception as error:  # of the value's own methods, too
         raise TypeError(f"{what} cannot be stored: {text_of(error)}") from None
     if len(text) > VALUE_LIMIT:
         raise TypeError(f"{what} cannot be stored: {len(text):,} characters of JSON are more than "
-                        f"the {VALUE_LIMIT:,} allowed; keep it in a file or a table and pass its "
-                        "name")
+                        f"the {VALUE_LIMIT:,} allowed; keep it in a file and pass its name")
     return text
 
 
@@ -408,7 +392,7 @@ def _untagged(found: Fields) -> Any:
 
 
 def decode(text: str | None) -> Any:
-    """Return the value that `encode` made `text` from; None for None."""
+    """Return the value of a text from `encode`; None for None."""
     if text is None:
         return None
     return json.loads(text, object_hook=_untagged if '{"$' in text else None)
@@ -417,52 +401,43 @@ def decode(text: str | None) -> Any:
 # ---- 3 Functions and options --------------------------------------------------------------------
 
 def import_name(module: str) -> str:
-    """Return the name by which another process imports a module: for __main__, the script's."""
+    """Return the name by which another process imports a module."""
     main: Any = sys.modules["__main__"]
     if module not in ("__main__", "__mp_main__"):  # multiprocessing's name for it
         return module
-    if getattr(main, "__spec__", None) is not None:  # python -m
+    if getattr(main, "__spec__", None):  # python -m
         return str(main.__spec__.name)
     file = getattr(main, "__file__", None) or "<stdin>"
     return module if file == "<stdin>" else os.path.splitext(os.path.basename(file))[0]
 
 
 def module_name(module: str) -> str:
-    """Return the stable name of a module in job names: that of a package without .__main__."""
+    """Return a module's name in job names: without .__main__."""
     return import_name(module).removesuffix(".__main__")
 
 
 def import_path(function: Function) -> str:
-    """Return "package.module.function".
-
-    Raises TypeError, with the remedy, if the function cannot be imported by that again.
-    """
+    """Return "package.module.function". Raises TypeError if that leads elsewhere."""
     module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
     for attribute in str(qualname).split("."):
         found = getattr(found, attribute, None)
     if found is None or found != function:
         raise TypeError(
-            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it. A "
-            "lambda, a partial, a bound method or a function inside a function cannot be imported "
-            "again; submit one that is defined with def at the top level of a module, and pass it "
-            "its arguments")
+            f"{short(function)} cannot be a job: the name {module}.{qualname} does not lead to it; "
+            "submit one that is defined with def at the top level of a module, and pass arguments")
     return f"{module_name(module)}.{qualname}"
 
 
-# The functions that this process knows, those declared with @job or submitted: by job name; their
-# default options; and the names of those submitted. They are filled while modules are imported,
-# before there is a runner, so they are global.
+# The functions declared with @job, submitted or found, by name; the options of those declared.
+# Global, since imports fill them before there is a runner.
 functions: dict[str, Function] = {}
 declared: dict[Function, Fields] = {}
 
 
 @functools.cache
 def name_of(function: Function) -> str:
-    """Return the function's stable name, and remember the function by it.
-
-    Raises TypeError if it cannot be a job.
-    """
+    """Return the function's name and remember it. Raises TypeError as import_path."""
     path = import_path(function)
     name: str = declared.get(function, {}).get("name") or path
     functions[name] = function
@@ -472,8 +447,8 @@ def name_of(function: Function) -> str:
 def function_of(name: str) -> Function | None:
     """Return the function of this name, or None if this process does not know it.
 
-    A name is data: nothing is imported. It is a function that was declared or submitted, or one
-    that a loaded module defines itself, but for the standard library's.
+    A name is data: nothing is imported. The function was declared or submitted, or is defined in a
+    loaded module outside the standard library.
     """
     if name in functions or name.partition(".")[0] in sys.stdlib_module_names:
         return functions.get(name)
@@ -495,33 +470,28 @@ def are_seconds(values: Iterable[Any]) -> bool:
 
 
 def unix_seconds(value: Any) -> float | None:
-    """Return Unix seconds, or an aware datetime, as Unix seconds, or None if it is neither."""
+    """Return Unix seconds or an aware datetime as Unix seconds, or None if neither."""
     if hasattr(value, "timestamp") and value.utcoffset() is not None:
         value = value.timestamp()
     return float(value) if is_number(value) else None
 
 
 def zone_of(tz: Any) -> Any:
-    """Return a ZoneInfo, or None, the machine's own zone, for None.
-
-    Raises ValueError if it is unknown.
-    """
+    """Return a ZoneInfo; None, the machine's own zone, for None. Raises ValueError."""
     import zoneinfo
     try:
         return None if tz is None else zoneinfo.ZoneInfo(str(tz))
-    except Exception:  # KeyError, ValueError, OSError: their texts say too little
-        raise ValueError(f'unknown time zone {short(tz)}; a name like "Europe/Berlin", "UTC" or '
-                         "None for the machine's own") from None
+    except Exception:  # KeyError, ValueError, OSError
+        raise ValueError(f'unknown time zone {short(tz)}; use one like "Europe/Berlin"') from None
 
 
-# Stored as it is, uncut and unescaped, so that no two names become one.
-_A_NAME = ((lambda v: v != "" and text_of(v, 500) == v),
+# Neither cut nor escaped, so that no two names become one.
+_A_NAME = (lambda v: v != "" and text_of(v, 500) == v,
            "a text of 1 to 500 characters, without lone surrogates")
-_A_TEXT = (lambda v: isinstance(v, str)), "a text"
-_A_BOOL = (lambda v: isinstance(v, bool)), "True or False"
+_A_TEXT = (lambda v: isinstance(v, str), "a text")
+_A_BOOL = (lambda v: isinstance(v, bool), "True or False")
 
-# Each option: a test of its value, and what the value must be. None is the default of each.
-# `options` says what they mean.
+# For each option, a test and what a value must be. `options` explains them.
 OPTIONS: Fields = {
     "name": _A_NAME,
     "label": _A_TEXT,
@@ -545,29 +515,26 @@ OPTIONS: Fields = {
     "isolate": _A_BOOL,
     "executor": (lambda v: callable(getattr(v, "submit", v)),
                  "a concurrent.futures.Executor, what makes one, or None"),
-    "tz": (zone_of, "the name of a time zone, a ZoneInfo, or None for the machine's own"),
+    "tz": (zone_of, "the name of a time zone, a ZoneInfo or None"),
     "parent": (lambda v: isinstance(v, Job), "a Job or None"),
     "connection": (lambda v: isinstance(v, sqlite3.Connection), "an open sqlite3.Connection"),
 }
 
 
 def check_values(given: Fields, tests: Fields) -> None:
-    """Raise ValueError if a value is not None and fails its test; the text says what it must be."""
+    """Raise ValueError if a value is not None and fails its test."""
     for name, value in given.items():
         test, must_be = tests[name]
         try:
             fits = value is None or test(value)
-        except Exception:  # of the value's own methods, or an unknown time zone
+        except Exception:  # of the value's own methods, or of zone_of
             fits = False
         if not fits:
             raise ValueError(f"{name} must be {must_be}, got {short(value)}")
 
 
 def check_options(given: Fields) -> Fields:
-    """Return `given`.
-
-    Raises TypeError for an unknown option, ValueError for a value that does not fit.
-    """
+    """Return `given`. Raises TypeError: an unknown option; ValueError: a bad value."""
     for name in given.keys() - OPTIONS:
         raise TypeError(f"unknown option {name!r}; the options are {', '.join(OPTIONS)}")
     check_values(given, OPTIONS)
@@ -582,12 +549,11 @@ def job(**options: Any) -> Callable[[_T], _T]:
         @bgjobs.job(name="export", low_priority=True)
         def export(table): ...
 
-    The options are those of `bgjobs.options`, except parent and connection, and one more:
-    executor: where the function executes, a concurrent.futures.Executor or what makes one; None: in
-    the app's threads, whatever the runner's is.
+    The options are those of `bgjobs.options`, except parent and connection, and
+    executor: a concurrent.futures.Executor for the function, or what makes one; None: the app's
+    threads, whatever the runner's is.
 
-    Raises TypeError for an unknown option, ValueError for a value that does not fit or a name that
-    is taken.
+    Raises TypeError for an unknown option, ValueError for a bad value or a name that is taken.
     """
     check_options(options)
     for name in options.keys() & {"parent", "connection"}:
@@ -599,23 +565,20 @@ def job(**options: Any) -> Callable[[_T], _T]:
             known = functions.get(name, function)
             taken_by = f"{known.__module__}.{known.__qualname__}"
             if taken_by != f"{function.__module__}.{function.__qualname__}":
-                raise ValueError(f"the job name {name!r} is taken by {taken_by}; choose another")
-            functions[name] = function  # also if a reloaded module has a newer one
+                raise ValueError(f"the job name {name!r} is taken by {taken_by}")
+            functions[name] = function  # perhaps that of a reloaded module
         declared[function] = options
         return function
     return declare
 
 
-# These options have no column of their own: a job keeps them as JSON.
+# These options have no column of their own.
 _KEPT = ("stoppable", "restartable", "recover", "secret", "retries", "timeout", "isolate",
          "backoff")
 
 
 def options_to_keep(function: Function, given: Fields) -> Fields:
-    """Return the options to keep with a job of this function, as JSON.
-
-    Raises ValueError if `secret` or `backoff` does not fit the function.
-    """
+    """Return the options to store as JSON. Raises ValueError if `secret` or `backoff` is bad."""
     kept = {name: given[name] for name in _KEPT if given.get(name) is not None}
     if "secret" in kept:
         kept["secret"] = _secret_places(function, kept["secret"])
@@ -625,27 +588,21 @@ def options_to_keep(function: Function, given: Fields) -> Fields:
 
 
 def _secret_places(function: Function, secret: Iterable[str]) -> list[str | int]:
-    """Return the names in `secret`, and the positions at which they may be passed.
-
-    Raises ValueError if the function has no such argument.
-    """
+    """Return the names, and their positions. Raises ValueError."""
     import inspect
-    parameters = inspect.signature(function).parameters
-    stars = {name: str(each).count("*", 0, 2) for name, each in parameters.items()}
+    stars = {name: str(each).count("*", 0, 2)
+             for name, each in inspect.signature(function).parameters.items()}
     for name in secret:
-        if stars.get(name, 2 not in stars.values()):  # with **keywords, other names fit, too
+        if stars.get(name, 2 not in stars.values()):  # **keywords take any name
             raise ValueError(f"secret names {name!r}, but {function.__qualname__} has no such "
                              "argument; of *arguments and **keywords, name the keywords, or pass "
-                             "a list or a dict instead")
+                             "a list or dict")
     return [*secret, *(place for place, name in enumerate(stars) if name in secret)]
 
 
 def _pauses(backoff: Any, retries: int) -> list[float]:
-    """Return the seconds before the first, second ... retry; the last pause repeats.
-
-    A function is called now, for it cannot be stored. Raises ValueError for anything but seconds.
-    """
-    if callable(backoff):
+    """Return the seconds before each retry; the last one repeats. Raises ValueError."""
+    if callable(backoff):  # called now, for it cannot be stored
         backoff = [backoff(attempt) for attempt in range(1, min(retries, 100) + 1)]
     pauses = list(backoff) if isinstance(backoff, (list, tuple)) else [backoff]
     if not are_seconds(pauses):
@@ -654,10 +611,10 @@ def _pauses(backoff: Any, retries: int) -> list[float]:
 
 
 def pause_before_retry(options: Fields, failures: int) -> float:
-    """Return the seconds to wait after this many failures: the `backoff` of the job's options.
+    """Return the seconds to wait after so many failures.
 
-    By default 1 s, twice as long each time, up to 10 min, and up to half as long again by chance,
-    so that jobs that failed together are not retried together.
+    By default 1 s, doubled each time, up to 10 min; and by chance up to half as long again, so that
+    jobs that failed together are not retried together.
     """
     pauses = options.get("backoff")
     if pauses:
@@ -667,27 +624,26 @@ def pause_before_retry(options: Fields, failures: int) -> float:
 
 # ---- 4 Times of schedules -----------------------------------------------------------------------
 #
-# A schedule is due once in a period, or at the times that five cron fields give. As crontab in
-# POSIX says, a day fits if its month does and, if day of month and day of week are both restricted,
-# if either of them does.
+# A schedule has a period or five cron fields. As in POSIX, if day of month and day of week are both
+# restricted, a day fits if either does.
 #
 # Where the clocks change: a time skipped in spring runs that much later, a time repeated in autumn
-# runs once, the first time. But where every hour is given ("*"), it runs in each hour that passes,
-# whatever the clocks show: the wildcard rule of vixie-cron.
+# runs the first time. But with every hour ("*"), it runs in each hour that passes, whatever the
+# clocks show: the wildcard rule of vixie-cron.
 
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
 def seconds_of(text: str) -> float | None:
-    """Return the seconds of a text like "15m" (s, m, h, d, w), or None if it is no such text."""
+    """Return the seconds of a text like "15m" (s, m, h, d, w), or None for another text."""
     try:
-        return float(text[:-1]) * _UNITS[text[-1:]]
+        return float(text[:-1]) * _UNITS[text[-1]]
     except (KeyError, ValueError):
         return None
 
 
 def period_text(seconds: float) -> str:
-    """Return a period as people write it: 900 as "15m"."""
+    """Return a period as a text: 900 as "15m"."""
     unit = next((unit for unit in "wdhm" if seconds and seconds % _UNITS[unit] == 0), "s")
     return f"{seconds / _UNITS[unit]:.12g}{unit}"
 
@@ -698,12 +654,8 @@ class Every(NamedTuple):
     seconds: float
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after `now`, in Unix seconds.
-
-        In step with `due`, a time when it was due or will be.
-        """
-        periods = math.floor((now - due) / self.seconds) + 1
-        return due + self.seconds * max(0, periods)
+        """Return when it is due after `now`, in step with `due`."""
+        return due + self.seconds * max(0, math.floor((now - due) / self.seconds) + 1)
 
 
 _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 31, ""),
@@ -711,12 +663,10 @@ _CRON_FIELDS = (("minute", 0, 59, ""), ("hour", 0, 23, ""), ("day of month", 1, 
                 ("day of week", 0, 7, "sun mon tue wed thu fri sat"))
 _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 * * 0",
                "@daily": "0 0 * * *", "@hourly": "0 * * * *"}
-_CRON_DAYS = 366 * 41  # how far to look: 29 February is a certain weekday in 40 years
-_CLOCK_CHANGE_SECONDS = 3 * 3_600  # no clock goes further back, or on, at once
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
-    """Return the values of a field: a list of *, numbers, names and ranges, perhaps with a step."""
+    """Return the values of a field."""
     for number, word in enumerate(words.split(), least):
         text = text.replace(word, str(number))
     values: set[int] = set()
@@ -733,16 +683,13 @@ def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set
             values.update(range(first, last + 1)[::int(step) if slash else 1])
         return values
     except ValueError:
-        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that goes "
-                         "up, or a list of these, perhaps with a step of 1 or more, like */5; got "
+        raise ValueError(f"the {name} of a cron schedule is {least} to {most}, *, a range that "
+                         "goes up, or a list of these, perhaps with a step of 1 or more; got "
                          f"{text!r}") from None
 
 
 class Cron:
-    """A schedule of five fields: minute, hour, day of month, month, day of week.
-
-    zone: None for the machine's time zone.
-    """
+    """A schedule of five cron fields, in a zone; None: the machine's own."""
 
     def __init__(self, fields: str, zone: Any = None) -> None:
         texts = fields.lower().split()
@@ -753,48 +700,44 @@ class Cron:
         self._minutes, self._hours, self._days, self._months, weekdays = (
             _cron_values(text, *field) for text, field in zip(texts, _CRON_FIELDS))
         self._weekdays = {day or 7 for day in weekdays}
-        # The two day fields. As in cron, one that begins with * is not restricted.
+        # A day field that begins with * is not restricted.
         self._combined = all if "*" in texts[2][0] + texts[4][0] else any
         self._folds = (0, 1) if len(self._hours) == 24 else (0,)  # of an hour that comes twice
 
     def next(self, due: float, now: float) -> float:
-        """Return when it is due after both `now` and `due`, in Unix seconds.
-
-        Raises ValueError if it is never due.
-        """
+        """Return when it is due after `now` and `due`. Raises ValueError if it never is."""
         return min(self._next(max(due, now), fold) for fold in self._folds)
 
     def _next(self, after: float, fold: int) -> float:
-        """Return the first time after that, in the first or second pass of hours that repeat."""
+        """Return the first time, in the first or second pass (fold) of repeated hours."""
         import datetime
-        hour = datetime.datetime.fromtimestamp(after - _CLOCK_CHANGE_SECONDS, self._zone)
+        # No clock goes back further than 3 hours at once.
+        hour = datetime.datetime.fromtimestamp(after - 3 * 3_600, self._zone)
         hour = hour.replace(minute=0, second=0, microsecond=0)
-        last = hour + datetime.timedelta(days=_CRON_DAYS)
+        last = hour + datetime.timedelta(days=366 * 41)  # 29 February, a Monday: in 40 years
         while hour < last:
             day_fits = hour.day in self._days, hour.isoweekday() in self._weekdays
             if hour.month not in self._months or not self._combined(day_fits):
                 hour = hour.replace(hour=0) + datetime.timedelta(days=1)
                 continue
             if hour.hour in self._hours:
-                times = (hour.replace(minute=minute, fold=fold) for minute in self._minutes)
-                later = [at for at in map(datetime.datetime.timestamp, times) if at > after]
+                times = (hour.replace(minute=minute, fold=fold).timestamp()
+                         for minute in self._minutes)
+                later = [at for at in times if at > after]
                 if later:
                     return min(later)
             hour += datetime.timedelta(hours=1)  # on the clock's face
-        raise ValueError("the cron schedule is never due: no such day comes")
+        raise ValueError("the cron schedule is never due")
 
 
 @functools.lru_cache(1_000)
 def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
-    """Return the schedule that a text like "15m", or five cron fields, describe.
-
-    Raises ValueError if it is neither.
-    """
+    """Return the schedule of a text like "15m" or five cron fields. Raises ValueError."""
     fields = _CRON_WORDS.get(schedule, schedule)
     if len(fields.split()) > 1:
         return Cron(fields, zone_of(zone))
-    seconds = seconds_of(schedule)
-    if seconds is None or not 0.01 <= seconds < 1e9:
+    seconds = seconds_of(schedule) or 0.0
+    if not 0.01 <= seconds < 1e9:
         raise ValueError('a schedule is seconds, at least 0.01, a text like "15m" or five cron '
                          f"fields, got {schedule!r}")
     return Every(seconds)
@@ -802,19 +745,16 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
 
 # ---- 5 Fair shares ------------------------------------------------------------------------------
 #
-# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. Each root has a virtual time:
-# the microseconds that its tree has run. The next slot goes to the ready root with the least, the
-# start tag of that claim; the newest start tag is the virtual time of the queue. A root that
-# becomes ready starts at the queue's virtual time if that is later than its own, so idling earns no
-# credit. A claim charges its root an estimate at once, because a root with running attempts is not
-# idle; the end of the attempt corrects it.
+# Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. A root's virtual time: the
+# microseconds that its tree has run. The next slot goes to the ready root with the least, which is
+# the start tag of the claim and the queue's virtual time. A root that becomes ready has at least
+# that: idling earns no credit. A claim charges an estimate; the attempt's end corrects it.
 
 def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
                charge: Callable[[Any], int | None]) -> Iterator[tuple[int, Any, int, int]]:
-    """Yield (root, job, start tag, charge) in the order in which slots are to be given.
+    """Yield (root, job, start tag, charge) in the order in which jobs get slots.
 
-    `roots` has (virtual time, root id, iterator over its ready jobs, oldest first). `charge(job)`
-    returns microseconds, or None to pass the job over.
+    roots: (virtual time, root id, its ready jobs). charge: microseconds, None passes a job over.
     """
     heads = [(tag, root, job, waiting) for tag, root, waiting in roots
              for job in itertools.islice(waiting, 1)]
@@ -829,57 +769,52 @@ def fair_order(roots: Iterable[tuple[int, int, Iterator[Any]]],
             heapq.heappush(heads, (tag + (cost or 0), root, job, waiting))
 
 
-UNKNOWN_COST = 0.010  # seconds charged for the first run of a function
-AHEAD_SECONDS = 0.010  # short jobs are claimed ahead of free workers: so much work for each
-AHEAD_LIMIT = 256  # and so many jobs in a process
-_OVERHEAD = 50e-6  # seconds that a job costs besides its function
+UNKNOWN_COST = 0.010  # seconds, for the first run of a function
+AHEAD_SECONDS = 0.010  # of short jobs for each worker are claimed before it is free
+AHEAD_LIMIT = 256  # jobs claimed so in a process
+_OVERHEAD = 50e-6  # seconds of a job besides its function
 
 
 class RunTimes:
-    """The mean run time of each function in seconds: exponential averages."""
+    """The mean run time of each function in seconds, an exponential average."""
 
     def __init__(self, means: dict[str, float] | None = None) -> None:
         self.means = means or {}
         self._changed: set[str] = set()
 
     def record(self, name: str, seconds: float) -> None:
-        """Take in the run time of one attempt."""
         mean = self.means.get(name, seconds)
         self.means[name] = mean + (seconds - mean) / 5
         self._changed.add(name)
 
     def take_changed(self) -> list[tuple[str, float]]:
-        """Return (name, mean) of what has changed since the last call."""
+        """Return each (name, mean) that has changed since the last call."""
         changed, self._changed = self._changed, set()
         return [(name, self.means[name]) for name in changed]
 
     def charge(self, name: str) -> int:
-        """Return the microseconds to charge for a claim of this function."""
+        """Return the microseconds to charge for a claim."""
         return max(1, int(self.means.get(name, UNKNOWN_COST) * 1e6))
 
     def occupies(self, name: str) -> float:
-        """Return the seconds for which an attempt will keep a worker, infinite if unknown."""
+        """Return the seconds that an attempt keeps a worker, infinite if unknown."""
         return self.means.get(name, math.inf) + _OVERHEAD
 
 
 class Pace:
-    """How fast an attempt goes, by its progress reports; recent ones weigh more.
+    """How fast an attempt goes: `gained` units in `seconds`.
 
-    The rate is `gained` units in `seconds`, both fading over three quarters of the time that the
-    attempt has run. So an early hiccup is forgotten, and one late report changes little.
+    Both fade over three quarters of its run time, so that an early hiccup is forgotten.
     """
 
     def __init__(self, resumed: bool) -> None:
-        # Whatever a resumed attempt reports first is fewer: earlier attempts did it.
+        # The first report of a resumed attempt is fewer: it counts work of earlier attempts.
         self._done = math.inf if resumed else 0.0
         self._at = self._gained = self._seconds = 0.0
 
     def seconds_left(self, done: float, total: float, at: float) -> float | None:
-        """Take in a report, `at` seconds after the begin; return the seconds left.
-
-        None if no rate is known yet. Fewer units than before begin anew.
-        """
-        if done < self._done or at < 0.1:  # in no time: it was done before the attempt began
+        """Take in a report, `at` seconds after the begin; return the seconds left, if known."""
+        if done < self._done or at < 0.1:  # too early: done before the attempt
             self._done, self._at, self._gained, self._seconds = done, at, 0.0, 0.0
         elif done > self._done and at > self._at:
             elapsed = at - self._at
@@ -895,33 +830,29 @@ class Pace:
 
 # ---- 6 Tables -----------------------------------------------------------------------------------
 #
-# A `pending` job is in one of three places. Ready: `queue` is its lane, 0 normal or 1 low priority.
-# Waiting for its time: `run_at` is set, and no queue. Blocked: `parked` names what it waits for: a
-# process that knows its function ("function NAME"), an executor that takes it ("executor NAME"),
-# the end of another job of its name ("limit NAME"), or of another suspect, a job that may take its
-# process down ("suspect").
+# A `pending` job is ready (`queue` is its lane, 0 normal or 1 low priority), or it waits for its
+# time (`run_at`), or it is blocked. Then `parked` names what it waits for: a process that knows its
+# function ("function NAME"), an executor ("executor NAME"), the end of another job of its name
+# ("limit NAME"), or of another job that may take its process down ("suspect").
 #
-# `lane` of a root is the best queue in its tree, NULL while nothing there is ready: (lane, vtime)
-# finds the next root, and (root_id, queue, id) its oldest ready child. `owner` is the runner that
-# executes the job, NULL once its function has returned.
-#
-# Each job carries counts over its descendants (total, done, failed, running); `open` counts its
-# direct children that are not over. A transaction writes each ancestor once, however many of its
-# descendants it touched.
+# `lane` of a root is the best queue in its tree, NULL if nothing there is ready: (lane, vtime)
+# finds the next root, (root_id, queue, id) its oldest ready child. `owner` is the runner that
+# executes the job, NULL once its function has returned. total, done, failed and running count
+# descendants; `open` counts direct children that are not over.
 
 TABLES = (
     "CREATE TABLE bgjobs_schema (version INTEGER NOT NULL)",
-    # returned: 1 once the function has returned, 2 once it has raised and is not called again.
-    # charge: microseconds that the running attempt has added to its root's vtime. since: active
-    # since then, else NULL. duration: seconds active before that. ends_at: when the attempt is
-    # expected to end. own_errors: failed attempts. deaths: of processes that executed the job.
+    # returned: 1 once the function has returned, 2 once it has raised for good. charge:
+    # microseconds that the attempt has added to its root's vtime. since: active since then.
+    # duration: seconds active before. ends_at: expected. own_errors: failed attempts. deaths: of
+    # processes that executed it.
     """CREATE TABLE bgjobs_jobs (
-        id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL,
-        attempt INTEGER DEFAULT 0, parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER,
-        vtime INTEGER DEFAULT 0, charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER,
-        returned INTEGER DEFAULT 0, deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0,
-        open INTEGER DEFAULT 0, total INTEGER DEFAULT 0, done INTEGER DEFAULT 0,
-        failed INTEGER DEFAULT 0, running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, attempt INTEGER DEFAULT 0,
+        parent_id INTEGER, root_id INTEGER, queue INTEGER, lane INTEGER, vtime INTEGER DEFAULT 0,
+        charge INTEGER DEFAULT 0, owner INTEGER, submitter INTEGER, returned INTEGER DEFAULT 0,
+        deaths INTEGER DEFAULT 0, own_errors INTEGER DEFAULT 0, open INTEGER DEFAULT 0,
+        total INTEGER DEFAULT 0, done INTEGER DEFAULT 0, failed INTEGER DEFAULT 0,
+        running INTEGER DEFAULT 0, low_priority INTEGER DEFAULT 0, system INTEGER DEFAULT 0,
         created_at REAL NOT NULL, run_at REAL, started_at REAL, waited REAL, finished_at REAL,
         since REAL, duration REAL DEFAULT 0, progress REAL, ends_at REAL,
         tree_progress REAL DEFAULT 0, phase TEXT, parked TEXT, max_running INTEGER, label TEXT,
@@ -929,12 +860,12 @@ TABLES = (
         positions TEXT, result TEXT, error TEXT)""",
     """CREATE TABLE bgjobs_logs (id INTEGER PRIMARY KEY, job_id INTEGER NOT NULL,
         at REAL NOT NULL, level INTEGER NOT NULL, message TEXT NOT NULL)""",
-    # For people: attempts other than the one that ended the job, which the job's row tells.
+    # For people: all attempts but the one that ended the job.
     """CREATE TABLE bgjobs_attempts (
         job_id INTEGER NOT NULL, number INTEGER NOT NULL, started_at REAL, ended_at REAL NOT NULL,
         outcome TEXT NOT NULL, error TEXT, PRIMARY KEY (job_id, number)) WITHOUT ROWID""",
-    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed, not given out
-    # again. counted_id: creations up to it are in the statistics. token: of the status page.
+    # One row. vtime: the queue's virtual time. last_id: the highest id ever removed. counted_id:
+    # creations up to it are in the statistics. token: of the status page.
     """CREATE TABLE bgjobs_clock (vtime INTEGER DEFAULT 0, last_id INTEGER DEFAULT 0,
         counted_id INTEGER DEFAULT 0, token TEXT)""",
     """CREATE TABLE bgjobs_runners (
@@ -948,10 +879,10 @@ TABLES = (
         low_priority INTEGER NOT NULL, system INTEGER NOT NULL, max_running INTEGER,
         created_at REAL NOT NULL, next_at REAL NOT NULL, last_at REAL, job_id INTEGER,
         runs INTEGER DEFAULT 0, skipped INTEGER DEFAULT 0, paused INTEGER DEFAULT 0)""",
-    # Which living runners' code has which schedules.
+    # The schedules in the code of each living runner.
     """CREATE TABLE bgjobs_registered (schedule_id INTEGER NOT NULL, runner_id INTEGER NOT NULL,
         PRIMARY KEY (schedule_id, runner_id)) WITHOUT ROWID""",
-    # minute: of Unix time; the first of an hour that was summed up; 0 for all older ones.
+    # minute: of Unix time; the first of an hour that is summed up; 0 for all older ones.
     """CREATE TABLE bgjobs_stats (minute INTEGER NOT NULL, name TEXT NOT NULL,
         created INTEGER NOT NULL, started INTEGER NOT NULL, finished INTEGER NOT NULL,
         failed INTEGER NOT NULL, waiting REAL NOT NULL, waiting_min REAL, waiting_max REAL,
@@ -963,7 +894,7 @@ INDEXES = (
     "CREATE INDEX bgjobs_ready_roots ON bgjobs_jobs(lane, vtime) WHERE lane IS NOT NULL",
     """CREATE INDEX bgjobs_ready_children ON bgjobs_jobs(root_id, queue)
         WHERE parent_id IS NOT NULL AND queue IS NOT NULL""",
-    # system and parent_id are there for lists, counted and ordered by this index alone.
+    # system and parent_id: lists are counted and ordered by this index alone.
     """CREATE INDEX bgjobs_begun ON bgjobs_jobs(status, system, parent_id)
         WHERE status <> 'pending'""",
     "CREATE INDEX bgjobs_children ON bgjobs_jobs(parent_id) WHERE parent_id IS NOT NULL",
@@ -980,14 +911,13 @@ INDEXES = (
     "CREATE INDEX bgjobs_logs_of_job ON bgjobs_logs(job_id)",
 )
 
-# The statements that make a file of this version from a new one (0), or from an older version. A
-# change of the schema is made above and appended here. Columns that are not used any more stay.
+# What makes a file of this version from a new one (0) or an older version. A change of the schema
+# is made above and appended here. Unused columns stay.
 SCHEMA_VERSION = 3
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     0: (*TABLES, *INDEXES, f"INSERT INTO bgjobs_schema VALUES ({SCHEMA_VERSION})",
         "INSERT INTO bgjobs_clock DEFAULT VALUES"),
-    # 1.0.0. Its runners are gone: `JobFile` has looked. Their jobs are taken back as those of a
-    # runner without a row. A job that was resumed while it was stopping runs on.
+    # 1.0.0. Its runners are gone (see `JobFile`); jobs of a runner without a row are taken back.
     2: ("ALTER TABLE bgjobs_jobs ADD COLUMN ends_at REAL",
         "UPDATE bgjobs_jobs SET status = 'running' WHERE status = 'stopping' AND goes_on = 1",
         "DELETE FROM bgjobs_runners", "DELETE FROM bgjobs_registered"),
@@ -995,7 +925,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 
 
 class JobRow(NamedTuple):
-    """A job as transactions see it: columns of bgjobs_jobs, as told there."""
+    """A job as transactions see it: columns of bgjobs_jobs."""
 
     id: int
     parent_id: int | None
@@ -1013,11 +943,11 @@ class JobRow(NamedTuple):
     vtime: int  # microseconds
     created_at: float
     run_at: float | None
-    started_at: float | None  # the first attempt, since creation or restart
+    started_at: float | None  # the first attempt since creation or restart
     duration: float
     progress: float | None  # its own
     total: int
-    # What the function needs, as JSON: read by claims alone, since it may be large.
+    # What the function needs, as JSON, perhaps large: read by claims alone.
     args: str | None
     kwargs: str | None
     state: str | None
@@ -1034,57 +964,53 @@ class JobRow(NamedTuple):
     done: int
     failed: int
     running: int
-    tree_progress: float  # the sum of its descendants' progress
+    tree_progress: float  # the sum over its descendants
 
     @property
     def root(self) -> int:
-        """The id of the root of its tree."""
         return self.root_id or self.id
 
     @property
     def executes(self) -> bool:
-        """Whether an attempt executes."""
         return self.status in ACTIVE and not self.returned
 
     @property
     def limits(self) -> dict[str, int]:
-        """The limits that it counts for: {what it is blocked by: how many may run}."""
+        """The limits that it counts for: {as in `parked`: how many may run}."""
         limits = {} if self.max_running is None else {f"limit {self.name}": self.max_running}
         return limits if self.deaths < SUSPECT else {**limits, "suspect": 1}
 
 
 _CLAIMED = ", ".join(JobRow._fields[:25])
 _JOB = ", ".join((*JobRow._fields[:20], *["NULL"] * 5, *JobRow._fields[25:]))
-to_job = functools.partial(tuple.__new__, JobRow)  # quicker than JobRow._make, and takes short rows
-TREE_ROW = f"SELECT {_JOB} FROM bgjobs_jobs WHERE id = :id"
+to_job = functools.partial(tuple.__new__, JobRow)  # as JobRow._make, but quick; takes short rows
+_FIND = f"SELECT {_JOB} FROM bgjobs_jobs WHERE"
+TREE_ROW = f"{_FIND} id = :id"
 NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
 
 
 # ---- 7 Transactions -----------------------------------------------------------------------------
 #
-# What writes do to jobs, in the same order everywhere: change the jobs themselves, and add up what
-# that means for their ancestors and roots; `apply` writes that, and closes the parents whose last
-# child is over. Code that decides by counts, lanes or virtual times calls `apply` first.
-#
-# A row that was read in a transaction cannot change before its end, since BEGIN IMMEDIATE keeps
-# other writers out. So a status that was checked needs no second check in the UPDATE.
+# Writes change jobs and add up what that means for ancestors and roots. Code that decides by
+# counts, lanes or virtual times calls `apply` first. BEGIN IMMEDIATE keeps other writers out: a
+# status that was checked needs no second check in the UPDATE.
 
-SUSPECT = 2  # crashes of its process after which a job runs beside no other such job
+SUSPECT = 2  # crashes after which a job runs beside no other suspect
 DEATHS = 3  # crashes after which it is failed
-HEARTBEAT_SECONDS = 15  # for people to see; `Presence` tells the dead from the living
-PARKED_A_CLAIM = 200  # jobs that one claim may block; then others get their turn to write
-ATTEMPTS_A_JOB = 100  # that are kept, for people to see
+HEARTBEAT_SECONDS = 15  # for people; `Presence` tells the dead from the living
+PARKED_A_CLAIM = 200  # jobs that one claim may block; then others may write
+ATTEMPTS_A_JOB = 100  # kept for people
 
 
 class Submission:
-    """A job that is to be stored: its columns, and the attempt that submits it."""
+    """The columns of a new job, and the attempt that submits it."""
 
     args: str | None = None
     kwargs: str | None = None
     options: str | None = None
     label: str | None = None
-    run_by: str | None = None  # None: the parent's, as the next one
+    run_by: str | None = None  # None: the parent's; so the next one
     low_priority: int | None = None
     system = 0
     key: str | None = None
@@ -1092,7 +1018,7 @@ class Submission:
     max_running: int | None = None
     submitter: int | None = None  # the runner
     parent_id: int | None = None
-    author: tuple[int, int] | None = None  # job and attempt, if a job submits it
+    author: tuple[int, int] | None = None  # job and attempt that submit it
     created_at: float | None = None  # once it is stored
 
     def __init__(self, name: str, **columns: Any) -> None:
@@ -1101,22 +1027,18 @@ class Submission:
 
 
 def kept_options(text: str | None) -> Fields:
-    """Return the options in a job's row."""
     options: Fields = json.loads(text) if text else {}
     return options
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
-    """Return what a function raised, for the `error` column."""
+    """Return the `error` column."""
     return json.dumps({"type": text_of(type), "text": text_of(text),
                        "traceback": text_of(trace, 64 * 1024)})
 
 
 def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
-    """Return the status of a job whose attempt ends.
-
-    returned: as in the table, None if the function is called again. halts: by itself.
-    """
+    """Return the status after an attempt; returned: None if the function is called again."""
     if returned and job.open == 0:
         return FINISHED if returned == 1 else FAILED
     if job.status == STOPPING or halts:
@@ -1125,34 +1047,26 @@ def status_after(job: JobRow, returned: int | None, halts: bool = False) -> str:
 
 
 def contribution(status: str, progress: float | None) -> Fields:
-    """Return what a job in this status adds to the counts of its ancestors."""
+    """Return what a job adds to the counts of its ancestors."""
     over = status in OVER
     return {"open": not over, "done": over, "failed": status == FAILED, "running": status in ACTIVE,
             "progress": 1.0 if over else progress or 0.0}
 
 
-_TALLY = """INSERT INTO bgjobs_stats VALUES ({}) ON CONFLICT (minute, name) DO UPDATE SET
+SAVE_TALLIES = """INSERT INTO bgjobs_stats VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (minute, name) DO UPDATE SET
     created = created + excluded.created, started = started + excluded.started,
     finished = finished + excluded.finished, failed = failed + excluded.failed,
     waiting = waiting + excluded.waiting, running = running + excluded.running""" + "".join(
     f", {name} = coalesce({name[-3:]}({name}, excluded.{name}), {name}, excluded.{name})"
     for name in ("waiting_min", "waiting_max", "running_min", "running_max"))
-SAVE_TALLIES = _TALLY.format("?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?")
-# "started" comes with seconds of waiting, the ends with seconds of running.
-_SAVE_EVENTS = _TALLY.format(""":minute, :name, 0, :n * (:event = 'started'),
-    :n * (:event = 'finished'), :n * (:event = 'failed'),
-    :sum * (:event = 'started'), :min * nullif(:event = 'started', 0),
-    :max * nullif(:event = 'started', 0), :sum * (:event <> 'started'),
-    :min * nullif(:event <> 'started', 0), :max * nullif(:event <> 'started', 0)""")
+
+_NO_CHANGE: dict[str, float] = dict.fromkeys(
+    ("open", "total", "done", "failed", "running", "progress", "charge"), 0)
 
 
-# What a transaction adds up for a parent or a root.
-_NO_CHANGE = {"open": 0, "total": 0, "done": 0, "failed": 0, "running": 0, "progress": 0.0,
-              "charge": 0}
-
-
-# A new root starts at the queue's virtual time. INSERT_MANY takes the arguments as a JSON array,
-# which is five times as quick as a statement for each job.
+# A new root starts at the queue's virtual time. The JSON array of INSERT_MANY is five times as
+# quick as a statement for each job.
 _SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
     submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
 _VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
@@ -1164,11 +1078,11 @@ ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NU
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
     AND key IS NOT NULL AND parent_id IS NOT NULL"""
 
-# The outcome of a first attempt that returned and has no children; others need more.
+# The end of a first attempt that returned and has no children.
 FINISH = """UPDATE bgjobs_jobs SET status = 'finished', returned = 1, finished_at = ?,
     duration = duration + ?, result = ?, vtime = vtime + ?, charge = 0, owner = NULL, since = NULL
     WHERE id = ? AND attempt = ? AND open = 0 AND status IN ('running', 'stopping')"""
-# The lane of a root, and its virtual time if it becomes ready, as in section 5.
+# The lane of a root; also its virtual time if it becomes ready (section 5).
 _BEST_LANE = """(SELECT min(queue) FROM (SELECT queue FROM bgjobs_jobs WHERE id = :id UNION ALL
     SELECT min(queue) FROM bgjobs_jobs
     WHERE root_id = :id AND parent_id IS NOT NULL AND queue IS NOT NULL))"""
@@ -1179,85 +1093,102 @@ ADD_CHANGE = f"""UPDATE bgjobs_jobs SET open = open + :open, total = total + :to
     vtime = CASE WHEN parent_id IS NULL AND lane IS NULL AND {_BEST_LANE} IS NOT NULL
         THEN max(vtime + :charge, (SELECT vtime FROM bgjobs_clock)) ELSE vtime + :charge END
     WHERE id = :id"""
-CLOSED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (SELECT value FROM json_each(:ids))
-    AND open = 0 AND returned > 0 AND status IN ('running', 'stopped')"""
+CLOSED = f"""{_FIND} id IN (SELECT value FROM json_each(:ids)) AND open = 0
+    AND returned > 0 AND status IN ('running', 'stopped')"""
 
 
+_LINE = """line(id) AS (SELECT :parent UNION ALL
+    SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)"""
 # Whether a child of :parent may start: below a member, or if fewer outermost members run.
 HAS_ROOM = {kind: f"""WITH RECURSIVE
     member(id, up) AS (SELECT id, parent_id FROM bgjobs_jobs WHERE owner IS NOT NULL AND {which}),
     above(member, id) AS (SELECT id, up FROM member WHERE up IS NOT NULL UNION ALL
         SELECT member, parent_id FROM above JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0),
-    line(id) AS (SELECT :parent UNION ALL
-        SELECT parent_id FROM line JOIN bgjobs_jobs j USING (id) WHERE parent_id > 0)
+    {_LINE}
     SELECT (SELECT count(*) FROM member) < :limit + (SELECT count(DISTINCT above.member) FROM above
         WHERE id IN (SELECT id FROM member))
     OR EXISTS (SELECT 1 FROM line WHERE id IN (SELECT id FROM member))""" for kind, which in (
         ("limit", "name = :name AND max_running IS NOT NULL"),
         ("suspect", "deaths >= 2 AND deaths > 0"))}
-OLDEST_BLOCKED = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE id IN (
+OLDEST_BLOCKED = f"""{_FIND} id IN (
     (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id IS NULL ORDER BY id LIMIT 1),
     (SELECT id FROM bgjobs_jobs WHERE parked = :key AND root_id > 0 ORDER BY root_id, id LIMIT 1))
     ORDER BY ifnull(root_id, id), id LIMIT 1"""
 
 
 class Transaction:
-    """What a write may do between BEGIN IMMEDIATE and COMMIT. The store makes it."""
+    """What a write may do between BEGIN IMMEDIATE and COMMIT."""
 
     def __init__(self, db: Any, lineages: dict[int, tuple[int, ...]], now: float) -> None:
         self.execute, self.executemany, self.now = db.execute, db.executemany, now
         self._lineages = lineages  # parent -> it and its ancestors
-        self._trees: Trees | None = None
+        self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
         self.freed: set[str] = set()  # limits whose members have ended
-        # For statistics: (function, "started", FINISHED or FAILED) -> seconds waited, or run
+        # (function, "started", FINISHED or FAILED) -> seconds waited, or run
         self.events: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
         self.over: list[int] = []  # jobs that became over, or are gone
         self.after_commit: list[Callable[[], object]] = []
 
-    @property
-    def trees(self) -> Trees:
-        """What is added up; most transactions need none."""
-        if self._trees is None:
-            self._trees = Trees(self)
-        return self._trees
-
     def value(self, sql: str, **parameters: Any) -> Any:
-        """Return the first value that a query finds, or None."""
+        """Return the first value of a query, or None."""
         return next(self.execute(sql, parameters), (None,))[0]
 
     def jobs(self, sql: str, **parameters: Any) -> list[JobRow]:
-        """Return the jobs that a query for columns of JobRow finds."""
+        """Return the jobs that a query finds."""
         return list(map(to_job, self.execute(sql, parameters)))
 
     def executing(self, attempt: Attempt) -> JobRow | None:
-        """Return the job of an attempt, or None if the attempt has been superseded or has ended.
-
-        The owner counts, too: the number of a claim that was given back is given out again.
-        """
+        """Return the job of an attempt, None if that has ended or has been superseded."""
+        # The owner counts, too: the number of a claim that was given back is used again.
         for job in self.jobs(TREE_ROW, id=attempt.id):
             if job.executes and (job.attempt, job.owner) == (attempt.number, attempt.owner):
                 return job
         return None
 
-    _LINEAGE = """WITH RECURSIVE line(id) AS (SELECT :id UNION ALL
-        SELECT parent_id FROM line JOIN bgjobs_jobs USING (id) WHERE parent_id > 0)
-        SELECT id FROM line"""
+    _LINEAGE = f"WITH RECURSIVE {_LINE} SELECT id FROM line"
 
     def lineage(self, parent_id: int | None) -> tuple[int, ...]:
-        """Return the ids from a parent up to its root; they never change."""
+        """Return the ids from a parent up to its root."""
         if parent_id is None:
             return ()
         if parent_id not in self._lineages:
             if len(self._lineages) > 10_000:
                 self._lineages.clear()
-            rows = self.execute(self._LINEAGE, {"id": parent_id}).fetchall()
+            rows = self.execute(self._LINEAGE, {"parent": parent_id})
             self._lineages[parent_id] = tuple(job_id for job_id, in rows)
         return self._lineages[parent_id]
+
+    # ancestors and roots
+
+    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
+        """Add to a column of a job; without one, look at its lane and its end."""
+        self._changes[job_id][name] += value
+
+    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
+        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
+        for ancestor in self.lineage(parent_id):
+            change = self._changes[ancestor]
+            if ancestor == parent_id:
+                change["open"] += open
+            for name, value in changes.items():
+                change[name] += value
+
+    def apply(self) -> None:
+        """Write what is added up, unblock jobs, close parents, until nothing changes."""
+        while self._changes or self.freed:
+            freed, self.freed = self.freed, set()
+            for key in freed:
+                unblock(self, key)
+            changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
+            for job_id, change in changes.items():
+                self.execute(ADD_CHANGE, {**change, "id": job_id})
+            for job in self.jobs(CLOSED, ids=json.dumps([*changes])):
+                self.move(job, FINISHED if job.returned == 1 else FAILED)
 
     # submit
 
     def submit(self, new: Submission) -> int:
-        """Store one job and return its id, or that of the job which has its key already."""
+        """Store a job; return its id, or that of the job which has its key."""
         values = self._admit(new)
         if new.key is not None:
             sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
@@ -1267,26 +1198,22 @@ class Transaction:
         inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
         if new.parent_id is not None:
-            self.trees.count(new.parent_id, open=1, total=1)
+            self.count(new.parent_id, open=1, total=1)
         job_id: int = inserted.lastrowid
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        """Store a job for each of the encoded arguments and return their ids."""
         values, count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
         self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
-        self.trees.count(new.parent_id, open=count, total=count)
+        self.count(new.parent_id, open=count, total=count)
         return range(first, first + count)
 
     _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
         ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
     def _admit(self, new: Submission) -> tuple[Any, ...]:
-        """Return what _VALUES takes for a new job.
-
-        Raises JobStopped or InvalidOperation if its author or its parent may have no children.
-        """
+        """Return what _VALUES takes; raise if the author or the parent may have no children."""
         if new.author is not None:
             self.check_author(new.author)
         parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
@@ -1317,8 +1244,8 @@ class Transaction:
         AND status = 'finished' AND finished_at = :now"""
 
     def finish(self, attempts: list[Attempt]) -> None:
-        """Record the outcomes of attempts. One that was superseded is left out."""
-        self.trees.apply()  # children submitted just now count
+        """Record the outcomes of attempts that have not been superseded."""
+        self.apply()  # new children count
         plain = [attempt for attempt in attempts if attempt.is_plain]
         rows = [(self.now, a.ran, a.result, a.correction if a.parent_id is None else 0, a.id,
                  a.number) for a in plain]
@@ -1333,16 +1260,16 @@ class Transaction:
             if not job.system:
                 self.events[job.name, FINISHED].append(job.duration + attempt.ran)
             if job.parent_id is not None:
-                self.trees.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
-                self.trees.change(job.root, "charge", attempt.correction)
+                self.count(job.parent_id, open=-1, done=1, running=-1, progress=1.0)
+                self.change(job.root, "charge", attempt.correction)
         recorded = set(plain)
         for attempt in attempts:
             if attempt not in recorded:
                 self.end(attempt)
 
     def end(self, attempt: Attempt) -> bool:
-        """Record any outcome. Return False if the attempt has been superseded."""
-        self.trees.apply()  # counts must be true before they decide
+        """Record any outcome; return False if superseded."""
+        self.apply()  # counts decide
         if attempt.unsaved_progress is not None:
             self.report(attempt, attempt.unsaved_progress, None)
         job = self.executing(attempt)
@@ -1352,15 +1279,16 @@ class Transaction:
         error = attempt.error if outcome == RAISED else None
         retries = error is not None and job.own_errors < attempt.options.get("retries", 0)
         returned = None if retries else {RETURNED: 1, RAISED: 2}.get(outcome)
-        # It runs on if it was asked to stop and a resume has taken that back.
+        # If a resume has taken back the stop that it was asked for, it runs on.
         halts = outcome == HALTED and not attempt.was_asked_to_stop
         status = status_after(job, returned, halts)
         unspent = outcome in (UNSPENT, *WAITS_FOR)
+        shown = ""
         if not unspent and (attempt.number > 1 or not returned):
             timed_out = error is not None and attempt.reason == TIMED_OUT
-            self.keep_attempt(job, TIMED_OUT if timed_out else OUTCOMES[outcome], error)
+            shown = TIMED_OUT if timed_out else OUTCOMES[outcome]
         self.end_attempt(
-            job, status, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
+            job, status, shown, attempt.ran, attempt.worked, phase=PHASES.get(outcome),
             parked=WAITS_FOR[outcome] + job.name if outcome in WAITS_FOR else None,
             run_at=self._retry_at(attempt, job.own_errors + 1, status) if retries else None,
             returned=returned, result=attempt.result, error=error,
@@ -1368,7 +1296,6 @@ class Transaction:
         return True
 
     def _retry_at(self, attempt: Attempt, failures: int, status: str) -> float:
-        """Return when the next attempt is due, and log it."""
         pause = pause_before_retry(attempt.options, failures)
         when = f"in {pause:,.1f} s" if status == PENDING else "when it is resumed"
         self.log(attempt.id, logging.WARNING, f"attempt {attempt.number} failed; retry {failures} "
@@ -1380,21 +1307,22 @@ class Transaction:
         1, 500) FROM bgjobs_jobs WHERE id = :id"""
     _TRIM_ATTEMPTS = "DELETE FROM bgjobs_attempts WHERE job_id = ? AND number <= ?"
 
-    def keep_attempt(self, job: JobRow, outcome: str, error: str | None = None) -> None:
-        """Keep, for people, what became of a job's newest attempt."""
-        self.execute(self._KEEP_ATTEMPT, {
-            "id": job.id, "now": self.now, "outcome": outcome, "error": error})
-        self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
-
-    def end_attempt(self, job: JobRow, status: str, ran: float, worked: float,
+    def end_attempt(self, job: JobRow, status: str, outcome: str, ran: float, worked: float,
                     **left: Any) -> None:
-        """Correct the charge of the attempt that executes, free its limits, move its job."""
-        self.trees.change(job.root, "charge", int(worked * 1e6) - job.charge)
+        """Move the job of an attempt that ends; its outcome is kept for people, if not empty."""
+        if outcome:
+            self.execute(self._KEEP_ATTEMPT, {
+                "id": job.id, "now": self.now, "outcome": outcome, "error": left.get("error")})
+            self.execute(self._TRIM_ATTEMPTS, (job.id, job.attempt - ATTEMPTS_A_JOB))
+        self.change(job.root, "charge", int(worked * 1e6) - job.charge)
         self.freed.update(job.limits)
         self.move(job, status, ran, **left)
 
-    _MOVE = """UPDATE bgjobs_jobs SET status = :status, queue = :queue, parked = :parked,
-        phase = :phase, run_at = ifnull(:run_at, run_at),
+    _MOVE = """UPDATE bgjobs_jobs SET status = :status,
+        queue = CASE WHEN :ready THEN low_priority END,
+        parked = CASE WHEN :status = 'pending' THEN :parked END,
+        phase = CASE WHEN :status = 'pending' THEN :phase END,
+        run_at = CASE WHEN :status = 'pending' THEN ifnull(:run_at, run_at) ELSE run_at END,
         finished_at = CASE WHEN :over THEN :now END,
         started_at = CASE WHEN :unspent AND started_at = since THEN NULL ELSE started_at END,
         since = CASE WHEN :executes THEN since WHEN :status = 'running' THEN :now END,
@@ -1408,21 +1336,17 @@ class Transaction:
     def move(self, job: JobRow, status: str, ran: float | None = None, **left: Any) -> None:
         """Change a job's status, and add up what that means for others.
 
-        ran: seconds that it was active, None: those since it became so. left: the columns
-        `returned`, `result`, `error` and `positions`, if its attempt leaves any; `unspent` if the
-        attempt does not count; `run_at`, `parked` and `phase` of a job that becomes pending.
+        ran: seconds active, None: until now. left: `returned`, `result`, `error`, `positions`;
+        `unspent` if the attempt does not count; `run_at`, `parked`, `phase` of a pending job.
         """
         given: defaultdict[str, Any] = defaultdict(lambda: None, left)
-        if status != PENDING:
-            given.update(run_at=None, parked=None, phase=None)
-        # A stop, or the resume that takes it back: the attempt runs on.
+        # The attempt runs on: a stop, or a resume that takes it back.
         executes = job.executes and status in ACTIVE and not given["returned"]
         if ran is None:
             ran = max(0.0, self.now - job.since) if job.since and not executes else 0.0
         is_early = (job.run_at or 0.0) > self.now and job.started_at is None
-        waits = status != PENDING or given["run_at"] or given["parked"] or is_early
-        queue = None if waits else job.low_priority
-        given.update(id=job.id, status=status, queue=queue, executes=executes, ran=ran,
+        ready = status == PENDING and not (given["run_at"] or given["parked"] or is_early)
+        given.update(id=job.id, status=status, ready=ready, executes=executes, ran=ran,
                      over=status in OVER, now=self.now)
         self.execute(self._MOVE, given)
         if status in OVER:
@@ -1430,26 +1354,25 @@ class Transaction:
         if status in (FINISHED, FAILED) and not job.system:
             self.events[job.name, status].append(job.duration + ran)
         before, after = (contribution(each, job.progress) for each in (job.status, status))
-        self.trees.count(job.parent_id, **{name: after[name] - before[name] for name in after})
-        if job.queue is not None or queue is not None:
-            self.trees.change(job.root)
+        self.count(job.parent_id, **{name: after[name] - before[name] for name in after})
+        if ready or job.queue is not None:
+            self.change(job.root)
         if (job.returned or given["returned"]) and status not in OVER:
-            self.trees.change(job.id)  # its last child may be over already
+            self.change(job.id)  # its last child may be over
 
     _MAKE_READY = """UPDATE bgjobs_jobs SET queue = low_priority, parked = NULL, phase = NULL
         WHERE id = :id"""
 
     def make_ready(self, jobs: list[JobRow]) -> bool:
-        """Make pending jobs ready; return whether there were any."""
+        """Make jobs ready; return whether there were any."""
         for job in jobs:
             self.execute(self._MAKE_READY, {"id": job.id})
-            self.trees.change(job.root)
+            self.change(job.root)
         return bool(jobs)
 
     # statistics
 
-    # Creations are counted by id, when statistics are read and before rows are deleted: so a
-    # submit pays nothing for them.
+    # For statistics and before rows are deleted: a submit pays nothing.
     UNCOUNTED = """SELECT CAST(created_at / 60 AS INTEGER), name, count(*), 0, 0, 0,
         0.0, NULL, NULL, 0.0, NULL, NULL FROM bgjobs_jobs
         WHERE id > (SELECT counted_id FROM bgjobs_clock) AND system = 0 GROUP BY 1, 2"""
@@ -1457,26 +1380,24 @@ class Transaction:
         max(counted_id, (SELECT ifnull(max(id), 0) FROM bgjobs_jobs))"""
 
     def count_created(self) -> None:
-        """Take the jobs created since the last time into the statistics."""
         self.executemany(SAVE_TALLIES, self.execute(self.UNCOUNTED).fetchall())
         self.execute(self._NOTE_COUNTED)
 
     def end_all(self) -> None:
-        """Write what is added up; the last thing in a transaction."""
-        if self._trees is not None or self.freed:
-            self.trees.apply()
-        if self.events:
-            self.executemany(_SAVE_EVENTS, [
-                {"minute": self.now // 60, "name": name, "event": event, "n": len(seconds),
-                 "sum": sum(seconds), "min": min(seconds), "max": max(seconds)}
-                for (name, event), seconds in self.events.items()])
+        """Write what is added up, last in a transaction."""
+        self.apply()
+        for (name, event), seconds in self.events.items():
+            counts = [len(seconds) * (event == each) for each in ("started", FINISHED, FAILED)]
+            times = [sum(seconds), min(seconds), max(seconds), 0.0, None, None]
+            if event != "started":
+                times = times[3:] + times[:3]
+            self.execute(SAVE_TALLIES, (self.now // 60, name, 0, *counts, *times))
 
     # reports of attempts
 
     _INSERT_LOG = "INSERT INTO bgjobs_logs (job_id, at, level, message) VALUES (?, ?, ?, ?)"
 
     def log(self, job_id: int, level: int, message: str) -> None:
-        """Add one line to a job's log."""
         self.execute(self._INSERT_LOG, (job_id, self.now, level, text_of(message)))
 
     _SAVE_STATE = """UPDATE bgjobs_jobs SET state = ifnull(:state, state),
@@ -1485,19 +1406,19 @@ class Transaction:
 
     def save_state(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
         """Store an attempt's state. Return False if the attempt has been superseded."""
-        saved = self.execute(self._SAVE_STATE, {
-            "id": attempt.id, "attempt": attempt.number, "state": state, "positions": positions})
-        return bool(saved.rowcount == 1)
+        return bool(self.execute(self._SAVE_STATE, {
+            "id": attempt.id, "attempt": attempt.number, "state": state,
+            "positions": positions}).rowcount)
 
     _REPORT = """UPDATE bgjobs_jobs SET charge = :charge, progress = :progress,
         ends_at = CASE WHEN :reported THEN :now + :left ELSE ends_at END,
         message = CASE WHEN :reported THEN :message ELSE message END WHERE id = :id"""
 
     def report(self, attempt: Attempt, report: Any, charge: int | None) -> None:
-        """Store an attempt's progress and charge.
+        """Store progress and charge.
 
-        report: progress (0 to 1), seconds left and message, each perhaps None; or None. charge:
-        microseconds, if it has run longer than estimated.
+        report: progress, seconds left and message, each or all None. charge: microseconds, if the
+        attempt has run longer than estimated.
         """
         job = self.executing(attempt)
         if job is None:
@@ -1507,64 +1428,27 @@ class Transaction:
         self.execute(self._REPORT, {
             "id": job.id, "charge": charged, "progress": progress, "now": self.now, "left": left,
             "message": message, "reported": report is not None})
-        self.trees.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
-        self.trees.change(job.root, "charge", charged - job.charge)
+        self.count(job.parent_id, progress=(progress or 0.0) - (job.progress or 0.0))
+        self.change(job.root, "charge", charged - job.charge)
         attempt.has_reported = True
         self.after_commit.append(lambda: setattr(attempt, "charge", charged))
 
 
-class Trees:
-    """What a transaction adds up for ancestors and roots, until `apply` writes it."""
-
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
-        self._changes: defaultdict[int, dict[str, float]] = defaultdict(_NO_CHANGE.copy)
-
-    def change(self, job_id: int, name: str = "open", value: float = 0) -> None:
-        """Add to a column of one job; by default have its lane and its end looked at."""
-        self._changes[job_id][name] += value
-
-    def count(self, parent_id: int | None, open: int = 0, **changes: float) -> None:
-        """Add to the counts of a job's ancestors; `open` is the parent's alone."""
-        for ancestor in self._tx.lineage(parent_id):
-            change = self._changes[ancestor]
-            if ancestor == parent_id:
-                change["open"] += open
-            for name, value in changes.items():
-                change[name] += value
-
-    def apply(self) -> None:
-        """Write what is added up, unblock jobs, and close parents whose last child is over.
-
-        That may mean the same for others, so it is repeated.
-        """
-        tx = self._tx
-        while self._changes or tx.freed:
-            freed, tx.freed = tx.freed, set()
-            for key in freed:
-                unblock(tx, key)
-            changes, self._changes = self._changes, defaultdict(_NO_CHANGE.copy)
-            for job_id, change in changes.items():
-                tx.execute(ADD_CHANGE, {**change, "id": job_id})
-            for job in tx.jobs(CLOSED, ids=json.dumps([*changes])):
-                tx.move(job, FINISHED if job.returned == 1 else FAILED)
-
-
 # Limits: max_running of a name, and one suspect at a time. A job is a member while its attempt
-# executes. Descendants of a member neither count nor wait: it may be waiting for them. Other jobs
-# that have to wait are blocked; when a member ends, the oldest of them become ready.
+# executes. Its descendants neither count nor wait: it may wait for them. When a member ends, the
+# oldest blocked jobs become ready.
 
 def limit_without_room(tx: Transaction, job: JobRow, others: int = 0) -> str:
-    """Return the limit that keeps a job from starting beside so many others, or ""."""
+    """Return the limit that keeps a job from starting beside `others` more, or ""."""
     for key, limit in job.limits.items():
-        sql = HAS_ROOM[key.partition(" ")[0]]
-        if not tx.value(sql, name=job.name, parent=job.parent_id, limit=limit - others):
+        if not tx.value(HAS_ROOM[key.partition(" ")[0]], name=job.name, parent=job.parent_id,
+                        limit=limit - others):
             return key
     return ""
 
 
 def unblock(tx: Transaction, key: str) -> None:
-    """Make as many blocked jobs ready as a limit has room for, the oldest first."""
+    """Make blocked jobs ready while a limit has room, the oldest first."""
     for others in itertools.count():
         jobs = tx.jobs(OLDEST_BLOCKED, key=key)
         if not jobs or limit_without_room(tx, jobs[0], others):
@@ -1578,26 +1462,26 @@ class Room(NamedTuple):
     """What a runner has room for."""
 
     free: int  # slots
-    low_free: int  # of them, for jobs of low priority
-    ahead: int = 0  # short jobs beyond, to wait for workers
+    low_free: int  # of them, for low priority
+    ahead: int = 0  # short jobs beyond
     planned: float = 0.0  # seconds of work that wait already
-    workers: int = 1  # that will be free soon
+    workers: int = 1  # free soon
 
 
 READY_ROOTS = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE id IN
     (SELECT id FROM bgjobs_jobs WHERE lane = :lane ORDER BY vtime, id LIMIT :limit)"""
 READY_CHILDREN = f"""SELECT {_CLAIMED} FROM bgjobs_jobs WHERE root_id = :root AND queue = :lane
     AND parent_id IS NOT NULL AND queue IS NOT NULL ORDER BY id"""
-# One statement for all jobs that are charged alike; :ids is a JSON array. The virtual time and the
-# lane of a root without children are written at once.
+# For all jobs that are charged alike. A root without children gets its virtual time at once.
 CLAIM = """UPDATE bgjobs_jobs SET status = 'running', attempt = attempt + 1, queue = NULL,
     phase = NULL, charge = :charge, owner = :owner, since = :now, ends_at = NULL,
     started_at = ifnull(started_at, :now), waited = CASE WHEN started_at IS NULL
     THEN max(0.0, :now - max(created_at, ifnull(run_at, 0))) ELSE waited END
     WHERE id IN (SELECT value FROM json_each(:ids))"""
 CLAIM_SINGLE = CLAIM.replace("queue = NULL,", "queue = NULL, lane = NULL, vtime = vtime + :charge,")
-_BLOCK = "UPDATE bgjobs_jobs SET queue = NULL, parked = :key, phase = :phase WHERE id = :id"
-BLOCKED_IN_TREE = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key AND root_id = :root"
+_BLOCK = """UPDATE bgjobs_jobs SET queue = NULL, parked = :key,
+    phase = CASE :key WHEN 'suspect' THEN 'interrupted' ELSE 'limit reached' END WHERE id = :id"""
+BLOCKED_IN_TREE = f"{_FIND} parked = :key AND root_id = :root"
 _ADVANCE_CLOCK = "UPDATE bgjobs_clock SET vtime = :tag WHERE vtime < :tag"
 
 
@@ -1606,20 +1490,20 @@ class Claims:
 
     def __init__(self, tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> None:
         self._tx, self._owner, self._room, self._run_times = tx, owner, room, run_times
-        self.jobs: list[tuple[JobRow, int]] = []  # with the microseconds charged
-        self.more_ready = False  # other jobs are ready, too
+        self.jobs: list[tuple[JobRow, int]] = []  # microseconds charged
+        self.more_ready = False  # others are ready
         self._ids: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # to be written
-        self._blocked = 0  # jobs
+        self._blocked = 0
 
     @property
     def cut_short(self) -> bool:
-        """Whether so many jobs were blocked that others wait for the next claim."""
+        """Whether the other jobs wait for the next claim."""
         return self._blocked >= PARKED_A_CLAIM
 
     def round(self) -> bool:
-        """Claim jobs; return whether to look behind those that were blocked."""
+        """Claim jobs; return whether to look behind blocked ones."""
         free, blocked = self._room.free, self._blocked
-        self._tx.trees.apply()  # what was submitted, or blocked, counts
+        self._tx.apply()  # new and blocked jobs count
         self.more_ready = False
         self._claim_lane(0, free - len(self.jobs), self._room.ahead)
         low = sum(job.low_priority for job, _ in self.jobs)
@@ -1637,7 +1521,7 @@ class Claims:
         planned, budget = self._room.planned, AHEAD_SECONDS * self._room.workers
         taken = tag = 0
         for root_id, job, tag, charge in fair_order(trees, self._charge):
-            if taken >= free:  # ahead of a free worker: short jobs only
+            if taken >= free:  # ahead: short jobs only
                 planned += run_times.occupies(job.name)
                 recovers = not job.options or kept_options(job.options).get("recover", True)
                 if taken >= limit or planned > budget or not recovers:
@@ -1648,41 +1532,35 @@ class Claims:
             is_single = job.parent_id is None and job.total == 0
             self._ids[CLAIM_SINGLE if is_single else CLAIM, charge].append(job.id)
             if not is_single:
-                tx.trees.count(job.parent_id, running=1)
-                tx.trees.change(root_id, "charge", charge)
+                tx.count(job.parent_id, running=1)
+                tx.change(root_id, "charge", charge)
         self._write()
         tx.execute(_ADVANCE_CLOCK, {"tag": tag})
 
     def _write(self) -> None:
-        """Write the claims that are not in the file yet."""
         for (sql, charge), ids in self._ids.items():
             self._tx.execute(sql, {"charge": charge, "owner": self._owner, "now": self._tx.now,
                                    "ids": json.dumps(ids)})
         self._ids.clear()
 
     def _charge(self, job: JobRow) -> int | None:
-        """Return the charge for a job, or block it and return None."""
-        if job.limits and not self._has_room(job):
-            return None
+        """Return the charge for a job, None if a limit blocks it."""
+        limits = job.limits
+        if limits:
+            tx = self._tx
+            self._write()  # limits count them
+            key = limit_without_room(tx, job)
+            if key:
+                tx.execute(_BLOCK, {"id": job.id, "key": key})
+                tx.change(job.root)
+                self._blocked += 1
+                return None
+            for limit in limits if job.total else ():  # it may wait for descendants
+                tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
         return self._run_times.charge(job.name)
 
-    def _has_room(self, job: JobRow) -> bool:
-        """Return whether limits let a job start; else block it."""
-        tx = self._tx
-        self._write()  # limits are to see the jobs that start before it
-        key = limit_without_room(tx, job)
-        if key:
-            phase = "interrupted" if key == "suspect" else "limit reached"
-            tx.execute(_BLOCK, {"id": job.id, "key": key, "phase": phase})
-            tx.trees.change(job.root)
-            self._blocked += 1
-            return False
-        for limit in job.limits if job.total else ():  # its descendants: it may wait for them
-            tx.make_ready(tx.jobs(BLOCKED_IN_TREE, key=limit, root=job.root))
-        return True
-
     def _ready_jobs(self, root: JobRow, lane: int) -> Iterator[JobRow]:
-        """Yield the ready jobs of a tree in one lane, oldest first."""
+        """Yield the ready jobs of a tree in a lane, oldest first."""
         if root.queue == lane:
             yield root
         for row in self._tx.execute(READY_CHILDREN, {"root": root.id, "lane": lane}):
@@ -1692,7 +1570,7 @@ class Claims:
 
 
 def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claims:
-    """Claim jobs for a runner; low priority gets what normal jobs leave."""
+    """Claim jobs for a runner; low priority gets the slots that normal jobs leave."""
     claims = Claims(tx, owner, room, run_times)
     while claims.round():
         pass
@@ -1702,7 +1580,7 @@ def claim(tx: Transaction, owner: int, room: Room, run_times: RunTimes) -> Claim
 _SUBTREE = f"""WITH RECURSIVE tree(id) AS (SELECT :id UNION ALL SELECT j.id FROM tree
     JOIN bgjobs_jobs j ON j.parent_id = tree.id AND j.parent_id IS NOT NULL)
     SELECT {_JOB} FROM tree JOIN bgjobs_jobs USING (id)"""
-# A person has looked at it, so its deaths are forgotten. :again if the function is called again.
+# A person has looked at it: its deaths are forgotten. :again: the function is called again.
 _RESUME = """UPDATE bgjobs_jobs SET deaths = 0,
     error = CASE WHEN :again AND returned > 0 THEN NULL ELSE error END,
     returned = CASE WHEN :again THEN 0 ELSE returned END WHERE id = :id"""
@@ -1717,13 +1595,10 @@ _SET_LOW_PRIORITY = """UPDATE bgjobs_jobs SET low_priority = :low,
 
 def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
             author: tuple[int, int] | None = None) -> list[int]:
-    """Apply an operation to a job and to descendants that allow it; return their ids.
-
-    Raises KeyError if there is no such job, InvalidOperation if it does not allow the operation.
-    """
+    """Apply an operation to a job and to descendants that allow it; return their ids."""
     if author is not None:
         tx.check_author(author)
-    tx.trees.apply()
+    tx.apply()
     tree = tx.jobs(_SUBTREE, id=job_id)
     if not tree:
         raise KeyError(job_id)
@@ -1731,15 +1606,15 @@ def operate(tx: Transaction, operation: str, job_id: int, by: str | None,
     _check_operation(tx, operation, top, below)
     if operation == "restart":
         remove(tx, [job.id for job in below])
-        tx.trees.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
+        tx.count(top.parent_id, total=-top.total, done=-top.done, failed=-top.failed,
                        running=-top.running, progress=-top.tree_progress)
         tree = [top]
     moved = [job.id for job in tree if _carry_out(tx, operation, job, top)]
     if moved:
         text = f"{operation.replace('_', ' ')}{f' by {by}' if by else ''}"
-        many = f" ({len(moved):,} jobs of the tree)" if len(moved) > 1 else ""
-        tx.log(job_id, logging.INFO, text + many)
-    tx.trees.apply()
+        if len(moved) > 1:
+            text += f" ({len(moved):,} jobs of the tree)"
+        tx.log(job_id, logging.INFO, text)
     return moved
 
 
@@ -1761,31 +1636,29 @@ def _check_operation(tx: Transaction, operation: str, top: JobRow, below: list[J
             why = f"job {holder} has its key {top.key!r} now" if holder else ""
         if not why:
             return
-    others = [name for name in allowed if name != operation]
-    raise refusal(f"job {top.id}", top.status, operation, others, why)
+    raise refusal(f"job {top.id}", top.status, operation,
+                  [name for name in allowed if name != operation], why)
 
 
 def _carry_out(tx: Transaction, operation: str, job: JobRow, top: JobRow) -> bool:
-    """Apply an operation on `top` to it or a descendant; return whether that allows it."""
+    """Apply an operation on `top` to a job of its tree; return whether that allows it."""
     rules = OPERATIONS[operation]
     moves = {**rules.moves, **rules.once_returned} if job.returned else rules.moves
     follows = moves.get(job.status)
     if operation == "resume" and job.status == STOPPING:
-        follows = RUNNING  # its stop is taken back
+        follows = RUNNING  # takes its stop back
     of_others = operation == "resume" and job.status == FAILED != top.status
-    objects = job is not top and objection(operation, kept_options(job.options), bool(job.system))
-    if not follows or of_others or objects:
+    options, is_system = kept_options(job.options), bool(job.system)
+    if not follows or of_others or objection(operation, options, is_system):
         return False
     if operation.endswith("low_priority"):
-        low = operation == "set_low_priority"
-        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": low})
-        tx.trees.change(job.root)
+        tx.execute(_SET_LOW_PRIORITY, {"id": job.id, "low": operation == "set_low_priority"})
+        tx.change(job.root)
     elif follows == job.status:
         return job is top  # a stop repeats silently
     elif operation == "force_stop":
         ran = max(0.0, tx.now - (job.since or tx.now))
-        tx.keep_attempt(job, "force-stopped")
-        tx.end_attempt(job, follows, ran, ran)
+        tx.end_attempt(job, follows, "force-stopped", ran, ran)
     else:
         if operation in _BEFORE:
             tx.execute(_BEFORE[operation], {"id": job.id, "again": follows == PENDING})
@@ -1800,40 +1673,31 @@ _NOTE_REMOVED = "UPDATE bgjobs_clock SET last_id = max(last_id, :id)"
 
 
 def remove(tx: Transaction, ids: list[int]) -> None:
-    """Delete jobs, with their logs and attempts, and tell their handles.
-
-    The statistics keep them, and their ids are not given out again.
-    """
+    """Delete jobs, with logs and attempts, and tell handles. Statistics keep them."""
     tx.count_created()
     tx.over += ids
     for sql in _REMOVE:
-        tx.executemany(sql, [(job_id,) for job_id in ids])
+        tx.executemany(sql, zip(ids))
     tx.execute(_NOTE_REMOVED, {"id": max(ids, default=0)})
 
 
 # By the clock, and after a crash.
 
-NEXT_DUE = """SELECT min(run_at) FROM bgjobs_jobs WHERE run_at IS NOT NULL AND queue IS NULL
-    AND status = 'pending' AND parked IS NULL"""
-DUE = f"""SELECT {_JOB} FROM bgjobs_jobs WHERE run_at <= :now AND run_at IS NOT NULL
-    AND queue IS NULL AND status = 'pending' AND parked IS NULL LIMIT 1000"""
-OWNED = f"""SELECT {_JOB} FROM bgjobs_jobs
-    WHERE status IN ('running', 'stopping') AND status <> 'pending' AND owner = :owner"""
+_WAITS = "run_at IS NOT NULL AND queue IS NULL AND status = 'pending' AND parked IS NULL"
+NEXT_DUE = f"SELECT min(run_at) FROM bgjobs_jobs WHERE {_WAITS}"
+DUE = f"{_FIND} run_at <= :now AND {_WAITS} LIMIT 1000"
+BLOCKED = f"{_FIND} parked = :key LIMIT 1000"
+OWNED = f"""{_FIND} status IN ('running', 'stopping') AND status <> 'pending'
+    AND owner = :owner"""
 _LAST_SEEN = "SELECT heartbeat_at FROM bgjobs_runners WHERE id = :id"
-_COUNT_DEATH = "UPDATE bgjobs_jobs SET deaths = deaths + 1 WHERE id = :id"
-_FORGET_DEATHS = "UPDATE bgjobs_jobs SET deaths = 0 WHERE id = :id"
+_SET_DEATHS = "UPDATE bgjobs_jobs SET deaths = :deaths WHERE id = :id"
 
 
 def wake_due(tx: Transaction) -> bool:
-    """Make the jobs ready whose time has come."""
     return tx.make_ready(tx.jobs(DUE, now=tx.now))
 
 
-BLOCKED = f"SELECT {_JOB} FROM bgjobs_jobs WHERE parked = :key LIMIT 1000"
-
-
 def unpark(tx: Transaction, key: str) -> bool:
-    """Make the jobs ready that were blocked with this key."""
     return tx.make_ready(tx.jobs(BLOCKED, key=key))
 
 
@@ -1843,16 +1707,14 @@ def owned(tx: Transaction, owner: int) -> list[JobRow]:
 
 
 def recover(tx: Transaction, owner: int) -> int:
-    """Take back the jobs of a runner whose process died; return how many.
-
-    The death does not count for a job if it is the third of a descendant, which it may wait for.
-    """
+    """Take back the jobs of a runner whose process died; return how many."""
     jobs, seen = owned(tx, owner), tx.value(_LAST_SEEN, id=owner)
     until = 0.0 if seen is None else min(tx.now, seen + HEARTBEAT_SECONDS)
     cleared: set[int] = set()
     for job in jobs:
-        tx.execute(_FORGET_DEATHS if job.id in cleared else _COUNT_DEATH, {"id": job.id})
-        if job.deaths + 1 >= DEATHS:
+        deaths = 0 if job.id in cleared else job.deaths + 1
+        tx.execute(_SET_DEATHS, {"id": job.id, "deaths": deaths})
+        if deaths >= DEATHS:  # it is to blame, not the ancestors that wait for it
             cleared.update(tx.lineage(job.parent_id))
         take_back(tx, job.id, "its process died", until, died=True)
     remove_runner(tx, owner)
@@ -1860,18 +1722,13 @@ def recover(tx: Transaction, owner: int) -> int:
 
 
 def remove_runner(tx: Transaction, runner: int) -> None:
-    """Forget a runner, and which schedules its code has."""
     tx.execute("DELETE FROM bgjobs_runners WHERE id = :id", {"id": runner})
     tx.execute("DELETE FROM bgjobs_registered WHERE runner_id = :id", {"id": runner})
 
 
 def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool = False) -> None:
-    """Supersede the attempt of a job, which ran until then.
-
-    Running becomes pending, stopping becomes stopped; a job that may not run again ends as if it
-    had raised.
-    """
-    tx.trees.apply()
+    """Supersede the attempt of a job, which ran until then; it may have to fail."""
+    tx.apply()
     job, = tx.jobs(TREE_ROW, id=job_id)
     error = ""
     if job.status == RUNNING and not kept_options(job.options).get("recover", True):
@@ -1881,32 +1738,31 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
     returned = 2 if error else None
     status = status_after(job, returned)
     ran = max(0.0, until - (job.since or until))
-    tx.keep_attempt(job, "interrupted" if died else OUTCOMES[RELEASED])
-    tx.end_attempt(job, status, ran, ran, phase=PHASES[RELEASED], returned=returned,
+    tx.end_attempt(job, status, "interrupted" if died else OUTCOMES[RELEASED], ran, ran,
+                   phase=PHASES[RELEASED], returned=returned,
                    error=dump_error("Interrupted", error, "") if error else None)
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
 
 # ---- 8 Store ------------------------------------------------------------------------------------
 #
-# Group commit by a leader: a thread that wants to write puts a function of the transaction into a
-# queue and tries to lead. The one leader opens a transaction, runs all writes in the queue, adds
-# what rides along (log lines, outcomes, claims), and commits. The others sleep until their writes
-# are done or they are woken to lead. So a caller alone pays no hand-over, and batches grow with the
-# load. If a batch fails, each of its writes runs again alone, so that only the bad one fails.
+# Group commit: a thread queues its write and tries to lead. The one leader runs all queued writes
+# in one transaction, with what rides along (log lines, outcomes, claims). The others sleep until
+# their writes are done or they are woken to lead. So a caller alone pays no hand-over, and batches
+# grow with the load. If a batch fails, each write runs again alone.
 #
-# A fork waits at a gate until no thread is inside SQLite: a child that is forked inside a
-# transaction inherits SQLite's table of held locks, and gets "database is locked" for good.
+# A fork waits until no thread is inside SQLite: a child forked inside a transaction inherits
+# SQLite's table of held locks, and gets "database is locked" for good.
 
 WAL_LIMIT = 64 * 1024 * 1024  # bytes
-LOCK_SECONDS = 30  # how long a write waits while another program holds the lock
-LOCK_STEP_SECONDS = 0.05  # SQLite waits so long at a time, so that close() can cut it short
-Change = Callable[[Transaction], Any]  # what a write does
+LOCK_SECONDS = 30  # how long a write waits for another program's lock
+LOCK_STEP_SECONDS = 0.05  # of one wait inside SQLite, which close() cannot cut short
+Change = Callable[[Transaction], Any]
 _CONNECT: Fields = {"timeout": 30, "isolation_level": None, "check_same_thread": False}
 
 
 class _ForkGate:
-    """Keeps a fork out of the moments when a thread is inside SQLite."""
+    """Makes a fork wait while a thread is inside SQLite."""
 
     def __init__(self) -> None:
         self.door = threading.RLock()  # held during a fork; finalizers may read
@@ -1931,17 +1787,14 @@ fork_gate = _ForkGate()
 
 
 class _Here(threading.local):
-    ticket: Ticket | None = None  # of the attempt that this thread executes
+    ticket: Ticket | None = None
 
 
 _here = _Here()
 
 
 def library_code(function: Any) -> Any:
-    """Decorate a function that jobs may call, so that no force stop interrupts it.
-
-    It takes the attempt's ticket meanwhile (section 10 tells why).
-    """
+    """Decorate a function that no force stop may interrupt: it takes the ticket (10)."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         ticket = _here.ticket
@@ -1955,19 +1808,18 @@ def library_code(function: Any) -> Any:
     return call
 
 
-# What to do about an error of SQLite, by a part of its text.
-_REMEDIES = {
+_REMEDIES = {  # by a part of SQLite's error text
     "locked": "another program holds its lock: end it, or wait",
     "readonly": "make the file and its folder writable",
     "not a database": "give the path of a new file, or of a job file",
     "malformed": "restore it from a backup",
-    "disk": "make room on the disk; if there is some, see the system's log for disk trouble",
+    "disk": "make room on the disk, or see the system's log for disk trouble",
     "unable to open": "give the path of a file in a folder that exists and is writable",
     "json": "use a build of SQLite with its JSON functions"}
 
 
 def store_error(doing: str, error: BaseException) -> BaseException:
-    """Return an error of SQLite as a StoreError that says what to do; other errors as they are."""
+    """Return a StoreError with a remedy for an error of SQLite; other errors as they are."""
     if not isinstance(error, sqlite3.Error):
         return error
     remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in str(error)]
@@ -1983,18 +1835,18 @@ class JobFile:
         if os.fspath(path) in ("", ":memory:"):
             raise ValueError(f"path must name a file, got {path!r}; jobs are kept on disk")
         self.path, self._journal = os.path.abspath(path), journal
-        # SQLite puts the WAL beside the file that a link leads to.
+        # SQLite puts the WAL beside a link's target.
         self._wal = os.path.realpath(self.path) + ("-wal" if journal == "wal" else "")
 
     def open(self, synchronous: str, now: float) -> Any:
-        """Return the connection that writes, after bringing the file up to date."""
+        """Migrate the file and return the connection that writes."""
         db = None
         try:
             db = sqlite3.connect(self.path, **{**_CONNECT, "timeout": LOCK_STEP_SECONDS})
             self._prepare(db, now)
             db.executescript(f"""PRAGMA synchronous = {synchronous};
                 PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = {WAL_LIMIT}""")
-            self._version_in(db)  # the first read makes the WAL
+            self._version_in(db)  # makes the WAL
         except BaseException as error:
             if db is not None:
                 db.close()
@@ -2003,7 +1855,7 @@ class JobFile:
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
-        """Migrate the schema and set the journal mode, again if another process does so, too."""
+        """Migrate and set the journal mode, again if another process does so, too."""
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -2016,20 +1868,17 @@ class JobFile:
                 db.rollback()
                 time.sleep(random.uniform(0.01, 0.05))
         if mode != self._journal:
-            raise StoreError(f"the journal mode of {self.path} stays {mode!r} instead of "
-                             f"{self._journal!r}; put the file on a local disk, and let all "
-                             "processes use the same mode")
-
-    _ALIVE = "SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ? ORDER BY heartbeat_at DESC"
+            raise StoreError(f"the journal mode of {self.path} stays {mode!r}, not "
+                             f"{self._journal!r}; use a local disk, and one mode in all processes")
 
     def _migrate(self, db: sqlite3.Connection, now: float) -> None:
-        """Bring the tables to this version, in one transaction."""
         if self._version_in(db) == SCHEMA_VERSION:
             return
         db.execute("BEGIN IMMEDIATE")
-        version = self._version_in(db)  # another process may have been quicker
-        # 1.0.0 tells the living by other locks: it would take our jobs, and we its.
-        alive = db.execute(self._ALIVE, [now - 20]).fetchone() if version == 2 else None
+        version = self._version_in(db)  # another process may be quicker
+        # 1.0.0 has other presence locks: it would take our jobs, and we its.
+        alive = db.execute("""SELECT pid FROM bgjobs_runners WHERE heartbeat_at > ?
+            ORDER BY heartbeat_at DESC""", [now - 20]).fetchone() if version == 2 else None
         if alive is not None:
             raise StoreError(f"{self.path} is in use by bgjobs 1.0.0 in process {alive[0]}; stop "
                              f"it before bgjobs {__version__} opens the file")
@@ -2037,67 +1886,62 @@ class JobFile:
             if version not in MIGRATIONS:
                 raise StoreError(
                     f"{self.path} has schema version {version}, and this bgjobs {__version__} "
-                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py into the app")
+                    f"knows up to {SCHEMA_VERSION}; copy a newer bgjobs.py")
             for statement in MIGRATIONS[version]:
                 db.execute(statement)
             version = version + 1 if version else SCHEMA_VERSION
         db.execute("UPDATE bgjobs_schema SET version = ?", [version])
         db.execute("COMMIT")
 
-    # Builds before 3.38 may lack the JSON functions.
-    _HAS_SCHEMA = "SELECT json_array() FROM sqlite_master WHERE name = 'bgjobs_schema'"
-
     def _version_in(self, db: sqlite3.Connection) -> Any:
-        """Return the version of the schema in the file, 0 if there is none."""
-        if db.execute(self._HAS_SCHEMA).fetchone() is None:
+        # Builds before 3.38 may lack the JSON functions.
+        if db.execute("""SELECT json_array() FROM sqlite_master
+                      WHERE name = 'bgjobs_schema'""").fetchone() is None:
             return 0
         return db.execute("SELECT version FROM bgjobs_schema").fetchone()[0]
 
     def _look(self) -> Any:
-        """Return what tells the file, with its WAL, from another one and from an empty one."""
         with contextlib.suppress(OSError):
             seen = os.stat(self.path)
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
-        return object()  # equal to nothing seen before
+        return object()  # equal to nothing else
 
     def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError if the path no longer names the open file: SQLite would not notice.
+        """Raise StoreError if the path names another file now, which SQLite would not notice.
 
-        A look within the last `max_age` seconds is good enough.
+        A look within the last `max_age` seconds counts.
         """
         if time.monotonic() - self._checked_at < max_age:
             return
         if self._look() != self._identity:
             raise StoreError(
                 f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
-                "nothing is written any more: put it back, or close() this runner, put the right "
-                "file there without a -wal, and make a new runner")
+                "nothing more is written: put it back, or close() this runner, put the right file "
+                "there without a -wal, and make a new runner")
         self._checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
-        """Return a new connection for reading; it never makes a file. The caller closes it.
+        """Return a connection for reading; the caller closes it.
 
-        It does not `check`: handles of a closed runner read on, when the WAL may be gone.
+        No `check`: handles of a closed runner read on, when the WAL may be gone.
         """
         import pathlib
-        uri = pathlib.Path(self.path).as_uri() + "?mode=rw"
-        db = sqlite3.connect(uri, uri=True, **_CONNECT)
+        db = sqlite3.connect(pathlib.Path(self.path).as_uri() + "?mode=rw", uri=True, **_CONNECT)
         db.row_factory = sqlite3.Row
         return db
 
     def shorten_wal(self) -> None:
-        """Truncate a WAL that has grown large. Raises StoreError if a reader prevents that."""
+        """Truncate a large WAL. Raises StoreError if a reader prevents that."""
         size = os.path.getsize(self._wal)
         if size > WAL_LIMIT:
             with contextlib.closing(self.connect()) as db:
                 db.execute("PRAGMA busy_timeout = 100")
                 busy = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             if busy and size > 4 * WAL_LIMIT:
-                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB and grows: another "
-                                 "program keeps an old read transaction open on it; end that")
+                raise StoreError(f"the WAL of {self.path} has {size >> 20} MB: another program "
+                                 "keeps an old read transaction open; end that")
 
     def backup(self, path: str) -> None:
-        """Copy the file, which may be in use, to a new file."""
         self.check()
         if os.path.exists(path):
             raise ValueError(f"{path} exists; give the path of a new file")
@@ -2105,7 +1949,7 @@ class JobFile:
             with contextlib.closing(self.connect()) as db:
                 with contextlib.closing(sqlite3.connect(path)) as copy:
                     db.backup(copy)
-                    # So running jobs are taken back when the copy is used.
+                    # So a runner on the copy takes back its running jobs.
                     copy.executescript("DELETE FROM bgjobs_runners; DELETE FROM bgjobs_registered")
         except BaseException as error:
             for rest in (path, path + "-journal"):
@@ -2122,7 +1966,7 @@ class _Write:
         self.value: Any = None
         self.error: BaseException | None = None
         self.done = False  # committed, or failed
-        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # where its thread sleeps
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def sleep(self) -> None:
         """Sleep until the write is done, or its thread can lead."""
@@ -2131,9 +1975,9 @@ class _Write:
 
 
 class Store:
-    """One SQLite file, with a connection for the leader, which writes, and others for readers."""
+    """One SQLite file: a connection for the leader, which writes, and others for readers."""
 
-    passenger: Dispatch  # what rides along with each transaction
+    passenger: Dispatch  # rides along with each transaction
 
     def __init__(self, path: str | os.PathLike[str], durability: str, journal: str,
                  clock: Callable[[], float]) -> None:
@@ -2141,35 +1985,34 @@ class Store:
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old; bgjobs needs 3.31")
         self.file, self.clock, self.pid = JobFile(path, journal), clock, os.getpid()
         self.path = self.file.path
-        # The leader holds `_leading`, and wakes the first thread that waits when it releases it.
-        self._leading = threading.Lock()
+        self._leading = threading.Lock()  # held by the leader
         self.leader = 0  # the ident of its thread, 0 if none leads
-        self._waiting: deque[_Write] = deque()  # until they are done
-        self._again = False  # more rides along than the last one took
+        self._waiting: deque[_Write] = deque()
+        self._again = False  # more is to ride along
         self.closed = self.forked = False
-        self.close_by = math.inf  # when a runner that goes down gives up
+        self.close_by = math.inf  # when a closing runner gives up
         self._lineages: dict[int, tuple[int, ...]] = {}
         self._readers: deque[sqlite3.Connection] = deque()
         self._say_once = functools.lru_cache(20)(lambda text, period: say(logging.ERROR, text))
-        # EXTRA is FULL, and syncs the folder when a rollback journal is deleted, its commit.
+        # EXTRA also syncs the folder after the commit, which deletes a rollback journal.
         self._writer = self.file.open("NORMAL" if durability == "process" else "EXTRA", clock())
-        self._version_lock = threading.Lock()  # guards _version_db
+        self._version_lock = threading.Lock()
         self._version_db = self.file.connect()
 
     # writing
 
     @library_code
     def write(self, run: Change) -> Any:
-        """Call `run(transaction)` in the next transaction and return its value after the commit.
+        """Call `run(transaction)` and return its value after the commit.
 
-        `run` may be called again after a rollback, so it has no effect but on the transaction.
-        Raises what `run` raises; nothing of it is stored then.
+        It may be called again after a rollback, so it changes nothing but the transaction. If it
+        raises, nothing of it is stored, and the error is raised here.
         """
         if self.closed or os.getpid() != self.pid:
             self._check_open()
         if self.leader == threading.get_ident():
-            raise RuntimeError("bgjobs was called from inside a write of the same thread, by a "
-                               "signal handler or a finalizer; let that start a thread")
+            raise RuntimeError("a signal handler or finalizer called bgjobs inside a write of its "
+                               "thread; let it start a thread")
         write = _Write(run)
         self._waiting.append(write)
         try:
@@ -2195,7 +2038,7 @@ class Store:
                 pass
 
     def _lead(self, flushing: bool) -> bool:
-        """Run all waiting writes. Return False if another thread leads, or the commit failed."""
+        """Run all waiting writes. Return False if another thread leads or the commit failed."""
         if not self._leading.acquire(blocking=False):
             return False
         worked = False
@@ -2215,10 +2058,7 @@ class Store:
         return worked
 
     def _commit(self, batch: list[_Write], flushing: bool) -> bool:
-        """Run a batch in one transaction; if that fails, each write again alone.
-
-        Return False if it failed: the next leader takes along what was to ride along.
-        """
+        """Run a batch in one transaction; if that fails, return False after running each alone."""
         try:
             self._transact(batch, flushing)
             return True
@@ -2226,7 +2066,7 @@ class Store:
             trouble = error
         for write in batch:
             try:
-                if isinstance(trouble, StoreError):  # the file's trouble hits all alike
+                if isinstance(trouble, StoreError):  # it hits all alike
                     raise copy.copy(trouble) from trouble.__cause__
                 self._transact([write], None)
             except (Exception, JobStopped) as error:
@@ -2264,43 +2104,42 @@ class Store:
         for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
             try:
                 callback()
-            except Exception as error:  # it is committed: it has not failed
+            except Exception as error:  # the writes are committed all the same
                 say(logging.ERROR, f"trouble after a commit\n{traceback_of(error)}")
 
     def _check_open(self) -> None:
         self._notice_fork()
         if self.forked:
             raise StoreError(f"the runner on {self.path} belongs to the process that this one was "
-                             "forked from; call its start() here, or make a new Runner")
+                             "forked from; call its start(), or make a new Runner")
         if self.closed:
             raise StoreError(f"the runner on {self.path} is shut down")
 
     def _notice_fork(self) -> None:
-        """Leave all to the parent in a child that was forked in C: no hook has run."""
+        """Leave all to the parent after a fork in C, without hooks."""
         if os.getpid() != self.pid:
             leave_to_parent()
 
     def _await_lock(self, statement: str) -> None:
-        """Execute a BEGIN IMMEDIATE or COMMIT. Raises StoreError if the lock is held for long."""
+        """Execute a statement that needs the file's lock. Raises StoreError if it waits long."""
         give_up = time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 self._writer.execute(statement)
                 return
             except sqlite3.OperationalError as error:
-                is_late = time.monotonic() > min(give_up, self.close_by + 0.4)
-                if is_late or "locked" not in str(error):
+                if (time.monotonic() > min(give_up, self.close_by + 0.4)
+                        or "locked" not in str(error)):
                     raise store_error(f"write to {self.path}", error)
 
     def complain(self, text: str) -> None:
-        """Log an error, the same one every ten seconds at most."""
+        """Log an error, the same one once in ten seconds."""
         self._say_once(text, int(time.monotonic() / 10))
 
     def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
-        """Run a write in the open transaction of a connection of the app's, which commits it.
+        """Run a write in the transaction of an app's connection, which the app commits.
 
-        If none is open, one is begun; it is committed here if the connection commits by itself.
-        Raises ValueError if the connection is to another file.
+        If none is open, one is begun, and committed if the connection commits by itself.
         """
         self._check_open()
         commits = connection.isolation_level is None
@@ -2313,10 +2152,10 @@ class Store:
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
                 raise ValueError(f"the connection is to {file or 'a database in memory'}; jobs in "
-                                 f"{self.path} can be part of a transaction of that file alone")
+                                 f"{self.path} need one to that file")
             db.execute(begin)
             try:
-                # SQLite waits for the lock only before anything has been read.
+                # Takes the lock: SQLite waits for it only before the first read.
                 db.execute("UPDATE bgjobs_clock SET vtime = vtime WHERE 0")
                 tx = Transaction(db, {}, self.clock())
                 value = run(tx)
@@ -2328,14 +2167,14 @@ class Store:
                     db.execute(undo)
                 raise
         except sqlite3.Error as error:
-            raise store_error(f"write to {self.path} through the app's connection (if its "
-                              "transaction has read before, begin it with BEGIN IMMEDIATE)", error)
+            raise store_error(f"write to {self.path} through the app's connection (if it reads "
+                              "first, use BEGIN IMMEDIATE)", error)
 
     # reading
 
     @library_code
     def read(self, sql: str, parameters: Any = ()) -> list[sqlite3.Row]:
-        """Return all rows of a query; it never waits for a write."""
+        """Return all rows of a query, without waiting for writes."""
         self._notice_fork()
         with fork_gate:
             try:
@@ -2361,7 +2200,6 @@ class Store:
                 self._readers.pop().close()
 
     def version(self) -> int:
-        """Return a number that changes with each commit of any process."""
         self._check_open()
         self.file.check(max_age=0.5)
         with self._version_lock, fork_gate:
@@ -2370,13 +2208,12 @@ class Store:
     # the end
 
     def close(self, last: Any = None) -> None:
-        """Run a last write, if one is given, and close the connections."""
         def run(tx: Transaction) -> None:
             last(tx)
             tx.after_commit.append(lambda: setattr(self, "closed", True))
         if not self.closed:
             if last is not None:
-                with contextlib.suppress(StoreError):  # the disk is full, the file is gone ...
+                with contextlib.suppress(StoreError):  # the disk may be full
                     self.write(run)
             self.closed = True
             with self._version_lock:
@@ -2385,8 +2222,8 @@ class Store:
             self._close_readers()
 
     def leave_to_parent(self) -> None:
-        """Never use the parent's connections in a forked child, nor close them."""
-        with contextlib.suppress(ImportError, AttributeError):  # CPython closes what it frees
+        """In a forked child, neither use nor close the parent's connections."""
+        with contextlib.suppress(ImportError, AttributeError):  # a freed one would be closed
             import ctypes
             for connection in (self._writer, self._version_db, *self._readers):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
@@ -2395,31 +2232,31 @@ class Store:
 
 # ---- 9 Worker pool ------------------------------------------------------------------------------
 
-ABANDONED_A_PLACE = 2  # threads of superseded attempts for each slot; then nothing is claimed
-HAND_SECONDS = 0.001  # the work that is worth waking another thread for
-LINGER_SECONDS = 0.001  # how long a worker without a job stays up, to claim more at a time
+ABANDONED_A_PLACE = 2  # abandoned attempts for each slot; then nothing is claimed
+HAND_SECONDS = 0.001  # the work worth waking a thread for
+LINGER_SECONDS = 0.001  # how long an idle worker waits, to claim more at a time
 
 
 class Pool:
-    """`size` slots in which attempts execute, and threads for them, made when needed and reused.
+    """`size` slots in which attempts execute, and threads for them, which are reused.
 
-    An attempt comes here *claimed*, and is *placed* as soon as there is a slot for it. While it
-    waits for another job it is *away*, and its slot is given to others; then it is *returning* until
-    it is placed again. So waiting never deadlocks, and no more than `size` attempts execute.
-    Returning attempts come first: the claimed ones may wait for them. A force stop makes an attempt
-    *abandoned*: it has no slot any more, and its thread ends with it.
+    An attempt comes here *claimed*, and is *placed* once there is a slot. While it waits for
+    another job it is *away*, its slot is given to others, and then it is *returning* until it is
+    placed again. So waiting never deadlocks, and no more than `size` attempts execute. Returning
+    attempts come first: the claimed ones may wait for them. A force stop makes an attempt
+    *abandoned*: it has no slot, and its thread ends with it.
 
-    Low priority never takes the last of several slots. If all attempts that execute have become low
-    priority meanwhile, they go on, and one slot more is given out.
+    Low priority never takes the last of several slots. If all placed attempts have become low
+    priority, one slot more is given out.
     """
 
     def __init__(self, size: int, execute: Callable[[Attempt], None],
                  settle: Callable[[Attempt], bool], claim: Callable[[], None]) -> None:
         self.size = size
-        self._low_size = max(1, size - 1)  # slots that low priority may take
+        self._low_size = max(1, size - 1)  # slots for low priority
         self._execute = execute
         self._settle, self._claim = settle, claim  # settle returns whether to claim at once
-        # `_lock` guards changes of all below; no user code and no SQL runs under it.
+        # `_lock` guards changes of all below; no user code or SQL runs under it.
         self._lock = threading.Lock()
         self.claimed: deque[Attempt] = deque()
         self._placed: tuple[set[Attempt], set[Attempt]] = set(), set()  # normal, low priority
@@ -2427,25 +2264,22 @@ class Pool:
         self._returning: dict[Attempt, threading.Event] = {}  # in order; set with the slot
         self.abandoned: set[Attempt] = set()
         self._handed: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()  # None ends a thread
-        self._needed = 0  # threads that execute, or are about to
+        self._needed = 0  # threads that execute or are about to
         self._threads: set[threading.Thread] = set()
         self.lingers = False  # a worker claims in a moment
         self._pid = os.getpid()  # a fork has no threads of the pool
 
     @property
     def is_clogged(self) -> bool:
-        """Whether so many abandoned attempts still execute that nothing is to be claimed."""
         return len(self.abandoned) >= ABANDONED_A_PLACE * self.size
 
     def has(self, attempt: Attempt) -> bool:
-        """Return whether an attempt waits here, or executes and has not been abandoned."""
         places = (*self._placed, self._away, self._returning, self.claimed)
         return any(attempt in each for each in places)
 
     # slots
 
     def room(self, run_times: RunTimes) -> Room:
-        """Return what the free slots, and those of short attempts, have room for."""
         long_since = time.monotonic() - 2 * AHEAD_SECONDS
         with self._lock:
             if self.is_clogged:
@@ -2457,7 +2291,7 @@ class Pool:
             return Room(free, low_free, ahead, planned, self.size - long)
 
     def _left(self, *others: Attempt) -> tuple[int, int]:
-        """Return the free slots, and those for low priority, once these others are placed."""
+        """Return the free slots, and those for low priority, once `others` are placed."""
         low = len(self._placed[1]) + sum(each.low_priority for each in others)
         normal = len(self._placed[0]) + len(self._placed[1]) + len(others) - low
         return self.size - normal - min(low, self._low_size), self._low_size - low
@@ -2466,16 +2300,16 @@ class Pool:
         """Execute claimed attempts, about `work` seconds of work, in this order.
 
         Waking a thread costs more than a tiny job, so only as many are woken as the work is worth.
-        The service thread gives the other free slots out: it calls this without attempts.
+        The service thread fills the other slots.
         """
         with self._lock:
             self.claimed.extend(attempts)
             self._give(work / HAND_SECONDS + 1)
 
     def _give(self, hands: float = 1, takes: bool = False) -> Attempt | None:
-        """Give free slots out, and wake at most so many threads; needs the lock.
+        """Give free slots out and wake at most `hands` threads, under the lock.
 
-        takes: the calling thread executes the next claimed attempt, which is returned.
+        takes: return the next claimed attempt, for the calling thread.
         """
         while hands >= 1 and (attempt := self._next()) is not None:
             hands -= 1
@@ -2498,7 +2332,6 @@ class Pool:
         return None
 
     def _next(self) -> Attempt | None:
-        """Return the attempt that gets the next slot, if there is one."""
         left, low_left = self._left()
         if left > 0:
             for attempt in itertools.chain(self._returning, self.claimed):
@@ -2509,15 +2342,14 @@ class Pool:
     # threads
 
     def _work(self) -> None:
-        """Execute an attempt, settle it, go on with the next one in its slot."""
         attempt = self._handed.get()
         while attempt is not None:
             self._execute(attempt)
-            if os.getpid() != self._pid:  # a child that the function has forked
+            if os.getpid() != self._pid:  # the function has forked
                 return
             leads = self._settle(attempt)
             with self._lock:
-                retires = attempt in self.abandoned  # its force stop may have broken anything
+                retires = attempt in self.abandoned  # a force stop may break anything
                 leads |= self.is_clogged
                 self._take_out(attempt)
                 following = self._give(takes=not leads and not retires)
@@ -2532,8 +2364,7 @@ class Pool:
             attempt = following
             if attempt is None:
                 if not leads and not self.lingers:
-                    # In a stream of jobs this saves a claim and a wake-up per job: tiny jobs that
-                    # arrive one by one take 1.5 times the CPU without it.
+                    # Without this, tiny jobs that arrive one by one take 1.5 times the CPU.
                     self.lingers = True
                     time.sleep(LINGER_SECONDS)
                     self.lingers = False
@@ -2542,16 +2373,14 @@ class Pool:
         self._handed.put(None)  # for the next thread
 
     def _take_out(self, attempt: Attempt) -> None:
-        """Forget an attempt that executed."""
         self._placed[attempt.low_priority].discard(attempt)
         self._away.discard(attempt)
         self.abandoned.discard(attempt)
         returned = self._returning.pop(attempt, None)
-        if returned is not None:  # it was abandoned: it goes on without a slot
+        if returned is not None:  # abandoned: it goes on without a slot
             returned.set()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Take the slot of a superseded attempt away; its thread lives on."""
         with self._lock:
             if not self.has(attempt) or attempt in self.claimed:
                 return
@@ -2561,11 +2390,10 @@ class Pool:
             clogged = self.is_clogged
         if clogged:
             say(logging.ERROR, "so many superseded attempts still run in threads of this process "
-                               "that no more jobs are claimed until some of them end")
+                               "that no more jobs are claimed until some end")
         self._claim()
 
     def set_low_priority(self, attempt: Attempt, low: int) -> None:
-        """Count an executing attempt as one of low priority, or not."""
         with self._lock:
             if attempt in self._placed[not low]:
                 self._placed[not low].remove(attempt)
@@ -2578,7 +2406,6 @@ class Pool:
 
     @contextlib.contextmanager
     def away(self, attempt: Attempt) -> Iterator[None]:
-        """Give the slot of an attempt away within the block, and wait for one at its end."""
         self.leave(attempt)
         try:
             yield
@@ -2586,7 +2413,7 @@ class Pool:
             self.come_back(attempt)
 
     def leave(self, attempt: Attempt) -> None:
-        """Give the slot of an attempt away: one of its threads begins to wait for a job."""
+        """Give an attempt's slot away: one of its threads will wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -2599,7 +2426,7 @@ class Pool:
         self._claim()
 
     def come_back(self, attempt: Attempt) -> None:
-        """Block until there is a slot again, unless another thread of the attempt still waits."""
+        """Wait for a slot, unless another thread of the attempt still waits for a job."""
         returned = threading.Event()
         with self._lock:
             attempt.waits -= 1
@@ -2613,7 +2440,7 @@ class Pool:
     # going down
 
     def take_back(self, waited: float = 0.0) -> list[Attempt]:
-        """Take out the claimed attempts that have waited for so many seconds."""
+        """Take out the claimed attempts that have waited so many seconds."""
         until, attempts = time.monotonic() - waited, []
         with self._lock:
             while self.claimed and self.claimed[0].claimed_at <= until:
@@ -2621,7 +2448,7 @@ class Pool:
         return attempts
 
     def close(self, seconds: float) -> None:
-        """End idle threads, and the others later; wait some seconds for that."""
+        """End the threads, and wait some seconds for that."""
         deadline = time.monotonic() + seconds
         self._handed.put(None)
         for thread in self._threads - {threading.current_thread()}:
@@ -2630,39 +2457,36 @@ class Pool:
 
 # ---- 10 Inside a job ----------------------------------------------------------------------------
 #
-# A force stop has the file refuse the attempt first. Then it raises JobStopped in the attempt's
-# thread with PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library
-# it would leave a lock or a transaction open, and after the function it would hit the thread's next
-# job. So the promise is: it is raised at most once, in the function or what that calls, never in
-# the library, and never after the function.
+# A force stop raises JobStopped in the thread of an attempt that the file already refuses, with
+# PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library it would
+# leave a lock or a transaction open; later it would hit the thread's next job. So it is raised at
+# most once, and only in the function or what that calls.
 #
-# For that, each attempt has a ticket: free while the function runs, taken while the library runs
-# (`library_code`) and once the function has ended. A force stop takes the ticket, too, and never
-# puts it back. There are two cases:
-# - The thread has the ticket. Then the force stop only leaves a note (`void`), and the thread
-#   raises the exception itself on its way back from the library.
-# - The force stop has the ticket. Then the exception may come at any moment, so a thread that
-#   wants to enter the library waits until it has been sent. If it has not been raised by then, or
-#   was raised before and caught, the thread takes it back and raises one itself.
+# Each attempt has a ticket: free while the function runs, taken in the library (`library_code`) and
+# once the function has ended. A force stop takes it for good:
+# - If the thread has it, the force stop leaves a note (`void`), and the thread raises the exception
+#   itself on its way back from the library.
+# - Else the exception may come at any moment. A thread that wants to enter the library waits until
+#   it has been sent, takes it back if it is not raised yet, and raises its own.
 
-FLUSH_SECONDS = 0.25  # how often progress is written if no other write takes it along
+FLUSH_SECONDS = 0.25  # between writes of progress alone
 
 
 class Ticket:
-    """The right to raise JobStopped in an attempt's thread. Only `use` is for other threads."""
+    """The right to raise JobStopped in a thread; others only call `use`."""
 
-    _depth = 1  # of library code that calls library code
+    _depth = 1  # of calls in the library
     _raised = False  # from outside
-    _spent = False  # nothing will be raised from outside any more
-    void = False  # the attempt has been superseded: library calls raise
-    thread = 0  # the ident of the attempt's thread
+    _spent = False  # nothing more comes from outside
+    void = False  # superseded: library calls raise
+    thread = 0  # the attempt's ident
 
     def __init__(self) -> None:
-        self._taken = threading.Lock()  # at first by the attempt's thread
+        self._taken = threading.Lock()  # by the attempt's thread
         self._taken.acquire()
 
     def take(self, quietly: bool = False) -> None:
-        """Enter library code. Raises JobStopped if the attempt is superseded, unless quietly."""
+        """Enter the library. Raises JobStopped if superseded, unless quietly."""
         if self._depth == 0:
             self._take()
             if self._spent and not quietly:
@@ -2670,7 +2494,7 @@ class Ticket:
         self._depth += 1
 
     def put_back(self) -> None:
-        """Leave library code. Raises JobStopped, once, if the attempt was superseded meanwhile."""
+        """Leave the library. Raises JobStopped, once, if superseded meanwhile."""
         self._depth -= 1
         if self._depth == 0 and not self._spent:
             self._taken.release()
@@ -2685,7 +2509,7 @@ class Ticket:
         self._spent |= self.void
 
     def use(self) -> None:
-        """Raise JobStopped in the attempt's thread: now, or when it returns from the library."""
+        """Raise JobStopped in the thread, now or on its way from the library."""
         self.void = True
         if self._taken.acquire(False):
             if _is_logging(self.thread):
@@ -2694,7 +2518,7 @@ class Ticket:
                 self._raise()
 
     def _raise(self) -> None:
-        """Raise JobStopped once the thread holds no lock of `logging`, which all threads need."""
+        """Raise it once the thread holds no lock of `logging`."""
         while _is_logging(self.thread):
             time.sleep(0.005)
         _raise_in_thread(self.thread, JobStopped)
@@ -2702,20 +2526,17 @@ class Ticket:
 
 
 def _is_logging(thread: int) -> bool:
-    """Return whether a thread is inside `logging`, unless it waits there for our exception.
-
-    It does if it logs a record, which is a library call.
-    """
+    """Return whether a thread is in `logging`, and not in `_take`."""
     frame = sys._current_frames().get(thread)
-    if frame is None or frame.f_code is Ticket._take.__code__:
+    if not frame or frame.f_code is Ticket._take.__code__:
         return False
     return any(each.f_globals.get("__name__", "").split(".")[0] == "logging"
                for each, _ in traceback.walk_stack(frame))
 
 
 def _raise_in_thread(thread: int, *error: type[BaseException]) -> None:
-    """Have `error` raised at a thread's next bytecode; without one, take the last back."""
-    with contextlib.suppress(ImportError, AttributeError):  # not CPython: checkpoints stop it
+    """Raise `error` at a thread's next bytecode, or take the last back."""
+    with contextlib.suppress(ImportError, AttributeError):  # not CPython
         import ctypes
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(*error))
 
@@ -2724,16 +2545,15 @@ _UNSET: Any = object()
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar(
     "bgjobs_current", default=None)
 current_attempt = _current.get
-enter = _current.set  # in a context of its own
+enter = _current.set
 _job_log = logging.getLogger("bgjobs.job")
 
 
 class JobContext:
-    """The job that this code runs in: what `current_job()` returns.
+    """The job that this code runs in.
 
-    attempt: the number of this attempt, from 1. Outside of a job it is 0, id, name and run_by are
-    None, and the methods do nothing. Any thread that has the job's context (`asyncio.to_thread`)
-    may use this; `each` is for one thread at a time.
+    attempt: its number, from 1. Outside of a job it is 0, id, name and run_by are None, and methods
+    do nothing. For any thread with the job's context (`asyncio.to_thread`), `each` for one only.
     """
 
     id: int | None = None
@@ -2743,14 +2563,14 @@ class JobContext:
 
     def __init__(self, attempt: Attempt | None) -> None:
         self._attempt = attempt
-        if attempt is not None:
+        if attempt:
             self.id, self.name, self.run_by = attempt.id, attempt.name, attempt.job.run_by
             self.attempt = attempt.number
 
     @property
     def state(self) -> Any:
-        """A copy of what the last checkpoint saved, or None."""
-        return None if self._attempt is None else decode(self._attempt.state)
+        """A copy of the state saved last, or None."""
+        return decode(self._attempt.state) if self._attempt else None
 
     @property
     def stop_requested(self) -> bool:
@@ -2759,18 +2579,16 @@ class JobContext:
 
     @property
     def log(self) -> logging.Logger:
-        """A standard logger. Inside a job its records also go to the job's log."""
-        return _log if self._attempt is None else self._attempt.logger()
+        """A logger whose records also go to the job's log."""
+        return self._attempt.logger() if self._attempt else _log
 
     def checkpoint(self, state: Any = _UNSET) -> None:
-        """Stop here if that was asked for. Save `state` first, if one is given.
+        """Save `state`, if given, for the next attempt; then stop here if that was asked for.
 
-        state: any value that arguments may have; the next attempt finds it. With it the call blocks
-        until the commit; without it the call costs next to nothing. Raises JobStopped if the job is
-        to stop, TypeError if the state cannot be stored.
+        state: as arguments; blocks until its commit. Raises JobStopped, TypeError for a bad state.
         """
         attempt = self._attempt
-        if attempt is not None:
+        if attempt:
             if state is not _UNSET:
                 attempt.save(encode(state, f"the state of job {attempt.id}"))
             if attempt.attention:
@@ -2779,62 +2597,56 @@ class JobContext:
     def progress(self, done: float, total: float | None = None, message: str | None = None) -> None:
         """Report that `done` of `total` units are done, with a line for people.
 
-        Returns at once; no checkpoint; shown within a second. total: None if unknown.
+        total: None if unknown. Never blocks; no checkpoint.
         """
-        if self._attempt is not None:
+        if self._attempt:
             self._attempt.report(done, total, message)
 
     def each(self, iterable: Iterable[_Item], total: int | None = None) -> Iterator[_Item]:
         """Yield the items, with a checkpoint before each and at the end; report the progress.
 
-        A resumed attempt goes on after the last item whose turn was completed, so the iterable
-        must give the same items in the same order. total: their number, if the iterable has no
-        length. Raises JobStopped.
+        A resumed attempt goes on after the last completed item, so their order must be the same.
+        total: their number, if the iterable has no length. Raises JobStopped.
         """
-        return iter(iterable) if self._attempt is None else self._attempt.each(iterable, total)
+        return self._attempt.each(iterable, total) if self._attempt else iter(iterable)
 
     def sleep(self, seconds: float) -> None:
-        """Sleep; wake up at once if the job is to stop. Raises JobStopped."""
-        if self._attempt is None:
-            time.sleep(seconds)
-        else:
-            self._attempt.sleep(seconds)
+        """Sleep. Raises JobStopped at once if the job is to stop."""
+        (self._attempt or time).sleep(seconds)
 
 
 def current_job() -> JobContext:
-    """Return the context of the job that this code runs in, or one that does nothing."""
+    """Return the context of this job, or one that does nothing."""
     return JobContext(current_attempt())
 
 
 class Attempt:
     """One execution of a job's function."""
 
-    # An attempt is made for each job, so defaults that most attempts never change stand here.
-    thread: int | None = None  # its ident while it executes; 0: elsewhere
-    begun = left_at = 0.0  # monotonic; left_at: when it went away
-    ran = waited = 0.0  # seconds: in all; waiting for jobs
-    waits = 0  # its threads that wait
-    lines = 0  # of its log, written
+    thread: int | None = None  # while it executes; 0: elsewhere
+    begun = left_at = 0.0  # monotonic; left_at: went away
+    ran = waited = 0.0  # seconds: in all; for jobs
+    waits = 0  # threads that wait
+    lines = 0  # of the log, written
 
-    outcome, reason = UNSPENT, HALTED  # how it ended; how it ends when it stops
+    outcome, reason = UNSPENT, HALTED  # how it ended; how a stop ends it
     result: str | None = None  # JSON
     error: str | None = None  # JSON
     exception: BaseException | None = None
-    unsaved_progress: Any = None  # see report_to_save
-    has_reported = False  # progress, or a later charge, is stored
+    unsaved_progress: Any = None
+    has_reported = False  # progress or a later charge is stored
 
-    loops = 0  # the number of the next loop of each()
-    loop_positions: Any = ()  # completed turns of each()'s loops
-    stop_requested = was_asked_to_stop = False  # now; at any time
-    attention = False  # a checkpoint has more to do than a look
-    operation: Any = None  # the Event that a checkpoint waits for
+    loops = 0  # each() loops begun
+    loop_positions: Any = ()  # their completed turns
+    stop_requested = was_asked_to_stop = False  # now; ever
+    attention = False  # a checkpoint has something to do
+    operation: Any = None  # the Event that it waits for
     saved_at = 0.0  # monotonic
-    newest: Any = None  # see report
+    newest: Any = None
     pace: Any = None
     job_logger: Any = None
-    # Hooks of what executes it elsewhere.
-    on_stop: Any = None  # called from any thread; must not block
-    away: Any = contextlib.nullcontext  # entered while it waits for jobs
+    on_stop: Any = None  # elsewhere: called from any thread, must not block
+    away: Any = contextlib.nullcontext  # elsewhere: while it waits for jobs
 
     def __init__(self, backend: Core, job: JobRow, charge: int) -> None:
         self.backend, self.job, self.charge = backend, job, charge
@@ -2845,8 +2657,8 @@ class Attempt:
         self.has_children = job.total > 0
         self.claimed_at = time.monotonic()
         self.ticket = Ticket()
-        self.turns: list[Any] = []  # (done, total) of the loops under way
-        self.waits_on: list[Any] = []  # conditions; a stop wakes its threads
+        self.turns: list[Any] = []  # (done, total) of loops under way
+        self.waits_on: list[Any] = []  # conditions that a stop notifies
 
     @property
     def is_plain(self) -> bool:
@@ -2856,21 +2668,21 @@ class Attempt:
 
     @property
     def worked(self) -> float:
-        """Seconds that it was at work, once it has ended."""
+        """Seconds at work, once it has ended."""
         return max(0.0, self.ran - self.waited)
 
     @property
     def correction(self) -> int:
-        """Microseconds that the claim charged too little."""
+        """Microseconds the claim charged too little."""
         return int(self.worked * 1e6) - self.charge
 
     @property
     def superseded(self) -> JobStopped:
-        """Raised in an attempt that the store refuses."""
+        """The error of an attempt that the store refuses."""
         return JobStopped(f"attempt {self.number} of job {self.id} has been superseded")
 
     def fail(self, error: BaseException) -> None:
-        """Make this error the outcome, whatever the error's own methods raise."""
+        """Make an error the outcome, whatever its methods raise."""
         self.outcome, self.exception, self.result = RAISED, None, None
         kind = type(error).__qualname__
         try:
@@ -2880,57 +2692,48 @@ class Attempt:
             self.error = dump_error(kind, "it cannot be printed", "")
 
     def time_out(self) -> None:
-        """Fail by the timeout."""
         self.fail(TimeoutError(f"attempt {self.number} took longer than its timeout of "
                                f"{self.options['timeout']:,g} s"))
 
     # stopping
 
     def request_stop(self, reason: str = HALTED, force: bool = False) -> None:
-        """Have JobStopped raised at the next checkpoint. From any thread.
-
-        reason: the outcome then. force: even if stoppable=False.
-        """
+        """Have the next checkpoint raise JobStopped. force: despite stoppable=False."""
         if not force and not self.options.get("stoppable", True):
             return
-        # In this order: a checkpoint that sees `attention` finds the reason.
-        self.reason = reason
+        self.reason = reason  # first: a checkpoint that sees `attention` needs it
         self.was_asked_to_stop = self.stop_requested = self.attention = True
         for condition in list(self.waits_on):
             with condition:
                 condition.notify_all()
-        if self.on_stop is not None:
+        if self.on_stop:
             self.on_stop()
 
     def withdraw_stop(self) -> None:
-        """Go on after all, as the job has been resumed before a checkpoint."""
+        """Go on: the job was resumed before a checkpoint."""
         if self.reason == HALTED:
             self.stop_requested = False
 
     def let_pass(self, operation: threading.Event) -> None:
-        """Have the next checkpoint wait for an operation that is on its way.
-
-        Else a loop that only computes would hold it up, 5 ms of the interpreter lock a statement.
-        """
+        """Have the next checkpoint wait for an operation, which a busy loop holds up."""
         self.operation = operation
         self.attention = True
 
     def supersede(self) -> None:
-        """Have JobStopped raised wherever the function is; the store refuses the attempt by now."""
+        """Raise JobStopped wherever the function is, for the store refuses the attempt."""
         self.ticket.use()
-        self.request_stop(force=True)  # last: a thread that wakes looks at the ticket
+        self.request_stop(force=True)  # last: threads that wake look at the ticket
 
     def raise_if_stopped(self) -> None:
-        """Raise JobStopped if a stop is requested."""
         if self.stop_requested:
             raise JobStopped(f"job {self.id} was asked to stop")
 
     @library_code
     def attend(self) -> None:
-        """Let an operation pass, then raise JobStopped if a stop is requested."""
+        """Let an operation pass; raise JobStopped if a stop is requested."""
         operation, self.operation = self.operation, None
-        self.attention = False  # first: a stop that comes from here on sets it again
-        if operation is not None:
+        self.attention = False  # first: a stop from here on sets it again
+        if operation:
             operation.wait(1.0)
         if self.stop_requested:
             self.attention = True
@@ -2938,18 +2741,18 @@ class Attempt:
 
     @library_code
     def sleep(self, seconds: float) -> None:
-        """Sleep, and keep the place; a stop ends it. Raises JobStopped."""
+        """Sleep, and keep the place. A stop raises JobStopped."""
         self.wait_on(threading.Condition(), lambda: self.stop_requested, seconds)
         self.raise_if_stopped()
 
     def wait_for(self, condition: Any, over: Function, timeout: float | None) -> None:
-        """Wait as `wait_on` does; the place is given away meanwhile."""
+        """Wait, without the place."""
         with self.away():
             self.backend.wait_in_job(
                 self, functools.partial(self.wait_on, condition, over), timeout)
 
     def wait_on(self, condition: Any, over: Function, timeout: float | None) -> bool:
-        """Wait until `over()`, asked at each notification and stop. Return whether it is true."""
+        """Wait until `over()`, asked at notifications and stops; return it."""
         self.waits_on.append(condition)
         try:
             with condition:
@@ -2960,7 +2763,7 @@ class Attempt:
     # state
 
     def save(self, state: str | None) -> None:
-        """Save a state, JSON, or only how far each() is if None. Blocks until the commit."""
+        """Save a state (JSON), if any, and each()'s positions; block until the commit."""
         if not self.backend.save(self, state, self.unsaved_positions()):
             self.request_stop()
             raise self.superseded
@@ -2969,16 +2772,14 @@ class Attempt:
         self.saved_at = time.monotonic()
 
     def unsaved_positions(self) -> str | None:
-        """Return how far the loops of each() are, as JSON, or None if there is none."""
         return json.dumps(self.loop_positions) if self.loop_positions else None
 
-    # Loops of each() may follow each other, or run inside another's turns. They are numbered as
-    # they begin, and a list has the completed turns of each. When a turn is completed, the loops
-    # inside it leave the list, and those of the next turn get their numbers again. So a resumed
-    # attempt, whose loops begin in the same order, finds its own.
+    # Loops of each() follow each other or nest. They are numbered as they begin; a list has their
+    # completed turns. After a turn the loops inside it leave the list, and the next turn's get
+    # their numbers. So a resumed attempt finds its own.
 
     def each(self, iterable: Iterable[_Item], total: int | None) -> Iterator[_Item]:
-        """Yield the items from the saved position on; save it ten times a second at most."""
+        """Yield from the saved position on; save it at most ten times a second."""
         positions = self.loop_positions or json.loads(self.job.positions or "[]")
         self.loop_positions = positions
         loop, depth = self.loops, len(self.turns)
@@ -3007,7 +2808,7 @@ class Attempt:
     # progress
 
     def _report_turn(self, depth: int, done: int, total: int | None) -> None:
-        """Report the progress of a loop; an inner loop refines the share of the outer one."""
+        """Report a loop's progress; inner loops refine the outer's share."""
         self.turns[depth:] = [(done, total)]
         units = share = 0.0
         for done, total in reversed(self.turns):
@@ -3016,15 +2817,15 @@ class Attempt:
         self.report(units, total)
 
     def report(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Note how far the function is, for the service thread to write."""
+        """Note the progress for the service thread."""
         if message is not None:
-            message = text_of(message, 500)  # here, as its __str__ is the app's
+            message = text_of(message, 500)  # here: __str__ is the app's
         self.newest = float(done), total and float(total), message, time.monotonic() - self.begun
 
     def report_to_save(self) -> Any:
-        """Return (share from 0 to 1, seconds left, message or Nones), or None if nothing is new."""
-        newest, self.newest = self.newest, None  # two threads may ask: one gets it
-        if newest is None:
+        """Return (share, 0 to 1, seconds left, message), or None if nothing is new."""
+        newest, self.newest = self.newest, None  # one of two threads gets it
+        if not newest:
             return None
         done, total, message, at = newest
         if not (total and 0 < total < math.inf and math.isfinite(done)):
@@ -3037,7 +2838,7 @@ class Attempt:
 
     @library_code
     def logger(self) -> logging.Logger:
-        """Return the job's own logger; the app's handlers get its records as "bgjobs.job"."""
+        """Return the job's logger, "bgjobs.job" for the app."""
         if self.job_logger is None:
             self.job_logger = logging.Logger(_job_log.name, logging.DEBUG)
             self.job_logger.parent = _job_log
@@ -3046,40 +2847,37 @@ class Attempt:
 
     @library_code
     def keep_record(self, record: logging.LogRecord) -> bool:
-        """Take a record into the job's log. Return whether the app's handlers want it, too."""
+        """Take a record into the log; return whether the app wants it, too."""
         try:
             message = record.getMessage()
             if record.exc_info and record.exc_info[1]:
                 message += "\n" + traceback_of(record.exc_info[1])
         except Exception as error:
             message = f"{short(record.msg)} could not be formatted: {text_of(error)}"
-        message = text_of(message).replace("\0", "\\0")
-        self.backend.keep_line(self, self.backend.clock(), record.levelno, message)
+        self.backend.keep_line(self, self.backend.clock(), record.levelno,
+                               text_of(message).replace("\0", "\\0"))
         return _job_log.isEnabledFor(record.levelno)
 
 
 @functools.cache
 def capture_log_records() -> None:
-    """Have the records of any logger inside a job land in the job's log, too.
-
-    A handler on the root logger would disable logging.basicConfig and the last-resort handler.
-    """
+    """Keep all records inside a job in its log. (A root handler would disable basicConfig.)"""
     make_record = logging.getLogRecordFactory()
 
     def make_and_keep(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         attempt = current_attempt()
-        # makeLogRecord makes one with the name None, and emits nothing.
-        if attempt is not None and record.name not in (_job_log.name, None):
+        # None: makeLogRecord's, not emitted.
+        if attempt and record.name not in (_job_log.name, None):
             attempt.keep_record(record)
         return record
     logging.setLogRecordFactory(make_and_keep)
 
 
-# The execution of a function, in the process and the thread where that happens
+# The execution of a function
 
 def perform(attempt: Attempt, function: Function) -> None:
-    """Call an attempt's function in this thread; note the outcome."""
+    """Call an attempt's function here; note the outcome."""
     attempt.begun = time.monotonic()
     attempt.thread = attempt.ticket.thread = threading.get_ident()
     around, _here.ticket = _here.ticket, attempt.ticket
@@ -3087,7 +2885,7 @@ def perform(attempt: Attempt, function: Function) -> None:
         try:
             value = contextvars.Context().run(_call, attempt, function)
         finally:
-            attempt.ticket.take(quietly=True)  # for good: after it no force stop raises
+            attempt.ticket.take(quietly=True)  # for good
         if value is not None:
             attempt.result = encode(value, f"{attempt.name} returned, but the result")
         attempt.outcome = RETURNED
@@ -3104,7 +2902,7 @@ def perform(attempt: Attempt, function: Function) -> None:
 
 
 def _call(attempt: Attempt, function: Function) -> Any:
-    """Call the function. A job's stack, as the page shows it, begins below this frame."""
+    """Call the function. The stack on the page begins below this frame."""
     enter(attempt)
     args, kwargs = decode(attempt.job.args) or (), decode(attempt.job.kwargs) or {}
     attempt.ticket.put_back()
@@ -3116,15 +2914,15 @@ def _call(attempt: Attempt, function: Function) -> Any:
 
 
 def _is_stop(error: Any) -> bool:
-    """Return whether an exception is JobStopped, or a group of it alone (asyncio.TaskGroup)."""
-    kind = type(error)  # isinstance asks error.__class__, too
-    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # since Python 3.11
+    """Return whether it is JobStopped, or a group of it alone (TaskGroup)."""
+    kind = type(error)  # isinstance also asks __class__
+    if issubclass(kind, getattr(builtins, "BaseExceptionGroup", ())):  # Python 3.11
         return all(map(_is_stop, error.exceptions))
     return issubclass(kind, JobStopped)
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as text, without our own frames."""
+    """Return the traceback without our frames."""
     frames = error.__traceback__
     while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
@@ -3133,38 +2931,32 @@ def traceback_of(error: BaseException) -> str:
 
 # ---- 11 The handle ------------------------------------------------------------------------------
 #
-# `wait` and `as_completed` of the standard library append a waiter to a handle's list of waiters,
-# and wait on the waiter's event. They work with jobs by private parts of the standard library, the
-# same in Python 3.10 to 3.14: Future._waiters, Future._condition, the `event` of a waiter, and
-# Event._cond.
+# `wait` and `as_completed` of the standard library append a waiter to a handle's waiters, and wait
+# on its event. For that this uses private parts, the same in Python 3.10 to 3.14: Future._waiters,
+# Future._condition, a waiter's `event`, and Event._cond.
 
 class HandleCondition(threading.Condition):
-    """The condition of a handle. A thread that locks it inside a job takes its ticket, too.
-
-    `wait` and `as_completed` lock it, and a force stop must not strike meanwhile.
-    """
+    """A handle's condition, which `wait` locks: no force stop may strike meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
-        del self.acquire, self.release  # Condition sets these to the lock's own
+        del self.acquire, self.release  # the lock's own
 
     def acquire(self) -> bool:  # type: ignore[override]
-        """Lock it. Quietly, as a generator of the standard library cleans up with it."""
-        if _here.ticket is not None:
-            _here.ticket.take(quietly=True)
+        if _here.ticket:
+            _here.ticket.take(quietly=True)  # as_completed cleans up with it
         return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        """Unlock it, and leave the library."""
         self._lock.release()
-        if _here.ticket is not None:
+        if _here.ticket:
             _here.ticket.put_back()
 
     __enter__, __exit__ = acquire, release
 
 
 class _Waiters(list[Any]):
-    """A handle's waiters. The handle is watched for them; inside a job they give the place away."""
+    """A handle's waiters; inside a job they give the place away."""
 
     def __init__(self, handle: Job[Any]) -> None:
         super().__init__()
@@ -3172,11 +2964,11 @@ class _Waiters(list[Any]):
 
     def append(self, waiter: Any) -> None:
         attempt, handle = current_attempt(), self._handle()
-        if attempt is not None and type(waiter.event) is threading.Event:
+        if attempt and type(waiter.event) is threading.Event:
             waiter.event = _PlaceGivingEvent(attempt)
         super().append(waiter)
-        if handle is not None:
-            handle._watch()  # after it: the job may be over already
+        if handle:
+            handle._watch()  # last: the job may be over
 
 
 class _PlaceGivingEvent(threading.Event):
@@ -3186,7 +2978,7 @@ class _PlaceGivingEvent(threading.Event):
 
     @library_code
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the event is set. A force stop raises JobStopped at once; a stop does not."""
+        """Wait until it is set. Only a force stop raises JobStopped."""
         attempt = self._attempt
         if not self.is_set():
             attempt.wait_for(self._cond,  # type: ignore[attr-defined]
@@ -3199,35 +2991,32 @@ class _PlaceGivingEvent(threading.Event):
 
 
 class Job(Future[_T]):
-    """The handle of a job: a concurrent.futures.Future with attributes that tell of the job.
+    """The handle of a job: a concurrent.futures.Future with the job's attributes. For any thread.
 
-    `stopped` is not done: `result()` waits on. The Future part completes once: an operation on a
-    complete handle returns a new one; attributes stay true on both. `await job` works, too, and a
-    caller that gives up awaiting does not cancel the job. Any thread may use a handle.
+    `stopped` is not done: `result()` waits on. It completes once: an operation on a complete handle
+    returns a new one. `await job` works, too; giving it up does not cancel the job.
 
     Attributes are read from the file at each access; KeyError if the job has been removed. `*_at`
-    are Unix seconds, None before that; `waiting`, `duration` and `eta` are seconds.
+    are Unix seconds or None; `waiting`, `duration` and `eta` are seconds.
 
-    name, label: the stable name of the function; a title for people, or None.
-    status, phase: one of the seven statuses; what refines it for people, or "".
+    name, label: the function's stable name; a title for people, or None.
+    status, phase: one of the seven; what refines it for people, or "".
     started_at: of the first attempt since creation or restart.
     waiting: from creation, or its due time, to the start, or until now.
-    duration: how long its attempts ran, together.
-    attempt: the number of the newest, 0 before the first.
-    errors: failed attempts, and failed descendants.
-    low_priority: whether it runs in periods of low load only.
-    run_by: the name of the person that asked for it, or None.
+    duration: of its attempts, together.
+    attempt: the newest's number, 0 before the first.
+    errors: failed attempts and descendants.
+    run_by: the person that asked for it, or None.
     progress, eta: 0 to 1, and the time left; None if unknown.
     children: {"total", "done", "failed", "running"}, over all descendants.
-    parent_id, root_id: the parent of a root is None.
+    parent_id: None for a root.
     args, kwargs: a list and a dict, secret arguments masked.
     state: what its last checkpoint saved, or None.
-    error: the traceback of the newest failure, or None.
-    operations: those that its status allows now.
+    error: the newest failure's traceback, or None.
+    operations: those that its status allows.
 
-    Operations block until their commit, not until the job has followed. by= is the name of the
-    person that asks. They raise InvalidOperation if the status does not allow them, KeyError, and
-    StoreError if the file cannot be written.
+    Operations block until their commit. by= names the person that asks. They raise KeyError,
+    InvalidOperation if the status does not allow them, StoreError if the file cannot be written.
     """
 
     name: str
@@ -3260,7 +3049,7 @@ class Job(Future[_T]):
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
         self._created_at = created_at  # until the submit is committed
-        # With the three above, `_condition` and `_waiters`, this is what Future.__init__ sets.
+        # Future.__init__ sets this, the three above, `_condition` and `_waiters`.
         self._done_callbacks: list[Function] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -3268,47 +3057,44 @@ class Job(Future[_T]):
             return vars(self).setdefault(name, _MADE_LATE[name](self))
         if name not in Job.__annotations__:
             raise AttributeError(f"a Job has no attribute {name!r}")
-        return decode(dump(self.info()[name]))  # dates in a state are dates again
+        return decode(dump(self.info()[name]))  # with the dates in a state
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *Job.__annotations__]
 
     def _row(self) -> Any:
-        """Return what `Core.outcome` does; {} if the job is gone, None if it is not committed yet.
-
-        Other jobs get the ids of an app's transaction that is rolled back.
-        """
+        """Return the outcome, {} if the job is gone, None if it is not committed yet."""
         row = self._backend.outcome(self.id)
         if row is None:
             return {} if self._created_at is None else None
-        if self._created_at not in (None, row["created_at"]):
+        if self._created_at not in (None, row["created_at"]):  # a rolled back job's id, reused
             return {}
         self._created_at = None
         return row
 
     def _stored(self) -> int:
-        """Return the id. Raises KeyError if the transaction that submitted it was rolled back."""
+        """Return the id. Raises KeyError if its transaction was rolled back."""
         if self._created_at is not None and self._row() == {}:
             raise KeyError(f"the transaction that submitted job {self.id} was rolled back")
         return self.id
 
     def info(self) -> Fields:
-        """Return all attributes as a dict of JSON values, the JSON interface's."""
+        """Return all attributes as JSON values."""
         return self._backend.info(self._stored())
 
     def logs(self, **filters: Any) -> list[Fields]:
         """Return the log lines {"id", "job_id", "at", "level", "message"}, oldest first.
 
         level= the least, a name or number. text= contained, in any case. regex= found. since=
-        until= Unix seconds. after= a line's id. limit= how many at most; without `after` the
-        newest. tree=True: those of all descendants, too. Raises ValueError for a bad value.
+        until= Unix seconds. after= a line's id. limit= at most, without `after` the newest.
+        tree=True: all descendants', too. Raises ValueError.
         """
         return self._backend.logs(self._stored(), filters)
 
     # operations
 
     def stop(self, *, by: str | None = None) -> Job[_T]:
-        """Stop the job and its descendants at their next checkpoint; return before that."""
+        """Have the job and its descendants stop at their next checkpoint."""
         return self._operate("stop", by)
 
     def resume(self, *, by: str | None = None) -> Job[_T]:
@@ -3316,22 +3102,19 @@ class Job(Future[_T]):
         return self._operate("resume", by)
 
     def force_stop(self, *, by: str | None = None) -> Job[_T]:
-        """Make a stopping job stopped now. What its attempt still does is not stored."""
+        """Make a stopping job stopped now. Its attempt can store nothing more."""
         return self._operate("force_stop", by)
 
     def restart(self, *, by: str | None = None) -> Job[_T]:
-        """Run a finished or failed job again from scratch, without its former descendants."""
+        """Run a finished or failed job from scratch, without its descendants."""
         return self._operate("restart", by)
 
     def set_low_priority(self, low_priority: bool = True, *, by: str | None = None) -> Job[_T]:
-        """Set whether the job and its descendants run in periods of low load only."""
+        """Set whether the job and its descendants wait for low load."""
         return self._operate("set_low_priority" if low_priority else "remove_low_priority", by)
 
     def cancel(self, *, by: str | None = None) -> bool:
-        """Discard a pending or stopped job for good. Return whether it is cancelled.
-
-        Never raises InvalidOperation.
-        """
+        """Discard a pending or stopped job. Return whether it is cancelled; no InvalidOperation."""
         if self._state == "PENDING":
             with contextlib.suppress(InvalidOperation, StoreError):  # StoreError: shut down
                 self._operate("cancel", by)
@@ -3340,8 +3123,8 @@ class Job(Future[_T]):
 
     @library_code
     def _operate(self, operation: str, by: str | None) -> Job[_T]:
-        """Carry an operation out. Return this handle, or a new one if this one is complete."""
-        self.done()  # if the job is over, that is its outcome
+        """Carry an operation out. Return this handle, or a new one if complete."""
+        self.done()  # takes the outcome of a job that is over
         self._backend.operate(operation, self._stored(), by)
         return self if self._state == "PENDING" else Job(self._backend, self.id)
 
@@ -3372,24 +3155,24 @@ class Job(Future[_T]):
     def result(self, timeout: float | None = None) -> _T:
         """Return what the function returned, once the job and all its descendants are over.
 
-        timeout: seconds; None waits for good. Inside a job this is a checkpoint, and gives the
-        worker's place away meanwhile. Raises what the function raised (JobFailed if another process
-        ran it), TimeoutError, CancelledError; inside a job also JobStopped.
+        timeout: seconds. Inside a job this is a checkpoint, and gives the worker's place away.
+        Raises what the function raised (JobFailed if in another process), TimeoutError,
+        CancelledError, inside a job JobStopped.
         """
         error = self.exception(timeout)
-        if error is not None:  # Future.result would ask for its truth value
+        if error is not None:  # an error may be false
             raise error
         value: Any = self._result
         return value
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the function raised, or None. Waits, and raises the rest, as `result`."""
+        """Return what the function raised, or None. Waits and raises as `result` does."""
         self._wait_for_end(timeout)
         return super().exception(0)
 
     def _wait_for_end(self, timeout: float | None, given_up: Function = bool) -> None:
-        """Wait until the job is over, or `given_up()` is true when the condition is notified."""
+        """Wait until the job is over, or `given_up()` at a notification."""
         if self.done():
             return
         self._watch()
@@ -3398,7 +3181,7 @@ class Job(Future[_T]):
         def over() -> bool:
             stops = attempt is not None and attempt.stop_requested
             return stops or self._state != "PENDING" or given_up()
-        if attempt is not None:
+        if attempt:
             attempt.wait_for(condition, over, timeout)
             attempt.raise_if_stopped()
         else:
@@ -3409,10 +3192,9 @@ class Job(Future[_T]):
         return self._await().__await__()
 
     async def _await(self) -> _T:
-        """Await a future of the loop, completed by a callback, inside a job by a thread.
+        """Await a future of the loop; inside a job, a thread waits and gives the place away.
 
-        The thread gives the worker's place away. It is no executor's, for which the interpreter
-        waits at exit. asyncio.wrap_future would cancel the job.
+        The interpreter would wait for an executor's at exit. wrap_future would cancel the job.
         """
         import asyncio
         loop = asyncio.get_running_loop()
@@ -3423,38 +3205,38 @@ class Job(Future[_T]):
                 loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
 
         def wait() -> None:
-            with contextlib.suppress(BaseException):  # result() below raises it again
+            with contextlib.suppress(BaseException):  # result() raises it again
                 self._wait_for_end(None, over.done)
             tell(self)
-        if current_attempt() is None:
-            self.add_done_callback(tell)
-        else:
+        if current_attempt():
             start_thread("bgjobs-await", contextvars.copy_context().run, wait)
+        else:
+            self.add_done_callback(tell)
         try:
             await over
         finally:
             if tell in self._done_callbacks:
                 self._done_callbacks.remove(tell)
             with self._condition:
-                self._condition.notify_all()  # the thread looks whether it is given up
+                self._condition.notify_all()  # the thread may be given up
         return self.result()
 
     @library_code
     def add_done_callback(self, fn: Function) -> None:
-        """Call `fn(job)` once the job is over, in a thread for callbacks; at once if it is over."""
+        """Call `fn(job)` once the job is over, in another thread, or at once."""
         super().add_done_callback(fn)  # type: ignore[arg-type]
         self._watch()
 
     def _watch(self) -> None:
-        """Have this handle completed when its job is over, now if it is already."""
+        """Have this handle completed when its job is over."""
         if self._state == "PENDING":
             self._stored()
             self._backend.watch(self)
 
     @library_code
     def _complete(self, row: Any = None) -> None:
-        """Take the outcome over, once, if the job is over, and wake the threads that wait."""
-        if row is None:  # else an attempt elsewhere has been told, in the thread that reads
+        """Take the outcome over, once, if the job is over; wake waiting threads."""
+        if row is None:  # {} elsewhere: the thread that reads must not wait for itself
             row = self._row()
         status = FAILED if row == {} else row and row["status"]
         if status not in OVER:
@@ -3464,17 +3246,16 @@ class Job(Future[_T]):
                 return
             try:
                 if not row:
-                    text = f"job {self.id} has been removed from {self._backend.path}"
-                    self._exception = BgjobsError(text)
+                    self._exception = BgjobsError(f"job {self.id} has been removed")
                 elif status == FAILED:
                     self._exception = self._backend.error_of(self.id, row)
                 else:
                     self._result = decode(row["result"])
-            except Exception as error:  # else its handles would wait for good
-                text = f"job {self.id} is {status}, but its outcome cannot be read: {error}"
-                self._exception = BgjobsError(text)
+            except Exception as error:  # else threads wait for good
+                self._exception = BgjobsError(
+                    f"job {self.id} is {status}, but its outcome cannot be read: {error}")
             self._end = status
-            self._state, tell = _FUTURE_STATES[status]  # last: it is read without the lock
+            self._state, tell = _FUTURE_STATES[status]  # last: read without the lock
             for waiter in self._waiters:
                 getattr(waiter, tell)(self)
             self._condition.notify_all()
@@ -3487,24 +3268,21 @@ class Job(Future[_T]):
             return f"<Job {self.id}>"
 
 
-# Parts of a handle that are made when they are first asked for.
 _MADE_LATE = {"_condition": lambda handle: HandleCondition(), "_waiters": _Waiters}
-# The status of a job that is over: the state of its Future, and the method that tells a waiter.
+# By status: the state of the Future, and the method that tells a waiter.
 _FUTURE_STATES = {FINISHED: (FUTURE_FINISHED, "add_result"),
                   FAILED: (FUTURE_FINISHED, "add_exception"),
                   CANCELLED: (CANCELLED_AND_NOTIFIED, "add_cancelled")}
 
 
 def path_of(handle: Job[Any]) -> str:
-    """Return the path of the file that a handle's job is in."""
     return handle._backend.path
 
 
 class Handles:
     """The handles that wait for the ends of their jobs.
 
-    The thread that commits an end completes them; another calls their callbacks, while there are
-    any to call.
+    The thread that commits an end completes them; another calls their callbacks.
     """
 
     def __init__(self, store: Store) -> None:
@@ -3514,23 +3292,21 @@ class Handles:
         self.watched: dict[int, Any] = {}  # by job, a WeakSet
         self.held: set[Any] = set()  # with callbacks: live until these ran
         self._to_call_back: deque[Any] = deque()
-        self._caller: threading.Thread | None = None
+        self._caller: Any = None
 
     def watch(self, handle: Job[Any]) -> None:
-        """Complete this handle when its job is over, if the app keeps it or it has callbacks."""
+        """Complete a handle, if kept or with callbacks, when its job is over."""
         with self._lock:
             self.watched.setdefault(handle.id, weakref.WeakSet()).add(handle)
             if handle._done_callbacks:
                 self.held.add(handle)
 
     def ids(self) -> list[int]:
-        """Return the ids of the watched jobs whose handles are still there."""
         with self._lock:
             self.watched = {job_id: handles for job_id, handles in self.watched.items() if handles}
             return list(self.watched)
 
     def complete(self, job_ids: Iterable[int]) -> None:
-        """Complete the handles of jobs that are over; one that was resumed stays watched."""
         for job_id in job_ids:
             for handle in list(self.watched.get(job_id, ())):
                 try:
@@ -3543,15 +3319,15 @@ class Handles:
         WHERE id = value AND status IN ('pending', 'running', 'stopping', 'stopped'))"""
 
     def look(self) -> None:
-        """Complete the handles of jobs that ended unnoticed, as in another process."""
+        """Complete the handles of jobs that ended unnoticed."""
         self.ends_missed = False
         ids = self.ids()
         if ids:
-            ended = self._store.read(self._ENDED, {"ids": json.dumps(ids)})
-            self.complete(row["value"] for row in ended)
+            self.complete(row["value"] for row in self._store.read(
+                self._ENDED, {"ids": json.dumps(ids)}))
 
     def completed(self, handle: Job[Any]) -> None:
-        """Forget a complete handle; have its callbacks called outside transactions and jobs."""
+        """Forget a complete handle; have its callbacks called in their thread."""
         with self._lock:
             handles = self.watched.get(handle.id, set())
             handles.discard(handle)
@@ -3577,27 +3353,26 @@ class Handles:
                 _log.exception("a callback of job %d failed", handle.id)
 
     def wait_for_callbacks(self) -> None:
-        """Block until the callbacks of complete handles have returned, unless inside one."""
+        """Block until all callbacks have returned, unless inside one."""
         while self._caller not in (None, threading.current_thread()):
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, where the thread is missing and the lock may be held."""
+        """Begin anew in a forked child."""
         self._lock, self._caller = threading.Lock(), None
 
 
 # ---- 12 Runner ----------------------------------------------------------------------------------
 #
-# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, the log
-# lines that wait to be written, the handles that wait for ends, and `Dispatch`, which takes jobs
-# from the file to the workers and their outcomes back. `Lifecycle` starts all that and takes it
-# down.
+# `Runner` is the face that an app uses. `Core` connects the parts behind it: the store, log lines
+# that wait to be written, handles that wait for ends, and `Dispatch`, which takes jobs from the
+# file to the workers and their outcomes back. `Lifecycle` starts all that and takes it down.
 
-SETTLE_SECONDS = 0.002  # how long an outcome that is not awaited may wait for company
+SETTLE_SECONDS = 0.002  # that an outcome which is not awaited may wait for company
 GRACE_SECONDS = 5.0  # that running jobs get to reach a checkpoint when the app goes down
-STANDING_CLOCK_SECONDS = 5.0  # then a job that waits, in drain(), for another time is an error
-LINES_A_JOB = 10_000  # log lines that are kept of a job, the newest, and up to a tenth more
-LINES_A_WRITE = 2_000  # log lines that a transaction takes along, if it has no outcomes
+STANDING_CLOCK_SECONDS = 5.0  # then it is an error to wait, in drain(), for another time
+LINES_A_JOB = 10_000  # log lines kept of a job, the newest, and up to a tenth more
+LINES_A_WRITE = 2_000  # log lines that a transaction without outcomes takes along
 LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 # Seconds that trees are kept once they are over, cancelled ones as finished.
@@ -3606,7 +3381,7 @@ HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 
 
 class LogLines:
-    """Log lines, and first starts for the statistics, until a transaction has taken them along.
+    """Log lines, and first starts for the statistics, that wait for a transaction.
 
     Any thread adds; only the leader writes and removes. If a transaction fails, its lines stay.
     """
@@ -3620,25 +3395,17 @@ class LogLines:
         return len(self._waiting)
 
     def add(self, attempt: Attempt, at: float, level: int, message: str | None) -> None:
-        """Take in a line of an attempt's log, or a start."""
+        """Add a line of an attempt's log, or a start."""
         if message is None or len(self._waiting) < LOG_BUFFER:
             self._waiting.append((attempt, at, level, message))
         else:
             self.dropped += 1
 
-    # One statement for all: a thread that computes holds each one up by the interpreter lock.
-    # :lines is a JSON array of [job, at, level, message, attempt]. The lines of an attempt that has
-    # been superseded, or has ended, are refused.
-    _INSERT = """INSERT INTO bgjobs_logs (job_id, at, level, message)
-        SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
-        json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines)
-        WHERE EXISTS (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]')
-        AND attempt = json_extract(value, '$[4]') AND owner = :owner)"""
     TRIM = """DELETE FROM bgjobs_logs WHERE job_id = :id AND id <= (SELECT id FROM bgjobs_logs
         WHERE job_id = :id ORDER BY id DESC LIMIT 1 OFFSET :keep)"""
 
     def write(self, tx: Transaction, owner: int, most: int) -> None:
-        """Write at most so many of the entries that wait."""
+        """Write at most so many entries."""
         entries = self._waiting[:most]
         if not entries:
             return
@@ -3652,7 +3419,14 @@ class LogLines:
             if not attempt.lines % (LINES_A_JOB // 10):
                 long_logs.add(attempt.id)
         if lines:
-            tx.execute(self._INSERT, {"owner": owner, "lines": dump(lines)})
+            # One statement for all: a thread that computes holds each one up by the interpreter
+            # lock. Lines of an attempt that has been superseded are refused.
+            tx.execute("""INSERT INTO bgjobs_logs (job_id, at, level, message)
+                SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'),
+                json_extract(value, '$[2]'), json_extract(value, '$[3]') FROM json_each(:lines)
+                WHERE EXISTS (SELECT 1 FROM bgjobs_jobs WHERE id = json_extract(value, '$[0]')
+                AND attempt = json_extract(value, '$[4]') AND owner = :owner)""",
+                       {"owner": owner, "lines": dump(lines)})
         for job_id in long_logs:
             tx.execute(self.TRIM, {"id": job_id, "keep": LINES_A_JOB})
 
@@ -3664,8 +3438,8 @@ class LogLines:
 class Dispatch:
     """Takes jobs from the file to the workers, and their outcomes back.
 
-    It rides along with transactions: log lines at their begin, so that they come before the
-    operations in it, outcomes and claims at their end. After the commit the claims go to the pool.
+    It rides along with transactions: log lines at their begin, so that they come before what
+    operations log, outcomes and claims at their end.
     """
 
     def __init__(self, core: Core) -> None:
@@ -3682,7 +3456,7 @@ class Dispatch:
     # between the file and the pool, in the leader's thread
 
     def begin(self, tx: Transaction) -> None:
-        """Write log lines: all of them if outcomes ride along, since these come after them."""
+        """Write log lines: all of them if outcomes, which come after them, ride along."""
         self._riding = list(self.ended)
         most = LOG_BUFFER if self._riding else LINES_A_WRITE
         self._core.lines.write(tx, self._core.id, most)
@@ -3699,7 +3473,7 @@ class Dispatch:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
-        """Claim jobs for the free slots, and some ahead while they are known to be short."""
+        """Claim jobs for the free slots, and some short ones ahead."""
         room = self.pool.room(self.run_times)
         enough_waits = (room.ahead < AHEAD_LIMIT // 2
                         or room.planned > AHEAD_SECONDS * room.workers / 2)
@@ -3713,7 +3487,7 @@ class Dispatch:
         return [Attempt(self._core, job, charge) for job, charge in claims.jobs]
 
     def _hand_over(self, ended: list[Attempt], claimed: list[Attempt]) -> None:
-        """After the commit, forget the attempts that ended, and give the claims to the pool."""
+        """After the commit, forget ended attempts, and give the claims to the pool."""
         for attempt in ended:
             self.ended.popleft()
             self._forget(attempt)
@@ -3732,7 +3506,7 @@ class Dispatch:
 
     def committed(self, tx: Transaction) -> None:
         """Complete the handles of jobs that are over."""
-        if tx.over and self._core.handles.watched:
+        if self._core.handles.watched:
             self._core.handles.complete(tx.over)
 
     def left_behind(self) -> None:
@@ -3751,17 +3525,16 @@ class Dispatch:
             return
         try:
             function = function_of(attempt.name)
-            if function is None:
-                attempt.outcome = UNKNOWN
-                return
             executor = None if attempt.job.system else self.executor_of(function)
             if attempt.options.get("isolate"):
                 executor = ISOLATED
-            if executor is None:
+            if function is None:
+                attempt.outcome = UNKNOWN
+            elif executor is None:
                 self.execute_here(attempt, function)
             else:
                 self._core.elsewhere.drive(attempt, function, executor)
-        except BaseException as error:  # raised by methods of the job's own exception, say
+        except BaseException as error:  # of a method of the job's own exception, say
             attempt.fail(error)
 
     def execute_here(self, attempt: Attempt, function: Function) -> None:
@@ -3771,20 +3544,20 @@ class Dispatch:
         self.run_times.record(attempt.name, attempt.worked)
 
     def note_start(self, attempt: Attempt) -> None:
-        """Count the first start of a job for the statistics, which leave out system jobs."""
+        """Count the first start of a job for the statistics."""
         job = attempt.job
         if job.started_at is None and not job.system:
             waited = self._core.clock() - max(job.created_at, job.run_at or 0.0)
             self._core.lines.add(attempt, max(0.0, waited), 0, None)
 
     def executor_of(self, function: Any) -> Any:
-        """Return the executor that a function's attempts go to, or None for the workers."""
+        """Return the executor for a function's attempts, or None for the workers."""
         return declared.get(function, {}).get("executor", self._core.executor)
 
     def settle(self, attempt: Attempt) -> bool:
-        """Queue the outcome of an attempt. Return whether the caller should commit it now.
+        """Queue an outcome. Return whether the caller is to commit it now.
 
-        Otherwise it is committed with others within SETTLE_SECONDS.
+        Else it is committed with others within SETTLE_SECONDS.
         """
         if attempt.exception is not None and not attempt.ticket.void:
             self._core.remember_exception(attempt)
@@ -3793,33 +3566,31 @@ class Dispatch:
         if not self.ended:
             self._ended_at = time.monotonic()
         self.ended.append(attempt)
-        if self._is_awaited(attempt):
-            return True
-        self.left_behind()
-        return False
+        awaited = self._is_awaited(attempt)
+        if not awaited:
+            self.left_behind()
+        return awaited
 
     def _is_awaited(self, attempt: Attempt) -> bool:
         """Whether a handle waits for this outcome, or a ready job for the slot or the limit."""
         watched = self._core.handles.watched
-        if attempt.id in watched or attempt.has_children:
-            return True
-        if watched and attempt.parent_id is not None or self._backlog and not self.pool.claimed:
-            return True
-        if (attempt.job.max_running or math.inf) <= self.pool.size:
-            return True
-        has_waited = time.monotonic() - self._ended_at > SETTLE_SECONDS
-        return has_waited and not self._store.leader
+        return bool(
+            attempt.id in watched or attempt.has_children
+            or watched and attempt.parent_id is not None
+            or self._backlog and not self.pool.claimed
+            or (attempt.job.max_running or math.inf) <= self.pool.size
+            or time.monotonic() - self._ended_at > SETTLE_SECONDS and not self._store.leader)
 
     # what is rare
 
     def give_back(self, claims: list[Attempt]) -> None:
-        """Return claims that have not begun: as outcomes like others, that count as no attempt."""
+        """Return claims that have not begun: as outcomes that count as no attempt."""
         if claims:
             self.ended.extend(claims)
             self._store.flush()
 
     def abandon(self, attempt: Attempt) -> None:
-        """Give up an attempt that the file has superseded, and give its slot to another."""
+        """Give up an attempt that the file has superseded, and free its slot."""
         self._forget(attempt)
         attempt.supersede()
         self.pool.abandon(attempt)
@@ -3828,13 +3599,13 @@ class Dispatch:
         """Carry out on the attempts here what operations, in any process, did to their jobs.
 
         Finds claims that were lost, too. While this thread leads, no claim and no outcome is under
-        way, and none of these jobs is claimed again before its old attempt is abandoned.
+        way; and no job is claimed again before its old attempt is abandoned.
         """
         jobs = {job.id: job for job in owned(tx, self._core.id)}
         # A worker queues an outcome before it takes the attempt out of the pool.
         here = {attempt.id for attempt in list(self.attempts.values())
                 if self.pool.has(attempt) or attempt in self.ended}
-        if self.claims:  # in drain(), a job that has been claimed is about to execute
+        if self.claims:  # else drain() is about to execute one
             for job_id in jobs.keys() - here:
                 take_back(tx, job_id, "its claim was lost", tx.now)
 
@@ -3854,7 +3625,7 @@ class Dispatch:
 
 
 def job_failed(job_id: int, row: Any) -> JobFailed:
-    """Return the error for a failed job that another process ran, by its `Core.outcome`."""
+    """Return the error of a failed job that another process ran, from its `Core.outcome`."""
     error = json.loads(row["error"] or '{"type": "", "text": "", "traceback": ""}')
     return JobFailed(f"job {job_id} ({row['name']})", **error)
 
@@ -3862,22 +3633,23 @@ def job_failed(job_id: int, row: Any) -> JobFailed:
 class Core:
     """What a runner is made of, and what handles, submitters and attempts ask of it.
 
-    In an executor's process a proxy has the methods that they need, from `submit` to `keep_line`.
+    In an executor's process a proxy answers them, from `submit` to `keep_line`.
     """
 
-    def __init__(self, face: Runner, store: Store, max_workers: int, executor: Any,
+    def __init__(self, face: Runner, store: Store, executor: Any,
                  callback: str | None) -> None:
         self.face, self.store, self.path, self.clock = face, store, store.path, store.clock
-        self.max_workers, self.executor, self.callback = max_workers, executor, callback
+        self.max_workers, self.executor, self.callback = face.max_workers, executor, callback
         self.run_times = RunTimes(dict(map(tuple, store.read(
             "SELECT name, seconds FROM bgjobs_functions WHERE seconds IS NOT NULL"))))
         self.lines, self.handles = LogLines(), Handles(store)
+        self.call_back = self.handles.completed
         self.dispatch = Dispatch(self)
-        # What functions raised, by job and attempt, the oldest first.
+        # By job and attempt, the oldest first.
         self._exceptions: dict[tuple[int, int], BaseException] = {}
         self.schedules: dict[str, tuple[Any, ...]] = {}  # of this code, by key: what was asked
         self.id = 0  # this runner's, once it is registered
-        self.inline: Drain | None = None  # while it runs jobs in drain()
+        self.inline = False  # it runs jobs in drain()
         self.shut = self.goes_down = False  # takes no jobs; and ends
         self._service_lock = threading.Lock()  # guards the making of the two below
         self.service: Service | None = None
@@ -3899,7 +3671,7 @@ class Core:
         return executor is not None and bool(self.elsewhere.is_broken(executor))
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child, with neither threads nor attempts."""
+        """Begin anew in a forked child, without threads and attempts."""
         self.handles.leave_to_parent()
         self.dispatch.attempts = {}
         self._service_lock, self.service = threading.Lock(), None
@@ -3925,7 +3697,7 @@ class Core:
         return list(self._write_for(new, connection)(lambda tx: tx.submit_many(new, arguments)))
 
     def _write_for(self, new: Submission, connection: Any) -> Function:
-        """Return what writes a submission: in a transaction of ours, or on the app's connection.
+        """Return what writes a submission: into a transaction of ours, or of the app's.
 
         Raises RuntimeError if the runner is shut down.
         """
@@ -3949,24 +3721,22 @@ class Core:
         return str(row["status"])
 
     def info(self, job_id: int) -> Fields:
-        """Return what `Job.info` does. Raises KeyError if there is no such job."""
+        """Return what `Job.info` does; raises as `status`."""
         for info in describe_jobs(self.store, [job_id]):
             return info
         raise KeyError(f"there is no job {job_id} in {self.path}")
 
     def logs(self, job_id: int, filters: Fields) -> list[Fields]:
-        """Return what `Job.logs` does, with all that has been logged by now."""
+        """Return what `Job.logs` does, with all lines logged by now."""
         if not self.store.closed:
             self.write_lines()
         return read_logs(self.store, job_id, filters)
 
-    _OUTCOME = """SELECT status, created_at, name, attempt, result, error
-        FROM bgjobs_jobs WHERE id = :id"""
-
     def outcome(self, job_id: int) -> Any:
         """Return a dict with status, created_at, name, attempt, result and error, or None."""
         if 0 < job_id < 1 << 63:
-            for row in self.store.read(self._OUTCOME, {"id": job_id}):
+            for row in self.store.read("""SELECT status, created_at, name, attempt, result, error
+                    FROM bgjobs_jobs WHERE id = ?""", [job_id]):
                 return {**row}  # other processes get it as JSON
         return None
 
@@ -3983,7 +3753,7 @@ class Core:
             del self._exceptions[next(iter(self._exceptions))]
 
     def error_of(self, job_id: int, row: Any) -> BaseException:
-        """Return the exception of a failed job: its own if this process ran it, or JobFailed."""
+        """Return a failed job's own exception if this process ran it, else JobFailed."""
         own = self._exceptions.get((job_id, row["attempt"]))
         return job_failed(job_id, row) if own is None else own
 
@@ -4012,24 +3782,54 @@ class Core:
 
     @library_code
     def watch(self, handle: Job[Any]) -> None:
-        """Complete a handle when its job is over, whichever process runs it."""
+        """Complete a handle when its job is over, in whichever process."""
         self.handles.watch(handle)
         self.ensure_service()
         if self.dispatch.ended and not self.store.closed:
             self.store.flush()  # its outcome may wait for company
         self.handles.complete([handle.id])  # it may have ended before it was watched
 
-    def call_back(self, handle: Job[Any]) -> None:
-        """Have the callbacks of a complete handle called."""
-        self.handles.completed(handle)
-
     def wait_in_job(self, attempt: Attempt, wait: Callable[[float | None], bool],
                     timeout: float | None) -> bool:
-        """Return wait(timeout), called inside a job, whose slot is given away meanwhile."""
-        if self.inline is not None:
-            return self.inline.wait(attempt, wait, timeout)
-        with self.dispatch.pool.away(attempt):
-            return wait(timeout)
+        """Return wait(timeout); give the slot of the attempt away meanwhile.
+
+        In drain(), run other jobs meanwhile.
+        """
+        if not self.inline:
+            with self.dispatch.pool.away(attempt):
+                return wait(timeout)
+        begun = idle_since = time.monotonic()
+        clock = self.clock()
+        while not wait(0):
+            now = time.monotonic()
+            if timeout is not None and now >= begun + timeout:
+                return False
+            if self.run_one():
+                idle_since = now
+            elif now - idle_since > STANDING_CLOCK_SECONDS and self.clock() == clock:
+                raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
+                                   "the clock of this runner stands")
+            self.handles.look()
+            wait(0.01)
+        attempt.waited += time.monotonic() - begun
+        return True
+
+    def run_one(self) -> bool:
+        """Run a ready job in this thread; return whether there was one."""
+        def claim_one(tx: Transaction) -> Claims:
+            run_schedules(tx)
+            wake_due(tx)
+            return claim(tx, self.id, Room(1, 1), self.run_times)
+        for job, charge in self.store.write(claim_one).jobs:
+            attempt = self.dispatch.attempts[job.id] = Attempt(self, job, charge)
+            if attempt.options.get("timeout"):
+                self.ensure_service()  # it watches the time
+            self.dispatch.execute(attempt)
+            self.dispatch.settle(attempt)
+            self.store.flush()
+            self.flush_reports()
+            return True
+        return False
 
     # reports of attempts
 
@@ -4040,14 +3840,14 @@ class Core:
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
         """Take a line into a job's log; it is in the file within a second."""
         if self.dispatch.attempts.get(attempt.id) is attempt:  # not superseded
-            if self.inline is not None and len(self.lines) >= LINES_A_WRITE:
+            if self.inline and len(self.lines) >= LINES_A_WRITE:
                 self.store.flush()  # in drain() no other thread writes them
             self.lines.add(attempt, at, level, message)
 
     def flush_reports(self) -> None:
         """Write progress, log lines, and what long attempts cost beyond their charge.
 
-        So the root of an attempt that runs longer than estimated does not look idle.
+        Else the root of an attempt that runs longer than estimated would look idle.
         """
         now, reports = time.monotonic(), []
         for attempt in list(self.dispatch.attempts.values()):
@@ -4071,62 +3871,16 @@ class Core:
             self.store.write(lambda tx: None)
 
 
-class Drain:
-    """Runs the ready jobs of a runner in the calling thread."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    def run_one(self) -> bool:
-        """Run one ready job; return whether there was one."""
-        core, dispatch = self._core, self._core.dispatch
-
-        def claim_one(tx: Transaction) -> Claims:
-            run_schedules(tx)
-            wake_due(tx)
-            return claim(tx, core.id, Room(1, 1), core.run_times)
-        for job, charge in core.store.write(claim_one).jobs:
-            attempt = dispatch.attempts[job.id] = Attempt(core, job, charge)
-            if attempt.options.get("timeout"):
-                core.ensure_service()  # it watches the time
-            dispatch.execute(attempt)
-            dispatch.settle(attempt)
-            core.store.flush()
-            core.flush_reports()
-            return True
-        return False
-
-    def wait(self, attempt: Attempt, wait: Callable[[float | None], bool],
-             timeout: float | None) -> bool:
-        """Run other jobs until an attempt need not wait any more."""
-        begun = idle_since = time.monotonic()
-        until = math.inf if timeout is None else begun + timeout
-        clock = self._core.clock()
-        while not wait(0):
-            now = time.monotonic()
-            if now >= until:
-                return False
-            if self.run_one():
-                idle_since = now
-            elif now - idle_since > STANDING_CLOCK_SECONDS and self._core.clock() == clock:
-                raise RuntimeError(f"job {attempt.id} waits for a job that is not due yet, and "
-                                   "the clock of this runner stands")
-            self._core.handles.look()
-            wait(0.01)
-        attempt.waited += time.monotonic() - begun
-        return True
-
-
-
 _MINE = """(submitter = :submitter OR
     (SELECT submitter FROM bgjobs_jobs r WHERE r.id = j.root_id) = :submitter)"""
 _MY_PENDING = f"SELECT id FROM bgjobs_jobs j WHERE status = 'pending' AND {_MINE} ORDER BY id"
 # Executing, or ready. Each part has an index of its own.
-_MY_UNFINISHED = " UNION ALL ".join(
-    f"SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE {which} AND {_MINE} LIMIT 1)" for which in (
-        "status IN ('running', 'stopping') AND status <> 'pending' AND owner IS NOT NULL",
-        "status = 'pending' AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0",
-        "status = 'pending' AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL"))
+_MY_UNFINISHED = f"""SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status <> 'pending'
+    AND status IN ('running', 'stopping') AND owner IS NOT NULL AND {_MINE} LIMIT 1)
+    UNION ALL SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status = 'pending'
+    AND queue IS NOT NULL AND parent_id IS NOT NULL AND root_id > 0 AND {_MINE} LIMIT 1)
+    UNION ALL SELECT * FROM (SELECT id FROM bgjobs_jobs j WHERE status = 'pending'
+    AND queue IS NOT NULL AND parent_id IS NULL AND lane IS NOT NULL AND {_MINE} LIMIT 1)"""
 
 
 class Lifecycle:
@@ -4139,31 +3893,24 @@ class Lifecycle:
         self._closing = threading.Lock()  # only one thread closes
         core.id = self._store.write(self._register)
 
-    _INSERT = """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
-        VALUES (:pid, :host, :workers, :now, :now)"""
-
     def _register(self, tx: Transaction) -> int:
-        """Enter this runner in the file and return its id.
-
-        Its lock is held before any other process can see the row.
-        """
+        """Enter this runner in the file, with its lock held; return its id."""
         import socket
         while True:
-            runner: int = tx.execute(self._INSERT, {
-                "pid": os.getpid(), "host": socket.gethostname(), "now": tx.now,
-                "workers": self._core.max_workers}).lastrowid
+            runner: int = tx.execute(
+                """INSERT INTO bgjobs_runners (pid, host, workers, started_at, heartbeat_at)
+                VALUES (?, ?, ?, ?, ?)""", [os.getpid(), socket.gethostname(),
+                                            self._core.max_workers, tx.now, tx.now]).lastrowid
             if self.presence.appear(runner):
                 return runner
             remove_runner(tx, runner)  # of a deleted file; the next id is higher
 
-    _BEAT = """UPDATE bgjobs_runners SET heartbeat_at = :now, abandoned = :abandoned
-        WHERE id = :id"""
-
     def beat(self) -> None:
         """Show that this runner lives."""
         abandoned = len(self._core.dispatch.pool.abandoned)
-        self._store.write(lambda tx: tx.execute(self._BEAT, {
-            "id": self._core.id, "now": tx.now, "abandoned": abandoned}))
+        self._store.write(lambda tx: tx.execute(
+            "UPDATE bgjobs_runners SET heartbeat_at = ?, abandoned = ? WHERE id = ?",
+            [tx.now, abandoned, self._core.id]))
 
     def start(self) -> None:
         """Take back what dead processes left behind, and begin to claim jobs."""
@@ -4171,22 +3918,21 @@ class Lifecycle:
         if core.shut:
             raise RuntimeError(f"the runner on {core.path} is shut down; make a new one")
         if core.callback is not None:
-            core.elsewhere.listen()  # now, since an error would be heard by nobody later
+            core.elsewhere.listen()  # now: later nobody would hear an error
         capture_log_records()
         self.recover_dead()
         self.started = core.dispatch.claims = True
         core.ensure_service()
         self._store.flush()
 
-    _OTHERS = """SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> :id UNION ALL
-        SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
-        AND status IN ('running', 'stopping') AND status <> 'pending'
-        AND owner NOT IN (SELECT id FROM bgjobs_runners)"""
-
     def recover_dead(self) -> None:
-        """Take back the jobs of runners whose process died, and of those without a row."""
+        """Take back the jobs of runners that died, and of those without a row."""
         now = self._core.clock()
-        for runner, seen in self._store.read(self._OTHERS, {"id": self._core.id}):
+        for runner, seen in self._store.read("""
+                SELECT id, heartbeat_at FROM bgjobs_runners WHERE id <> ? UNION ALL
+                SELECT DISTINCT owner, NULL FROM bgjobs_jobs WHERE owner IS NOT NULL
+                AND status IN ('running', 'stopping') AND status <> 'pending'
+                AND owner NOT IN (SELECT id FROM bgjobs_runners)""", [self._core.id]):
             if self.presence.is_dead(runner, math.inf if seen is None else now - seen):
                 taken = self._store.write(lambda tx: recover(tx, runner))
                 self.presence.remove(runner)
@@ -4213,26 +3959,25 @@ class Lifecycle:
             self.close(time.monotonic() + GRACE_SECONDS)
 
     def close(self, until: float) -> None:
-        """Go down in order; running jobs get until then (monotonic) to reach a checkpoint."""
+        """Go down; running jobs get until then (monotonic) to reach a checkpoint."""
         self._store.close_by = min(self._store.close_by, until)
         with self._closing:
             if not self._store.closed:
                 self._close()
 
     def pause(self) -> None:
-        """Claim nothing more, and ask the running jobs to pause at their next checkpoint."""
+        """Claim nothing more; ask the running jobs to pause at a checkpoint."""
         self._core.shut = self._core.goes_down = True
         self._core.dispatch.claims = False
         for attempt in list(self._core.dispatch.attempts.values()):
             attempt.request_stop(RELEASED)
 
-    _SAVE_MEAN = "INSERT OR REPLACE INTO bgjobs_functions (name, seconds) VALUES (?, ?)"
-
     def save_means(self) -> None:
         """Write the recent run times, for other processes and the next start."""
         means = self._core.run_times.take_changed()
         if means:
-            self._store.write(lambda tx: tx.executemany(self._SAVE_MEAN, means))
+            self._store.write(lambda tx: tx.executemany(
+                "INSERT OR REPLACE INTO bgjobs_functions (name, seconds) VALUES (?, ?)", means))
 
     def _close(self) -> None:
         core, dispatch = self._core, self._core.dispatch
@@ -4262,7 +4007,7 @@ class Lifecycle:
         self.presence.release()  # if that write has failed
         dispatch.pool.close(0.2)
         core.handles.held.clear()  # else their callbacks are waited for
-        # Those attempts were given back: other processes may execute their jobs now.
+        # They were given back: other processes may execute their jobs now.
         for attempt in list(dispatch.attempts.values()):
             attempt.supersede()
 
@@ -4275,7 +4020,7 @@ class Lifecycle:
 
 
 class Submitter:
-    """Submits with the options it was made with: what `options()` returns. A runner is one, too."""
+    """Submits with options: what `options()` returns. A runner is one, too."""
 
     def __init__(self, core: Callable[[], Core], options: Fields) -> None:
         self._find_core, self._options = core, check_options(options)
@@ -4316,7 +4061,7 @@ class Submitter:
             if not isinstance(args, tuple):
                 raise TypeError(f"submit_many takes tuples of arguments, got {short(args)}; write "
                                 "(value,) for a single argument")
-            return encode_arguments(new, args)
+            return encode(args, f"the arguments of {new.name}") if args else None
         encoded = map(encode_tuple, argument_tuples)
         try:
             while batch := list(itertools.islice(encoded, 10_000)):
@@ -4330,9 +4075,9 @@ class Submitter:
             chunksize: int = 1, buffersize: int | None = None) -> Iterator[_T]:
         """Submit `fn(*arguments)` for each tuple of zip(*iterables); yield the results, in order.
 
-        timeout: seconds from now until which all results must be there, else TimeoutError.
-        chunksize is ignored. buffersize: submit only so many now, and another one for each result
-        that is taken. Jobs that have not begun are cancelled when the iterator raises or is closed.
+        timeout: seconds from now to the last result, else TimeoutError. chunksize is ignored.
+        buffersize: submit only so many now, and another one for each result taken. Pending jobs are
+        cancelled when the iterator raises or is closed.
         """
         check_values({"buffersize": buffersize}, _ARGUMENTS)
         submissions = (self.submit(fn, *arguments) for arguments in zip(*iterables))
@@ -4345,10 +4090,10 @@ class Submitter:
 
         schedule: seconds, a text like "15m" (s, m, h, d, w), or five cron fields, in the time zone
         of the option tz. It is known by the option key, else by function and arguments: to register
-        it at each start changes nothing, or its times if other ones are given. Times missed while
-        no process ran are made up once; while its last job is not over, a time is skipped. Raises
-        ValueError for a bad schedule, or for the same one at other times (give each a key), and
-        TypeError as submit.
+        it at each start changes nothing but its times, if they differ. Times missed while no
+        process ran are made up once; while its last job is not over, a time is skipped. Raises
+        ValueError for a bad schedule, or for one that this code has at other times (give each a
+        key), and TypeError as submit.
         """
         return register(self._find_core(), schedule, fn, args, kwargs, self._options)
 
@@ -4358,38 +4103,37 @@ class Submitter:
         name: stable identity of the function; by default its import path.
         label: a title for people.
         run_by: who asked for it; by default as the parent.
-        low_priority: True: run in periods of low load; by default as the parent.
-        system: True: housekeeping, hidden by default.
+        low_priority: run in periods of low load; by default as the parent.
+        system: housekeeping, hidden by default.
         key: at the root: while a job with this key is not over, submit returns that job; in a
             child: unique within the parent for good.
         delay: seconds to wait.
         run_at: or when to run, in Unix seconds or an aware datetime.
         retries: how many more attempts after an exception; by default 0.
         backoff: the pause before each of them: seconds, a list of them (the last one repeats), or a
-            function of the attempt, called at submit; by default 1 s, twice as long each time, up
-            to 10 min, and up to half as long again by chance.
-        timeout: seconds of one attempt; then it is stopped, after a grace of 5 s by force, and has
-            failed with a TimeoutError.
-        max_running: at most so many attempts of this name at once, over all processes; the job's
-            ancestors, which may wait for it, do not count.
+            function of the attempt, called at submit; by default 1 s, doubled each time up to
+            10 min, and up to half as long again by chance.
+        timeout: seconds of one attempt; then it is stopped, after 5 s more by force, and has failed
+            with a TimeoutError.
+        max_running: at most so many attempts of this name at once, over all processes; ancestors of
+            the job, which may wait for it, do not count.
         stoppable: False: stays stopping until it ends.
         restartable: False: refuses restart.
         recover: False: an attempt cut off by a crash fails instead of running again (at most once).
-        isolate: True: each attempt in a process of its own, which force stop and timeout kill.
+        isolate: each attempt in a process of its own, which force stop and timeout kill.
         tz: the time zone of `every`; by default the machine's.
         secret: names of arguments that people do not get to see.
         parent: a Job to become its child; None: a root, also from inside a job.
         connection: the app's open sqlite3.Connection to the same file: the job exists if and only
             if its transaction commits; before that, ask the handle for nothing but its id.
 
-        Raises TypeError for an unknown option, ValueError for a value that does not fit. For
-        `executor` see `job`.
+        Raises TypeError for an unknown option, ValueError for a bad value. executor: see `job`.
         """
         return Submitter(self._find_core, {**self._options, **options})
 
 
 def author_in(backend: Core) -> tuple[int, int] | None:
-    """Return the job and the attempt that this is called in, if they are of this runner."""
+    """Return the job and the attempt that this is called in, if of this runner."""
     attempt = current_attempt()
     if attempt is None or attempt.backend is not backend:
         return None
@@ -4405,7 +4149,7 @@ _COLUMNS: dict[str, Function] = {
 
 def new_submission(backend: Core, fn: Function, options: Fields,
                    args: Any = (), kwargs: Any = None) -> Submission:
-    """Return the row for a job that calls this function. Raises what `Submitter.submit` does."""
+    """Return the row of a new job; raises as `Submitter.submit`."""
     attempt = current_attempt()
     if attempt is None and serves_attempts():
         raise RuntimeError(
@@ -4414,40 +4158,34 @@ def new_submission(backend: Core, fn: Function, options: Fields,
     new = Submission(name_of(fn))
     given = {**declared[fn], **options} if fn in declared else options
     if given:
-        _apply_options(backend, new, fn, given)
+        for name, stored in _COLUMNS.items():
+            if given.get(name) is not None:
+                setattr(new, name, stored(given[name]))
+        if "name" in given:
+            functions.setdefault(new.name, fn)
+        if given.get("isolate"):
+            door("isolate")
+        if new.run_at is None and given.get("delay"):
+            new.run_at = backend.clock() + given["delay"]
+        kept = options_to_keep(fn, given)
+        if kept:
+            new.options = dump(kept)
+        if given.get("parent") is not None:
+            new.parent_id = given["parent"].id
+            path = path_of(given["parent"])
+            if os.path.realpath(path) != os.path.realpath(backend.path):
+                raise ValueError(f"{given['parent']!r} is in {path}; it takes no children from "
+                                 f"{backend.path}")
     new.author = author_in(backend)
     if attempt is not None and new.author is not None:
         attempt.raise_if_stopped()
         if "parent" not in given:
             new.parent_id = attempt.id
-    new.args, new.kwargs = encode_arguments(new, args), encode_arguments(new, kwargs)
+    if args:
+        new.args = encode(args, f"the arguments of {new.name}")
+    if kwargs:
+        new.kwargs = encode(kwargs, f"the arguments of {new.name}")
     return new
-
-
-def encode_arguments(new: Submission, given: Any) -> str | None:
-    """Return the arguments of a job, or its keyword arguments, as JSON; None if there are none."""
-    return encode(given, f"the arguments of {new.name}") if given else None
-
-
-def _apply_options(backend: Core, new: Submission, fn: Function, given: Fields) -> None:
-    for name, stored in _COLUMNS.items():
-        if given.get(name) is not None:
-            setattr(new, name, stored(given[name]))
-    if "name" in given:
-        functions.setdefault(new.name, fn)
-    if given.get("isolate"):
-        door("isolate")
-    if new.run_at is None and given.get("delay"):
-        new.run_at = backend.clock() + given["delay"]
-    kept = options_to_keep(fn, given)
-    if kept:
-        new.options = dump(kept)
-    parent = given.get("parent")
-    if parent is not None:
-        path = path_of(parent)
-        if os.path.realpath(path) != os.path.realpath(backend.path):
-            raise ValueError(f"{parent!r} is in {path}; it takes no children from {backend.path}")
-        new.parent_id = parent.id
 
 
 def _results(jobs: deque[Job[_T]], submissions: Iterator[Job[_T]],
@@ -4487,7 +4225,7 @@ _ARGUMENTS: dict[str, tuple[Function, str]] = {
 
 
 class RunnerFace(Submitter):
-    """What a runner offers in its own process, and in that of an attempt elsewhere."""
+    """What a runner offers in every process, also in that of an attempt elsewhere."""
 
     def get(self, job_id: int) -> Job[Any]:
         """Return the handle of a job. Raises KeyError if there is none with this id."""
@@ -4502,8 +4240,7 @@ class RunnerFace(Submitter):
         """Return the jobs that pass the filters, newest first; all of them with limit=None.
 
         Filters: status= name= run_by= errors= low_priority= q= parent= system= created_from=
-        created_to= (see `conditions`); before: only ids below that. Raises ValueError for a bad
-        value.
+        created_to= (see `conditions`). before: only ids below. Raises ValueError for a bad value.
         """
         backend = self._find_core()
         return [Job(backend, job_id) for job_id in backend.find(filters, limit, before)]
@@ -4547,8 +4284,9 @@ class Runner(RunnerFace, Executor):
         Submitter.__init__(self, lambda: self.core, {})
         self.max_workers = self._max_workers = max_workers
         self._retention = None if retention is None else {**RETENTION, **retention}
-        path = os.environ.get("BGJOBS_DB", "bgjobs.db") if path is None else path
-        self._make_store = functools.partial(Store, path, durability, journal, clock)
+        if path is None:
+            path = os.environ.get("BGJOBS_DB", "bgjobs.db")
+        self._file = path, durability, journal, clock
         self._elsewhere = executor, callback
         self._open()
         register_hooks()
@@ -4562,9 +4300,9 @@ class Runner(RunnerFace, Executor):
 
     def _open(self) -> None:
         """Open the file, and enter this runner in it."""
-        store = self._make_store()
+        store = Store(*self._file)
         try:
-            self.core = Core(self, store, self.max_workers, *self._elsewhere)
+            self.core = Core(self, store, *self._elsewhere)
         except BaseException:
             store.close()
             raise
@@ -4574,9 +4312,8 @@ class Runner(RunnerFace, Executor):
     def start(self) -> Runner:
         """Take back what a dead process left behind, and begin to run jobs. Return the runner.
 
-        In a forked child it opens the file anew first. In the process of an isolated attempt,
-        whose modules may call it, it does nothing. Raises OSError if the address given as callback=
-        cannot be used.
+        In a forked child it opens the file anew first. It does nothing in the process of an
+        isolated attempt. Raises OSError if the callback address cannot be used.
         """
         if not serves_attempts():
             if self.core.store.forked:
@@ -4589,10 +4326,10 @@ class Runner(RunnerFace, Executor):
     def schedules(self, system: bool = False) -> list[Schedule]:
         """Return the schedules in the file, also those that no code has any more.
 
-        system=True adds those of the library.
+        system: those of the library, too.
         """
-        rows = self.core.store.read(SCHEDULES, {"system": system})
-        return [Schedule(self.core, row["id"]) for row in rows]
+        return [Schedule(self.core, row["id"])
+                for row in self.core.store.read(SCHEDULES, {"system": system})]
 
     def drain(self) -> int:
         """Run what is ready in this thread until nothing is; return how many attempts ran.
@@ -4606,13 +4343,11 @@ class Runner(RunnerFace, Executor):
         capture_log_records()
         core.life.recover_dead()
         core.store.write(clock_was_set_back)  # a clock for tests may have been
-        core.inline, ran = Drain(core), 0
+        core.inline = True
         try:
-            while core.inline.run_one():
-                ran += 1
+            return sum(iter(core.run_one, False))
         finally:
-            core.inline = None
-        return ran
+            core.inline = False
 
     def stats(self, window: str = "24h", name: str | None = None) -> Fields:
         """Return what was counted in a window: "1h", "24h", "7d" or "30d", without system jobs.
@@ -4629,15 +4364,14 @@ class Runner(RunnerFace, Executor):
               failed: float = RETENTION["failed"]) -> int:
         """Remove whole trees that have been over for so many seconds; return how many jobs.
 
-        Cancelled ones count as finished. In many short transactions, each followed by a checkpoint.
+        Cancelled ones count as finished. In short transactions, with checkpoints between them.
         """
         return remove_expired(self.core, finished, failed)
 
     def backup(self, path: str | os.PathLike[str]) -> str:
         """Copy the job file as it is at this moment, while it is in use; return the path.
 
-        A plain copy would miss what is in the -wal file, or tear a transaction. Raises ValueError
-        if the path exists.
+        A plain copy would miss what is in the -wal file. Raises ValueError if the path exists.
         """
         path = os.path.abspath(path)
         self.core.store.file.backup(path)
@@ -4646,7 +4380,7 @@ class Runner(RunnerFace, Executor):
     def serve(self, /, host: str = "127.0.0.1", port: int = 8765, **options: Any) -> str:
         """Serve the status page in a thread of its own; return its URL. port=0 takes a free one.
 
-        read_only: True: without operations.
+        read_only: without operations.
         password: asked for by the browser (HTTP Basic; use TLS on a network).
         authorize: a function of the request, its WSGI environ, that returns the user's name, or
             None to refuse. The job log's `by` has that name, or the one given with the password.
@@ -4660,16 +4394,16 @@ class Runner(RunnerFace, Executor):
     def wsgi(self, /, **options: Any) -> Any:
         """Return the status page as a WSGI app, to mount under any prefix of the app's own server.
 
-        The options are those of `serve`. Without password and authorize, who may see it is up to
-        the app; then hosts names what it answers to besides loopback (["example.org"]).
+        The options are those of `serve`. Without password and authorize, the app decides who may
+        see it, and hosts names what it answers to besides loopback (["example.org"]).
         """
         return door("wsgi")(self.core, **options)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more jobs. With wait=True, return when none of this runner's is left, then close.
 
-        It waits until no job submitted through this runner, nor a descendant of one, is ready or
-        running. cancel_futures: cancel those that are pending.
+        That is: no job submitted through it, nor a descendant of one, is ready or running.
+        cancel_futures: cancel those that are pending.
         """
         self.core.life.shutdown(wait, cancel_futures)
 
@@ -4677,8 +4411,8 @@ class Runner(RunnerFace, Executor):
     def close(self, timeout: float = GRACE_SECONDS) -> None:
         """Go down: running jobs pause at their next checkpoint and go back to pending.
 
-        They continue from their state at the next start. timeout: seconds until those that reached
-        no checkpoint are given back, too; what they still do then changes nothing in the file.
+        They continue from their state at the next start. timeout: seconds until those without a
+        checkpoint are given back, too; what they still do then changes nothing in the file.
         """
         self.core.life.close(time.monotonic() + timeout)
 
@@ -4693,34 +4427,34 @@ class Service:
 
     def __init__(self, core: Core) -> None:
         self._core, self._store = core, core.store
-        self._event = threading.Event()  # ends the sleep before the next poll
-        self._soon = False  # to lead, in SETTLE_SECONDS
-        self._version = -1  # of the file, at the last poll
-        self._others_version = -1  # the same without our own commits
-        self._clock_at = core.clock()  # at the last poll
+        self._event = threading.Event()  # ends the sleep
+        self._soon = False  # it leads soon
+        self._version = -1  # of the file, when last polled
+        self._others_version = -1  # without our own commits
+        self._clock_at = core.clock()  # likewise
         self._due_at = math.inf  # of the next job or schedule
-        self._shown: Any = None  # what the last heartbeat has told
+        self._shown: Any = None  # by the last heartbeat
         dispatch, life = core.dispatch, core.life
-        # The duties of a started runner, each with its seconds, and when each was last done.
+        # When the duties of a started runner were last done, each with its period in seconds.
         self._done_at: dict[Any, float] = dict.fromkeys((
             (0.0, dispatch.pool.put), (0.0, self._wake_due), (FLUSH_SECONDS, core.flush_reports),
             # Jobs are claimed behind attempts that may turn out long.
             (0.0, lambda: dispatch.give_back(dispatch.pool.take_back(5 * AHEAD_SECONDS))),
             (0.5, life.recover_dead), (1.0, self._beat), (1.0, life.save_means),
             (1.0, self._unpark), (1.0, lambda: core.store.write(dispatch.compare)),
-            (10.0, core.handles.look),                    # Ctrl-C may have hit who tells of ends
+            (10.0, core.handles.look),  # if Ctrl-C has hit the thread that tells of ends
             (60.0, core.store.file.shorten_wal), (60.0, lambda: count_created(core))),
             time.monotonic())
         self.thread = start_thread("bgjobs-service", self._run)
 
     def end(self, seconds: float) -> None:
-        """Wait some seconds for the thread to end, unless it goes on watching handles."""
+        """Wait for the thread's end, unless it still watches handles."""
         self._event.set()
         if self.thread is not threading.current_thread() and not self._core.handles.ids():
             self.thread.join(seconds)
 
     def nudge(self) -> None:
-        """Have the thread lead a transaction in SETTLE_SECONDS."""
+        """Lead a transaction in SETTLE_SECONDS."""
         if not self._soon:
             self._soon = True
             self._event.set()
@@ -4750,13 +4484,12 @@ class Service:
                     time.sleep(0.2)
 
     def _poll(self) -> None:
-        """Note what other processes have written, then do what is due."""
         version = self._store.version()
         if version != self._version:
             self._store.write(self._see_others)
             self._due_at = self._store.read(
-                f"""SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at
-                UNION ALL SELECT ({NEXT_SCHEDULE}))""")[0][0] or math.inf
+                f"SELECT min(at) FROM (SELECT ({NEXT_DUE}) AS at UNION ALL "
+                f"SELECT ({NEXT_SCHEDULE}))")[0][0] or math.inf
             self._version = version
         if self._core.handles.ends_missed:
             self._core.handles.look()
@@ -4770,16 +4503,13 @@ class Service:
     # its duties
 
     def _see_others(self, tx: Transaction) -> None:
-        others = tx.value("PRAGMA data_version")  # our own commits do not change it here
+        others = tx.value("PRAGMA data_version")  # here our own commits do not change it
         if others != self._others_version:
             self._others_version, self._core.handles.ends_missed = others, True
             self._core.dispatch.compare(tx)
 
     def _time_out(self) -> None:
-        """Stop the attempts that take longer than their timeout.
-
-        One that reaches no checkpoint within the grace has failed, and is abandoned.
-        """
+        """Stop the attempts past their timeout; abandon those that go on after the grace."""
         for attempt in list(self._core.dispatch.attempts.values()):
             timeout = attempt.options.get("timeout")
             if attempt.thread is None or timeout is None:
@@ -4791,7 +4521,6 @@ class Service:
                 attempt.request_stop(TIMED_OUT, force=True)
 
     def _fail_late(self, attempt: Attempt, tx: Transaction) -> None:
-        """Record the failure of an attempt that still executes."""
         lost = copy.copy(attempt)
         lost.ran = time.monotonic() - attempt.begun
         lost.time_out()
@@ -4800,7 +4529,6 @@ class Service:
             tx.after_commit.append(lambda: self._core.dispatch.abandon(attempt))
 
     def _wake_due(self) -> None:
-        """Make jobs ready that are due, and notice if the clock was set back."""
         before, self._clock_at = self._clock_at, self._core.clock()
         if self._clock_at < before - 1.0:
             self._store.write(clock_was_set_back)
@@ -4810,9 +4538,9 @@ class Service:
             self._store.write(wake_due)
 
     def _beat(self) -> None:
-        """Show that the runner lives, and at once how many abandoned threads it has."""
-        beats = int(time.monotonic() / HEARTBEAT_SECONDS)
-        shown = beats, len(self._core.dispatch.pool.abandoned)
+        """Show that the runner lives, at once if the number of abandoned threads changes."""
+        shown = (int(time.monotonic() / HEARTBEAT_SECONDS),
+                 len(self._core.dispatch.pool.abandoned))
         if shown != self._shown:
             self._core.life.beat()
             self._shown = shown
@@ -4823,7 +4551,7 @@ class Service:
         WHERE found IS NOT NULL) SELECT found FROM keys WHERE found IS NOT NULL"""
 
     def _unpark(self) -> None:
-        """Make ready the jobs whose function this process knows, or whose limit has room."""
+        """Unblock the jobs whose function is known here, or whose limit has room."""
         for (key,) in self._store.read(self.BLOCKED_KEYS):
             kind, _, name = key.partition(" ")
             if kind in ("limit", "suspect"):
@@ -4834,33 +4562,33 @@ class Service:
 
 
 class Presence:
-    """Tells which runners on a file live, by an operating-system lock that dies with its process.
+    """Tells which runners on a file live, by a lock of the system that dies with the process.
 
-    Runner N locks a small file, PATH-bgjobs-N.lock, as long as it lives, even if it is suspended.
-    Probing the own lock finds it held, too, so two copies of this module in one process do no harm.
-    A forked child would keep the lock: it closes what it inherits.
+    Runner N locks PATH-bgjobs-N.lock as long as it lives, even if suspended. A probe of the own
+    lock finds it held, so two copies of this module in one process do no harm. A forked child
+    closes the lock that it inherits.
     """
 
     def __init__(self, path: str) -> None:
-        self._path = os.path.realpath(path)  # of the job file
-        self._lock: int | None = None  # the descriptor
+        self._path = os.path.realpath(path)
+        self._lock: int | None = None  # descriptor
 
     def _file(self, runner: int) -> str:
         return f"{self._path}-bgjobs-{runner}.lock"
 
     def appear(self, runner: int) -> bool:
-        """Take the lock of a new runner; return False if another process has it."""
+        """Take the lock of a new runner; return False if it is taken."""
         try:
             self._lock = _lock_file(self._file(runner), os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise StoreError(f"cannot lock {self._file(runner)}: {error}; put the job file on a "
-                             "local disk") from error
+            raise StoreError(f"cannot lock {self._file(runner)}: {error}; use a local "
+                             "disk") from error
         return self._lock is not None
 
     def is_dead(self, runner: int, silent: float) -> bool:
         """Return whether the process of a runner is gone.
 
-        silent: seconds since its heartbeat, which tells if the lock's file was deleted.
+        silent: seconds since its heartbeat, which decide if the lock file was deleted.
         """
         with fork_gate:  # a child would inherit the lock
             try:
@@ -4872,19 +4600,17 @@ class Presence:
             return lock is not None
 
     def remove(self, runner: int) -> None:
-        """Delete the lock's file of a runner that is gone."""
         with contextlib.suppress(OSError):
             os.remove(self._file(runner))
 
     def release(self) -> None:
-        """Release the lock of this runner; a forked child leaves it to the parent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def _lock_file(path: str, flags: int) -> int | None:
-    """Open a file and lock it until it is closed; return None if it is locked already."""
+    """Open and lock a file until it is closed; return None if it is locked."""
     descriptor = os.open(path, flags, 0o644)
     try:
         if os.name == "nt":
@@ -4904,7 +4630,7 @@ living: weakref.WeakSet[Runner] = weakref.WeakSet()
 
 @functools.cache
 def register_hooks() -> None:
-    """Close the living runners at interpreter exit, and leave them to the parent at a fork."""
+    """Close the living runners at exit, and leave them to the parent at a fork."""
     atexit.register(_close_all)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=fork_gate.shut, after_in_parent=lambda: fork_gate.door.release(),
@@ -4912,11 +4638,11 @@ def register_hooks() -> None:
 
 
 def _close_all() -> None:
-    until = time.monotonic() + GRACE_SECONDS  # one for all
+    until = time.monotonic() + GRACE_SECONDS
     lives = [runner.core.life for runner in list(living)]
     for life in lives:
         life.pause()
-    for life in lives * 3:  # again, if Ctrl-C has cut it short: then it waits no longer
+    for life in lives * 3:  # again if Ctrl-C cuts it short, then without waiting
         try:
             life.close(until)
         except KeyboardInterrupt:
@@ -4924,7 +4650,6 @@ def _close_all() -> None:
 
 
 def leave_to_parent() -> None:
-    """Leave the runners, with their threads, locks and connections, to the parent of a fork."""
     fork_gate.__init__()  # type: ignore[misc]
     _here.ticket = None
     for runner in list(living):
@@ -4934,11 +4659,10 @@ def leave_to_parent() -> None:
 
 # ---- 14 Schedules -------------------------------------------------------------------------------
 #
-# A schedule is a row: a function, its arguments and options, and the times at which to make a
-# job of them. Code registers it at each start. Once no living process has it in its code, it
-# makes no more jobs, and the row stays for people to see. The transaction that submits a job also
-# moves `next_at` past the present. So each time makes one job, whichever process looks first, and
-# all times that were missed make one, too.
+# A schedule is a row: a call, and the times at which to make a job of it. Code registers it at each
+# start. Once no living process has it, it makes no more jobs, but people still see it. The
+# transaction that submits a job moves `next_at` past the present. So each time makes one job,
+# whichever process looks first, and all missed times make one together.
 
 _JOB_COLUMNS = ("name", "args", "kwargs", "options", "label", "run_by", "low_priority", "system",
                 "max_running")
@@ -4947,23 +4671,21 @@ SCHEDULE = """SELECT s.*,
     (SELECT status FROM bgjobs_jobs WHERE id = s.job_id) AS job_status FROM bgjobs_schedules s"""
 SCHEDULES = SCHEDULE + " WHERE system <= :system ORDER BY system, name, id"
 ONE_SCHEDULE = SCHEDULE + " WHERE id = :id"
-DUE_SCHEDULES = SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered"
 NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
     AND id IN (SELECT schedule_id FROM bgjobs_registered)"""
 SET_NEXT = "UPDATE bgjobs_schedules SET next_at = :next_at, paused = :paused WHERE id = :id"
 
 
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
-    """Return the rows of a query within a transaction, their columns by name."""
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
     return cursor.fetchall()
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
-    """Return when a schedule is due next: its `next_at` if only others have the data of its zone.
+    """Return when a schedule is due next: its `next_at` if its zone is unknown here.
 
-    It is never later than if it began now, for the clock may have been set back.
+    It is `next_at` if the data of its zone is not here.
     """
     due: float = row["next_at"]
     try:
@@ -4973,37 +4695,34 @@ def _next_time(row: sqlite3.Row, now: float) -> float:
     return min(times.next(due, now), times.next(now, now))
 
 
-TICK = """UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
-    job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
-    skipped = skipped + (:job IS NULL) WHERE id = :id"""
-
-
 def _make_job(tx: Transaction, row: sqlite3.Row, next_at: float) -> int | None:
-    """Note when it is due next, and submit its job; return None if its last one is not over."""
+    """Set `next_at` and submit a job; return None if the last one is not over."""
     job = None
     if row["job_status"] in (None, *OVER):
         job = tx.submit(Submission(**{name: row[name] for name in _JOB_COLUMNS}))
-    tx.execute(TICK, {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
+    tx.execute("""UPDATE bgjobs_schedules SET next_at = :next_at, last_at = :now,
+        job_id = ifnull(:job, job_id), runs = runs + (:job IS NOT NULL),
+        skipped = skipped + (:job IS NULL) WHERE id = :id""",
+               {"id": row["id"], "job": job, "now": tx.now, "next_at": next_at})
     return job
 
 
 def run_schedules(tx: Transaction) -> None:
-    """Make a job for each schedule that is due, unless its last one is not over."""
-    for row in _rows(tx, DUE_SCHEDULES, now=tx.now):
+    for row in _rows(tx, SCHEDULE + " WHERE next_at <= :now AND paused = 0 AND registered",
+                     now=tx.now):
         next_at = _next_time(row, tx.now)
         if next_at > tx.now:
             _make_job(tx, row, next_at)
 
 
 def clock_was_set_back(tx: Transaction) -> None:
-    """Let no schedule wait until the clock shows the time again at which it would have been due."""
+    """Let no schedule wait until the clock has caught up."""
     for row in _rows(tx, SCHEDULE + " WHERE registered"):
         next_at = min(row["next_at"], _next_time(row, tx.now))
         tx.execute(SET_NEXT, {**dict(row), "next_at": next_at})
 
 
 def describe_schedule(row: sqlite3.Row) -> Fields:
-    """Return the `info` of a schedule: a dict of the JSON interface."""
     info = dict(row)
     info |= shown_arguments(row, kept_options(info.pop("options")))
     info["tz"] = info.pop("zone")
@@ -5014,37 +4733,31 @@ def describe_schedule(row: sqlite3.Row) -> Fields:
     return info
 
 
-REMOVE_SCHEDULE = """DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
-    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id AND runner_id <> :runner)"""
-UNREGISTER_ALL = "DELETE FROM bgjobs_registered WHERE schedule_id = :id"
-
-
 class Schedule:
-    """A schedule in the file, as `every` returns it. If it was removed, methods raise KeyError."""
+    """A schedule in the file, as `every` returns it. Methods raise KeyError once it is removed."""
 
     def __init__(self, core: Core, schedule_id: int) -> None:
         self._core, self.id = core, schedule_id
 
     def info(self) -> Fields:
-        """Return all that is known of it, as JSON values. Times are Unix seconds.
+        """Return all that is known of it, as JSON values; times in Unix seconds.
 
-        registered: a living process has it in its code, else it makes no more jobs. skipped: how
-        often its last job was not over when it was due.
+        registered: a living process has it in its code, else it makes no jobs. skipped: how often
+        its last job was not over when it was due.
         """
         return describe_schedule(self._found(
             self._core.store.read(ONE_SCHEDULE, {"id": self.id})))
 
     def pause(self) -> Schedule:
-        """Make no more jobs, in any process, until it is resumed."""
+        """Make no jobs, in any process, until it is resumed."""
         return self._set_paused(True)
 
     def resume(self) -> Schedule:
-        """Go on with the next time; times that passed in the pause are not made up for."""
+        """Go on with the next time; those in the pause are not made up for."""
         return self._set_paused(False)
 
     def run_now(self) -> Job[Any]:
-        """Submit its job now; its times stay. Raises InvalidOperation if its last job is not
-        over."""
+        """Submit its job now; its times stay. Raises InvalidOperation if the last is not over."""
         def run(tx: Transaction, row: sqlite3.Row) -> int:
             job = _make_job(tx, row, row["next_at"])
             if job is None:
@@ -5056,11 +4769,13 @@ class Schedule:
     def remove(self) -> None:
         """Delete it. Raises InvalidOperation if another living process has it in its code."""
         def remove(tx: Transaction, row: sqlite3.Row) -> None:
-            deleted = tx.execute(REMOVE_SCHEDULE, {"id": self.id, "runner": self._core.id})
-            if not deleted.rowcount:
+            if not tx.execute("""DELETE FROM bgjobs_schedules WHERE id = :id AND NOT EXISTS
+                    (SELECT 1 FROM bgjobs_registered WHERE schedule_id = :id
+                    AND runner_id <> :runner)""",
+                              {"id": self.id, "runner": self._core.id}).rowcount:
                 raise InvalidOperation(f"schedule {self.id} ({row['name']}) is in the code of "
-                                       "another process that runs; remove it there")
-            tx.execute(UNREGISTER_ALL, {"id": self.id})
+                                       "another process; remove it there")
+            tx.execute("DELETE FROM bgjobs_registered WHERE schedule_id = ?", [self.id])
             self._core.schedules.pop(row["key"], None)
         self._change(remove)
 
@@ -5082,8 +4797,7 @@ class Schedule:
         return f"<Schedule {self.id}>"
 
 
-# If its times change, a schedule is due as if it were new. Else next_at stays, unless the clock
-# was set back.
+# With new times, a schedule is due as if new; else next_at stays, unless the clock was set back.
 SAVE_SCHEDULE = """INSERT INTO bgjobs_schedules (key, schedule, zone, created_at, next_at,
         name, args, kwargs, options, label, run_by, low_priority, system, max_running)
     VALUES (:key, :schedule, :zone, :now, :first,
@@ -5101,20 +4815,16 @@ REGISTER = f"INSERT OR IGNORE INTO bgjobs_registered VALUES (({SCHEDULE_ID}), :r
 
 def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs: Any,
              options: Fields) -> Schedule:
-    """Store a schedule that the code of this runner has; see Submitter.every."""
     for name in options.keys() & {"delay", "run_at", "parent", "connection"}:
         raise TypeError(f"{name} is no option of a schedule")
     if serves_attempts():  # the app has registered it
         return Schedule(core, 0)
-    new = new_submission(core, fn, {**options, "parent": None})
-    new.args, new.kwargs = (encode(given, f"the arguments of {new.name}") if given else None
-                            for given in (args, kwargs))
+    new = new_submission(core, fn, {**options, "parent": None}, args, kwargs)
     if not isinstance(schedule, str):
         schedule = period_text(schedule) if are_seconds([schedule]) else str(schedule)
-    tz = options.get("tz", declared.get(fn, {}).get("tz"))
-    zone = getattr(zone_of(tz), "key", None)
+    zone = getattr(zone_of(options.get("tz", declared.get(fn, {}).get("tz"))), "key", None)
     now, key = core.clock(), new.key
-    if key is None:  # function and arguments, hashed if they are secret or long
+    if key is None:  # function and arguments, hashed if secret or long
         arguments = f"{new.args or ''}{new.kwargs or ''}"
         if len(arguments) > 400 or '"secret"' in f"{new.options}":
             import hashlib
@@ -5138,32 +4848,29 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
 
 # ---- 15 Statistics and retention ----------------------------------------------------------------
 #
-# Transactions count in bgjobs_stats what happens to jobs, by minute and function, so that it
-# outlives the jobs. Every hour a system job sums up the rows that have left a window of `stats`,
-# by the parts of the next longer window, and removes the trees that have been over for long.
+# bgjobs_stats counts by minute and function, and outlives the jobs. Every hour a system job sums up
+# rows that have left a window by the parts of the next longer one, and removes old trees.
 
-# How many parts a window has, and of how many minutes. FOLD and its next one follow them.
+# A window's number of parts, and their minutes; FOLD follows them.
 WINDOWS = {"1h": (60, 1), "24h": (96, 15), "7d": (84, 120), "30d": (120, 360)}
 
-# {by}: `at`, the first minute of each part, or `name`, or NULL for the sums over all. quote() gives
-# all digits of a number.
+# {by}: `at` (a part's first minute), `name`, or NULL for all. quote() gives all digits.
 STATS = """WITH RECURSIVE part (at) AS
-        (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
-    SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
-        'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
-        'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
-            'avg', json(quote(sum(waiting) / sum(started))),
-            'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
-        'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
-            'avg', json(quote(sum(running) / sum(finished + failed))),
-            'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
-    FROM part LEFT JOIN bgjobs_stats
-        ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
-    GROUP BY {by} ORDER BY {by}"""
+    (SELECT :first UNION ALL SELECT at + :step FROM part WHERE at + :step <= :last)
+  SELECT {by}, json_object('created', ifnull(sum(created), 0), 'started', ifnull(sum(started), 0),
+    'finished', ifnull(sum(finished), 0), 'failed', ifnull(sum(failed), 0),
+    'waiting', json(CASE WHEN sum(started) > 0 THEN json_object(
+      'avg', json(quote(sum(waiting) / sum(started))),
+      'min', json(quote(min(waiting_min))), 'max', json(quote(max(waiting_max)))) END),
+    'running', json(CASE WHEN sum(finished + failed) > 0 THEN json_object(
+      'avg', json(quote(sum(running) / sum(finished + failed))),
+      'min', json(quote(min(running_min))), 'max', json(quote(max(running_max)))) END))
+  FROM part LEFT JOIN bgjobs_stats
+    ON minute BETWEEN at AND at + :step - 1 AND name = ifnull(:name, name)
+  GROUP BY {by} ORDER BY {by}"""
 
 
 def count_created(core: Core) -> None:
-    """Bring the statistics up to date with the jobs that were created and begun by now."""
     if core.lines or core.store.read(Transaction.UNCOUNTED):
         core.store.write(Transaction.count_created)
 
@@ -5177,7 +4884,7 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     last = int(core.clock() // 60)
     bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
 
-    def sums(by: str) -> list[tuple[Any, Fields]]:
+    def sums(by: str) -> list[Any]:
         return [(key, json.loads(counted))
                 for key, counted in core.store.read(STATS.format(by=by), bounds)]
     return {"window": window, "name": name, "from": bounds["first"] * 60, "to": (last + 1) * 60,
@@ -5186,21 +4893,18 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
             "functions": [{"name": each, **counted} for each, counted in sums("name") if each]}
 
 
-# The minute under which a row is kept: the first of the part, in the next longer window, of those
-# that it has left.
+# A row's minute: the first of its part of the shortest window it is in.
 FOLD = """CASE WHEN minute >= :now - 60 THEN minute WHEN minute >= :now - 96 * 15 THEN minute / 15 * 15
-    WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
-    WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
+  WHEN minute >= :now - 84 * 120 THEN minute / 120 * 120
+  WHEN minute >= :now - 120 * 360 THEN minute / 360 * 360 ELSE 0 END"""
 FOLDED = f"""SELECT {FOLD} AS part, name, sum(created), sum(started), sum(finished), sum(failed),
-    sum(waiting), min(waiting_min), max(waiting_max),
-    sum(running), min(running_min), max(running_max)
-    FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
+  sum(waiting), min(waiting_min), max(waiting_max),
+  sum(running), min(running_min), max(running_max)
+  FROM bgjobs_stats WHERE part < minute GROUP BY part, name"""
 FORGET_FOLDED = f"DELETE FROM bgjobs_stats WHERE {FOLD} < minute"
 
 
 def fold_statistics(core: Core) -> None:
-    """Sum up the rows that have left each window by the parts of the next longer window, and
-    after the longest for good."""
     def fold(tx: Transaction) -> None:
         now = {"now": int(tx.now // 60)}
         sums = tx.execute(FOLDED, now).fetchall()
@@ -5209,21 +4913,20 @@ def fold_statistics(core: Core) -> None:
     core.store.write(fold)
 
 
-PRUNE_IDS = 2_000  # ids that a prune looks at together
-PRUNE_SECONDS = 0.02  # how long one of its transactions removes jobs, while all writers wait
+PRUNE_IDS = 2_000  # that a prune looks at together
+PRUNE_SECONDS = 0.02  # of a transaction, while all writers wait
 
-# A job goes with its root, which has the lowest id of its tree, once nothing in the tree is left to
-# do: a child that was resumed below a root that is over still runs. Jobs that an interrupted prune
-# left behind have no root any more.
+# A job goes with its root, which has the tree's lowest id, once the tree has nothing left to do. An
+# interrupted prune leaves jobs without root.
 EXPIRED = """SELECT j.id FROM bgjobs_jobs j
-    LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
-    WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
-    AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
-    OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
+  LEFT JOIN bgjobs_jobs r ON r.id = ifnull(j.root_id, j.id)
+  WHERE j.id > :after AND j.id <= :until AND j.status IN ('finished', 'failed', 'cancelled')
+  AND (r.id IS NULL OR r.done >= r.total AND (r.status = 'failed' AND r.finished_at < :failed
+  OR r.status IN ('finished', 'cancelled') AND r.finished_at < :finished)) ORDER BY j.id DESC"""
 
 
 def _remove_some(tx: Transaction, which: Fields) -> int:
-    """Remove expired jobs, which may have thousands of log lines, for PRUNE_SECONDS; count them."""
+    """Remove expired jobs for PRUNE_SECONDS; return how many."""
     until, count = time.perf_counter() + PRUNE_SECONDS, 0
     for job_id, in tx.execute(EXPIRED, which).fetchall():
         remove(tx, [job_id])
@@ -5234,11 +4937,9 @@ def _remove_some(tx: Transaction, which: Fields) -> int:
 
 
 def remove_expired(core: Core, finished: float, failed: float) -> int:
-    """Remove whole trees that are over for so many seconds, and return the number of their jobs;
-    see Runner.prune."""
+    """Remove trees that are over for so long; see Runner.prune."""
     if not are_seconds([finished, failed]):
-        raise ValueError("finished and failed are seconds, 0 or more, "
-                         f"got {short((finished, failed))}")
+        raise ValueError(f"finished and failed are seconds, got {short((finished, failed))}")
     now, removed = core.clock(), 0
     (highest,), = core.store.read(HIGHEST_ID)
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
@@ -5252,15 +4953,14 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
 
 @job(name="bgjobs.housekeeping")
 def housekeeping(finished: float, failed: float) -> int:
-    """Fold the statistics and prune the file of the runner whose job this is."""
+    """Fold the statistics and prune the file."""
     core = current_attempt().backend  # type: ignore[union-attr]
     fold_statistics(core)
     return remove_expired(core, finished, failed)
 
 
 def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
-    """Schedule the housekeeping, as each runner that starts does; one process at a time works."""
-    if retention is not None:
+    if retention:
         runner.options(key="bgjobs.housekeeping", system=True,
                        label="Housekeeping: remove what is over for long").every(
             "1h", housekeeping, **retention)
@@ -5268,28 +4968,27 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
 
 # ---- 16 What people see -------------------------------------------------------------------------
 #
-# Lists and counts, a job's `info`, its log. A list takes milliseconds with a million jobs, too, and
-# without an index for every filter, which each submit would pay for. If no index has the jobs in
-# order, the search goes from the newest job down, SEARCH_LIMIT jobs at a time: a list then says
-# where to go on, a count that it is "at least".
+# An index for every filter would slow each submit down. If none has the jobs in order, the search
+# goes from the newest down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count
+# that it is "at least".
 
 COUNT_LIMIT = 10_001  # where counting for people ends
-SEARCH_LIMIT = 60_000  # jobs that one search looks at; a sixth of that if it looks into texts
-FEW = 10_000  # jobs of a status; all of fewer are looked at
+SEARCH_LIMIT = 60_000  # jobs a search looks at; for texts a sixth
+FEW = 10_000  # a status with fewer jobs is searched in full
 MAX_ID = (1 << 63) - 2  # SQLite holds one more
 
 
-# Filters. A reader is a function that reads a parameter, a Python value or a text of a URL, and a
-# text: what the value must be. If it is not, the function raises any error.
+# Filters. A reader is a function that reads a value, from Python or a URL, or raises any error, and
+# what the value must be.
 
 A_TRUTH = (lambda value: (False, True).index(json.loads(str(value).lower())), "true or false")
-A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # one in UTF-8
+A_TEXT = (lambda value: str.encode(value).decode(), "a text")  # in UTF-8
 A_TIME = (lambda value: json.loads(dump(float(value))), "Unix seconds")  # no NaN
 A_NUMBER = (lambda value: range(MAX_ID + 1).index(int(value)), "a whole number, 0 or more")
 
 
 def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
-    """Return what a reader makes of the value of a parameter. Raises ValueError if it is bad."""
+    """Return a parameter's value. Raises ValueError if it is bad."""
     read, must_be = reader
     try:
         return read(value)
@@ -5298,10 +4997,10 @@ def read_value(name: str, value: Any, reader: tuple[Function, str]) -> Any:
 
 
 def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
-    """Return the SQL conditions of some filters, and their values by name.
+    """Return the SQL conditions of filters, and their values by name.
 
-    known: by name, a reader and a condition. A filter that is None is none, but for parent. Raises
-    TypeError if there is no such filter, ValueError if a value is bad.
+    known: by name, a reader and a condition. None is no filter, but for parent. Raises TypeError,
+    ValueError.
     """
     for name in given:
         if name not in known:
@@ -5312,7 +5011,7 @@ def read_filters(given: Fields, known: Fields) -> tuple[list[str], Fields]:
 
 
 _CHILDREN = "parent_id = :parent AND parent_id IS NOT NULL"
-# With both, bgjobs_begun has the jobs of a status in the order of their ids.
+# With both, bgjobs_begun has a status's jobs in order.
 _ROOTS, _NO_SYSTEM = _INDEXED = ["parent_id IS NULL", "system = 0"]
 FILTERS: Fields = {
     "status": ((lambda value: sorted({value} if isinstance(value, str) else {*value},
@@ -5327,7 +5026,7 @@ FILTERS: Fields = {
     "system": (A_TRUTH, _NO_SYSTEM),  # no condition if it is true
     "created_from": (A_TIME, "created_at >= :created_from"),
     "created_to": (A_TIME, "created_at <= :created_to"),
-    # The slowest condition is the last. Arguments are searched for :json, as their JSON is ASCII.
+    # The slowest is the last. Arguments are searched for :json, as their JSON is ASCII.
     "q": ((text_of, "a text"), """(id = :q OR instr(lower(name || ' ' || ifnull(label, '')
         || ' ' || ifnull(message, '') || ' ' || ifnull(run_by, '')), lower(:q))
         OR instr(ifnull(options, ''), '"secret"') = 0
@@ -5336,11 +5035,11 @@ FILTERS: Fields = {
 
 
 def conditions(filters: Fields) -> tuple[list[str], Fields]:
-    """Return the SQL conditions of all filters but the status, and all their values by name.
+    """Return the SQL conditions of all filters but status, and all values by name.
 
     status: one or several. name, run_by: the whole text. errors, low_priority: True or False. q: an
     id, or a part of the name, label, arguments, message or run_by. parent: an id or a Job, None for
-    roots only. system: True adds the system jobs. created_from, created_to: Unix seconds.
+    roots. system: True adds system jobs. created_from, created_to: Unix seconds.
     """
     where, values = read_filters({"system": False, **filters}, FILTERS)
     values.setdefault("status", list(STATUSES))
@@ -5358,15 +5057,14 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
               most: Any = None) -> tuple[list[int], int | None]:
     """Return the ids of jobs that pass, the highest first, and that below which to go on, or None.
 
-    before: only ids below that. limit: how many at most. most: how many jobs to look at: there may
-    be fewer than `limit` among them, and more further down.
+    before: only ids below it. limit: how many at most. most: how many jobs to look at.
     """
     where, values = conditions(filters)
     limit = MAX_ID if limit is None else read_value("limit", limit, A_NUMBER)
     values["before"] = MAX_ID if before is None else read_value("before", before, A_NUMBER)
     values["limit"] = limit + 1
     statuses, bottom = values["status"], None
-    # Indexes have the jobs of a status in order, or it has so few that all can be sorted.
+    # An index has them in order, or they are few enough to sort.
     unsorted = [status for status in statuses if status == PENDING or where != _INDEXED]
     indexed = [condition for condition in where if condition in _INDEXED]
     if _CHILDREN not in where and len(unsorted) < len(STATUSES) and all(
@@ -5382,20 +5080,20 @@ def find_jobs(store: Store, filters: Fields, limit: Any, before: Any = None,
     return (ids, bottom) if len(ids) <= limit else (ids[:limit], ids[limit - 1])
 
 
-# The pending jobs, each once, by indexes; these are named, else SQLite walks through all children.
+# Each job once. Indexes are named, else SQLite reads all children.
 _PENDING_ROOTS = """SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_roots WHERE {where}
-        AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
-    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
-        AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
-    UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
-        AND parked IS NOT NULL AND root_id IS NULL"""
+    AND lane IS NOT NULL AND parent_id IS NULL AND queue IS NOT NULL
+  UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_due WHERE {where}
+    AND run_at IS NOT NULL AND queue IS NULL AND parked IS NULL
+  UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_parked WHERE {where}
+    AND parked IS NOT NULL AND root_id IS NULL"""
 _PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
     UNION ALL SELECT id FROM bgjobs_jobs INDEXED BY bgjobs_ready_children WHERE {where}
         AND parent_id IS NOT NULL AND queue IS NOT NULL""")
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for the ids of the jobs of a status that fulfil conditions."""
+    """Return the query for a status's jobs that fulfil conditions."""
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
@@ -5403,20 +5101,19 @@ def _of_status(status: str, where: list[str]) -> str:
 
 
 def count_at_most(store: Store, status: str, where: list[str], values: Fields, most: int) -> Any:
-    """Return how many jobs of a status fulfil conditions, or `most` if they are more."""
     query = f"SELECT count(*) FROM (SELECT * FROM ({_of_status(status, where)}) LIMIT {most})"
     return store.read(query, values)[0][0]
 
 
-# The first id since a time: a binary search for the last one before.
+# The first id since a time, by binary search.
 _FIRST_ID_SINCE = """WITH RECURSIVE search(step, last) AS (VALUES (1 << 62, 0)
-    UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
-        WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
-    FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
+  UNION ALL SELECT step / 2, last + CASE WHEN (SELECT created_at FROM bgjobs_jobs
+    WHERE id >= last + step ORDER BY id LIMIT 1) < :since THEN step ELSE 0 END
+  FROM search WHERE step > 0) SELECT max(last) + 1 FROM search"""
 
 
 def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tuple[str, Any]:
-    """Return FROM what to search the `most` newest jobs, and the id below which to go on, or None.
+    """Return what to search the `most` newest jobs FROM, and the id below which to go on, or None.
 
     values: gets :lowest, and :before if there is none.
     """
@@ -5425,7 +5122,7 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
     values.setdefault("before", MAX_ID)
     values["lowest"] = 0
     if most is not None:
-        # Ids go up with time, give or take an hour if the clock was set.
+        # Ids go up with time; an hour's grace if the clock was set.
         values["lowest"], end = (store.read(_FIRST_ID_SINCE, {"since": since})[0][0] for since in (
             values.get("created_from", 0.0) - 3_600, values.get("created_to", math.inf) + 3_600))
         values["before"] = min(values["before"], end)
@@ -5439,44 +5136,44 @@ def newest_jobs(store: Store, where: list[str], values: Fields, most: Any) -> tu
 # A job's info
 
 MASK = "\u2022\u2022\u2022"
-# The eta is the longer of the attempt's own estimate and that of its tree by its mean rate, else
-# from the mean run time of the function.
+# The eta is the longer of the attempt's estimate and the tree's mean rate's, else by the mean run
+# time of the function.
 _INFO = """WITH job AS (SELECT *, max(created_at, ifnull(run_at, 0.0)) AS due,
-        duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
-        status IN ('running', 'stopping') AS active FROM bgjobs_jobs
-        WHERE id IN (SELECT value FROM json_each(:ids))),
-    estimate AS (SELECT *,
-        CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
-        CASE WHEN active AND total AND tree_progress > 0
-            THEN ran * (total - tree_progress) / tree_progress END AS tree,
-        CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
-            END AS usual FROM job)
-    SELECT id, name, label, status, created_at, run_at, started_at, finished_at, run_by, parent_id,
-    attempt, message,
-    CASE WHEN status = 'running' AND returned THEN 'waiting for children'
-        WHEN status <> 'pending' THEN '' WHEN phase IS NOT NULL THEN phase
-        WHEN queue IS NULL AND parked IS NULL THEN 'scheduled'
-        WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
-    CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
-        ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
-    ran AS duration, own_errors + failed AS errors,
-    CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
-    CASE WHEN system THEN 'true' ELSE 'false' END AS system,
-    CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
-        WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
-        ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
-            / (total + 1))) END AS progress,
-    CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
-        ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
-    json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
-    ifnull(root_id, id) AS root_id, args, kwargs, state, result,
-    ifnull(nullif(json_extract(error, '$.traceback'), ''),
-        json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
-    options FROM estimate ORDER BY id DESC"""
+    duration + CASE WHEN since IS NULL THEN 0.0 ELSE max(0.0, :now - since) END AS ran,
+    status IN ('running', 'stopping') AS active FROM bgjobs_jobs
+    WHERE id IN (SELECT value FROM json_each(:ids))),
+  estimate AS (SELECT *,
+    CASE WHEN active AND NOT returned THEN max(0.0, ends_at - :now) END AS own,
+    CASE WHEN active AND total AND tree_progress > 0
+      THEN ran * (total - tree_progress) / tree_progress END AS tree,
+    CASE WHEN active THEN (SELECT seconds FROM bgjobs_functions f WHERE f.name = job.name) - ran
+      END AS usual FROM job)
+  SELECT id, name, label, status, created_at, run_at, started_at, finished_at, run_by, parent_id,
+  attempt, message,
+  CASE WHEN status = 'running' AND returned THEN 'waiting for children'
+    WHEN status <> 'pending' THEN '' WHEN phase IS NOT NULL THEN phase
+    WHEN queue IS NULL AND parked IS NULL THEN 'scheduled'
+    WHEN low_priority THEN 'waiting for low load' ELSE '' END AS phase,
+  CASE WHEN started_at IS NOT NULL THEN waited WHEN status = 'pending' THEN max(0.0, :now - due)
+    ELSE max(0.0, ifnull(finished_at, due) - due) END AS waiting,
+  ran AS duration, own_errors + failed AS errors,
+  CASE WHEN low_priority THEN 'true' ELSE 'false' END AS low_priority,
+  CASE WHEN system THEN 'true' ELSE 'false' END AS system,
+  CASE WHEN status = 'finished' THEN 1.0 WHEN NOT total THEN progress
+    WHEN progress IS NULL THEN min(1.0, max(0.0, tree_progress / total))
+    ELSE min(1.0, max(0.0, (tree_progress + CASE WHEN returned THEN 1.0 ELSE progress END)
+      / (total + 1))) END AS progress,
+  CASE WHEN own IS NULL AND tree IS NULL THEN CASE WHEN usual > 0 THEN usual END
+    ELSE max(ifnull(own, 0.0), ifnull(tree, 0.0)) END AS eta,
+  json_object('total', total, 'done', done, 'failed', failed, 'running', running) AS children,
+  ifnull(root_id, id) AS root_id, args, kwargs, state, result,
+  ifnull(nullif(json_extract(error, '$.traceback'), ''),
+    json_extract(error, '$.type') || ': ' || json_extract(error, '$.text')) AS error,
+  options FROM estimate ORDER BY id DESC"""
 
 
 def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
-    """Return the `info` of the jobs that are still there, the highest id first."""
+    """Return the `info` of jobs that exist, the highest id first."""
     infos: list[Fields] = []
     for row in store.read(_INFO, {"now": store.clock(), "ids": json.dumps(ids)}):
         info = {**row}
@@ -5489,7 +5186,7 @@ def describe_jobs(store: Store, ids: list[int]) -> list[Fields]:
 
 
 def shown_arguments(row: Any, options: Fields) -> Fields:
-    """Return args and kwargs as JSON values, the secret ones masked."""
+    """Return args and kwargs, secret ones masked."""
     args, kwargs = json.loads(row["args"] or "[]"), json.loads(row["kwargs"] or "{}")
     for place in options.get("secret", ()):  # a name, or a position
         if place in kwargs:
@@ -5518,7 +5215,7 @@ _LOG_FILTERS: Fields = {
 
 
 def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
-    """Return what `Job.logs` does: the newest `limit` lines, or those that follow `after`."""
+    """Return what `Job.logs` does."""
     where, values = read_filters(filters, _LOG_FILTERS)
     patterns = [values.pop(name) for name in ("text", "regex") if name in values]
     where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
@@ -5533,8 +5230,6 @@ def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
 
 
 # ---- 17 The default runner ----------------------------------------------------------------------
-#
-# The module's own functions are methods of the default runner.
 
 _default: Runner | None = None
 _default_lock = threading.Lock()  # guards the making of _default
@@ -5544,35 +5239,30 @@ _default_lock = threading.Lock()  # guards the making of _default
 def start(path: str | os.PathLike[str] | None = None, **options: Any) -> Runner:
     """Make the default runner and start it, or return the one there is.
 
-    path and options are those of Runner. Raises RuntimeError if there is a default runner already
-    and options are given, or another path.
+    path and options: as for Runner. Raises RuntimeError if there is one and they ask for another.
     """
     global _default
     with _default_lock:
-        runner, anew = _default, path is not None or bool(options)
-        if runner is None or (runner.core.store.closed if anew else _is_shut(runner)):
+        runner, anew = _default, path is not None or options
+        if not runner or (runner.core.store.closed if anew else _is_shut(runner)):
             _default = Runner(path, **options)
             return _default
         if options or os.path.abspath(path or runner.path) != runner.path:
-            raise RuntimeError(f"the default runner is on {runner.path} already, and has its "
-                               "options; close() it first, or make a Runner of your own")
+            raise RuntimeError(f"the default runner is on {runner.path}; close() it first")
         return runner.start()
 
 
 def _is_shut(runner: Runner) -> bool:
-    """Return whether a runner is closed for good; one that a fork has closed can start again."""
+    """Return whether a runner is closed for good, not by a fork."""
     return runner.core.store.closed and not runner.core.store.forked
 
 
 def _backend() -> Core:
-    """Return what the module's functions ask: in a job, what its attempt asks.
-
-    Raises RuntimeError if the default runner is closed: a new one might be on another file.
-    """
+    """Return the core. Raises RuntimeError if closed: a new runner might be on another file."""
     attempt, runner = current_attempt(), _default
-    if attempt is not None:
+    if attempt:
         return attempt.backend
-    if runner is None:
+    if not runner:
         return start().core
     if _is_shut(runner):
         raise RuntimeError(f"the runner on {runner.path} is shut down; call start()")
@@ -5587,10 +5277,9 @@ options = _submitter.options
 
 
 def _of_default_runner(method: Callable[Concatenate[Runner, _P], _T]) -> Callable[_P, _T]:
-    """Return a method of Runner as a function that calls it on the default runner."""
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         return getattr(_backend().face, method.__name__)(*args, **kwargs)  # type: ignore[no-any-return]
-    # Of a bound method, so that help() shows the signature without `self`.
+    # Bound, so that help() shows no `self`.
     functools.update_wrapper(call, types.MethodType(method, Runner))
     call.__qualname__ = call.__name__
     return call
@@ -5609,13 +5298,13 @@ wsgi = _of_default_runner(Runner.wsgi)
 
 def close(timeout: float = GRACE_SECONDS) -> None:
     """Runner.close on the default runner, if there is one."""
-    if _default is not None:
+    if _default:
         _default.close(timeout)
 
 
 def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
     """Runner.shutdown on the default runner, if there is one."""
-    if _default is not None:
+    if _default:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
