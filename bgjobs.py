@@ -6249,9 +6249,13 @@ class RunnerProxy:
         if handle._done_callbacks:
             start_thread("bgjobs-callbacks", handle._invoke_callbacks)
 
+    @library_code
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
-        """Save a state. How far each() is alone is told with what is new."""
-        return state is None or self.ask("save", state, positions)
+        """Save a state. How far each() is alone is told with the news; it hears of a stop here."""
+        if state is None:
+            self._listen(seconds=0)
+            return True
+        return bool(self.ask("save", state, positions))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
         """Keep a log line until it is told; the newest LOG_BUFFER of them at most."""
