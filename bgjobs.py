@@ -5307,7 +5307,7 @@ class Connection:
         with contextlib.suppress(OSError):  # it is no TCP socket
             link.setsockopt(6, 1, 1)  # IPPROTO_TCP, TCP_NODELAY
         self._sending = threading.Lock()  # a message is sent in one piece
-        self._unread = bytearray()  # of a message whose end has not come yet
+        self._unread = b""  # of a message whose end has not come yet
 
     def send(self, *message: Any) -> None:
         """Send a message. Raises OSError if the connection is lost."""
@@ -5324,13 +5324,10 @@ class Connection:
         received = self.socket.recv(1 << 16)
         if not received:
             raise ConnectionError("the connection has ended")
-        self._unread += received
-        if b"\n" not in received:
-            if len(self._unread) > LINE_BYTES:
-                raise ValueError("a message is too long")
-            return []
-        *lines, self._unread = self._unread.split(b"\n")
-        return [json.loads(line.decode()) for line in lines]
+        *lines, self._unread = (self._unread + received).split(b"\n")
+        if len(self._unread) > LINE_BYTES:
+            raise ValueError("a message is too long")
+        return [json.loads(line) for line in lines]
 
     def is_ready(self, seconds: float) -> bool:
         """Wait for data for so many seconds; return whether there is any, or the end."""
@@ -5467,7 +5464,7 @@ class AttemptServer:
                     self._found = self._listener.getsockname()[:2]
                     self._listener.settimeout(1.0)  # close() may not end an accept()
                     start_thread("bgjobs-callback", self._serve)
-        return self._found
+        return self._found  # type: ignore[no-any-return]
 
     def _serve(self) -> None:
         """Accept connections until close(). An attempt shows its token at once."""
@@ -5567,10 +5564,11 @@ class Drive:
     def _meet(self) -> Any:
         """Wait until the attempt has dialed; return its socket, or None if it ends unbegun."""
         while (link := self._inbox.get()) is None:
-            if self._future.done() and not self._future.cancelled():
-                self._lose(self.reason(""))
-                return None
-            if self._future.cancelled() or self.attempt.stop_requested and self._future.cancel():
+            if self.attempt.stop_requested:
+                self._future.cancel()
+            if self._future.done():
+                if not self._future.cancelled():
+                    self._lose(self.reason(""))
                 return None
         return link
 
@@ -5982,7 +5980,7 @@ class RunnerThere(RunnerFace):
         raise RuntimeError("a job that executes in another process cannot ask this of its runner; "
                            "do it in the app, or in a job without executor= and isolate=")
 
-    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse  # type: ignore[assignment]
+    every = schedules = stats = prune = drain = serve = wsgi = backup = _refuse
 
 
 _ERRORS = {each.__name__: each for each in (
@@ -6010,7 +6008,7 @@ class RunnerProxy:
         self._answers: dict[int, list[Any]] = {}  # to calls, by number
         self._telling = threading.Lock()  # news are told in order
         self._receiving = threading.Lock()  # one thread at a time receives
-        self._lines: deque[tuple[float, int, str]] = deque()  # of the log, not told yet
+        self._lines: deque[Any] = deque(maxlen=LOG_BUFFER)  # of the log, not told yet
         self._watched: dict[int, list[Job[Any]]] = {}
 
     def clock(self) -> float:
@@ -6178,9 +6176,7 @@ class RunnerProxy:
         """Ask the runner: operate, info, status, logs, find, outcome."""
         return functools.partial(self.ask, call)
 
-    def error_of(self, job_id: int, row: Any) -> BaseException:
-        """Return what tells of a job that has failed."""
-        return job_failed(job_id, row)
+    error_of = staticmethod(job_failed)
 
     @library_code
     def watch(self, handle: Job[Any]) -> None:
@@ -6191,16 +6187,19 @@ class RunnerProxy:
     def call_back(self, handle: Job[Any]) -> None:
         """Call the callbacks of a completed handle, in a thread of their own."""
         if handle._done_callbacks:
-            start_thread("bgjobs-callbacks", handle._invoke_callbacks)  # type: ignore[attr-defined]
+            start_thread("bgjobs-callbacks", handle._invoke_callbacks)
 
+    @library_code
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
-        """Save a state. How far each() is alone is told with what is new."""
-        return state is None or self.ask("save", state, positions)
+        """Save a state. How far each() is alone is told with the news; it hears of a stop here."""
+        if state is None:
+            self._listen(seconds=0)
+            return True
+        return bool(self.ask("save", state, positions))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
-        """Keep a log line until it is told; LOG_BUFFER of them at most."""
-        if len(self._lines) < LOG_BUFFER:
-            self._lines.append((at, level, message))
+        """Keep a log line until it is told; the newest LOG_BUFFER of them at most."""
+        self._lines.append((at, level, message))
 
 
 class _Link:
