@@ -111,6 +111,7 @@ _log = logging.getLogger("bgjobs")
 # For type checkers: a function's parameters, its result; an iterable's items.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 _Item = TypeVar("_Item")
 Function = Callable[..., Any]
 Fields = dict[str, Any]  # a JSON object, options, or SQL parameters
@@ -418,9 +419,10 @@ def module_name(module: str) -> str:
 
 def import_path(function: Function) -> str:
     """Return "package.module.function". Raises TypeError if that leads elsewhere."""
-    module, qualname = (getattr(function, name, None) for name in ("__module__", "__qualname__"))
+    module, qualname = (str(getattr(function, name, None))
+                        for name in ("__module__", "__qualname__"))
     found: Any = sys.modules.get(module)
-    for attribute in str(qualname).split("."):
+    for attribute in qualname.split("."):
         found = getattr(found, attribute, None)
     if found is None or found != function:
         raise TypeError(
@@ -1793,7 +1795,7 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def library_code(function: Any) -> Any:
+def library_code(function: _F) -> _F:
     """Decorate a function that no force stop may interrupt: it takes the ticket (10)."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -1805,7 +1807,7 @@ def library_code(function: Any) -> Any:
             return function(*args, **kwargs)
         finally:
             ticket.put_back()
-    return call
+    return call  # type: ignore[return-value]
 
 
 _REMEDIES = {  # by a part of SQLite's error text
@@ -2096,7 +2098,8 @@ class Store:
                 raise
         for write in batch:
             write.done = True
-        for callback in (*tx.after_commit, lambda: self.passenger.committed(tx)):
+        tx.after_commit.append(lambda: self.passenger.committed(tx))
+        for callback in tx.after_commit:
             try:
                 callback()
             except Exception as error:  # the writes are committed all the same
@@ -2627,7 +2630,7 @@ class Attempt:
     saved_at = 0.0  # monotonic
     newest: Any = None
     pace: Any = None
-    job_logger: Any = None
+    job_logger: logging.Logger | None = None
     on_stop: Any = None  # elsewhere: called from any thread, must not block
     away: Any = contextlib.nullcontext  # elsewhere: while it waits for jobs
 
@@ -2739,7 +2742,7 @@ class Attempt:
         self.waits_on.append(condition)
         try:
             with condition:
-                return condition.wait_for(over, timeout)
+                return bool(condition.wait_for(over, timeout))
         finally:
             self.waits_on.remove(condition)
 
@@ -2928,10 +2931,10 @@ class HandleCondition(threading.Condition):
     def acquire(self) -> bool:  # type: ignore[override]
         if _here.ticket:
             _here.ticket.take(quietly=True)  # as_completed cleans up with it
-        return self._lock.acquire()
+        return self._lock.acquire()  # type: ignore[attr-defined, no-any-return]
 
     def release(self, *exc_info: Any) -> None:
-        self._lock.release()
+        self._lock.release()  # type: ignore[attr-defined]
         if _here.ticket:
             _here.ticket.put_back()
 
@@ -3027,7 +3030,8 @@ class Job(Future[_T]):
     operations: list[str]
 
     _state = "PENDING"
-    _result = _exception = None
+    _result: Any = None
+    _exception: BaseException | None = None
 
     def __init__(self, backend: Core, job_id: int, created_at: float | None = None) -> None:
         self._backend, self.id = backend, job_id
@@ -3145,8 +3149,7 @@ class Job(Future[_T]):
         error = self.exception(timeout)
         if error is not None:  # an error may be false
             raise error
-        value: Any = self._result
-        return value
+        return self._result  # type: ignore[no-any-return]
 
     @library_code
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -3183,9 +3186,13 @@ class Job(Future[_T]):
         loop = asyncio.get_running_loop()
         over = loop.create_future()
 
+        def end() -> None:
+            if not over.done():
+                over.set_result(None)
+
         def tell(job: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(lambda: over.done() or over.set_result(None))
+                loop.call_soon_threadsafe(end)
 
         def wait() -> None:
             with contextlib.suppress(BaseException):  # result() raises it again
@@ -3207,7 +3214,7 @@ class Job(Future[_T]):
     @library_code
     def add_done_callback(self, fn: Function) -> None:
         """Call `fn(job)` once the job is over, in another thread, or at once."""
-        super().add_done_callback(fn)  # type: ignore[arg-type]
+        super().add_done_callback(fn)
         self._watch()
 
     def _watch(self) -> None:
@@ -3815,7 +3822,10 @@ class Core:
                 if report or charge:
                     reports.append((attempt, report, charge))
         if reports:
-            self.store.write(lambda tx: [tx.report(*each) for each in reports])
+            def write(tx: Transaction) -> None:
+                for each in reports:
+                    tx.report(*each)
+            self.store.write(write)
         self.write_lines()
         dropped, self.lines.dropped = self.lines.dropped, 0
         if dropped:
@@ -4621,7 +4631,7 @@ NEXT_SCHEDULE = """SELECT min(next_at) FROM bgjobs_schedules WHERE paused = 0
 def _rows(tx: Transaction, sql: str, **parameters: Any) -> list[sqlite3.Row]:
     cursor = tx.execute(sql, parameters)
     cursor.row_factory = sqlite3.Row
-    return cursor.fetchall()
+    return list(cursor)
 
 
 def _next_time(row: sqlite3.Row, now: float) -> float:
@@ -4822,7 +4832,8 @@ def read_statistics(core: Core, window: str, name: str | None) -> Fields:
     count_created(core)
     count, step = WINDOWS[window]
     last = int(core.clock() // 60)
-    bounds = {"first": (last // step - count + 1) * step, "last": last, "step": step, "name": name}
+    bounds: Fields = {"first": (last // step - count + 1) * step, "last": last, "step": step,
+                      "name": name}
 
     def sums(by: str) -> list[Any]:
         return [(key, json.loads(counted))
