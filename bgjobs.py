@@ -111,9 +111,9 @@ _log = logging.getLogger("bgjobs")
 # For type checkers: a function's parameters, its result; an iterable's items.
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_F = TypeVar("_F", bound=Callable[..., Any])
 _Item = TypeVar("_Item")
 Function = Callable[..., Any]
+_F = TypeVar("_F", bound=Function)
 Fields = dict[str, Any]  # a JSON object, options, or SQL parameters
 
 
@@ -131,7 +131,7 @@ def say(level: int, text: str) -> None:
         start_thread("bgjobs-log", _log.log, level, "%s", text)
 
 
-# ---- 1 Words and rules --------------------------------------------------------------------------
+# ---- 1 Words and rules -----------------------------------
 
 PENDING = "pending"  # waits for a worker, or for its time
 RUNNING = "running"  # executes, or waits for children; after a crash pending
@@ -266,7 +266,7 @@ def door(name: str) -> Function:
     return _entrances[name]
 
 
-# ---- 2 Values -----------------------------------------------------------------------------------
+# ---- 2 Values --------------------------------------------
 #
 # Arguments, state and results are JSON. A value of another type is an object whose one key names
 # the type: {"$date": "2026-01-31"}. A dict with a key that begins with "$" is
@@ -399,7 +399,7 @@ def decode(text: str | None) -> Any:
     return json.loads(text, object_hook=_untagged if '{"$' in text else None)
 
 
-# ---- 3 Functions and options --------------------------------------------------------------------
+# ---- 3 Functions and options -----------------------------
 
 def import_name(module: str) -> str:
     """Return the name by which another process imports a module."""
@@ -624,7 +624,7 @@ def pause_before_retry(options: Fields, failures: int) -> float:
     return min(600.0, 2.0 ** min(failures - 1, 30) * random.uniform(1.0, 1.5))
 
 
-# ---- 4 Times of schedules -----------------------------------------------------------------------
+# ---- 4 Times of schedules --------------------------------
 #
 # A schedule has a period or five cron fields. As in POSIX, if day of month and day of week are both
 # restricted, a day fits if either does.
@@ -745,7 +745,7 @@ def schedule_of(schedule: str, zone: str | None) -> Every | Cron:
     return Every(seconds)
 
 
-# ---- 5 Fair shares ------------------------------------------------------------------------------
+# ---- 5 Fair shares ---------------------------------------
 #
 # Start-time fair queueing (Goyal, Vin and Cheng, 1996) over roots. A root's virtual time: the
 # microseconds that its tree has run. The next slot goes to the ready root with the least, which is
@@ -830,7 +830,7 @@ class Pace:
         return max(0.0, (total - done) * self._seconds / self._gained - behind)
 
 
-# ---- 6 Tables -----------------------------------------------------------------------------------
+# ---- 6 Tables --------------------------------------------
 #
 # A `pending` job is ready (`queue` is its lane, 0 normal or 1 low priority), or it waits for its
 # time (`run_at`), or it is blocked. Then `parked` names what it waits for: a process that knows its
@@ -992,7 +992,7 @@ NEXT_ID = """SELECT max((SELECT last_id FROM bgjobs_clock),
     ifnull((SELECT max(id) FROM bgjobs_jobs), 0)) + 1"""
 
 
-# ---- 7 Transactions -----------------------------------------------------------------------------
+# ---- 7 Transactions --------------------------------------
 #
 # Writes change jobs and add up what that means for ancestors and roots. Code that decides by
 # counts, lanes or virtual times calls `apply` first. BEGIN IMMEDIATE keeps other writers out: a
@@ -1746,7 +1746,7 @@ def take_back(tx: Transaction, job_id: int, why: str, until: float, died: bool =
     tx.log(job_id, logging.WARNING, f"{error or why}; {status} now")
 
 
-# ---- 8 Store ------------------------------------------------------------------------------------
+# ---- 8 Store ---------------------------------------------
 #
 # Group commit: a thread queues its write and tries to lead. The one leader runs all queued writes
 # in one transaction, with what rides along (log lines, outcomes, claims). The others sleep until
@@ -2224,7 +2224,7 @@ class Store:
         self._readers, self.pid, self.closed, self.forked = deque(), os.getpid(), True, True
 
 
-# ---- 9 Worker pool ------------------------------------------------------------------------------
+# ---- 9 Worker pool ---------------------------------------
 
 ABANDONED_A_PLACE = 2  # abandoned attempts for each slot; then nothing is claimed
 HAND_SECONDS = 0.001  # the work worth waking a thread for
@@ -2441,7 +2441,7 @@ class Pool:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-# ---- 10 Inside a job ----------------------------------------------------------------------------
+# ---- 10 Inside a job -------------------------------------
 #
 # A force stop raises JobStopped in the thread of an attempt that the file already refuses, with
 # PyThreadState_SetAsyncExc, which may strike between any two bytecodes. In the library it would
@@ -2915,7 +2915,7 @@ def traceback_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
 
-# ---- 11 The handle ------------------------------------------------------------------------------
+# ---- 11 The handle ---------------------------------------
 #
 # `wait` and `as_completed` of the standard library append a waiter to a handle's waiters, and wait
 # on its event. For that this uses private parts, the same in Python 3.10 to 3.14: Future._waiters,
@@ -2924,6 +2924,8 @@ def traceback_of(error: BaseException) -> str:
 class HandleCondition(threading.Condition):
     """A handle's condition, which `wait` locks: no force stop may strike meanwhile."""
 
+    _lock: threading.Lock
+
     def __init__(self) -> None:
         super().__init__()
         del self.acquire, self.release  # the lock's own
@@ -2931,10 +2933,10 @@ class HandleCondition(threading.Condition):
     def acquire(self) -> bool:  # type: ignore[override]
         if _here.ticket:
             _here.ticket.take(quietly=True)  # as_completed cleans up with it
-        return self._lock.acquire()  # type: ignore[attr-defined, no-any-return]
+        return self._lock.acquire()
 
     def release(self, *exc_info: Any) -> None:
-        self._lock.release()  # type: ignore[attr-defined]
+        self._lock.release()
         if _here.ticket:
             _here.ticket.put_back()
 
@@ -3352,7 +3354,7 @@ class Handles:
         self._lock, self._caller = threading.Lock(), None
 
 
-# ---- 12 Runner ----------------------------------------------------------------------------------
+# ---- 12 Runner -------------------------------------------
 #
 # `Runner` is what an app uses. `Core` connects the parts behind it: the store, log lines, handles
 # that wait for ends, and `Dispatch`. `Lifecycle` starts all that and takes it down.
@@ -3364,7 +3366,7 @@ LINES_A_JOB = 10_000  # log lines kept of a job, the newest, and up to a tenth m
 LINES_A_WRITE = 2_000  # log lines that a transaction without outcomes takes along
 LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
-# Seconds that trees are kept once they are over, cancelled ones as finished.
+# Seconds that trees are kept once over, cancelled ones as finished.
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
 HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 
@@ -4377,7 +4379,7 @@ class Runner(RunnerFace, Executor):
         self.core.life.close(time.monotonic() + timeout)
 
 
-# ---- 13 Clock, processes and exit ---------------------------------------------------------------
+# ---- 13 Clock, processes and exit ------------------------
 
 POLL_SECONDS = 0.05  # how often the service thread looks for what other processes wrote
 
@@ -4610,7 +4612,7 @@ def leave_to_parent() -> None:
             runner.core.life.leave_to_parent()
 
 
-# ---- 14 Schedules -------------------------------------------------------------------------------
+# ---- 14 Schedules ----------------------------------------
 #
 # A schedule is a row: a call, and the times at which to make a job of it. Code registers it at each
 # start. Once no living process has it, it makes no more jobs, but people still see it. The
@@ -4796,7 +4798,7 @@ def register(core: Core, schedule: float | str, fn: Function, args: Any, kwargs:
     return Schedule(core, core.store.write(save))
 
 
-# ---- 15 Statistics and retention ----------------------------------------------------------------
+# ---- 15 Statistics and retention -------------------------
 #
 # bgjobs_stats counts by minute and function, and outlives the jobs. Every hour a system job sums up
 # rows that have left a window by the parts of the next longer one, and removes old trees.
@@ -4917,7 +4919,7 @@ def keep_house(runner: Runner, retention: dict[str, float] | None) -> None:
             "1h", housekeeping, **retention)
 
 
-# ---- 16 What people see -------------------------------------------------------------------------
+# ---- 16 What people see ----------------------------------
 #
 # An index for every filter would slow each submit down. If none has the jobs in order, the search
 # goes from the newest down, SEARCH_LIMIT jobs at a time: a list then says where to go on, a count
@@ -5180,7 +5182,7 @@ def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
     return lines if follows else lines[::-1]
 
 
-# ---- 17 The default runner ----------------------------------------------------------------------
+# ---- 17 The default runner -------------------------------
 
 _default: Runner | None = None
 _default_lock = threading.Lock()  # guards the making of _default
@@ -5259,9 +5261,9 @@ def shutdown(wait: bool = True, *, cancel_futures: bool = False) -> None:
         _default.shutdown(wait, cancel_futures=cancel_futures)
 
 
-# ==== layer: elsewhere ===========================================================================
+# ==== layer: elsewhere ====================================
 
-# ---- 18 Elsewhere -------------------------------------------------------------------------------
+# ---- 18 Elsewhere ----------------------------------------
 #
 # An attempt may execute in another process: in one of its own (isolate=True), or wherever a
 # concurrent.futures.Executor, the engine, takes it (executor=). The worker thread that would call
@@ -6303,9 +6305,9 @@ class _Signals:
 _signals = _Signals()  # of this process
 
 
-# ==== layer: page ================================================================================
+# ==== layer: page =========================================
 
-# ---- 19 Status page -----------------------------------------------------------------------------
+# ---- 19 Status page --------------------------------------
 #
 # Three assets without interpolation, and a JSON interface. What keeps strangers out: only known Host headers are
 # answered (DNS rebinding), the API refuses requests from other origins, and an operation needs POST, JSON and a token
@@ -8202,9 +8204,9 @@ def _page_server(page: Page, host: str, port: int) -> Any:
     return server
 
 
-# ==== layer: command line ========================================================================
+# ==== layer: command line =================================
 
-# ---- 20 Command line ----------------------------------------------------------------------------
+# ---- 20 Command line -------------------------------------
 #
 # For each command there is a function that takes the parsed arguments and returns the exit code; `_arguments`, near the
 # end, names them all.
