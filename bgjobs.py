@@ -29,7 +29,7 @@ a kill -9. A job runs at least once: again only if its process died, somebody as
 due. Each attempt's outcome is recorded at most once: every write carries its attempt's number, and
 a superseded one is refused. All processes on the file share execution time fairly between roots.
 
-The walk of a job, and the sections to read:
+The walk of a job, by sections:
 
     submit   Submitter.submit (12) encodes the call (2, 3); Store.write (8) queues what stores it,
              Transaction.submit (7).
