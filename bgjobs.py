@@ -1025,7 +1025,8 @@ class Submission:
 
     def __init__(self, name: str, **columns: Any) -> None:
         self.name = name
-        vars(self).update(columns)
+        if columns:
+            vars(self).update(columns)
 
 
 def kept_options(text: str | None) -> Fields:
@@ -1069,12 +1070,15 @@ _NO_CHANGE: dict[str, float] = dict.fromkeys(
 
 # A new root starts at the queue's virtual time. The JSON array of INSERT_MANY is five times as
 # quick as a statement for each job.
-_SUBMITTED = """id, vtime, lane, parent_id, root_id, name, status, queue, created_at, run_at,
-    submitter, low_priority, system, label, run_by, options, max_running, key, args, kwargs"""
-_VALUES = "(SELECT vtime FROM bgjobs_clock), ?, ?, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
-INSERT = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {_VALUES}, ?, ?, ?)"
-INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
+_SUBMITTED = """id, vtime, parent_id, root_id, max_running, lane, name, status, queue, created_at,
+    run_at, submitter, low_priority, system, label, run_by, options, key, args, kwargs"""
+_VALUES = "(SELECT vtime FROM bgjobs_clock), {}, ?, ?, 'pending', ?, ?, ?, ?, ?, ?, ?, ?, ?"
+_INSERT = f"INSERT INTO bgjobs_jobs ({_SUBMITTED}) VALUES (({NEXT_ID}), {_VALUES}, ?, ?, ?)"
+_INSERT_MANY = f"""INSERT INTO bgjobs_jobs ({_SUBMITTED})
     SELECT ? + key, {_VALUES}, NULL, value, NULL FROM json_each(?)"""
+# Whether the three are NULL -> statement. If it says so, SQLite leaves out four indexes: a sixth.
+INSERT, INSERT_MANY = ({True: sql.format("NULL, NULL, NULL"), False: sql.format("?, ?, ?")}
+                       for sql in (_INSERT, _INSERT_MANY))
 ROOT_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE key = :key AND key IS NOT NULL
     AND parent_id IS NULL AND status IN ('pending', 'running', 'stopping', 'stopped')"""
 CHILD_WITH_KEY = """SELECT id FROM bgjobs_jobs WHERE parent_id = :parent AND key = :key
@@ -1191,13 +1195,13 @@ class Transaction:
 
     def submit(self, new: Submission) -> int:
         """Store a job; return its id, or that of the job which has its key."""
-        values = self._admit(new)
+        plain, values = self._admit(new)
         if new.key is not None:
             sql = ROOT_WITH_KEY if new.parent_id is None else CHILD_WITH_KEY
             holder = self.value(sql, key=new.key, parent=new.parent_id)
             if holder is not None:
                 return int(holder)
-        inserted = self.execute(INSERT, (*values, new.key, new.args, new.kwargs))
+        inserted = self.execute(INSERT[plain], (*values, new.key, new.args, new.kwargs))
         new.created_at = self.now
         if new.parent_id is not None:
             self.count(new.parent_id, open=1, total=1)
@@ -1205,17 +1209,17 @@ class Transaction:
         return job_id
 
     def submit_many(self, new: Submission, arguments: list[str | None]) -> range:
-        values, count = self._admit(new), len(arguments)
+        (plain, values), count = self._admit(new), len(arguments)
         first: int = self.value(NEXT_ID)
-        self.execute(INSERT_MANY, (first, *values, json.dumps(arguments)))
+        self.execute(INSERT_MANY[plain], (first, *values, json.dumps(arguments)))
         self.count(new.parent_id, open=count, total=count)
         return range(first, first + count)
 
     _PARENT = """SELECT ifnull(status, 'removed'), ifnull(root_id, id), ifnull(:low, low_priority),
         ifnull(:run_by, run_by), options FROM (SELECT :id AS id) LEFT JOIN bgjobs_jobs USING (id)"""
 
-    def _admit(self, new: Submission) -> tuple[Any, ...]:
-        """Return what _VALUES takes; raise if the author or the parent may have no children."""
+    def _admit(self, new: Submission) -> tuple[bool, tuple[Any, ...]]:
+        """Return which INSERT, and its values; raise if the parent may have no children."""
         if new.author is not None:
             self.check_author(new.author)
         parent, root_id, low, run_by = new.parent_id, None, new.low_priority or 0, new.run_by
@@ -1228,9 +1232,10 @@ class Transaction:
             if status not in (ACTIVE if by_itself else (PENDING, RUNNING)):
                 raise InvalidOperation(f"job {parent} is {status}; it takes no children")
         queue = None if (new.run_at or 0.0) > self.now else low
-        return (queue if parent is None else None, parent, root_id, new.name, queue, self.now,
-                new.run_at, new.submitter, low, new.system, new.label, run_by, new.options,
-                new.max_running)
+        place = parent, root_id, new.max_running
+        values = (queue if parent is None else None, new.name, queue, self.now, new.run_at,
+                  new.submitter, low, new.system, new.label, run_by, new.options)
+        return (True, values) if place == (None, None, None) else (False, place + values)
 
     _IS_AUTHOR = """SELECT 1 FROM bgjobs_jobs WHERE id = :id AND attempt = :attempt
         AND status IN ('running', 'stopping')"""
@@ -1853,7 +1858,7 @@ class JobFile:
             if db is not None:
                 db.close()
             raise store_error(f"use {self.path} as a job file", error)
-        self._identity, self._checked_at = self._look(), 0.0
+        self._identity, self.checked_at = self._look(), 0.0
         return db
 
     def _prepare(self, db: sqlite3.Connection, now: float) -> None:
@@ -1907,19 +1912,14 @@ class JobFile:
             return seen.st_size > 0, seen.st_dev, seen.st_ino, os.stat(self._wal).st_ino
         return object()  # equal to nothing else
 
-    def check(self, max_age: float = 0.0) -> None:
-        """Raise StoreError if the path names another file now, which SQLite would not notice.
-
-        A look within the last `max_age` seconds counts.
-        """
-        if time.monotonic() - self._checked_at < max_age:
-            return
+    def check(self) -> None:
+        """Raise StoreError if the path names another file now, which SQLite would not notice."""
         if self._look() != self._identity:
             raise StoreError(
                 f"{self.path}, or its -wal, was deleted, emptied or replaced while it was in use; "
                 "nothing more is written: put it back, or close() this runner, put the right file "
                 "there without a -wal, and make a new runner")
-        self._checked_at = time.monotonic()
+        self.checked_at = time.monotonic()
 
     def connect(self) -> sqlite3.Connection:
         """Return a connection for reading; the caller closes it.
@@ -2006,7 +2006,8 @@ class Store:
         It may be called again after a rollback, so it changes nothing but the transaction. If it
         raises, nothing of it is stored, and the error is raised here.
         """
-        self._check_open()
+        if self.closed or self.forked or os.getpid() != self.pid:
+            self._check_open()
         if self.leader == threading.get_ident():
             raise RuntimeError("a signal handler or finalizer called bgjobs inside a write of its "
                                "thread; let it start a thread")
@@ -2079,7 +2080,8 @@ class Store:
         """Run a batch in one transaction; nothing rides along if flushing is None."""
         if self.closed:
             self._check_open()
-        self.file.check(max_age=0.005)
+        if time.monotonic() - self.file.checked_at > 0.005:
+            self.file.check()
         with fork_gate:
             try:
                 self._await_lock("BEGIN IMMEDIATE")
@@ -2196,7 +2198,8 @@ class Store:
 
     def version(self) -> int:
         self._check_open()
-        self.file.check(max_age=0.5)
+        if time.monotonic() - self.file.checked_at > 0.5:
+            self.file.check()
         with self._version_lock, fork_gate:
             return int(self._fetch(self._version_db, "PRAGMA data_version")[0][0])
 
@@ -3396,8 +3399,6 @@ class LogLines:
 
     def write(self, tx: Transaction, owner: int, most: int) -> None:
         entries = self._waiting[:most]
-        if not entries:
-            return
         lines, long_logs = [], set()
         for attempt, at, level, message in entries:
             if message is None:
@@ -3447,8 +3448,9 @@ class Dispatch:
     def begin(self, tx: Transaction) -> None:
         """Write log lines: all if outcomes, which come after them, ride along."""
         self._riding = list(self.ended)
-        self._core.lines.write(tx, self._core.id,
-                               LOG_BUFFER if self._riding else LINES_A_WRITE)
+        if self._core.lines:
+            self._core.lines.write(tx, self._core.id,
+                                   LOG_BUFFER if self._riding else LINES_A_WRITE)
 
     def end(self, tx: Transaction, flushing: bool) -> None:
         """Record outcomes, and claim jobs for free slots."""
@@ -4142,11 +4144,12 @@ def new_submission(backend: Core, fn: Function, options: Fields,
             if os.path.realpath(path) != os.path.realpath(backend.path):
                 raise ValueError(f"{given['parent']!r} is in {path}; it takes no children from "
                                  f"{backend.path}")
-    new.author = author_in(backend)
-    if attempt is not None and new.author is not None:
-        attempt.raise_if_stopped()
-        if "parent" not in given:
-            new.parent_id = attempt.id
+    if attempt is not None:
+        new.author = author_in(backend)
+        if new.author is not None:
+            attempt.raise_if_stopped()
+            if "parent" not in given:
+                new.parent_id = attempt.id
     if args:
         new.args = encode(args, f"the arguments of {new.name}")
     if kwargs:
