@@ -668,7 +668,6 @@ _CRON_WORDS = {"@yearly": "0 0 1 1 *", "@monthly": "0 0 1 * *", "@weekly": "0 0 
 
 
 def _cron_values(text: str, name: str, least: int, most: int, words: str) -> set[int]:
-    """Return the values of a field."""
     for number, word in enumerate(words.split(), least):
         text = text.replace(word, str(number))
     values: set[int] = set()
@@ -1035,7 +1034,6 @@ def kept_options(text: str | None) -> Fields:
 
 
 def dump_error(type: str, text: str, trace: str) -> str:
-    """Return the `error` column."""
     return json.dumps({"type": text_of(type), "text": text_of(text),
                        "traceback": text_of(trace, 64 * 1024)})
 
@@ -3223,7 +3221,6 @@ class Job(Future[_T]):
         self._watch()
 
     def _watch(self) -> None:
-        """Have this handle completed when its job is over."""
         if self._state == "PENDING":
             self._stored()
             self._backend.watch(self)
@@ -3353,7 +3350,6 @@ class Handles:
             time.sleep(0.002)
 
     def leave_to_parent(self) -> None:
-        """Begin anew in a forked child."""
         self._lock, self._caller = threading.Lock(), None
 
 
@@ -3464,7 +3460,6 @@ class Dispatch:
             tx.after_commit.append(lambda: self._hand_over(ended, claimed))
 
     def _claim(self, tx: Transaction) -> list[Attempt]:
-        """Claim jobs for free slots, and some short ones ahead."""
         room = self.pool.room(self.run_times)
         enough_waits = (room.ahead < AHEAD_LIMIT // 2
                         or room.planned > AHEAD_SECONDS * room.workers / 2)
@@ -3802,7 +3797,6 @@ class Core:
     # reports of attempts
 
     def save(self, attempt: Attempt, state: str | None, positions: str | None) -> bool:
-        """Store an attempt's state. Return False if the attempt has been superseded."""
         return bool(self.store.write(lambda tx: tx.save_state(attempt, state, positions)))
 
     def keep_line(self, attempt: Attempt, at: float, level: int, message: str) -> None:
@@ -3837,7 +3831,6 @@ class Core:
                                  "than the disk takes them")
 
     def write_lines(self) -> None:
-        """Write the lines logged by now."""
         for _ in range(-(-len(self.lines) // LINES_A_WRITE)):
             self.store.write(lambda tx: None)
 
@@ -5171,7 +5164,6 @@ _LOG_FILTERS: Fields = {
 
 
 def read_logs(store: Store, job_id: int, filters: Fields) -> list[Fields]:
-    """Return what `Job.logs` does."""
     where, values = read_filters(filters, _LOG_FILTERS)
     patterns = [values.pop(name) for name in ("text", "regex") if name in values]
     where.append(_WHOLE_TREE if values.get("tree") else "job_id = :id")
