@@ -1975,6 +1975,7 @@ class Store:
 
     passenger: Dispatch  # rides along with each transaction
     leader = 0  # the ident of its thread, 0 if none leads
+    _heir: _Write | None = None  # whose thread was woken to lead next
     _again = False  # more is to ride along
     closed = forked = False
     close_by = math.inf  # when a closing runner gives up
@@ -2014,10 +2015,13 @@ class Store:
         try:
             while not write.done:
                 # A leader takes the write along, or wakes this thread.
-                if self.leader or not self._lead(flushing=False):
+                heir = self._heir
+                is_led = self.leader or heir is not None and heir is not write and not heir.done
+                if is_led or not self._lead(flushing=False):
                     with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
                         write.wake.get(timeout=1.0)
         except BaseException:  # Ctrl-C
+            write.done = True
             with contextlib.suppress(ValueError):
                 self._waiting.remove(write)
             raise
@@ -2039,7 +2043,7 @@ class Store:
             return False
         worked = False
         try:
-            self.leader, self._again = threading.get_ident(), False
+            self.leader, self._again, self._heir = threading.get_ident(), False, None
             worked = self._commit(list(self._waiting), flushing)
             while self._waiting and self._waiting[0].done:
                 self._waiting.popleft().wake.put(None)
@@ -2047,7 +2051,8 @@ class Store:
             self.leader = 0
             self._leading.release()
             try:
-                self._waiting[0].wake.put(None)  # its thread leads next
+                self._heir = self._waiting[0]
+                self._heir.wake.put(None)  # its thread leads next
             except IndexError:
                 if self._again and not (flushing and worked):
                     self.passenger.left_behind()
