@@ -5446,8 +5446,8 @@ def _cut(link: Any) -> None:
 class AttemptServer:
     """Listens for attempts, in a thread of its own, and for nothing else: each shows its token."""
 
-    def __init__(self, address: str | None, clock: Callable[[], float]) -> None:
-        self._address, self._clock = address or "127.0.0.1:0", clock
+    def __init__(self, address: str | None) -> None:
+        self._address = address or "127.0.0.1:0"
         self._starting = threading.Lock()  # guards _listener: only one is opened
         self._listener: Any = None
         self._found: Any = None  # its address
@@ -5522,7 +5522,6 @@ class AttemptServer:
             stranger.close()
         else:
             stranger.settimeout(None)
-            stranger.sendall(b"[%f]\n" % self._clock())
             inbox.put(stranger)
 
     def close(self) -> None:
@@ -5560,19 +5559,20 @@ class Drive:
         address, token = server.listen(), os.urandom(16).hex()
         server.expected[token] = self._inbox
         self.attempt.on_stop = self._tell_to_stop
+        link = None
         try:
             self._future = engine.submit(*address, token, self.payload())
             self._future.add_done_callback(self._look)
             link = self._meet()
             if link is not None:
                 engine.has_worked = True
-                self.carry_out(Connection(link))
+                self.carry_out(Connection(link), self.core.clock())
         finally:
-            server.expected.pop(token, None)
             del self.attempt.on_stop
-            while not self._inbox.empty():
-                if (link := self._inbox.get()) is not None:
-                    link.close()  # it has come too late
+            if server.expected.pop(token, None) is None and link is None:  # it dials just now
+                while link is None:
+                    link = self._inbox.get()
+                link.close()
 
     def _meet(self) -> Any:
         """Wait until the attempt has dialed; return its socket, or None if it ends unbegun."""
@@ -5844,7 +5844,7 @@ class Elsewhere:
         self._saving = threading.Lock()  # guards _saves
         self._saves: list[Any] = []  # (drive, number of the call, state, positions)
         self._engines: dict[int, Engine] = {}  # by the id of what the app gave
-        self.server = AttemptServer(address, core.clock)
+        self.server = AttemptServer(address)
         self.listen = self.server.listen
         self._drives: weakref.WeakSet[Drive] = weakref.WeakSet()
         # The standard library's own hook; RuntimeError: the interpreter ends already.
