@@ -2132,7 +2132,7 @@ class Store:
                     raise store_error(f"write to {self.path}", error)
 
     def complain(self, text: str) -> None:
-        """Log an error, the same one once in ten seconds."""
+        """Log an error, once in ten seconds."""
         self._say_once(text, int(time.monotonic() / 10))
 
     def write_through(self, connection: sqlite3.Connection, run: Change) -> Any:
@@ -2405,7 +2405,6 @@ class Pool:
     # waiting for other jobs
 
     def leave(self, attempt: Attempt) -> None:
-        """Give an attempt's slot away: one of its threads will wait for a job."""
         with self._lock:
             attempt.waits += 1
             placed = self._placed[attempt.low_priority]
@@ -4829,7 +4828,6 @@ def count_created(core: Core) -> None:
 
 
 def read_statistics(core: Core, window: str, name: str | None) -> Fields:
-    """Return the counts of a window; see Runner.stats."""
     if window not in WINDOWS:
         raise ValueError(f"window must be {', '.join(WINDOWS)}, got {short(window)}")
     count_created(core)
@@ -4907,7 +4905,6 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
 
 @job(name="bgjobs.housekeeping")
 def housekeeping(finished: float, failed: float) -> int:
-    """Fold the statistics and prune the file."""
     core = current_attempt().backend  # type: ignore[union-attr]
     fold_statistics(core)
     return remove_expired(core, finished, failed)
@@ -5047,7 +5044,6 @@ _PENDING_JOBS = _PENDING_ROOTS.replace(" AND root_id IS NULL", """
 
 
 def _of_status(status: str, where: list[str]) -> str:
-    """Return the query for a status's jobs that fulfil conditions."""
     fulfilled = " AND ".join([f"status = '{status}'", *where])
     if status == PENDING:
         return (_PENDING_ROOTS if _ROOTS in where else _PENDING_JOBS).format(where=fulfilled)
