@@ -2141,12 +2141,12 @@ class Store:
         If none is open, one is begun, and committed if the connection commits by itself.
         """
         self._check_open()
-        commits = connection.isolation_level is None
-        commits |= getattr(connection, "autocommit", None) is True  # since Python 3.12
-        begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
-        if connection.in_transaction:
-            begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
         try:
+            commits = connection.isolation_level is None
+            commits |= getattr(connection, "autocommit", None) is True  # since Python 3.12
+            begin, end, undo = "BEGIN IMMEDIATE", "COMMIT" if commits else "", "ROLLBACK"
+            if connection.in_transaction:
+                begin, end, undo = "SAVEPOINT bgjobs", "RELEASE bgjobs", "ROLLBACK TO bgjobs"
             db = sqlite3.Cursor(connection)  # has no row factory
             file = db.execute("PRAGMA database_list").fetchone()[2]
             if not file or not os.path.samefile(file, self.path):
