@@ -5602,7 +5602,10 @@ class Drive:
         def send() -> None:
             with contextlib.suppress(OSError):
                 self.connection.send(0, *message)  # type: ignore[union-attr]
-        start_thread("bgjobs-post", send)
+        try:
+            start_thread("bgjobs-post", send)
+        except RuntimeError:  # since Python 3.12 there are no new ones once the interpreter ends
+            send()
 
     def payload(self) -> str:
         """Return the job as the attempt over there needs it."""
