@@ -3364,9 +3364,9 @@ class Handles:
 
 SETTLE_SECONDS = 0.002  # that an outcome which is not awaited may wait for company
 GRACE_SECONDS = 5.0  # that running jobs get to reach a checkpoint when the app goes down
-STANDING_CLOCK_SECONDS = 5.0  # then it is an error to wait, in drain(), for another time
+STANDING_CLOCK_SECONDS = 5.0  # then drain() waits for no other time
 LINES_A_JOB = 10_000  # log lines kept of a job, the newest, and up to a tenth more
-LINES_A_WRITE = 2_000  # log lines that a transaction without outcomes takes along
+LINES_A_WRITE = 2_000  # log lines that a transaction without outcomes takes
 LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, not kept
 MEMORY_OF_EXCEPTIONS = 1_000
 # Seconds that trees are kept once over, cancelled ones as finished.
