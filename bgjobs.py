@@ -2016,8 +2016,8 @@ class Store:
             while not write.done:
                 # A leader takes the write along, or wakes this thread.
                 heir = self._heir
-                is_led = self.leader or heir is not None and heir is not write and not heir.done
-                if is_led or not self._lead(flushing=False):
+                another = heir is not None and heir is not write and not heir.done
+                if self.leader or another or not self._lead(flushing=False):
                     with contextlib.suppress(queue.Empty):  # Ctrl-C may have hit the leader
                         write.wake.get(timeout=1.0)
         except BaseException:  # Ctrl-C
@@ -3371,7 +3371,6 @@ LOG_BUFFER = 20_000  # log lines that may wait to be written; more are counted, 
 MEMORY_OF_EXCEPTIONS = 1_000
 # Seconds that trees are kept once over, cancelled ones as finished.
 RETENTION = {"finished": 7 * 86_400, "failed": 30 * 86_400}
-HIGHEST_ID = "SELECT ifnull(max(id), 0) FROM bgjobs_jobs"
 
 
 class LogLines:
@@ -4893,7 +4892,7 @@ def remove_expired(core: Core, finished: float, failed: float) -> int:
     if not are_seconds([finished, failed]):
         raise ValueError(f"finished and failed are seconds, got {short((finished, failed))}")
     now, removed = core.clock(), 0
-    (highest,), = core.store.read(HIGHEST_ID)
+    (highest,), = core.store.read("SELECT ifnull(max(id), 0) FROM bgjobs_jobs")
     for after in reversed(range(0, highest, PRUNE_IDS)):  # a root goes after its descendants
         which = {"after": after, "until": after + PRUNE_IDS,
                  "finished": now - finished, "failed": now - failed}
